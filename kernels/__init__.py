@@ -1,0 +1,9 @@
+"""Device code of basinescape: each operation's Triton kernel, its eager PyTorch definition, and the choice between them.
+
+Imports torch and triton only, so the package can be lifted out and used alone; without triton the eager definitions run.
+"""
+
+from .dispatch import backend
+from .guide import guide, guide_eager, noise_gap, noise_gap_eager
+
+__all__ = ["backend", "guide", "guide_eager", "noise_gap", "noise_gap_eager"]

@@ -1,0 +1,102 @@
+"""What a kernel accepts: dense samples of one layout. Everything else is refused here, by name, before a launch."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def sample_size(x: torch.Tensor) -> int:
+    """Elements in one sample of `x` (B, ...)."""
+    return math.prod(x.shape[1:])
+
+
+def sample_stride(x: torch.Tensor) -> int:
+    """Elements from one sample of `x` (B, ...) to the next; a lone sample is as good as packed."""
+    return x.stride(0) if len(x) > 1 else sample_size(x)
+
+
+def _layout(x: torch.Tensor) -> list[tuple[int, int]]:
+    """(stride, size) of the dimensions of a sample that have an extent: what decides the order of its elements."""
+    return [(stride, size) for stride, size in zip(x.stride()[1:], x.shape[1:]) if size != 1]
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    expected = 1
+    for stride, size in sorted(_layout(x)):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _check_like(name: str, x: torch.Tensor, like: torch.Tensor) -> None:
+    for what in ("shape", "dtype", "device"):
+        given, wanted = getattr(x, what), getattr(like, what)
+        if given != wanted:
+            raise ValueError(f"{name} has {what} {given}; it must match uncond's {wanted}")
+    if x.numel() and _layout(x) != _layout(like):
+        raise ValueError(f"{name} has strides {x.stride()}; within a sample they must match uncond's {like.stride()}")
+
+
+def check_predictions(uncond: torch.Tensor, cond: torch.Tensor) -> None:
+    """ValueError unless both are (B, ...) of one shape, dtype, device and layout, every sample dense in memory."""
+    if uncond.ndim == 0:
+        raise ValueError("uncond has no dimension; it must be (B, ...)")
+    if uncond.dtype not in DTYPES:
+        raise ValueError(f"uncond has dtype {uncond.dtype}; allowed are float32, float16, bfloat16")
+    if uncond.numel() and not _is_dense(uncond):
+        raise ValueError(
+            f"uncond has strides {uncond.stride()} for shape {tuple(uncond.shape)}; each sample must be dense in memory "
+            "(contiguous, channels-last or another permutation, with nothing skipped)"
+        )
+    _check_like("cond", cond, uncond)
+
+
+def check_weight(weight: float | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:
+    """The weight as a float, or as the (B,) tensor given; ValueError for anything else. A tensor's values stay unread."""
+    if isinstance(weight, torch.Tensor):
+        if weight.shape != like.shape[:1]:
+            raise ValueError(f"weight has shape {tuple(weight.shape)}; allowed are a float or shape ({len(like)},)")
+        if not weight.is_floating_point():
+            raise ValueError(f"weight has dtype {weight.dtype}; allowed are floating-point dtypes")
+        if weight.device != like.device:
+            raise ValueError(f"weight is on {weight.device}; it must be on uncond's {like.device}")
+        return weight
+    if not isinstance(weight, Real) or not abs(weight) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"weight is {weight!r}; allowed are a finite float32 number or a ({len(like)},) tensor")
+    return float(weight)
+
+
+def check_guided(guided: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
+    """`guided` itself; ValueError unless it can hold the guided prediction of `uncond`."""
+    _check_like("out guided", guided, uncond)
+    if len(guided) > 1 and guided.stride(0) < sample_size(guided):
+        raise ValueError(f"out guided has strides {guided.stride()}; its samples must not overlap")
+    return guided
+
+
+def check_gap(gap: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
+    """`gap` itself; ValueError unless it is a contiguous (B,) float32 tensor beside `uncond`."""
+    if (
+        gap.shape != uncond.shape[:1]
+        or gap.dtype != torch.float32
+        or gap.device != uncond.device
+        or not gap.is_contiguous()
+    ):
+        raise ValueError(
+            f"out gap is {tuple(gap.shape)} {gap.dtype} on {gap.device} with strides {gap.stride()}; "
+            f"it must be a contiguous ({len(uncond)},) torch.float32 tensor on {uncond.device}"
+        )
+    return gap
+
+
+def empty_guided(uncond: torch.Tensor) -> torch.Tensor:
+    """An output for `uncond` (B, ...): same order of elements within a sample, samples packed."""
+    return torch.empty_strided(
+        uncond.shape, (sample_size(uncond), *uncond.stride()[1:]), dtype=uncond.dtype, device=uncond.device
+    )

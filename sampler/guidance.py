@@ -1,0 +1,199 @@
+"""Guidance as data: which weight a step uses before and after the transition, and where the transition is.
+
+guided = uncond + w * (cond - uncond), so w = 0 is the unconditional prediction, w = 1 the conditional one and w < 0
+opposite guidance. Delayed and opposite guidance: Jain et al., "Classifier-Free Guidance inside the Attraction Basin May Cause
+Memorization", CVPR 2025, https://arxiv.org/abs/2411.16738.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Factors on the scale over u = t / num_train_timesteps in 0..1, as carried by the authors' scripts.
+SHAPES: dict[str, Callable[[float], float]] = {
+    "static": lambda u: 1.0,
+    "linear": lambda u: 1 - u,
+    "invlinear": lambda u: u,
+    "cosine": lambda u: math.cos(math.pi * u) + 1,
+    "sine": lambda u: math.sin(math.pi * u - math.pi / 2) + 1,
+    "v_shape": lambda u: 1 - u if u > 0.5 else u,
+    "a_shape": lambda u: 1 - u if u < 0.5 else u,
+}
+
+
+def _finite(name: str, value: float) -> float:
+    """`value` as a float, or a ValueError that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def _whole(name: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class At:
+    """The transition is the first step whose timestep is at or below `timestep` (the paper's static transition point).
+
+    `timestep` is in the scheduler's units, usually 0..1000. Raises ValueError if it is not finite.
+    """
+
+    timestep: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "timestep", _finite("timestep", self.timestep))
+
+    def __repr__(self) -> str:
+        return f"At(timestep={self.timestep:g})"
+
+
+@dataclass(frozen=True)
+class FirstMinimum:
+    """The transition is the first local minimum of the noise gap d, per sample (the paper's dynamic transition point).
+
+    Step k is the transition if d[k-2] > d[k-1] < d[k], strictly; step k is already guided with the weight after it.
+    The defaults are the paper's rule.
+
+    earliest: the first step that may be the transition, at least 2.
+    latest:   a deadline: a sample still waiting at this step transitions there. None: it may wait for ever.
+    drop:     how deep the minimum must be, against noise: d[k-1] <= (1 - drop) * max(d[0..k-1]), with 0 <= drop < 1.
+
+    Raises ValueError for anything else.
+    """
+
+    earliest: int = 2
+    latest: int | None = None
+    drop: float = 0.0
+
+    def __post_init__(self) -> None:
+        _whole("earliest", self.earliest, 2)
+        if self.latest is not None:
+            _whole("latest", self.latest, self.earliest)
+        object.__setattr__(self, "drop", _finite("drop", self.drop))
+        if not 0 <= self.drop < 1:
+            raise ValueError(f"drop must be at least 0 and below 1, got {self.drop:g}")
+
+    def __repr__(self) -> str:
+        given = {"earliest": self.earliest, "latest": self.latest, "drop": self.drop}
+        shown = (f"{name}={value:g}" for name, value in given.items() if value != getattr(FirstMinimum, name))
+        return f"FirstMinimum({', '.join(shown)})"
+
+
+RULES = {rule.__name__: rule for rule in (At, FirstMinimum)}
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly each step is guided. Made by `cfg`, `delayed` or `opposite`.
+
+    scale:    weight after the transition; any finite number.
+    before:   weight before it; any finite number.
+    until:    where the transition is; None: at the first step.
+    shape:    the scale over time: a name in SHAPES, or one factor a step (a table of one's own).
+    interval: (low, high) timesteps outside which the weight after the transition is 1, the conditional prediction alone
+              (Kynkaanniemi et al., https://arxiv.org/abs/2404.07724); None: everywhere inside.
+
+    Raises ValueError for anything else.
+    """
+
+    scale: float
+    before: float = 0.0
+    until: At | FirstMinimum | None = None
+    shape: str | tuple[float, ...] = "static"
+    interval: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", _finite("scale", self.scale))
+        object.__setattr__(self, "before", _finite("before", self.before))
+        if self.until is not None and not isinstance(self.until, (At, FirstMinimum)):
+            raise ValueError(f"until must be At(...) or FirstMinimum(...), got {self.until!r}")
+        if isinstance(self.shape, str):
+            if self.shape not in SHAPES:
+                raise ValueError(
+                    f"shape must be one of {', '.join(SHAPES)}, or a factor for each step; got {self.shape!r}"
+                )
+        else:
+            object.__setattr__(self, "shape", tuple(_finite("shape", factor) for factor in self.shape))
+        if self.interval is not None:
+            interval = tuple(_finite("interval", timestep) for timestep in self.interval)
+            if len(interval) != 2 or interval[0] > interval[1]:
+                raise ValueError(f"interval must be two timesteps (low, high), got {self.interval!r}")
+            object.__setattr__(self, "interval", interval)
+
+    @classmethod
+    def cfg(cls, scale: float, **shape: Any) -> Guidance:
+        """Plain classifier-free guidance (Ho & Salimans, https://arxiv.org/abs/2207.12598), from the first step on."""
+        return cls(scale, **shape)
+
+    @classmethod
+    def delayed(cls, scale: float, until: At | FirstMinimum, before: float = 0.0, **shape: Any) -> Guidance:
+        """No guidance (or the weight `before`) until the transition, `scale` from there on."""
+        return cls(scale, before, until, **shape)
+
+    @classmethod
+    def opposite(cls, opposite_scale: float, scale: float, until: At | FirstMinimum, **shape: Any) -> Guidance:
+        """The weight -opposite_scale, constant, until the transition, `scale` from there on."""
+        if _finite("opposite_scale", opposite_scale) <= 0:
+            raise ValueError(
+                f"opposite_scale must be above 0 (it is applied with a minus sign), got {opposite_scale!r}"
+            )
+        return cls(scale, -float(opposite_scale), until, **shape)
+
+    def __repr__(self) -> str:
+        extra = "" if self.shape == "static" else f", shape={self.shape!r}"
+        extra += "" if self.interval is None else f", interval={self.interval!r}"
+        if self.until is None:
+            return f"Guidance.cfg({self.scale:g}{extra})"
+        if self.before < 0:
+            return f"Guidance.opposite({-self.before:g}, scale={self.scale:g}, until={self.until!r}{extra})"
+        before = f", before={self.before:g}" if self.before else ""
+        return f"Guidance.delayed({self.scale:g}, until={self.until!r}{before}{extra})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that json can write; `from_dict` reads it back."""
+        rule = None if self.until is None else {"rule": type(self.until).__name__, **asdict(self.until)}
+        return {**asdict(self), "until": rule}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Guidance:
+        """The inverse of `to_dict`. Raises ValueError for an unknown rule or field."""
+        fields = dict(data)
+        try:
+            if fields.get("until") is not None:
+                rule = dict(fields["until"])
+                fields["until"] = RULES[rule.pop("rule")](**rule)
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a guidance: {data!r} ({error})") from error
+
+    def weights(self, timesteps: Sequence[float], num_train_timesteps: int = 1000) -> Tensor:
+        """The weight before and after the transition at every step: (steps, 2) float32 on the CPU.
+
+        Raises ValueError if `shape` is a table of another length than `timesteps`.
+        """
+        if isinstance(self.shape, str):
+            factors = [SHAPES[self.shape](t / num_train_timesteps) for t in timesteps]
+        else:
+            factors = list(self.shape)
+            if len(factors) != len(timesteps):
+                raise ValueError(f"shape has {len(factors)} factors, but the sampler takes {len(timesteps)} steps")
+        low, high = self.interval or (-math.inf, math.inf)
+        after = [self.scale * f if low <= t <= high else 1.0 for t, f in zip(timesteps, factors, strict=True)]
+        return torch.tensor([[self.before, weight] for weight in after], dtype=torch.float32)
+
+    def fixed_transition(self, timesteps: Sequence[float]) -> int | None:
+        """The transition step where it is known beforehand: -1 if there is none, None if each sample finds its own."""
+        if isinstance(self.until, FirstMinimum):
+            return None
+        if self.until is None:
+            return 0
+        return next((k for k, t in enumerate(timesteps) if t <= self.until.timestep), -1)

@@ -1,0 +1,161 @@
+"""What differs from pipeline to pipeline: loading, prompt encoding, the network call, decoding.
+
+Each is done by the diffusers pipeline itself where it has a method for it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor
+
+from .loop import Branch
+
+SUPPORTED = (StableDiffusionPipeline, StableDiffusionXLPipeline)
+ATTENTION = ("sdpa", "xformers")
+
+
+def load(path_or_id: str | Path, dtype: torch.dtype, allow_pickle: bool) -> DiffusionPipeline:
+    """A pipeline from a folder in diffusers' format or a hub id. Weights come from safetensors unless pickle is allowed.
+
+    Raises FileNotFoundError for a missing folder, ValueError for one that holds no pipeline or only pickled weights.
+    """
+    path = Path(path_or_id)
+    looks_like_path = (
+        isinstance(path_or_id, Path) or path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", "..")
+    )
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise ValueError(f"model {str(path)!r} is no diffusers pipeline: it has no model_index.json")
+        pickled = sorted(path.glob("*/*.bin"))
+        if (
+            pickled
+            and not allow_pickle
+            and not any(file.with_suffix("").parent.glob("*.safetensors") for file in pickled)
+        ):
+            raise ValueError(
+                f"model {str(path)!r} has pickled weights only ({pickled[0].name}); pickle can run code when it is loaded: allow it explicitly (allow_pickle) if you trust the source"
+            )
+    elif looks_like_path:
+        raise FileNotFoundError(
+            f"model {str(path_or_id)!r} does not exist: give a folder in diffusers' format or a hub id such as 'owner/name'"
+        )
+    return DiffusionPipeline.from_pretrained(
+        path_or_id, torch_dtype=dtype, use_safetensors=None if allow_pickle else True
+    )
+
+
+def check(pipe: DiffusionPipeline) -> None:
+    """Raises ValueError for a pipeline that is not text-to-image guided by two predictions."""
+    if not isinstance(pipe, SUPPORTED):
+        names = ", ".join(cls.__name__ for cls in SUPPORTED)
+        raise ValueError(f"pipe must be one of {names}, got {type(pipe).__name__}")
+    config = pipe.unet.config
+    if config.time_cond_proj_dim is not None:
+        raise ValueError(
+            "pipe is distilled: its network takes the guidance scale as an input, so there are no two predictions to merge"
+        )
+    if config.in_channels != pipe.vae.config.latent_channels:
+        raise ValueError(
+            f"pipe's network takes {config.in_channels} channels and its latents have {pipe.vae.config.latent_channels}: it is not text-to-image"
+        )
+
+
+def set_attention(pipe: DiffusionPipeline, attention: str) -> None:
+    """Choose the attention backend through diffusers' own switch.
+
+    Raises ValueError for an unknown name, ImportError where xformers is missing, ValueError where it cannot run.
+    """
+    if attention not in ATTENTION:
+        raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
+    if attention == "xformers":
+        if pipe.device.type != "cuda":
+            raise ValueError(
+                f"attention 'xformers' runs on CUDA only, and the pipeline is on {pipe.device}; use 'sdpa'"
+            )
+        try:
+            pipe.enable_xformers_memory_efficient_attention()
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                "attention 'xformers' needs the package xformers: pip install 'basinescape[xformers]'"
+            ) from error
+
+
+class GuidedUNet:
+    """A pipeline's UNet and the encoded prompts of one batch, as the `Network` of the loop."""
+
+    def __init__(
+        self, pipe: DiffusionPipeline, prompts: list[str], negative: list[str] | None, height: int, width: int
+    ):
+        self.unet = pipe.unet
+        inputs = _encode(pipe, prompts, negative, height, width)
+        half = {"uncond": slice(0, len(prompts)), "cond": slice(len(prompts), None), "both": slice(None)}
+        self.inputs = {branch: _rows(inputs, rows) for branch, rows in half.items()}
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, branch: Branch) -> tuple[Tensor | None, Tensor | None]:
+        if branch == "both":
+            latents, timesteps = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
+        out = self.unet(latents, timesteps, **self.inputs[branch], return_dict=False)[0]
+        if branch == "both":
+            return tuple(out.chunk(2))
+        return (out, None) if branch == "uncond" else (None, out)
+
+
+def _rows(inputs: dict[str, Any], rows: slice) -> dict[str, Any]:
+    return {name: _rows(value, rows) if isinstance(value, dict) else value[rows] for name, value in inputs.items()}
+
+
+def _encode(
+    pipe: DiffusionPipeline, prompts: list[str], negative: list[str] | None, height: int, width: int
+) -> dict[str, Any]:
+    """The UNet's keyword arguments for the unconditional half followed by the conditional one."""
+    encoded = pipe.encode_prompt(
+        prompt=prompts,
+        device=pipe.device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=True,
+        negative_prompt=negative,
+    )
+    cond, uncond = encoded[:2]
+    inputs: dict[str, Any] = {"encoder_hidden_states": torch.cat([uncond, cond])}
+    if isinstance(pipe, StableDiffusionXLPipeline):
+        pooled, negative_pooled = encoded[2:]
+        size = (height, width)
+        ids = pipe._get_add_time_ids(size, (0, 0), size, cond.dtype, pipe.text_encoder_2.config.projection_dim)
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.cat([negative_pooled, pooled]),
+            "time_ids": ids.to(pipe.device).repeat(2 * len(prompts), 1),
+        }
+    return inputs
+
+
+def decode(pipe: DiffusionPipeline, latents: Tensor, output: str) -> Any:
+    """Images from latents as the pipeline itself makes them, its safety checker and watermark included."""
+    vae = pipe.vae
+    # SDXL's autoencoder overflows in float16
+    upcast = isinstance(pipe, StableDiffusionXLPipeline) and vae.dtype == torch.float16 and vae.config.force_upcast
+    try:
+        if upcast:
+            vae.to(torch.float32)
+        images = vae.decode(_unscaled(vae.config, latents).to(vae.dtype), return_dict=False)[0]
+    finally:
+        if upcast:
+            vae.to(torch.float16)
+    flagged = None
+    if getattr(pipe, "safety_checker", None) is not None:
+        images, flagged = pipe.run_safety_checker(images, pipe.device, latents.dtype)
+    if getattr(pipe, "watermark", None) is not None:
+        images = pipe.watermark.apply_watermark(images)
+    denormalize = None if flagged is None else [not flag for flag in flagged]
+    return pipe.image_processor.postprocess(images, output_type=output, do_denormalize=denormalize)
+
+
+def _unscaled(config: Any, latents: Tensor) -> Tensor:
+    mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is None or std is None:
+        return latents / config.scaling_factor
+    mean, std = (torch.tensor(value).view(1, -1, 1, 1).to(latents) for value in (mean, std))
+    return latents * std / config.scaling_factor + mean

@@ -1,0 +1,199 @@
+"""The sampler users hold: a loaded pipeline, a scheduler, and one call that turns prompts into images."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor
+from tqdm import tqdm
+
+from . import models
+from .guidance import Guidance
+from .kernels.step import solve
+from .loop import Plan, denoise, own_step
+from .solver import Solver, make_scheduler
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+OUTPUTS = ("pil", "np", "pt", "latent")
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a call returns.
+
+    images:          a list of PIL images, or an array or tensor, as `output` asked; the latents for "latent".
+    latents:         (B, C, h, w) final latents in the network's dtype.
+    transition_step: (B,) int64 on the CPU, the step at which each sample's guidance changed; -1 for none, 0 for plain cfg.
+    noise_gap:       (B, steps) float32 on the CPU, ||cond - uncond||_2 at each step, NaN where it was not computed.
+    timesteps:       (steps,) float32 on the CPU, in the scheduler's units.
+    """
+
+    images: Any
+    latents: Tensor
+    transition_step: Tensor
+    noise_gap: Tensor
+    timesteps: Tensor
+
+
+class Sampler:
+    """Guided sampling from a Stable Diffusion (1.x, 2.x) or SDXL pipeline, on the device the pipeline is on."""
+
+    def __init__(self, pipe: DiffusionPipeline, scheduler: str | SchedulerMixin | None = None, attention: str = "sdpa"):
+        models.check(pipe)
+        self.scheduler = make_scheduler(scheduler, pipe.scheduler)
+        models.set_attention(pipe, attention)
+        self.pipe = pipe
+        self._solvers: dict[int, Solver] = {}
+
+    @classmethod
+    def from_pipeline(
+        cls, pipe: DiffusionPipeline, scheduler: str | SchedulerMixin | None = None, attention: str = "sdpa"
+    ) -> Sampler:
+        """Use a loaded diffusers pipeline as it is, with its own scheduler unless another is named.
+
+        Raises ValueError for a pipeline, scheduler or attention backend that is not supported.
+        """
+        return cls(pipe, scheduler, attention)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        scheduler: str | SchedulerMixin | None = None,
+        attention: str = "sdpa",
+        allow_pickle: bool = False,
+    ) -> Sampler:
+        """Load a pipeline from a folder in diffusers' format or a hub id.
+
+        device: default "cuda" where there is a GPU, else "cpu".
+        dtype:  default float16 on a GPU, float32 elsewhere.
+        allow_pickle: also load weights that are not safetensors. Pickle can run code: only for sources you trust.
+
+        Raises ValueError for an unknown or unusable argument, FileNotFoundError for a missing folder.
+        """
+        device = _device(device)
+        dtype = _dtype(dtype, device)
+        pipe = models.load(path_or_id, dtype, allow_pickle)
+        return cls(pipe.to(device), scheduler, attention)
+
+    @staticmethod
+    def model_path(name: str) -> Path:
+        """The folder of a pipeline that ships with the project ("tiny"), in diffusers' own format.
+
+        Raises ValueError for another name.
+        """
+        if name != "tiny":
+            raise ValueError(f"name must be 'tiny', got {name!r}")
+        return Path(str(files("basinescape.bench"))) / name
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        seeds: int | Sequence[int] = 0,
+        steps: int = 50,
+        guidance: Guidance = Guidance.cfg(7.5),
+        negative_prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        output: str = "pil",
+        progress: bool = True,
+    ) -> Output:
+        """Sample one image a prompt, all in one batch.
+
+        seeds:  one a prompt, or one for the first prompt, counted up from there. An image depends on (model, prompt, seed,
+                settings) alone, never on the batch it is made in.
+        height, width: pixels; default the model's own size.
+        output: "pil", "np", "pt" or "latent", with diffusers' meaning.
+
+        Raises ValueError, before any work, for arguments that are not as described.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"prompts must be a string or a non-empty list of strings, got {prompts!r}")
+        seeds = _seeds(seeds, len(prompts))
+        if isinstance(negative_prompt, str):
+            negative_prompt = [negative_prompt] * len(prompts)
+        elif negative_prompt is not None and len(negative_prompt) != len(prompts):
+            raise ValueError(f"negative_prompt has {len(negative_prompt)} entries for {len(prompts)} prompts")
+        if not isinstance(guidance, Guidance):
+            raise ValueError(f"guidance must be a Guidance, got {guidance!r}")
+        if output not in OUTPUTS:
+            raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
+        height, width = self._size("height", height), self._size("width", width)
+        solver = self.solver(steps)
+        device = self.pipe.device
+        plan = Plan.make(solver, guidance, device, self.scheduler.config.get("num_train_timesteps", 1000))
+
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        network = models.GuidedUNet(self.pipe, prompts, negative_prompt, height, width)
+        latents = self._noise(generators, height, width) * solver.init_sigma
+        advance = solve if solver.coefficients is not None else own_step(self.scheduler, steps, generators, device)
+        bar = tqdm(plan.branches, desc="sampling", unit="step", disable=not progress, file=sys.stderr)
+        state = denoise(network, latents.to(device, self.pipe.unet.dtype), plan, advance, bar)
+        images = state.latents if output == "latent" else models.decode(self.pipe, state.latents, output)
+        return Output(images, state.latents, state.transition.cpu(), state.gaps.cpu(), solver.timesteps)
+
+    def solver(self, steps: int) -> Solver:
+        """The scheduler's coefficients over `steps` steps, measured once. Raises ValueError unless 1 <= steps."""
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
+        if steps not in self._solvers:
+            self._solvers[steps] = Solver.of(self.scheduler, steps)
+        return self._solvers[steps]
+
+    def _size(self, name: str, pixels: int | None) -> int:
+        """`pixels`, or the model's own size; raises ValueError unless the autoencoder can make it."""
+        factor, sample = self.pipe.vae_scale_factor, self.pipe.unet.config.sample_size
+        if pixels is None:
+            return factor * (sample if isinstance(sample, int) else sample[name == "width"])
+        if isinstance(pixels, bool) or not isinstance(pixels, int) or pixels < 1 or pixels % factor:
+            raise ValueError(f"{name} must be a multiple of {factor} pixels, got {pixels!r}")
+        return pixels
+
+    def _noise(self, generators: list[torch.Generator], height: int, width: int) -> Tensor:
+        """The initial noise, each sample's from its own generator: (B, C, h, w) float32 on the CPU."""
+        factor = self.pipe.vae_scale_factor
+        shape = (1, self.pipe.unet.config.in_channels, height // factor, width // factor)
+        return torch.cat([torch.randn(shape, generator=generator, dtype=torch.float32) for generator in generators])
+
+
+def _seeds(seeds: int | Sequence[int], count: int) -> list[int]:
+    """One seed a prompt, or a ValueError."""
+    seeds = list(range(seeds, seeds + count)) if isinstance(seeds, int) else list(seeds)
+    if len(seeds) != count:
+        raise ValueError(f"seeds must be as many as prompts: got {len(seeds)} seeds for {count} prompts")
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seeds must be whole numbers from 0 to 2**63 - 1, got {seed!r}")
+    return seeds
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be a torch device such as 'cuda' or 'cpu', got {device!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {str(device)!r}, but torch {torch.__version__} sees no CUDA GPU here; use 'cpu'")
+    return device
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    found = DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return found

@@ -1,0 +1,33 @@
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="basinescape",
+    version="0.1.0",
+    description="A fast sampler for guided diffusion models that keeps samples from reproducing training images",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=["basinescape", "basinescape.kernels", "basinescape.bench"],
+    package_dir={"basinescape": "sampler", "basinescape.kernels": "kernels", "basinescape.bench": "bench"},
+    package_data={"basinescape.bench": ["tiny/**/*", "tiny/*"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "diffusers>=0.35",
+        "transformers>=4.50",
+        "safetensors>=0.4",
+        "numpy",
+        "pillow",
+        "matplotlib",
+        "tqdm",
+        "typer>=0.12",
+    ],
+    extras_require={
+        "test": ["pytest", "pytest-benchmark", "hypothesis", "ruff"],
+        "xformers": ["xformers"],
+    },
+    entry_points={"console_scripts": ["basinescape=basinescape.bench.cli:app"]},
+)

@@ -1,0 +1,59 @@
+"""What the kernels compile to for GPUs this machine need not have."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def run(*arguments):
+    """Python with `arguments`, compiling rather than interpreting."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    file = tmp_path_factory.mktemp("aot") / "report.json"
+    run("-m", "basinescape.kernels.aot", "--json", str(file))
+    return json.loads(file.read_text())
+
+
+def test_report_covers_every_target_and_dtype(report):
+    seen = {(row["kernel"], row["dtype"], row["target"]) for row in report}
+    assert seen == {
+        (kernel, dtype, target)
+        for kernel in ("guide", "noise_gap")
+        for dtype in ("float32", "float16", "bfloat16")
+        for target in ("sm_80", "sm_90", "sm_100")
+    }
+
+
+def test_loads_are_16_bytes_and_nothing_spills(report):
+    poor = [row for row in report if row["load_bits"] < 128 or row["spill_bytes"]]
+    assert not poor
+
+
+def test_every_program_fits_the_register_file(report):
+    assert all(16 <= row["registers"] and row["registers"] * 32 * row["num_warps"] <= 65536 for row in report)
+
+
+def test_a_poor_configuration_is_seen():
+    """One warp for 16,384 elements spills; one element a thread cannot be loaded 16 bytes at a time."""
+    script = """
+from basinescape.kernels.aot import _compile, _guide_arguments, resources
+from basinescape.kernels.guide import guide_kernel
+for block, warps in ((16384, 1), (1024, 32)):
+    arguments = _guide_arguments("float16", split=False, gap_only=False) | {"BLOCK": block}
+    found = resources(_compile(guide_kernel, arguments, "sm_90", warps))
+    print(found["spill_bytes"], found["load_bits"])
+"""
+    crowded, sparse = (tuple(map(int, line.split())) for line in run("-c", script).splitlines())
+    assert crowded[0] > 0
+    assert sparse[1] < 128
