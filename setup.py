@@ -29,5 +29,5 @@ setup(
         "test": ["pytest", "pytest-benchmark", "hypothesis", "ruff"],
         "xformers": ["xformers"],
     },
-    entry_points={"console_scripts": ["basinescape=basinescape.bench.cli:app"]},
+    entry_points={"console_scripts": ["basinescape=basinescape.bench.cli:main"]},
 )

@@ -239,9 +239,7 @@ def train_classifier(work: Path, images: np.ndarray, labels: np.ndarray, steps: 
     for bar, rng in run:
         index = np.sort(rng.integers(0, len(images), 64))
         pixels = to_pixels(images[index])
-        pixels += (
-            0.1 * rng.random() * torch.randn_like(pixels)
-        )  # so that it also reads pictures that are a little rough
+        pixels += 0.1 * rng.random() * torch.randn_like(pixels)  # so that it also reads pictures that are a little rough
         with torch.autocast("cpu", torch.bfloat16):
             logits = run.modules(pixels)
         loss = F.cross_entropy(logits.float(), torch.as_tensor(labels[index]))

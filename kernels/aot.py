@@ -107,7 +107,7 @@ def report(targets: Sequence[str] = TARGETS) -> list[dict[str, object]]:
 def table(found: Sequence[dict[str, object]]) -> str:
     """A report as aligned text, a heading and a line a row."""
     cells = [list(found[0]), *([str(value) for value in row.values()] for row in found)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
 

@@ -85,7 +85,7 @@ def guide_kernel(
     difference = c - u
     if guided is not None:
         if weight_stride is None:
-            w = weight
+            w = tl.cast(weight, tl.float32)
         else:
             w = tl.load(weight + sample.to(tl.int64) * weight_stride).to(tl.float32)
         g = guided_prediction(u, difference, w)
@@ -164,14 +164,12 @@ def _difference(uncond: torch.Tensor, cond: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def _norms(difference: torch.Tensor) -> torch.Tensor:
-    # A reduction a sample: the order of additions in a batched one depends on the batch.
+    # A reduction a sample: nothing promises that a batched one adds in the same order for every batch.
     norms = [torch.linalg.vector_norm(sample).view(1) for sample in difference]
     return torch.cat([difference.new_empty(0), *norms])
 
 
-def guide_eager(
-    uncond: torch.Tensor, cond: torch.Tensor, weight: float | torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def guide_eager(uncond: torch.Tensor, cond: torch.Tensor, weight: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition of `guide`, in PyTorch. Takes float64 too, and then computes and returns the gap in float64."""
     dtype = uncond.dtype
     uncond, difference = _difference(uncond, cond)

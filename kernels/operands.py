@@ -22,7 +22,7 @@ def sample_stride(x: torch.Tensor) -> int:
 
 def _layout(x: torch.Tensor) -> list[tuple[int, int]]:
     """(stride, size) of the dimensions of a sample that have an extent: what decides the order of its elements."""
-    return [(stride, size) for stride, size in zip(x.stride()[1:], x.shape[1:]) if size != 1]
+    return [(stride, size) for stride, size in zip(x.stride()[1:], x.shape[1:], strict=True) if size != 1]
 
 
 def _is_dense(x: torch.Tensor) -> bool:
@@ -82,12 +82,7 @@ def check_guided(guided: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
 
 def check_gap(gap: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
     """`gap` itself; ValueError unless it is a contiguous (B,) float32 tensor beside `uncond`."""
-    if (
-        gap.shape != uncond.shape[:1]
-        or gap.dtype != torch.float32
-        or gap.device != uncond.device
-        or not gap.is_contiguous()
-    ):
+    if gap.shape != uncond.shape[:1] or gap.dtype != torch.float32 or gap.device != uncond.device or not gap.is_contiguous():
         raise ValueError(
             f"out gap is {tuple(gap.shape)} {gap.dtype} on {gap.device} with strides {gap.stride()}; "
             f"it must be a contiguous ({len(uncond)},) torch.float32 tensor on {uncond.device}"

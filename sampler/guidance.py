@@ -118,9 +118,7 @@ class Guidance:
             raise ValueError(f"until must be At(...) or FirstMinimum(...), got {self.until!r}")
         if isinstance(self.shape, str):
             if self.shape not in SHAPES:
-                raise ValueError(
-                    f"shape must be one of {', '.join(SHAPES)}, or a factor for each step; got {self.shape!r}"
-                )
+                raise ValueError(f"shape must be one of {', '.join(SHAPES)}, or a factor for each step; got {self.shape!r}")
         else:
             object.__setattr__(self, "shape", tuple(_finite("shape", factor) for factor in self.shape))
         if self.interval is not None:
@@ -143,9 +141,7 @@ class Guidance:
     def opposite(cls, opposite_scale: float, scale: float, until: At | FirstMinimum, **shape: Any) -> Guidance:
         """The weight -opposite_scale, constant, until the transition, `scale` from there on."""
         if _finite("opposite_scale", opposite_scale) <= 0:
-            raise ValueError(
-                f"opposite_scale must be above 0 (it is applied with a minus sign), got {opposite_scale!r}"
-            )
+            raise ValueError(f"opposite_scale must be above 0 (it is applied with a minus sign), got {opposite_scale!r}")
         return cls(scale, -float(opposite_scale), until, **shape)
 
     def __repr__(self) -> str:

@@ -91,9 +91,7 @@ def denoise(
             model_input = (model_input * scale).to(latents.dtype)
         uncond, cond = network(model_input, rows[:, Column.TIMESTEP], branch)
         guided = (
-            guide_step(uncond, cond, rows, state, plan.rule)
-            if branch == "both"
-            else {"uncond": uncond, "cond": cond}[branch]
+            guide_step(uncond, cond, rows, state, plan.rule) if branch == "both" else {"uncond": uncond, "cond": cond}[branch]
         )
         advance(guided, rows, state)
         state.step += 1

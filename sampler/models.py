@@ -24,18 +24,12 @@ def load(path_or_id: str | Path, dtype: torch.dtype, allow_pickle: bool) -> Diff
     Raises FileNotFoundError for a missing folder, ValueError for one that holds no pipeline or only pickled weights.
     """
     path = Path(path_or_id)
-    looks_like_path = (
-        isinstance(path_or_id, Path) or path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", "..")
-    )
+    looks_like_path = isinstance(path_or_id, Path) or path.is_absolute() or len(path.parts) != 2 or path.parts[0] in (".", "..")
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise ValueError(f"model {str(path)!r} is no diffusers pipeline: it has no model_index.json")
         pickled = sorted(path.glob("*/*.bin"))
-        if (
-            pickled
-            and not allow_pickle
-            and not any(file.with_suffix("").parent.glob("*.safetensors") for file in pickled)
-        ):
+        if pickled and not allow_pickle and not any(file.with_suffix("").parent.glob("*.safetensors") for file in pickled):
             raise ValueError(
                 f"model {str(path)!r} has pickled weights only ({pickled[0].name}); pickle can run code when it is loaded: allow it explicitly (allow_pickle) if you trust the source"
             )
@@ -43,9 +37,7 @@ def load(path_or_id: str | Path, dtype: torch.dtype, allow_pickle: bool) -> Diff
         raise FileNotFoundError(
             f"model {str(path_or_id)!r} does not exist: give a folder in diffusers' format or a hub id such as 'owner/name'"
         )
-    return DiffusionPipeline.from_pretrained(
-        path_or_id, torch_dtype=dtype, use_safetensors=None if allow_pickle else True
-    )
+    return DiffusionPipeline.from_pretrained(path_or_id, torch_dtype=dtype, use_safetensors=None if allow_pickle else True)
 
 
 def check(pipe: DiffusionPipeline) -> None:
@@ -73,23 +65,17 @@ def set_attention(pipe: DiffusionPipeline, attention: str) -> None:
         raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
     if attention == "xformers":
         if pipe.device.type != "cuda":
-            raise ValueError(
-                f"attention 'xformers' runs on CUDA only, and the pipeline is on {pipe.device}; use 'sdpa'"
-            )
+            raise ValueError(f"attention 'xformers' runs on CUDA only, and the pipeline is on {pipe.device}; use 'sdpa'")
         try:
             pipe.enable_xformers_memory_efficient_attention()
         except ModuleNotFoundError as error:
-            raise ImportError(
-                "attention 'xformers' needs the package xformers: pip install 'basinescape[xformers]'"
-            ) from error
+            raise ImportError("attention 'xformers' needs the package xformers: pip install 'basinescape[xformers]'") from error
 
 
 class GuidedUNet:
     """A pipeline's UNet and the encoded prompts of one batch, as the `Network` of the loop."""
 
-    def __init__(
-        self, pipe: DiffusionPipeline, prompts: list[str], negative: list[str] | None, height: int, width: int
-    ):
+    def __init__(self, pipe: DiffusionPipeline, prompts: list[str], negative: list[str] | None, height: int, width: int):
         self.unet = pipe.unet
         inputs = _encode(pipe, prompts, negative, height, width)
         half = {"uncond": slice(0, len(prompts)), "cond": slice(len(prompts), None), "both": slice(None)}
@@ -108,9 +94,7 @@ def _rows(inputs: dict[str, Any], rows: slice) -> dict[str, Any]:
     return {name: _rows(value, rows) if isinstance(value, dict) else value[rows] for name, value in inputs.items()}
 
 
-def _encode(
-    pipe: DiffusionPipeline, prompts: list[str], negative: list[str] | None, height: int, width: int
-) -> dict[str, Any]:
+def _encode(pipe: DiffusionPipeline, prompts: list[str], negative: list[str] | None, height: int, width: int) -> dict[str, Any]:
     """The UNet's keyword arguments for the unconditional half followed by the conditional one."""
     encoded = pipe.encode_prompt(
         prompt=prompts,

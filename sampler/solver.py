@@ -45,16 +45,12 @@ def make_scheduler(choice: str | SchedulerMixin | None, current: SchedulerMixin)
     """
     if isinstance(choice, str):
         if choice not in SCHEDULERS:
-            raise ValueError(
-                f"scheduler must be one of {', '.join(SCHEDULERS)}, or a diffusers scheduler; got {choice!r}"
-            )
+            raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, or a diffusers scheduler; got {choice!r}")
         name, overrides = SCHEDULERS[choice]
         return getattr(diffusers, name).from_config(current.config, **overrides)
     scheduler = current if choice is None else choice
     if not isinstance(scheduler, SchedulerMixin) or not hasattr(scheduler, "step"):
-        raise ValueError(
-            f"scheduler must be one of {', '.join(SCHEDULERS)}, or a diffusers scheduler; got {scheduler!r}"
-        )
+        raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, or a diffusers scheduler; got {scheduler!r}")
     return scheduler
 
 

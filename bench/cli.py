@@ -1,0 +1,113 @@
+"""The command line, `basinescape`: each command reads its options, calls one function, and says what came out."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+class Method(StrEnum):
+    """How guidance is scheduled."""
+
+    cfg = "cfg"
+    delayed = "delayed"
+    opposite = "opposite"
+
+
+@app.command()
+def generate(
+    prompts: Annotated[Path, typer.Option(help='JSON Lines: {"prompt": "...", "id": "optional", "seed": optional}')],
+    out: Annotated[Path, typer.Option(help="folder for images, manifest.jsonl and run.json")],
+    model: Annotated[str, typer.Option(help="a folder in diffusers' format, a hub id, or 'tiny'")] = "tiny",
+    guidance: Annotated[Method, typer.Option(help="plain, delayed or opposite guidance")] = Method.delayed,
+    scale: Annotated[float, typer.Option(help="guidance scale (after the transition)")] = 7.5,
+    before: Annotated[float, typer.Option(help="weight before the transition, with --guidance delayed")] = 0.0,
+    opposite_scale: Annotated[float, typer.Option(help="with --guidance opposite: weight -N before the transition")] = 2.0,
+    until: Annotated[str, typer.Option(help="timestep of the transition, or 'auto': first minimum of the noise gap")] = "500",
+    earliest: Annotated[int, typer.Option(help="with --until auto: first step that may be the transition")] = 2,
+    latest: Annotated[int | None, typer.Option(help="with --until auto: step at which guidance starts in any case")] = None,
+    steps: Annotated[int, typer.Option(help="denoising steps")] = 50,
+    scheduler: Annotated[str, typer.Option(help="ddim, euler, dpmsolver++, unipc, ...")] = "dpmsolver++",
+    seed: Annotated[int, typer.Option(help="seed of the first prompt, counted up from there")] = 0,
+    batch_size: Annotated[int, typer.Option(help="images sampled together")] = 8,
+    negative_prompt: Annotated[str | None, typer.Option(help="for all prompts")] = None,
+    attention: Annotated[str, typer.Option(help="sdpa or xformers")] = "sdpa",
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default float16 on a GPU")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda where there is a GPU")] = None,
+    allow_pickle: Annotated[bool, typer.Option(help="load weights that are not safetensors; they can run code")] = False,
+    progress: Annotated[bool, typer.Option(help="show a progress bar")] = True,
+) -> None:
+    """Make an image for every prompt of a file."""
+    from basinescape import At, FirstMinimum, Guidance, Sampler
+    from basinescape.generate import generate, read_prompts
+
+    jobs = read_prompts(prompts, seed)
+    if until == "auto":
+        rule = FirstMinimum(earliest=earliest, latest=latest)
+    else:
+        try:
+            rule = At(float(until))
+        except ValueError as error:
+            raise ValueError(f"until must be a timestep or 'auto', got {until!r}") from error
+    plan = {
+        Method.cfg: lambda: Guidance.cfg(scale),
+        Method.delayed: lambda: Guidance.delayed(scale, until=rule, before=before),
+        Method.opposite: lambda: Guidance.opposite(opposite_scale, scale=scale, until=rule),
+    }[guidance]()
+    source = Sampler.model_path(model) if model == "tiny" else model
+    sampler = Sampler.from_pretrained(source, device, dtype, scheduler, attention, allow_pickle)
+    written = generate(sampler, jobs, out, plan, model, steps, batch_size, negative_prompt, progress)
+    failed = [entry["id"] for entry in written if entry["status"] != "ok"]
+    typer.echo(f"{len(written) - len(failed)} images in {out / 'images'}")
+    if failed:
+        typer.echo(
+            f"{len(failed)} failed ({', '.join(failed[:5])}{', ...' if len(failed) > 5 else ''}): see manifest.jsonl", err=True
+        )
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="folder for the table and the pictures")] = Path("out/demo")) -> None:
+    """See memorization and its cure on the small pipeline that ships."""
+    from .demo import demo
+
+    typer.echo(demo(out))
+
+
+@app.command()
+def aot(json: Annotated[Path | None, typer.Option(help="also write the rows as JSON")] = None) -> None:
+    """Compile every kernel for sm_80, sm_90 and sm_100, without a GPU, and read registers, spills and loads off the code."""
+    from basinescape.kernels import aot
+
+    rows = aot.report()
+    typer.echo(aot.table(rows))
+    if json:
+        aot.write(rows, json)
+
+
+def main() -> None:
+    """Run the command line; bad input ends with one line and exit code 2."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    _quieten()
+    try:
+        app()
+    except (ValueError, OSError, ImportError) as error:
+        typer.echo(f"basinescape: {error}".replace("\n", " "), err=True)
+        sys.exit(2)
+
+
+def _quieten() -> None:
+    """Loading a pipeline draws progress bars and notices of its own; errors stay."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
