@@ -9,7 +9,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=["basinescape", "basinescape.kernels", "basinescape.bench"],
     package_dir={"basinescape": "sampler", "basinescape.kernels": "kernels", "basinescape.bench": "bench"},
     package_data={"basinescape.bench": ["tiny/**/*", "tiny/*"]},
@@ -24,6 +24,7 @@ setup(
         "matplotlib",
         "tqdm",
         "typer>=0.12",
+        "accelerate",
     ],
     extras_require={
         "test": ["pytest", "pytest-benchmark", "hypothesis", "ruff"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from enum import StrEnum
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -74,14 +75,6 @@ def generate(
 
 
 @app.command()
-def demo(out: Annotated[Path, typer.Option(help="folder for the table and the pictures")] = Path("out/demo")) -> None:
-    """See memorization and its cure on the small pipeline that ships."""
-    from .demo import demo
-
-    typer.echo(demo(out))
-
-
-@app.command()
 def aot(json: Annotated[Path | None, typer.Option(help="also write the rows as JSON")] = None) -> None:
     """Compile every kernel for sm_80, sm_90 and sm_100, without a GPU, and read registers, spills and loads off the code."""
     from basinescape.kernels import aot
@@ -89,7 +82,7 @@ def aot(json: Annotated[Path | None, typer.Option(help="also write the rows as J
     rows = aot.report()
     typer.echo(aot.table(rows))
     if json:
-        aot.write(rows, json)
+        json.write_text(dumps(rows, indent=1) + "\n")
 
 
 def main() -> None:

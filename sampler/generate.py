@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +188,8 @@ def generate(
     ):
         if manifest.tell():
             manifest.write("\n")  # a killed run may have left half a line; blank lines are passed over
-        for batch in batched(waiting, batch_size):
-            for entry in _make(sampler, batch, Path(out), settings):
+        for start in range(0, len(waiting), batch_size):
+            for entry in _make(sampler, waiting[start : start + batch_size], Path(out), settings):
                 manifest.write(json.dumps(entry) + "\n")
                 manifest.flush()
                 os.fsync(manifest.fileno())
@@ -200,7 +199,7 @@ def generate(
 
 
 def _make(sampler: Sampler, batch: Sequence[Job], out: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Sample a batch, save its images, yield a manifest entry for each; a failing batch is halved down to the sample at fault."""
+    """Sample a batch, save its images, yield a manifest entry for each; a failing batch is halved down to its fault."""
     try:
         made = sampler([job.prompt for job in batch], [job.seed for job in batch], **settings)
     except (RuntimeError, ValueError) as error:  # among them torch.OutOfMemoryError

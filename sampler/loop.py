@@ -18,7 +18,7 @@ Branch = Literal["both", "uncond", "cond"]
 
 
 class Network(Protocol):
-    """latents (B, C, H, W), timesteps (B,) -> (uncond, cond), each (B, C, H, W), or None for a branch that was not asked for."""
+    """latents (B, C, H, W), timesteps (B,) -> (uncond, cond), each (B, C, H, W); None for a branch not asked for."""
 
     def __call__(self, latents: Tensor, timesteps: Tensor, branch: Branch) -> tuple[Tensor | None, Tensor | None]: ...
 

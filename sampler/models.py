@@ -29,9 +29,10 @@ def load(path_or_id: str | Path, dtype: torch.dtype, allow_pickle: bool) -> Diff
         if not (path / "model_index.json").is_file():
             raise ValueError(f"model {str(path)!r} is no diffusers pipeline: it has no model_index.json")
         pickled = sorted(path.glob("*/*.bin"))
-        if pickled and not allow_pickle and not any(file.with_suffix("").parent.glob("*.safetensors") for file in pickled):
+        if pickled and not allow_pickle and not all(any(file.parent.glob("*.safetensors")) for file in pickled):
             raise ValueError(
-                f"model {str(path)!r} has pickled weights only ({pickled[0].name}); pickle can run code when it is loaded: allow it explicitly (allow_pickle) if you trust the source"
+                f"model {str(path)!r} has pickled weights only ({pickled[0].name}), and pickle can run code when it is loaded: "
+                "allow it explicitly (allow_pickle) if you trust the source"
             )
     elif looks_like_path:
         raise FileNotFoundError(
@@ -52,7 +53,8 @@ def check(pipe: DiffusionPipeline) -> None:
         )
     if config.in_channels != pipe.vae.config.latent_channels:
         raise ValueError(
-            f"pipe's network takes {config.in_channels} channels and its latents have {pipe.vae.config.latent_channels}: it is not text-to-image"
+            f"pipe's network takes {config.in_channels} channels and its latents have "
+            f"{pipe.vae.config.latent_channels}: it is not text-to-image"
         )
 
 
