@@ -75,6 +75,14 @@ def generate(
 
 
 @app.command()
+def demo(out: Annotated[Path, typer.Option(help="folder for the table and the pictures")] = Path("out/demo")) -> None:
+    """See memorization and its cure on the small pipeline that ships."""
+    from .demo import demo
+
+    typer.echo(demo(out))
+
+
+@app.command()
 def aot(json: Annotated[Path | None, typer.Option(help="also write the rows as JSON")] = None) -> None:
     """Compile every kernel for sm_80, sm_90 and sm_100, without a GPU, and read registers, spills and loads off the code."""
     from basinescape.kernels import aot

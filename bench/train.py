@@ -197,7 +197,7 @@ def unet() -> UNet2DConditionModel:
 
 def noise_schedule() -> dict:
     """Stable Diffusion's own."""
-    return dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    return {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
 
 def train_diffusion(
