@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test lint
+.PHONY: install demo test lint
 
 install: .venv/installed
 
@@ -10,6 +10,9 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel torch triton
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test]'
 	touch $@
+
+demo: install
+	$(BIN)/basinescape demo --out out/demo
 
 lint: install
 	$(BIN)/ruff check .
