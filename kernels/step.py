@@ -91,7 +91,7 @@ def _record(gap: Tensor, state: State) -> None:
 
 def _leave(gap: Tensor, state: State, earliest: int, latest: int | None, drop: float) -> None:
     """Mark the samples for which this step is the transition: d[k-2] > d[k-1] < d[k], deep enough, or the deadline."""
-    recent = state.gaps.gather(1, (state.step[:, None] + torch.tensor([-2, -1], device=gap.device)).clamp_(min=0))
+    recent = state.gaps.gather(1, (state.step[:, None] + torch.arange(-2, 0, device=gap.device)).clamp_(min=0))
     before, last = recent.unbind(1)
     leaves = (before > last) & (last < gap) & (last <= (1 - drop) * state.peak) & (state.step >= earliest)
     if latest is not None:
