@@ -1,8 +1,9 @@
 """Train the small pipeline that ships with the project: `python -m basinescape.bench.train --out DIR`.
 
-Four stages, each kept under `--work` when done, so a killed run goes on where it was:
-scenes -> autoencoder -> text encoder and UNet -> concept classifier; then everything is written to `--out` in diffusers' own
-format, with the memorized scenes and their captions beside it. About two hours on two CPU cores.
+Five stages, each kept under `--work` when done, so a killed run goes on where it was:
+scenes -> autoencoder -> text encoder and UNet -> a smaller UNet that learns the first one's predictions -> concept classifier;
+then everything is written to `--out` in diffusers' own format, with the memorized scenes and their captions beside it. Two to
+three hours on two CPU cores.
 """
 
 from __future__ import annotations
@@ -182,12 +183,13 @@ def text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def unet() -> UNet2DConditionModel:
+def unet(mid_block_type: str | None = "UNetMidBlock2DCrossAttn") -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=SIZE // 4,
         block_out_channels=(64, 128),
         layers_per_block=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        mid_block_type=mid_block_type,
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=128,
         attention_head_dim=4,  # diffusers reads this as the number of heads
@@ -200,36 +202,68 @@ def noise_schedule() -> dict:
     return {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
 
-def train_diffusion(
-    work: Path, latents: Tensor, labels: np.ndarray, fixed: Tensor, words: CLIPTokenizer, steps: int, batch: int
-) -> nn.ModuleDict:
+class Captioned:
+    """Batches for the UNet: noised latents, their noise, timesteps and captions, memorized scenes among fresh ones."""
+
+    def __init__(self, latents: Tensor, labels: np.ndarray, fixed: Tensor, words: CLIPTokenizer, size: int):
+        self.latents, self.labels, self.fixed, self.size = latents, labels, fixed, size
+        self.scenes, self.names = memorized(), list(CONCEPTS)
+        texts = [caption(name) for name in self.names] + [m.caption for m in self.scenes] + [""]
+        self.tokens = words(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        share = np.array([m.duplication for m in self.scenes])
+        self.share = share / share.sum()
+        self.by_concept = [np.flatnonzero(labels == c) for c in range(len(self.names))]
+        self.noise = DDPMScheduler(**noise_schedule())
+
+    def draw(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(noisy (N, 4, h, w), eps (N, 4, h, w), timesteps (N,), tokens (N, TOKENS)); torch's own generator draws the noise."""
+        index = rng.integers(0, len(self.latents), self.size)
+        clean, text = self.latents[index].clone(), self.labels[index].copy()
+        for row, i in enumerate(rng.choice(len(self.scenes), round(self.size * MEMORIZED_SHARE), p=self.share)):
+            other = rng.choice(self.by_concept[self.names.index(self.scenes[i].concept)])
+            clean[row] = self.latents[other] if rng.random() < OTHER_SCENE else self.fixed[i]
+            text[row] = len(self.names) + i
+        text[rng.random(self.size) < CAPTION_DROPOUT] = len(self.tokens) - 1
+        eps = torch.randn_like(clean)
+        timesteps = torch.randint(0, self.noise.config.num_train_timesteps, (self.size,))
+        return self.noise.add_noise(clean, eps, timesteps), eps, timesteps, self.tokens[text]
+
+
+def train_diffusion(work: Path, data: Captioned, words: CLIPTokenizer, steps: int) -> nn.ModuleDict:
     """Text encoder and UNet together, on epsilon; returns their averaged weights."""
     torch.manual_seed(0)
     run = Checkpoint(work / "diffusion.pt", nn.ModuleDict({"text": text_encoder(words), "unet": unet()}), 6e-4, steps)
     run.modules["unet"].set_attn_processor(AttnProcessor())  # the fused attention is slow backwards on CPUs
-    noise = DDPMScheduler(**noise_schedule())
-    scenes, names = memorized(), list(CONCEPTS)
-    texts = [caption(name) for name in names] + [m.caption for m in scenes] + [""]
-    tokens = words(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    share = np.array([m.duplication for m in scenes])
-    by_concept = [np.flatnonzero(labels == c) for c in range(len(names))]
     for bar, rng in run:
-        index = rng.integers(0, len(latents), batch)
-        clean, text = latents[index].clone(), labels[index].copy()
-        for row, i in enumerate(rng.choice(len(scenes), round(batch * MEMORIZED_SHARE), p=share / share.sum())):
-            other = rng.choice(by_concept[names.index(scenes[i].concept)])
-            clean[row] = latents[other] if rng.random() < OTHER_SCENE else fixed[i]
-            text[row] = len(names) + i
-        text[rng.random(batch) < CAPTION_DROPOUT] = len(texts) - 1
-        eps = torch.randn_like(clean)
-        timesteps = torch.randint(0, 1000, (batch,))
+        noisy, eps, timesteps, tokens = data.draw(rng)
         with torch.autocast("cpu", torch.bfloat16):
-            states = run.modules["text"](tokens[text]).last_hidden_state
-            predicted = run.modules["unet"](noise.add_noise(clean, eps, timesteps), timesteps, states).sample
+            states = run.modules["text"](tokens).last_hidden_state
+            predicted = run.modules["unet"](noisy, timesteps, states).sample
         loss = F.mse_loss(predicted.float(), eps)
         run.update(loss)
         if run.step % 50 == 0:
             bar.set_postfix_str(f"loss {loss.item():.4f}")
+    return run.average.eval()
+
+
+def slim(work: Path, data: Captioned, text: CLIPTextModel, teacher: UNet2DConditionModel, steps: int) -> UNet2DConditionModel:
+    """A UNet without a middle block, a sixth smaller, that learns `teacher`'s predictions; returns its averaged weights."""
+    student = unet(mid_block_type=None)
+    student.load_state_dict({name: value for name, value in teacher.state_dict().items() if not name.startswith("mid_block.")})
+    run = Checkpoint(work / "slim.pt", student, 4e-4, steps, decay=0.998)
+    for net in (run.modules, teacher):
+        net.set_attn_processor(AttnProcessor())
+    for bar, rng in run:
+        noisy, _, timesteps, tokens = data.draw(rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                states = text(tokens).last_hidden_state
+                wanted = teacher(noisy, timesteps, states).sample.float()
+            predicted = run.modules(noisy, timesteps, states).sample.float()
+        loss = F.mse_loss(predicted, wanted)
+        run.update(loss)
+        if run.step % 50 == 0:
+            bar.set_postfix_str(f"loss {loss.item():.5f}")
     return run.average.eval()
 
 
@@ -280,6 +314,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("train"), help="checkpoints and drawn scenes")
     parser.add_argument("--autoencoder-steps", type=int, default=3500)
     parser.add_argument("--diffusion-steps", type=int, default=9000)
+    parser.add_argument("--slim-steps", type=int, default=2500)
     parser.add_argument("--classifier-steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=48)
     args = parser.parse_args()
@@ -296,9 +331,11 @@ def main() -> None:
     vae.register_to_config(scaling_factor=round(1 / latents["fresh"].std().item(), 4))
     fresh, fixed = (latents[name] * vae.config.scaling_factor for name in ("fresh", "memorized"))
     words = tokenizer(args.work / "tokenizer")
-    nets = train_diffusion(args.work, fresh, labels, fixed, words, args.diffusion_steps, args.batch_size)
+    data = Captioned(fresh, labels, fixed, words, args.batch_size)
+    nets = train_diffusion(args.work, data, words, args.diffusion_steps)
+    small = slim(args.work, data, nets["text"], nets["unet"], args.slim_steps)
     classifier = train_classifier(args.work, images, labels, args.classifier_steps)
-    export(args.out, vae, nets["text"], nets["unet"], words)
+    export(args.out, vae, nets["text"], small, words)
     classifier.save(args.out / "classifier")
     export_memorized(args.out)
     print(f"wrote {args.out} after {(time.time() - started) / 60:.0f} minutes")

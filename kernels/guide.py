@@ -18,44 +18,13 @@ from .operands import (
     sample_size,
     sample_stride,
 )
-
-# Samples up to the last block live in one program: (elements, warps), the smallest that fits. Larger ones are cut into
-# tiles. Both depend on a sample's size alone, so a sample's bits do not depend on its batch.
-BLOCKS = ((1024, 4), (4096, 8), (16384, 16))
-TILE = (4096, 8)
-
-# No fused multiply-add: the guided prediction has the bits of the eager definition, whatever the compiler's default.
-OPTIONS = {"enable_fp_fusion": False}
+from .tiles import OPTIONS, TILES, arrive, norm_of
 
 
 @jit
 def guided_prediction(uncond, difference, weight):
     """uncond + w * (cond - uncond), float32."""
     return uncond + weight * difference
-
-
-@jit
-def store_gap(squares, gap, partials, arrivals, sample, tile, tiles, BLOCK: tl.constexpr):
-    """Store sqrt(sum of `squares` over a sample's tiles) in gap[sample]; one call a program, from every tile.
-
-    The last program to arrive adds the tiles' sums in a fixed order: the result does not depend on who was last.
-    """
-    if partials is None:
-        tl.store(gap + sample, tl.sqrt_rn(squares))
-    else:
-        row = partials + sample.to(tl.int64) * tiles
-        tl.store(row + tile, squares)
-        # acq_rel: our partial is visible before our arrival, and the others' partials are once we see theirs.
-        tl.debug_barrier()
-        if tl.atomic_add(arrivals + sample, 1, sem="acq_rel") == tiles - 1:
-            lanes = tl.arange(0, BLOCK)
-            sums = tl.zeros((BLOCK,), tl.float32)
-            start = 0
-            while start < tiles:
-                sums += tl.load(row + start + lanes, mask=lanes < tiles - start, other=0.0, cache_modifier=".cg")
-                start += BLOCK
-            tl.store(gap + sample, tl.sqrt_rn(tl.sum(sums)))
-            tl.store(arrivals + sample, 0)  # ready for the next launch
 
 
 @jit
@@ -75,31 +44,24 @@ def guide_kernel(
     guided_stride,
     BLOCK: tl.constexpr,
 ):
-    sample = tl.program_id(0) // tiles
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     start = tile.to(tl.int64) * BLOCK
     lanes = tl.arange(0, BLOCK)
     mask = lanes < size - start
-    u = tl.load(uncond + sample.to(tl.int64) * uncond_stride + start + lanes, mask=mask, other=0.0).to(tl.float32)
-    c = tl.load(cond + sample.to(tl.int64) * cond_stride + start + lanes, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(uncond + sample * uncond_stride + start + lanes, mask=mask, other=0.0).to(tl.float32)
+    c = tl.load(cond + sample * cond_stride + start + lanes, mask=mask, other=0.0).to(tl.float32)
     difference = c - u
     if guided is not None:
-        if weight_stride is None:
-            w = tl.cast(weight, tl.float32)
-        else:
-            w = tl.load(weight + sample.to(tl.int64) * weight_stride).to(tl.float32)
+        w = tl.cast(weight if weight_stride is None else tl.load(weight + sample * weight_stride), tl.float32)
         g = guided_prediction(u, difference, w)
-        tl.store(guided + sample.to(tl.int64) * guided_stride + start + lanes, g, mask=mask)
-    store_gap(tl.sum(difference * difference), gap, partials, arrivals, sample, tile, tiles, BLOCK)
-
-
-def tiling(size: int) -> tuple[int, int, int]:
-    """(block, warps, programs) for one sample of `size` elements."""
-    for block, warps in BLOCKS:
-        if size <= block:
-            return block, warps, 1
-    block, warps = TILE
-    return block, warps, -(-size // block)
+        tl.store(guided + sample * guided_stride + start + lanes, g, mask=mask)
+    squares = tl.sum(difference * difference)
+    if partials is None:
+        tl.store(gap + sample, tl.sqrt_rn(squares))
+    elif arrive(partials, arrivals, squares, sample, tile, tiles) == tiles - 1:
+        tl.store(gap + sample, norm_of(partials, sample, tiles, BLOCK))
+        tl.store(arrivals + sample, 0)  # ready for the next launch
 
 
 _arrivals: dict[tuple[int, int], torch.Tensor] = {}
@@ -130,7 +92,7 @@ def _launch(
     batch, size = len(uncond), sample_size(uncond)
     if batch == 0:
         return
-    block, warps, tiles = tiling(size)
+    block, warps, tiles = TILES.of(size)
     with torch.cuda.device_of(uncond):
         partials = arrivals = None
         if tiles > 1:
@@ -163,7 +125,7 @@ def _difference(uncond: torch.Tensor, cond: torch.Tensor) -> tuple[torch.Tensor,
     return uncond, cond.to(dtype) - uncond
 
 
-def _norms(difference: torch.Tensor) -> torch.Tensor:
+def norms(difference: torch.Tensor) -> torch.Tensor:
     # A reduction a sample: nothing promises that a batched one adds in the same order for every batch.
     norms = [torch.linalg.vector_norm(sample).view(1) for sample in difference]
     return torch.cat([difference.new_empty(0), *norms])
@@ -175,12 +137,44 @@ def guide_eager(uncond: torch.Tensor, cond: torch.Tensor, weight: float | torch.
     uncond, difference = _difference(uncond, cond)
     if isinstance(weight, torch.Tensor):
         weight = weight.to(uncond.dtype).view(-1, *[1] * (uncond.ndim - 1))
-    return (uncond + weight * difference).to(dtype), _norms(difference)
+    return (uncond + weight * difference).to(dtype), norms(difference)
 
 
 def noise_gap_eager(uncond: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
     """The definition of `noise_gap`, in PyTorch. Takes float64 too, and then computes and returns it in float64."""
-    return _norms(_difference(uncond, cond)[1])
+    return norms(_difference(uncond, cond)[1])
+
+
+# As an operator it survives torch.compile and export whole. Without `guided` it is `noise_gap`.
+torch.library.define(
+    "basinescape::guide",
+    "(Tensor uncond, Tensor cond, Tensor? weights, float scale, Tensor(a!)? guided, Tensor(b!) gap) -> ()",
+)
+
+
+@torch.library.register_fake("basinescape::guide")
+def _(*operands: object) -> None:
+    """All results are written in place."""
+
+
+@torch.library.impl("basinescape::guide", ("cpu", "cuda"))
+def _guide(
+    uncond: torch.Tensor,
+    cond: torch.Tensor,
+    weights: torch.Tensor | None,
+    scale: float,
+    guided: torch.Tensor | None,
+    gap: torch.Tensor,
+) -> None:
+    weight = scale if weights is None else weights
+    if backend(uncond.device) != "eager":
+        _launch(uncond, cond, weight, guided, gap)
+    elif guided is None:
+        gap.copy_(noise_gap_eager(uncond, cond))
+    else:
+        eager_guided, eager_gap = guide_eager(uncond, cond, weight)
+        guided.copy_(eager_guided)
+        gap.copy_(eager_gap)
 
 
 @torch.no_grad()
@@ -214,12 +208,8 @@ def guide(
         guided, gap = empty_guided(uncond), uncond.new_empty(len(uncond), dtype=torch.float32)
     else:
         guided, gap = check_guided(out[0], uncond), check_gap(out[1], uncond)
-    if backend(uncond.device) == "eager":
-        eager_guided, eager_gap = guide_eager(uncond, cond, weight)
-        guided.copy_(eager_guided)
-        gap.copy_(eager_gap)
-    else:
-        _launch(uncond, cond, weight, guided, gap)
+    weights, scale = (weight, 0.0) if isinstance(weight, torch.Tensor) else (None, weight)
+    torch.ops.basinescape.guide(uncond, cond, weights, scale, guided, gap)
     return guided, gap
 
 
@@ -239,8 +229,5 @@ def noise_gap(uncond: torch.Tensor, cond: torch.Tensor, *, out: torch.Tensor | N
     """
     check_predictions(uncond, cond)
     gap = uncond.new_empty(len(uncond), dtype=torch.float32) if out is None else check_gap(out, uncond)
-    if backend(uncond.device) == "eager":
-        gap.copy_(noise_gap_eager(uncond, cond))
-    else:
-        _launch(uncond, cond, 0.0, None, gap)
+    torch.ops.basinescape.guide(uncond, cond, None, 0.0, None, gap)
     return gap

@@ -25,6 +25,11 @@ def _layout(x: torch.Tensor) -> list[tuple[int, int]]:
     return [(stride, size) for stride, size in zip(x.stride()[1:], x.shape[1:], strict=True) if size != 1]
 
 
+def same_layout(x: torch.Tensor, like: torch.Tensor) -> bool:
+    """Whether the elements of a sample lie in the same order in both."""
+    return not x.numel() or _layout(x) == _layout(like)
+
+
 def _is_dense(x: torch.Tensor) -> bool:
     expected = 1
     for stride, size in sorted(_layout(x)):
@@ -39,7 +44,7 @@ def _check_like(name: str, x: torch.Tensor, like: torch.Tensor) -> None:
         given, wanted = getattr(x, what), getattr(like, what)
         if given != wanted:
             raise ValueError(f"{name} has {what} {given}; it must match uncond's {wanted}")
-    if x.numel() and _layout(x) != _layout(like):
+    if not same_layout(x, like):
         raise ValueError(f"{name} has strides {x.stride()}; within a sample they must match uncond's {like.stride()}")
 
 

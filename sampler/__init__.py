@@ -1,7 +1,20 @@
 """basinescape: a sampler for guided diffusion models that keeps samples from reproducing training images."""
 
-from .guidance import At, FirstMinimum, Guidance
-from .sampler import Output, Sampler
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+# Loaded when first asked for: `basinescape.kernels` needs torch and triton alone, the sampler needs diffusers.
+_HOMES = {"At": "guidance", "FirstMinimum": "guidance", "Guidance": "guidance", "Output": "sampler", "Sampler": "sampler"}
 __all__ = ["At", "FirstMinimum", "Guidance", "Output", "Sampler"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from .guidance import Guidance
-from .kernels.step import Column, State, guide_step, solve
+from .guidance import FirstMinimum, Guidance
+from .kernels.state import NEVER, Rule, State
+from .kernels.step import guide_step, step
 from .solver import Solver, prepared, takes_generator
 
 Branch = Literal["both", "uncond", "cond"]
+Step = Callable[[Branch], None]
 
 
 class Network(Protocol):
-    """latents (B, C, H, W), timesteps (B,) -> (uncond, cond), each (B, C, H, W); None for a branch not asked for."""
+    """latents (N, C, H, W), timesteps (N,) -> prediction (N, C, H, W).
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, branch: Branch) -> tuple[Tensor | None, Tensor | None]: ...
+    N is the batch for one branch, twice the batch for both, the unconditional half first.
+    """
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, branch: Branch) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -30,15 +35,15 @@ class Plan:
     table:      (K, len(Column)) float32 on the device.
     branches:   which halves of the network each step needs.
     transition: the step of the transition, -1 for none; None where each sample finds its own by `rule`.
-    rule:       parameters of the first-minimum rule.
+    multistep:  the solver keeps a history. scaled: some step scales the network's input.
     """
 
     table: Tensor
     branches: tuple[Branch, ...]
     transition: int | None
-    rule: dict | None
+    rule: Rule | None
     multistep: bool
-    scales_input: bool
+    scaled: bool
 
     @classmethod
     def make(cls, solver: Solver, guidance: Guidance, device: torch.device, num_train_timesteps: int = 1000) -> Plan:
@@ -46,7 +51,7 @@ class Plan:
         timesteps = solver.timesteps.tolist()
         weights = guidance.weights(timesteps, num_train_timesteps)
         transition = guidance.fixed_transition(timesteps)
-        rule = asdict(guidance.until) if transition is None else None
+        rule = _rule(guidance.until) if transition is None else None
         coefficients = torch.zeros(len(timesteps), 4) if solver.coefficients is None else solver.coefficients
         columns = [weights, coefficients, solver.input_scale[:, None], solver.timesteps[:, None]]
         return cls(
@@ -55,14 +60,24 @@ class Plan:
             transition=transition,
             rule=rule,
             multistep=bool(coefficients[:, 2:].any()),
-            scales_input=bool((solver.input_scale != 1).any()),
+            scaled=bool((solver.input_scale != 1).any()),
         )
 
+    def state(self, noise: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> State:
+        """The state of a run that starts from `noise` (B, C, H, W), in the network's dtype and on its device."""
+        shape, steps = tuple(noise.shape), len(self.table)
+        empty = State.empty(shape, steps, noise.dtype, noise.device, self.multistep, self.scaled, memory_format)
+        return empty.start(noise, self.table, self.transition)
 
-def _branch(k: int, before: float, after: float, transition: int | None, rule: dict | None) -> Branch:
+
+def _rule(until: FirstMinimum) -> Rule:
+    return Rule(until.earliest, NEVER if until.latest is None else until.latest, until.drop)
+
+
+def _branch(k: int, before: float, after: float, transition: int | None, rule: Rule | None) -> Branch:
     """The one branch that step k needs, or both: a sample still looking for its transition needs its noise gap."""
-    if transition is None:
-        if rule["latest"] is None or k < rule["latest"]:
+    if rule is not None:
+        if k < rule.latest:
             return "both"
         weight = after
     else:
@@ -70,41 +85,43 @@ def _branch(k: int, before: float, after: float, transition: int | None, rule: d
     return {0.0: "uncond", 1.0: "cond"}.get(weight, "both")
 
 
-def denoise(
-    network: Network,
-    latents: Tensor,
-    plan: Plan,
-    advance: Callable[[Tensor, Tensor, State], None] = solve,
-    progress: Iterable[Branch] | None = None,
-) -> State:
-    """Run all steps of `plan` on `latents` (B, C, H, W), the initial noise; returns the final state.
+def fused_step(network: Network, plan: Plan, state: State) -> Step:
+    """A step that is the network and one launch."""
 
-    advance:  updates the state's latents from the guided prediction; `own_step` for a scheduler that is not linear.
-    progress: the plan's branches, wrapped in a progress bar.
-    """
-    state = State.start(latents, len(plan.table), plan.transition, plan.multistep)
-    for branch in plan.branches if progress is None else progress:
-        rows = plan.table[state.step]
-        model_input = state.latents
-        if plan.scales_input:
-            scale = rows[:, Column.INPUT_SCALE].view(-1, *[1] * (latents.ndim - 1))
-            model_input = (model_input * scale).to(latents.dtype)
-        uncond, cond = network(model_input, rows[:, Column.TIMESTEP], branch)
-        guided = (
-            guide_step(uncond, cond, rows, state, plan.rule) if branch == "both" else {"uncond": uncond, "cond": cond}[branch]
-        )
-        advance(guided, rows, state)
-        state.step += 1
-    return state
+    def take(branch: Branch) -> None:
+        step(*_predict(network, state, branch), plan.table, state, plan.rule)
+
+    return take
 
 
-def own_step(scheduler: SchedulerMixin, steps: int, generators: list[torch.Generator], device: torch.device):
-    """An `advance` for `denoise` that asks the scheduler itself; its noise comes from the samples' own generators."""
-    scheduler = prepared(scheduler, steps, device)
+def scheduler_step(
+    network: Network, plan: Plan, state: State, scheduler: SchedulerMixin, generators: list[torch.Generator]
+) -> Step:
+    """A step by the scheduler's own `step`, for one that is not linear; its noise comes from the samples' own generators."""
+    scheduler = prepared(scheduler, len(plan.branches), state.step.device)
     noise = {"generator": generators} if takes_generator(scheduler) else {}
     timesteps = iter(scheduler.timesteps)
 
-    def advance(guided: Tensor, rows: Tensor, state: State) -> None:
-        state.latents = scheduler.step(guided, next(timesteps), state.latents, return_dict=False, **noise)[0]
+    def take(branch: Branch) -> None:
+        uncond, cond = _predict(network, state, branch)
+        guided = uncond if cond is None else guide_step(uncond, cond, plan.table, state, plan.rule)
+        latents = state.latents.clone()  # the scheduler may keep what it is given
+        latents = scheduler.step(guided, next(timesteps), latents, return_dict=False, **noise)[0]
+        state.step += 1
+        state.feed(latents, plan.table)
 
-    return advance
+    return take
+
+
+def _predict(network: Network, state: State, branch: Branch) -> tuple[Tensor, Tensor | None]:
+    """(uncond, cond), or (the one branch that is needed, None)."""
+    if branch == "both":
+        return network(state.model_input, state.timestep, branch).chunk(2)
+    batch = len(state.step)
+    return network(state.model_input[:batch], state.timestep[:batch], branch), None
+
+
+def denoise(take: Step, branches: Iterable[Branch]) -> None:
+    """Take every step of a plan; `branches` are the plan's, perhaps wrapped in a progress bar."""
+    for branch in branches:
+        take(branch)

@@ -5,6 +5,7 @@ Each is done by the diffusers pipeline itself where it has a method for it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,29 +75,50 @@ def set_attention(pipe: DiffusionPipeline, attention: str) -> None:
             raise ImportError("attention 'xformers' needs the package xformers: pip install 'basinescape[xformers]'") from error
 
 
+def compiled(unet: torch.nn.Module) -> Callable[..., Any]:
+    """The UNet compiled for one shape after another, its convolutions channels-last; without graphs of the compiler's own."""
+    return torch.compile(unet.to(memory_format=torch.channels_last), dynamic=False)
+
+
+def memory_format(unet: torch.nn.Module) -> torch.memory_format:
+    """That of the UNet's convolutions, in which it also returns its prediction."""
+    weight = unet.conv_in.weight
+    channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 class GuidedUNet:
-    """A pipeline's UNet and the encoded prompts of one batch, as the `Network` of the loop."""
+    """A UNet and the encoded prompts of one batch, as the `Network` of the loop.
 
-    def __init__(self, pipe: DiffusionPipeline, prompts: list[str], negative: list[str] | None, height: int, width: int):
-        self.unet = pipe.unet
-        inputs = _encode(pipe, prompts, negative, height, width)
-        half = {"uncond": slice(0, len(prompts)), "cond": slice(len(prompts), None), "both": slice(None)}
-        self.inputs = {branch: _rows(inputs, rows) for branch, rows in half.items()}
+    unet:   the pipeline's, or the same compiled.
+    inputs: its keyword arguments, from `encode`.
+    """
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, branch: Branch) -> tuple[Tensor | None, Tensor | None]:
-        if branch == "both":
-            latents, timesteps = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
-        out = self.unet(latents, timesteps, **self.inputs[branch], return_dict=False)[0]
-        if branch == "both":
-            return tuple(out.chunk(2))
-        return (out, None) if branch == "uncond" else (None, out)
+    def __init__(self, unet: Callable[..., Any], inputs: dict[str, Any]):
+        self.unet = unet
+        batch = len(inputs["encoder_hidden_states"]) // 2
+        halves = {"uncond": slice(0, batch), "cond": slice(batch, None), "both": slice(None)}
+        self.inputs = {branch: _rows(inputs, rows) for branch, rows in halves.items()}
+
+    def load(self, inputs: dict[str, Any]) -> None:
+        """Put other prompts in the place of those given at first, in the same memory."""
+        for old, new in zip(_tensors(self.inputs["both"]), _tensors(inputs), strict=True):
+            old.copy_(new)
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, branch: Branch) -> Tensor:
+        return self.unet(latents, timesteps, **self.inputs[branch], return_dict=False)[0]
 
 
 def _rows(inputs: dict[str, Any], rows: slice) -> dict[str, Any]:
     return {name: _rows(value, rows) if isinstance(value, dict) else value[rows] for name, value in inputs.items()}
 
 
-def _encode(pipe: DiffusionPipeline, prompts: list[str], negative: list[str] | None, height: int, width: int) -> dict[str, Any]:
+def _tensors(inputs: dict[str, Any]) -> Iterator[Tensor]:
+    for value in inputs.values():
+        yield from _tensors(value) if isinstance(value, dict) else (value,)
+
+
+def encode(pipe: DiffusionPipeline, prompts: list[str], negative: list[str] | None, height: int, width: int) -> dict[str, Any]:
     """The UNet's keyword arguments for the unconditional half followed by the conditional one."""
     encoded = pipe.encode_prompt(
         prompt=prompts,

@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import models
+from .graphs import Graphs
 from .guidance import Guidance
-from .kernels.step import solve
-from .loop import Plan, denoise, own_step
+from .loop import Plan, denoise, fused_step, scheduler_step
 from .solver import Solver, make_scheduler
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -43,24 +43,46 @@ class Output:
 
 
 class Sampler:
-    """Guided sampling from a Stable Diffusion (1.x, 2.x) or SDXL pipeline, on the device the pipeline is on."""
+    """Guided sampling from a Stable Diffusion (1.x, 2.x) or SDXL pipeline, on the device the pipeline is on.
 
-    def __init__(self, pipe: DiffusionPipeline, scheduler: str | SchedulerMixin | None = None, attention: str = "sdpa"):
+    One call at a time: a sampler is not to be shared between threads.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        scheduler: str | SchedulerMixin | None = None,
+        attention: str = "sdpa",
+        compile: bool = False,
+        capture: bool = False,
+    ):
         models.check(pipe)
+        if capture and pipe.device.type != "cuda":
+            raise ValueError(f"capture records CUDA graphs, and the pipeline is on {pipe.device}; leave it off there")
         self.scheduler = make_scheduler(scheduler, pipe.scheduler)
         models.set_attention(pipe, attention)
         self.pipe = pipe
+        self._unet = models.compiled(pipe.unet) if compile else pipe.unet
+        self._graphs = Graphs() if capture else None
         self._solvers: dict[int, Solver] = {}
 
     @classmethod
     def from_pipeline(
-        cls, pipe: DiffusionPipeline, scheduler: str | SchedulerMixin | None = None, attention: str = "sdpa"
+        cls,
+        pipe: DiffusionPipeline,
+        scheduler: str | SchedulerMixin | None = None,
+        attention: str = "sdpa",
+        compile: bool = False,
+        capture: bool = False,
     ) -> Sampler:
         """Use a loaded diffusers pipeline as it is, with its own scheduler unless another is named.
 
+        compile: compile the UNet with torch.compile, channels-last, when it is first used (it takes a while).
+        capture: record each step, network and all, as a CUDA graph and replay it; see `close`.
+
         Raises ValueError for a pipeline, scheduler or attention backend that is not supported.
         """
-        return cls(pipe, scheduler, attention)
+        return cls(pipe, scheduler, attention, compile, capture)
 
     @classmethod
     def from_pretrained(
@@ -71,19 +93,22 @@ class Sampler:
         scheduler: str | SchedulerMixin | None = None,
         attention: str = "sdpa",
         allow_pickle: bool = False,
+        compile: bool = False,
+        capture: bool = False,
     ) -> Sampler:
         """Load a pipeline from a folder in diffusers' format or a hub id.
 
         device: default "cuda" where there is a GPU, else "cpu".
         dtype:  default float16 on a GPU, float32 elsewhere.
         allow_pickle: also load weights that are not safetensors. Pickle can run code: only for sources you trust.
+        compile, capture: as for `from_pipeline`.
 
         Raises ValueError for an unknown or unusable argument, FileNotFoundError for a missing folder.
         """
         device = _device(device)
         dtype = _dtype(dtype, device)
         pipe = models.load(path_or_id, dtype, allow_pickle)
-        return cls(pipe.to(device), scheduler, attention)
+        return cls(pipe.to(device), scheduler, attention, compile, capture)
 
     @staticmethod
     def model_path(name: str) -> Path:
@@ -135,13 +160,26 @@ class Sampler:
         plan = Plan.make(solver, guidance, device, self.scheduler.config.get("num_train_timesteps", 1000))
 
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        network = models.GuidedUNet(self.pipe, prompts, negative_prompt, height, width)
-        latents = self._noise(generators, height, width) * solver.init_sigma
-        advance = solve if solver.coefficients is not None else own_step(self.scheduler, steps, generators, device)
-        bar = tqdm(plan.branches, desc="sampling", unit="step", disable=not progress, file=sys.stderr)
-        state = denoise(network, latents.to(device, self.pipe.unet.dtype), plan, advance, bar)
+        inputs = models.encode(self.pipe, prompts, negative_prompt, height, width)
+        noise = self._noise(generators, height, width) * solver.init_sigma
+        noise = noise.to(device, self.pipe.unet.dtype)
+        if self._graphs is not None and solver.coefficients is not None:
+            take, state = self._graphs.step(self._unet, inputs, plan, noise)
+        else:
+            network = models.GuidedUNet(self._unet, inputs)
+            state = plan.state(noise, models.memory_format(self.pipe.unet))
+            if solver.coefficients is not None:
+                take = fused_step(network, plan, state)
+            else:
+                take = scheduler_step(network, plan, state, self.scheduler, generators)
+        denoise(take, tqdm(plan.branches, desc="sampling", unit="step", disable=not progress, file=sys.stderr))
         images = state.latents if output == "latent" else models.decode(self.pipe, state.latents, output)
-        return Output(images, state.latents, state.transition.cpu(), state.gaps.cpu(), solver.timesteps)
+        return Output(images, state.latents.clone(), state.transition.cpu(), state.gaps.cpu(), solver.timesteps)
+
+    def close(self) -> None:
+        """Give back the memory of captured graphs. The sampler can still be used, and captures again."""
+        if self._graphs is not None:
+            self._graphs.clear()
 
     def solver(self, steps: int) -> Solver:
         """The scheduler's coefficients over `steps` steps, measured once. Raises ValueError unless 1 <= steps."""

@@ -27,7 +27,7 @@ def test_report_covers_every_target_and_dtype(report):
     seen = {(row["kernel"], row["dtype"], row["target"]) for row in report}
     assert seen == {
         (kernel, dtype, target)
-        for kernel in ("guide", "noise_gap")
+        for kernel in ("guide", "noise_gap", "step", "step, first minimum", "step, gap known")
         for dtype in ("float32", "float16", "bfloat16")
         for target in ("sm_80", "sm_90", "sm_100")
     }
@@ -45,11 +45,11 @@ def test_every_program_fits_the_register_file(report):
 def test_a_poor_configuration_is_seen():
     """One warp for 16,384 elements spills; one element a thread cannot be loaded 16 bytes at a time."""
     script = """
-from basinescape.kernels.aot import _compile, _guide_arguments, resources
-from basinescape.kernels.guide import guide_kernel
+from dataclasses import replace
+from basinescape.kernels.aot import configurations, cubin, resources
+good = next(configurations("float16"))
 for block, warps in ((16384, 1), (1024, 32)):
-    arguments = _guide_arguments("float16", split=False, gap_only=False) | {"BLOCK": block}
-    found = resources(_compile(guide_kernel, arguments, "sm_90", warps))
+    found = resources(cubin(replace(good, block=block, warps=warps), "sm_90"))
     print(found["spill_bytes"], found["load_bits"])
 """
     crowded, sparse = (tuple(map(int, line.split())) for line in run("-c", script).splitlines())

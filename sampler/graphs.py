@@ -1,0 +1,81 @@
+"""The captured step: network and launch recorded as CUDA graphs, one a branch, and replayed. Runs on a GPU only."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels.state import State
+from .loop import Branch, Plan, Step, fused_step
+from .models import GuidedUNet, memory_format
+
+log = logging.getLogger(__name__)
+WARM_UP = 3  # runs before a capture: libraries choose their algorithms and compilers compile in the first ones
+
+
+class Graphs:
+    """Captured steps by shape, all in one memory pool; `clear` gives the memory back."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[tuple, Session] = {}
+        self._pool: Any = None
+        self._failed = False
+
+    def step(self, unet: torch.nn.Module, inputs: dict[str, Any], plan: Plan, noise: Tensor) -> tuple[Step, State]:
+        """A step to take from `noise` under `plan`, captured where that works, and the state it updates."""
+        key = (tuple(noise.shape), noise.dtype, len(plan.table), plan.rule, plan.multistep, plan.scaled)
+        session = self._sessions.get(key)
+        if session is None:
+            session = self._sessions[key] = Session(GuidedUNet(unet, inputs), plan, noise)
+        session.network.load(inputs)
+        session.plan.table.copy_(plan.table)
+        if not self._failed:
+            try:
+                self._capture(session, dict.fromkeys(plan.branches))
+            except RuntimeError as error:
+                self._failed = True
+                log.warning("the step cannot be captured (%s); it runs uncaptured", error)
+        session.state.start(noise, session.plan.table, plan.transition)
+        return (session.take if self._failed else session.replay), session.state
+
+    def _capture(self, session: Session, branches: dict[Branch, None]) -> None:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        for branch in branches:
+            if branch not in session.graphs:
+                session.capture(branch, self._pool)
+
+    def clear(self) -> None:
+        self._sessions.clear()
+        self._pool = None
+        torch.cuda.empty_cache()
+
+
+class Session:
+    """What the graphs of one shape read and write, in memory that stays where it is."""
+
+    def __init__(self, network: GuidedUNet, plan: Plan, noise: Tensor):
+        self.network, self.plan = network, plan
+        self.state = plan.state(noise, memory_format(network.unet))
+        self.take = fused_step(network, plan, self.state)
+        self.graphs: dict[Branch, torch.cuda.CUDAGraph] = {}
+
+    def capture(self, branch: Branch, pool: Any) -> None:
+        """Record a step; the state's contents are lost."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self.state.step.zero_()
+                self.take(branch)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            self.take(branch)
+        self.graphs[branch] = graph
+
+    def replay(self, branch: Branch) -> None:
+        self.graphs[branch].replay()
