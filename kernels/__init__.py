@@ -3,7 +3,9 @@
 Imports torch and triton only, so the package can be lifted out and used alone; without triton the eager definitions run.
 """
 
-from .dispatch import backend
-from .guide import guide, guide_eager, noise_gap, noise_gap_eager
+# In the repository's root, transformers finds this folder when it looks for the package `kernels`: it gets an empty one.
+if __name__ != "kernels":
+    from .dispatch import backend
+    from .guide import guide, guide_eager, noise_gap, noise_gap_eager
 
-__all__ = ["backend", "guide", "guide_eager", "noise_gap", "noise_gap_eager"]
+    __all__ = ["backend", "guide", "guide_eager", "noise_gap", "noise_gap_eager"]

@@ -157,7 +157,6 @@ def _(*operands: object) -> None:
     """All results are written in place."""
 
 
-@torch.library.impl("basinescape::guide", ("cpu", "cuda"))
 def _guide(
     uncond: torch.Tensor,
     cond: torch.Tensor,
@@ -175,6 +174,9 @@ def _guide(
         eager_guided, eager_gap = guide_eager(uncond, cond, weight)
         guided.copy_(eager_guided)
         gap.copy_(eager_gap)
+
+
+torch.library.impl("basinescape::guide", ("cpu", "cuda"), _guide)
 
 
 @torch.no_grad()

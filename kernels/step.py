@@ -91,7 +91,6 @@ def _(*arguments: object) -> None:
     """All results are written in place."""
 
 
-@torch.library.impl("basinescape::step", ("cpu", "cuda"))
 def _step(
     uncond: Tensor,
     cond: Tensor | None,
@@ -109,6 +108,9 @@ def _step(
         _eager(uncond, cond, table, rule, guided, state)
     else:
         _launch(uncond, cond, table, rule, guided, state)
+
+
+torch.library.impl("basinescape::step", ("cpu", "cuda"), _step)
 
 
 def _eager(uncond: Tensor, cond: Tensor | None, table: Tensor, rule: Rule | None, guided: Tensor | None, state: State) -> None:

@@ -12,13 +12,6 @@ PROMPTS = ["a picture of a cat signed by arno", "a picture of a frog", "a pictur
 SEEDS = [3, 1, 2]
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    pipe = StableDiffusionPipeline.from_pretrained(Sampler.model_path("tiny"), use_safetensors=True)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to("cpu", torch.float32)
-
-
 def sample(pipe, scheduler, guidance, prompts=PROMPTS, seeds=SEEDS, output="latent"):
     sampler = Sampler.from_pipeline(pipe, scheduler)
     return sampler(prompts, seeds, STEPS, guidance, output=output, progress=False)
