@@ -10,7 +10,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=["basinescape", "basinescape.kernels", "basinescape.bench"],
+    packages=["basinescape", "basinescape.kernels", "basinescape.bench", "basinescape.bench.methods"],
     package_dir={"basinescape": "sampler", "basinescape.kernels": "kernels", "basinescape.bench": "bench"},
     package_data={"basinescape.bench": ["tiny/**/*", "tiny/*"]},
     install_requires=[
@@ -28,6 +28,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest", "pytest-benchmark", "hypothesis", "ruff"],
+        "evaluate": ["faiss-cpu", "onnxruntime", "pyyaml", "scikit-learn", "torchmetrics"],
         "xformers": ["xformers"],
     },
     entry_points={"console_scripts": ["basinescape=basinescape.bench.cli:main"]},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from . import models
 from .graphs import Graphs
 from .guidance import Guidance
-from .loop import Plan, denoise, fused_step, scheduler_step
+from .loop import Network, Plan, denoise, fused_step, scheduler_step
 from .solver import Solver, make_scheduler
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -132,6 +132,7 @@ class Sampler:
         width: int | None = None,
         output: str = "pil",
         progress: bool = True,
+        wrap: Callable[[models.GuidedUNet], Network] | None = None,
     ) -> Output:
         """Sample one image a prompt, all in one batch.
 
@@ -139,6 +140,8 @@ class Sampler:
                 settings) alone, never on the batch it is made in.
         height, width: pixels; default the model's own size.
         output: "pil", "np", "pt" or "latent", with diffusers' meaning.
+        wrap:   makes of the UNet and its encoded prompts the network to sample from, for methods that change either. Such a
+                network is not captured.
 
         Raises ValueError, before any work, for arguments that are not as described.
         """
@@ -163,10 +166,11 @@ class Sampler:
         inputs = models.encode(self.pipe, prompts, negative_prompt, height, width)
         noise = self._noise(generators, height, width) * solver.init_sigma
         noise = noise.to(device, self.pipe.unet.dtype)
-        if self._graphs is not None and solver.coefficients is not None:
+        if self._graphs is not None and solver.coefficients is not None and wrap is None:
             take, state = self._graphs.step(self._unet, inputs, plan, noise)
         else:
             network = models.GuidedUNet(self._unet, inputs)
+            network = network if wrap is None else wrap(network)
             state = plan.state(noise, models.memory_format(self.pipe.unet))
             if solver.coefficients is not None:
                 take = fused_step(network, plan, state)

@@ -1,0 +1,73 @@
+"""Cross-attention re-weighted: the prompt's first token gets more of it, the tokens after its last word none.
+
+Ren et al., "Unveiling and Mitigating Memorization in Text-to-image Diffusion Models through Cross Attention", ECCV 2024,
+https://arxiv.org/abs/2403.11052, section 5: at inference the logits of the beginning token are multiplied by BEGINNING and
+those of the summary tokens (the end of the text and the padding) are masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from basinescape import Guidance, Output, Sampler
+from basinescape.models import GuidedUNet
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor
+
+from .padding import words_mask
+
+BEGINNING = 1.25
+
+
+class Reweighted:
+    """Attention processor; `words` (N, T) are the rows' tokens that may be looked at, None for rows left as they are."""
+
+    words: Tensor | None = None
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **rest) -> Tensor:
+        if encoder_hidden_states is None or self.words is None:
+            return AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, **rest)
+        query, key, value = (
+            layer(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for layer, states in (
+                (attn.to_q, hidden_states),
+                (attn.to_k, encoder_hidden_states),
+                (attn.to_v, encoder_hidden_states),
+            )
+        )
+        logits = query @ key.transpose(-1, -2) * attn.scale
+        cond = self.words.any(dim=1) & ~self.words.all(dim=1)
+        factor = torch.ones_like(self.words, dtype=logits.dtype)
+        factor[cond, 0] = BEGINNING
+        logits = (logits * factor[:, None, None]).masked_fill(~self.words[:, None, None], -torch.inf)
+        out = (F.softmax(logits, dim=-1) @ value).transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def method(guidance: Guidance):
+    def sample(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Output:
+        unet, processor = sampler.pipe.unet, Reweighted()
+        own = dict(unet.attn_processors)
+
+        def wrap(network: GuidedUNet):
+            words = words_mask(sampler, prompts)
+            words = words & words.roll(-1, dims=1)  # without the end of the text
+            words[:, -1] = False
+            words = words.to(network.inputs["both"]["encoder_hidden_states"].device)
+            rows = {"uncond": None, "cond": words, "both": torch.cat([torch.ones_like(words), words])}
+
+            def predict(latents: Tensor, timesteps: Tensor, branch: str) -> Tensor:
+                processor.words = rows[branch]
+                return network(latents, timesteps, branch)
+
+            return predict
+
+        unet.set_attn_processor({name: processor if "attn2" in name else old for name, old in own.items()})
+        try:
+            return sampler(prompts, seeds, steps, guidance, progress=False, wrap=wrap)
+        finally:
+            unet.set_attn_processor(own)
+
+    return sample

@@ -1,0 +1,46 @@
+"""Prompts with something added, which a memorized caption does not survive word for word.
+
+Somepalli et al., "Understanding and Mitigating Copying in Diffusion Models", NeurIPS 2023, https://arxiv.org/abs/2305.20086,
+section 6: random tokens or numbers put at random places, and words of the caption repeated at random places.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+from basinescape import Guidance, Output, Sampler
+
+ADDED = 4
+Words = Callable[[random.Random, list[str], list[str]], str]  # (rng, words of the caption, vocabulary) -> a word to put in
+
+
+def random_words(rng: random.Random, caption: list[str], vocabulary: list[str]) -> str:
+    return rng.choice(vocabulary)
+
+
+def random_numbers(rng: random.Random, caption: list[str], vocabulary: list[str]) -> str:
+    return str(rng.randrange(1_000_000))
+
+
+def repeated_words(rng: random.Random, caption: list[str], vocabulary: list[str]) -> str:
+    return rng.choice(caption)
+
+
+def augmented(prompt: str, seed: int, word: Words, vocabulary: list[str]) -> str:
+    """`prompt` with ADDED words put at random places, a function of the arguments alone."""
+    rng, words = random.Random(f"{seed} {prompt}"), prompt.split()
+    caption = list(words)
+    for _ in range(ADDED):
+        words.insert(rng.randrange(len(words) + 1), word(rng, caption, vocabulary))
+    return " ".join(words)
+
+
+def method(guidance: Guidance, word: Words):
+    def sample(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Output:
+        tokens = sampler.pipe.tokenizer.get_vocab()
+        vocabulary = sorted(token.removesuffix("</w>") for token in tokens if token.endswith("</w>") and len(token) > 6)
+        changed = [augmented(prompt, seed, word, vocabulary) for prompt, seed in zip(prompts, seeds, strict=True)]
+        return sampler(changed, seeds, steps, guidance, progress=False)
+
+    return sample

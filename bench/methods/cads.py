@@ -1,0 +1,55 @@
+"""CADS, condition-annealed sampling: noise on the prompt's embedding, less of it as sampling goes on.
+
+Sadat et al., ICLR 2024, https://arxiv.org/abs/2310.17347, equations 3 to 5 and algorithm 1:
+
+    y' = sqrt(gamma(t)) * y + s * sqrt(1 - gamma(t)) * n,   gamma = 1 up to TAU_1, 0 from TAU_2 on, linear between
+
+rescaled to the mean and standard deviation of y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from basinescape import Guidance, Output, Sampler
+from basinescape.models import GuidedUNet
+from torch import Tensor
+
+TAU_1, TAU_2, SCALE = 0.6, 0.9, 0.25  # of the noise time 0..1
+
+
+def gamma(time: float) -> float:
+    return min(max((TAU_2 - time) / (TAU_2 - TAU_1), 0.0), 1.0)
+
+
+def annealed(states: Tensor, noise: Tensor, share: float) -> Tensor:
+    """`states` (B, T, D), of which `share` is kept and the rest is `noise`, with its own mean and deviation."""
+    mixed = share**0.5 * states + SCALE * (1 - share) ** 0.5 * noise
+    dims = (1, 2)
+    mean, std = mixed.mean(dims, keepdim=True), mixed.std(dims, keepdim=True)
+    return (mixed - mean) / std * states.std(dims, keepdim=True) + states.mean(dims, keepdim=True)
+
+
+def method(guidance: Guidance):
+    def sample(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Output:
+        timesteps = iter(sampler.solver(steps).timesteps.tolist())
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        train_steps = sampler.scheduler.config.num_train_timesteps
+
+        def wrap(network: GuidedUNet):
+            batch = len(seeds)
+            states = network.inputs["both"]["encoder_hidden_states"]
+            clean = states[batch:].clone()
+
+            def predict(latents: Tensor, told: Tensor, branch: str) -> Tensor:
+                share = gamma(next(timesteps) / train_steps)
+                noise = torch.stack([torch.randn(clean.shape[1:], generator=generator) for generator in generators])
+                states[batch:] = annealed(clean, noise.to(clean), share) if share < 1 else clean
+                return network(latents, told, branch)
+
+            return predict
+
+        return sampler(prompts, seeds, steps, guidance, progress=False, wrap=wrap)
+
+    return sample

@@ -1,0 +1,71 @@
+"""The prompt's embedding changed, before sampling, until the noise gap of the first step is an ordinary one.
+
+Wen et al., "Detecting, Explaining, and Mitigating Memorization in Diffusion Models", ICLR 2024,
+https://arxiv.org/abs/2407.21720, section 5.1: Adam on the embedding, at the first timestep, down to a target gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from basinescape import Guidance, Output, Sampler
+from basinescape.models import GuidedUNet
+from torch import Tensor
+
+RATE, ITERATIONS = 0.05, 10
+TARGET = 0.5  # of the gap that the prompt begins with
+
+
+def optimised(network: GuidedUNet, latents: Tensor, timesteps: Tensor) -> Tensor:
+    """The conditional embedding (B, T, D) after at most ITERATIONS steps; each sample stops at its own target."""
+    inputs = network.inputs["cond"]
+    with torch.inference_mode(False), torch.enable_grad():
+        states = inputs["encoder_hidden_states"].clone().requires_grad_()
+        latents, timesteps = latents.clone(), timesteps.clone()
+        uncond = network(latents, timesteps, "uncond").detach().clone()
+        optimiser = torch.optim.Adam([states], lr=RATE)
+        target = None
+        for _ in range(ITERATIONS):
+            cond = network.unet(latents, timesteps, **{**inputs, "encoder_hidden_states": states}, return_dict=False)[0]
+            gaps = (cond - uncond).flatten(1).norm(dim=1)
+            target = TARGET * gaps.detach() if target is None else target
+            waiting = gaps > target
+            if not waiting.any():
+                break
+            optimiser.zero_grad()
+            gaps[waiting].sum().backward()
+            before = states.detach().clone()
+            optimiser.step()
+            with torch.no_grad():
+                states[~waiting] = before[~waiting]
+        return states.detach()
+
+
+def method(guidance: Guidance):
+    def sample(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Output:
+        parameters = [p for p in sampler.pipe.unet.parameters() if p.requires_grad]
+
+        def wrap(network: GuidedUNet):
+            first = True
+
+            def predict(latents: Tensor, timesteps: Tensor, branch: str) -> Tensor:
+                nonlocal first
+                if first:
+                    batch = len(seeds)
+                    states = network.inputs["both"]["encoder_hidden_states"]
+                    states[batch:] = optimised(network, latents[:batch], timesteps[:batch])
+                    first = False
+                return network(latents, timesteps, branch)
+
+            return predict
+
+        for parameter in parameters:
+            parameter.requires_grad_(False)  # the embedding's gradient is all that is needed
+        try:
+            return sampler(prompts, seeds, steps, guidance, progress=False, wrap=wrap)
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+
+    return sample

