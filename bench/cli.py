@@ -83,12 +83,37 @@ def demo(out: Annotated[Path, typer.Option(help="folder for the table and the pi
 
 
 @app.command()
+def evaluate(
+    out: Annotated[Path, typer.Option(help="folder for results.jsonl, table.csv and the images")],
+    scenario: Annotated[str, typer.Option(help="tiny, 1, 2, 3, 4, or a .yaml file")] = "tiny",
+    methods: Annotated[str, typer.Option(help="names with commas between, or 'all'")] = "all",
+    seeds: Annotated[int, typer.Option(help="images a prompt")] = 4,
+    limit: Annotated[int | None, typer.Option(help="only the first prompts of each group")] = None,
+    batch_size: Annotated[int, typer.Option(help="images sampled together")] = 16,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda where there is a GPU")] = None,
+    progress: Annotated[bool, typer.Option(help="show a progress bar")] = True,
+) -> None:
+    """Measure memorization: every method on every prompt of a scenario."""
+    from basinescape.kernels.aot import aligned
+
+    from . import scenario as scenarios
+    from .evaluate import evaluate
+    from .methods import table
+
+    chosen = scenarios.load(scenario)
+    names = list(table(chosen.scale, chosen.transition)) if methods == "all" else methods.split(",")
+    rows = evaluate(chosen, names, out, seeds, limit, batch_size, dtype, device, progress)
+    typer.echo(aligned(rows))
+
+
+@app.command()
 def aot(json: Annotated[Path | None, typer.Option(help="also write the rows as JSON")] = None) -> None:
     """Compile every kernel for sm_80, sm_90 and sm_100, without a GPU, and read registers, spills and loads off the code."""
-    from basinescape.kernels import aot
+    from basinescape.kernels.aot import aligned, report
 
-    rows = aot.report()
-    typer.echo(aot.table(rows))
+    rows = report()
+    typer.echo(aligned(rows))
     if json:
         json.write_text(dumps(rows, indent=1) + "\n")
 
@@ -99,7 +124,7 @@ def main() -> None:
     _quieten()
     try:
         app()
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         typer.echo(f"basinescape: {error}".replace("\n", " "), err=True)
         sys.exit(2)
 

@@ -173,8 +173,8 @@ def report(targets: Sequence[str] = TARGETS) -> list[dict[str, object]]:
     return list(rows(targets))
 
 
-def table(found: Sequence[dict[str, object]]) -> str:
-    """A report as aligned text, a heading and a line a row."""
+def aligned(found: Sequence[dict[str, object]]) -> str:
+    """Rows of equal keys as aligned text, a heading and a line a row."""
     cells = [list(found[0]), *([str(value) for value in row.values()] for row in found)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows as JSON")
     args = parser.parse_args()
     found = report()
-    print(table(found))
+    print(aligned(found))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -94,17 +94,24 @@ def describe(
 ) -> dict[str, Any]:
     """Every setting and version that is needed to make a run again: the contents of run.json."""
     prompts = json.dumps([asdict(job) for job in jobs]).encode()
-    packages = ("basinescape", "torch", "triton", "diffusers", "transformers", "xformers")
     return {
         "model": model,
         "guidance": guidance.to_dict(),
         "steps": steps,
         "negative_prompt": negative_prompt,
+        "prompts": len(jobs),
+        "prompts_sha256": hashlib.sha256(prompts).hexdigest(),
+        **settings_of(sampler),
+    }
+
+
+def settings_of(sampler: Sampler) -> dict[str, Any]:
+    """What a run's images owe to the sampler and to the versions of what it is built on."""
+    packages = ("basinescape", "torch", "triton", "diffusers", "transformers", "xformers")
+    return {
         "scheduler": {"class": type(sampler.scheduler).__name__, **_plain(dict(sampler.scheduler.config))},
         "dtype": str(sampler.pipe.unet.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name() if sampler.pipe.device.type == "cuda" else sampler.pipe.device.type,
-        "prompts": len(jobs),
-        "prompts_sha256": hashlib.sha256(prompts).hexdigest(),
         "versions": {"python": platform.python_version()} | {name: found for name in packages if (found := _version(name))},
     }
 
@@ -121,8 +128,8 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def open_folder(out: str | Path, run: dict[str, Any]) -> set[str]:
-    """Make `out` ready for `run` and return the ids that are finished there.
+def open_folder(out: str | Path, run: dict[str, Any]) -> None:
+    """Make `out` ready for `run`, new or to be gone on with.
 
     Raises ValueError where `out` holds anything but this same run, before anything is written.
     """
@@ -133,14 +140,17 @@ def open_folder(out: str | Path, run: dict[str, Any]) -> set[str]:
         differs = [name for name in run if earlier.get(name) != run[name]]
         if differs:
             raise ValueError(f"output folder {str(out)!r} holds another run (its {', '.join(differs)} differ): choose another")
-        manifest = out / "manifest.jsonl"
-        lines = manifest.read_text(encoding="utf-8").splitlines() if manifest.is_file() else []
-        return {entry["id"] for entry in map(_entry, lines) if entry and entry["status"] == "ok"}
+        return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"output folder {str(out)!r} is not empty and holds no run of this program: choose another")
     (out / "images").mkdir(parents=True)
     _write(record, json.dumps(run, indent=2) + "\n")
-    return set()
+
+
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON Lines file, none where there is no file; one that was cut off by a kill is passed over."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [entry for entry in map(_entry, lines) if entry]
 
 
 def _entry(line: str) -> dict[str, Any] | None:
@@ -178,7 +188,8 @@ def generate(
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
     guidance.weights(sampler.solver(steps).timesteps.tolist())  # raises for a table of another length
-    finished = open_folder(out, describe(sampler, model, jobs, guidance, steps, negative_prompt))
+    open_folder(out, describe(sampler, model, jobs, guidance, steps, negative_prompt))
+    finished = {entry["id"] for entry in read_entries(Path(out) / "manifest.jsonl") if entry["status"] == "ok"}
     waiting = [job for job in jobs if job.id not in finished]
     settings = {"steps": steps, "guidance": guidance, "negative_prompt": negative_prompt, "progress": False}
     written = []
