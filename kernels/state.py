@@ -145,9 +145,24 @@ class State:
             torch.mul(self.apart, scale, out=self.model_input[:batch])
             self.model_input[batch:].copy_(self.model_input[:batch])
 
+    def select(self, index: Tensor) -> State:
+        """The state of some samples alone, `index` (N,) int64, in memory of its own."""
+        batch = len(self.step)
+        chosen = {name: value if value is None else value[index] for name, value in vars(self).items() if name in ROWWISE}
+        doubled = torch.cat([index, index + batch])
+        return State(
+            model_input=self.model_input[doubled],
+            timestep=self.timestep[doubled],
+            scratch=None if self.scratch is None else self.scratch[:, index],
+            **chosen,
+        )
+
     def rows(self, table: Tensor) -> Tensor:
         """(B, len(Column)) float32, the table's row of each sample's step; the last one for samples that are done."""
         return table[self.step.clamp(max=len(table) - 1)]
+
+
+ROWWISE = ("apart", "history", "step", "transition", "gaps", "peak", "partials", "arrivals")
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -88,6 +88,21 @@ class FirstMinimum:
         return f"FirstMinimum({', '.join(shown)})"
 
 
+@dataclass(frozen=True)
+class Watch:
+    """A sample is flagged if the mean noise gap of its first `steps` steps is above `threshold`.
+
+    Raises ValueError unless threshold is finite and steps at least 1.
+    """
+
+    threshold: float
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "threshold", _finite("threshold", self.threshold))
+        _whole("steps", self.steps, 1)
+
+
 RULES = {rule.__name__: rule for rule in (At, FirstMinimum)}
 
 
@@ -101,6 +116,7 @@ class Guidance:
     shape:    the scale over time: a name in SHAPES, or one factor a step (a table of one's own).
     interval: (low, high) timesteps outside which the weight after the transition is 1, the conditional prediction alone
               (Kynkaanniemi et al., https://arxiv.org/abs/2404.07724); None: everywhere inside.
+    watch:    which samples this is for: the others keep plain guidance at `scale`. None: for all.
 
     Raises ValueError for anything else.
     """
@@ -110,6 +126,7 @@ class Guidance:
     until: At | FirstMinimum | None = None
     shape: str | tuple[float, ...] = "static"
     interval: tuple[float, float] | None = None
+    watch: Watch | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", _finite("scale", self.scale))
@@ -126,6 +143,8 @@ class Guidance:
             if len(interval) != 2 or interval[0] > interval[1]:
                 raise ValueError(f"interval must be two timesteps (low, high), got {self.interval!r}")
             object.__setattr__(self, "interval", interval)
+        if self.watch is not None and not isinstance(self.watch, Watch):
+            raise ValueError(f"watch must be Watch(...), got {self.watch!r}")
 
     @classmethod
     def cfg(cls, scale: float, **shape: Any) -> Guidance:
@@ -144,7 +163,18 @@ class Guidance:
             raise ValueError(f"opposite_scale must be above 0 (it is applied with a minus sign), got {opposite_scale!r}")
         return cls(scale, -float(opposite_scale), until, **shape)
 
+    @classmethod
+    def guard(cls, guidance: Guidance, threshold: float, steps: int = 1) -> Guidance:
+        """Plain guidance for all; samples whose mean noise gap over the first `steps` steps is above `threshold` start again
+        under `guidance`, delayed or opposite."""
+        if not isinstance(guidance, Guidance) or guidance.until is None:
+            raise ValueError(f"guidance must be a delayed or opposite Guidance, got {guidance!r}")
+        return replace(guidance, watch=Watch(threshold, steps))
+
     def __repr__(self) -> str:
+        if self.watch is not None:
+            inner = replace(self, watch=None)
+            return f"Guidance.guard({inner!r}, threshold={self.watch.threshold:g}, steps={self.watch.steps})"
         extra = "" if self.shape == "static" else f", shape={self.shape!r}"
         extra += "" if self.interval is None else f", interval={self.interval!r}"
         if self.until is None:
@@ -167,6 +197,8 @@ class Guidance:
             if fields.get("until") is not None:
                 rule = dict(fields["until"])
                 fields["until"] = RULES[rule.pop("rule")](**rule)
+            if fields.get("watch") is not None:
+                fields["watch"] = Watch(**fields["watch"])
             return cls(**fields)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a guidance: {data!r} ({error})") from error

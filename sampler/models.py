@@ -100,6 +100,11 @@ class GuidedUNet:
         halves = {"uncond": slice(0, batch), "cond": slice(batch, None), "both": slice(None)}
         self.inputs = {branch: _rows(inputs, rows) for branch, rows in halves.items()}
 
+    def select(self, index: Tensor) -> GuidedUNet:
+        """The same for some samples of the batch, `index` (N,) int64."""
+        batch = len(self.inputs["cond"]["encoder_hidden_states"])
+        return GuidedUNet(self.unet, _rows(self.inputs["both"], torch.cat([index, index + batch])))
+
     def load(self, inputs: dict[str, Any]) -> None:
         """Put other prompts in the place of those given at first, in the same memory."""
         for old, new in zip(_tensors(self.inputs["both"]), _tensors(inputs), strict=True):
@@ -109,7 +114,7 @@ class GuidedUNet:
         return self.unet(latents, timesteps, **self.inputs[branch], return_dict=False)[0]
 
 
-def _rows(inputs: dict[str, Any], rows: slice) -> dict[str, Any]:
+def _rows(inputs: dict[str, Any], rows: slice | Tensor) -> dict[str, Any]:
     return {name: _rows(value, rows) if isinstance(value, dict) else value[rows] for name, value in inputs.items()}
 
 

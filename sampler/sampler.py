@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 from tqdm import tqdm
 
-from . import models
+from . import guard, models
 from .graphs import Graphs
 from .guidance import Guidance
+from .kernels.state import State
 from .loop import Network, Plan, denoise, fused_step, scheduler_step
 from .solver import Solver, make_scheduler
 
@@ -33,6 +35,7 @@ class Output:
     transition_step: (B,) int64 on the CPU, the step at which each sample's guidance changed; -1 for none, 0 for plain cfg.
     noise_gap:       (B, steps) float32 on the CPU, ||cond - uncond||_2 at each step, NaN where it was not computed.
     timesteps:       (steps,) float32 on the CPU, in the scheduler's units.
+    restarted:       (B,) bool on the CPU, the samples that a guard has started again; None without a guard.
     """
 
     images: Any
@@ -40,6 +43,7 @@ class Output:
     transition_step: Tensor
     noise_gap: Tensor
     timesteps: Tensor
+    restarted: Tensor | None = None
 
 
 class Sampler:
@@ -159,26 +163,58 @@ class Sampler:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
         height, width = self._size("height", height), self._size("width", width)
         solver = self.solver(steps)
+        if guidance.watch is not None and (solver.coefficients is None or wrap is not None):
+            raise ValueError(
+                f"guidance {guidance!r} needs a linear scheduler and no wrap; {type(self.scheduler).__name__} given"
+            )
         device = self.pipe.device
-        plan = Plan.make(solver, guidance, device, self.scheduler.config.get("num_train_timesteps", 1000))
+        train_steps = self.scheduler.config.get("num_train_timesteps", 1000)
+        planned = guard.plans if guidance.watch else Plan.make
+        plan = planned(solver, guidance, device, train_steps)
 
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         inputs = models.encode(self.pipe, prompts, negative_prompt, height, width)
         noise = self._noise(generators, height, width) * solver.init_sigma
         noise = noise.to(device, self.pipe.unet.dtype)
-        if self._graphs is not None and solver.coefficients is not None and wrap is None:
+        bar = partial(tqdm, desc="sampling", unit="step", disable=not progress, file=sys.stderr)
+        if guidance.watch is not None:
+            run = self._guarded(inputs, plan, guidance, noise, bar)
+        else:
+            run = self._run(inputs, plan, noise, generators, solver.coefficients is not None, bar, wrap)
+        images = run.latents if output == "latent" else models.decode(self.pipe, run.latents, output)
+        restarted = None if guidance.watch is None else run.restarted.cpu()
+        return Output(images, run.latents.clone(), run.transition.cpu(), run.gaps.cpu(), solver.timesteps, restarted)
+
+    def _run(
+        self,
+        inputs: dict[str, Any],
+        plan: Plan,
+        noise: Tensor,
+        generators: list[torch.Generator],
+        linear: bool,
+        bar: Callable[..., Iterable],
+        wrap: Callable[[models.GuidedUNet], Network] | None,
+    ) -> State:
+        """All steps of `plan`, by the fastest way that `linear` (the solver is coefficients) and `wrap` allow."""
+        if self._graphs is not None and linear and wrap is None:
             take, state = self._graphs.step(self._unet, inputs, plan, noise)
         else:
             network = models.GuidedUNet(self._unet, inputs)
             network = network if wrap is None else wrap(network)
             state = plan.state(noise, models.memory_format(self.pipe.unet))
-            if solver.coefficients is not None:
+            if linear:
                 take = fused_step(network, plan, state)
             else:
                 take = scheduler_step(network, plan, state, self.scheduler, generators)
-        denoise(take, tqdm(plan.branches, desc="sampling", unit="step", disable=not progress, file=sys.stderr))
-        images = state.latents if output == "latent" else models.decode(self.pipe, state.latents, output)
-        return Output(images, state.latents.clone(), state.transition.cpu(), state.gaps.cpu(), solver.timesteps)
+        denoise(take, bar(plan.branches))
+        return state
+
+    def _guarded(
+        self, inputs: dict[str, Any], plans: tuple[Plan, Plan], guidance: Guidance, noise: Tensor, bar: Callable[..., Iterable]
+    ) -> guard.Guarded:
+        network = models.GuidedUNet(self._unet, inputs)
+        turns = bar(plans[0].branches)
+        return guard.denoise(network, *plans, guidance, noise, turns, models.memory_format(self.pipe.unet))
 
     def close(self) -> None:
         """Give back the memory of captured graphs. The sampler can still be used, and captures again."""

@@ -24,3 +24,77 @@ def pipe():
     pipe = StableDiffusionPipeline.from_pretrained(Sampler.model_path("tiny"), use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cpu", torch.float32)
+
+
+@pytest.fixture
+def random_pipeline(pipe):
+    """A function that makes a small pipeline with random weights: (kind "sd" or "sdxl", latent size, prediction type)."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    def make(kind, size, prediction):
+        torch.manual_seed(0)
+        xl = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 32,
+            "transformer_layers_per_block": (1, 2),
+            "use_linear_projection": True,
+        }
+        unet = UNet2DConditionModel(
+            sample_size=size,
+            block_out_channels=(32, 64),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=64 if kind == "sdxl" else 32,
+            attention_head_dim=4,
+            **(xl if kind == "sdxl" else {}),
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(16, 16, 16),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            norm_num_groups=8,
+            sample_size=4 * size,
+        )
+        words = pipe.tokenizer
+        text = CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=words.model_max_length,
+            projection_dim=32,
+            eos_token_id=words.eos_token_id,
+            bos_token_id=words.bos_token_id,
+        )
+        parts = {
+            "vae": vae,
+            "text_encoder": CLIPTextModel(text),
+            "tokenizer": words,
+            "unet": unet,
+            "scheduler": DDIMScheduler(
+                clip_sample=False, steps_offset=1, beta_schedule="scaled_linear", prediction_type=prediction
+            ),
+        }
+        if kind == "sdxl":
+            made = StableDiffusionXLPipeline(
+                **parts,
+                text_encoder_2=CLIPTextModelWithProjection(text),
+                tokenizer_2=words,
+                add_watermarker=False,
+            )
+        else:
+            made = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        made.set_progress_bar_config(disable=True)
+        return made
+
+    return make
