@@ -12,7 +12,7 @@ setup(
     python_requires=">=3.11",
     packages=["basinescape", "basinescape.kernels", "basinescape.bench", "basinescape.bench.methods"],
     package_dir={"basinescape": "sampler", "basinescape.kernels": "kernels", "basinescape.bench": "bench"},
-    package_data={"basinescape.bench": ["tiny/**/*", "tiny/*"]},
+    package_data={"basinescape.bench": ["tiny/**/*", "tiny/*", "report.html.jinja"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
@@ -24,6 +24,7 @@ setup(
         "matplotlib",
         "tqdm",
         "typer>=0.12",
+        "jinja2",
         "accelerate",
     ],
     extras_require={

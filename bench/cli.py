@@ -108,6 +108,18 @@ def evaluate(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR", help="folders written by evaluate")],
+    out: Annotated[Path, typer.Option(help="the page to write, one HTML file that needs no network")],
+) -> None:
+    """Make a page about evaluations: tables, the noise gap's curves, and training images beside what was made of them."""
+    from .report import report
+
+    report(runs, out)
+    typer.echo(f"{len(runs)} run{'s' if len(runs) > 1 else ''} in {out}")
+
+
+@app.command()
 def aot(json: Annotated[Path | None, typer.Option(help="also write the rows as JSON")] = None) -> None:
     """Compile every kernel for sm_80, sm_90 and sm_100, without a GPU, and read registers, spills and loads off the code."""
     from basinescape.kernels.aot import aligned, report

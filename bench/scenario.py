@@ -154,18 +154,25 @@ def _beside(path: Path, image: str) -> Path:
     return found
 
 
-# Words training never saw, for captions of the memorized kind that have no picture of their own.
-STRANGERS = ("maria", "peter", "lena", "ravi")
+# Captions beside those of training, made of its own words. Captions with a word that it never saw are no general prompts: the
+# small pipeline takes them for memorized ones and draws a training scene for most of them.
+TEMPLATES = (
+    "a picture of a {} picture",
+    "a picture of a {0} of {0}",
+    "a picture of {0} {0}",
+    "a picture of an {}",
+)
 
 
 def tiny_prompts(general: int = 100) -> dict[str, list[Prompt]]:
-    """The small pipeline's: its memorized captions, and `general` others, plain and with names training never saw."""
+    """The small pipeline's: its memorized captions, and `general` others."""
     from .scenes import CONCEPTS, caption
 
     folder = Sampler.model_path("tiny")
     lines = [json.loads(line) for line in (folder / "memorized.jsonl").read_text(encoding="utf-8").splitlines()]
     memorized = [Prompt(e["id"], e["prompt"], folder / "memorized" / f"{e['id']}.png", e["concept"]) for e in lines]
-    texts = [(concept, caption(concept, name)) for name in (None, *STRANGERS) for concept in CONCEPTS]
+    texts = [(concept, caption(concept)) for concept in CONCEPTS]
+    texts += [(concept, template.format(concept)) for template in TEMPLATES for concept in CONCEPTS]
     others = [Prompt(f"g{i:03d}", text, None, concept) for i, (concept, text) in enumerate(texts[:general])]
     return {"memorized": memorized, "general": others}
 

@@ -161,7 +161,7 @@ class Sampler:
             raise ValueError(f"guidance must be a Guidance, got {guidance!r}")
         if output not in OUTPUTS:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
-        height, width = self._size("height", height), self._size("width", width)
+        height, width = self.size(height, width)
         solver = self.solver(steps)
         if guidance.watch is not None and (solver.coefficients is None or wrap is not None):
             raise ValueError(
@@ -174,7 +174,7 @@ class Sampler:
 
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         inputs = models.encode(self.pipe, prompts, negative_prompt, height, width)
-        noise = self._noise(generators, height, width) * solver.init_sigma
+        noise = self.noise(generators, height, width) * solver.init_sigma
         noise = noise.to(device, self.pipe.unet.dtype)
         bar = partial(tqdm, desc="sampling", unit="step", disable=not progress, file=sys.stderr)
         if guidance.watch is not None:
@@ -229,17 +229,18 @@ class Sampler:
             self._solvers[steps] = Solver.of(self.scheduler, steps)
         return self._solvers[steps]
 
-    def _size(self, name: str, pixels: int | None) -> int:
-        """`pixels`, or the model's own size; raises ValueError unless the autoencoder can make it."""
+    def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """(height, width) in pixels, by default the model's own; raises ValueError unless the autoencoder can make them."""
         factor, sample = self.pipe.vae_scale_factor, self.pipe.unet.config.sample_size
-        if pixels is None:
-            return factor * (sample if isinstance(sample, int) else sample[name == "width"])
-        if isinstance(pixels, bool) or not isinstance(pixels, int) or pixels < 1 or pixels % factor:
-            raise ValueError(f"{name} must be a multiple of {factor} pixels, got {pixels!r}")
-        return pixels
+        own = (sample, sample) if isinstance(sample, int) else sample
+        for name, pixels in (("height", height), ("width", width)):
+            whole = isinstance(pixels, int) and not isinstance(pixels, bool)
+            if pixels is not None and (not whole or pixels < 1 or pixels % factor):
+                raise ValueError(f"{name} must be a multiple of {factor} pixels, got {pixels!r}")
+        return height or factor * own[0], width or factor * own[1]
 
-    def _noise(self, generators: list[torch.Generator], height: int, width: int) -> Tensor:
-        """The initial noise, each sample's from its own generator: (B, C, h, w) float32 on the CPU."""
+    def noise(self, generators: Sequence[torch.Generator], height: int, width: int) -> Tensor:
+        """The initial noise before its scale, each sample's from its own generator: (B, C, h, w) float32 on the CPU."""
         factor = self.pipe.vae_scale_factor
         shape = (1, self.pipe.unet.config.in_channels, height // factor, width // factor)
         return torch.cat([torch.randn(shape, generator=generator, dtype=torch.float32) for generator in generators])

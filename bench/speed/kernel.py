@@ -1,0 +1,207 @@
+"""The launch after the network, against the chain of operators it replaces and a copy of the same bytes.
+
+Imports torch and basinescape.kernels alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from basinescape.kernels import backend, guide
+from basinescape.kernels.state import Column, Rule, State
+from basinescape.kernels.step import step
+from torch import Tensor
+
+from .timing import Row, interleaved, summary
+
+SIZES = {"SD": (4, 64, 64), "SDXL": (4, 128, 128), "SD3": (16, 128, 128), "video": (16, 21, 60, 104)}
+STEPS = 100_000  # more than anything here takes
+BEFORE, AFTER = -2.0, 7.5
+A, B, P, Q = 0.5, 0.25, 0.125, 0.0625  # contracting, so that a state can be stepped without end
+TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
+BASELINE = "eager chain"
+REPEATS = 20
+
+
+@dataclass(frozen=True)
+class Cases:
+    """What is timed: names in SIZES, batches, dtypes; each peer for `least` seconds in each of `rounds` rounds."""
+
+    sizes: tuple[str, ...]
+    batches: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    rounds: int
+    least: float
+
+
+CASES = {
+    "cpu": Cases(("SD", "SDXL"), (1, 4, 16), ("float32", "bfloat16"), 9, 0.01),
+    "cuda": Cases(tuple(SIZES), (1, 4, 16, 64), ("float32", "float16", "bfloat16"), 15, 0.003),
+    "quick": Cases(tuple(SIZES), (1, 16), ("float16",), 9, 0.003),
+}
+
+
+@dataclass
+class Work:
+    """One piece of work: what its peers do (equal work, results returned), and the bytes it has to move."""
+
+    peers: dict[str, Callable[[], object]]
+    moved: int
+
+
+def chain(
+    prediction: Tensor, latents: Tensor, history: Tensor, recent: Tensor, k: Tensor, left: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A step as a loop of PyTorch operators takes it, with numbers of the host where a loop has them.
+
+    Returns the network's next input, the history, the noise gap and the transition.
+    """
+    uncond, cond = prediction.chunk(2)
+    difference = cond - uncond
+    gap = torch.linalg.vector_norm(difference.flatten(1), dim=1, dtype=torch.float32)
+    before, last = recent.unbind(1)
+    left = torch.where((before > last) & (last < gap) & (left < 0), k, left)
+    weight = torch.where(left >= 0, AFTER, BEFORE).to(difference.dtype)
+    guided = uncond + weight.view(-1, *[1] * (latents.ndim - 1)) * difference
+    following = A * latents + B * guided + history
+    return torch.cat([following, following]), P * latents + Q * guided, gap, left
+
+
+def guide_chain(prediction: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Guidance and noise gap as operators."""
+    uncond, cond = prediction.chunk(2)
+    difference = cond - uncond
+    gap = torch.linalg.vector_norm(difference.flatten(1), dim=1, dtype=torch.float32)
+    return uncond + weight.view(-1, *[1] * (uncond.ndim - 1)) * difference, gap
+
+
+def compiled(call: Callable[..., object], device: torch.device) -> Callable[..., object]:
+    """`call` by torch.compile at its best for one shape."""
+    torch._dynamo.reset()
+    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else None
+    return torch.compile(call, fullgraph=True, dynamic=False, mode=mode)
+
+
+def step_work(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Work:
+    """A step of a two-step solver in which every sample looks for its first minimum."""
+    batch = shape[0]
+    prediction, noise = _predictions(shape, dtype, device)
+    table = torch.tensor([[BEFORE, AFTER, A, B, P, Q, 1.0, 500.0]], device=device).repeat(STEPS, 1)
+    state = State.empty(shape, STEPS, dtype, device, multistep=True, scaled=False).start(noise, table)
+    uncond, cond = prediction.chunk(2)
+    # A minimum at the step before for every other sample, so that both weights are used.
+    recent = torch.tensor([[2e9, 1e9], [2e9, 1.0]], device=device).repeat(batch, 1)[:batch]
+    state.step.fill_(2)
+    state.gaps[:, :2] = recent
+    state.peak.copy_(recent[:, 0])
+    state.feed(noise, table)
+    history = torch.zeros(shape, dtype=dtype, device=device)
+    k, left = torch.full((batch,), 2, device=device), torch.full((batch,), -1, device=device)
+    rule, operands = Rule(), (prediction, noise, history, recent, k, left)
+
+    def fused() -> tuple[Tensor, ...]:
+        step(uncond, cond, table, state, rule)
+        return state.model_input, state.history, state.gaps[:, 2], state.transition
+
+    fast = compiled(chain, device)
+    numbers = noise.numel()
+    moved = numbers * (5 * dtype.itemsize + 2 * 4)
+    peers = {"fused step": fused, BASELINE: lambda: chain(*operands), "compiled chain": lambda: fast(*operands)}
+    return Work({**peers, "copy": _copy(moved, device)}, moved)
+
+
+def guide_work(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Work:
+    """Guidance and noise gap alone."""
+    prediction, _ = _predictions(shape, dtype, device)
+    uncond, cond = prediction.chunk(2)
+    weight = torch.linspace(BEFORE, AFTER, shape[0], device=device).to(dtype)
+    out = torch.empty_like(uncond), torch.empty(shape[0], device=device)
+    fast = compiled(guide_chain, device)
+    moved = 3 * uncond.numel() * dtype.itemsize
+    peers = {
+        "guide": lambda: guide(uncond, cond, weight, out=out),
+        BASELINE: lambda: guide_chain(prediction, weight),
+        "compiled chain": lambda: fast(prediction, weight),
+    }
+    return Work({**peers, "copy": _copy(moved, device)}, moved)
+
+
+WORKS = {"step": step_work, "guide": guide_work}
+
+
+def _predictions(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator(device).manual_seed(0)
+    prediction = torch.randn((2 * shape[0], *shape[1:]), generator=rng, device=device).to(dtype)
+    return prediction, torch.randn(shape, generator=rng, device=device).to(dtype)
+
+
+def _copy(moved: int, device: torch.device) -> Callable[[], Tensor]:
+    """Reads half of the bytes and writes as many."""
+    source, target = torch.zeros((2, moved // 2), dtype=torch.uint8, device=device)
+    return lambda: target.copy_(source)
+
+
+def difference(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    """The largest of the distances of the results of two peers, each relative to its size."""
+    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
+    return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+
+
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """REPEATS calls as one CUDA graph: what the device needs, without the host."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(REPEATS):
+            call()
+    return graph.replay
+
+
+@torch.inference_mode()
+def kernel(device: torch.device, preset: str) -> Iterator[Row]:
+    """Rows in microseconds. bytes are those the work must move; share is of the copy's bandwidth in the same case.
+
+    A peer whose results are not the eager chain's gets no ratio. Raises RuntimeError where Triton interprets.
+    """
+    if backend(device) == "triton-interpreter":
+        raise RuntimeError("kernels are interpreted here, which is no measure of speed: unset TRITON_INTERPRET")
+    cases = CASES[preset]
+    for name, make in WORKS.items():
+        for size in cases.sizes:
+            for dtype in cases.dtypes:
+                for batch in cases.batches:
+                    work = make((batch, *SIZES[size]), getattr(torch, dtype), device)
+                    what = f"{name}, {size} x {batch}, {dtype}"
+                    yield from _rows(what, work, TOLERANCE[dtype], device, cases)
+
+
+def _rows(what: str, work: Work, tolerance: float, device: torch.device, cases: Cases) -> Iterator[Row]:
+    results = {peer: _cloned(call()) for peer, call in work.peers.items() if peer != "copy"}
+    apart = {peer: difference(result, results[BASELINE]) for peer, result in results.items()}
+    ways = {"called": (work.peers, 1)}
+    if device.type == "cuda":
+        ways["captured"] = {peer: captured(call) for peer, call in work.peers.items()}, REPEATS
+    for way, (peers, repeats) in ways.items():
+        times = interleaved(peers, device, cases.rounds, cases.least)
+        times = {peer: [1e6 * t / repeats for t in found] for peer, found in times.items()}
+        copy = summary(times["copy"], None)["median"]
+        for peer in peers:
+            agrees = apart.get(peer, math.inf) <= tolerance
+            row = summary(times[peer], times[BASELINE] if agrees else None)
+            yield {
+                "bench": "kernel",
+                "what": what,
+                "way": way,
+                "peer": peer,
+                "unit": "us",
+                **row,
+                "GB/s": work.moved / row["median"] / 1e3,
+                "share": copy / row["median"],
+                "apart": apart.get(peer),
+            }
+
+
+def _cloned(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(result.clone() for result in results)

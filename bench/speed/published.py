@@ -1,0 +1,36 @@
+"""A loop in the manner of the published scripts: one image at a time, values read back by the host in every step.
+
+Written from the method's definitions, so it is also what every guidance method's images are checked against.
+"""
+
+from __future__ import annotations
+
+import torch
+from basinescape import At, Guidance
+from basinescape.models import encode
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+
+@torch.no_grad()
+def published(pipe: DiffusionPipeline, prompt: str, seed: int, steps: int, guidance: Guidance, height: int) -> Tensor:
+    """Latents (1, C, h, w) of one square image under the pipeline's own scheduler and a guidance of constant scale."""
+    scheduler, device = pipe.scheduler, pipe.device
+    scheduler.set_timesteps(steps, device=device)
+    inputs = encode(pipe, [prompt], None, height, height)
+    side = height // pipe.vae_scale_factor
+    noise = torch.randn((1, pipe.unet.config.in_channels, side, side), generator=torch.Generator().manual_seed(seed))
+    latents = (noise * scheduler.init_noise_sigma).to(device, pipe.unet.dtype)
+    gaps: list[float] = []
+    left = guidance.until is None
+    for t in scheduler.timesteps:
+        doubled = scheduler.scale_model_input(torch.cat([latents] * 2), t)
+        uncond, cond = pipe.unet(doubled, t, **inputs, return_dict=False)[0].chunk(2)
+        gaps.append(torch.norm((cond - uncond).float()).item())
+        if isinstance(guidance.until, At):
+            left = t.item() <= guidance.until.timestep
+        elif not left:
+            left = len(gaps) > 2 and gaps[-3] > gaps[-2] < gaps[-1]
+        weight = guidance.scale if left else guidance.before
+        latents = scheduler.step(uncond + weight * (cond - uncond), t, latents, return_dict=False)[0]
+    return latents

@@ -1,0 +1,222 @@
+"""What a step takes outside the network: the network returns at once, and the rest is timed and counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from basinescape import FirstMinimum, Guidance, Sampler
+from basinescape.loop import Plan, denoise, fused_step
+from basinescape.models import GuidedUNet, encode
+from basinescape.solver import make_scheduler
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from .published import published
+from .timing import Row, interleaved, summary
+
+SCALE = 7.5
+BASELINE = "diffusers"
+SHORT, LONG = 10, 110  # steps; the difference leaves out what a call does once
+READ = "aten::_local_scalar_dense"
+LAUNCHES = ("LaunchKernel", "LaunchCooperativeKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync")
+WAITS = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize", "StreamWaitEvent")
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Schedulers, pixels a side and batches of the comparison; batches and steps of the table of cost."""
+
+    schedulers: tuple[str, ...]
+    heights: tuple[int, ...]
+    batches: tuple[int, ...]
+    cost_batches: tuple[int, ...]
+    cost_steps: tuple[int, ...]
+    rounds: int
+
+
+CASES = {
+    "cpu": Cases(("ddim", "dpmsolver++"), (64, 256), (1, 4, 16), (1, 4, 16, 64), (10, 50, 200), 9),
+    "cuda": Cases(("ddim", "dpmsolver++", "euler"), (256,), (1, 4, 16), (1, 4, 16, 64), (10, 50, 200), 9),
+    "quick": Cases(("dpmsolver++",), (256,), (1, 16), (1, 64), (10, 200), 5),
+}
+
+
+def load(device: torch.device) -> StableDiffusionPipeline:
+    """The pipeline that ships; latents are a quarter of its pixels a side."""
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    pipe = StableDiffusionPipeline.from_pretrained(Sampler.model_path("tiny"), torch_dtype=dtype, use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+@contextmanager
+def stubbed(pipe: StableDiffusionPipeline) -> Iterator[None]:
+    """Let the UNet return the same tensor in every step, the two halves different."""
+    kept: dict[torch.Size, Tensor] = {}
+
+    def forward(sample: Tensor, *_: object, **__: object) -> tuple[Tensor]:
+        if sample.shape not in kept:
+            one = torch.randn((2, *sample.shape[1:]), generator=torch.Generator().manual_seed(0)).to(sample)
+            kept[sample.shape] = one.repeat_interleave(len(sample) // 2, dim=0)
+        return (kept[sample.shape],)
+
+    pipe.unet.forward = forward
+    try:
+        yield
+    finally:
+        del pipe.unet.forward
+
+
+def peers(
+    pipe: StableDiffusionPipeline, scheduler: str, height: int, batch: int
+) -> dict[str, tuple[Callable[[int], Tensor], Guidance]]:
+    """Each takes a number of steps, samples the whole batch and returns the latents."""
+    cfg, first = Guidance.cfg(SCALE), Guidance.delayed(SCALE, until=FirstMinimum())
+    prompts, seeds = ["a picture of a cat"] * batch, list(range(batch))
+    pipe.scheduler = make_scheduler(scheduler, pipe.scheduler)
+
+    def ours(sampler: Sampler, guidance: Guidance) -> Callable[[int], Tensor]:
+        size = {"height": height, "width": height}
+        return lambda steps: sampler(prompts, seeds, steps, guidance, output="latent", progress=False, **size).latents
+
+    def diffusers(steps: int) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        options = {"height": height, "width": height, "generator": generators, "output_type": "latent"}
+        return pipe(prompts, num_inference_steps=steps, guidance_scale=SCALE, **options).images
+
+    def scripts(steps: int) -> Tensor:
+        made = [published(pipe, prompt, seed, steps, cfg, height) for prompt, seed in zip(prompts, seeds, strict=True)]
+        return torch.cat(made)
+
+    eager = Sampler.from_pipeline(pipe)
+    found = {
+        "ours": (ours(eager, cfg), cfg),
+        "ours, first minimum": (ours(eager, first), first),
+        BASELINE: (diffusers, cfg),
+        "published style": (scripts, cfg),
+    }
+    if pipe.device.type == "cuda":
+        captured = Sampler.from_pipeline(pipe, capture=True)
+        found["ours, captured"] = ours(captured, cfg), cfg
+        found["ours, first minimum, captured"] = ours(captured, first), first
+    return found
+
+
+def counts(call: Callable[[int], object], device: torch.device) -> dict[str, float]:
+    """operators, reads by the host and, on a GPU, launches and waits of one step."""
+    short, long = (_counted(call, steps, device) for steps in (SHORT, LONG))
+    return {name: (long[name] - short[name]) / (LONG - SHORT) for name in long}
+
+
+def _counted(call: Callable[[int], object], steps: int, device: torch.device) -> dict[str, int]:
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities) as profiler:
+        call(steps)
+    events = Counter()
+    for event in profiler.events():
+        leaf = event.name.startswith("aten::") and not any(child.name.startswith("aten::") for child in event.cpu_children)
+        events["operators"] += leaf
+        events["reads"] += event.name == READ
+        events["launches"] += any(event.name.endswith(name) or f"{name}Ex" in event.name for name in LAUNCHES)
+        events["waits"] += any(event.name.endswith(name) for name in WAITS)
+    return {name: events[name] for name in ("operators", "reads", *(("launches", "waits") if cuda else ()))}
+
+
+@torch.inference_mode()
+def step(device: torch.device, preset: str) -> Iterator[Row]:
+    """Rows in microseconds a step and batch: the comparison, what a step consists of, and the table of cost.
+
+    A peer of diffusers whose latents are not diffusers' gets no ratio.
+    """
+    pipe, cases = load(device), CASES[preset]
+    with stubbed(pipe):
+        for scheduler in cases.schedulers:
+            for height in cases.heights:
+                for batch in cases.batches:
+                    what = f"{scheduler}, {_latents(pipe, height)}, batch {batch}"
+                    yield from _compared(what, peers(pipe, scheduler, height, batch), device, cases.rounds)
+        for scheduler in cases.schedulers:
+            for peer, (call, _) in peers(pipe, scheduler, cases.heights[-1], 1).items():
+                call(SHORT)
+                what = f"{scheduler}, {_latents(pipe, cases.heights[-1])}, batch 1"
+                yield {"bench": "step, counted", "what": what, "peer": peer, **counts(call, device)}
+        yield from _cost(pipe, cases)
+
+
+def _latents(pipe: StableDiffusionPipeline, height: int) -> str:
+    side = height // pipe.vae_scale_factor
+    return f"{pipe.unet.config.in_channels}x{side}x{side}"
+
+
+def _compared(
+    what: str, found: dict[str, tuple[Callable[[int], Tensor], Guidance]], device: torch.device, rounds: int
+) -> Iterator[Row]:
+    made = {peer: call(SHORT).double() for peer, (call, _) in found.items()}
+    expected = made[BASELINE]
+    apart = {peer: ((latents - expected).norm() / expected.norm()).item() for peer, latents in made.items()}
+    calls = {(peer, steps): _of(call, steps) for peer, (call, _) in found.items() for steps in (SHORT, LONG)}
+    times = interleaved(calls, device, rounds)
+
+    def a_step(peer: str) -> list[float]:
+        pairs = zip(times[peer, SHORT], times[peer, LONG], strict=True)
+        return [1e6 * (long - short) / (LONG - SHORT) for short, long in pairs]
+
+    for peer, (_, guidance) in found.items():
+        plain = guidance.until is None
+        agrees = not plain or apart[peer] <= (1e-4 if expected.dtype == torch.float32 else 2e-2)
+        row = summary(a_step(peer), a_step(BASELINE) if agrees else None)
+        yield {"bench": "step", "what": what, "peer": peer, "unit": "us a step", **row, "apart": apart[peer] if plain else None}
+
+
+def _of(call: Callable[[int], Tensor], steps: int) -> Callable[[], Tensor]:
+    return lambda: call(steps)
+
+
+def _cost(pipe: StableDiffusionPipeline, cases: Cases) -> Iterator[Row]:
+    """Microseconds of the whole loop against the line steps * (a + b * batch) through them; the ratio is line / measured."""
+    device, height = pipe.device, cases.heights[-1]
+    sampler = Sampler.from_pipeline(pipe)
+    side = height // pipe.vae_scale_factor
+    calls = {}
+    for batch in cases.cost_batches:
+        network = GuidedUNet(pipe.unet, encode(pipe, ["a picture of a cat"] * batch, None, height, height))
+        for steps in cases.cost_steps:
+            plan = Plan.make(sampler.solver(steps), Guidance.cfg(SCALE), device)
+            noise = torch.randn((batch, pipe.unet.config.in_channels, side, side)).to(device, pipe.unet.dtype)
+            calls[batch, steps] = _loop(network, plan, noise)
+            calls[batch, steps]()
+    times = interleaved(calls, device, cases.rounds)
+    rows = {key: summary([1e6 * t for t in found], None) for key, found in times.items()}
+    line = _fit({key: row["median"] for key, row in rows.items()})
+    for key, row in rows.items():
+        batch, steps = key
+        row["ratio"] = line[key] / row["median"]
+        what = f"{_latents(pipe, height)}, batch {batch}, {steps} steps"
+        a_step = row["median"] / steps
+        yield {"bench": "step, cost", "what": what, "peer": "ours", "unit": "us", **row, "us a step": a_step}
+
+
+def _loop(network: GuidedUNet, plan: Plan, noise: Tensor) -> Callable[[], None]:
+    state = plan.state(noise)
+    take = fused_step(network, plan, state)
+
+    def call() -> None:
+        state.start(noise, plan.table, plan.transition)
+        denoise(take, plan.branches)
+
+    return call
+
+
+def _fit(medians: dict[tuple[int, int], float]) -> dict[tuple[int, int], float]:
+    """The line nearest to `medians`, (batch, steps) -> time, in relative error."""
+    terms = torch.tensor([[steps, steps * batch] for batch, steps in medians], dtype=torch.float64)
+    found = torch.tensor(list(medians.values()), dtype=torch.float64)
+    solution = torch.linalg.lstsq(terms / found[:, None], torch.ones(len(found), 1, dtype=torch.float64)).solution
+    line = (terms @ solution)[:, 0]
+    return dict(zip(medians, line.tolist(), strict=True))

@@ -1,0 +1,85 @@
+"""Peers timed round robin, and rows of what came out. Imports torch alone."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "xformers")
+
+
+def seconds(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """What one of `calls` calls takes from the first to the last kernel: CUDA events on a GPU, a clock elsewhere."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) / calls
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
+
+
+def interleaved(
+    peers: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, least: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds of each peer in each round, one after another in every round; a peer is repeated for `least` seconds.
+
+    Everything was called before, so that nothing is compiled here.
+    """
+    calls = {name: max(1, round(least / max(seconds(call, device), 1e-9))) for name, call in peers.items()}
+    times: dict[str, list[float]] = {name: [] for name in peers}
+    for _ in range(rounds):
+        for name, call in peers.items():
+            times[name].append(seconds(call, device, calls[name]))
+    return times
+
+
+def summary(times: Sequence[float], baseline: Sequence[float] | None) -> Row:
+    """median and spread (interquartile range) of `times`, and ratio: how many times as fast as `baseline`.
+
+    The ratio is the median over the rounds, each against the baseline of its own round; None without a baseline.
+    """
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    ratio = None if baseline is None else statistics.median(b / t for b, t in zip(baseline, times, strict=True))
+    return {"median": middle, "spread": high - low, "ratio": ratio}
+
+
+def environment(device: torch.device) -> Row:
+    """Where and when figures were taken."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {"device": name, "date": time.strftime("%Y-%m-%d"), "versions": {**found, "cuda": torch.version.cuda}}
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Rows as aligned text, a table for each run of rows of the same bench and keys."""
+    from basinescape.kernels.aot import aligned
+
+    grouped = groupby(rows, key=lambda row: (row["bench"], tuple(row)))
+    return "\n\n".join(aligned([{key: _short(value) for key, value in row.items()} for row in group]) for _, group in grouped)
+
+
+def _short(value: Any) -> Any:
+    if value is None:
+        return "-"
+    return (
+        f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e4 else round(value) if isinstance(value, float) else value
+    )

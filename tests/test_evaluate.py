@@ -1,0 +1,234 @@
+"""The evaluation: its measures against reference implementations, its methods against their definitions, its resumption."""
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from basinescape import Guidance, Sampler
+from basinescape.bench import scenario as scenarios
+from basinescape.bench.analyze import edges, first_minimum, starting_at
+from basinescape.bench.evaluate import evaluate, table
+from basinescape.bench.methods import augment, cads, dryrun, embedding
+from basinescape.bench.methods import table as method_table
+from basinescape.bench.methods.padding import words_mask
+from basinescape.bench.metrics import Similarity, interval, l2_ratio, roc
+from basinescape.bench.scenario import PRESETS, Scenario, prompts, read_prompts
+from basinescape.kernels.state import Rule
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+TINY = replace(PRESETS["tiny"], steps=4)
+
+
+def noise_image(seed, size=64):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
+
+
+def test_similarity_is_one_for_a_copy_and_small_for_another_picture():
+    images = [noise_image(i) for i in range(4)]
+    found = Similarity("pixels", images)(images)
+    torch.testing.assert_close(found.diagonal(), torch.ones(4))
+    assert (found - torch.eye(4)).max() < 0.3
+
+
+def test_similarity_survives_brightness_and_contrast_and_a_small_shift():
+    image = noise_image(0).resize((16, 16)).resize((64, 64), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image).astype(float)
+    darker = Image.fromarray((0.5 * pixels + 20).astype(np.uint8))
+    moved = Image.fromarray(np.roll(pixels, 2, axis=1).astype(np.uint8))
+    found = Similarity("pixels", [image])([darker, moved])
+    assert found.min() > 0.97
+
+
+def test_an_unknown_similarity_is_named():
+    with pytest.raises(ValueError, match="similarity must be one of pixels, sscd, clip, dino"):
+        Similarity("lpips", [])
+
+
+def test_the_l2_ratio_is_that_of_plain_distances():
+    rng = np.random.default_rng(0)
+    images, training = rng.normal(size=(5, 12)), rng.normal(size=(40, 12))
+    images[0] = training[7]
+    distances = np.sort(np.linalg.norm(images[:, None] - training[None], axis=2), axis=1)
+    np.testing.assert_allclose(l2_ratio(images, training, 9), distances[:, 0] / distances[:, :9].mean(axis=1), atol=1e-3)
+    with pytest.raises(ValueError, match="neighbours"):
+        l2_ratio(images, training, 41)
+
+
+def test_the_interval_is_scipys_where_every_prompt_has_one_seed():
+    from scipy.stats import bootstrap
+
+    values = np.random.default_rng(1).random(40)
+    expected = bootstrap((values,), np.mean, method="percentile", n_resamples=4000, rng=0).confidence_interval
+    found = interval(values.tolist(), [str(i) for i in range(40)], draws=4000)
+    np.testing.assert_allclose(found, expected, atol=0.01)
+
+
+def test_the_interval_counts_prompts_not_seeds():
+    """Ten seeds that agree are no more evidence than one."""
+    values, ids = [0.0, 1.0] * 6, [str(i) for i in range(12)]
+    np.testing.assert_allclose(interval(values * 10, ids * 10), interval(values, ids))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=8, max_size=60))
+def test_roc_is_torchmetrics(pairs):
+    from torchmetrics.functional.classification import binary_auroc
+
+    scores, positive = [score for score, _ in pairs], [found for _, found in pairs]
+    if not 0 < sum(positive) < len(positive):
+        return
+    area, hits = roc(scores, positive, fpr=0.0)
+    assert area == pytest.approx(binary_auroc(torch.tensor(scores, dtype=torch.float64), torch.tensor(positive).int()).item())
+    best = max(score for score, found in pairs if not found)
+    assert hits == pytest.approx(np.mean([score > best for score, found in pairs if found]))
+
+
+def test_prompts_are_read_in_the_layouts_their_authors_publish(tmp_path):
+    for name in ("a.png", "b.png"):
+        noise_image(0, 8).save(tmp_path / name)
+    (tmp_path / "captions.json").write_text(json.dumps({"a.png": ["first", "second"], "b.png": "only"}))
+    assert [(p.id, p.text) for p in read_prompts(tmp_path / "captions.json")] == [("a", "first"), ("b", "only")]
+    (tmp_path / "list.jsonl").write_text('{"caption": "x", "image": "a.png"}\n\n{"prompt": "y", "id": "why"}\n')
+    found = read_prompts(tmp_path / "list.jsonl")
+    assert [(p.id, p.text, p.image) for p in found] == [("0000", "x", tmp_path / "a.png"), ("why", "y", None)]
+    (tmp_path / "a.txt").write_text("from a file\n")
+    assert [p.text for p in read_prompts(tmp_path)] == ["from a file", tmp_path.name.replace("_", " ")]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"captain": "x"}', "neither caption nor prompt"),
+        ('{"caption": "x", "image": "gone.png"}', "gone.png"),
+        ("", "no prompts"),
+    ],
+)
+def test_a_broken_prompt_list_is_named(tmp_path, content, says):
+    (tmp_path / "list.jsonl").write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        read_prompts(tmp_path / "list.jsonl")
+
+
+def test_a_missing_scenario_says_where_its_data_is_published():
+    with pytest.raises(FileNotFoundError, match="their authors publish them: https://"):
+        prompts(PRESETS["4"])
+    with pytest.raises(ValueError, match="scenario must be one of 1, 2, 3, 4, tiny"):
+        scenarios.load("5")
+
+
+def test_a_scenario_of_ones_own(tmp_path):
+    (tmp_path / "list.jsonl").write_text('{"caption": "x"}')
+    (tmp_path / "mine.yaml").write_text("model: owner/name\nmemorized: list.jsonl\nsteps: 7\n")
+    expected = Scenario("mine", "owner/name", str(tmp_path / "list.jsonl"), steps=7)
+    assert scenarios.load(str(tmp_path / "mine.yaml")) == expected
+    (tmp_path / "mine.yaml").write_text("model: owner/name\nmemorized: list.jsonl\nstep: 7\n")
+    with pytest.raises(ValueError, match="step"):
+        scenarios.load(str(tmp_path / "mine.yaml"))
+
+
+def test_a_killed_evaluation_goes_on_and_gives_the_same_table(tmp_path):
+    whole = evaluate(TINY, ["cfg", "delayed-at"], tmp_path / "a", seeds=1, limit=2, batch_size=2, progress=False)
+    evaluate(TINY, ["cfg"], tmp_path / "b", seeds=1, limit=2, batch_size=2, progress=False)
+    lines = (tmp_path / "b" / "results.jsonl").read_text().splitlines()
+    (tmp_path / "b" / "results.jsonl").write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:25])  # cut off in a line
+    again = evaluate(TINY, ["cfg", "delayed-at"], tmp_path / "b", seeds=1, limit=2, batch_size=2, progress=False)
+    untimed = [[{**row, "seconds": None} for row in rows] for rows in (whole, again)]
+    assert sorted(untimed[0], key=str) == sorted(untimed[1], key=str)
+    stored = [json.loads(line) for line in (tmp_path / "a" / "results.jsonl").read_text().splitlines()]
+    with (tmp_path / "a" / "table.csv").open() as file:
+        kept = list(csv.DictReader(file))
+    assert [{key: "" if value is None else str(value) for key, value in row.items()} for row in table(stored)] == kept
+    assert len(list((tmp_path / "a" / "images").glob("*/*.png"))) == len(stored) == 8
+    with pytest.raises(ValueError, match="another run"):
+        evaluate(TINY, ["cfg"], tmp_path / "a", seeds=2, limit=2, batch_size=2, progress=False)
+
+
+def test_every_method_makes_an_image_and_plain_guidance_is_left_as_it_was(pipe, monkeypatch):
+    sampler = Sampler.from_pipeline(pipe, "dpmsolver++")
+    monkeypatch.setattr(embedding, "ITERATIONS", 2)
+    found = ["a picture of a cat signed by arno", "a picture of a frog"]
+    methods = method_table(7.5, 500.0)
+    plain = methods["cfg"](sampler, found, [0, 1], 4)
+    for name, method in methods.items():
+        out = method(sampler, found, [0, 1], 4)
+        assert len(out.images) == 2 and out.latents.isfinite().all(), name
+        assert name == "cfg" or not torch.equal(out.latents, plain.latents), name
+    assert torch.equal(methods["cfg"](sampler, found, [0, 1], 4).latents, plain.latents)
+    assert all(parameter.requires_grad for parameter in pipe.unet.parameters())
+
+
+@pytest.mark.parametrize("word", [augment.random_words, augment.random_numbers, augment.repeated_words])
+def test_augmented_prompts_keep_their_words_in_order(word):
+    text = augment.augmented("a picture of a cat", 3, word, ["dog", "tree"])
+    assert text == augment.augmented("a picture of a cat", 3, word, ["dog", "tree"])
+    assert text != augment.augmented("a picture of a cat", 4, word, ["dog", "tree"])
+    words = iter(text.split())
+    assert all(kept in words for kept in "a picture of a cat".split()) and len(text.split()) == 5 + augment.ADDED
+
+
+def test_annealing_ends_at_the_prompt_and_keeps_mean_and_deviation():
+    states, noise = torch.randn(2, 2, 5, 8)
+    torch.testing.assert_close(cads.annealed(states, noise, 1.0), states)
+    mixed = cads.annealed(states, noise, 0.3)
+    torch.testing.assert_close(mixed.mean((1, 2)), states.mean((1, 2)))
+    torch.testing.assert_close(mixed.std((1, 2)), states.std((1, 2)))
+    assert [cads.gamma(t) for t in (0.0, cads.TAU_1, cads.TAU_2, 1.0)] == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("distances", "step"),
+    [([3, 2, 1, 2], 2), ([3, 1, 2, 3], 1), ([3, 1, 2, 1, 2], 3), ([5, 4, 3, 2, 1], dryrun.FALLBACK)],
+)
+def test_the_dry_run_takes_the_scripts_minimum(distances, step):
+    assert dryrun.transition(distances) == step
+
+
+def test_the_words_of_a_prompt_end_with_its_end_token(pipe):
+    sampler = Sampler.from_pipeline(pipe)
+    found = ["a picture of a cat", "a picture of a cat signed by arno"]
+    mask = words_mask(sampler, found)
+    lengths = [len(pipe.tokenizer(text).input_ids) for text in found]
+    assert mask.sum(dim=1).tolist() == lengths and all(mask[i, :n].all() for i, n in enumerate(lengths))
+
+
+def test_an_optimised_embedding_has_a_smaller_first_gap(pipe):
+    sampler = Sampler.from_pipeline(pipe, "ddim")
+    found = ["a picture of a cat signed by arno"]
+    changed = method_table(7.5, 500.0)["embedding"](sampler, found, [0], 2)
+    plain = sampler(found, [0], 2, Guidance.cfg(7.5), progress=False)
+    assert changed.noise_gap[0, 0] < plain.noise_gap[0, 0]
+
+
+def test_edges_are_the_first_onsets_after_the_last_copy():
+    rows = [
+        {"id": "x", "seed": 0, "onset": onset, "memorized": memorized}
+        for onset, memorized in [(0, True), (2, False), (4, True), (6, False), (8, False)]
+    ]
+    always = [{"id": "y", "seed": 0, "onset": onset, "memorized": True} for onset in (0, 2, 4, 6, 8)]
+    never = [{"id": "z", "seed": 0, "onset": onset, "memorized": False} for onset in (0, 2, 4, 6, 8)]
+    assert edges(rows + always + never) == {("x", 0): 6, ("y", 0): 9, ("z", 0): 0}
+
+
+def test_a_sweep_starts_where_it_says():
+    weights = starting_at(3, 7.5, 6).weights([900, 700, 500, 300, 100, 0])[:, 1]
+    assert weights.tolist() == [0, 0, 0, 7.5, 7.5, 7.5]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0.5, 4.0, width=32), min_size=5, max_size=9), st.sampled_from([0.0, 0.25]))
+def test_the_rule_on_curves_is_the_samplers(gaps, drop):
+    from basinescape import FirstMinimum
+    from basinescape.kernels.state import Column, State
+    from basinescape.kernels.step import step
+
+    table_of_steps = torch.zeros(len(gaps), len(Column))
+    state = State.empty((1, 1), len(gaps), torch.float32, "cpu").start(torch.zeros(1, 1), table_of_steps)
+    for gap in gaps:
+        step(torch.zeros(1, 1), torch.full((1, 1), gap), table_of_steps, state, Rule(drop=drop))
+    found = first_minimum(state.gaps[0].tolist(), FirstMinimum(drop=drop))
+    assert state.transition.item() == (-1 if found is None else found)
