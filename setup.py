@@ -26,6 +26,7 @@ setup(
         "typer>=0.12",
         "jinja2",
         "accelerate",
+        "packaging",
     ],
     extras_require={
         "test": ["pytest", "pytest-benchmark", "hypothesis", "ruff"],

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from basinescape import FirstMinimum, Guidance, Sampler, models
+from basinescape import FirstMinimum, Guidance, Sampler, Settled, models
 from basinescape.kernels.state import State
 from basinescape.loop import Plan, fused_step
 from PIL import Image
@@ -218,20 +218,53 @@ def agreement(
     onsets = np.array(sorted({row["onset"] for row in rows}))
     true = edges(rows)
     found = {(line["id"], line["seed"]): rule(line) for line in lines}
-    pairs = [(step, true[key]) for key, step in found.items() if step is not None]
-    given = [outcome[(*key, int(onsets[np.abs(onsets - step).argmin()]))] for key, step in found.items() if step is not None]
-    moved = np.array(pairs, dtype=float).reshape(-1, 2)
-    varied = len(moved) > 2 and moved.std(axis=0).all()
+    steps = {key: step for key, step in found.items() if step is not None}
+    given = [outcome[(*key, int(onsets[np.abs(onsets - step).argmin()]))] for key, step in steps.items()]
+    both = np.array([(step, true[key]) for key, step in steps.items()], dtype=float).reshape(-1, 2)
+    varied = len(both) > 2 and both.std(axis=0).all()
     return {
         "n": len(found),
-        "never": len(found) - len(pairs),
-        "median_step": float(np.median(moved[:, 0])) if len(moved) else None,
-        "median_edge": float(np.median(list(true.values()))),
-        "too_early": float(np.mean(moved[:, 0] < moved[:, 1])) if len(moved) else None,
-        "correlation": float(np.corrcoef(moved.T)[0, 1]) if varied else None,
-        "memorized": float(np.mean([row["memorized"] for row in given])) if given else None,
-        "concept": float(np.mean([row["concept_ok"] for row in given])) if given else None,
+        "never": len(found) - len(steps),
+        "median_step": float(np.median(both[:, 0])) if steps else None,
+        "median_edge": float(np.median([true[key] for key in found])),
+        "too_early": _share(both[:, 0] < both[:, 1]),
+        "correlation": round(float(np.corrcoef(both.T)[0, 1]), 3) if varied else None,
+        "memorized": _share([row["memorized"] for row in given]),
+        "concept": _share([row["concept_ok"] for row in given]),
     }
+
+
+def _share(values: Sequence[float]) -> float | None:
+    return round(float(np.mean(values)), 3) if len(values) else None
+
+
+def settled(gaps: Sequence[float], rule: Settled) -> int | None:
+    """The transition that `rule` finds in a curve of gaps, None for none."""
+    latest = len(gaps) if rule.latest is None else rule.latest - rule.wait
+    shown = (k for k, gap in enumerate(gaps) if gap <= rule.factor * rule.ordinary[k] or k >= latest)
+    return next((k + rule.wait for k in shown if k + rule.wait < len(gaps)), None)
+
+
+def rules(ordinary: Sequence[float]) -> dict[str, Callable[[dict[str, Any]], int | None]]:
+    """The rules that are compared: the paper's, its options, this project's, and a step that is the same for all."""
+    minima = {"first minimum": FirstMinimum(), "first minimum, earliest 8": FirstMinimum(earliest=8)}
+    minima |= {f"first minimum, drop {drop}": FirstMinimum(drop=drop) for drop in (0.1, 0.3)}
+    waits = {
+        f"settled {factor}, wait {wait}": Settled(tuple(ordinary), factor, wait, latest=24)
+        for factor in (1.2, 1.5, 1.8)
+        for wait in (4, 6, 8)
+    }
+    return (
+        {name: lambda line, rule=rule: first_minimum(line["gap"], rule) for name, rule in minima.items()}
+        | {name: lambda line, rule=rule: settled(line["gap"], rule) for name, rule in waits.items()}
+        | {f"step {step}": lambda line, step=step: step for step in (8, 10, 12, 14, 16)}
+    )
+
+
+def halves(found: Sequence[Prompt]) -> dict[str, set[str]]:
+    """Prompts to choose a rule's numbers on, and prompts held out."""
+    middle = len(found) // 2
+    return {"chosen on": {p.id for p in found[:middle]}, "held out": {p.id for p in found[middle:]}}
 
 
 def detection(memorized: Sequence[dict[str, Any]], general: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -278,11 +311,7 @@ def analyze(
     returning = returns(lab, groups["memorized"][:16], [0], (0, 5, 10, 15, 20, 30), (0.1, 0.2, 0.4, 0.8))
     write_csv(out / "returns.csv", returning)
 
-    rules = {"first minimum": FirstMinimum(), "first minimum, earliest 8": FirstMinimum(earliest=8)}
-    rules |= {f"first minimum, drop {drop}": FirstMinimum(drop=drop) for drop in (0.1, 0.2, 0.3, 0.4)}
-    found = {
-        name: agreement(free, sweep, lambda line, rule=rule: first_minimum(line["gap"], rule)) for name, rule in rules.items()
-    }
+    ordinary = np.median([line["gap"] for line in curves(lab, groups["general"], drawn, 0.0)], axis=0).tolist()
     summary = {
         "scenario": scenario.name,
         "seeds": seeds,
@@ -290,14 +319,19 @@ def analyze(
         "onset": [
             {
                 "onset": onset,
-                "memorized": float(np.mean([row["memorized"] for row in sweep if row["onset"] == onset])),
-                "similarity": float(np.mean([row["similarity"] for row in sweep if row["onset"] == onset])),
-                "concept": float(np.mean([row["concept_ok"] for row in sweep if row["onset"] == onset])),
+                "memorized": _share([row["memorized"] for row in sweep if row["onset"] == onset]),
+                "similarity": _share([row["similarity"] for row in sweep if row["onset"] == onset]),
+                "concept": _share([row["concept_ok"] for row in sweep if row["onset"] == onset]),
             }
             for onset in onsets
         ],
         "detection": detection(plain["memorized"], plain["general"]),
-        "agreement": found,
+        "ordinary": [round(gap, 4) for gap in ordinary],
+        "agreement": [
+            {"rule": name, "prompts": half, **agreement([line for line in free if line["id"] in ids], sweep, rule)}
+            for name, rule in rules(ordinary).items()
+            for half, ids in halves(groups["memorized"]).items()
+        ],
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     figures.onset(summary["onset"], out / "onset.png")

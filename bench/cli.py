@@ -102,7 +102,7 @@ def evaluate(
     from .methods import table
 
     chosen = scenarios.load(scenario)
-    names = list(table(chosen.scale, chosen.transition)) if methods == "all" else methods.split(",")
+    names = list(table(chosen)) if methods == "all" else methods.split(",")
     rows = evaluate(chosen, names, out, seeds, limit, batch_size, dtype, device, progress)
     typer.echo(aligned(rows))
 
@@ -117,6 +117,26 @@ def report(
 
     report(runs, out)
     typer.echo(f"{len(runs)} run{'s' if len(runs) > 1 else ''} in {out}")
+
+
+@app.command()
+def analyze(
+    out: Annotated[Path, typer.Option(help="folder for the figures, CSV files and summary.json; new or empty")],
+    scenario: Annotated[str, typer.Option(help="tiny, 1, 2, 3, 4, or a .yaml file")] = "tiny",
+    seeds: Annotated[int, typer.Option(help="trajectories a prompt")] = 2,
+    limit: Annotated[int | None, typer.Option(help="only the first prompts of each group")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda where there is a GPU")] = None,
+) -> None:
+    """Make basins visible: where guidance may start, how wide a basin is, and whether a rule finds its edge."""
+    from basinescape.kernels.aot import aligned
+
+    from . import scenario as scenarios
+    from .analyze import analyze
+
+    summary = analyze(scenarios.load(scenario), out, seeds, limit, dtype=dtype, device=device)
+    for rows in (summary["onset"], summary["detection"], summary["agreement"]):
+        typer.echo(aligned(rows) + "\n")
 
 
 @app.command()

@@ -59,7 +59,7 @@ def evaluate(
 
     Raises ValueError for an unknown method, a bad number, or a folder that holds another run, before any work.
     """
-    known = method_table(scenario.scale, scenario.transition)
+    known = method_table(scenario)
     for name in methods:
         if name not in known:
             raise ValueError(f"methods must be among {', '.join(known)}; got {name!r}")
@@ -71,7 +71,13 @@ def evaluate(
     model = Sampler.model_path("tiny") if scenario.model == "tiny" else scenario.model
     sampler = Sampler.from_pretrained(model, device, dtype, scenario.scheduler)
     out = Path(out)
-    run = {"scenario": asdict(scenario), "seeds": seeds, "limit": limit, "batch_size": batch_size, **settings_of(sampler)}
+    run = {
+        "scenario": json.loads(json.dumps(asdict(scenario))),
+        "seeds": seeds,
+        "limit": limit,
+        "batch_size": batch_size,
+        **settings_of(sampler),
+    }
     open_folder(out, run)
     lines = read_entries(out / "results.jsonl")
     done = {(line["method"], line["group"], f"{line['id']}-{line['seed']}") for line in lines}

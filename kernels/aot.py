@@ -23,7 +23,7 @@ from .step import RESIDENT, parts, step_kernel
 from .tiles import OPTIONS, TILES
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
-ANY_INTEGER = ("tiles", "batch", "steps", "earliest", "latest")
+ANY_INTEGER = ("tiles", "batch", "steps", "earliest", "latest", "wait")
 DTYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
 
 
@@ -76,6 +76,7 @@ def _step_arguments(dtype: str, block: int, split: bool, finds: bool, meets: boo
         "earliest": "i32",
         "latest": "i32",
         "keep": "fp32",
+        "wait": "i32",
         "FINDS": finds,
         "MEETS": meets,
         "COLUMNS": len(Column),

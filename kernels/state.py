@@ -22,6 +22,7 @@ class Column(IntEnum):
     BEFORE, AFTER: guidance weight before and after the transition.
     A, B, P, Q: the solver, latents' = A latents + B guided + history, history' = P latents + Q guided.
     INPUT_SCALE: factor on the latents at the network's input. TIMESTEP: what the network is told.
+    LIMIT: the noise gap at or below which a sample has settled; minus infinity where that is not looked at.
     """
 
     BEFORE = 0
@@ -32,18 +33,21 @@ class Column(IntEnum):
     Q = 5
     INPUT_SCALE = 6
     TIMESTEP = 7
+    LIMIT = 8
 
 
 class Rule(NamedTuple):
-    """The first-minimum rule (Jain et al., https://arxiv.org/abs/2411.16738, section 4.2).
+    """How a sample finds its transition: what shows at step k makes step k + wait the transition.
 
-    Step k is the transition if d[k-2] > d[k-1] < d[k], k >= earliest and d[k-1] <= (1 - drop) * max(d[0..k-1]); or at
-    `latest` in any case. Step k itself already uses the weight after the transition.
+    The first minimum (Jain et al., https://arxiv.org/abs/2411.16738, section 4.2): d[k-2] > d[k-1] < d[k], k >= earliest and
+    d[k-1] <= (1 - drop) * max(d[0..k-1]); an infinite drop looks for none. Or the gap has come down to the table's LIMIT. Or
+    k >= latest. With no wait, step k itself already uses the weight after the transition.
     """
 
     earliest: int = 2
     latest: int = NEVER
     drop: float = 0.0
+    wait: int = 0
 
 
 @dataclass
@@ -56,7 +60,7 @@ class State:
                  latents are the first half of `model_input`.
     history:     (B, ...) float32, what a two-step solver keeps of the last step; None for a one-step solver.
     step:        (B,) int64, the step each sample is at.
-    transition:  (B,) int64, the step at which it left its basin, -1 while it has not.
+    transition:  (B,) int64, the step at which its weight changes, -1 while that is not known.
     gaps:        (B, K) float32 noise gaps, NaN where not computed.
     peak:        (B,) float32, the largest gap so far.
     partials:    (B, tiles) float32 and arrivals (B,) int32, where the programs of one large sample meet, and scratch

@@ -70,7 +70,7 @@ def _check(uncond: Tensor, cond: Tensor | None, table: Tensor, state: State) -> 
         raise ValueError(f"table is {table.dtype} with strides {table.stride()}; it must be contiguous torch.float32")
 
 
-def _flat(rule: Rule | None) -> tuple[bool, int, int, float]:
+def _flat(rule: Rule | None) -> tuple[bool, int, int, float, int]:
     return (rule is not None, *(rule or Rule()))
 
 
@@ -82,7 +82,9 @@ BUFFERS = [field.name for field in fields(State)]
 _MUTATED = ", ".join(f"Tensor({alias}!)? {name}" for alias, name in zip("abcdefghijklmn", ["guided", *BUFFERS], strict=False))
 torch.library.define(
     "basinescape::step",
-    "(Tensor uncond, Tensor? cond, Tensor table, bool finds, int earliest, int latest, float drop, " + _MUTATED + ") -> ()",
+    "(Tensor uncond, Tensor? cond, Tensor table, bool finds, int earliest, int latest, float drop, int wait, "
+    + _MUTATED
+    + ") -> ()",
 )
 
 
@@ -99,11 +101,12 @@ def _step(
     earliest: int,
     latest: int,
     drop: float,
+    wait: int,
     guided: Tensor | None,
     *buffers: Tensor | None,
 ) -> None:
     """`step`, or, where `guided` is given, `guide_step`."""
-    state, rule = State(*buffers), Rule(earliest, latest, drop) if finds else None
+    state, rule = State(*buffers), Rule(earliest, latest, drop, wait) if finds else None
     if backend(uncond.device) == "eager":
         _eager(uncond, cond, table, rule, guided, state)
     else:
@@ -123,7 +126,7 @@ def _eager(uncond: Tensor, cond: Tensor | None, table: Tensor, rule: Rule | None
         torch.sub(cond.float(), uncond.float(), out=prediction)
         gap = norms(prediction)
         if rule is not None:
-            _leave(gap, state, rule)
+            _leave(gap, rows[:, Column.LIMIT], state, rule)
         state.gaps.scatter_(1, state.step[:, None], gap[:, None])
         left = (state.transition >= 0) & (state.step >= state.transition)
         weight = torch.where(left, rows[:, Column.AFTER], rows[:, Column.BEFORE])
@@ -141,21 +144,21 @@ def _eager(uncond: Tensor, cond: Tensor | None, table: Tensor, rule: Rule | None
     state.feed(following, table)
 
 
-def _leave(gap: Tensor, state: State, rule: Rule) -> None:
+def _leave(gap: Tensor, limit: Tensor, state: State, rule: Rule) -> None:
     """Mark the samples for which this step is the transition."""
     recent = state.gaps.gather(1, (state.step[:, None] + torch.arange(-2, 0, device=gap.device)).clamp_(min=0))
     before, last = recent.unbind(1)
     leaves = (before > last) & (last < gap) & (last <= (1 - rule.drop) * state.peak) & (state.step >= rule.earliest)
-    leaves |= state.step >= rule.latest
-    state.transition.copy_(torch.where(leaves & (state.transition < 0), state.step, state.transition))
+    leaves |= (gap <= limit) | (state.step >= rule.latest)
+    state.transition.copy_(torch.where(leaves & (state.transition < 0), state.step + rule.wait, state.transition))
     state.peak.copy_(torch.where(gap > state.peak, gap, state.peak))
 
 
 @jit
-def transition_at(k, gap, before, last, peak, left, earliest, latest, keep):
-    """The step at which the sample left its basin: `left` if it has, this step k if it shows now, else -1."""
+def transition_at(k, gap, before, last, peak, left, limit, earliest, latest, keep, wait):
+    """The step of the transition: `left` where it is known, k + wait if it shows at this step k, else -1."""
     minimum = (before > last) & (last < gap) & (last <= keep * peak) & (k >= earliest)
-    return tl.where((minimum | (k >= latest)) & (left < 0), k, left)
+    return tl.where((minimum | (gap <= limit) | (k >= latest)) & (left < 0), k + wait, left)
 
 
 @jit
@@ -209,6 +212,7 @@ def step_kernel(
     earliest,
     latest,
     keep,
+    wait,
     FINDS: tl.constexpr,  # samples look for their transition
     MEETS: tl.constexpr,  # ... and the programs of one sample wait for each other's sums
     COLUMNS: tl.constexpr,
@@ -255,7 +259,7 @@ def step_kernel(
             if known is not None:
                 gap = tl.load(known + sample)
         if FINDS:
-            left = transition_at(k, gap, before, last, top, left, earliest, latest, keep)
+            left = transition_at(k, gap, before, last, top, left, tl.load(row + 8), earliest, latest, keep, wait)
         weight = tl.load(row + tl.where((left >= 0) & (k >= left), 1, 0))
         following_row = table + tl.minimum(k + 1, steps - 1) * COLUMNS
         for part in tl.static_range(PARTS):
@@ -340,6 +344,7 @@ def _launch(uncond: Tensor, cond: Tensor | None, table: Tensor, rule: Rule | Non
             rule.earliest,
             rule.latest,
             1 - rule.drop,
+            rule.wait,
             FINDS=finds,
             MEETS=meets,
             COLUMNS=len(Column),

@@ -12,7 +12,7 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -109,7 +109,7 @@ def settings_of(sampler: Sampler) -> dict[str, Any]:
     """What a run's images owe to the sampler and to the versions of what it is built on."""
     packages = ("basinescape", "torch", "triton", "diffusers", "transformers", "xformers")
     return {
-        "scheduler": {"class": type(sampler.scheduler).__name__, **_plain(dict(sampler.scheduler.config))},
+        "scheduler": {"class": type(sampler.scheduler).__name__, **_public(sampler.scheduler.config)},
         "dtype": str(sampler.pipe.unet.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name() if sampler.pipe.device.type == "cuda" else sampler.pipe.device.type,
         "versions": {"python": platform.python_version()} | {name: found for name in packages if (found := _version(name))},
@@ -123,9 +123,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _plain(value: Any) -> Any:
-    """`value` as json reads it back."""
-    return json.loads(json.dumps(value, default=str))
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler's settings as json reads them back, without diffusers' own notes, whose order differs from run to run."""
+    return json.loads(json.dumps({name: value for name, value in config.items() if name[0] != "_"}, default=str))
 
 
 def open_folder(out: str | Path, run: dict[str, Any]) -> None:

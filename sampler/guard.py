@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .guidance import Guidance
-from .kernels.state import NEVER, Rule, State
+from .kernels.state import NEVER, State
 from .loop import Network, Plan, fused_step
 from .solver import Solver
 
@@ -57,7 +57,9 @@ def denoise(
     table = torch.cat([plain.table, cautious.table])
     rule = cautious.rule
     if rule is not None:
-        rule = Rule(rule.earliest + steps, NEVER if rule.latest == NEVER else rule.latest + steps, rule.drop)
+        rule = rule._replace(
+            earliest=rule.earliest + steps, latest=rule.latest if rule.latest == NEVER else rule.latest + steps
+        )
     both = replace(plain, table=table, branches=("both",) * (2 * steps), rule=rule)
     state = both.state(noise, format)
     take, turns = fused_step(network, both, state), iter(bar)

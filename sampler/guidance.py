@@ -89,6 +89,37 @@ class FirstMinimum:
 
 
 @dataclass(frozen=True)
+class Settled:
+    """The transition is `wait` steps after the noise gap has come down to that of ordinary prompts. A rule of this project.
+
+    ordinary: the usual gap of each step, on trajectories with the weight before the transition: the median over prompts known
+              not to be memorized, of this model, scheduler and number of steps (`basinescape analyze` measures it).
+    factor:   a sample has settled at the first step whose gap is at most `factor` times the ordinary one.
+    wait:     steps from there to the transition.
+    latest:   a deadline: a sample still waiting transitions at this step. None: it may wait for ever.
+
+    Raises ValueError for anything else.
+    """
+
+    ordinary: tuple[float, ...]
+    factor: float = 1.5
+    wait: int = 0
+    latest: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ordinary", tuple(_finite("ordinary", gap) for gap in self.ordinary))
+        object.__setattr__(self, "factor", _finite("factor", self.factor))
+        if self.factor <= 0:
+            raise ValueError(f"factor must be above 0, got {self.factor:g}")
+        _whole("wait", self.wait, 0)
+        if self.latest is not None:
+            _whole("latest", self.latest, self.wait)
+
+
+Rule = At | FirstMinimum | Settled
+
+
+@dataclass(frozen=True)
 class Watch:
     """A sample is flagged if the mean noise gap of its first `steps` steps is above `threshold`.
 
@@ -103,7 +134,7 @@ class Watch:
         _whole("steps", self.steps, 1)
 
 
-RULES = {rule.__name__: rule for rule in (At, FirstMinimum)}
+RULES = {rule.__name__: rule for rule in (At, FirstMinimum, Settled)}
 
 
 @dataclass(frozen=True)
@@ -123,7 +154,7 @@ class Guidance:
 
     scale: float
     before: float = 0.0
-    until: At | FirstMinimum | None = None
+    until: Rule | None = None
     shape: str | tuple[float, ...] = "static"
     interval: tuple[float, float] | None = None
     watch: Watch | None = None
@@ -131,8 +162,8 @@ class Guidance:
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", _finite("scale", self.scale))
         object.__setattr__(self, "before", _finite("before", self.before))
-        if self.until is not None and not isinstance(self.until, (At, FirstMinimum)):
-            raise ValueError(f"until must be At(...) or FirstMinimum(...), got {self.until!r}")
+        if self.until is not None and not isinstance(self.until, Rule):
+            raise ValueError(f"until must be At(...), FirstMinimum(...) or Settled(...), got {self.until!r}")
         if isinstance(self.shape, str):
             if self.shape not in SHAPES:
                 raise ValueError(f"shape must be one of {', '.join(SHAPES)}, or a factor for each step; got {self.shape!r}")
@@ -152,12 +183,12 @@ class Guidance:
         return cls(scale, **shape)
 
     @classmethod
-    def delayed(cls, scale: float, until: At | FirstMinimum, before: float = 0.0, **shape: Any) -> Guidance:
+    def delayed(cls, scale: float, until: Rule, before: float = 0.0, **shape: Any) -> Guidance:
         """No guidance (or the weight `before`) until the transition, `scale` from there on."""
         return cls(scale, before, until, **shape)
 
     @classmethod
-    def opposite(cls, opposite_scale: float, scale: float, until: At | FirstMinimum, **shape: Any) -> Guidance:
+    def opposite(cls, opposite_scale: float, scale: float, until: Rule, **shape: Any) -> Guidance:
         """The weight -opposite_scale, constant, until the transition, `scale` from there on."""
         if _finite("opposite_scale", opposite_scale) <= 0:
             raise ValueError(f"opposite_scale must be above 0 (it is applied with a minus sign), got {opposite_scale!r}")
@@ -208,6 +239,8 @@ class Guidance:
 
         Raises ValueError if `shape` is a table of another length than `timesteps`.
         """
+        if isinstance(self.until, Settled) and len(self.until.ordinary) != len(timesteps):
+            raise ValueError(f"ordinary has {len(self.until.ordinary)} gaps, but the sampler takes {len(timesteps)} steps")
         if isinstance(self.shape, str):
             factors = [SHAPES[self.shape](t / num_train_timesteps) for t in timesteps]
         else:
@@ -220,7 +253,7 @@ class Guidance:
 
     def fixed_transition(self, timesteps: Sequence[float]) -> int | None:
         """The transition step where it is known beforehand: -1 if there is none, None if each sample finds its own."""
-        if isinstance(self.until, FirstMinimum):
+        if isinstance(self.until, (FirstMinimum, Settled)):
             return None
         if self.until is None:
             return 0

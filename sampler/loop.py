@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -10,7 +11,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from .guidance import FirstMinimum, Guidance
+from .guidance import FirstMinimum, Guidance, Settled
 from .kernels.state import NEVER, Rule, State
 from .kernels.step import guide_step, step
 from .solver import Solver, prepared, takes_generator
@@ -53,7 +54,10 @@ class Plan:
         transition = guidance.fixed_transition(timesteps)
         rule = _rule(guidance.until) if transition is None else None
         coefficients = torch.zeros(len(timesteps), 4) if solver.coefficients is None else solver.coefficients
-        columns = [weights, coefficients, solver.input_scale[:, None], solver.timesteps[:, None]]
+        limits = torch.full((len(timesteps),), -torch.inf)
+        if isinstance(guidance.until, Settled):
+            limits = guidance.until.factor * torch.tensor(guidance.until.ordinary)
+        columns = [weights, coefficients, solver.input_scale[:, None], solver.timesteps[:, None], limits[:, None]]
         return cls(
             table=torch.cat(columns, dim=1).to(device),
             branches=tuple(_branch(k, *pair, transition, rule) for k, pair in enumerate(weights.tolist())),
@@ -70,14 +74,17 @@ class Plan:
         return empty.start(noise, self.table, self.transition)
 
 
-def _rule(until: FirstMinimum) -> Rule:
-    return Rule(until.earliest, NEVER if until.latest is None else until.latest, until.drop)
+def _rule(until: FirstMinimum | Settled) -> Rule:
+    latest = NEVER if until.latest is None else until.latest
+    if isinstance(until, FirstMinimum):
+        return Rule(until.earliest, latest, until.drop)
+    return Rule(0, latest if latest == NEVER else latest - until.wait, math.inf, until.wait)
 
 
 def _branch(k: int, before: float, after: float, transition: int | None, rule: Rule | None) -> Branch:
     """The one branch that step k needs, or both: a sample still looking for its transition needs its noise gap."""
     if rule is not None:
-        if k < rule.latest:
+        if k < rule.latest + rule.wait:
             return "both"
         weight = after
     else:

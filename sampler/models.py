@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from packaging.version import Version
 from torch import Tensor
 
 from .loop import Branch
@@ -39,7 +41,8 @@ def load(path_or_id: str | Path, dtype: torch.dtype, allow_pickle: bool) -> Diff
         raise FileNotFoundError(
             f"model {str(path_or_id)!r} does not exist: give a folder in diffusers' format or a hub id such as 'owner/name'"
         )
-    return DiffusionPipeline.from_pretrained(path_or_id, torch_dtype=dtype, use_safetensors=None if allow_pickle else True)
+    named = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
+    return DiffusionPipeline.from_pretrained(path_or_id, **{named: dtype}, use_safetensors=None if allow_pickle else True)
 
 
 def check(pipe: DiffusionPipeline) -> None:

@@ -183,7 +183,9 @@ class Sampler:
             run = self._run(inputs, plan, noise, generators, solver.coefficients is not None, bar, wrap)
         images = run.latents if output == "latent" else models.decode(self.pipe, run.latents, output)
         restarted = None if guidance.watch is None else run.restarted.cpu()
-        return Output(images, run.latents.clone(), run.transition.cpu(), run.gaps.cpu(), solver.timesteps, restarted)
+        transition = run.transition.cpu()
+        transition[transition >= len(solver.timesteps)] = -1  # settled too late to wait
+        return Output(images, run.latents.clone(), transition, run.gaps.cpu(), solver.timesteps, restarted)
 
     def _run(
         self,

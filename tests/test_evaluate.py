@@ -152,7 +152,7 @@ def test_every_method_makes_an_image_and_plain_guidance_is_left_as_it_was(pipe, 
     sampler = Sampler.from_pipeline(pipe, "dpmsolver++")
     monkeypatch.setattr(embedding, "ITERATIONS", 2)
     found = ["a picture of a cat signed by arno", "a picture of a frog"]
-    methods = method_table(7.5, 500.0)
+    methods = method_table(replace(PRESETS["tiny"], transition=500.0, ordinary=(1.0,) * 4, guard=(1.0, 2)))
     plain = methods["cfg"](sampler, found, [0, 1], 4)
     for name, method in methods.items():
         out = method(sampler, found, [0, 1], 4)
@@ -199,7 +199,7 @@ def test_the_words_of_a_prompt_end_with_its_end_token(pipe):
 def test_an_optimised_embedding_has_a_smaller_first_gap(pipe):
     sampler = Sampler.from_pipeline(pipe, "ddim")
     found = ["a picture of a cat signed by arno"]
-    changed = method_table(7.5, 500.0)["embedding"](sampler, found, [0], 2)
+    changed = method_table(PRESETS["tiny"])["embedding"](sampler, found, [0], 2)
     plain = sampler(found, [0], 2, Guidance.cfg(7.5), progress=False)
     assert changed.noise_gap[0, 0] < plain.noise_gap[0, 0]
 
@@ -226,7 +226,8 @@ def test_the_rule_on_curves_is_the_samplers(gaps, drop):
     from basinescape.kernels.state import Column, State
     from basinescape.kernels.step import step
 
-    table_of_steps = torch.zeros(len(gaps), len(Column))
+    table_of_steps = torch.full((len(gaps), len(Column)), -torch.inf)
+    table_of_steps[:, : Column.LIMIT] = 0
     state = State.empty((1, 1), len(gaps), torch.float32, "cpu").start(torch.zeros(1, 1), table_of_steps)
     for gap in gaps:
         step(torch.zeros(1, 1), torch.full((1, 1), gap), table_of_steps, state, Rule(drop=drop))

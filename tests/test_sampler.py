@@ -5,7 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from basinescape import At, FirstMinimum, Guidance, Sampler
+from basinescape import At, FirstMinimum, Guidance, Sampler, Settled
+from basinescape.bench.analyze import settled
 from basinescape.solver import make_scheduler
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
@@ -91,6 +92,17 @@ def test_samples_of_one_batch_transition_at_their_own_steps_and_some_never(pipe,
     expected = [plain_loop(exact, "dpmsolver++", guidance, *pair)[1] for pair in zip(prompts, seeds, strict=True)]
     assert out.transition_step.tolist() == expected
     assert -1 in expected and len(set(expected)) > 2
+
+
+@pytest.mark.parametrize("scheduler", ["dpmsolver++", "euler-ancestral"])
+@pytest.mark.parametrize("latest", [None, 6])
+def test_samples_settle_where_their_gaps_say(pipe, scheduler, latest):
+    free = sample(pipe, scheduler, Guidance.delayed(7.5, until=FirstMinimum(latest=None)))
+    rule = Settled(tuple(free.noise_gap.median(dim=0).values.tolist()), factor=0.9, wait=2, latest=latest)
+    out = sample(pipe, scheduler, Guidance.delayed(7.5, until=rule))
+    expected = [settled(gaps, rule) for gaps in out.noise_gap.tolist()]
+    assert out.transition_step.tolist() == [-1 if step is None else step for step in expected]
+    assert len(set(expected)) > 1
 
 
 @pytest.mark.parametrize("scheduler", ["dpmsolver++", "euler-ancestral"])

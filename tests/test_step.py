@@ -35,8 +35,9 @@ class Sample:
             if rule and self.left < 0:
                 peak = max((d for d in earlier if d == d), default=-math.inf)
                 minimum = self.k >= max(rule.earliest, 2) and earlier[self.k - 2] > earlier[self.k - 1] < gap
-                if (minimum and earlier[self.k - 1] <= (1 - rule.drop) * peak) or self.k >= rule.latest:
-                    self.left = self.k
+                deep = minimum and earlier[self.k - 1] <= (1 - rule.drop) * peak
+                if deep or gap <= row[Column.LIMIT] or self.k >= rule.latest:
+                    self.left = self.k + rule.wait
             guided = u + row[Column.AFTER if 0 <= self.left <= self.k else Column.BEFORE] * (c - u)
         if solves:
             a, b, p, q = row[Column.A : Column.Q + 1]
@@ -56,6 +57,15 @@ def laid_out(x, layout):
     return x
 
 
+rules = st.builds(
+    Rule,
+    earliest=st.integers(2, 4),
+    latest=st.sampled_from([NEVER, 5, 6]),
+    drop=st.sampled_from([0.0, 0.3, math.inf]),
+    wait=st.sampled_from([0, 0, 2]),
+)
+
+
 @st.composite
 def runs(draw):
     shape = draw(st.sampled_from([(1, 1, 1), (4, 8, 8), (3, 5, 7), (4, 40, 40), (4, 64, 64), (3, 80, 81)]))
@@ -66,9 +76,8 @@ def runs(draw):
         "channels_last": draw(st.booleans()),
         "multistep": draw(st.booleans()),
         "scaled": draw(st.booleans()),
-        "rule": draw(
-            st.none() | st.builds(Rule, st.integers(2, 4), st.sampled_from([NEVER, 5, 6]), st.sampled_from([0.0, 0.3]))
-        ),
+        "rule": draw(st.none() | rules),
+        "limited": draw(st.booleans()),
         "begins": draw(st.integers(0, 2)),
         "seed": draw(st.integers(0, 2**16)),
     }
@@ -82,6 +91,8 @@ def check_run(run):
     table = torch.rand((STEPS, len(Column)), generator=rng) * 2 - 1
     if not run["multistep"]:
         table[:, [Column.P, Column.Q]] = 0
+    usual = 0.5 * math.prod(shape[1:]) ** 0.5  # of the gaps below
+    table[:, Column.LIMIT] = usual * table[:, Column.LIMIT].abs() if run["limited"] else -math.inf
     if not run["scaled"]:
         table[:, Column.INPUT_SCALE] = 1
     layout = torch.channels_last if run["channels_last"] else torch.contiguous_format
@@ -130,6 +141,7 @@ def test_the_eager_step_is_the_definition(eager, run):
 def started(shape, steps=STEPS, dtype=torch.float32, **options):
     torch.manual_seed(0)
     table = torch.rand(steps, len(Column))
+    table[:, Column.LIMIT] = -torch.inf
     return State.empty(shape, steps, dtype, "cpu", **options).start(torch.randn(shape).to(dtype), table), table
 
 
@@ -204,7 +216,7 @@ def test_operands_that_do_not_match_are_named(change, says):
 
 def operands(finds):
     state, table = started((2, 4, 8, 8), multistep=True)
-    return (*torch.randn(2, 2, 4, 8, 8), table, finds, 2, NEVER, 0.0, None, *_buffers(state))
+    return (*torch.randn(2, 2, 4, 8, 8), table, finds, 2, NEVER, 0.0, 0, None, *_buffers(state))
 
 
 @pytest.mark.parametrize("finds", [True, False])

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from basinescape import At, FirstMinimum, Guidance, Output, Sampler
+from basinescape import At, FirstMinimum, Guidance, Output, Sampler, Settled
 
+from ..scenario import Scenario
 from . import attention, augment, cads, dryrun, embedding, padding
 
 Method = Callable[[Sampler, Sequence[str], Sequence[int], int], Output]
@@ -24,13 +25,25 @@ def guided(guidance: Guidance) -> Method:
     return sample
 
 
-def table(scale: float, transition: float) -> dict[str, Method]:
-    """All methods by name, at guidance `scale`; `transition` is the timestep of the static transition point."""
-    at, minimum, plain = At(transition), FirstMinimum(), Guidance.cfg(scale)
+# The rule `Settled` as chosen on half of the small pipeline's memorized prompts: see `basinescape analyze`.
+SETTLED = {"factor": 1.5, "wait": 8, "latest": 24}
+
+
+def table(scenario: Scenario) -> dict[str, Method]:
+    """All methods by name, as `scenario` parametrises them."""
+    scale = scenario.scale
+    at, minimum, plain = At(scenario.transition), FirstMinimum(), Guidance.cfg(scale)
+    delayed = Guidance.delayed(scale, until=at)
+    measured = {}
+    if scenario.ordinary:
+        until = Settled(scenario.ordinary, **SETTLED)
+        measured["delayed-settled"] = guided(Guidance.delayed(scale, until=until))
+    if scenario.guard:
+        measured["guard"] = guided(Guidance.guard(delayed, *scenario.guard))
     shapes = ("linear", "invlinear", "cosine", "sine", "v_shape", "a_shape")
     return {
         "cfg": guided(plain),
-        "delayed-at": guided(Guidance.delayed(scale, until=at)),
+        "delayed-at": guided(delayed),
         "delayed-minimum": guided(Guidance.delayed(scale, until=minimum)),
         "opposite-at": guided(Guidance.opposite(2.0, scale=scale, until=at)),
         "opposite-minimum": guided(Guidance.opposite(scale, scale=scale, until=minimum)),
@@ -43,4 +56,5 @@ def table(scale: float, transition: float) -> dict[str, Method]:
         "embedding": embedding.method(plain),
         "attention": attention.method(plain),
         "padding": padding.method(plain),
+        **measured,
     }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from basinescape.kernels import backend, guide
-from basinescape.kernels.state import Column, Rule, State
+from basinescape.kernels.state import Rule, State
 from basinescape.kernels.step import step
 from torch import Tensor
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from basinescape.models import GuidedUNet, encode
 from basinescape.solver import make_scheduler
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 from .published import published
 from .timing import Row, interleaved, summary
@@ -22,9 +23,10 @@ from .timing import Row, interleaved, summary
 SCALE = 7.5
 BASELINE = "diffusers"
 SHORT, LONG = 10, 110  # steps; the difference leaves out what a call does once
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}
 READ = "aten::_local_scalar_dense"
-LAUNCHES = ("LaunchKernel", "LaunchCooperativeKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync")
-WAITS = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize", "StreamWaitEvent")
+LAUNCH = re.compile(r"cud?a?(Launch\w*Kernel|GraphLaunch|Mem(cpy|set)\w*Async)")
+WAIT = re.compile(r"cud?a?(Stream|Device|Event|Ctx)Synchronize")
 
 
 @dataclass(frozen=True)
@@ -113,26 +115,26 @@ def counts(call: Callable[[int], object], device: torch.device) -> dict[str, flo
     return {name: (long[name] - short[name]) / (LONG - SHORT) for name in long}
 
 
-def _counted(call: Callable[[int], object], steps: int, device: torch.device) -> dict[str, int]:
+def _counted(call: Callable[[int], object], steps: int, device: torch.device) -> Counter[str]:
+    """Operators called by others than operators; launches and waits by the names of the runtime's own functions."""
     cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities) as profiler:
+    with profile(use_device="cuda" if cuda else None, use_kineto=cuda) as profiler:
         call(steps)
-    events = Counter()
-    for event in profiler.events():
-        leaf = event.name.startswith("aten::") and not any(child.name.startswith("aten::") for child in event.cpu_children)
-        events["operators"] += leaf
-        events["reads"] += event.name == READ
-        events["launches"] += any(event.name.endswith(name) or f"{name}Ex" in event.name for name in LAUNCHES)
-        events["waits"] += any(event.name.endswith(name) for name in WAITS)
-    return {name: events[name] for name in ("operators", "reads", *(("launches", "waits") if cuda else ()))}
+    found = Counter(dict.fromkeys(("operators", "reads", *(("launches", "waits") if cuda else ())), 0))
+    for event in profiler.function_events:
+        inner = event.cpu_parent is not None and event.cpu_parent.name.startswith("aten::")
+        found["operators"] += event.name.startswith("aten::") and not inner
+        found["reads"] += event.name == READ
+        if cuda:
+            found["launches"] += bool(LAUNCH.match(event.name))
+            found["waits"] += bool(WAIT.match(event.name))
+    return found
 
 
-@torch.inference_mode()
 def step(device: torch.device, preset: str) -> Iterator[Row]:
     """Rows in microseconds a step and batch: the comparison, what a step consists of, and the table of cost.
 
-    A peer of diffusers whose latents are not diffusers' gets no ratio.
+    A peer of plain guidance whose latents are not diffusers' gets no ratio.
     """
     pipe, cases = load(device), CASES[preset]
     with stubbed(pipe):
@@ -143,7 +145,8 @@ def step(device: torch.device, preset: str) -> Iterator[Row]:
                     yield from _compared(what, peers(pipe, scheduler, height, batch), device, cases.rounds)
         for scheduler in cases.schedulers:
             for peer, (call, _) in peers(pipe, scheduler, cases.heights[-1], 1).items():
-                call(SHORT)
+                for steps in (SHORT, LONG):
+                    call(steps)
                 what = f"{scheduler}, {_latents(pipe, cases.heights[-1])}, batch 1"
                 yield {"bench": "step, counted", "what": what, "peer": peer, **counts(call, device)}
         yield from _cost(pipe, cases)
@@ -157,9 +160,11 @@ def _latents(pipe: StableDiffusionPipeline, height: int) -> str:
 def _compared(
     what: str, found: dict[str, tuple[Callable[[int], Tensor], Guidance]], device: torch.device, rounds: int
 ) -> Iterator[Row]:
-    made = {peer: call(SHORT).double() for peer, (call, _) in found.items()}
-    expected = made[BASELINE]
-    apart = {peer: ((latents - expected).norm() / expected.norm()).item() for peer, latents in made.items()}
+    for call, _ in found.values():
+        call(LONG)
+    made = {peer: call(SHORT) for peer, (call, _) in found.items()}
+    dtype, expected = made[BASELINE].dtype, made[BASELINE].double()
+    apart = {peer: ((latents.double() - expected).norm() / expected.norm()).item() for peer, latents in made.items()}
     calls = {(peer, steps): _of(call, steps) for peer, (call, _) in found.items() for steps in (SHORT, LONG)}
     times = interleaved(calls, device, rounds)
 
@@ -169,7 +174,7 @@ def _compared(
 
     for peer, (_, guidance) in found.items():
         plain = guidance.until is None
-        agrees = not plain or apart[peer] <= (1e-4 if expected.dtype == torch.float32 else 2e-2)
+        agrees = not plain or apart[peer] <= TOLERANCE[dtype]
         row = summary(a_step(peer), a_step(BASELINE) if agrees else None)
         yield {"bench": "step", "what": what, "peer": peer, "unit": "us a step", **row, "apart": apart[peer] if plain else None}
 
@@ -178,8 +183,9 @@ def _of(call: Callable[[int], Tensor], steps: int) -> Callable[[], Tensor]:
     return lambda: call(steps)
 
 
+@torch.inference_mode()
 def _cost(pipe: StableDiffusionPipeline, cases: Cases) -> Iterator[Row]:
-    """Microseconds of the whole loop against the line steps * (a + b * batch) through them; the ratio is line / measured."""
+    """Microseconds of the whole loop; ratio: to it from the fitted (a + b * batch) + steps * (c + d * batch)."""
     device, height = pipe.device, cases.heights[-1]
     sampler = Sampler.from_pipeline(pipe)
     side = height // pipe.vae_scale_factor
@@ -193,10 +199,10 @@ def _cost(pipe: StableDiffusionPipeline, cases: Cases) -> Iterator[Row]:
             calls[batch, steps]()
     times = interleaved(calls, device, cases.rounds)
     rows = {key: summary([1e6 * t for t in found], None) for key, found in times.items()}
-    line = _fit({key: row["median"] for key, row in rows.items()})
+    fitted = _fit({key: row["median"] for key, row in rows.items()})
     for key, row in rows.items():
         batch, steps = key
-        row["ratio"] = line[key] / row["median"]
+        row["ratio"] = fitted[key] / row["median"]
         what = f"{_latents(pipe, height)}, batch {batch}, {steps} steps"
         a_step = row["median"] / steps
         yield {"bench": "step, cost", "what": what, "peer": "ours", "unit": "us", **row, "us a step": a_step}
@@ -214,9 +220,8 @@ def _loop(network: GuidedUNet, plan: Plan, noise: Tensor) -> Callable[[], None]:
 
 
 def _fit(medians: dict[tuple[int, int], float]) -> dict[tuple[int, int], float]:
-    """The line nearest to `medians`, (batch, steps) -> time, in relative error."""
-    terms = torch.tensor([[steps, steps * batch] for batch, steps in medians], dtype=torch.float64)
+    """The bilinear function nearest to `medians`, (batch, steps) -> time, in relative error."""
+    terms = torch.tensor([[1, batch, steps, steps * batch] for batch, steps in medians], dtype=torch.float64)
     found = torch.tensor(list(medians.values()), dtype=torch.float64)
-    solution = torch.linalg.lstsq(terms / found[:, None], torch.ones(len(found), 1, dtype=torch.float64)).solution
-    line = (terms @ solution)[:, 0]
-    return dict(zip(medians, line.tolist(), strict=True))
+    solution = torch.linalg.lstsq(terms / found[:, None], torch.ones_like(found)[:, None]).solution
+    return dict(zip(medians, (terms @ solution)[:, 0].tolist(), strict=True))

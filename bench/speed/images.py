@@ -1,0 +1,194 @@
+"""Whole images a second, and the share of the device's measured matrix product rate that the network's FLOPs come to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+from basinescape import At, FirstMinimum, Guidance, Sampler
+from basinescape.loop import Plan
+from basinescape.models import GuidedUNet, decode, encode
+from basinescape.solver import make_scheduler
+from diffusers import DiffusionPipeline
+from torch.utils.flop_counter import FlopCounterMode
+
+from .published import published
+from .shapes import pipeline
+from .timing import Row, interleaved, seconds, summary
+
+SCALE = 7.5
+METHODS = {
+    "cfg": Guidance.cfg(SCALE),
+    "delayed, t <= 500": Guidance.delayed(SCALE, until=At(500)),
+    "opposite -2, t <= 650": Guidance.opposite(2.0, scale=SCALE, until=At(650)),
+    "delayed, first minimum": Guidance.delayed(SCALE, until=FirstMinimum()),
+}
+BASELINE = "diffusers"
+TOLERANCE = {torch.float32: 1.0, torch.bfloat16: 16.0, torch.float16: 8.0}  # of 255, largest in float32, else on average
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model: its steps and batches, and how often each peer is timed."""
+
+    model: str
+    dtype: torch.dtype
+    steps: int
+    batches: tuple[int, ...]
+    rounds: int
+
+
+CASES = {
+    "cpu": (Case("tiny", torch.float32, 50, (1, 4), 5),),
+    "cuda": (
+        Case("sd15", torch.float16, 50, (1, 4, 16), 5),
+        Case("sd15", torch.bfloat16, 50, (1, 4, 16), 5),
+        Case("sdxl", torch.bfloat16, 20, (1, 4, 16), 3),
+    ),
+    "quick": (Case("sd15", torch.float16, 20, (1, 4), 3),),
+}
+# (name, keyword arguments of the sampler, methods); the methods are timed where they are cheapest and plainest.
+WAYS = {
+    "cpu": (("ours", {}, tuple(METHODS)), ("ours, compiled", {"compile": True}, ("cfg", "delayed, t <= 500"))),
+    "cuda": (
+        ("ours", {}, ("cfg",)),
+        ("ours, captured", {"capture": True}, tuple(METHODS)),
+        ("ours, compiled", {"compile": True}, ("cfg",)),
+        ("ours, compiled, captured", {"compile": True, "capture": True}, tuple(METHODS)),
+        ("ours, captured, xformers", {"capture": True, "attention": "xformers"}, ("cfg",)),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way to the images of one method."""
+
+    method: str
+    images: Callable[[], np.ndarray]
+
+
+class Bench:
+    """The peers of one model and batch size."""
+
+    def __init__(self, case: Case, device: torch.device, pipe: DiffusionPipeline, batch: int):
+        self.case, self.device, self.pipe = case, device, pipe
+        self.prompts = ["a picture of a cat signed by arno", "a picture of a frog"] * batch
+        self.prompts, self.seeds = self.prompts[:batch], list(range(batch))
+        self.size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+
+    def ours(self, sampler: Sampler, guidance: Guidance) -> np.ndarray:
+        return sampler(self.prompts, self.seeds, self.case.steps, guidance, output="np", progress=False).images
+
+    def diffusers(self, pipe: DiffusionPipeline) -> np.ndarray:
+        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        options = {"generator": generators, "output_type": "np", "guidance_scale": SCALE}
+        return pipe(self.prompts, num_inference_steps=self.case.steps, **options).images
+
+    @torch.no_grad()
+    def published(self, guidance: Guidance) -> np.ndarray:
+        made = []
+        for prompt, seed in zip(self.prompts, self.seeds, strict=True):
+            latents = published(self.pipe, prompt, seed, self.case.steps, guidance, self.size)
+            made.append(decode(self.pipe, latents, "np"))
+        return np.concatenate(made)
+
+    def peers(self) -> dict[str, Peer]:
+        fast = twin(self.pipe)
+        fast.unet.to(memory_format=torch.channels_last)
+        mode = "reduce-overhead" if self.device.type == "cuda" else None
+        fast.unet.compile(mode=mode, fullgraph=True, dynamic=False)
+        found = {
+            BASELINE: Peer("cfg", lambda: self.diffusers(self.pipe)),
+            "diffusers, compiled, channels-last": Peer("cfg", lambda: self.diffusers(fast)),
+            "published style": Peer("cfg", lambda: self.published(METHODS["cfg"])),
+        }
+        for way, options, methods in WAYS[self.device.type]:
+            if options.get("attention") == "xformers" and find_spec("xformers") is None:
+                continue
+            pipe = twin(self.pipe) if options.get("compile") or "attention" in options else self.pipe
+            sampler = Sampler.from_pipeline(pipe, **options)
+            for method in methods:
+                found[f"{way}, {method}"] = Peer(method, self._images(sampler, METHODS[method]))
+        return found
+
+    def _images(self, sampler: Sampler, guidance: Guidance) -> Callable[[], np.ndarray]:
+        return lambda: self.ours(sampler, guidance)
+
+    def flops(self) -> dict[str, float]:
+        """What the network needs for one image of each method."""
+        inputs = encode(self.pipe, self.prompts[:1], None, self.size, self.size)
+        network = GuidedUNet(self.pipe.unet, inputs)
+        side = self.size // self.pipe.vae_scale_factor
+        latents = torch.randn((1, self.pipe.unet.config.in_channels, side, side)).to(self.device, self.case.dtype)
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            network(latents, torch.full((1,), 500.0, device=self.device), "cond")
+        solver = Sampler.from_pipeline(self.pipe).solver(self.case.steps)
+        calls = {}
+        for method, guidance in METHODS.items():
+            branches = Plan.make(solver, guidance, self.device).branches
+            calls[method] = sum(2 if branch == "both" else 1 for branch in branches)
+        return {method: count * counter.get_total_flops() for method, count in calls.items()}
+
+
+def twin(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """The same pipeline with a UNet of its own, to be compiled or laid out differently."""
+    other = copy.copy(pipe)
+    other.unet = copy.deepcopy(pipe.unet)
+    return other
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs a second of a large square matrix product, the best of several."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn((2, side, side), device=device).to(dtype)
+    out = a @ b
+    return 2 * side**3 / min(seconds(lambda: torch.matmul(a, b, out=out), device, 5) for _ in range(10))
+
+
+def difference(found: np.ndarray, expected: np.ndarray, dtype: torch.dtype) -> float:
+    """In 255ths: the largest in float32; the mean in half precision, where roundings grow over the steps."""
+    apart = 255 * np.abs(found.astype(np.float64) - expected)
+    return float(apart.max() if dtype == torch.float32 else apart.mean())
+
+
+def images(device: torch.device, preset: str) -> Iterator[Row]:
+    """Rows in images a second. utilisation counts the UNet's FLOPs, each method's own.
+
+    Every peer's images are checked, plain guidance against diffusers', other methods against the plain loop; one that
+    differs gets no ratio.
+    """
+    for case in CASES[preset]:
+        pipe = pipeline(case.model, case.dtype, device)
+        pipe.scheduler = make_scheduler("dpmsolver++", pipe.scheduler)
+        rate = matmul_rate(device, case.dtype)
+        for batch in case.batches:
+            torch._dynamo.reset()
+            yield from _rows(Bench(case, device, pipe, batch), batch, rate)
+
+
+def _rows(bench: Bench, batch: int, rate: float) -> Iterator[Row]:
+    case, peers, flops = bench.case, bench.peers(), bench.flops()
+    made = {name: peer.images() for name, peer in peers.items()}
+    expected = {method: bench.published(METHODS[method]) for method in METHODS if method != "cfg"}
+    expected["cfg"] = made[BASELINE]
+    apart = {name: difference(made[name], expected[peer.method], case.dtype) for name, peer in peers.items()}
+    times = interleaved({name: peer.images for name, peer in peers.items()}, bench.device, case.rounds)
+    for name, peer in peers.items():
+        agrees = apart[name] <= TOLERANCE[case.dtype]
+        row = summary(times[name], times[BASELINE] if agrees else None)
+        rates = summary([batch / t for t in times[name]], None)
+        yield {
+            "bench": "images",
+            "what": f"{case.model}, {str(case.dtype).removeprefix('torch.')}, {case.steps} steps, batch {batch}",
+            "peer": name,
+            "unit": "images/s",
+            **rates,
+            "ratio": row["ratio"],
+            "utilisation": flops[peer.method] * rates["median"] / rate,
+            "apart": apart[name],
+        }

@@ -1,0 +1,112 @@
+"""Pipelines to time: the one that ships, and the public shapes of SD 1.5 and SDXL base with random weights.
+
+Speed does not depend on the values. Text embeddings are random too, so no text encoder is needed.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from basinescape import Sampler
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+TOKENS = 77
+UNETS: dict[str, dict[str, Any]] = {
+    "sd15": {
+        "sample_size": 64,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 768,
+    },
+    "sdxl": {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "transformer_layers_per_block": (1, 2, 10),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+SCALING = {"sd15": 0.18215, "sdxl": 0.13025}
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def pipeline(name: str, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
+    """ "tiny", "sd15" or "sdxl"."""
+    pipe = _tiny(dtype) if name == "tiny" else _random(name, dtype, device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def _tiny(dtype: torch.dtype) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(Sampler.model_path("tiny"), torch_dtype=dtype, use_safetensors=True)
+
+
+def _random(name: str, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
+    torch.manual_seed(0)
+    with device:
+        unet = UNet2DConditionModel(**UNETS[name]).to(dtype).eval()
+        vae = AutoencoderKL(**VAE, scaling_factor=SCALING[name], force_upcast=False).to(dtype).eval()
+    parts = {"vae": vae, "unet": unet, "scheduler": DDIMScheduler(**SCHEDULER), "text_encoder": None, "tokenizer": None}
+    if name == "sdxl":
+        width = UNETS[name]["projection_class_embeddings_input_dim"] - 6 * UNETS[name]["addition_time_embed_dim"]
+        pipe = StableDiffusionXLPipeline(**parts, text_encoder_2=_projection(width), tokenizer_2=None, add_watermarker=False)
+    else:
+        width = None
+        rest = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipe = StableDiffusionPipeline(**parts, **rest)
+    pipe.encode_prompt = _Embeddings(UNETS[name]["cross_attention_dim"], width, dtype, device)
+    return pipe
+
+
+def _projection(width: int) -> CLIPTextModelWithProjection:
+    """A text encoder whose one use is that its configuration is asked for the width of what it would return."""
+    small = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    return CLIPTextModelWithProjection(CLIPTextConfig(**small, projection_dim=width))
+
+
+class _Embeddings:
+    """Stands for a pipeline's `encode_prompt`: random embeddings, the same for the same position."""
+
+    def __init__(self, width: int, pooled: int | None, dtype: torch.dtype, device: torch.device):
+        self.width, self.pooled, self.like = width, pooled, SimpleNamespace(dtype=dtype, device=device)
+
+    def __call__(self, prompt: str | list[str], *_: object, **__: object) -> tuple[Tensor, ...]:
+        count = 1 if isinstance(prompt, str) else len(prompt)
+        rng = torch.Generator().manual_seed(0)
+        shapes = [(TOKENS, self.width), (TOKENS, self.width)]
+        shapes += [] if self.pooled is None else [(self.pooled,), (self.pooled,)]
+        drawn = [torch.randn((1, *shape), generator=rng) for shape in shapes]
+        return tuple(one.expand(count, *one.shape[1:]).to(self.like.device, self.like.dtype) for one in drawn)
