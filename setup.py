@@ -10,7 +10,13 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=["basinescape", "basinescape.kernels", "basinescape.bench", "basinescape.bench.methods"],
+    packages=[
+        "basinescape",
+        "basinescape.kernels",
+        "basinescape.bench",
+        "basinescape.bench.methods",
+        "basinescape.bench.speed",
+    ],
     package_dir={"basinescape": "sampler", "basinescape.kernels": "kernels", "basinescape.bench": "bench"},
     package_data={"basinescape.bench": ["tiny/**/*", "tiny/*", "report.html.jinja"]},
     install_requires=[

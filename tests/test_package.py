@@ -1,0 +1,51 @@
+"""What a user installs: a wheel with the small pipeline, and kernels that stand alone."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code, cwd):
+    """Standard output of `code` in a fresh interpreter."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=cwd, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_a_wheel_holds_the_pipeline_and_all_packages(tmp_path):
+    options = ["--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", str(tmp_path)]
+    source = tmp_path / "source"  # built from a copy: a build leaves folders behind
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "out", "build", "*.egg-info"))
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(source)], check=True, capture_output=True)
+    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    for folder, package in (("sampler", ""), ("kernels", "kernels/"), ("bench", "bench/")):
+        expected = {f"basinescape/{package}{path.relative_to(source / folder)}" for path in (source / folder).rglob("*.py")}
+        assert expected <= names
+    tiny = {f"basinescape/bench/tiny/{path.relative_to(ROOT / 'bench/tiny')}" for path in (ROOT / "bench/tiny").rglob("*.*")}
+    assert tiny <= names and any(name.endswith("unet/diffusion_pytorch_model.safetensors") for name in tiny)
+
+
+def test_the_pipeline_that_ships_is_small():
+    assert sum(path.stat().st_size for path in (ROOT / "bench" / "tiny").rglob("*") if path.is_file()) <= 15_000_000
+
+
+def test_the_kernels_need_torch_and_triton_alone(tmp_path):
+    code = """
+import sys
+import basinescape.kernels, basinescape.kernels.step, basinescape.kernels.aot
+print(sorted({"diffusers", "transformers", "numpy.testing", "matplotlib"} & set(sys.modules)))
+"""
+    assert python(code, tmp_path).strip() == "[]"
+
+
+@pytest.mark.parametrize("where", ["root", "elsewhere"])
+def test_the_package_imports_from_anywhere(tmp_path, where):
+    """In the repository's root the folder `kernels` must not pass for the package of that name."""
+    code = "from basinescape import Sampler; print(Sampler.model_path('tiny').name)"
+    assert python(code, ROOT if where == "root" else tmp_path).strip() == "tiny"
