@@ -22,6 +22,15 @@ class Method(StrEnum):
     opposite = "opposite"
 
 
+class Bench(StrEnum):
+    """What is timed."""
+
+    kernel = "kernel"
+    step = "step"
+    images = "images"
+    all = "all"
+
+
 @app.command()
 def generate(
     prompts: Annotated[Path, typer.Option(help='JSON Lines: {"prompt": "...", "id": "optional", "seed": optional}')],
@@ -148,6 +157,22 @@ def aot(json: Annotated[Path | None, typer.Option(help="also write the rows as J
     typer.echo(aligned(rows))
     if json:
         json.write_text(dumps(rows, indent=1) + "\n")
+
+
+@app.command()
+def bench(
+    what: Annotated[Bench, typer.Argument(help="the launch, a step without its network, whole images, or all of them")],
+    json: Annotated[Path | None, typer.Option(help="also write device, date, versions and the rows as JSON")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda where there is a GPU")] = None,
+) -> None:
+    """Time the sampler beside its peers, in one process, interleaved; only results that agree are compared."""
+    from . import speed
+    from .speed.timing import environment, tables
+
+    rows = list(speed.run(speed.BENCHES if what == Bench.all else [what.value], device))
+    typer.echo(tables(rows))
+    if json:
+        json.write_text(dumps({**environment(device), "rows": rows}, indent=1) + "\n")
 
 
 def main() -> None:

@@ -51,3 +51,83 @@ def test_bad_input_ends_with_one_line_before_any_work(tmp_path, monkeypatch, cap
     code, error = run(monkeypatch, capsys, "--prompts", prompts, "--out", out, *options)
     assert code == 2 and says in error.splitlines()[-1]
     assert not out.exists()
+
+
+def write(path, count):
+    path.write_text("".join(json.dumps({"prompt": f"a picture of a cat {i}", "id": f"p{i}"}) + "\n" for i in range(count)))
+
+
+def entries(out):
+    return [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines() if line]
+
+
+def test_a_killed_job_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsys):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    write(prompts, 3)
+    arguments = ("--prompts", prompts, "--out", out, "--steps", 2, "--until", 500, "--device", "cpu", "--batch-size", 2)
+    assert run(monkeypatch, capsys, *arguments)[0] == 0
+    lines = (out / "manifest.jsonl").read_text().splitlines()
+    (out / "manifest.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:30])  # killed while it wrote a line
+    before = {path.name: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
+    kept = (out / "images" / "p2.png").read_bytes()
+    assert run(monkeypatch, capsys, *arguments)[0] == 0
+    after = {path.name: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
+    assert [name for name in after if after[name] != before[name]] == ["p2.png"]
+    assert (out / "images" / "p2.png").read_bytes() == kept
+
+
+def test_a_sample_that_fails_loses_no_other(tmp_path, monkeypatch, capsys):
+    from basinescape import Sampler
+
+    made = Sampler.__call__
+
+    def failing(self, prompts, *arguments, **options):
+        if "a picture of a cat 1" in prompts:
+            raise RuntimeError("out of memory")
+        return made(self, prompts, *arguments, **options)
+
+    monkeypatch.setattr(Sampler, "__call__", failing)
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    write(prompts, 4)
+    code, error = run(
+        monkeypatch,
+        capsys,
+        "--prompts",
+        prompts,
+        "--out",
+        out,
+        "--steps",
+        2,
+        "--until",
+        500,
+        "--device",
+        "cpu",
+        "--guidance",
+        "cfg",
+    )
+    assert code == 1 and "p1" in error
+    assert {entry["id"]: entry["status"] for entry in entries(out)} == {
+        "p0": "ok",
+        "p1": "failed: out of memory",
+        "p2": "ok",
+        "p3": "ok",
+    }
+    assert sorted(path.stem for path in (out / "images").iterdir()) == ["p0", "p2", "p3"]
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, monkeypatch, capsys):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    write(prompts, 1)
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    code, error = run(monkeypatch, capsys, "--prompts", prompts, "--out", out, "--steps", 2)
+    assert code == 2 and "not empty" in error
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+
+def test_pickled_weights_are_refused_with_one_line(pipe, tmp_path, monkeypatch, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    write(prompts, 1)
+    pipe.save_pretrained(tmp_path / "model", safe_serialization=False)
+    code, error = run(monkeypatch, capsys, "--prompts", prompts, "--out", tmp_path / "out", "--model", tmp_path / "model")
+    assert code == 2 and "pickle" in error and not (tmp_path / "out").exists()

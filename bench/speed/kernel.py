@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from basinescape.kernels import backend, guide
-from basinescape.kernels.state import Rule, State
+from basinescape.kernels.state import Column, Rule, State
 from basinescape.kernels.step import step
 from torch import Tensor
 
@@ -89,7 +89,7 @@ def step_work(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
     """A step of a two-step solver in which every sample looks for its first minimum."""
     batch = shape[0]
     prediction, noise = _predictions(shape, dtype, device)
-    table = torch.tensor([[BEFORE, AFTER, A, B, P, Q, 1.0, 500.0]], device=device).repeat(STEPS, 1)
+    table = table_of(STEPS, device)
     state = State.empty(shape, STEPS, dtype, device, multistep=True, scaled=False).start(noise, table)
     uncond, cond = prediction.chunk(2)
     # A minimum at the step before for every other sample, so that both weights are used.
@@ -111,6 +111,14 @@ def step_work(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
     moved = numbers * (5 * dtype.itemsize + 2 * 4)
     peers = {"fused step": fused, BASELINE: lambda: chain(*operands), "compiled chain": lambda: fast(*operands)}
     return Work({**peers, "copy": _copy(moved, device)}, moved)
+
+
+def table_of(steps: int, device: torch.device) -> Tensor:
+    """Every step the same."""
+    row = torch.zeros(len(Column))
+    row[: Column.TIMESTEP + 1] = torch.tensor([BEFORE, AFTER, A, B, P, Q, 1.0, 500.0])
+    row[Column.TIMESTEP + 1 :] = -torch.inf  # thresholds that nothing comes down to
+    return row.repeat(steps, 1).to(device)
 
 
 def guide_work(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Work:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from basinescape import Sampler
+from basinescape.models import load
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -64,14 +65,10 @@ SCHEDULER = {
 
 
 def pipeline(name: str, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
-    """ "tiny", "sd15" or "sdxl"."""
-    pipe = _tiny(dtype) if name == "tiny" else _random(name, dtype, device)
+    """The pipeline of a name: tiny, sd15 or sdxl."""
+    pipe = load(Sampler.model_path(name), dtype, False) if name == "tiny" else _random(name, dtype, device)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
-
-
-def _tiny(dtype: torch.dtype) -> StableDiffusionPipeline:
-    return StableDiffusionPipeline.from_pretrained(Sampler.model_path("tiny"), torch_dtype=dtype, use_safetensors=True)
 
 
 def _random(name: str, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:

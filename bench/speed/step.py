@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.profiler import profile
 
 from .published import published
+from .shapes import pipeline
 from .timing import Row, interleaved, summary
 
 SCALE = 7.5
@@ -46,14 +47,6 @@ CASES = {
     "cuda": Cases(("ddim", "dpmsolver++", "euler"), (256,), (1, 4, 16), (1, 4, 16, 64), (10, 50, 200), 9),
     "quick": Cases(("dpmsolver++",), (256,), (1, 16), (1, 64), (10, 200), 5),
 }
-
-
-def load(device: torch.device) -> StableDiffusionPipeline:
-    """The pipeline that ships; latents are a quarter of its pixels a side."""
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    pipe = StableDiffusionPipeline.from_pretrained(Sampler.model_path("tiny"), torch_dtype=dtype, use_safetensors=True)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
 
 
 @contextmanager
@@ -136,7 +129,8 @@ def step(device: torch.device, preset: str) -> Iterator[Row]:
 
     A peer of plain guidance whose latents are not diffusers' gets no ratio.
     """
-    pipe, cases = load(device), CASES[preset]
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    pipe, cases = pipeline("tiny", dtype, device), CASES[preset]
     with stubbed(pipe):
         for scheduler in cases.schedulers:
             for height in cases.heights:

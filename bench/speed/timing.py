@@ -57,8 +57,17 @@ def summary(times: Sequence[float], baseline: Sequence[float] | None) -> Row:
     return {"median": middle, "spread": high - low, "ratio": ratio}
 
 
-def environment(device: torch.device) -> Row:
+def chosen(device: torch.device | str | None) -> torch.device:
+    """`device`; None is CUDA where there is a GPU, else the CPU. Raises RuntimeError for a GPU that is not there."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"torch {torch.__version__} sees no CUDA GPU here")
+    return device
+
+
+def environment(device: torch.device | str | None = None) -> Row:
     """Where and when figures were taken."""
+    device = chosen(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     found = {}
     for package in PACKAGES:
