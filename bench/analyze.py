@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from basinescape import FirstMinimum, Guidance, Sampler, Settled, models
+from basinescape.generate import settings_of
 from basinescape.kernels.state import State
 from basinescape.loop import Plan, fused_step
 from PIL import Image
@@ -308,13 +309,14 @@ def analyze(
     write_csv(out / "onset.csv", sweep)
     converging = convergence(lab, few, range(8))
     write_csv(out / "convergence.csv", converging)
-    returning = returns(lab, groups["memorized"][:16], [0], (0, 5, 10, 15, 20, 30), (0.1, 0.2, 0.4, 0.8))
+    returning = returns(lab, groups["memorized"][:16], [0], (0, 5, 10, 15, 20, 30), (0.4, 0.8, 1.6, 3.2))
     write_csv(out / "returns.csv", returning)
 
     ordinary = np.median([line["gap"] for line in curves(lab, groups["general"], drawn, 0.0)], axis=0).tolist()
     summary = {
         "scenario": scenario.name,
         "seeds": seeds,
+        **settings_of(lab.sampler),
         "prompts": {name: len(part) for name, part in groups.items()},
         "onset": [
             {

@@ -1,0 +1,93 @@
+"""What the sampler must do on a GPU, on the pipeline that ships. Needs diffusers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from basinescape import Sampler
+from basinescape.loop import Plan, denoise, fused_step
+from basinescape.models import GuidedUNet, encode, memory_format
+from basinescape.solver import make_scheduler
+
+from .checks import Figures, require
+from .speed.images import METHODS
+from .speed.shapes import pipeline
+from .speed.step import counts, peers, stubbed
+
+PROMPTS, SEEDS, STEPS = ["a picture of a cat signed by arno", "a picture of a frog", "a picture of a dog"], [3, 1, 2], 20
+
+
+@torch.inference_mode()
+def check_sampler_synchronisation(device: torch.device) -> Figures:
+    """The whole loop, network included, makes the host wait nowhere."""
+    sampler = Sampler.from_pipeline(pipeline("tiny", torch.float16, device), "dpmsolver++")
+    network = GuidedUNet(sampler.pipe.unet, encode(sampler.pipe, PROMPTS, None, 64, 64))
+    noise = torch.randn(3, 4, 16, 16).to(device, torch.float16)
+    for guidance in METHODS.values():
+        plan = Plan.make(sampler.solver(STEPS), guidance, device)
+        state = plan.state(noise, memory_format(sampler.pipe.unet))
+        take = fused_step(network, plan, state)
+        denoise(take, plan.branches)
+        state.start(noise, plan.table, plan.transition)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            denoise(take, plan.branches)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return {"methods": len(METHODS)}
+
+
+def check_sampler_launches(device: torch.device) -> Figures:
+    """Beside a network that does nothing, a step is one launch and no wait, captured or not."""
+    pipe = pipeline("tiny", torch.float16, device)
+    figures = {}
+    with stubbed(pipe):
+        for name, (call, _) in peers(pipe, "dpmsolver++", 256, 2).items():
+            call(10)
+            call(110)
+            figures[name] = counts(call, device)
+    for name, found in figures.items():
+        if name.startswith("ours"):
+            require(found["launches"] <= 1 and found["waits"] == 0 and found["reads"] == 0, f"{name}: {found}")
+    return figures
+
+
+def check_sampler_capture(device: torch.device) -> Figures:
+    """Captured images are the uncaptured ones, for every method, and after another batch size was captured."""
+    pipe = pipeline("tiny", torch.float16, device)
+    plain, captured = Sampler.from_pipeline(pipe, "dpmsolver++"), Sampler.from_pipeline(pipe, "dpmsolver++", capture=True)
+    figures = {}
+    for count in (3, 1, 3):
+        for name, guidance in METHODS.items():
+            arguments = PROMPTS[:count], SEEDS[:count], STEPS, guidance
+            a, b = (sampler(*arguments, output="latent", progress=False) for sampler in (plain, captured))
+            apart = ((a.latents - b.latents).float().norm() / a.latents.float().norm()).item()
+            figures[f"{name}, batch {count}"] = {"apart": apart, "same bits": torch.equal(a.latents, b.latents)}
+            require(apart <= 1e-2, f"{name}, batch {count}: captured and uncaptured differ by {apart:.2g}")
+    require(not captured._graphs._failed, "the step could not be captured")
+    captured.close()
+    return figures
+
+
+def check_sampler_images(device: torch.device) -> Figures:
+    """Plain guidance gives diffusers' own images."""
+    figures = {}
+    for name in ("ddim", "euler", "dpmsolver++"):
+        pipe = pipeline("tiny", torch.float32, device)
+        pipe.scheduler = make_scheduler(name, pipe.scheduler)
+        generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+        options = {"generator": generators, "output_type": "np", "guidance_scale": 7.5}
+        expected = pipe(PROMPTS, num_inference_steps=STEPS, **options).images
+        found = Sampler.from_pipeline(pipe)(PROMPTS, SEEDS, STEPS, METHODS["cfg"], output="np", progress=False).images
+        figures[name] = float(255 * np.abs(found - expected).max())
+        require(figures[name] <= 1, f"{name}: {figures[name]:.2g} of 255 apart")
+    return figures
+
+
+CHECKS = {
+    "sampler synchronisation": check_sampler_synchronisation,
+    "sampler launches": check_sampler_launches,
+    "sampler capture": check_sampler_capture,
+    "sampler images": check_sampler_images,
+}

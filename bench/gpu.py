@@ -1,0 +1,108 @@
+"""Everything there is to find out on a GPU: checks first, then the benchmarks, into one JSON file.
+
+python -m basinescape.bench.gpu --out FILE.json [--quick]
+
+Each check and each bench runs in a process of its own, under a time limit: one that fails, crashes or hangs is recorded, and
+the others go on. The file is written anew after each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import speed
+from .checks import CHECKS, Skipped
+from .speed.timing import environment, tables
+
+SAMPLER_CHECKS = ("sampler synchronisation", "sampler launches", "sampler capture", "sampler images")
+NEED_DIFFUSERS = (*SAMPLER_CHECKS, "bench step", "bench images")
+BENCH = "bench "
+LIMITS = {False: {"check": 900, "bench": 5400}, True: {"check": 300, "bench": 400}}  # seconds, by whether it is quick
+
+
+def job_names() -> list[str]:
+    """Checks by their names, benches after "bench "."""
+    return [*CHECKS, *SAMPLER_CHECKS, *(BENCH + name for name in speed.BENCHES)]
+
+
+def alone(name: str, out: Path, quick: bool) -> None:
+    """Do one job in this process and write {status, figures | error, rows} to `out`; rows as they come."""
+    device, result = torch.device("cuda"), {"status": "passed", "rows": []}
+    try:
+        if name.startswith(BENCH):
+            for row in speed.run([name.removeprefix(BENCH)], device, "quick" if quick else "cuda"):
+                result["rows"].append(row)
+                write(out, {**result, "status": "unfinished"})
+        else:
+            checks = CHECKS if name in CHECKS else import_module(".checks_sampler", __package__).CHECKS
+            result["figures"] = checks[name](device)
+    except Skipped as reason:
+        result |= {"status": "skipped", "error": str(reason)}
+    except Exception as error:
+        traceback.print_exc()
+        result |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+    write(out, result)
+
+
+def apart(name: str, quick: bool) -> dict[str, Any]:
+    """Do one job in another process; its result, whatever becomes of it, and the seconds it took."""
+    if name in NEED_DIFFUSERS and find_spec("diffusers") is None:
+        return {"status": "skipped", "error": "diffusers is not installed", "rows": [], "seconds": 0.0}
+    limit = LIMITS[quick]["bench" if name.startswith(BENCH) else "check"]
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "result.json")
+        command = [sys.executable, "-m", __spec__.name, "--only", name, "--out", str(out), *(["--quick"] if quick else [])]
+        try:
+            code = subprocess.run(command, timeout=limit).returncode
+            ending = f"ended with code {code}"
+        except subprocess.TimeoutExpired:
+            ending = f"not done after {limit} s"
+        result = json.loads(out.read_text()) if out.exists() else {"status": "unfinished", "rows": []}
+    if result["status"] == "unfinished":
+        result |= {"status": "failed", "error": ending}
+    return {**result, "seconds": time.perf_counter() - start}
+
+
+def write(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Check, then time, on the GPU of this machine.")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON file to write")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes: minutes instead of hours")
+    parser.add_argument("--only", choices=job_names(), help="one job, in this process")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit(f"basinescape.bench.gpu: torch {torch.__version__} sees no CUDA GPU here, and these checks are for one")
+    if args.only:
+        return alone(args.only, args.out, args.quick)
+    report: dict[str, Any] = {**environment("cuda"), "quick": args.quick, "checks": [], "rows": []}
+    for name in job_names():
+        result = apart(name, args.quick)
+        rows = result.pop("rows")
+        report["checks"].append({"check": name, **result})
+        report["rows"] += rows
+        write(args.out, report)
+        print(f"{result['status']:8} {name}, {result['seconds']:.0f} s  {result.get('error', '')}", flush=True)
+        if rows:
+            print(tables(rows), flush=True)
+    if any(check["status"] == "failed" for check in report["checks"]):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
