@@ -7,6 +7,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+torch.set_num_threads(1)  # small work: threads that wait for each other on a shared machine cost more than they bring
 
 
 @pytest.fixture
