@@ -29,7 +29,7 @@ METHODS = {
     "delayed, first minimum": Guidance.delayed(SCALE, until=FirstMinimum()),
 }
 BASELINE = "diffusers"
-TOLERANCE = {torch.float32: 1.0, torch.bfloat16: 16.0, torch.float16: 8.0}  # of 255, largest in float32, else on average
+TOLERANCE = {torch.float32: 1.0, torch.bfloat16: 4.0, torch.float16: 2.0}  # of 255, largest in float32, else on average
 
 
 @dataclass(frozen=True)
@@ -153,16 +153,19 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def difference(found: np.ndarray, expected: np.ndarray, dtype: torch.dtype) -> float:
-    """In 255ths: the largest in float32; the mean in half precision, where roundings grow over the steps."""
-    apart = 255 * np.abs(found.astype(np.float64) - expected)
+    """In 255ths of full contrast: the largest in float32; the mean in half precision, where roundings grow over the steps.
+
+    Random networks make pale images, and there a difference counts for as much more.
+    """
+    apart = 255 * np.abs(found.astype(np.float64) - expected) / min(1.0, 4 * float(expected.std()))
     return float(apart.max() if dtype == torch.float32 else apart.mean())
 
 
 def images(device: torch.device, preset: str) -> Iterator[Row]:
     """Rows in images a second. utilisation counts the UNet's FLOPs, each method's own.
 
-    Every peer's images are checked, plain guidance against diffusers', other methods against the plain loop; one that
-    differs gets no ratio.
+    Every peer's images are checked, plain guidance against diffusers', other methods against the plain loop: within
+    TOLERANCE, and nearer to their own method's than to another's. One that differs gets no ratio.
     """
     for case in CASES[preset]:
         pipe = pipeline(case.model, case.dtype, device)
@@ -180,10 +183,11 @@ def _rows(bench: Bench, batch: int, rate: float) -> Iterator[Row]:
     made = {name: peer.images() for name, peer in peers.items()}
     expected = {method: bench.published(METHODS[method]) for method in METHODS if method != "cfg"}
     expected["cfg"] = made[BASELINE]
-    apart = {name: difference(made[name], expected[peer.method], case.dtype) for name, peer in peers.items()}
+    apart = {name: {m: difference(made[name], right, case.dtype) for m, right in expected.items()} for name in peers}
     times = interleaved({name: peer.images for name, peer in peers.items()}, bench.device, case.rounds)
     for name, peer in peers.items():
-        agrees = apart[name] <= TOLERANCE[case.dtype]
+        off = apart[name][peer.method]
+        agrees = off <= TOLERANCE[case.dtype] and off <= min(apart[name].values())
         row = summary(times[name], times[BASELINE] if agrees else None)
         rates = summary([batch / t for t in times[name]], None)
         yield {
@@ -194,5 +198,5 @@ def _rows(bench: Bench, batch: int, rate: float) -> Iterator[Row]:
             **rates,
             "ratio": row["ratio"],
             "utilisation": flops[peer.method] * rates["median"] / rate,
-            "apart": apart[name],
+            "apart": off,
         }
