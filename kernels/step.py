@@ -118,6 +118,7 @@ torch.library.impl("basinescape::step", ("cpu", "cuda"), _step)
 
 def _eager(uncond: Tensor, cond: Tensor | None, table: Tensor, rule: Rule | None, guided: Tensor | None, state: State) -> None:
     """The definition, in PyTorch; float32 predictions need no memory beyond the state's own."""
+    state.step.clamp_(max=len(table) - 1)  # a sample that is done repeats its last step, as in the kernel
     rows = state.rows(table)
     prediction, following = state.scratch
     if cond is None:

@@ -169,6 +169,17 @@ def test_a_sample_has_the_same_bits_in_any_batch(shape):
     assert torch.equal(whole[0][3:4], alone[0]) and torch.equal(whole[1][3, :3], alone[1][0, :3])
 
 
+@pytest.mark.parametrize("definition", ["kernel", "eager"])
+def test_a_sample_that_is_done_stays_at_its_last_step(definition, request):
+    if definition == "eager":
+        request.getfixturevalue("eager")
+    state, table = started((2, 4, 8, 8))
+    state.step[1] = STEPS - 1
+    for _ in range(2):
+        step(*torch.randn(2, 2, 4, 8, 8), table, state, Rule())
+    assert state.step.tolist() == [2, STEPS] and state.gaps.isfinite().sum(dim=1).tolist() == [2, 1]
+
+
 def test_one_branch_alone_is_the_guided_prediction():
     state, table = started((2, 4, 8, 8))
     before = state.latents.clone()
