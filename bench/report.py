@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from basinescape.generate import read_entries
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -22,6 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .evaluate import RECORDED, table
+from .figures import COLORS, band
 from .scenario import Scenario, prompts
 
 SIDE = 256  # larger images are embedded at this size: a scenario's have half a megabyte each
@@ -112,12 +112,10 @@ def _curves(lines: Sequence[dict[str, Any]]) -> Markup | None:
     inks = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
     with rc_context({"svg.fonttype": "none", **inks}):
         axes = (figure := Figure(figsize=(5, 3), layout="constrained")).subplots()
-        for group, color in (("memorized", "C3"), ("general", "C0")):
+        for group in COLORS:
             gaps = [line["noise_gap"] for line in found if line["group"] == group]
             if gaps:
-                low, middle, high = np.quantile(gaps, (0.25, 0.5, 0.75), axis=0)
-                axes.fill_between(range(len(middle)), low, high, color=color, alpha=0.2, linewidth=0)
-                axes.plot(middle, color=color, label=f"{group} prompts")
+                band(axes, gaps, group)
         axes.set(xlabel="step", ylabel="noise gap  ||cond - uncond||")
         axes.legend(frameon=False)
         figure.savefig(
