@@ -6,6 +6,8 @@ gap    = || cond - uncond ||_2            basin-escape statistic (Jain et al., C
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .dispatch import backend, jit, tl, triton
@@ -15,6 +17,7 @@ from .operands import (
     check_predictions,
     check_weight,
     empty_guided,
+    in_memory_order,
     sample_size,
     sample_stride,
 )
@@ -118,31 +121,40 @@ def _launch(
         )
 
 
-def _difference(uncond: torch.Tensor, cond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(uncond, cond - uncond) in the arithmetic's dtype: float32, or float64 for float64."""
-    dtype = torch.promote_types(uncond.dtype, torch.float32)
-    uncond = uncond.to(dtype)
-    return uncond, cond.to(dtype) - uncond
+PART = 256  # elements whose squares are added first: rounding does not grow with the size of a sample
 
 
-def norms(difference: torch.Tensor) -> torch.Tensor:
-    # A reduction a sample: nothing promises that a batched one adds in the same order for every batch.
-    norms = [torch.linalg.vector_norm(sample).view(1) for sample in difference]
-    return torch.cat([difference.new_empty(0), *norms])
+def norms(samples: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The 2-norm of each row of (B, n), (B,); a row's bits are the same in every batch."""
+    size = samples.shape[1]
+    part = math.gcd(size, PART)
+    if size <= PART:
+        return torch.linalg.vector_norm(samples, dim=1, out=out)
+    if part < 16:  # a reduction a sample: nothing promises that a batched one adds a long row in one order
+        alone = [torch.linalg.vector_norm(sample, dim=0, keepdim=True) for sample in samples]
+        return torch.cat([samples.new_empty(0), *alone], out=out)
+    return norms(torch.linalg.vector_norm(samples.view(len(samples), size // part, part), dim=2), out)
 
 
-def guide_eager(uncond: torch.Tensor, cond: torch.Tensor, weight: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def guide_eager(
+    uncond: torch.Tensor, cond: torch.Tensor, weight: float | torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition of `guide`, in PyTorch. Takes float64 too, and then computes and returns the gap in float64."""
-    dtype = uncond.dtype
-    uncond, difference = _difference(uncond, cond)
+    wide = uncond.to(torch.promote_types(uncond.dtype, torch.float32))
+    guided, gap = out or (torch.empty_like(uncond), wide.new_empty(len(uncond)))
+    difference = cond - wide
+    norms(in_memory_order(difference), gap)
     if isinstance(weight, torch.Tensor):
-        weight = weight.to(uncond.dtype).view(-1, *[1] * (uncond.ndim - 1))
-    return (uncond + weight * difference).to(dtype), norms(difference)
+        torch.addcmul(wide, difference, weight.to(wide.dtype).view(-1, *[1] * (uncond.ndim - 1)), out=guided)
+    else:
+        torch.add(wide, difference, alpha=weight, out=guided)
+    return guided, gap
 
 
-def noise_gap_eager(uncond: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+def noise_gap_eager(uncond: torch.Tensor, cond: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """The definition of `noise_gap`, in PyTorch. Takes float64 too, and then computes and returns it in float64."""
-    return norms(_difference(uncond, cond)[1])
+    wide = uncond.to(torch.promote_types(uncond.dtype, torch.float32))
+    return norms(in_memory_order(cond - wide), out)
 
 
 # As an operator it survives torch.compile and export whole. Without `guided` it is `noise_gap`.
@@ -169,11 +181,9 @@ def _guide(
     if backend(uncond.device) != "eager":
         _launch(uncond, cond, weight, guided, gap)
     elif guided is None:
-        gap.copy_(noise_gap_eager(uncond, cond))
+        noise_gap_eager(uncond, cond, gap)
     else:
-        eager_guided, eager_gap = guide_eager(uncond, cond, weight)
-        guided.copy_(eager_guided)
-        gap.copy_(eager_gap)
+        guide_eager(uncond, cond, weight, (guided, gap))
 
 
 torch.library.impl("basinescape::guide", ("cpu", "cuda"), _guide)

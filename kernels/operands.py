@@ -20,6 +20,11 @@ def sample_stride(x: torch.Tensor) -> int:
     return x.stride(0) if len(x) > 1 else sample_size(x)
 
 
+def in_memory_order(x: torch.Tensor) -> torch.Tensor:
+    """`x` (B, ...), packed samples in any layout, as (B, elements of a sample): a view, in the order of memory."""
+    return x.as_strided((len(x), sample_size(x)), (sample_size(x), 1))
+
+
 def _layout(x: torch.Tensor) -> list[tuple[int, int]]:
     """(stride, size) of the dimensions of a sample that have an extent: what decides the order of its elements."""
     return [(stride, size) for stride, size in zip(x.stride()[1:], x.shape[1:], strict=True) if size != 1]

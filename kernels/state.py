@@ -62,7 +62,7 @@ class State:
     step:        (B,) int64, the step each sample is at.
     transition:  (B,) int64, the step at which its weight changes, -1 while that is not known.
     gaps:        (B, K) float32 noise gaps, NaN where not computed.
-    peak:        (B,) float32, the largest gap so far.
+    peak:        (B,) float32, the largest gap so far; kept where a rule's `drop` asks for it.
     partials:    (B, tiles) float32 and arrivals (B,) int32, where the programs of one large sample meet, and scratch
                  (2, B, ...) float32, for the eager definition; None where the device does not need them.
     """
@@ -121,6 +121,12 @@ class State:
         """(B, ...) in the network's dtype."""
         return self.model_input[: len(self.step)] if self.apart is None else self.apart
 
+    @property
+    def halves(self) -> tuple[Tensor | None, Tensor]:
+        """The halves of `model_input`; None for the first where that is the latents themselves."""
+        first, second = self.model_input.chunk(2)
+        return None if self.apart is None else first, second
+
     def start(self, noise: Tensor, table: Tensor, transition: int | None = None) -> State:
         """All samples at step 0 with the initial noise (B, ...); returns itself.
 
@@ -138,16 +144,14 @@ class State:
 
     def feed(self, latents: Tensor, table: Tensor) -> None:
         """Set the latents (B, ...), and from them what the network reads at each sample's step."""
-        rows = self.rows(table)
-        batch = len(self.step)
         self.latents.copy_(latents)
+        self.tell(table)
+
+    def tell(self, table: Tensor) -> None:
+        """Set what the network reads at each sample's step, from its latents."""
+        rows, batch = self.rows(table), len(self.step)
         self.timestep.view(2, batch).copy_(rows[:, Column.TIMESTEP])
-        if self.apart is None:
-            self.model_input[batch:].copy_(self.latents)
-        else:
-            scale = per_sample(rows[:, Column.INPUT_SCALE], latents)
-            torch.mul(self.apart, scale, out=self.model_input[:batch])
-            self.model_input[batch:].copy_(self.model_input[:batch])
+        fill_input(self.latents, *self.halves, per_sample(rows[:, Column.INPUT_SCALE], self.latents))
 
     def select(self, index: Tensor) -> State:
         """The state of some samples alone, `index` (N,) int64, in memory of its own."""
@@ -167,6 +171,13 @@ class State:
 
 
 ROWWISE = ("apart", "history", "step", "transition", "gaps", "peak", "partials", "arrivals")
+
+
+def fill_input(latents: Tensor, first: Tensor | None, second: Tensor, scale: float | Tensor) -> None:
+    """Write `scale` times the latents to both halves of the network's input; unscaled latents are the first half (None)."""
+    if first is not None:
+        latents = torch.mul(latents, scale, out=first)
+    second.copy_(latents)
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from .dispatch import backend, jit, tl
-from .guide import guided_prediction, noise_gap, norms
+from .eager import eager_step
+from .guide import guided_prediction, noise_gap
 from .operands import check_predictions, same_layout, sample_size, sample_stride
-from .state import Column, Rule, State, per_sample
+from .state import Column, Rule, State
 from .tiles import OPTIONS, TILES, arrive, norm_of
 
 # What lets two programs of a tile share an SM, so that all programs of a launch that meets are resident together.
@@ -108,51 +109,12 @@ def _step(
     """`step`, or, where `guided` is given, `guide_step`."""
     state, rule = State(*buffers), Rule(earliest, latest, drop, wait) if finds else None
     if backend(uncond.device) == "eager":
-        _eager(uncond, cond, table, rule, guided, state)
+        eager_step(uncond, cond, table, rule, guided, state)
     else:
         _launch(uncond, cond, table, rule, guided, state)
 
 
 torch.library.impl("basinescape::step", ("cpu", "cuda"), _step)
-
-
-def _eager(uncond: Tensor, cond: Tensor | None, table: Tensor, rule: Rule | None, guided: Tensor | None, state: State) -> None:
-    """The definition, in PyTorch; float32 predictions need no memory beyond the state's own."""
-    state.step.clamp_(max=len(table) - 1)  # a sample that is done repeats its last step, as in the kernel
-    rows = state.rows(table)
-    prediction, following = state.scratch
-    if cond is None:
-        prediction = uncond.float()
-    else:
-        torch.sub(cond.float(), uncond.float(), out=prediction)
-        gap = norms(prediction)
-        if rule is not None:
-            _leave(gap, rows[:, Column.LIMIT], state, rule)
-        state.gaps.scatter_(1, state.step[:, None], gap[:, None])
-        left = (state.transition >= 0) & (state.step >= state.transition)
-        weight = torch.where(left, rows[:, Column.AFTER], rows[:, Column.BEFORE])
-        prediction.mul_(per_sample(weight, uncond)).add_(uncond)
-    if guided is not None:
-        guided.copy_(prediction)
-        return
-    a, b, p, q = (per_sample(column, uncond) for column in rows[:, Column.A : Column.Q + 1].unbind(1))
-    latents = state.latents
-    torch.mul(latents, a, out=following).addcmul_(prediction, b)
-    if state.history is not None:
-        following.add_(state.history)
-        torch.mul(latents, p, out=state.history).addcmul_(prediction, q)
-    state.step += 1
-    state.feed(following, table)
-
-
-def _leave(gap: Tensor, limit: Tensor, state: State, rule: Rule) -> None:
-    """Mark the samples for which this step is the transition."""
-    recent = state.gaps.gather(1, (state.step[:, None] + torch.arange(-2, 0, device=gap.device)).clamp_(min=0))
-    before, last = recent.unbind(1)
-    leaves = (before > last) & (last < gap) & (last <= (1 - rule.drop) * state.peak) & (state.step >= rule.earliest)
-    leaves |= (gap <= limit) | (state.step >= rule.latest)
-    state.transition.copy_(torch.where(leaves & (state.transition < 0), state.step + rule.wait, state.transition))
-    state.peak.copy_(torch.where(gap > state.peak, gap, state.peak))
 
 
 @jit

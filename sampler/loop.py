@@ -12,6 +12,8 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from .guidance import FirstMinimum, Guidance, Settled
+from .kernels.dispatch import backend
+from .kernels.eager import Lockstep
 from .kernels.state import NEVER, Rule, State
 from .kernels.step import guide_step, step
 from .solver import Solver, prepared, takes_generator
@@ -99,6 +101,14 @@ def fused_step(network: Network, plan: Plan, state: State) -> Step:
         step(*_predict(network, state, branch), plan.table, state, plan.rule)
 
     return take
+
+
+def lockstep(network: Network, plan: Plan, state: State) -> Step:
+    """`fused_step` from a state just started; where no kernel runs, without the gathers that steps of its own would need."""
+    if backend(state.step.device) != "eager":
+        return fused_step(network, plan, state)
+    move = Lockstep(state, plan.table, plan.rule, plan.transition)
+    return lambda branch: move(*_predict(network, state, branch))
 
 
 def scheduler_step(

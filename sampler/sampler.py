@@ -19,7 +19,7 @@ from . import guard, models
 from .graphs import Graphs
 from .guidance import Guidance
 from .kernels.state import State
-from .loop import Network, Plan, denoise, fused_step, scheduler_step
+from .loop import Network, Plan, denoise, lockstep, scheduler_step
 from .solver import Solver, make_scheduler
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -206,7 +206,7 @@ class Sampler:
             network = network if wrap is None else wrap(network)
             state = plan.state(noise, models.memory_format(self.pipe.unet))
             if linear:
-                take = fused_step(network, plan, state)
+                take = lockstep(network, plan, state)
             else:
                 take = scheduler_step(network, plan, state, self.scheduler, generators)
         denoise(take, bar(plan.branches))

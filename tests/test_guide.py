@@ -79,8 +79,6 @@ def test_kernel_is_the_definition(given_operands):
     uncond, cond, weight = given_operands
     guided, gap = guide(uncond, cond, weight)
     assert_defined(uncond, cond, weight, guided, gap)
-    if uncond.dtype != torch.bfloat16 or backend(DEVICE) != "triton-interpreter":  # which cuts bfloat16 off
-        assert torch.equal(guided, guide_eager(uncond, cond, weight)[0])
     assert torch.equal(noise_gap(uncond, cond), gap)
 
 

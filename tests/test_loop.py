@@ -6,7 +6,7 @@ import pytest
 import torch
 from basinescape import At, FirstMinimum, Guidance
 from basinescape.kernels import step as kernels_step
-from basinescape.loop import Plan, denoise, fused_step
+from basinescape.loop import Plan, denoise, fused_step, lockstep
 from basinescape.models import GuidedUNet, encode
 from basinescape.solver import Solver, make_scheduler
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -60,25 +60,27 @@ def test_every_step_of_a_branch_runs_the_same_operators_and_reads_nothing(pipe, 
     assert state.step.tolist() == [STEPS, STEPS]
 
 
+@pytest.mark.parametrize("way", [fused_step, lockstep])
 @pytest.mark.parametrize("guidance", METHODS, ids=repr)
-def test_the_loop_runs_on_tensors_without_values(pipe, eager, monkeypatch, guidance):
+def test_the_loop_runs_on_tensors_without_values(pipe, eager, monkeypatch, guidance, way):
     """In fake tensors there is nothing to read: any read of a value raises."""
     step = kernels_step._step
     monkeypatch.setattr(torch.ops.basinescape, "step", step)  # the definition itself, not the operator's shape function
     network, plan, _ = start(pipe, guidance)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
         state = plan.state(torch.randn(2, 4, 16, 16))
-        denoise(fused_step(network, plan, state), plan.branches)
+        denoise(way(network, plan, state), plan.branches)
         assert state.latents.shape == (2, 4, 16, 16) and state.latents.fake_mode is fake
         with pytest.raises(DataDependentOutputException):
             state.step[0].item()
 
 
+@pytest.mark.parametrize("way", [fused_step, lockstep])
 @torch.inference_mode()
-def test_a_step_keeps_its_buffers(pipe, eager):
+def test_a_step_keeps_its_buffers(pipe, eager, way):
     network, plan, state = start(pipe, METHODS[-1], "dpmsolver++")
     where = {name: value.data_ptr() for name, value in vars(state).items() if value is not None}
-    denoise(fused_step(network, plan, state), plan.branches)
+    denoise(way(network, plan, state), plan.branches)
     assert where == {name: value.data_ptr() for name, value in vars(state).items() if value is not None}
 
 

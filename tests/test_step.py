@@ -7,6 +7,7 @@ import pytest
 import torch
 from basinescape.kernels import guide
 from basinescape.kernels.dispatch import INTERPRETED, backend
+from basinescape.kernels.eager import Lockstep
 from basinescape.kernels.state import NEVER, Column, Rule, State
 from basinescape.kernels.step import _buffers, guide_step, step
 from hypothesis import HealthCheck, given, settings
@@ -83,11 +84,10 @@ def runs(draw):
     }
 
 
-def check_run(run):
-    """Take a state from the first to the last step and compare it with its samples after each."""
+def begin(run):
+    """(state at its first step, table, rule, transition, noise, generator) of a run."""
     rng = torch.Generator().manual_seed(run["seed"])
     shape, dtype, rule = run["shape"], run["dtype"], run["rule"]
-    batch = shape[0]
     table = torch.rand((STEPS, len(Column)), generator=rng) * 2 - 1
     if not run["multistep"]:
         table[:, [Column.P, Column.Q]] = 0
@@ -99,16 +99,28 @@ def check_run(run):
     state = State.empty(shape, STEPS, dtype, "cpu", run["multistep"], run["scaled"], layout)
     transition = None if rule else int(torch.randint(-1, STEPS, (), generator=rng))
     noise = torch.randn(shape, generator=rng)
-    state.start(noise.to(dtype), table, transition)
+    return state.start(noise.to(dtype), table, transition), table, rule, transition, noise, rng
+
+
+def predictions(run, rng):
+    """uncond and cond of one step; the gaps of successive steps go up and down."""
+    shape, dtype = run["shape"], run["dtype"]
+    sizes = torch.rand((shape[0], 1, 1, 1), generator=rng) + 0.1
+    uncond = laid_out(torch.randn(shape, generator=rng).to(dtype), run["layout"])
+    return uncond, laid_out((uncond.float() + sizes * torch.randn(shape, generator=rng)).to(dtype), run["layout"])
+
+
+def check_run(run):
+    """Take a state from the first to the last step and compare it with its samples after each."""
+    state, table, rule, transition, noise, rng = begin(run)
+    dtype, batch = run["dtype"], run["shape"][0]
     begins = torch.randint(0, run["begins"] + 1, (batch,), generator=rng)
     state.step.copy_(begins)
     state.feed(noise, table)
     samples = [Sample(noise[i].to(dtype), int(begins[i]), -1 if rule else transition) for i in range(batch)]
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     for _ in range(STEPS - run["begins"]):
-        sizes = torch.rand((batch, 1, 1, 1), generator=rng) + 0.1  # gaps go up and down
-        uncond = laid_out(torch.randn(shape, generator=rng).to(dtype), run["layout"])
-        cond = laid_out((uncond.float() + sizes * torch.randn(shape, generator=rng)).to(dtype), run["layout"])
+        uncond, cond = predictions(run, rng)
         step(uncond, cond, table, state, rule)
         for i, sample in enumerate(samples):
             sample.step(uncond[i], cond[i], table, rule, dtype)
@@ -136,6 +148,21 @@ def test_the_kernel_is_the_definition(run):
 @given(runs())
 def test_the_eager_step_is_the_definition(eager, run):
     check_run(run)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(runs(), st.sets(st.integers(0, STEPS - 1), max_size=2), st.sampled_from([1, 300, 65536]))
+def test_lockstep_has_the_bits_of_the_eager_step(eager, monkeypatch, run, alone, group):
+    """Whatever it knows beforehand and however it groups the samples; `alone`: steps that need one prediction."""
+    monkeypatch.setattr("basinescape.kernels.eager.GROUP", group)
+    (state, table, rule, transition, _, rng), (other, *_) = begin(run), begin(run)
+    move = Lockstep(other, table, rule, transition)
+    for k in range(STEPS):
+        uncond, cond = predictions(run, rng)
+        step(uncond, None if k in alone else cond, table, state, rule)
+        move(uncond, None if k in alone else cond)
+        for name in set(vars(state)) - {"scratch"}:
+            torch.testing.assert_close(getattr(other, name), getattr(state, name), atol=0, rtol=0, equal_nan=True)
 
 
 def started(shape, steps=STEPS, dtype=torch.float32, **options):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from basinescape import FirstMinimum, Guidance, Sampler
-from basinescape.loop import Plan, denoise, fused_step
+from basinescape.loop import Plan, denoise, lockstep
 from basinescape.models import GuidedUNet, encode
 from basinescape.solver import make_scheduler
 from diffusers import StableDiffusionPipeline
@@ -204,11 +204,10 @@ def _cost(pipe: StableDiffusionPipeline, cases: Cases) -> Iterator[Row]:
 
 def _loop(network: GuidedUNet, plan: Plan, noise: Tensor) -> Callable[[], None]:
     state = plan.state(noise)
-    take = fused_step(network, plan, state)
 
     def call() -> None:
         state.start(noise, plan.table, plan.transition)
-        denoise(take, plan.branches)
+        denoise(lockstep(network, plan, state), plan.branches)
 
     return call
 
