@@ -24,13 +24,13 @@ class Graphs:
         self._pool: Any = None
         self._failed = False
 
-    def step(self, unet: torch.nn.Module, inputs: dict[str, Any], plan: Plan, noise: Tensor) -> tuple[Step, State]:
+    def step(self, network: GuidedUNet, plan: Plan, noise: Tensor) -> tuple[Step, State]:
         """A step to take from `noise` under `plan`, captured where that works, and the state it updates."""
         key = (tuple(noise.shape), noise.dtype, len(plan.table), plan.rule, plan.multistep, plan.scaled)
         session = self._sessions.get(key)
         if session is None:
-            session = self._sessions[key] = Session(GuidedUNet(unet, inputs), plan, noise)
-        session.network.load(inputs)
+            session = self._sessions[key] = Session(network, plan, noise)
+        session.network.load(network.inputs["both"])
         session.plan.table.copy_(plan.table)
         if not self._failed:
             try:

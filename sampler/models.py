@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from packaging.version import Version
 from torch import Tensor
 
+from .lean import Lean
 from .loop import Branch
 
 SUPPORTED = (StableDiffusionPipeline, StableDiffusionXLPipeline)
@@ -83,6 +84,31 @@ def compiled(unet: torch.nn.Module) -> Callable[..., Any]:
     return torch.compile(unet.to(memory_format=torch.channels_last), dynamic=False)
 
 
+class Networks:
+    """The networks of one pipeline for one batch of encoded prompts after another.
+
+    compile, lean: have the UNet compiled, and as `Lean` has it.
+    """
+
+    def __init__(self, unet: torch.nn.Module, compile: bool, lean: bool):
+        prepare = compiled if compile else lambda unet: unet
+        self._plain = prepare(unet)
+        self._lean = Lean(unet) if lean else None
+        if self._lean is not None:
+            self._one, self._both = prepare(self._lean.one), prepare(self._lean.both)
+
+    def plain(self, inputs: dict[str, Any]) -> GuidedUNet:
+        """A network whose inputs are as `encode` gives them."""
+        return GuidedUNet(self._plain, inputs)
+
+    def fast(self, inputs: dict[str, Any]) -> GuidedUNet:
+        """The fastest network there is."""
+        if self._lean is None:
+            return self.plain(inputs)
+        text = self._lean.text(inputs["encoder_hidden_states"])
+        return GuidedUNet(self._one, {**inputs, "encoder_hidden_states": text}, self._both)
+
+
 def memory_format(unet: torch.nn.Module) -> torch.memory_format:
     """That of the UNet's convolutions, in which it also returns its prediction."""
     weight = unet.conv_in.weight
@@ -95,10 +121,11 @@ class GuidedUNet:
 
     unet:   the pipeline's, or the same compiled.
     inputs: its keyword arguments, from `encode`.
+    both:   what is called for both halves at once; None for `unet`.
     """
 
-    def __init__(self, unet: Callable[..., Any], inputs: dict[str, Any]):
-        self.unet = unet
+    def __init__(self, unet: Callable[..., Any], inputs: dict[str, Any], both: Callable[..., Any] | None = None):
+        self.unet, self.both = unet, unet if both is None else both
         batch = len(inputs["encoder_hidden_states"]) // 2
         halves = {"uncond": slice(0, batch), "cond": slice(batch, None), "both": slice(None)}
         self.inputs = {branch: _rows(inputs, rows) for branch, rows in halves.items()}
@@ -106,7 +133,7 @@ class GuidedUNet:
     def select(self, index: Tensor) -> GuidedUNet:
         """The same for some samples of the batch, `index` (N,) int64."""
         batch = len(self.inputs["cond"]["encoder_hidden_states"])
-        return GuidedUNet(self.unet, _rows(self.inputs["both"], torch.cat([index, index + batch])))
+        return GuidedUNet(self.unet, _rows(self.inputs["both"], torch.cat([index, index + batch])), self.both)
 
     def load(self, inputs: dict[str, Any]) -> None:
         """Put other prompts in the place of those given at first, in the same memory."""
@@ -114,7 +141,8 @@ class GuidedUNet:
             old.copy_(new)
 
     def __call__(self, latents: Tensor, timesteps: Tensor, branch: Branch) -> Tensor:
-        return self.unet(latents, timesteps, **self.inputs[branch], return_dict=False)[0]
+        unet = self.both if branch == "both" else self.unet
+        return unet(latents, timesteps, **self.inputs[branch], return_dict=False)[0]
 
 
 def _rows(inputs: dict[str, Any], rows: slice | Tensor) -> dict[str, Any]:

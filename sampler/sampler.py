@@ -66,7 +66,7 @@ class Sampler:
         self.scheduler = make_scheduler(scheduler, pipe.scheduler)
         models.set_attention(pipe, attention)
         self.pipe = pipe
-        self._unet = models.compiled(pipe.unet) if compile else pipe.unet
+        self._networks = models.Networks(pipe.unet, compile, lean=compile or capture)
         self._graphs = Graphs() if capture else None
         self._solvers: dict[int, Solver] = {}
 
@@ -83,6 +83,7 @@ class Sampler:
 
         compile: compile the UNet with torch.compile, channels-last, when it is first used (it takes a while).
         capture: record each step, network and all, as a CUDA graph and replay it; see `close`.
+        With either, the UNet also runs as `Lean` has it, and what is loaded into it afterwards is not seen.
 
         Raises ValueError for a pipeline, scheduler or attention backend that is not supported.
         """
@@ -200,10 +201,9 @@ class Sampler:
     ) -> State:
         """All steps of `plan`, by the fastest way that `linear` (the solver is coefficients) and `wrap` allow."""
         if self._graphs is not None and linear and wrap is None:
-            take, state = self._graphs.step(self._unet, inputs, plan, noise)
+            take, state = self._graphs.step(self._networks.fast(inputs), plan, noise)
         else:
-            network = models.GuidedUNet(self._unet, inputs)
-            network = network if wrap is None else wrap(network)
+            network = self._networks.fast(inputs) if wrap is None else wrap(self._networks.plain(inputs))
             state = plan.state(noise, models.memory_format(self.pipe.unet))
             if linear:
                 take = lockstep(network, plan, state)
@@ -215,7 +215,7 @@ class Sampler:
     def _guarded(
         self, inputs: dict[str, Any], plans: tuple[Plan, Plan], guidance: Guidance, noise: Tensor, bar: Callable[..., Iterable]
     ) -> guard.Guarded:
-        network = models.GuidedUNet(self._unet, inputs)
+        network = self._networks.fast(inputs)
         turns = bar(plans[0].branches)
         return guard.denoise(network, *plans, guidance, noise, turns, models.memory_format(self.pipe.unet))
 
