@@ -16,6 +16,7 @@ from basinescape import Sampler
 
 DATA = "https://github.com/somepago/DCR and https://github.com/YuxinWenRick/diffusion_memorization"
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+Stable = dict[str, Sequence[Sequence[float]]]  # name of a norm -> its (mean, standard deviation) in every step but the last
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Scenario:
     model:      folder or hub id. memorized, general: prompt files, in any layout that `read_prompts` knows.
     transition: the timestep of the static transition point.
     ordinary:   the usual noise gap of each unguided step, for the rule `Settled`; empty: not measured, no such method.
+    stable:     the stable region of plain guidance, for `methods.update`; None: not measured, no such method.
     guard:      (mean gap, first steps) above which a guard restarts a sample; None: not measured, no such method.
     similarity: "pixels", "sscd", "clip" or "dino". threshold: similarity above which an image counts as memorized.
     where:      where the authors publish what is missing here.
@@ -49,11 +51,14 @@ class Scenario:
     scale: float = 7.5
     transition: float = 500.0
     ordinary: tuple[float, ...] = ()
+    stable: Stable | None = None
     guard: tuple[float, int] | None = None
     similarity: str = "sscd"
     threshold: float = 0.5
     where: str = DATA
 
+
+ORDINARY = json.loads((Sampler.model_path("tiny") / "ordinary.json").read_text())  # written by `ordinary`
 
 PRESETS = {
     "1": Scenario("1", "sd-finetuned-laion10k", "laion_10k_random/captions.json", transition=500.0),
@@ -68,8 +73,9 @@ PRESETS = {
         transition=680.0,
         similarity="pixels",
         threshold=0.81,
-        # Both from general prompts with a seed of their own, 100: the median, and the 99th percentile of five steps.
-        ordinary=tuple(json.loads((Sampler.model_path("tiny") / "ordinary.json").read_text())["gap"]),
+        # All from general prompts with seeds of their own, from 100 on; the guard's is the 99th percentile of five steps.
+        ordinary=tuple(ORDINARY["gap"]),
+        stable=ORDINARY["stable"],
         guard=(1.54, 5),
     ),
 }

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from basinescape import At, FirstMinimum, Guidance, Output, Sampler, Settled
 
 from ..scenario import Scenario
-from . import attention, augment, cads, dryrun, embedding, padding
+from . import attention, augment, cads, dryrun, embedding, padding, update
 
 Method = Callable[[Sampler, Sequence[str], Sequence[int], int], Output]
 
@@ -38,6 +38,8 @@ def table(scenario: Scenario) -> dict[str, Method]:
     if scenario.ordinary:
         until = Settled(scenario.ordinary, **SETTLED)
         measured["delayed-settled"] = guided(Guidance.delayed(scale, until=until))
+    if scenario.stable:
+        measured["update-norm"] = update.method(scale, scenario.stable)
     if scenario.guard:
         measured["guard"] = guided(Guidance.guard(delayed, *scenario.guard))
     shapes = ("linear", "invlinear", "cosine", "sine", "v_shape", "a_shape")
@@ -53,7 +55,7 @@ def table(scenario: Scenario) -> dict[str, Method]:
         "random-words": augment.method(plain, augment.random_words),
         "random-numbers": augment.method(plain, augment.random_numbers),
         "repeated-words": augment.method(plain, augment.repeated_words),
-        "embedding": embedding.method(plain),
+        "embedding": embedding.method(plain, scenario.ordinary[0] if scenario.ordinary else None),
         "attention": attention.method(plain),
         "padding": padding.method(plain),
         **measured,

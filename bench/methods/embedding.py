@@ -14,22 +14,21 @@ from basinescape.models import GuidedUNet
 from torch import Tensor
 
 RATE, ITERATIONS = 0.05, 10
-TARGET = 0.5  # of the gap that the prompt begins with
+SHARE = 0.5  # of the gap that the prompt begins with: the target where no ordinary gap is known
 
 
-def optimised(network: GuidedUNet, latents: Tensor, timesteps: Tensor) -> Tensor:
-    """The conditional embedding (B, T, D) after at most ITERATIONS steps; each sample stops at its own target."""
+def optimised(network: GuidedUNet, latents: Tensor, timesteps: Tensor, target: float | None) -> Tensor:
+    """The conditional embedding (B, T, D) after at most ITERATIONS steps; a sample stops when its gap is at `target`."""
     inputs = network.inputs["cond"]
     with torch.inference_mode(False), torch.enable_grad():
         states = inputs["encoder_hidden_states"].clone().requires_grad_()
         latents, timesteps = latents.clone(), timesteps.clone()
         uncond = network(latents, timesteps, "uncond").detach().clone()
         optimiser = torch.optim.Adam([states], lr=RATE)
-        target = None
         for _ in range(ITERATIONS):
             cond = network.unet(latents, timesteps, **{**inputs, "encoder_hidden_states": states}, return_dict=False)[0]
             gaps = (cond - uncond).flatten(1).norm(dim=1)
-            target = TARGET * gaps.detach() if target is None else target
+            target = SHARE * gaps.detach() if target is None else target
             waiting = gaps > target
             if not waiting.any():
                 break
@@ -42,7 +41,9 @@ def optimised(network: GuidedUNet, latents: Tensor, timesteps: Tensor) -> Tensor
         return states.detach()
 
 
-def method(guidance: Guidance):
+def method(guidance: Guidance, target: float | None):
+    """`target`: the noise gap of an ordinary prompt's first step; None for a share of each prompt's own."""
+
     def sample(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Output:
         parameters = [p for p in sampler.pipe.unet.parameters() if p.requires_grad]
 
@@ -54,7 +55,7 @@ def method(guidance: Guidance):
                 if first:
                     batch = len(seeds)
                     states = network.inputs["both"]["encoder_hidden_states"]
-                    states[batch:] = optimised(network, latents[:batch], timesteps[:batch])
+                    states[batch:] = optimised(network, latents[:batch], timesteps[:batch], target)
                     first = False
                 return network(latents, timesteps, branch)
 

@@ -1,0 +1,142 @@
+"""Latents put back into a stable region, measured on ordinary prompts, where an update has left it.
+
+Huang et al., "Broken Memories: Detecting and Mitigating Memorization in Diffusion Models with Degraded Generations", KDD 2026,
+https://arxiv.org/abs/2605.22050, algorithms 1 and 2 with their numbers for 50 steps; prompt and guidance stay as they are. With
+x -> x' a step just taken, x0 its clean prediction, and z(v) the distance of |v| to the region's mean in standard deviations:
+
+    flagged     from the first step with z(x' - x) > MILD and z(x0) > MILD on; strongly where z(x0) > STRONG in that step
+    corrected   steps with z(x' - x) > MILD of a flagged sample; after the first EARLY ones only of a strongly flagged one
+    correction  x0 gets the mean norm, x' += alpha' * (the change of x0); then |x' - x| (where strongly flagged) and |x'| are
+                clamped to the region: the mean -+ WIDTH deviations
+
+The rule is taken from what others write of the paper, whose text was not at hand. Here x0 is the prediction that the step was
+taken with, so no network call is added, and the last update, which no call follows, is left as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from basinescape import Guidance, Output, Sampler
+from basinescape.kernels.state import per_sample
+from basinescape.models import GuidedUNet
+from torch import Tensor
+
+from ..scenario import Stable
+
+MILD, STRONG, WIDTH, EARLY = 3.0, 14.0, 3.0, 10
+NORMS = ("update", "latents", "clean")  # of x' - x, x' and x0
+After = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (step, x, x0, x') -> the x' to go on from, all (B, C, h, w) float32
+
+
+def method(scale: float, stable: Stable):
+    def sample(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Output:
+        region = torch.tensor([stable[name] for name in NORMS], device=sampler.pipe.device)
+        if region.shape != (len(NORMS), steps - 1, 2):
+            raise ValueError(f"stable is measured over {region.shape[1] + 1} steps, but the sampler takes {steps}")
+        signal = alphas(sampler, steps)
+        wrap = watched(signal, sampler.scheduler.config.prediction_type, scale, Correction(region, signal, len(seeds)))
+        return sampler(prompts, seeds, steps, Guidance.cfg(scale), progress=False, wrap=wrap)
+
+    return sample
+
+
+def measured(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int, scale: float) -> Tensor:
+    """The NORMS of every step but the last under plain guidance, (len(NORMS), steps - 1, B) float32."""
+    found: list[Tensor] = []
+
+    def after(k: int, before: Tensor, clean: Tensor, latents: Tensor) -> Tensor:
+        found.append(torch.stack([lengths(latents - before), lengths(latents), lengths(clean)]))
+        return latents
+
+    wrap = watched(alphas(sampler, steps), sampler.scheduler.config.prediction_type, scale, after)
+    sampler(prompts, seeds, steps, Guidance.cfg(scale), output="latent", progress=False, wrap=wrap)
+    return torch.stack(found, dim=1)
+
+
+def alphas(sampler: Sampler, steps: int) -> list[float]:
+    """The factor of the clean latents in those of every step.
+
+    Raises ValueError for a scheduler under which the network does not see the latents themselves, of unit variance.
+    """
+    solver, scheduler = sampler.solver(steps), sampler.scheduler
+    if (solver.input_scale != 1).any() or not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"update-norm needs a scheduler whose latents keep unit variance, got {type(scheduler).__name__}")
+    return scheduler.alphas_cumprod[solver.timesteps.long()].sqrt().tolist()
+
+
+def watched(signal: Sequence[float], kind: str, scale: float, after: After) -> Callable[[GuidedUNet], Callable[..., Tensor]]:
+    """A `wrap` under which `after` sees every step but the last when it is taken, and may change its outcome.
+
+    signal: `alphas`. kind: what the network predicts, "epsilon" or "v_prediction". scale: the guidance's.
+    """
+
+    def wrap(network: GuidedUNet) -> Callable[..., Tensor]:
+        k, last = 0, ()
+
+        def predict(inputs: Tensor, told: Tensor, branch: str) -> Tensor:
+            nonlocal k, last
+            branches = inputs.unflatten(0, (2 if branch == "both" else 1, -1))
+            if last:
+                outcome = branches[0].to(torch.float32, copy=True)
+                branches.copy_(after(k - 1, *last, outcome))  # in place: these are the sampler's own latents
+            predictions = network(inputs, told, branch)
+            parts, latents = predictions.float().view_as(branches), branches[0].float()
+            guided = parts[0] + scale * (parts[-1] - parts[0])
+            k, last = k + 1, (latents.clone(), denoised(latents, guided, signal[k], kind))
+            return predictions
+
+        return predict
+
+    return wrap
+
+
+def denoised(latents: Tensor, guided: Tensor, alpha: float, kind: str) -> Tensor:
+    """The clean latents that a prediction means."""
+    sigma = (1 - alpha**2) ** 0.5
+    return alpha * latents - sigma * guided if kind == "v_prediction" else (latents - sigma * guided) / alpha
+
+
+class Correction:
+    """The paper's rule over the steps of one batch.
+
+    region: (len(NORMS), steps - 1, 2) float32, mean and standard deviation. signal: `alphas`.
+    """
+
+    def __init__(self, region: Tensor, signal: Sequence[float], batch: int):
+        self.region, self.signal = region, signal
+        self.flagged = torch.zeros(batch, dtype=torch.bool, device=region.device)
+        self.strongly = self.flagged.clone()
+
+    def __call__(self, k: int, before: Tensor, clean: Tensor, latents: Tensor) -> Tensor:
+        of_update, of_latents, of_clean = self.region[:, k]
+        outside, far = distance(latents - before, of_update) > MILD, distance(clean, of_clean)
+        first = outside & (far > MILD) & ~self.flagged
+        self.flagged, self.strongly = self.flagged | first, self.strongly | (first & (far > STRONG))
+
+        moved = latents + self.signal[k + 1] * (resized(clean, of_clean[0]) - clean)
+        moved = torch.where(per_sample(self.strongly, moved), before + clamped(moved - before, of_update), moved)
+        corrected = outside & (self.flagged if k < EARLY else self.strongly)
+        return torch.where(per_sample(corrected, moved), clamped(moved, of_latents), latents)
+
+
+def lengths(values: Tensor) -> Tensor:
+    """(B,) the norms of `values` (B, ...)."""
+    return values.flatten(1).norm(dim=1)
+
+
+def distance(values: Tensor, stable: Tensor) -> Tensor:
+    """(B,) how many deviations the norms of `values` (B, ...) are from the mean; `stable` (2,) is both."""
+    return (lengths(values) - stable[0]).abs() / stable[1]
+
+
+def clamped(values: Tensor, stable: Tensor) -> Tensor:
+    """`values` (B, ...) with norms at most WIDTH deviations from the mean; `stable` (2,) is both."""
+    mean, width = stable[0], WIDTH * stable[1]
+    return resized(values, lengths(values).clamp(mean - width, mean + width))
+
+
+def resized(values: Tensor, norm: Tensor) -> Tensor:
+    """`values` (B, ...) with the norms `norm`, (B,) or ()."""
+    return values * per_sample(norm / lengths(values), values)
