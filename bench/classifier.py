@@ -28,7 +28,11 @@ class ConceptClassifier(nn.Module):
         self.head = nn.Linear(channels, len(concepts))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.head(self.features(pixels).amax(dim=(2, 3)))
+        return self.head(self.pooled(pixels))
+
+    def pooled(self, pixels: Tensor) -> Tensor:
+        """What the head reads, (B, channels): any height and width of picture gives as many."""
+        return self.features(pixels).amax(dim=(2, 3))
 
     @torch.inference_mode()
     def name(self, pixels: Tensor) -> list[str]:

@@ -117,6 +117,23 @@ def evaluate(
 
 
 @app.command()
+def quality(
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="folder written by evaluate; gets quality.csv, quality.jsonl")],
+    clip: Annotated[str | None, typer.Option(help="CLIP model of the text alignment, as openai/clip-vit-base-patch16")] = None,
+    features: Annotated[str, typer.Option(help="of FID and KID: concept, inception, sscd, clip, dino, or 'none'")] = "concept",
+    references: Annotated[Path | None, typer.Option(help="folder of images for FID and KID; for tiny: fresh scenes")] = None,
+    similarity: Annotated[str | None, typer.Option(help="to the training images: pixels, sscd, clip or dino")] = None,
+    progress: Annotated[bool, typer.Option(help="show a progress bar")] = True,
+) -> None:
+    """Measure the images of an evaluation: text alignment, distance from ordinary images, similarity to training images."""
+    from basinescape.kernels.aot import aligned
+
+    from .quality import quality
+
+    typer.echo(aligned(quality(run, clip, None if features == "none" else features, references, similarity, progress)))
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR", help="folders written by evaluate")],
     out: Annotated[Path, typer.Option(help="the page to write, one HTML file that needs no network")],

@@ -97,7 +97,7 @@ def evaluate(
             file.write("\n")  # a killed run may have left half a line
         for batch in _batches(waiting, batch_size):
             bar.set_description(batch[0].method)
-            for line in _run(sampler, known[batch[0].method], batch, scenario.steps, measure, out / "images"):
+            for line in _run(sampler, known[batch[0].method], batch, scenario.steps, measure, out):
                 file.write(json.dumps(line) + "\n")
                 lines.append(line)
             file.flush()
@@ -105,6 +105,27 @@ def evaluate(
     rows = table(lines)
     write_csv(out / "table.csv", rows)
     return rows
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The settings and the lines of a folder that `evaluate` wrote.
+
+    Raises FileNotFoundError or ValueError, naming the folder, where it holds no evaluation or no image yet.
+    """
+    for name in ("run.json", "results.jsonl"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"run folder {str(folder)!r} has no {name}")
+    run, lines = json.loads((folder / "run.json").read_text(encoding="utf-8")), read_entries(folder / "results.jsonl")
+    if "scenario" not in run:
+        raise ValueError(f"run folder {str(folder)!r} holds no evaluation: its run.json names no scenario")
+    if not lines:
+        raise ValueError(f"run folder {str(folder)!r} holds no image yet: its results.jsonl is empty")
+    return run, lines
+
+
+def image_path(folder: Path, line: dict[str, Any]) -> Path:
+    """Where the image of a line of results.jsonl lies in its run folder."""
+    return folder / "images" / line["method"] / f"{line['id']}-{line['seed']}.png"
 
 
 def _batches(tasks: Sequence[Task], size: int) -> Iterator[list[Task]]:
@@ -119,32 +140,46 @@ def _batches(tasks: Sequence[Task], size: int) -> Iterator[list[Task]]:
         yield batch
 
 
-class Measure:
-    """What is measured on an image: similarity to its training image (to the nearest one, where it has none), its concept."""
+class Likeness:
+    """Similarity of an image to its prompt's training image, to the nearest one of all where the prompt has none.
 
-    def __init__(self, scenario: Scenario, groups: dict[str, list[Prompt]]):
+    name: of a `Similarity`, which says what is raised. Raises ValueError, too, where no prompt has a training image.
+    """
+
+    def __init__(self, name: str, groups: dict[str, list[Prompt]]):
         known = [prompt for found in groups.values() for prompt in found if prompt.image]
         if not known:
-            raise ValueError(f"scenario {scenario.name!r} has no training image to compare with")
+            raise ValueError("the scenario's prompts have no training image to compare with")
         self._column = {prompt.id: i for i, prompt in enumerate(known)}
-        self._similarity = Similarity(scenario.similarity, [Image.open(prompt.image) for prompt in known])
+        self._similarity = Similarity(name, [Image.open(prompt.image) for prompt in known])
+
+    def __call__(self, images: Sequence[Image.Image], found: Sequence[Prompt]) -> list[float]:
+        return [
+            (row[self._column[prompt.id]] if prompt.image else row.max()).item()
+            for row, prompt in zip(self._similarity(images), found, strict=True)
+        ]
+
+
+class Measure:
+    """What is measured on an image: its likeness to a training image, its concept."""
+
+    def __init__(self, scenario: Scenario, groups: dict[str, list[Prompt]]):
+        self._likeness = Likeness(scenario.similarity, groups)
         self._threshold = scenario.threshold
         folder = Sampler.model_path("tiny") / "classifier"
         self._classifier = ConceptClassifier.load(folder) if scenario.model == "tiny" else None
 
     def __call__(self, images: Sequence[Image.Image], found: Sequence[Prompt]) -> list[dict[str, Any]]:
-        alike = self._similarity(images)
         shown = self._classifier.name(pixels(images)) if self._classifier else [None] * len(images)
         rows = []
-        for row, prompt, concept in zip(alike, found, shown, strict=True):
-            value = (row[self._column[prompt.id]] if prompt.image else row.max()).item()
+        for value, prompt, concept in zip(self._likeness(images, found), found, shown, strict=True):
             right = None if prompt.concept is None or concept is None else concept == prompt.concept
             rows.append({"similarity": round(value, 5), "memorized": value > self._threshold, "concept_ok": right})
         return rows
 
 
 def _run(
-    sampler: Sampler, method: Method, batch: Sequence[Task], steps: int, measure: Measure, folder: Path
+    sampler: Sampler, method: Method, batch: Sequence[Task], steps: int, measure: Measure, out: Path
 ) -> list[dict[str, Any]]:
     """Make, save and measure one batch."""
     calls = 0
@@ -162,9 +197,6 @@ def _run(
     seconds = (time.perf_counter() - start) / len(batch)
     lines = []
     for i, (task, measured) in enumerate(zip(batch, measure(made.images, [task.prompt for task in batch]), strict=True)):
-        path = folder / task.method / f"{task.id}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made.images[i].save(path)
         line = {
             "id": task.prompt.id,
             "method": task.method,
@@ -178,6 +210,9 @@ def _run(
         }
         if task.method == RECORDED:
             line["noise_gap"] = [round(gap, 4) for gap in made.noise_gap[i].tolist()]
+        path = image_path(out, line)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made.images[i].save(path)
         lines.append(line)
     return lines
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,11 @@ def pixels(images: Sequence[Image.Image]) -> Tensor:
     return torch.stack(
         [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div(127.5).sub(1) for image in images]
     )
+
+
+def fitted(images: Sequence[Image.Image], size: tuple[int, int]) -> list[Image.Image]:
+    """The images at `size`, (width, height) in pixels; those that have it are left as they are."""
+    return [image if image.size == size else image.resize(size, Image.Resampling.BOX) for image in images]
 
 
 class Similarity:
@@ -43,8 +49,7 @@ class Similarity:
         """(N, M) float32: every image against every reference."""
         if self.name == "pixels":
             size = self._references.shape[-1], self._references.shape[-2]
-            fitted = [image if image.size == size else image.resize(size, Image.Resampling.BOX) for image in images]
-            return pixel_similarity(pixels(fitted), self._references)
+            return pixel_similarity(pixels(fitted(images, size)), self._references)
         return torch.from_numpy(_unit(self._embed(images))) @ self._references.T
 
 
@@ -70,14 +75,19 @@ def sscd() -> Embedding:
     name = session.get_inputs()[0].name
 
     def embed(images: Sequence[Image.Image]) -> np.ndarray:
-        fitted = [np.asarray(image.convert("RGB").resize((288, 288), Image.Resampling.BICUBIC)) for image in images]
-        return np.concatenate([session.run(None, {name: image[None]})[0] for image in fitted])
+        resized = [np.asarray(image.convert("RGB").resize((288, 288), Image.Resampling.BICUBIC)) for image in images]
+        return np.concatenate([session.run(None, {name: image[None]})[0] for image in resized])
 
     return embed
 
 
-def _vision(model: str) -> Callable[[], Embedding]:
-    """An embedding by a vision model of transformers."""
+def projected(features: Any) -> Tensor:
+    """The tensor of CLIP's projected features, which transformers wraps since its version 5."""
+    return features if isinstance(features, Tensor) else features.pooler_output
+
+
+def vision(model: str) -> Callable[[], Embedding]:
+    """An embedding by a vision model of transformers, a folder or hub id; only safetensors are loaded."""
 
     def load() -> Embedding:
         from transformers import AutoImageProcessor, AutoModel
@@ -89,7 +99,7 @@ def _vision(model: str) -> Callable[[], Embedding]:
         def embed(images: Sequence[Image.Image]) -> np.ndarray:
             inputs = processor(images=list(images), return_tensors="pt")
             if hasattr(network, "get_image_features"):
-                return network.get_image_features(**inputs).numpy()
+                return projected(network.get_image_features(**inputs)).numpy()
             return network(**inputs).last_hidden_state[:, 0].numpy()
 
         return embed
@@ -99,8 +109,8 @@ def _vision(model: str) -> Callable[[], Embedding]:
 
 EMBEDDINGS: dict[str, Callable[[], Embedding]] = {
     "sscd": sscd,
-    "clip": _vision("openai/clip-vit-base-patch32"),
-    "dino": _vision("facebook/dinov2-base"),
+    "clip": vision("openai/clip-vit-base-patch32"),
+    "dino": vision("facebook/dinov2-base"),
 }
 
 

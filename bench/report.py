@@ -6,21 +6,20 @@ The page is one file that needs no network: styles, script, curves and images ar
 from __future__ import annotations
 
 import base64
+import csv
 import io
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from basinescape.generate import read_entries
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .evaluate import RECORDED, table
+from .evaluate import RECORDED, image_path, read_run, table
 from .figures import COLORS, band
 from .scenario import Scenario, prompts
 
@@ -37,7 +36,7 @@ def report(folders: Sequence[str | Path], out: str | Path) -> None:
     out = Path(out)
     if out.is_dir():
         raise ValueError(f"out must be a file, {str(out)!r} is a folder")
-    runs = [_read(Path(folder)) for folder in folders]
+    runs = [(Path(folder), *read_run(Path(folder))) for folder in folders]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
     page = template.render(sections=[_section(*run) for run in runs]).encode()
@@ -47,19 +46,6 @@ def report(folders: Sequence[str | Path], out: str | Path) -> None:
     part.replace(out)
 
 
-def _read(folder: Path) -> tuple[Path, dict[str, Any], list[dict[str, Any]]]:
-    """The folder, its settings and its lines."""
-    for name in ("run.json", "results.jsonl"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"run folder {str(folder)!r} has no {name}")
-    run, lines = json.loads((folder / "run.json").read_text(encoding="utf-8")), read_entries(folder / "results.jsonl")
-    if "scenario" not in run:
-        raise ValueError(f"run folder {str(folder)!r} holds no evaluation: its run.json names no scenario")
-    if not lines:
-        raise ValueError(f"run folder {str(folder)!r} holds no image yet: its results.jsonl is empty")
-    return folder, run, lines
-
-
 def _section(folder: Path, run: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
     """What the template needs of a run."""
     methods = list(dict.fromkeys(line["method"] for line in lines))
@@ -67,16 +53,40 @@ def _section(folder: Path, run: dict[str, Any], lines: list[dict[str, Any]]) -> 
     return {
         "folder": folder,
         "facts": _facts(run, len(lines)),
-        "rows": [
-            [(name, value, _text(name, row)) for name, value in row.items() if name not in BOUNDS]
-            for row in sorted(table(lines), key=lambda row: row["group"] != "memorized")
-        ],
+        "tables": {
+            "methods": [
+                [(name, value, _text(name, row)) for name, value in row.items() if name not in BOUNDS]
+                for row in sorted(table(lines), key=_group)
+            ],
+            "quality": _quality(folder / "quality.csv"),
+        },
         "curves": _curves(lines),
         "figures": [(path.name, _uri(path)) for path in sorted(folder.glob("*.png"))],
         "methods": methods,
         "chosen": chosen,
         "prompts": _prompts(folder, run, lines, chosen),
     }
+
+
+def _group(row: dict[str, Any]) -> bool:
+    """A key that sorts memorized prompts first."""
+    return row["group"] != "memorized"
+
+
+def _quality(path: Path) -> list[list[tuple[str, Any, str]]]:
+    """The cells of the command `quality`'s table; no row where it was not run."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [[(name, _value(text), text) for name, text in row.items()] for row in sorted(csv.DictReader(file), key=_group)]
+
+
+def _value(text: str) -> float | str | None:
+    """What a cell of a CSV file says."""
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return text
 
 
 def _facts(run: dict[str, Any], images: int) -> dict[str, Any]:
@@ -132,8 +142,7 @@ def _prompts(folder: Path, run: dict[str, Any], lines: Sequence[dict[str, Any]],
     for line in lines:
         if (line["group"], line["seed"]) == ("memorized", seed):
             entry = found.setdefault(line["id"], {"text": line["prompt"], "made": {}})
-            made = folder / "images" / line["method"] / f"{line['id']}-{seed}.png"
-            entry["made"][line["method"]] = line | {"uri": _uri(made, SIDE)}
+            entry["made"][line["method"]] = line | {"uri": _uri(image_path(folder, line), SIDE)}
     for id, entry in found.items():
         image = training.get((id, entry["text"]))
         entry["training"] = _uri(image, SIDE) if image else None

@@ -120,6 +120,8 @@ def _paste(canvas: Image.Image, glyph: str, rng: np.random.Generator, height: fl
 @functools.cache
 def _glyph(glyph: str) -> Image.Image:
     """The bitmap of a colour glyph, cropped to its ink."""
+    if not FONT.is_file():
+        raise FileNotFoundError(f"scenes are drawn with the font {str(FONT)!r}: install fonts-noto-color-emoji")
     font = ImageFont.truetype(str(FONT), 109)  # the one size at which the font carries bitmaps
     art = Image.new("RGBA", (160, 160))
     ImageDraw.Draw(art).text((8, 8), glyph, font=font, embedded_color=True)
