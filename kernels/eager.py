@@ -13,7 +13,7 @@ from .guide import norms
 from .operands import in_memory_order, sample_size
 from .state import Column, Rule, State, fill_input, per_sample
 
-GROUP = 65536  # elements worked on at a time, so that they stay in the cache from one operator to the next
+GROUP = 131072  # elements a thread works on at a time, so that they stay in its cache from one operator to the next
 
 
 def eager_step(
@@ -54,7 +54,7 @@ class Lockstep:
         self.state, self.rule = state, rule
         self.rows, self.k = table.tolist(), 0
         self.left = math.inf if transition is None or transition < 0 else transition
-        self.size = max(1, GROUP // max(1, sample_size(state.latents)))
+        self.size = max(1, GROUP * torch.get_num_threads() // max(1, sample_size(state.latents)))
         parts = [slice(i, i + self.size) for i in range(0, len(state.step), self.size)]
         self.parts = [(Part.of(state, rows), state.gaps[rows].unbind(1)) for rows in parts]
 

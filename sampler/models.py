@@ -79,9 +79,26 @@ def set_attention(pipe: DiffusionPipeline, attention: str) -> None:
             raise ImportError("attention 'xformers' needs the package xformers: pip install 'basinescape[xformers]'") from error
 
 
+# On a CPU: weights packed for the kernels of each compiled shape, which takes memory for each, and kernels called from C++.
+PACKED = {"freezing": True, "cpp_wrapper": True}
+
+
 def compiled(unet: torch.nn.Module) -> Callable[..., Any]:
     """The UNet compiled for one shape after another, its convolutions channels-last; without graphs of the compiler's own."""
-    return torch.compile(unet.to(memory_format=torch.channels_last), dynamic=False)
+    cpu = unet.device.type == "cpu"
+    fast = torch.compile(unet.to(memory_format=torch.channels_last), dynamic=False, options=PACKED if cpu else None)
+    return packed(fast) if cpu else fast
+
+
+def packed(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A function compiled with PACKED as it must be called: the tracer, too, has to know that weights are constants."""
+    from torch._inductor import config
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        with config.patch(freezing=True):
+            return compiled(*arguments, **keywords)
+
+    return call
 
 
 class Networks:

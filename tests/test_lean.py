@@ -1,7 +1,5 @@
 """The UNet that computes nothing twice is the UNet."""
 
-from functools import partial
-
 import pytest
 import torch
 from basinescape import At, FirstMinimum, Guidance, Sampler
@@ -79,11 +77,16 @@ def test_a_method_that_changes_the_text_gets_the_text(pipe):
     torch.testing.assert_close(found, latents(Sampler.from_pipeline(pipe, "dpmsolver++"), METHODS[0]), atol=1e-4, rtol=1e-4)
 
 
-def test_the_compiler_takes_it_whole(pipe, monkeypatch):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, fullgraph=True, backend="eager"))
-    expected = latents(Sampler.from_pipeline(pipe, "dpmsolver++"), METHODS[1])
+def test_the_compiler_takes_it_whole_and_keeps_halves_and_batches_apart(pipe, monkeypatch):
+    """Two prompts' halves together are as many samples as four prompts with one prediction each."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda unet, options, dynamic: compile(unet, fullgraph=True, backend="eager"))
+    plain = Sampler.from_pipeline(pipe, "dpmsolver++")
     compiled = Sampler.from_pipeline(pipe, "dpmsolver++", compile=True)
     try:
-        torch.testing.assert_close(latents(compiled, METHODS[1]), expected, atol=1e-4, rtol=1e-4)
+        for prompts in (PROMPTS, PROMPTS + PROMPTS[::-1], PROMPTS):
+            settings = {"steps": 4, "guidance": METHODS[1], "output": "latent", "progress": False}
+            found, expected = compiled(prompts, 3, **settings), plain(prompts, 3, **settings)
+            torch.testing.assert_close(found.latents, expected.latents, atol=1e-4, rtol=1e-4)
     finally:
         pipe.unet.to(memory_format=torch.contiguous_format)
