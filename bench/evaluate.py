@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from basinescape import Output, Sampler
-from basinescape.generate import open_folder, read_entries, settings_of
+from basinescape.generate import open_folder, read_entries, settings_of, whole
 from PIL import Image
 from tqdm import tqdm
 
@@ -245,7 +245,7 @@ def table(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

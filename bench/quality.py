@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from basinescape import Sampler
+from basinescape.generate import whole
 from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.functional.multimodal import clip_score
@@ -89,7 +90,8 @@ def quality(
     if not rows:
         raise ValueError(f"run folder {str(folder)!r} holds no image that can be read")
     write_csv(folder / "quality.csv", rows)
-    (folder / "quality.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    with whole(folder / "quality.jsonl") as part:
+        part.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
     return rows
 
 

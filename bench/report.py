@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from basinescape.generate import whole
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib import rc_context
@@ -41,9 +42,8 @@ def report(folders: Sequence[str | Path], out: str | Path) -> None:
     template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
     page = template.render(sections=[_section(*run) for run in runs]).encode()
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    part.write_bytes(page)
-    part.replace(out)
+    with whole(out) as part:
+        part.write_bytes(page)
 
 
 def _section(folder: Path, run: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def _section(folder: Path, run: dict[str, Any], lines: list[dict[str, Any]]) -> 
     methods = list(dict.fromkeys(line["method"] for line in lines))
     chosen = RECORDED if RECORDED in methods else methods[0]
     return {
-        "folder": folder,
+        "folder": folder.resolve().name,
         "facts": _facts(run, len(lines)),
         "tables": {
             "methods": [
@@ -94,7 +94,7 @@ def _facts(run: dict[str, Any], images: int) -> dict[str, Any]:
     return {
         "scenario": scenario["name"],
         "model": scenario["model"],
-        "images": images,
+        "images": f"{images:,}",
         "steps": scenario["steps"],
         "scheduler": f"{scenario['scheduler']} ({run['scheduler']['class']})",
         "guidance scale": scenario["scale"],

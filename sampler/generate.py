@@ -13,6 +13,7 @@ import os
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -144,7 +145,8 @@ def open_folder(out: str | Path, run: dict[str, Any]) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"output folder {str(out)!r} is not empty and holds no run of this program: choose another")
     (out / "images").mkdir(parents=True)
-    _write(record, json.dumps(run, indent=2) + "\n")
+    with whole(record) as part:
+        part.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 
 def read_entries(path: Path) -> list[dict[str, Any]]:
@@ -161,10 +163,11 @@ def _entry(line: str) -> dict[str, Any] | None:
         return None
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that appears at `path` whole or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    yield part
     part.replace(path)
 
 
@@ -239,7 +242,6 @@ def _save(job: Job, made: Output, i: int, out: Path) -> dict[str, Any]:
         return entry | {"status": "failed: the latents are not finite"}
     image: Image.Image = made.images[i]
     path = out / "images" / f"{job.id}.png"
-    part = path.with_suffix(".part")
-    image.save(part, format="PNG")
-    part.replace(path)
+    with whole(path) as part:
+        image.save(part, format="PNG")
     return entry | {"status": "ok"}
