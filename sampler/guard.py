@@ -7,7 +7,7 @@ to their noise in the same batch, and the others go on undisturbed: their bits a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,8 +15,11 @@ from torch import Tensor
 
 from .guidance import Guidance
 from .kernels.state import NEVER, State
-from .loop import Network, Plan, fused_step
+from .loop import Plan, Step, fused_step
+from .models import GuidedUNet
 from .solver import Solver
+
+Begin = Callable[[GuidedUNet, Plan, Tensor], tuple[Step, State]]
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,9 @@ def plans(solver: Solver, guidance: Guidance, device: torch.device, num_train_ti
 
 
 def denoise(
-    network: Network, plain: Plan, cautious: Plan, guidance: Guidance, noise: Tensor, bar: Iterable, format: torch.memory_format
+    network: GuidedUNet, plain: Plan, cautious: Plan, guidance: Guidance, noise: Tensor, begin: Begin, bar: Iterable
 ) -> Guarded:
-    """Run from `noise` (B, C, H, W). `network` must offer `select(index)`, itself for some samples; `bar` has K items.
+    """Run from `noise` (B, C, H, W), which `begin` makes the state and the step for; `bar` has K items.
 
     One table holds the steps of both plans, the cautious ones after the plain ones: a sample's step says which it is under.
     """
@@ -61,8 +64,7 @@ def denoise(
             earliest=rule.earliest + steps, latest=rule.latest if rule.latest == NEVER else rule.latest + steps
         )
     both = replace(plain, table=table, branches=("both",) * (2 * steps), rule=rule)
-    state = both.state(noise, format)
-    take, turns = fused_step(network, both, state), iter(bar)
+    (take, state), turns = begin(network, both, noise), iter(bar)
     for _ in range(watched):
         next(turns)
         take("both")

@@ -19,7 +19,7 @@ from . import guard, models
 from .graphs import Graphs
 from .guidance import Guidance
 from .kernels.state import State
-from .loop import Network, Plan, denoise, lockstep, scheduler_step
+from .loop import Network, Plan, Step, denoise, fused_step, lockstep, scheduler_step
 from .solver import Solver, make_scheduler
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -215,9 +215,14 @@ class Sampler:
     def _guarded(
         self, inputs: dict[str, Any], plans: tuple[Plan, Plan], guidance: Guidance, noise: Tensor, bar: Callable[..., Iterable]
     ) -> guard.Guarded:
+        def begin(network: models.GuidedUNet, plan: Plan, noise: Tensor) -> tuple[Step, State]:
+            if self._graphs is not None:
+                return self._graphs.step(network, plan, noise)
+            state = plan.state(noise, models.memory_format(self.pipe.unet))
+            return fused_step(network, plan, state), state
+
         network = self._networks.fast(inputs)
-        turns = bar(plans[0].branches)
-        return guard.denoise(network, *plans, guidance, noise, turns, models.memory_format(self.pipe.unet))
+        return guard.denoise(network, *plans, guidance, noise, begin, bar(plans[0].branches))
 
     def close(self) -> None:
         """Give back the memory of captured graphs. The sampler can still be used, and captures again."""

@@ -11,6 +11,8 @@ CALLS = [
     (["a picture of a fish", "a picture of a crab"], Guidance.delayed(5.0, until=FirstMinimum())),
     (["a picture of a fish", "a picture of a crab"], Guidance.opposite(2.0, scale=7.5, until=At(500))),
     (["a picture of a cat"], Guidance.cfg(7.5)),
+    (["a picture of a cat signed by arno"], Guidance.guard(Guidance.delayed(7.5, until=At(500)), 1.5, 2)),
+    (["a picture of a cat"], Guidance.guard(Guidance.opposite(2.0, scale=7.5, until=FirstMinimum()), 1.5, 2)),
 ]
 
 
