@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from basinescape import Sampler
+from basinescape.generate import whole
 
 from .analyze import Laboratory, curves
 from .evaluate import Measure
@@ -67,7 +68,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the file to write")
     parser.add_argument("--dtype", default="bfloat16", help="float32 or bfloat16, as in the evaluation")
     args = parser.parse_args()
-    args.out.write_text(json.dumps(ordinary(args.dtype)) + "\n")
+    with whole(args.out) as part:
+        part.write_text(json.dumps(ordinary(args.dtype)) + "\n")
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def _measured(
         for line in lines:
             try:
                 yield _opened(image_path(folder, line)), line
-            except (OSError, SyntaxError) as error:  # Pillow's for a broken PNG is a SyntaxError
+            except OSError as error:
                 missing.append(f"{image_path(folder, line)} ({type(error).__name__})")
 
     found = readable()
@@ -153,8 +153,12 @@ def _measured(
 
 
 def _opened(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    """The image, in RGB; raises OSError where it is missing or broken."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError) as error:  # the latter is Pillow's for a broken PNG
+        raise OSError(f"image {str(path)!r} cannot be read: {error}") from error
 
 
 def _embedded(embed: Embedding, images: Iterable[Image.Image]) -> np.ndarray:

@@ -58,7 +58,8 @@ class Scenario:
     where: str = DATA
 
 
-ORDINARY = json.loads((Sampler.model_path("tiny") / "ordinary.json").read_text())  # written by `ordinary`
+_measured = Sampler.model_path("tiny") / "ordinary.json"  # written by `ordinary`, of the pipeline that lies beside it
+ORDINARY = json.loads(_measured.read_text()) if _measured.is_file() else {"gap": (), "stable": None}
 
 PRESETS = {
     "1": Scenario("1", "sd-finetuned-laion10k", "laion_10k_random/captions.json", transition=500.0),

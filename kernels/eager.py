@@ -47,7 +47,7 @@ class Lockstep:
 
     Every call takes the state one step on, from the first. The bits are those of `step`.
 
-    table, rule: as for `step`. transition: as for `State.start`.
+    table, rule: as for `step`. transition: as for `State.start`, where there is no rule.
     """
 
     def __init__(self, state: State, table: Tensor, rule: Rule | None = None, transition: int | None = None):
@@ -55,11 +55,15 @@ class Lockstep:
         self.rows, self.k = table.tolist(), 0
         self.left = math.inf if transition is None or transition < 0 else transition
         self.size = max(1, GROUP * torch.get_num_threads() // max(1, sample_size(state.latents)))
-        parts = [slice(i, i + self.size) for i in range(0, len(state.step), self.size)]
+        parts = [slice(i, i + self.size) for i in range(0, max(1, len(state.step)), self.size)]
         self.parts = [(Part.of(state, rows), state.gaps[rows].unbind(1)) for rows in parts]
 
     def __call__(self, uncond: Tensor, cond: Tensor | None) -> None:
-        """Take the step, from predictions as for `step`."""
+        """Take the step, from predictions as for `step`; raises ValueError for another shape than the latents'."""
+        shape = self.state.latents.shape
+        for name, prediction in (("uncond", uncond), ("cond", cond)):
+            if prediction is not None and prediction.shape != shape:
+                raise ValueError(f"{name} is {tuple(prediction.shape)}; it must be {tuple(shape)}, as the latents")
         row, following = self.rows[self.k], self.rows[min(self.k + 1, len(self.rows) - 1)]
         known = row[Column.AFTER if self.k >= self.left else Column.BEFORE]
         for (part, gaps), u, c in zip(self.parts, self._split(uncond), self._split(cond), strict=True):

@@ -21,8 +21,9 @@ def sample_stride(x: torch.Tensor) -> int:
 
 
 def in_memory_order(x: torch.Tensor) -> torch.Tensor:
-    """`x` (B, ...), packed samples in any layout, as (B, elements of a sample): a view, in the order of memory."""
-    return x.as_strided((len(x), sample_size(x)), (sample_size(x), 1))
+    """`x` (B, ...), without gaps, as (B, elements of a sample): a view in the order of memory where samples are packed."""
+    size = sample_size(x)
+    return x.as_strided((len(x), size), (size, 1)) if sample_stride(x) == size else x.flatten(1)
 
 
 def _layout(x: torch.Tensor) -> list[tuple[int, int]]:

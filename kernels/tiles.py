@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .dispatch import jit, tl
 
-# No fused multiply-add: a kernel has the bits of its eager definition, whatever the compiler's default.
+# No fused multiply-add: a kernel's bits do not depend on the compiler's choice.
 OPTIONS = {"enable_fp_fusion": False}
 
 

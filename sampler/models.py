@@ -81,21 +81,23 @@ def set_attention(pipe: DiffusionPipeline, attention: str) -> None:
 
 # On a CPU: weights packed for the kernels of each compiled shape, which takes memory for each, and kernels called from C++.
 PACKED = {"freezing": True, "cpp_wrapper": True}
+SHAPES = 64  # compiled before the compiler gives up; its own limit of 8 is that of a few batch sizes
 
 
 def compiled(unet: torch.nn.Module) -> Callable[..., Any]:
     """The UNet compiled for one shape after another, its convolutions channels-last; without graphs of the compiler's own."""
     cpu = unet.device.type == "cpu"
     fast = torch.compile(unet.to(memory_format=torch.channels_last), dynamic=False, options=PACKED if cpu else None)
-    return packed(fast) if cpu else fast
+    return traced(fast, packed=cpu)
 
 
-def packed(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """A function compiled with PACKED as it must be called: the tracer, too, has to know that weights are constants."""
-    from torch._inductor import config
+def traced(compiled: Callable[..., Any], packed: bool) -> Callable[..., Any]:
+    """A compiled function, with what the tracer must know in each call: that weights are constants, for PACKED, and SHAPES."""
+    from torch._dynamo import config as tracer
+    from torch._inductor import config as compiler
 
     def call(*arguments: Any, **keywords: Any) -> Any:
-        with config.patch(freezing=True):
+        with tracer.patch(recompile_limit=SHAPES), compiler.patch(freezing=packed):
             return compiled(*arguments, **keywords)
 
     return call
@@ -104,13 +106,13 @@ def packed(compiled: Callable[..., Any]) -> Callable[..., Any]:
 class Networks:
     """The networks of one pipeline for one batch of encoded prompts after another.
 
-    compile, lean: have the UNet compiled, and as `Lean` has it.
+    compile, lean: have the UNet compiled, and as `Lean` has it (not where its call is somebody's own).
     """
 
     def __init__(self, unet: torch.nn.Module, compile: bool, lean: bool):
         prepare = compiled if compile else lambda unet: unet
         self._plain = prepare(unet)
-        self._lean = Lean(unet) if lean else None
+        self._lean = Lean(unet) if lean and "forward" not in vars(unet) else None
         if self._lean is not None:
             self._one, self._both = prepare(self._lean.one), prepare(self._lean.both)
 

@@ -83,7 +83,7 @@ class Sampler:
 
         compile: compile the UNet with torch.compile, channels-last, when it is first used (it takes a while).
         capture: record each step, network and all, as a CUDA graph and replay it; see `close`.
-        With either, the UNet also runs as `Lean` has it, and what is loaded into it afterwards is not seen.
+        With either, the UNet also runs as `Lean` has it, and what is loaded into it afterwards may not be seen.
 
         Raises ValueError for a pipeline, scheduler or attention backend that is not supported.
         """

@@ -297,6 +297,9 @@ def test_a_region_or_scheduler_that_does_not_fit_is_named(pipe):
     with pytest.raises(ValueError, match="unit variance, got EulerDiscreteScheduler"):
         update.method(7.5, region(4, 1.0, 1.0))(Sampler.from_pipeline(pipe, "euler"), [GENERAL], [0], 4)
     assert "update-norm" not in method_table(replace(PRESETS["tiny"], stable=None))
+    sampler = Sampler.from_pipeline(pipe, DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="sample"))
+    with pytest.raises(ValueError, match="epsilon or v_prediction, got 'sample'"):
+        update.method(7.5, region(4, 1.0, 1.0))(sampler, [GENERAL], [0], 4)
 
 
 def test_a_region_is_measured_along_the_trajectories_of_diffusers(pipe):

@@ -91,6 +91,16 @@ def test_eager_in_the_inputs_dtype_is_the_definition(given_operands):
     assert torch.equal(noise_gap_eager(uncond, cond), gap)
 
 
+@pytest.mark.parametrize(
+    "change", [lambda x: x.transpose(0, 1), lambda x: x.as_strided((3, 2, 4), (2, 4, 1)), lambda x: x[:1].expand(4, 3, 8)]
+)
+def test_the_definition_takes_samples_that_lie_across_each_other(change):
+    uncond, cond = (change(torch.randn((4, 3, 8), generator=torch.Generator().manual_seed(seed))) for seed in (0, 1))
+    expected = torch.stack([(c - u).double().norm() for u, c in zip(uncond, cond, strict=True)])
+    torch.testing.assert_close(noise_gap_eager(uncond, cond).double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(guide_eager(uncond, cond, 2.0)[1].double(), expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("function", [guide, guide_eager])
 def test_known_numbers(function):
     uncond = torch.tensor([[1.0, 2.0], [1.0, 2.0]], device=DEVICE)

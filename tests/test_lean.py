@@ -65,6 +65,52 @@ def test_the_products_of_self_attention_fused_are_the_same(pipe):
     torch.testing.assert_close(latents(sampler, METHODS[0]), expected, atol=1e-4, rtol=1e-4)
 
 
+class Adapter(torch.nn.Module):
+    """A layer that adds to another's result, as LoRA does."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.weight, self.out_features = base, base.weight, base.out_features
+
+    def forward(self, x):
+        return self.base(x) + 0.5 * x.mean(dim=-1, keepdim=True)
+
+
+def test_an_adapter_is_neither_fused_nor_lost(random_pipeline):
+    used = random_pipeline("sd", 8, "epsilon")
+    for name, module in list(used.unet.named_modules()):
+        if name.endswith(("attn1", "attn2")):
+            module.to_v = Adapter(module.to_v)
+    sampler = leaned(used)
+    fuse(sampler._networks._lean.both)
+    assert not any(hasattr(module, "to_qkv") for module in sampler._networks._lean.both.modules())
+    expected = latents(Sampler.from_pipeline(used, "dpmsolver++"), METHODS[0])
+    torch.testing.assert_close(latents(sampler, METHODS[0]), expected, atol=1e-4, rtol=1e-4)
+
+
+def custom_processor(unet):
+    from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
+
+    width = unet.config.cross_attention_dim
+    for name, module in unet.named_modules():
+        if name.endswith("attn2"):
+            hidden = module.to_q.in_features
+            module.set_processor(CustomDiffusionAttnProcessor2_0(hidden_size=hidden, cross_attention_dim=width))
+
+
+def own_forward(unet):
+    forward = unet.forward
+    unet.forward = lambda *arguments, **keywords: forward(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("change", [lambda unet: unet.fuse_qkv_projections(), custom_processor, own_forward])
+def test_a_network_that_reads_the_text_in_its_own_way_keeps_it(random_pipeline, change):
+    used = random_pipeline("sd", 8, "epsilon")
+    change(used.unet)
+    expected = latents(Sampler.from_pipeline(used, "dpmsolver++"), METHODS[1])
+    torch.testing.assert_close(latents(leaned(used), METHODS[1]), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_a_method_that_changes_the_text_gets_the_text(pipe):
     widths = []
 

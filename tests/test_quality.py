@@ -232,6 +232,15 @@ def test_a_bad_argument_is_named_before_anything_is_written(run, tmp_path, monke
     assert not list(run.glob("quality*"))
 
 
+def test_a_broken_reference_is_named(run, references):
+    broken = next(references.rglob("*.png"))
+    data = bytearray(broken.read_bytes())
+    data[8:12] = b"\xff\xff\xff\xff"  # the length of the first chunk
+    broken.write_bytes(data)
+    with pytest.raises(OSError, match=broken.name):
+        quality(run, references=references, progress=False)
+
+
 def test_features_and_references_must_fit_the_scenario(run):
     other = json.loads((run / "run.json").read_text()) | {"scenario": asdict(Scenario("small", "some/model", "gone.jsonl"))}
     (run / "run.json").write_text(json.dumps(other))

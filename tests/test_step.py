@@ -165,6 +165,14 @@ def test_lockstep_has_the_bits_of_the_eager_step(eager, monkeypatch, run, alone,
             torch.testing.assert_close(getattr(other, name), getattr(state, name), atol=0, rtol=0, equal_nan=True)
 
 
+def test_lockstep_takes_no_samples_and_refuses_others(eager):
+    state, table = started((0, 4, 8, 8))
+    Lockstep(state, table, None, 0)(*torch.randn(2, 0, 4, 8, 8))
+    state, table = started((2, 4, 8, 8))
+    with pytest.raises(ValueError, match=r"cond is \(1, 4, 8, 8\)"):
+        Lockstep(state, table, None, 0)(torch.randn(2, 4, 8, 8), torch.randn(1, 4, 8, 8))
+
+
 def started(shape, steps=STEPS, dtype=torch.float32, **options):
     torch.manual_seed(0)
     table = torch.rand(steps, len(Column))

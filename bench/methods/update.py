@@ -58,9 +58,13 @@ def measured(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], ste
 def alphas(sampler: Sampler, steps: int) -> list[float]:
     """The factor of the clean latents in those of every step.
 
-    Raises ValueError for a scheduler under which the network does not see the latents themselves, of unit variance.
+    Raises ValueError for a scheduler under which the network does not see the latents themselves, of unit variance, and for
+    another prediction than epsilon or v.
     """
     solver, scheduler = sampler.solver(steps), sampler.scheduler
+    kind = scheduler.config.prediction_type
+    if kind not in ("epsilon", "v_prediction"):
+        raise ValueError(f"update-norm needs a network that predicts epsilon or v_prediction, got {kind!r}")
     if (solver.input_scale != 1).any() or not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(f"update-norm needs a scheduler whose latents keep unit variance, got {type(scheduler).__name__}")
     return scheduler.alphas_cumprod[solver.timesteps.long()].sqrt().tolist()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from basinescape import At, FirstMinimum, Guidance, Sampler
 from basinescape.loop import Plan
-from basinescape.models import PACKED, GuidedUNet, decode, encode, packed
+from basinescape.models import PACKED, GuidedUNet, decode, encode, traced
 from basinescape.solver import make_scheduler
 from diffusers import DiffusionPipeline
 from torch.utils.flop_counter import FlopCounterMode
@@ -110,7 +110,7 @@ class Bench:
         if self.device.type == "cpu":  # not in diffusers' guide, but what ours is compiled with
             best = twin(self.pipe)
             best.unet.to(memory_format=torch.channels_last).compile(fullgraph=True, dynamic=False, options=PACKED)
-            best.unet._compiled_call_impl = packed(best.unet._compiled_call_impl)
+            best.unet._compiled_call_impl = traced(best.unet._compiled_call_impl, packed=True)
             found["diffusers, compiled, channels-last, packed"] = Peer("cfg", lambda: self.diffusers(best))
         if len(self.prompts) == 1:  # it takes one at a time, so other batches say the same
             found["published style"] = Peer("cfg", lambda: self.published(METHODS["cfg"]))
