@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from basinescape import Sampler
-from basinescape.bench import cli
+from basinescape.bench import cli, threshold
 from basinescape.bench.evaluate import image_path
 from basinescape.bench.metrics import Similarity, vision
 from basinescape.bench.quality import clip_scores, concept, distances, fid, fresh_scenes, kid, quality
@@ -294,3 +294,10 @@ def test_the_report_shows_the_table(run, tmp_path, monkeypatch, capsys):
         first = next(csv.DictReader(file))
     assert f'data-value="{float(first["pixels_mean"])}">{first["pixels_mean"]}</td>' in body
     assert body.index(">memorized</td>") < body.index(">general</td>")
+
+
+@pytest.mark.skipif(not FONT.is_file(), reason="the font that scenes are drawn with is not installed")
+def test_the_threshold_lies_between_fresh_scenes_and_the_best_copies():
+    unlike, copies = threshold.fresh("pixels", 2), threshold.autoencoded("pixels")
+    assert unlike.shape == (64,) and copies.shape == (32,)
+    assert np.quantile(unlike, 0.9) < PRESETS["tiny"].threshold < copies.min()
