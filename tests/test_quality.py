@@ -301,3 +301,15 @@ def test_the_threshold_lies_between_fresh_scenes_and_the_best_copies():
     unlike, copies = threshold.fresh("pixels", 2), threshold.autoencoded("pixels")
     assert unlike.shape == (64,) and copies.shape == (32,)
     assert np.quantile(unlike, 0.9) < PRESETS["tiny"].threshold < copies.min()
+
+
+def test_a_dino_embedding_tells_images_apart(tmp_path):
+    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+    Dinov2Model(Dinov2Config(**size)).save_pretrained(tmp_path)
+    BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    embed = vision(str(tmp_path))()
+    first, second, again = embed([noise_image(0), noise_image(1), noise_image(0)])
+    assert first.shape == (32,) and np.array_equal(first, again) and not np.allclose(first, second)
