@@ -1,11 +1,16 @@
-"""The captured step where nothing can be captured: it warns once and samples all the same, in memory that is used again."""
+"""The captured step: on a pretended device, and where nothing can be captured."""
 
+import copy
 import logging
+import shutil
 
+import pytest
 import torch
 from basinescape import At, FirstMinimum, Guidance, Sampler
 from basinescape.graphs import Graphs
+from pretended import install_guard, pretended
 
+STEPS = 5
 CALLS = [
     (["a picture of a cat", "a picture of a frog"], Guidance.delayed(7.5, until=FirstMinimum())),
     (["a picture of a fish", "a picture of a crab"], Guidance.delayed(5.0, until=FirstMinimum())),
@@ -13,7 +18,102 @@ CALLS = [
     (["a picture of a cat"], Guidance.cfg(7.5)),
     (["a picture of a cat signed by arno"], Guidance.guard(Guidance.delayed(7.5, until=At(500)), 1.5, 2)),
     (["a picture of a cat"], Guidance.guard(Guidance.opposite(2.0, scale=7.5, until=FirstMinimum()), 1.5, 2)),
+    (["a picture of a fish", "a picture of a frog"], Guidance.opposite(2.0, scale=5.0, until=At(850))),
+    (["a picture of a fish", "a picture of a frog"], Guidance.delayed(5.0, until=FirstMinimum(latest=2))),
+    (["a picture of a fish", "a picture of a frog"], Guidance.delayed(7.5, until=FirstMinimum(latest=2))),
 ]
+
+
+@pytest.fixture(scope="module")
+def may_pretend(tmp_path_factory):
+    if torch.version.cuda or shutil.which("g++") is None:
+        pytest.skip("the pretended device needs a CPU build of torch and a compiler")
+    install_guard(tmp_path_factory.mktemp("guard"))
+
+
+@pytest.fixture
+def device(may_pretend):
+    with pretended() as device:
+        yield device
+
+
+def call(sampler, prompts, guidance, seeds=7, steps=STEPS):
+    return sampler(prompts, seeds, steps, guidance, output="latent", progress=False)
+
+
+def on_device(pipe):
+    return copy.deepcopy(pipe).to("cuda")
+
+
+def test_what_runs_on_two_devices_or_waits_in_a_capture_is_refused(device):
+    """The pretended device itself: its refusals, and a graph that is values in, values out."""
+    x = torch.ones(3, device="cuda")
+    with pytest.raises(RuntimeError, match="same device"):
+        x + torch.ones(3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x += 1
+        y = x * 2
+        with pytest.raises(RuntimeError, match="makes the host wait"):
+            y.sum().item()
+    assert x.tolist() == [1, 1, 1] and y.isnan().all()
+    for expected in (4, 6):
+        graph.replay()
+        assert y.tolist() == [expected] * 3
+    with pytest.raises(RuntimeError, match="makes the host wait"):
+        torch.cuda.set_sync_debug_mode("error")
+        x[0].item()
+
+
+@pytest.mark.parametrize("scheduler", ["dpmsolver++", "euler"])
+def test_a_captured_step_is_the_step(pipe, device, scheduler, caplog):
+    """Other prompts, seeds, weights and methods come by data: nothing that a capture saw stays in its graph."""
+    plain = Sampler.from_pipeline(pipe, scheduler)
+    captured = Sampler.from_pipeline(on_device(pipe), scheduler, capture=True)
+    for prompts, guidance in CALLS:
+        expected, found = call(plain, prompts, guidance), call(captured, prompts, guidance)
+        assert found.latents.device.type == "cuda"
+        torch.testing.assert_close(found.latents.cpu(), expected.latents, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found.noise_gap, expected.noise_gap, atol=1e-4, rtol=1e-4, equal_nan=True)
+        assert found.transition_step.tolist() == expected.transition_step.tolist()
+    assert not caplog.records and all(session.graphs for session in captured._graphs._sessions.values())
+    captured.close()
+    assert not captured._graphs._sessions
+
+
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("guidance", [CALLS[0][1], CALLS[2][1]], ids=repr)
+def test_a_call_waits_as_often_however_many_steps_it_takes(pipe, device, guidance, capture):
+    sampler = Sampler.from_pipeline(on_device(pipe), "dpmsolver++", capture=capture)
+    waits = {}
+    for steps in (4, 9):
+        call(sampler, ["a picture of a cat"], guidance, steps=steps)
+        before = device.waits
+        call(sampler, ["a picture of a frog"], guidance, steps=steps)
+        waits[steps] = device.waits - before
+    assert waits[4] == waits[9]
+
+
+def test_sdxl_is_captured(random_pipeline, device):
+    pipe = random_pipeline("sdxl", 8, "epsilon")
+    guidance = Guidance.opposite(2.0, scale=5.0, until=FirstMinimum())
+    plain, captured = Sampler.from_pipeline(pipe), Sampler.from_pipeline(on_device(pipe), capture=True)
+    for prompts in (["a picture of a cat", "a frog"], ["a picture of a fish", "a crab"]):
+        expected, found = call(plain, prompts, guidance), call(captured, prompts, guidance)
+        torch.testing.assert_close(found.latents.cpu(), expected.latents, atol=1e-4, rtol=1e-4)
+    assert not captured._graphs._failed
+
+
+def test_a_network_that_reads_runs_uncaptured(pipe, device, caplog):
+    plain, reading = Sampler.from_pipeline(pipe, "dpmsolver++"), on_device(pipe)
+    reading.unet.conv_out.register_forward_hook(lambda module, given, result: result * float(result.isfinite().all()))
+    sampler = Sampler.from_pipeline(reading, "dpmsolver++", capture=True)
+    with caplog.at_level(logging.WARNING, "basinescape.graphs"):
+        for prompts, guidance in CALLS[:3]:
+            expected, found = call(plain, prompts, guidance), call(sampler, prompts, guidance)
+            torch.testing.assert_close(found.latents.cpu(), expected.latents, atol=1e-4, rtol=1e-4)
+    (record,) = caplog.records
+    assert "cannot be captured" in record.message and "makes the host wait" in record.message
 
 
 def test_a_step_that_cannot_be_captured_runs_uncaptured(pipe, caplog):
@@ -21,8 +121,7 @@ def test_a_step_that_cannot_be_captured_runs_uncaptured(pipe, caplog):
     captured._graphs = Graphs()
     with caplog.at_level(logging.WARNING, "basinescape.graphs"):
         for prompts, guidance in CALLS:
-            settings = {"steps": 5, "guidance": guidance, "output": "latent", "progress": False}
-            expected, found = plain(prompts, 7, **settings), captured(prompts, 7, **settings)
+            expected, found = call(plain, prompts, guidance), call(captured, prompts, guidance)
             assert torch.equal(found.latents, expected.latents)
             assert found.transition_step.tolist() == expected.transition_step.tolist()
     assert [record.message.startswith("the step cannot be captured") for record in caplog.records] == [True]
@@ -31,9 +130,9 @@ def test_a_step_that_cannot_be_captured_runs_uncaptured(pipe, caplog):
 def test_an_output_outlives_the_next_call(pipe):
     sampler = Sampler.from_pipeline(pipe, "ddim")
     sampler._graphs = Graphs()
-    first = sampler(["a picture of a cat"], 1, 3, output="latent", progress=False)
+    first = call(sampler, ["a picture of a cat"], Guidance.cfg(7.5), 1)
     kept = first.latents.clone()
-    sampler(["a picture of a frog"], 2, 3, output="latent", progress=False)
+    call(sampler, ["a picture of a frog"], Guidance.cfg(7.5), 2)
     assert torch.equal(first.latents, kept) and torch.equal(first.images, kept)
     sampler.close()
     assert not sampler._graphs._sessions

@@ -10,10 +10,13 @@ from basinescape.kernels.dispatch import INTERPRETED, backend
 from basinescape.kernels.eager import Lockstep
 from basinescape.kernels.state import NEVER, Column, Rule, State
 from basinescape.kernels.step import _buffers, guide_step, step
+from basinescape.kernels.tiles import Tiles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interleaving import interleaved
 
 STEPS = 7
+SMALL = Tiles(blocks=((64, 4),), tile=(64, 8))
 
 
 @dataclass
@@ -67,9 +70,12 @@ rules = st.builds(
 )
 
 
+SHAPES = ((1, 1, 1), (4, 8, 8), (3, 5, 7), (4, 40, 40), (4, 64, 64), (3, 80, 81))
+
+
 @st.composite
-def runs(draw):
-    shape = draw(st.sampled_from([(1, 1, 1), (4, 8, 8), (3, 5, 7), (4, 40, 40), (4, 64, 64), (3, 80, 81)]))
+def runs(draw, shapes=SHAPES):
+    shape = draw(st.sampled_from(shapes))
     return {
         "shape": (draw(st.integers(1, 4)), *shape),
         "dtype": draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])),
@@ -148,6 +154,17 @@ def test_the_kernel_is_the_definition(run):
 @given(runs())
 def test_the_eager_step_is_the_definition(eager, run):
     check_run(run)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="programs are interleaved in the interpreter")
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(runs([(3, 5, 7), (4, 8, 9)]), st.sampled_from([0, 6, 1000]), st.integers(0, 2**16))
+def test_the_programs_of_a_sample_may_run_in_any_order(monkeypatch, run, resident, seed):
+    """Tiles that meet, and that do not: `resident` programs may wait for each other. On a GPU bench/checks.py has them meet."""
+    monkeypatch.setattr(Tiles, "of", SMALL.of)
+    monkeypatch.setattr("basinescape.kernels.step.resident_programs", lambda device: resident)
+    with interleaved(seed):
+        check_run(run)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
