@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .kernels.state import State
 from .loop import Branch, Plan, Step, fused_step
-from .models import GuidedUNet, memory_format
+from .models import GuidedUNet
 
 log = logging.getLogger(__name__)
 WARM_UP = 3  # runs before a capture: libraries choose their algorithms and compilers compile in the first ones
@@ -24,12 +24,12 @@ class Graphs:
         self._pool: Any = None
         self._failed = False
 
-    def step(self, network: GuidedUNet, plan: Plan, noise: Tensor) -> tuple[Step, State]:
+    def step(self, network: GuidedUNet, plan: Plan, noise: Tensor, memory_format: torch.memory_format) -> tuple[Step, State]:
         """A step to take from `noise` under `plan`, captured where that works, and the state it updates."""
-        key = (tuple(noise.shape), noise.dtype, len(plan.table), plan.rule, plan.multistep, plan.scaled)
+        key = (tuple(noise.shape), noise.dtype, memory_format, len(plan.table), plan.rule, plan.multistep, plan.scaled)
         session = self._sessions.get(key)
         if session is None:
-            session = self._sessions[key] = Session(network, plan, noise)
+            session = self._sessions[key] = Session(network, plan, plan.state(noise, memory_format))
         session.network.load(network.inputs["both"])
         session.plan.table.copy_(plan.table)
         if not self._failed:
@@ -57,10 +57,9 @@ class Graphs:
 class Session:
     """What the graphs of one shape read and write, in memory that stays where it is."""
 
-    def __init__(self, network: GuidedUNet, plan: Plan, noise: Tensor):
-        self.network, self.plan = network, plan
-        self.state = plan.state(noise, memory_format(network.unet))
-        self.take = fused_step(network, plan, self.state)
+    def __init__(self, network: GuidedUNet, plan: Plan, state: State):
+        self.network, self.plan, self.state = network, plan, state
+        self.take = fused_step(network, plan, state)
         self.graphs: dict[Branch, torch.cuda.CUDAGraph] = {}
 
     def capture(self, branch: Branch, pool: Any) -> None:

@@ -200,11 +200,12 @@ class Sampler:
         wrap: Callable[[models.GuidedUNet], Network] | None,
     ) -> State:
         """All steps of `plan`, by the fastest way that `linear` (the solver is coefficients) and `wrap` allow."""
+        memory_format = models.memory_format(self.pipe.unet)
         if self._graphs is not None and linear and wrap is None:
-            take, state = self._graphs.step(self._networks.fast(inputs), plan, noise)
+            take, state = self._graphs.step(self._networks.fast(inputs), plan, noise, memory_format)
         else:
             network = self._networks.fast(inputs) if wrap is None else wrap(self._networks.plain(inputs))
-            state = plan.state(noise, models.memory_format(self.pipe.unet))
+            state = plan.state(noise, memory_format)
             if linear:
                 take = lockstep(network, plan, state)
             else:
@@ -215,10 +216,12 @@ class Sampler:
     def _guarded(
         self, inputs: dict[str, Any], plans: tuple[Plan, Plan], guidance: Guidance, noise: Tensor, bar: Callable[..., Iterable]
     ) -> guard.Guarded:
+        memory_format = models.memory_format(self.pipe.unet)
+
         def begin(network: models.GuidedUNet, plan: Plan, noise: Tensor) -> tuple[Step, State]:
             if self._graphs is not None:
-                return self._graphs.step(network, plan, noise)
-            state = plan.state(noise, models.memory_format(self.pipe.unet))
+                return self._graphs.step(network, plan, noise, memory_format)
+            state = plan.state(noise, memory_format)
             return fused_step(network, plan, state), state
 
         network = self._networks.fast(inputs)

@@ -57,6 +57,11 @@ class OnDevice(Tensor):
     def __format__(self, how: str) -> str:
         return format(self.cpu(), how)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        made = self.detach().clone()
+        made = torch.nn.Parameter(made, self.requires_grad) if isinstance(self, torch.nn.Parameter) else made
+        return memo.setdefault(id(self), made)
+
     @classmethod
     def __torch_dispatch__(cls, function, types, arguments=(), keywords=None):  # from a thread the mode is not active in
         owner = next(leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, cls)).owner
