@@ -3,19 +3,21 @@
 python -m basinescape.bench.gpu --out FILE.json [--quick]
 
 Each check and each bench runs in a process of its own, under a time limit: one that fails, crashes or hangs is recorded, and
-the others go on. The file is written anew after each.
+the others go on. The file is written anew after each. Where compute-sanitizer is installed (`pip install
+nvidia-cuda-sanitizer-api`), checks run under it, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,24 @@ from .speed.timing import environment, tables
 SAMPLER_CHECKS = ("sampler synchronisation", "sampler launches", "sampler capture", "sampler images")
 NEED_DIFFUSERS = (*SAMPLER_CHECKS, "bench step", "bench images")
 BENCH = "bench "
+SANITIZED = {f"{check}, {tool}": (check, tool) for tool in ("memcheck", "racecheck") for check in ("guide", "batches")}
+FOUND = 99  # what compute-sanitizer exits with where it has found something
 LIMITS = {False: {"check": 900, "bench": 5400}, True: {"check": 300, "bench": 400}}  # seconds, by whether it is quick
 
 
 def job_names() -> list[str]:
-    """Checks by their names, benches after "bench "."""
-    return [*CHECKS, *SAMPLER_CHECKS, *(BENCH + name for name in speed.BENCHES)]
+    """Checks by their names, benches after "bench ", checks under a sanitizer before its tool."""
+    return [*CHECKS, *SAMPLER_CHECKS, *(BENCH + name for name in speed.BENCHES), *SANITIZED]
+
+
+def sanitizer() -> str | None:
+    """compute-sanitizer, of the CUDA toolkit or the package."""
+    try:
+        files = metadata.files("nvidia-cuda-sanitizer-api") or []
+    except metadata.PackageNotFoundError:
+        files = []
+    packaged = [str(file.locate()) for file in files if file.match("bin/compute-sanitizer")]
+    return shutil.which("compute-sanitizer") or next(iter(packaged), None)
 
 
 def alone(name: str, out: Path, quick: bool) -> None:
@@ -60,19 +74,27 @@ def apart(name: str, quick: bool) -> dict[str, Any]:
     """Do one job in another process; its result, whatever becomes of it, and the seconds it took."""
     if name in NEED_DIFFUSERS and find_spec("diffusers") is None:
         return {"status": "skipped", "error": "diffusers is not installed", "rows": [], "seconds": 0.0}
+    check, tool = SANITIZED.get(name, (name, None))
+    watcher = []
+    if tool is not None:
+        if (program := sanitizer()) is None:
+            return {"status": "skipped", "error": "compute-sanitizer is not installed", "rows": [], "seconds": 0.0}
+        watcher = [program, "--tool", tool, "--error-exitcode", str(FOUND)]
     limit = LIMITS[quick]["bench" if name.startswith(BENCH) else "check"]
-    start = time.perf_counter()
+    start, code = time.perf_counter(), None
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "result.json")
-        command = [sys.executable, "-m", __spec__.name, "--only", name, "--out", str(out), *(["--quick"] if quick else [])]
+        command = [sys.executable, "-m", __spec__.name, "--only", check, "--out", str(out), *(["--quick"] if quick else [])]
         try:
-            code = subprocess.run(command, timeout=limit).returncode
+            code = subprocess.run([*watcher, *command], timeout=limit).returncode
             ending = f"ended with code {code}"
         except subprocess.TimeoutExpired:
             ending = f"not done after {limit} s"
         result = json.loads(out.read_text()) if out.exists() else {"status": "unfinished", "rows": []}
     if result["status"] == "unfinished":
         result |= {"status": "failed", "error": ending}
+    elif code == FOUND:
+        result |= {"status": "failed", "error": f"{tool} has found errors"}
     return {**result, "seconds": time.perf_counter() - start}
 
 
@@ -84,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Check, then time, on the GPU of this machine.")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON file to write")
     parser.add_argument("--quick", action="store_true", help="fewer sizes: minutes instead of hours")
-    parser.add_argument("--only", choices=job_names(), help="one job, in this process")
+    parser.add_argument("--only", choices=set(job_names()) - set(SANITIZED), metavar="JOB", help="one job, in this process")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit(f"basinescape.bench.gpu: torch {torch.__version__} sees no CUDA GPU here, and these checks are for one")

@@ -1,6 +1,7 @@
 """Without a GPU the kernels run in Triton's interpreter, which must be chosen before they are imported."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -14,6 +15,25 @@ torch.set_num_threads(1)  # small work: threads that wait for each other on a sh
 def eager(monkeypatch):
     """The eager definitions on the CPU, where the tests otherwise interpret the kernels."""
     monkeypatch.setattr("basinescape.kernels.dispatch.INTERPRETED", False)
+
+
+@pytest.fixture(scope="session")
+def guarded(tmp_path_factory):
+    from basinescape.kernels.dispatch import INTERPRETED
+    from pretended import install_guard
+
+    if torch.version.cuda or not INTERPRETED or shutil.which("g++") is None:
+        pytest.skip("the pretended device needs a CPU build of torch, the interpreter and g++")
+    install_guard(tmp_path_factory.mktemp("guard"))
+
+
+@pytest.fixture
+def device(guarded):
+    """A pretended CUDA device."""
+    from pretended import pretended
+
+    with pretended() as device:
+        yield device
 
 
 @pytest.fixture(scope="session")

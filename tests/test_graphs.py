@@ -2,13 +2,11 @@
 
 import copy
 import logging
-import shutil
 
 import pytest
 import torch
 from basinescape import At, FirstMinimum, Guidance, Sampler
 from basinescape.graphs import Graphs
-from pretended import install_guard, pretended
 
 STEPS = 5
 CALLS = [
@@ -22,19 +20,6 @@ CALLS = [
     (["a picture of a fish", "a picture of a frog"], Guidance.delayed(5.0, until=FirstMinimum(latest=2))),
     (["a picture of a fish", "a picture of a frog"], Guidance.delayed(7.5, until=FirstMinimum(latest=2))),
 ]
-
-
-@pytest.fixture(scope="module")
-def may_pretend(tmp_path_factory):
-    if torch.version.cuda or shutil.which("g++") is None:
-        pytest.skip("the pretended device needs a CPU build of torch and a compiler")
-    install_guard(tmp_path_factory.mktemp("guard"))
-
-
-@pytest.fixture
-def device(may_pretend):
-    with pretended() as device:
-        yield device
 
 
 def call(sampler, prompts, guidance, seeds=7, steps=STEPS):

@@ -1,0 +1,107 @@
+"""bench.gpu where there is no GPU: it says so, its checks hold on a pretended device, and no job loses another's result."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from basinescape.bench import checks, checks_sampler, gpu
+from basinescape.kernels.tiles import Tiles
+from interleaving import interleaved
+
+SMALL = Tiles(blocks=((64, 4), (256, 8)), tile=(64, 8))
+SHAPES = {checks.SD: (4, 8, 8), checks.SDXL: (4, 9, 8), checks.SD3: (5, 9, 8), checks.VIDEO: (4, 3, 6, 8)}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_it_needs_a_gpu(tmp_path):
+    command = [sys.executable, "-m", "basinescape.bench.gpu", "--out", str(tmp_path / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "sees no CUDA GPU" in done.stderr and not (tmp_path / "out.json").exists()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Samples of a few tiles, one dtype, and programs that meet."""
+    monkeypatch.setattr(checks, "MODES", {name: replace(m, shape=SHAPES[m.shape]) for name, m in checks.MODES.items()})
+    monkeypatch.setattr(checks, "SIZES", ((1,), (5, 7), (4, 8, 8), (4, 9, 8)))
+    monkeypatch.setattr(checks, "DTYPES", {torch.float16: 4e-3})
+    monkeypatch.setattr(checks, "TILES", SMALL)
+    monkeypatch.setattr(Tiles, "of", SMALL.of)
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())
+
+
+@pytest.mark.parametrize("name", ["guide", "step", "batches", "capture", "synchronisation"])
+def test_the_checks_hold_on_a_pretended_device(device, small, name):
+    assert checks.CHECKS[name](torch.device("cuda"))
+
+
+def test_a_sample_of_all_resident_programs_holds_on_a_pretended_device(device, small, monkeypatch):
+    for module in ("bench.checks", "kernels.step"):
+        monkeypatch.setattr(f"basinescape.{module}.resident_programs", lambda device: 13)
+    with interleaved(0):
+        assert checks.check_residence(torch.device("cuda"))["elements"] == 13 * 64
+
+
+@pytest.mark.parametrize("name", ["sampler synchronisation", "sampler images"])
+def test_the_sampler_checks_hold_on_a_pretended_device(device, monkeypatch, name):
+    monkeypatch.setattr(checks_sampler, "STEPS", 3)
+    assert checks_sampler.CHECKS[name](torch.device("cuda"))
+
+
+def test_a_wrong_kernel_is_found(device, small, monkeypatch):
+    right = checks.step
+    monkeypatch.setattr(checks, "step", lambda *operands: right(*operands[:4]))  # without a rule nobody leaves
+    with pytest.raises(AssertionError, match="transitions"):
+        checks.check_step(torch.device("cuda"))
+
+
+@pytest.fixture
+def process(monkeypatch):
+    """Stands for a job's process: set what it writes, its exit code and whether it hangs; `command` is what was run."""
+    process = SimpleNamespace(writes=None, code=0, hangs=False, command=None)
+
+    def run(command, timeout):
+        process.command = command
+        if process.writes is not None:
+            Path(command[command.index("--out") + 1]).write_text(json.dumps(process.writes))
+        if process.hangs:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return SimpleNamespace(returncode=process.code)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return process
+
+
+ROWS = [{"bench": "kernel"}]
+PASSED = {"status": "passed", "rows": []}
+
+
+@pytest.mark.parametrize(
+    ("ends", "status", "error", "rows"),
+    [
+        ({"writes": PASSED}, "passed", None, []),
+        ({"code": -11}, "failed", "ended with code -11", []),
+        ({"writes": {"status": "unfinished", "rows": ROWS}, "hangs": True}, "failed", "not done after 300 s", ROWS),
+    ],
+)
+def test_a_job_that_fails_keeps_what_it_had(process, ends, status, error, rows):
+    vars(process).update(ends)
+    result = gpu.apart("guide", quick=True)
+    assert (result["status"], result.get("error"), result["rows"]) == (status, error, rows)
+
+
+def test_a_check_under_a_sanitizer_fails_by_what_that_finds(process, monkeypatch):
+    process.writes, process.code = PASSED, gpu.FOUND
+    monkeypatch.setattr(gpu, "sanitizer", lambda: "compute-sanitizer")
+    assert gpu.apart("batches, racecheck", quick=True)["error"] == "racecheck has found errors"
+    assert process.command[:3] == ["compute-sanitizer", "--tool", "racecheck"] and "batches" in process.command
+    process.code = 0
+    assert gpu.apart("batches, racecheck", quick=True)["status"] == "passed"
+    monkeypatch.setattr(gpu, "sanitizer", lambda: None)
+    assert gpu.apart("batches, racecheck", quick=True)["status"] == "skipped"
