@@ -163,12 +163,13 @@ class Part:
         """The solver: latents' = a latents + b guided + history, history' = p latents + q guided."""
         guided, latents = _wide(guided, self.difference), _wide(self.latents, self.following)
         if self.history is None:
-            torch.mul(latents, a, out=self.following)
+            in_place = guided is self.difference  # else it may be what the network was given
+            scaled = torch.mul(latents, a, out=latents if in_place else self.following)
         else:
-            _add(self.history, latents, a, self.following)
+            scaled = _add(self.history, latents, a, self.following)
             torch.mul(_wide(self.latents, self.history), p, out=self.history)
             _add(self.history, guided, q, self.history)
-        _add(self.following, guided, b, self.latents)
+        _add(scaled, guided, b, self.latents)
 
 
 def _wide(x: Tensor, into: Tensor) -> Tensor:
