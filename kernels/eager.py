@@ -51,7 +51,7 @@ class Lockstep:
     """
 
     def __init__(self, state: State, table: Tensor, rule: Rule | None = None, transition: int | None = None):
-        self.state, self.rule = state, rule
+        self.state, self.rule, self.shape = state, rule, state.latents.shape
         self.rows, self.k = table.tolist(), 0
         self.left = math.inf if transition is None or transition < 0 else transition
         self.size = max(1, GROUP * torch.get_num_threads() // max(1, sample_size(state.latents)))
@@ -60,10 +60,9 @@ class Lockstep:
 
     def __call__(self, uncond: Tensor, cond: Tensor | None) -> None:
         """Take the step, from predictions as for `step`; raises ValueError for another shape than the latents'."""
-        shape = self.state.latents.shape
         for name, prediction in (("uncond", uncond), ("cond", cond)):
-            if prediction is not None and prediction.shape != shape:
-                raise ValueError(f"{name} is {tuple(prediction.shape)}; it must be {tuple(shape)}, as the latents")
+            if prediction is not None and prediction.shape != self.shape:
+                raise ValueError(f"{name} is {tuple(prediction.shape)}; it must be {tuple(self.shape)}, as the latents")
         row, following = self.rows[self.k], self.rows[min(self.k + 1, len(self.rows) - 1)]
         known = row[Column.AFTER if self.k >= self.left else Column.BEFORE]
         for (part, gaps), u, c in zip(self.parts, self._split(uncond), self._split(cond), strict=True):

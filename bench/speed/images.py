@@ -44,7 +44,7 @@ class Case:
 
 
 CASES = {
-    "cpu": (Case("tiny", torch.float32, 50, (1, 16), 3),),
+    "cpu": (Case("tiny", torch.float32, 50, (1, 16), 5),),
     "cuda": (
         Case("sd15", torch.float16, 50, (1, 4, 16), 5),
         Case("sd15", torch.bfloat16, 50, (1, 4, 16), 5),
