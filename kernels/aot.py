@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -115,8 +116,8 @@ def configurations(dtype: str) -> Iterator[Configuration]:
     yield Configuration("step, gap known", step_kernel, arguments, block, True, warps, {})
 
 
-def cubin(configuration: Configuration, target: str) -> bytes:
-    """The machine code of a kernel for `target`."""
+def assembly(configuration: Configuration, target: str) -> dict[str, Any]:
+    """What a kernel becomes for `target` on its way: "ptx", text, and "cubin", machine code, among others."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -127,7 +128,7 @@ def cubin(configuration: Configuration, target: str) -> bytes:
     divisible = [i for i, (name, kind) in enumerate(types.items()) if kind[0] in "*i" and name not in ANY_INTEGER]
     source = ASTSource(configuration.kernel, types, constants, {(i,): [["tt.divisibility", 16]] for i in divisible})
     options = {"num_warps": configuration.warps, **OPTIONS, **configuration.options}
-    return triton.compile(source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=options).asm["cubin"]
+    return triton.compile(source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=options).asm
 
 
 def resources(code: bytes) -> dict[str, int]:
@@ -165,7 +166,7 @@ def rows(targets: Sequence[str] = TARGETS) -> Iterator[dict[str, object]]:
                     "dtype": dtype,
                     "target": target,
                     "num_warps": launched.warps,
-                    **resources(cubin(launched, target)),
+                    **resources(assembly(launched, target)["cubin"]),
                 }
 
 

@@ -46,12 +46,27 @@ def test_a_poor_configuration_is_seen():
     """One warp for 16,384 elements spills; one element a thread cannot be loaded 16 bytes at a time."""
     script = """
 from dataclasses import replace
-from basinescape.kernels.aot import configurations, cubin, resources
+from basinescape.kernels.aot import assembly, configurations, resources
 good = next(configurations("float16"))
 for block, warps in ((16384, 1), (1024, 32)):
-    found = resources(cubin(replace(good, block=block, warps=warps), "sm_90"))
+    found = resources(assembly(replace(good, block=block, warps=warps), "sm_90")["cubin"])
     print(found["spill_bytes"], found["load_bits"])
 """
     crowded, sparse = (tuple(map(int, line.split())) for line in run("-c", script).splitlines())
     assert crowded[0] > 0
     assert sparse[1] < 128
+
+
+def test_programs_that_meet_order_their_memory():
+    """All GPUs' threads see what a program stored before it arrived, once they have seen it arrive."""
+    script = """
+from basinescape.kernels.aot import assembly, configurations
+for launched in configurations("float16"):
+    if launched.options:
+        print(assembly(launched, "sm_90")["ptx"])
+"""
+    ptx = run("-c", script)
+    arrives, waits = ptx.index("atom.global.gpu.acq_rel.add"), ptx.index("atom.global.gpu.acquire.add")
+    stored = ptx.rindex("st.global", 0, arrives)
+    assert "bar.sync" in ptx[stored:arrives]
+    assert "ld.global.cg" in ptx[waits:]
