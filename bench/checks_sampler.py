@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from basinescape import Sampler
+from basinescape import FirstMinimum, Guidance, Sampler
 from basinescape.loop import Plan, denoise, fused_step
 from basinescape.models import GuidedUNet, encode, memory_format
 from basinescape.solver import make_scheduler
@@ -44,8 +44,6 @@ def check_sampler_launches(device: torch.device) -> Figures:
     figures = {}
     with stubbed(pipe):
         for name, (call, _) in peers(pipe, "dpmsolver++", 256, 2).items():
-            call(10)
-            call(110)
             figures[name] = counts(call, device)
     for name, found in figures.items():
         if name.startswith("ours"):
@@ -54,17 +52,22 @@ def check_sampler_launches(device: torch.device) -> Figures:
 
 
 def check_sampler_capture(device: torch.device) -> Figures:
-    """Captured images are the uncaptured ones, for every method, and after another batch size was captured."""
+    """Captured images are the same network's uncaptured ones, for every method, and after another batch size was captured."""
     pipe = pipeline("tiny", torch.float16, device)
     plain, captured = Sampler.from_pipeline(pipe, "dpmsolver++"), Sampler.from_pipeline(pipe, "dpmsolver++", capture=True)
+    plain._networks = captured._networks
+    methods = {**METHODS, "delayed, first minimum or step 8": Guidance.delayed(7.5, until=FirstMinimum(latest=8))}
     figures = {}
     for count in (3, 1, 3):
-        for name, guidance in METHODS.items():
+        for name, guidance in methods.items():
             arguments = PROMPTS[:count], SEEDS[:count], STEPS, guidance
             a, b = (sampler(*arguments, output="latent", progress=False) for sampler in (plain, captured))
             apart = ((a.latents - b.latents).float().norm() / a.latents.float().norm()).item()
             figures[f"{name}, batch {count}"] = {"apart": apart, "same bits": torch.equal(a.latents, b.latents)}
-            require(apart <= 1e-2, f"{name}, batch {count}: captured and uncaptured differ by {apart:.2g}")
+            where = f"{name}, batch {count}: captured and uncaptured"
+            require(apart <= 1e-2, f"{where} differ by {apart:.2g}")
+            left, expected = b.transition_step.tolist(), a.transition_step.tolist()
+            require(left == expected, f"{where} leave at {left} and {expected}")
     require(not captured._graphs._failed, "the step could not be captured")
     captured.close()
     return figures

@@ -162,7 +162,7 @@ class Part:
         """The solver: latents' = a latents + b guided + history, history' = p latents + q guided."""
         guided, latents = _wide(guided, self.difference), _wide(self.latents, self.following)
         if self.history is None:
-            in_place = guided is self.difference  # else it may be what the network was given
+            in_place = guided is self.difference  # any other prediction may share memory with the latents
             scaled = torch.mul(latents, a, out=latents if in_place else self.following)
         else:
             scaled = _add(self.history, latents, a, self.following)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,17 +65,30 @@ class Session:
         self.graphs: dict[Branch, torch.cuda.CUDAGraph] = {}
 
     def capture(self, branch: Branch, pool: Any) -> None:
-        """Record a step; the state's contents are lost."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        """Record a step; the state's contents are lost. Raises RuntimeError where a step makes the host wait, or is refused."""
+        current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
                 self.take(branch)
-        torch.cuda.current_stream().wait_stream(stream)
+            with _no_waiting():  # found here it harms nothing; a capture that breaks off leaves torch in the midst of it
+                self.take(branch)
+        current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool):
             self.take(branch)
         self.graphs[branch] = graph
 
     def replay(self, branch: Branch) -> None:
         self.graphs[branch].replay()
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Whatever makes the host wait for the device raises RuntimeError."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)

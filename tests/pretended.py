@@ -163,9 +163,9 @@ class Device(TorchDispatchMode):
                     if made.is_floating_point() and _where(made) not in self._before:
                         made.fill_(torch.nan)
 
-    def watch(self, mode: str) -> None:
+    def watch(self, mode: str | int) -> None:
         """In the place of torch.cuda.set_sync_debug_mode."""
-        self.raises = mode == "error"
+        self.raises = mode in ("error", 2)
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -207,6 +207,7 @@ def pretended() -> Iterator[Device]:
         "device_of": lambda _: nullcontext(),
         "synchronize": lambda *_: None,
         "empty_cache": lambda: None,
+        "get_sync_debug_mode": lambda: 2 * device.raises,
         "set_sync_debug_mode": device.watch,
         "Stream": Stream,
         "current_stream": lambda *_: Stream(),

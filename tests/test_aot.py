@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -66,7 +67,14 @@ for launched in configurations("float16"):
         print(assembly(launched, "sm_90")["ptx"])
 """
     ptx = run("-c", script)
-    arrives, waits = ptx.index("atom.global.gpu.acq_rel.add"), ptx.index("atom.global.gpu.acquire.add")
-    stored = ptx.rindex("st.global", 0, arrives)
-    assert "bar.sync" in ptx[stored:arrives]
-    assert "ld.global.cg" in ptx[waits:]
+    stores, arrives, waits, reads = (
+        [match.start() for match in re.finditer(pattern, ptx)]
+        for pattern in (
+            r"st\.global",
+            r"atom\.global\.gpu\.acq_rel\.add",
+            r"(ld|atom)\.global\.gpu\.acquire",
+            r"ld\.global\.cg",  # past the cache of one multiprocessor
+        )
+    )
+    assert stores[0] < arrives[0] < waits[0] < reads[0] and len(arrives) == len(waits) == 1
+    assert "bar.sync" in ptx[stores[0] : arrives[0]] and "bar.sync" in ptx[waits[0] : reads[0]]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,18 +64,16 @@ def test_a_wrong_kernel_is_found(device, small, monkeypatch):
 
 @pytest.fixture
 def process(monkeypatch):
-    """Stands for a job's process: set what it writes, its exit code and whether it hangs; `command` is what was run."""
-    process = SimpleNamespace(writes=None, code=0, hangs=False, command=None)
+    """Stands for a job's process: set what it writes and its exit code, None if it hangs; `command` is what was run."""
+    process = SimpleNamespace(writes=None, code=0, command=None)
 
-    def run(command, timeout):
+    def ending(command, limit):
         process.command = command
         if process.writes is not None:
             Path(command[command.index("--out") + 1]).write_text(json.dumps(process.writes))
-        if process.hangs:
-            raise subprocess.TimeoutExpired(command, timeout)
-        return SimpleNamespace(returncode=process.code)
+        return process.code
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(gpu, "ending", ending)
     return process
 
 
@@ -87,7 +86,9 @@ PASSED = {"status": "passed", "rows": []}
     [
         ({"writes": PASSED}, "passed", None, []),
         ({"code": -11}, "failed", "ended with code -11", []),
-        ({"writes": {"status": "unfinished", "rows": ROWS}, "hangs": True}, "failed", "not done after 300 s", ROWS),
+        ({"writes": {"status": "unfinished", "rows": ROWS}, "code": None}, "failed", "not done after 300 s", ROWS),
+        ({"writes": {"status": "passed", "rows": ROWS}, "code": 1}, "failed", "ended with code 1", ROWS),
+        ({"writes": {"status": "failed", "error": "why", "rows": []}, "code": -6}, "failed", "why", []),
     ],
 )
 def test_a_job_that_fails_keeps_what_it_had(process, ends, status, error, rows):
@@ -105,3 +106,11 @@ def test_a_check_under_a_sanitizer_fails_by_what_that_finds(process, monkeypatch
     assert gpu.apart("batches, racecheck", quick=True)["status"] == "passed"
     monkeypatch.setattr(gpu, "sanitizer", lambda: None)
     assert gpu.apart("batches, racecheck", quick=True)["status"] == "skipped"
+
+
+def test_nothing_is_left_of_a_command_that_hangs(tmp_path):
+    late = tmp_path / "late"
+    assert gpu.ending(["sh", "-c", f"(sleep 2; touch {late}) & sleep 60"], 1.0) is None
+    time.sleep(2)
+    assert not late.exists()
+    assert gpu.ending(["sh", "-c", "exit 3"], 10.0) == 3

@@ -167,6 +167,23 @@ def test_the_programs_of_a_sample_may_run_in_any_order(monkeypatch, run, residen
         check_run(run)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="programs are interleaved in the interpreter")
+def test_tiles_that_meet_have_the_bits_of_those_that_do_not(monkeypatch):
+    monkeypatch.setattr(Tiles, "of", SMALL.of)
+
+    def after(resident, seed):
+        monkeypatch.setattr("basinescape.kernels.step.resident_programs", lambda device: resident)
+        state, table = started((3, 4, 8, 9), multistep=True)
+        with interleaved(seed):
+            for uncond, cond in torch.randn((4, 2, 3, 4, 8, 9), generator=torch.Generator().manual_seed(1)):
+                step(uncond, cond, table, state, Rule())
+        return state.model_input, state.history, state.gaps.nan_to_num(-1), state.transition
+
+    apart = after(0, 0)
+    for resident, seed in ((6, 1), (1000, 2), (1000, 3)):
+        assert all(map(torch.equal, after(resident, seed), apart))
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(runs(), st.sets(st.integers(0, STEPS - 1), max_size=2), st.sampled_from([1, 300, 65536]))
 def test_lockstep_has_the_bits_of_the_eager_step(eager, monkeypatch, run, alone, group):

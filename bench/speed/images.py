@@ -50,7 +50,7 @@ CASES = {
         Case("sd15", torch.bfloat16, 50, (1, 4, 16), 5),
         Case("sdxl", torch.bfloat16, 20, (1, 4, 16), 3),
     ),
-    "quick": (Case("sd15", torch.float16, 20, (1, 4), 3),),
+    "quick": (Case("sd15", torch.float16, 20, (1,), 3),),
 }
 # (name, keyword arguments of the sampler, methods); the methods are timed where they are cheapest and plainest.
 WAYS = {

@@ -106,7 +106,9 @@ def peers(
 
 
 def counts(call: Callable[[int], object], device: torch.device) -> dict[str, float]:
-    """operators, reads by the host and, on a GPU, launches and waits of one step."""
+    """operators, reads by the host and, on a GPU, launches and waits of one step, once all that is made once is made."""
+    for steps in (SHORT, LONG):
+        call(steps)
     short, long = (_counted(call, steps, device) for steps in (SHORT, LONG))
     return {name: (long[name] - short[name]) / (LONG - SHORT) for name in long}
 
@@ -142,8 +144,6 @@ def step(device: torch.device, preset: str) -> Iterator[Row]:
                     yield from _compared(what, peers(pipe, scheduler, height, batch), device, cases.rounds)
         for scheduler in cases.schedulers:
             for peer, (call, _) in peers(pipe, scheduler, cases.heights[-1], 1).items():
-                for steps in (SHORT, LONG):
-                    call(steps)
                 what = f"{scheduler}, {_latents(pipe, cases.heights[-1])}, batch 1"
                 yield {"bench": "step, counted", "what": what, "peer": peer, **counts(call, device)}
         yield from _cost(pipe, cases)
