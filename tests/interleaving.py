@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
+from basinescape.kernels.tiles import Tiles
 from triton.runtime.interpreter import GridExecutor, interpreter_builder
 
+SMALL = Tiles(blocks=((64, 4), (256, 8)), tile=(64, 8))  # in the place of the usual ones: samples of 257 elements have tiles
 ACCESSES = ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas")
 TURNS = 200_000  # more than any launch here takes: after so many, it hangs
 

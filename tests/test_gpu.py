@@ -12,9 +12,8 @@ import pytest
 import torch
 from basinescape.bench import checks, checks_sampler, gpu
 from basinescape.kernels.tiles import Tiles
-from interleaving import interleaved
+from interleaving import SMALL, interleaved
 
-SMALL = Tiles(blocks=((64, 4), (256, 8)), tile=(64, 8))
 SHAPES = {checks.SD: (4, 8, 8), checks.SDXL: (4, 9, 8), checks.SD3: (5, 9, 8), checks.VIDEO: (4, 3, 6, 8)}
 
 

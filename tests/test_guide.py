@@ -12,7 +12,7 @@ from basinescape.kernels import backend, guide, guide_eager, noise_gap, noise_ga
 from basinescape.kernels.tiles import Tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interleaving import interleaved
+from interleaving import SMALL, interleaved
 from torch.utils._python_dispatch import TorchDispatchMode
 
 module = importlib.import_module("basinescape.kernels.guide")
@@ -86,7 +86,7 @@ def test_kernel_is_the_definition(given_operands):
 @pytest.mark.skipif(backend(DEVICE) != "triton-interpreter", reason="programs are interleaved in the interpreter")
 @pytest.mark.parametrize("seed", range(5))
 def test_whichever_program_of_a_sample_ends_last_completes_its_gap(monkeypatch, seed):
-    monkeypatch.setattr(Tiles, "of", Tiles(blocks=((64, 4),), tile=(64, 8)).of)
+    monkeypatch.setattr(Tiles, "of", SMALL.of)
     monkeypatch.setattr(module, "_arrival_counters", lambda *_, kept=torch.zeros(3, dtype=torch.int32): kept)
     uncond, cond = predictions(3, 4, 8, 9, dtype=torch.float16)
     with interleaved(seed):
