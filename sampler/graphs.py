@@ -68,14 +68,16 @@ class Session:
         """Record a step; the state's contents are lost. Raises RuntimeError where a step makes the host wait, or is refused."""
         current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self.take(branch)
-            with _no_waiting():  # found here it harms nothing; a capture that breaks off leaves torch in the midst of it
-                self.take(branch)
-        current.wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    self.take(branch)
+                with _no_waiting():  # better refused here: a capture that breaks off leaves torch in the midst of it
+                    self.take(branch)
+        finally:
+            current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool):  # `current` again, however the capture ends
             self.take(branch)
         self.graphs[branch] = graph
 
