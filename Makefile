@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint
+.PHONY: install demo test matrix lint
 
 install: .venv/installed
 
@@ -20,3 +20,6 @@ lint: install
 
 test: install
 	$(BIN)/python -m pytest
+
+matrix: install
+	$(BIN)/python -m pytest -m "whole or not whole" tests/test_matrix.py

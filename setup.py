@@ -25,6 +25,7 @@ setup(
         "diffusers>=0.35",
         "transformers>=4.50",
         "safetensors>=0.4",
+        "scipy",
         "numpy",
         "pillow",
         "matplotlib",
@@ -35,7 +36,7 @@ setup(
         "packaging",
     ],
     extras_require={
-        "test": ["pytest", "pytest-benchmark", "hypothesis", "ruff"],
+        "test": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "torchsde"],
         "evaluate": ["faiss-cpu", "onnxruntime", "pyyaml", "scikit-learn", "torchmetrics"],
         "xformers": ["xformers"],
     },

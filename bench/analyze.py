@@ -67,7 +67,7 @@ class Laboratory:
             return predictions
 
         take = fused_step(seen, plan, state)
-        for k in range(steps):
+        for k in range(len(plan.branches)):
             if push:
                 push(k, state, plan.table)
             take("both")

@@ -7,7 +7,7 @@ import torch
 from basinescape import FirstMinimum, Guidance, Sampler
 from basinescape.loop import Plan, denoise, fused_step
 from basinescape.models import GuidedUNet, encode, memory_format
-from basinescape.solver import make_scheduler
+from basinescape.schedulers import make_scheduler
 
 from .checks import Figures, require
 from .speed.images import METHODS

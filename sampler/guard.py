@@ -36,10 +36,10 @@ class Guarded:
     restarted: Tensor
 
 
-def plans(solver: Solver, guidance: Guidance, device: torch.device, num_train_timesteps: int) -> tuple[Plan, Plan]:
+def plans(solver: Solver, guidance: Guidance, device: torch.device) -> tuple[Plan, Plan]:
     """(the plain plan, the plan of flagged samples). Raises ValueError if the first steps give no noise gap to watch."""
     plain = replace(guidance, before=0.0, until=None, watch=None)
-    first, second = (Plan.make(solver, g, device, num_train_timesteps) for g in (plain, replace(guidance, watch=None)))
+    first, second = (Plan.make(solver, g, device) for g in (plain, replace(guidance, watch=None)))
     steps = guidance.watch.steps
     if steps >= len(first.branches) or set(first.branches[:steps]) != {"both"}:
         raise ValueError(

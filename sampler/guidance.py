@@ -10,10 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .solver import Solver
 
 # Factors on the scale over u = t / num_train_timesteps in 0..1, as carried by the authors' scripts.
 SHAPES: dict[str, Callable[[float], float]] = {
@@ -44,7 +47,8 @@ def _whole(name: str, value: int, least: int) -> int:
 class At:
     """The transition is the first step whose timestep is at or below `timestep` (the paper's static transition point).
 
-    `timestep` is in the scheduler's units, usually 0..1000. Raises ValueError if it is not finite.
+    `timestep` is in 0..1000 of the training schedule; schedulers that count otherwise (EDM, flow) are mapped by noise level.
+    Raises ValueError if it is not finite.
     """
 
     timestep: float
@@ -234,27 +238,45 @@ class Guidance:
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a guidance: {data!r} ({error})") from error
 
-    def weights(self, timesteps: Sequence[float], num_train_timesteps: int = 1000) -> Tensor:
-        """The weight before and after the transition at every step: (steps, 2) float32 on the CPU.
+    def weights(self, solver: Solver) -> Tensor:
+        """The weight before and after the transition at each of the solver's K network calls: (K, 2) float32 on the CPU.
 
-        Raises ValueError if `shape` is a table of another length than `timesteps`.
+        Raises ValueError if a table of this guidance has not as many entries as the solver steps, or if it asks for timesteps
+        where the solver's noise levels are not known.
         """
-        if isinstance(self.until, Settled) and len(self.until.ordinary) != len(timesteps):
-            raise ValueError(f"ordinary has {len(self.until.ordinary)} gaps, but the sampler takes {len(timesteps)} steps")
+        if isinstance(self.until, Settled):
+            _one_a_step("ordinary", self.until.ordinary, solver)
         if isinstance(self.shape, str):
-            factors = [SHAPES[self.shape](t / num_train_timesteps) for t in timesteps]
+            static = self.shape == "static"
+            factors = [1.0] * len(solver.step) if static else [SHAPES[self.shape](t / 1000) for t in self._levels(solver)]
         else:
-            factors = list(self.shape)
-            if len(factors) != len(timesteps):
-                raise ValueError(f"shape has {len(factors)} factors, but the sampler takes {len(timesteps)} steps")
-        low, high = self.interval or (-math.inf, math.inf)
-        after = [self.scale * f if low <= t <= high else 1.0 for t, f in zip(timesteps, factors, strict=True)]
+            _one_a_step("shape", self.shape, solver)
+            factors = [self.shape[k] for k in solver.step.tolist()]
+        after = [self.scale * factor for factor in factors]
+        if self.interval is not None:
+            low, high = self.interval
+            after = [weight if low <= t <= high else 1.0 for weight, t in zip(after, self._levels(solver), strict=True)]
         return torch.tensor([[self.before, weight] for weight in after], dtype=torch.float32)
 
-    def fixed_transition(self, timesteps: Sequence[float]) -> int | None:
-        """The transition step where it is known beforehand: -1 if there is none, None if each sample finds its own."""
+    def fixed_transition(self, solver: Solver) -> int | None:
+        """The call of the transition where it is known beforehand: -1 if there is none, None if each sample finds its own."""
         if isinstance(self.until, (FirstMinimum, Settled)):
             return None
         if self.until is None:
             return 0
-        return next((k for k, t in enumerate(timesteps) if t <= self.until.timestep), -1)
+        levels = self._levels(solver)
+        return next((k for k in solver.first_calls.tolist() if levels[k] <= self.until.timestep), -1)
+
+    def _levels(self, solver: Solver) -> list[float]:
+        """The timestep of each call in 0..1000."""
+        if solver.level is None:
+            raise ValueError(
+                f"guidance {self!r} asks for timesteps in 0..1000, and the scheduler's are not known to be noise levels: use "
+                "FirstMinimum(), a factor for each step, or another scheduler"
+            )
+        return solver.level.tolist()
+
+
+def _one_a_step(name: str, given: Sequence[float], solver: Solver) -> None:
+    if len(given) != solver.steps:
+        raise ValueError(f"{name} has {len(given)} entries, but the sampler takes {solver.steps} steps")

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 import torch
 from diffusers import SchedulerMixin
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
 
 from .guidance import FirstMinimum, Guidance, Settled
@@ -16,7 +17,8 @@ from .kernels.dispatch import backend
 from .kernels.eager import Lockstep
 from .kernels.state import NEVER, Rule, State
 from .kernels.step import guide_step, step
-from .solver import Solver, prepared, takes_generator
+from .schedulers import own_step, prepared
+from .solver import Solver
 
 Branch = Literal["both", "uncond", "cond"]
 Step = Callable[[Branch], None]
@@ -49,14 +51,15 @@ class Plan:
     scaled: bool
 
     @classmethod
-    def make(cls, solver: Solver, guidance: Guidance, device: torch.device, num_train_timesteps: int = 1000) -> Plan:
-        """Lay `guidance` over the steps of `solver`. Raises ValueError if the guidance's own table has another length."""
-        timesteps = solver.timesteps.tolist()
-        weights = guidance.weights(timesteps, num_train_timesteps)
-        transition = guidance.fixed_transition(timesteps)
+    def make(cls, solver: Solver, guidance: Guidance, device: torch.device) -> Plan:
+        """Lay `guidance` over the steps of `solver`. Raises ValueError if the guidance's own table has another length, or asks
+        for timesteps where the scheduler's noise levels are not known."""
+        weights = guidance.weights(solver)
+        transition = guidance.fixed_transition(solver)
         rule = _rule(guidance.until) if transition is None else None
-        coefficients = torch.zeros(len(timesteps), 4) if solver.coefficients is None else solver.coefficients
-        limits = torch.full((len(timesteps),), -torch.inf)
+        calls = len(solver.timesteps)
+        coefficients = torch.zeros(calls, 4) if solver.coefficients is None else solver.coefficients
+        limits = torch.full((calls,), -torch.inf)
         if isinstance(guidance.until, Settled):
             limits = guidance.until.factor * torch.tensor(guidance.until.ordinary)
         columns = [weights, coefficients, solver.input_scale[:, None], solver.timesteps[:, None], limits[:, None]]
@@ -112,18 +115,29 @@ def lockstep(network: Network, plan: Plan, state: State) -> Step:
 
 
 def scheduler_step(
-    network: Network, plan: Plan, state: State, scheduler: SchedulerMixin, generators: list[torch.Generator]
+    solver: Solver,
+    scheduler: SchedulerMixin,
+    generators: list[torch.Generator],
+    guidance_rescale: float,
+    network: Network,
+    plan: Plan,
+    state: State,
 ) -> Step:
-    """A step by the scheduler's own `step`, for one that is not linear; its noise comes from the samples' own generators."""
-    scheduler = prepared(scheduler, len(plan.branches), state.step.device)
-    noise = {"generator": generators} if takes_generator(scheduler) else {}
+    """A step by the scheduler's own `step`, for one that is not linear; its noise comes from the samples' own generators.
+
+    guidance_rescale: how far the guided prediction is scaled back to the deviation of the conditional one (Lin et al.,
+                      https://arxiv.org/abs/2305.08891, section 3.4), 0 to 1.
+    """
+    scheduler = prepared(scheduler, solver.schedule, state.step.device)
     timesteps = iter(scheduler.timesteps)
 
     def take(branch: Branch) -> None:
         uncond, cond = _predict(network, state, branch)
         guided = uncond if cond is None else guide_step(uncond, cond, plan.table, state, plan.rule)
+        if cond is not None and guidance_rescale:
+            guided = rescale_noise_cfg(guided, cond, guidance_rescale)
         latents = state.latents.clone()  # the scheduler may keep what it is given
-        latents = scheduler.step(guided, next(timesteps), latents, return_dict=False, **noise)[0]
+        latents = own_step(scheduler, guided, next(timesteps), latents, generators, solver.schedule.eta)
         state.step += 1
         state.feed(latents, plan.table)
 
@@ -138,7 +152,9 @@ def _predict(network: Network, state: State, branch: Branch) -> tuple[Tensor, Te
     return network(state.model_input[:batch], state.timestep[:batch], branch), None
 
 
-def denoise(take: Step, branches: Iterable[Branch]) -> None:
-    """Take every step of a plan; `branches` are the plan's, perhaps wrapped in a progress bar."""
-    for branch in branches:
+def denoise(take: Step, branches: Iterable[Branch], after: Callable[[int], None] | None = None) -> None:
+    """Take every step of a plan; `branches` are the plan's, perhaps in a progress bar. `after` is told each one's index."""
+    for k, branch in enumerate(branches):
         take(branch)
+        if after is not None:
+            after(k)

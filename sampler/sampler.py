@@ -20,7 +20,8 @@ from .graphs import Graphs
 from .guidance import Guidance
 from .kernels.state import State
 from .loop import Network, Plan, Step, denoise, fused_step, lockstep, scheduler_step
-from .solver import Solver, make_scheduler
+from .schedulers import Schedule, make_scheduler
+from .solver import Solver
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OUTPUTS = ("pil", "np", "pt", "latent")
@@ -68,7 +69,7 @@ class Sampler:
         self.pipe = pipe
         self._networks = models.Networks(pipe.unet, compile, lean=compile or capture)
         self._graphs = Graphs() if capture else None
-        self._solvers: dict[int, Solver] = {}
+        self._solvers: dict[tuple, Solver] = {}
 
     @classmethod
     def from_pipeline(
@@ -138,6 +139,13 @@ class Sampler:
         output: str = "pil",
         progress: bool = True,
         wrap: Callable[[models.GuidedUNet], Network] | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        eta: float = 0.0,
+        denoising_end: float | None = None,
+        guidance_rescale: float = 0.0,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Output:
         """Sample one image a prompt, all in one batch.
 
@@ -147,6 +155,10 @@ class Sampler:
         output: "pil", "np", "pt" or "latent", with diffusers' meaning.
         wrap:   makes of the UNet and its encoded prompts the network to sample from, for methods that change either. Such a
                 network is not captured.
+        timesteps, sigmas, eta, denoising_end: see `Schedule`; with diffusers' meaning, as are those that follow.
+        guidance_rescale: Lin et al., https://arxiv.org/abs/2305.08891, section 3.4; the noise gap is that before it.
+        callback_on_step_end: called after every network call with (pipeline, index, timestep, {"latents": latents}); latents
+                that it returns are gone on with. Not under a guard.
 
         Raises ValueError, before any work, for arguments that are not as described.
         """
@@ -163,15 +175,20 @@ class Sampler:
         if output not in OUTPUTS:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
         height, width = self.size(height, width)
-        solver = self.solver(steps)
-        if guidance.watch is not None and (solver.coefficients is None or wrap is not None):
+        solver = self.solver(Schedule(steps, timesteps, sigmas, eta, denoising_end))
+        linear = solver.coefficients is not None and not _rescale(guidance_rescale)
+        if list(callback_on_step_end_tensor_inputs) != ["latents"]:
             raise ValueError(
-                f"guidance {guidance!r} needs a linear scheduler and no wrap; {type(self.scheduler).__name__} given"
+                f"callback_on_step_end_tensor_inputs must be ['latents'], got {list(callback_on_step_end_tensor_inputs)!r}"
+            )
+        if guidance.watch is not None and not (linear and wrap is None and callback_on_step_end is None):
+            raise ValueError(
+                f"guidance {guidance!r} needs a linear scheduler ({type(self.scheduler).__name__} given), and neither wrap, "
+                "guidance_rescale nor callback_on_step_end"
             )
         device = self.pipe.device
-        train_steps = self.scheduler.config.get("num_train_timesteps", 1000)
         planned = guard.plans if guidance.watch else Plan.make
-        plan = planned(solver, guidance, device, train_steps)
+        plan = planned(solver, guidance, device)
 
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         inputs = models.encode(self.pipe, prompts, negative_prompt, height, width)
@@ -181,37 +198,44 @@ class Sampler:
         if guidance.watch is not None:
             run = self._guarded(inputs, plan, guidance, noise, bar)
         else:
-            run = self._run(inputs, plan, noise, generators, solver.coefficients is not None, bar, wrap)
+            called = None if callback_on_step_end is None else partial(self._call_back, callback_on_step_end, solver, plan)
+            own = partial(scheduler_step, solver, self.scheduler, generators, guidance_rescale)
+            run = self._run(inputs, plan, noise, None if linear else own, bar, wrap, called)
         latents = run.latents.clone()  # a captured step's memory is used again
         images = latents if output == "latent" else models.decode(self.pipe, latents, output)
         restarted = None if guidance.watch is None else run.restarted.cpu()
         transition = run.transition.cpu()
         transition[transition >= len(solver.timesteps)] = -1  # settled too late to wait
-        return Output(images, latents, transition, run.gaps.cpu(), solver.timesteps, restarted)
+        transition = torch.where(transition < 0, transition, solver.step[transition])
+        first = solver.first_calls
+        return Output(images, latents, transition, run.gaps.cpu()[:, first], solver.timesteps[first], restarted)
 
     def _run(
         self,
         inputs: dict[str, Any],
         plan: Plan,
         noise: Tensor,
-        generators: list[torch.Generator],
-        linear: bool,
+        own: Callable[..., Step] | None,
         bar: Callable[..., Iterable],
         wrap: Callable[[models.GuidedUNet], Network] | None,
+        called: Callable[[State, int], None] | None,
     ) -> State:
-        """All steps of `plan`, by the fastest way that `linear` (the solver is coefficients) and `wrap` allow."""
+        """All steps of `plan`, by the fastest way that `wrap` allows, or by `own`, the scheduler's own step."""
         memory_format = models.memory_format(self.pipe.unet)
-        if self._graphs is not None and linear and wrap is None:
+        if self._graphs is not None and own is None and wrap is None:
             take, state = self._graphs.step(self._networks.fast(inputs), plan, noise, memory_format)
         else:
             network = self._networks.fast(inputs) if wrap is None else wrap(self._networks.plain(inputs))
             state = plan.state(noise, memory_format)
-            if linear:
-                take = lockstep(network, plan, state)
-            else:
-                take = scheduler_step(network, plan, state, self.scheduler, generators)
-        denoise(take, bar(plan.branches))
+            take = (own or lockstep)(network, plan, state)
+        denoise(take, bar(plan.branches), None if called is None else partial(called, state))
         return state
+
+    def _call_back(self, callback: Callable[..., dict[str, Tensor]], solver: Solver, plan: Plan, state: State, k: int) -> None:
+        """Tell `callback` of call k, and go on with the latents it returns."""
+        latents = state.latents.clone()
+        returned = callback(self.pipe, k, solver.timesteps[k], {"latents": latents}).get("latents", latents)
+        state.feed(returned, plan.table)
 
     def _guarded(
         self, inputs: dict[str, Any], plans: tuple[Plan, Plan], guidance: Guidance, noise: Tensor, bar: Callable[..., Iterable]
@@ -232,13 +256,13 @@ class Sampler:
         if self._graphs is not None:
             self._graphs.clear()
 
-    def solver(self, steps: int) -> Solver:
-        """The scheduler's coefficients over `steps` steps, measured once. Raises ValueError unless 1 <= steps."""
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
-        if steps not in self._solvers:
-            self._solvers[steps] = Solver.of(self.scheduler, steps)
-        return self._solvers[steps]
+    def solver(self, schedule: int | Schedule) -> Solver:
+        """The scheduler's coefficients over a schedule, or so many steps, measured once. Raises what `Solver.of` does."""
+        schedule = schedule if isinstance(schedule, Schedule) else Schedule(schedule)
+        key = (type(self.scheduler), str(self.scheduler.config), schedule)
+        if key not in self._solvers:
+            self._solvers[key] = Solver.of(self.scheduler, schedule)
+        return self._solvers[key]
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """(height, width) in pixels, by default the model's own; raises ValueError unless the autoencoder can make them."""
@@ -266,6 +290,12 @@ def _seeds(seeds: int | Sequence[int], count: int) -> list[int]:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seeds must be whole numbers from 0 to 2**63 - 1, got {seed!r}")
     return seeds
+
+
+def _rescale(guidance_rescale: float) -> float:
+    if isinstance(guidance_rescale, bool) or not isinstance(guidance_rescale, (int, float)) or not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale must be a number from 0 to 1, got {guidance_rescale!r}")
+    return guidance_rescale
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -11,129 +11,132 @@ The five numbers of each step are measured by handing the scheduler unit vectors
 
 from __future__ import annotations
 
-import copy
-import inspect
 from dataclasses import dataclass
 
-import diffusers
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-# name -> (diffusers class, what its `from_config` overrides)
-SCHEDULERS: dict[str, tuple[str, dict]] = {
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "dpmsolver++-karras": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
-    "dpmsolver++-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "pndm": ("PNDMScheduler", {}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
-
-
-def make_scheduler(choice: str | SchedulerMixin | None, current: SchedulerMixin) -> SchedulerMixin:
-    """The scheduler `choice` names, with the configuration of `current`; a scheduler stands for itself, None for `current`.
-
-    Raises ValueError for an unknown name, and for a scheduler whose `step` is not diffusers' usual one.
-    """
-    if isinstance(choice, str):
-        if choice not in SCHEDULERS:
-            raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, or a diffusers scheduler; got {choice!r}")
-        name, overrides = SCHEDULERS[choice]
-        return getattr(diffusers, name).from_config(current.config, **overrides)
-    scheduler = current if choice is None else choice
-    if not isinstance(scheduler, SchedulerMixin) or not hasattr(scheduler, "step"):
-        raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, or a diffusers scheduler; got {scheduler!r}")
-    return scheduler
-
-
-def prepared(scheduler: SchedulerMixin, steps: int, device: torch.device | str = "cpu") -> SchedulerMixin:
-    """A fresh copy of `scheduler`, set to `steps` steps and told its first one, so that no step looks it up on the device."""
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(steps, device=device)
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)
-    return scheduler
+from .schedulers import Schedule, levels, own_step, prepared, scale_model_input, step_of_calls
 
 
 @dataclass(frozen=True)
 class Solver:
-    """What the loop needs of a scheduler, all on the CPU.
+    """What the loop needs of a scheduler over K network calls, all on the CPU.
 
-    timesteps:    (K,) float32, one for each network call (some schedulers call the network more than once a step).
+    schedule:     what the scheduler was asked for.
+    timesteps:    (K,) float32, what the network is told.
+    step:         (K,) int64, the step each call belongs to: second-order solvers call the network twice a step.
+    level:        (K,) float32, each call's noise level as the timestep in 0..1000 of the training schedule; None where that
+                  is not known.
     input_scale:  (K,) float32, the factor on the latents at the network's input.
     init_sigma:   standard deviation of the initial noise.
     coefficients: (K, 4) float32 a, b, p, q of the module's formula; None where only the scheduler's own `step` will do.
     """
 
+    schedule: Schedule
     timesteps: Tensor
+    step: Tensor
+    level: Tensor | None
     input_scale: Tensor
     init_sigma: float
     coefficients: Tensor | None
 
     @classmethod
-    def of(cls, scheduler: SchedulerMixin, steps: int) -> Solver:
-        """Measure `scheduler` over `steps` steps.
+    def of(cls, scheduler: SchedulerMixin, schedule: Schedule) -> Solver:
+        """Measure `scheduler` over `schedule`, without a draw from torch's global generator.
 
-        Step k is given unit vectors in two slots of its own, (latents, guided); what it returns in the slots of step k - j is
-        its coefficient on what that step was given.
+        Raises ValueError for a scheduler that cannot take these steps, or that draws noise no seed decides.
         """
-        lags = 3  # one more than is used: a solver that looks further back shows there
-        plan = prepared(scheduler, steps)
-        timesteps = plan.timesteps
-        input_scale = torch.ones(len(timesteps))
-        response = torch.zeros(len(timesteps), lags, 2)
-        for k, t in enumerate(timesteps):
-            input_scale[k] = scale_model_input(plan, torch.ones(1), t)
-            latents, guided = torch.eye(2 * lags)[2 * (k % lags) :][:2].view(2, 1, 1, 1, 2 * lags)
-            out = _step(plan, guided, t, latents).view(lags, 2)
-            response[k] = torch.stack([out[(k - j) % lags] for j in range(lags)])
-        history = torch.cat([response[1:, 1], torch.zeros(1, 2)])  # what step k + 1 makes of step k is kept by step k
-        coefficients = torch.cat([response[:, 0], history], dim=1)
+        with torch.random.fork_rng(devices=[]):
+            plan = prepared(scheduler, schedule)
+            try:
+                input_scale, coefficients = _measure(scheduler, schedule)
+                linear = _agrees(scheduler, schedule, coefficients)
+                repeats = linear or torch.equal(_trajectory(scheduler, schedule, 1), _trajectory(scheduler, schedule, 2))
+            except Exception as error:  # whatever a scheduler raises
+                name = type(scheduler).__name__
+                raise ValueError(f"scheduler {name} cannot take {schedule}: {' '.join(str(error).split())}") from error
+        if not repeats:
+            raise ValueError(
+                f"scheduler {type(scheduler).__name__} draws noise that no seed decides (config {dict(scheduler.config)}): "
+                "use another, or a deterministic setting of it"
+            )
+        calls = len(plan.timesteps)
+        if schedule.denoising_end is not None:
+            trained = plan.config.get("num_train_timesteps", 1000)
+            calls = int((plan.timesteps >= round(trained * (1 - schedule.denoising_end))).sum())
+            if not calls:
+                raise ValueError(f"denoising_end {schedule.denoising_end} leaves no step of {schedule.steps}")
+        level = levels(plan)
         return cls(
-            timesteps=timesteps.float(),
-            input_scale=input_scale,
+            schedule=schedule,
+            timesteps=plan.timesteps[:calls].float(),
+            step=step_of_calls(plan)[:calls],
+            level=None if level is None else level[:calls],
+            input_scale=input_scale[:calls].float(),
             init_sigma=float(getattr(plan, "init_noise_sigma", 1.0)),
-            coefficients=coefficients if _agrees(scheduler, steps, coefficients) else None,
+            coefficients=coefficients[:calls].float() if linear else None,
         )
 
+    @property
+    def steps(self) -> int:
+        return int(self.step[-1]) + 1
 
-def scale_model_input(scheduler: SchedulerMixin, latents: Tensor, timestep: Tensor) -> Tensor:
-    """The network's input; flow-matching schedulers do not scale."""
-    return scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
-
-
-def _step(scheduler: SchedulerMixin, guided: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
-    """The scheduler's own step, drawing any noise it wants from a generator of its own."""
-    noise = {"generator": torch.Generator().manual_seed(0)} if takes_generator(scheduler) else {}
-    return scheduler.step(guided, timestep, latents, return_dict=False, **noise)[0]
+    @property
+    def first_calls(self) -> Tensor:
+        """(steps,) int64, the first call of each step."""
+        return torch.searchsorted(self.step, torch.arange(self.steps))
 
 
-def takes_generator(scheduler: SchedulerMixin) -> bool:
-    """Whether `scheduler.step` can be given the samples' generators."""
-    return "generator" in inspect.signature(scheduler.step).parameters
+def _measure(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """The scale of the network's input (K,) and the coefficients (K, 4), in float64 as far as the scheduler's own numbers are.
+
+    Call k is given unit vectors in two slots of its own, (latents, guided); what it returns in the slots of call k - j is its
+    coefficient on what that call was given.
+    """
+    lags = 3  # one more than is used: a solver that looks further back shows there
+    plan = prepared(scheduler, schedule)
+    timesteps = plan.timesteps
+    input_scale = torch.ones(len(timesteps), dtype=torch.float64)
+    response = torch.zeros(len(timesteps), lags, 2, dtype=torch.float64)
+    slots = torch.eye(2 * lags, dtype=torch.float64)
+    for k, t in enumerate(timesteps):
+        input_scale[k] = scale_model_input(plan, torch.ones(1, dtype=torch.float64), t)
+        latents, guided = slots[2 * (k % lags) :][:2].view(2, 1, 1, 1, 2 * lags)
+        out = own_step(plan, guided, t, latents, _generators(), schedule.eta).view(lags, 2)
+        response[k] = torch.stack([out[(k - j) % lags] for j in range(lags)])
+    history = torch.cat([response[1:, 1], response.new_zeros(1, 2)])  # what call k + 1 makes of call k is kept by call k
+    return input_scale, torch.cat([response[:, 0], history], dim=1)
 
 
-def _agrees(scheduler: SchedulerMixin, steps: int, coefficients: Tensor) -> bool:
+def _agrees(scheduler: SchedulerMixin, schedule: Schedule, coefficients: Tensor) -> bool:
     """Whether the scheduler's own steps on random predictions are those of the coefficients."""
-    plan = prepared(scheduler, steps)
+    plan = prepared(scheduler, schedule)
     rng = torch.Generator().manual_seed(0)
-    latents = torch.randn((1, 4, 8, 8), generator=rng) * getattr(plan, "init_noise_sigma", 1.0)
+    latents = torch.randn((1, 4, 8, 8), generator=rng, dtype=torch.float64) * getattr(plan, "init_noise_sigma", 1.0)
     history = torch.zeros_like(latents)
     for (a, b, p, q), t in zip(coefficients, plan.timesteps, strict=True):
-        guided = 3 * torch.randn(latents.shape, generator=rng)
+        guided = 3 * torch.randn(latents.shape, generator=rng, dtype=torch.float64)
         scale_model_input(plan, latents, t)  # some schedulers ask to be called in this order
-        expected = _step(plan, guided, t, latents)
+        expected = own_step(plan, guided, t, latents, _generators(), schedule.eta)
         found = a * latents + b * guided + history
-        if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * latents.std().item()):
+        if not torch.allclose(found, expected.double(), rtol=1e-4, atol=1e-4 * latents.std().item()):
             return False
         history = p * latents + q * guided
-        latents = expected
+        latents = expected.double()
     return True
+
+
+def _trajectory(scheduler: SchedulerMixin, schedule: Schedule, seed: int) -> Tensor:
+    """Where the scheduler's own steps lead with this seed of torch's global generator and always the same of the sample's."""
+    torch.manual_seed(seed)
+    plan, generators = prepared(scheduler, schedule), _generators()
+    latents = torch.linspace(-1, 1, 16).view(1, 1, 4, 4)
+    for t in plan.timesteps:
+        latents = own_step(plan, latents.sin(), t, latents, generators, schedule.eta)
+    return latents.nan_to_num()
+
+
+def _generators() -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(0)]

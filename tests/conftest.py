@@ -47,7 +47,7 @@ def pipe():
     return pipe.to("cpu", torch.float32)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def random_pipeline(pipe):
     """A function that makes a small pipeline with random weights: (kind "sd" or "sdxl", latent size, prediction type)."""
     from diffusers import (

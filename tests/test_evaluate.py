@@ -18,6 +18,8 @@ from basinescape.bench.methods.padding import words_mask
 from basinescape.bench.metrics import Similarity, interval, l2_ratio, roc
 from basinescape.bench.scenario import PRESETS, Scenario, prompts, read_prompts
 from basinescape.kernels.state import Rule
+from basinescape.schedulers import Schedule
+from basinescape.solver import Solver
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -350,7 +352,7 @@ def test_edges_are_the_first_onsets_after_the_last_copy():
 
 
 def test_a_sweep_starts_where_it_says():
-    weights = starting_at(3, 7.5, 6).weights([900, 700, 500, 300, 100, 0])[:, 1]
+    weights = starting_at(3, 7.5, 6).weights(Solver.of(DDIMScheduler(), Schedule(6)))[:, 1]
     assert weights.tolist() == [0, 0, 0, 7.5, 7.5, 7.5]
 
 

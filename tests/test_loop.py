@@ -8,7 +8,8 @@ from basinescape import At, FirstMinimum, Guidance
 from basinescape.kernels import step as kernels_step
 from basinescape.loop import Plan, denoise, fused_step, lockstep
 from basinescape.models import GuidedUNet, encode
-from basinescape.solver import Solver, make_scheduler
+from basinescape.schedulers import Schedule, make_scheduler
+from basinescape.solver import Solver
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,7 +40,7 @@ class Operators(TorchDispatchMode):
 
 def start(pipe, guidance, scheduler="euler"):
     inputs = encode(pipe, ["a picture of a cat", "a picture of a frog"], None, 64, 64)
-    plan = Plan.make(Solver.of(make_scheduler(scheduler, pipe.scheduler), STEPS), guidance, torch.device("cpu"))
+    plan = Plan.make(Solver.of(make_scheduler(scheduler, pipe.scheduler), Schedule(STEPS)), guidance, torch.device("cpu"))
     state = plan.state(torch.randn(2, 4, 16, 16))
     return GuidedUNet(pipe.unet, inputs), plan, state
 
@@ -93,7 +94,7 @@ def constant_network(value):
 
 def test_flow_euler_goes_straight_along_a_constant_velocity():
     """dx/dsigma = v integrates to x - v from sigma 1 to 0, whatever the number of steps."""
-    plan = Plan.make(Solver.of(FlowMatchEulerDiscreteScheduler(), STEPS), Guidance.cfg(3.0), torch.device("cpu"))
+    plan = Plan.make(Solver.of(FlowMatchEulerDiscreteScheduler(), Schedule(STEPS)), Guidance.cfg(3.0), torch.device("cpu"))
     noise, velocity = torch.randn(2, 4, 8, 8), torch.randn(4, 8, 8)
     state = plan.state(noise)
     denoise(fused_step(constant_network(velocity), plan, state), plan.branches)
@@ -105,7 +106,7 @@ def test_flow_euler_goes_straight_along_a_constant_velocity():
 def test_coefficients_carry_the_prediction_type(prediction, name):
     base = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, prediction_type=prediction)
     scheduler = make_scheduler(name, base)
-    solver = Solver.of(scheduler, STEPS)
+    solver = Solver.of(scheduler, Schedule(STEPS))
     assert solver.coefficients is not None
     plan = Plan.make(solver, Guidance.cfg(2.0), torch.device("cpu"))
     noise, predicted = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from basinescape import At, FirstMinimum, Guidance, Sampler, Settled
 from basinescape.bench.analyze import settled
-from basinescape.solver import make_scheduler
+from basinescape.schedulers import make_scheduler
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
 STEPS = 8

@@ -13,7 +13,7 @@ import torch
 from basinescape import At, FirstMinimum, Guidance, Sampler
 from basinescape.loop import Plan
 from basinescape.models import PACKED, GuidedUNet, decode, encode, traced
-from basinescape.solver import make_scheduler
+from basinescape.schedulers import make_scheduler
 from diffusers import DiffusionPipeline
 from torch.utils.flop_counter import FlopCounterMode
 

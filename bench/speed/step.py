@@ -12,7 +12,7 @@ import torch
 from basinescape import FirstMinimum, Guidance, Sampler
 from basinescape.loop import Plan, denoise, lockstep
 from basinescape.models import GuidedUNet, encode
-from basinescape.solver import make_scheduler
+from basinescape.schedulers import make_scheduler
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.autograd.profiler import profile

@@ -1,0 +1,225 @@
+"""diffusers' schedulers: made by name, set to a run, called as its pipelines call them, mapped to noise levels."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import SchedulerMixin
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+from torch import Tensor
+
+# name -> (diffusers class, what its `from_config` overrides)
+SCHEDULERS: dict[str, tuple[str, dict]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpmsolver++-karras": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
+    "dpmsolver++-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmsolver-sde": ("DPMSolverSDEScheduler", {}),
+    "dpmsolver-singlestep": ("DPMSolverSinglestepScheduler", {}),
+    "edm-dpmsolver++": ("EDMDPMSolverMultistepScheduler", {}),
+    "edm-euler": ("EDMEulerScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "flow-heun": ("FlowMatchHeunDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}),
+    "kdpm2-ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+OWN = "own"  # the pipeline's
+
+Family = Literal["vp", "edm", "flow"]
+
+
+def make_scheduler(choice: str | SchedulerMixin | None, current: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler `choice` names, configured as `current`; a scheduler stands for itself, None and "own" for `current`.
+
+    Raises ValueError for an unknown name, for a name of another formulation than `current` has (its noise would not be the one
+    the network was trained on), and for a scheduler whose `step` is not diffusers' usual one; ImportError where the
+    scheduler's package is missing.
+    """
+    if isinstance(choice, str) and choice != OWN:
+        if choice not in SCHEDULERS:
+            raise ValueError(f"scheduler must be {OWN}, {', '.join(SCHEDULERS)}, or a diffusers scheduler; got {choice!r}")
+        name, overrides = SCHEDULERS[choice]
+        try:
+            made = getattr(diffusers, name).from_config(current.config, **overrides)
+        except ImportError as error:  # diffusers' stand-in for a class whose package is missing
+            raise ImportError(f"scheduler {choice!r} needs a package that is not installed: {_line(error)}") from error
+        if family(made) != family(current):
+            raise ValueError(
+                f"scheduler {choice!r} is of the {family(made)} formulation, and the model's own {type(current).__name__} of "
+                f"the {family(current)} one; use one of {', '.join(_named(family(current)))}, or a scheduler made by hand"
+            )
+        return made
+    scheduler = current if choice is None or choice == OWN else choice
+    if not isinstance(scheduler, SchedulerMixin) or not hasattr(scheduler, "step"):
+        raise ValueError(f"scheduler must be {OWN}, {', '.join(SCHEDULERS)}, or a diffusers scheduler; got {scheduler!r}")
+    known = inspect.signature(scheduler.step).parameters.items()
+    needed = [name for name, parameter in known if parameter.default is inspect.Parameter.empty]
+    if needed != ["model_output", "timestep", "sample"]:
+        raise ValueError(f"scheduler {type(scheduler).__name__} cannot be used here: its step takes {', '.join(needed)}")
+    return scheduler
+
+
+def _named(formulation: Family) -> list[str]:
+    """The names of one formulation, by their first word."""
+    first_words = {name: name.split("-")[0] for name in SCHEDULERS}
+    of = {name: word if word in ("edm", "flow") else "vp" for name, word in first_words.items()}
+    return [OWN, *(name for name in SCHEDULERS if of[name] == formulation)]
+
+
+def family(scheduler: SchedulerMixin) -> Family:
+    """How clean latents x and noise n are mixed: "vp" sqrt(1 - b) x + sqrt(b) n, "edm" x + sigma n, "flow" (1 - t) x + t n."""
+    config = scheduler.config
+    if "sigma_data" in config:
+        return "edm"
+    flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    return "vp" if "trained_betas" in config and not flow else "flow"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a run, as diffusers' pipelines ask a scheduler for them.
+
+    steps:         how many; ignored where timesteps or sigmas are given.
+    timesteps, sigmas: those of each step instead, for schedulers whose `set_timesteps` takes them.
+    eta:           how stochastic DDIM and TCD are, 0 to 1 (Song et al., https://arxiv.org/abs/2010.02502, equation 16).
+    denoising_end: the share of the run after which another model goes on (SDXL's refiner); None for all of it.
+
+    Raises ValueError for anything else.
+    """
+
+    steps: int = 50
+    timesteps: tuple[float, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+    eta: float = 0.0
+    denoising_end: float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, (int, np.integer)) or self.steps < 1:
+            raise ValueError(f"steps must be a whole number of at least 1, got {self.steps!r}")
+        object.__setattr__(self, "steps", int(self.steps))
+        if self.timesteps is not None and self.sigmas is not None:
+            raise ValueError("timesteps and sigmas cannot both be given")
+        for name in ("timesteps", "sigmas"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _numbers(name, given))
+        if not isinstance(self.eta, (int, float)) or not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be a number from 0 to 1, got {self.eta!r}")
+        if self.denoising_end is not None and not (isinstance(self.denoising_end, float) and 0 < self.denoising_end < 1):
+            raise ValueError(f"denoising_end must be a number between 0 and 1, got {self.denoising_end!r}")
+
+    def __str__(self) -> str:
+        """As a sentence goes on: "20 steps" and what else was asked for."""
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "steps"}
+        own = self.timesteps is not None or self.sigmas is not None
+        words = [] if own else [f"{self.steps} step{'s' if self.steps > 1 else ''}"]
+        return ", ".join(words + [f"{name} {value}" for name, value in given.items() if value])
+
+
+def _numbers(name: str, given: Sequence[float]) -> tuple[float, ...]:
+    """Whole numbers stay whole: some schedulers look them up in a table."""
+    try:
+        numbers = tuple(value.item() if hasattr(value, "item") else value for value in given)
+        finite = bool(np.isfinite(numbers).all())
+    except TypeError as error:
+        raise ValueError(f"{name} must be a sequence of numbers, got {given!r}") from error
+    if not numbers or not finite:
+        raise ValueError(f"{name} must be at least one finite number, got {given!r}")
+    return numbers
+
+
+def prepared(scheduler: SchedulerMixin, schedule: Schedule, device: torch.device | str = "cpu") -> SchedulerMixin:
+    """A fresh copy of `scheduler`, set to `schedule` and told its first step, so that no step looks it up on the device.
+
+    Raises ValueError where the scheduler cannot be set so.
+    """
+    scheduler = copy.deepcopy(scheduler)
+    timesteps, sigmas = (None if given is None else list(given) for given in (schedule.timesteps, schedule.sigmas))
+    try:
+        retrieve_timesteps(scheduler, schedule.steps, device, timesteps, sigmas)
+    except Exception as error:  # whatever a scheduler raises
+        raise ValueError(f"scheduler {type(scheduler).__name__} cannot take {schedule}: {_line(error)}") from error
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    if hasattr(scheduler, "is_scale_input_called"):
+        scheduler.is_scale_input_called = True  # the loop scales by itself
+    return scheduler
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def scale_model_input(scheduler: SchedulerMixin, latents: Tensor, timestep: Tensor) -> Tensor:
+    """The network's input; flow-matching schedulers do not scale."""
+    return scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
+
+
+def own_step(
+    scheduler: SchedulerMixin, guided: Tensor, timestep: Tensor, latents: Tensor, generators: list[torch.Generator], eta: float
+) -> Tensor:
+    """The scheduler's own step, handed what diffusers' pipelines hand to it; its noise comes from the samples' generators."""
+    takes = inspect.signature(scheduler.step).parameters
+    given: Mapping[str, Any] = {"eta": eta, "generator": generators}
+    if getattr(scheduler, "noise_sampler", 0) is None:  # a Brownian path for each sample, seeded as the sample is
+        scheduler.noise_sampler_seed = [generator.initial_seed() for generator in generators]
+    wanted = {name: value for name, value in given.items() if name in takes}
+    return scheduler.step(guided, timestep, latents, return_dict=False, **wanted)[0]
+
+
+def step_of_calls(scheduler: SchedulerMixin) -> Tensor:
+    """The step of each network call of a prepared scheduler, (K,) int64: some call the network more than once a step."""
+    calls = torch.arange(len(scheduler.timesteps))
+    if getattr(scheduler, "prk_timesteps", None) is not None:  # PNDM: Runge-Kutta steps of four calls, or a first step of two
+        runge_kutta = len(scheduler.prk_timesteps)
+        if not runge_kutta:
+            return (calls - 1).clamp(min=0)
+        return torch.where(calls < runge_kutta, calls // 4, calls - runge_kutta + runge_kutta // 4)
+    return calls // getattr(scheduler, "order", 1)
+
+
+def levels(scheduler: SchedulerMixin) -> Tensor | None:
+    """The noise level of each call of a prepared scheduler, as a timestep in 0..1000 of the training schedule: (K,) float32.
+
+    Flow: 1000 t. EDM: the timestep at which Stable Diffusion's schedule has the ratio sigma / sigma_data of noise to data.
+    None where a scheduler's timesteps are not known to be of any of these.
+    """
+    timesteps, config = scheduler.timesteps.cpu(), scheduler.config
+    sigmas = getattr(scheduler, "sigmas", None)
+    calls, formulation = len(timesteps), family(scheduler)
+    if formulation != "vp" and (sigmas is None or len(sigmas) not in (calls, calls + 1)):
+        return None
+    if formulation == "flow":
+        return 1000 * sigmas[:calls].float().cpu()
+    if formulation == "edm":
+        stable = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
+        return _timestep_of_ratio(sigmas[:calls] / config["sigma_data"], (1 - stable).cumprod(0))
+    if not hasattr(scheduler, "alphas_cumprod"):
+        return None
+    if config.get("timestep_type") == "continuous":
+        return _timestep_of_ratio(sigmas[:calls], scheduler.alphas_cumprod)
+    return timesteps.float() * (1000 / config["num_train_timesteps"])
+
+
+def _timestep_of_ratio(ratio: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """The timesteps in 0..1000 at which a variance-preserving schedule has these ratios of noise to data."""
+    alphas = alphas_cumprod.double().numpy()
+    known = 0.5 * np.log((1 - alphas) / np.maximum(alphas, 1e-20))
+    wanted = np.log(np.maximum(ratio.double().cpu().numpy(), 1e-20))
+    return torch.from_numpy(np.interp(wanted, known, np.arange(len(alphas)))).float() * (1000 / len(alphas))
