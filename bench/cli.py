@@ -44,7 +44,7 @@ def generate(
     earliest: Annotated[int, typer.Option(help="with --until auto: first step that may be the transition")] = 2,
     latest: Annotated[int | None, typer.Option(help="with --until auto: step at which guidance starts in any case")] = None,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 50,
-    scheduler: Annotated[str, typer.Option(help="ddim, euler, dpmsolver++, unipc, ...")] = "dpmsolver++",
+    scheduler: Annotated[str, typer.Option(help="own (the model's), ddim, dpmsolver++, euler, unipc, ...")] = "own",
     seed: Annotated[int, typer.Option(help="seed of the first prompt, counted up from there")] = 0,
     batch_size: Annotated[int, typer.Option(help="images sampled together")] = 8,
     negative_prompt: Annotated[str | None, typer.Option(help="for all prompts")] = None,

@@ -183,7 +183,12 @@ class Guidance:
 
     @classmethod
     def cfg(cls, scale: float, **shape: Any) -> Guidance:
-        """Plain classifier-free guidance (Ho & Salimans, https://arxiv.org/abs/2207.12598), from the first step on."""
+        """Plain classifier-free guidance (Ho & Salimans, https://arxiv.org/abs/2207.12598), from the first step on.
+
+        The formula holds for every scale: 0 is the unconditional prediction, 1 the conditional one. diffusers' pipelines switch
+        guidance off at scales up to 1 and run the conditional prediction: for a turbo model, whose page says
+        `guidance_scale=0.0`, that is scale 1 here.
+        """
         return cls(scale, **shape)
 
     @classmethod

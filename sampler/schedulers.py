@@ -68,7 +68,9 @@ def make_scheduler(choice: str | SchedulerMixin | None, current: SchedulerMixin)
         return made
     scheduler = current if choice is None or choice == OWN else choice
     if not isinstance(scheduler, SchedulerMixin) or not hasattr(scheduler, "step"):
-        raise ValueError(f"scheduler must be {OWN}, {', '.join(SCHEDULERS)}, or a diffusers scheduler; got {scheduler!r}")
+        raise ValueError(
+            f"scheduler must be {OWN}, {', '.join(SCHEDULERS)}, or a diffusers scheduler; got {type(scheduler).__name__}"
+        )
     known = inspect.signature(scheduler.step).parameters.items()
     needed = [name for name, parameter in known if parameter.default is inspect.Parameter.empty]
     if needed != ["model_output", "timestep", "sample"]:
@@ -85,11 +87,17 @@ def _named(formulation: Family) -> list[str]:
 
 def family(scheduler: SchedulerMixin) -> Family:
     """How clean latents x and noise n are mixed: "vp" sqrt(1 - b) x + sqrt(b) n, "edm" x + sigma n, "flow" (1 - t) x + t n."""
-    config = scheduler.config
-    if "sigma_data" in config:
+    own = _own_settings(scheduler)
+    if "sigma_data" in own:
         return "edm"
-    flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-    return "vp" if "trained_betas" in config and not flow else "flow"
+    flow = own.get("use_flow_sigmas") or own.get("prediction_type") == "flow_prediction"
+    return "flow" if flow or not own.keys() & {"beta_schedule", "trained_betas"} else "vp"
+
+
+def _own_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """A scheduler's settings, without those of other classes that `from_config` carries along."""
+    known = inspect.signature(type(scheduler).__init__).parameters
+    return {name: value for name, value in scheduler.config.items() if name in known}
 
 
 @dataclass(frozen=True)
@@ -200,7 +208,7 @@ def levels(scheduler: SchedulerMixin) -> Tensor | None:
     Flow: 1000 t. EDM: the timestep at which Stable Diffusion's schedule has the ratio sigma / sigma_data of noise to data.
     None where a scheduler's timesteps are not known to be of any of these.
     """
-    timesteps, config = scheduler.timesteps.cpu(), scheduler.config
+    timesteps, own = scheduler.timesteps.cpu(), _own_settings(scheduler)
     sigmas = getattr(scheduler, "sigmas", None)
     calls, formulation = len(timesteps), family(scheduler)
     if formulation != "vp" and (sigmas is None or len(sigmas) not in (calls, calls + 1)):
@@ -209,12 +217,12 @@ def levels(scheduler: SchedulerMixin) -> Tensor | None:
         return 1000 * sigmas[:calls].float().cpu()
     if formulation == "edm":
         stable = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
-        return _timestep_of_ratio(sigmas[:calls] / config["sigma_data"], (1 - stable).cumprod(0))
+        return _timestep_of_ratio(sigmas[:calls] / own["sigma_data"], (1 - stable).cumprod(0))
     if not hasattr(scheduler, "alphas_cumprod"):
         return None
-    if config.get("timestep_type") == "continuous":
+    if own.get("timestep_type") == "continuous":
         return _timestep_of_ratio(sigmas[:calls], scheduler.alphas_cumprod)
-    return timesteps.float() * (1000 / config["num_train_timesteps"])
+    return timesteps.float() * (1000 / own["num_train_timesteps"])
 
 
 def _timestep_of_ratio(ratio: Tensor, alphas_cumprod: Tensor) -> Tensor:
