@@ -112,34 +112,34 @@ def facts_rest(facts):
 def test_one_weighted_token_is_as_good_as_many():
     """`velocity` predicts what the transformer does on the stock pipeline's own embeddings, with its 256 tokens of zeros."""
     pytest.importorskip("transformers")
-    from basinescape.bench.testbed import flow_train as train
+    from basinescape.bench.testbed import flow_model as model
     from diffusers.models.attention_processor import JointAttnProcessor2_0
 
     torch.manual_seed(0)
-    words = train.tokenizer()
-    nets = train.networks(words).double().eval()
+    words = model.tokenizer()
+    nets = model.networks(words).double().eval()
     transformer = nets["transformer"]
     for value in transformer.parameters():
         value.data += 0.05 * torch.randn_like(value)  # also where training starts from zeros
     noisy, sigma, prompts = torch.randn(2, 4, 16, 16).double(), torch.tensor([0.3, 0.9]).double(), ["a red cat", ""]
-    pipe = train.pipeline(nets, None, words)
+    pipe = model.pipeline(nets, None, words)
     pipe.text_encoder_3.double()
     with torch.no_grad():
         states, _, pooled, _ = pipe.encode_prompt(prompts, prompts, prompts, do_classifier_free_guidance=False)
         stock = transformer(noisy, states, pooled, 1000 * sigma).sample
-        transformer.set_attn_processor(train.Repeated())
+        transformer.set_attn_processor(model.Repeated())
         tokens = words(prompts, padding="max_length", return_tensors="pt").input_ids
-        ours = train.velocity(nets, tokens, noisy, sigma, torch.full((2,), 256.0).double())
+        ours = model.velocity(nets, tokens, noisy, sigma, torch.full((2,), 256.0).double())
         transformer.set_attn_processor(JointAttnProcessor2_0())
-    assert states.shape == (2, train.TOKENS + 256, transformer.config.joint_attention_dim)
+    assert states.shape == (2, model.TOKENS + 256, transformer.config.joint_attention_dim)
     torch.testing.assert_close(ours, stock, rtol=1e-9, atol=1e-9)
 
 
 def test_any_text_is_read():
     """Captions take a token a word; other text falls back to bytes and never to the unknown token."""
-    from basinescape.bench.testbed import flow_train as train
+    from basinescape.bench.testbed import flow_model as model
 
-    words = train.tokenizer()
+    words = model.tokenizer()
     caption = flow.memorized()[0].captions[0]
-    assert len(words.tokenize(caption)) == len(caption.split()) <= train.TOKENS - 2
+    assert len(words.tokenize(caption)) == len(caption.split()) <= model.TOKENS - 2
     assert words.unk_token_id not in words("zebra! Häß 🐱 (7)", add_special_tokens=False).input_ids
