@@ -41,7 +41,7 @@ FRESH = 20_000  # fresh scenes in the training set
 UNIFORM = 0.2  # of the noise levels: the logit-normal's tails are thin where sampling starts
 WARMUP, DECAY = 200, 1500  # steps
 SAVE = 200  # steps between checkpoints
-COPY = 0.9  # similarity of a copy: no fresh scene of the same words reaches it, every autoencoded memorized scene does
+COPY = 0.9  # surely a copy: of 3,200 fresh scenes of a memorized scene's words one in a thousand is above 0.81, none above 0.85
 
 
 def draw_scenes(work: Path, pictures: list[Picture]) -> np.ndarray:
