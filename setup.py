@@ -16,6 +16,7 @@ setup(
         "basinescape.bench",
         "basinescape.bench.methods",
         "basinescape.bench.speed",
+        "basinescape.bench.testbed",
     ],
     package_dir={"basinescape": "sampler", "basinescape.kernels": "kernels", "basinescape.bench": "bench"},
     package_data={"basinescape.bench": ["tiny/**/*", "tiny/*", "report.html.jinja"]},

@@ -1,0 +1,1 @@
+"""Where the pipelines that ship come from: scenes, captions and training."""
