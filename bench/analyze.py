@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from basinescape import FirstMinimum, Guidance, Sampler, Settled, models
-from basinescape.generate import settings_of
+from basinescape.folder import settings_of
 from basinescape.kernels.state import State
 from basinescape.loop import Plan, fused_step
 from PIL import Image

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from enum import StrEnum
 from json import dumps
@@ -11,7 +12,15 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+SUMMARY = "Sample guided diffusion models without reproducing training images."
+DEBUG = "BASINESCAPE_DEBUG"  # an environment variable: where it is set, errors show where they come from
+app = typer.Typer(
+    help=SUMMARY,
+    epilog=f"Set {DEBUG}=1 to see where an error comes from.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # the plain help fits into 80 columns
+)
 
 
 class Method(StrEnum):
@@ -33,7 +42,10 @@ class Bench(StrEnum):
 
 @app.command()
 def generate(
-    prompts: Annotated[Path, typer.Option(help='JSON Lines: {"prompt": "...", "id": "optional", "seed": optional}')],
+    prompts: Annotated[
+        Path,
+        typer.Option(help='JSON Lines {"prompt", "id"?, "seed"?, "negative_prompt"?}, .csv, .parquet, or - for standard input'),
+    ],
     out: Annotated[Path, typer.Option(help="folder for images, manifest.jsonl and run.json")],
     model: Annotated[str, typer.Option(help="a folder in diffusers' format, a hub id, or 'tiny'")] = "tiny",
     guidance: Annotated[Method, typer.Option(help="plain, delayed or opposite guidance")] = Method.delayed,
@@ -47,7 +59,10 @@ def generate(
     scheduler: Annotated[str, typer.Option(help="own (the model's), ddim, dpmsolver++, euler, unipc, ...")] = "own",
     seed: Annotated[int, typer.Option(help="seed of the first prompt, counted up from there")] = 0,
     batch_size: Annotated[int, typer.Option(help="images sampled together")] = 8,
-    negative_prompt: Annotated[str | None, typer.Option(help="for all prompts")] = None,
+    height: Annotated[int | None, typer.Option(help="pixels; default the model's own")] = None,
+    width: Annotated[int | None, typer.Option(help="pixels; default the model's own")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="of the prompts that have none of their own")] = None,
+    clip_skip: Annotated[int | None, typer.Option(help="how many of the text encoder's last layers to leave out")] = None,
     attention: Annotated[str, typer.Option(help="sdpa or xformers")] = "sdpa",
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default float16 on a GPU")] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda where there is a GPU")] = None,
@@ -55,10 +70,13 @@ def generate(
     progress: Annotated[bool, typer.Option(help="show a progress bar")] = True,
 ) -> None:
     """Make an image for every prompt of a file."""
-    from basinescape import At, FirstMinimum, Guidance, Sampler
-    from basinescape.generate import generate, read_prompts
+    from basinescape.prompts import read_prompts
 
     jobs = read_prompts(prompts, seed)
+    _quieten()
+    from basinescape import At, FirstMinimum, Guidance, Sampler
+    from basinescape.generate import generate
+
     if until == "auto":
         rule = FirstMinimum(earliest=earliest, latest=latest)
     else:
@@ -73,19 +91,29 @@ def generate(
     }[guidance]()
     source = Sampler.model_path(model) if model == "tiny" else model
     sampler = Sampler.from_pretrained(source, device, dtype, scheduler, attention, allow_pickle)
-    written = generate(sampler, jobs, out, plan, model, steps, batch_size, negative_prompt, progress)
-    failed = [entry["id"] for entry in written if entry["status"] != "ok"]
-    typer.echo(f"{len(written) - len(failed)} images in {out / 'images'}")
+    written = generate(sampler, jobs, out, plan, model, steps, batch_size, negative_prompt, height, width, clip_skip, progress)
+    failed = [line["id"] for line in written if line["status"] != "ok"]
+    typer.echo(f"{len(jobs) - len(failed)} images in {out / 'images'} ({len(written) - len(failed)} new)")
+    _note([line["id"] for line in written if "truncated" in line], "cut at the text encoder's limit", "truncated")
+    _note([line["id"] for line in written if line.get("nsfw_content_detected")], "blacked out", "nsfw_content_detected")
+    _note(failed, "failed", "status")
     if failed:
-        typer.echo(
-            f"{len(failed)} failed ({', '.join(failed[:5])}{', ...' if len(failed) > 5 else ''}): see manifest.jsonl", err=True
-        )
         raise typer.Exit(1)
+
+
+def _note(ids: list[str], what: str, field: str) -> None:
+    """A line on standard error about the images it is true of, if any; `field` of the manifest says more."""
+    if ids:
+        typer.echo(
+            f"{len(ids)} {what} ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''}): see {field} in manifest.jsonl",
+            err=True,
+        )
 
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="folder for the table and the pictures")] = Path("out/demo")) -> None:
     """See memorization and its cure on the small pipeline that ships."""
+    _quieten()
     from .demo import demo
 
     typer.echo(demo(out))
@@ -103,7 +131,8 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda where there is a GPU")] = None,
     progress: Annotated[bool, typer.Option(help="show a progress bar")] = True,
 ) -> None:
-    """Measure memorization: every method on every prompt of a scenario."""
+    """Measure memorization. Every method runs on every prompt of a scenario."""
+    _quieten()
     from basinescape.kernels.aot import aligned
 
     from . import scenario as scenarios
@@ -125,7 +154,8 @@ def quality(
     similarity: Annotated[str | None, typer.Option(help="to the training images: pixels, sscd, clip or dino")] = None,
     progress: Annotated[bool, typer.Option(help="show a progress bar")] = True,
 ) -> None:
-    """Measure the images of an evaluation: text alignment, distance from ordinary images, similarity to training images."""
+    """Measure the images of an evaluation. Text alignment, distance from ordinary images, similarity to training images."""
+    _quieten()
     from basinescape.kernels.aot import aligned
 
     from .quality import quality
@@ -138,7 +168,7 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR", help="folders written by evaluate")],
     out: Annotated[Path, typer.Option(help="the page to write, one HTML file that needs no network")],
 ) -> None:
-    """Make a page about evaluations: tables, the noise gap's curves, and training images beside what was made of them."""
+    """Make a page about evaluations. Tables, the noise gap's curves, and training images beside what was made of them."""
     from .report import report
 
     report(runs, out)
@@ -154,7 +184,8 @@ def analyze(
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda where there is a GPU")] = None,
 ) -> None:
-    """Make basins visible: where guidance may start, how wide a basin is, and whether a rule finds its edge."""
+    """Make basins visible. Where guidance may start, how wide a basin is, and whether a rule finds its edge."""
+    _quieten()
     from basinescape.kernels.aot import aligned
 
     from . import scenario as scenarios
@@ -167,7 +198,7 @@ def analyze(
 
 @app.command()
 def aot(json: Annotated[Path | None, typer.Option(help="also write the rows as JSON")] = None) -> None:
-    """Compile every kernel for sm_80, sm_90 and sm_100, without a GPU, and read registers, spills and loads off the code."""
+    """Compile every kernel, without a GPU. For sm_80, sm_90 and sm_100; registers, spills and loads are read off the code."""
     from basinescape.kernels.aot import aligned, report
 
     rows = report()
@@ -182,7 +213,8 @@ def bench(
     json: Annotated[Path | None, typer.Option(help="also write device, date, versions and the rows as JSON")] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda where there is a GPU")] = None,
 ) -> None:
-    """Time the sampler beside its peers, in one process, interleaved; only results that agree are compared."""
+    """Time the sampler beside its peers. In one process, interleaved; only results that agree are compared."""
+    _quieten()
     from . import speed
     from .speed.timing import environment, tables
 
@@ -195,16 +227,28 @@ def bench(
 def main() -> None:
     """Run the command line; bad input ends with one line and exit code 2."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    _quieten()
+    if DEBUG in os.environ:
+        logging.getLogger("basinescape").setLevel(logging.DEBUG)
     try:
-        app()
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        typer.echo(f"basinescape: {error}".replace("\n", " "), err=True)
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="basinescape", standalone_mode=False))
+    except Exception as error:
+        if DEBUG in os.environ:
+            raise
+        typer.echo(" ".join(f"basinescape: {_said(error)}".split()), err=True)
         sys.exit(2)
 
 
+def _said(error: Exception) -> str:
+    """What an error says: all of it where it is meant for the user, else its kind and how to see where it comes from."""
+    if hasattr(error, "format_message"):  # typer's own: an option that is missing, or no number
+        return error.format_message()
+    if isinstance(error, ValueError | OSError | ImportError | RuntimeError):
+        return str(error)
+    return f"{type(error).__name__}: {error} (set {DEBUG}=1 to see where)"
+
+
 def _quieten() -> None:
-    """Loading a pipeline draws progress bars and notices of its own; errors stay."""
+    """Loading a pipeline draws progress bars and notices of its own, some on import: before it, then. Errors stay."""
     import diffusers
     import transformers
 

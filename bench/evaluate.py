@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from basinescape import Output, Sampler
-from basinescape.generate import open_folder, read_entries, settings_of, whole
+from basinescape.folder import Journal, open_folder, read_lines, read_settings, settings_of, whole
 from PIL import Image
 from tqdm import tqdm
 
@@ -79,8 +79,10 @@ def evaluate(
         **settings_of(sampler),
     }
     open_folder(out, run)
-    lines = read_entries(out / "results.jsonl")
-    done = {(line["method"], line["group"], f"{line['id']}-{line['seed']}") for line in lines}
+
+    def finished(line: dict[str, Any]) -> tuple[str, str, str] | None:
+        return (line["method"], line["group"], f"{line['id']}-{line['seed']}") if image_path(out, line).is_file() else None
+
     tasks = [
         Task(method, group, prompt, seed)
         for method in methods
@@ -88,20 +90,16 @@ def evaluate(
         for seed in range(seeds)
         for prompt in found
     ]
-    waiting = [task for task in tasks if (task.method, task.group, task.id) not in done]
-    with (
-        (out / "results.jsonl").open("a", encoding="utf-8") as file,
-        tqdm(total=len(tasks), initial=len(tasks) - len(waiting), unit="image", disable=not progress) as bar,
-    ):
-        if file.tell():
-            file.write("\n")  # a killed run may have left half a line
-        for batch in _batches(waiting, batch_size):
-            bar.set_description(batch[0].method)
-            for line in _run(sampler, known[batch[0].method], batch, scenario.steps, measure, out):
-                file.write(json.dumps(line) + "\n")
-                lines.append(line)
-            file.flush()
-            bar.update(len(batch))
+    with Journal(out / "results.jsonl", finished) as journal:
+        lines = list(journal.lines.values())
+        waiting = [task for task in tasks if (task.method, task.group, task.id) not in journal.lines]
+        with tqdm(total=len(tasks), initial=len(tasks) - len(waiting), unit="image", disable=not progress) as bar:
+            for batch in _batches(waiting, batch_size):
+                bar.set_description(batch[0].method)
+                for line in _run(sampler, known[batch[0].method], batch, scenario.steps, measure, out):
+                    journal.append(line)
+                    lines.append(line)
+                    bar.update()
     rows = table(lines)
     write_csv(out / "table.csv", rows)
     return rows
@@ -115,7 +113,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     for name in ("run.json", "results.jsonl"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"run folder {str(folder)!r} has no {name}")
-    run, lines = json.loads((folder / "run.json").read_text(encoding="utf-8")), read_entries(folder / "results.jsonl")
+    run, lines = read_settings(folder), list(read_lines(folder / "results.jsonl"))
     if "scenario" not in run:
         raise ValueError(f"run folder {str(folder)!r} holds no evaluation: its run.json names no scenario")
     if not lines:
@@ -212,7 +210,8 @@ def _run(
             line["noise_gap"] = [round(gap, 4) for gap in made.noise_gap[i].tolist()]
         path = image_path(out, line)
         path.parent.mkdir(parents=True, exist_ok=True)
-        made.images[i].save(path)
+        with whole(path) as part:
+            made.images[i].save(part, format="PNG")
         lines.append(line)
     return lines
 

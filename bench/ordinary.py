@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from basinescape import Sampler
-from basinescape.generate import whole
+from basinescape.folder import whole
 
 from .analyze import Laboratory, curves
 from .evaluate import Measure

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from basinescape import Sampler
-from basinescape.generate import whole
+from basinescape.folder import whole
 from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.functional.multimodal import clip_score
