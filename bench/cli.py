@@ -95,7 +95,11 @@ def generate(
     failed = [line["id"] for line in written if line["status"] != "ok"]
     typer.echo(f"{len(jobs) - len(failed)} images in {out / 'images'} ({len(written) - len(failed)} new)")
     _note([line["id"] for line in written if "truncated" in line], "cut at the text encoder's limit", "truncated")
-    _note([line["id"] for line in written if line.get("nsfw_content_detected")], "blacked out", "nsfw_content_detected")
+    _note(
+        [line["id"] for line in written if line.get("nsfw_content_detected")],
+        "flagged and blacked out",
+        "nsfw_content_detected",
+    )
     _note(failed, "failed", "status")
     if failed:
         raise typer.Exit(1)

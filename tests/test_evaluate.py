@@ -148,7 +148,9 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_table(tmp_path):
     evaluate(TINY, ["cfg"], tmp_path / "b", seeds=1, limit=2, batch_size=2, progress=False)
     lines = (tmp_path / "b" / "results.jsonl").read_text().splitlines()
     (tmp_path / "b" / "results.jsonl").write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:25])  # cut off in a line
+    (gone := next((tmp_path / "b" / "images").glob("*/*.png"))).unlink()
     again = evaluate(TINY, ["cfg", "delayed-at"], tmp_path / "b", seeds=1, limit=2, batch_size=2, progress=False)
+    assert gone.is_file() and len([json.loads(line) for line in (tmp_path / "b" / "results.jsonl").open()]) == 8
     untimed = [[{**row, "seconds": None} for row in rows] for rows in (whole, again)]
     assert sorted(untimed[0], key=str) == sorted(untimed[1], key=str)
     stored = [json.loads(line) for line in (tmp_path / "a" / "results.jsonl").read_text().splitlines()]

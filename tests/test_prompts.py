@@ -1,0 +1,123 @@
+"""Files of prompts: the same jobs from every format, and the line that is wrong."""
+
+import io
+import json
+import os
+import sys
+import threading
+
+import numpy as np
+import pytest
+from basinescape.prompts import Job, read_prompts
+
+ROWS = [
+    {"prompt": 'a "cat", and\nmore'},
+    {"prompt": "ein Frosch, größer", "id": "frog", "seed": 7, "negative_prompt": "blurry"},
+    {"prompt": "a dog", "seed": 0, "negative_prompt": None},
+]
+JOBS = [
+    Job("0000", 'a "cat", and\nmore', 5),
+    Job("frog", "ein Frosch, größer", 7, "blurry"),
+    Job("0002", "a dog", 0),
+]
+LINES = "\n\n".join(json.dumps(row) for row in ROWS)
+CSV = 'prompt,id,seed,negative_prompt\r\n"a ""cat"", and\nmore",,,\r\n\r\n"ein Frosch, größer",frog,7,blurry\r\na dog,,0\r\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.jsonl", LINES.encode()),
+        ("p.txt", b"\xef\xbb\xbf" + LINES.replace("\n", "\r\n").encode()),
+        ("p.csv", CSV.encode()),
+        ("P.CSV", b"\xef\xbb\xbf" + CSV.encode()),
+    ],
+)
+def test_every_format_gives_the_same_jobs(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert read_prompts(tmp_path / name, seed=5) == JOBS
+
+
+def test_parquet_gives_the_same_jobs(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS, pyarrow.schema(
+        [("prompt", "string"), ("id", "large_string"), ("seed", "int32"), ("negative_prompt", "string")]
+    )), tmp_path / "p.parquet")  # fmt: skip
+    assert read_prompts(tmp_path / "p.parquet", seed=5) == JOBS
+    parquet.write_table(pyarrow.table({"prompt": ["a", None]}), tmp_path / "p.parquet")
+    with pytest.raises(ValueError, match=r"p\.parquet', row 2: prompt must be"):
+        read_prompts(tmp_path / "p.parquet")
+    (tmp_path / "p.parquet").write_text("PAR1")
+    with pytest.raises(ValueError, match="no Parquet file"):
+        read_prompts(tmp_path / "p.parquet")
+
+
+def test_parquet_without_pyarrow_names_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "p.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ImportError, match="needs the package pyarrow"):
+        read_prompts(tmp_path / "p.parquet")
+
+
+def test_standard_input_and_pipes_are_read_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(LINES.encode()), encoding="ascii"))
+    assert read_prompts("-", seed=5) == JOBS
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"prompt": "a"}\n{')))
+    with pytest.raises(ValueError, match="standard input, line 2: not JSON"):
+        read_prompts("-")
+    if not hasattr(os, "mkfifo"):
+        return
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(LINES.encode(),))
+    writer.start()
+    assert read_prompts(tmp_path / "pipe", seed=5) == JOBS
+    writer.join()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b", "negative": "c"}', "line 2: unknown key 'negative'; allowed are id, "),
+        (
+            "p.jsonl",
+            b'{"prompt": "a"}\n\n{"prompt": "b", "negative_prompt": 3}',
+            "line 3: negative_prompt must be a string, got 3",
+        ),
+        ("p.jsonl", b'{"prompt": null}', "line 1: prompt must be a non-empty string, got None"),
+        ("p.jsonl", b'{"prompt": "a", "seed": 1.5}', "line 1: seed must be a whole number"),
+        ("p.jsonl", b'{"prompt": "a", "seed": true}', "line 1: seed must be a whole number"),
+        ("p.jsonl", b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "line 1: not JSON"),
+        ("p.jsonl", b"[" * 100_000, "line 1: not JSON"),
+        ("p.jsonl", b'"a cat"', "line 1: must be an object"),
+        ("p.jsonl", '{"prompt": "a"}'.encode("utf-16"), "byte 0: not UTF-8"),
+        ("p.jsonl", b"\n \n", "holds no prompts"),
+        ("p.csv", b"", "holds no prompts"),
+        ("p.csv", b"prompt,seed\n", "holds no prompts"),
+        ("p.csv", b"a cat\na dog\n", "line 1: must name the column prompt, and each column once; got a cat"),
+        ("p.csv", b"prompt,id,id\na,b,c\n", "line 1: must name the column prompt, and each column once"),
+        ("p.csv", b"prompt,id\na cat\na, dog, small\n", "line 3: more cells than columns"),
+        ("p.csv", b"prompt,seed\na cat,1.5\n", "line 2: seed must be a whole number from 0 to 2..63 - 1, got '1.5'"),
+        ("p.csv", b"prompt,mood\na cat,\na dog,sad\n", "line 3: unknown key 'mood'"),
+        ("p.csv", b'prompt,seed\na cat,1\n"a dog,2\na bird,3\n', "not CSV"),
+        ("p.csv", b"prompt,id\na cat,x\na dog,X\n", "line 3: id 'X' is already used in line 2"),
+    ],
+)
+def test_the_line_that_is_wrong_is_named(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=says) as error:
+        read_prompts(tmp_path / name)
+    assert str(error.value).startswith(f"prompts file {str(tmp_path / name)!r}")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"prompts file '.*p\.jsonl' does not exist"):
+        read_prompts(tmp_path / "p.jsonl")
+
+
+def test_a_job_of_ones_own_keeps_the_same_rules():
+    assert Job("a", "a cat", np.int64(3)) == Job("a", "a cat", 3) and type(Job("a", "a cat", np.int64(3)).seed) is int
+    for wrong in ({"id": "../x"}, {"id": 3}, {"prompt": " "}, {"seed": -1}, {"seed": 3.0}, {"negative_prompt": 0}):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must be"):
+            Job(**{"id": "a", "prompt": "a cat", "seed": 0} | wrong)
