@@ -234,7 +234,7 @@ def main() -> None:
     if DEBUG in os.environ:
         logging.getLogger("basinescape").setLevel(logging.DEBUG)
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="basinescape", standalone_mode=False))
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="basinescape", standalone_mode=False) or 0)
     except Exception as error:
         if DEBUG in os.environ:
             raise

@@ -78,9 +78,6 @@ def generate(
         raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
     if len({job.id.casefold() for job in jobs}) < len(jobs):
         raise ValueError("jobs must have ids that differ, in more than upper and lower case")
-    layers = sampler.pipe.text_encoder.config.num_hidden_layers
-    if clip_skip is not None and (not isinstance(clip_skip, int) or not 0 <= clip_skip < layers):
-        raise ValueError(f"clip_skip must be a whole number from 0 to {layers - 1}, got {clip_skip!r}")
     guidance.weights(sampler.solver(steps))  # raises for a table of another length
     height, width = sampler.size(height, width)
     settings = {"steps": steps, "guidance": guidance, "height": height, "width": width, "clip_skip": clip_skip}

@@ -23,7 +23,7 @@ def run(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["basinescape", "generate", "--no-progress", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         cli.main()
-    return stop.value.code or 0, capsys.readouterr().err
+    return stop.value.code, capsys.readouterr().err
 
 
 def test_a_folder_is_filled_and_refused_to_another_run(tmp_path, monkeypatch, capsys):
@@ -256,7 +256,7 @@ def test_images_that_are_gone_or_changed_are_made_again_and_counted(tmp_path, mo
     def said():
         with pytest.raises(SystemExit) as stop:
             cli.main()
-        assert not stop.value.code
+        assert stop.value.code == 0
         return capsys.readouterr().out
 
     assert said() == f"4 images in {out / 'images'} (4 new)\n"
@@ -306,6 +306,17 @@ def test_a_bug_that_hits_every_sample_is_no_success(tmp_path, monkeypatch, capsy
     code, error = run(monkeypatch, capsys, *arguments)
     assert code == 1 and "3 failed (p0, p1, p2)" in error
     assert {line["status"] for line in sound(tmp_path / "out")} == {"failed: AttributeError: no attribute 'ravel'"}
+
+
+def test_a_job_that_is_interrupted_stops_quietly_and_goes_on(tmp_path, monkeypatch, capsys, drawn):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    write(prompts, 3)
+    drawn.faults["a picture of a cat 1"] = KeyboardInterrupt()
+    arguments = ("--prompts", prompts, "--out", out, "--batch-size", 1, *QUICK)
+    assert run(monkeypatch, capsys, *arguments) == (130, "")
+    assert [line["id"] for line in sound(out)] == ["p0"]
+    drawn.faults.clear()
+    assert run(monkeypatch, capsys, *arguments)[0] == 0 and [line["id"] for line in sound(out)] == ["p0", "p1", "p2"]
 
 
 def test_a_full_disk_ends_the_job_and_leaves_it_to_be_gone_on_with(sampler, drawn, tmp_path, monkeypatch):
