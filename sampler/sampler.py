@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -15,14 +16,13 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 from tqdm import tqdm
 
-from . import guard, models
+from . import arguments, guard, models
 from .graphs import Graphs
 from .guidance import Guidance
 from .kernels.state import State
 from .loop import Network, Plan, Step, denoise, fused_step, lockstep, scheduler_step
 from .solver import Solver, make_scheduler
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OUTPUTS = ("pil", "np", "pt", "latent")
 
 
@@ -36,6 +36,9 @@ class Output:
     noise_gap:       (B, steps) float32 on the CPU, ||cond - uncond||_2 at each step, NaN where it was not computed.
     timesteps:       (steps,) float32 on the CPU, in the scheduler's units.
     restarted:       (B,) bool on the CPU, the samples that a guard has started again; None without a guard.
+    finite:          (B,) bool on the CPU, whether a sample's latents, and its pixels where decoded, have neither NaN nor inf.
+    nsfw_content_detected: (B) the safety checker's verdicts; such a picture is black. None without a checker, or undecoded.
+    truncated:       (B) what was cut off each prompt at the text encoder's limit, "" for nothing.
     """
 
     images: Any
@@ -44,6 +47,9 @@ class Output:
     noise_gap: Tensor
     timesteps: Tensor
     restarted: Tensor | None = None
+    finite: Tensor | None = None
+    nsfw_content_detected: list[bool] | None = None
+    truncated: Sequence[str] = ()
 
 
 class Sampler:
@@ -60,15 +66,27 @@ class Sampler:
         compile: bool = False,
         capture: bool = False,
     ):
-        models.check(pipe)
-        if capture and pipe.device.type != "cuda":
-            raise ValueError(f"capture records CUDA graphs, and the pipeline is on {pipe.device}; leave it off there")
-        self.scheduler = make_scheduler(scheduler, pipe.scheduler)
-        models.set_attention(pipe, attention)
+        self.model = models.adapt(pipe, compile, lean=compile or capture)
+        if capture and self.model.device.type != "cuda":
+            raise ValueError(f"capture records CUDA graphs, and the pipeline is on {self.model.device}; leave it off there")
         self.pipe = pipe
-        self._networks = models.Networks(pipe.unet, compile, lean=compile or capture)
+        self.scheduler = scheduler
+        self.model.set_attention(attention)
         self._graphs = Graphs() if capture else None
-        self._solvers: dict[int, Solver] = {}
+        self._solvers: dict[int, tuple[Any, Solver]] = {}
+
+    @property
+    def scheduler(self) -> SchedulerMixin:
+        """The one that is sampled with: the pipeline's as it is now, or what was chosen, with the pipeline's configuration."""
+        own = self.pipe.scheduler
+        if self._scheduler is None or self._scheduler[0] != _configured(own):
+            self._scheduler = _configured(own), make_scheduler(self._choice, own)
+        return self._scheduler[1]
+
+    @scheduler.setter
+    def scheduler(self, choice: str | SchedulerMixin | None) -> None:
+        make_scheduler(choice, self.pipe.scheduler)  # raises for one that there is not
+        self._choice, self._scheduler = choice, None
 
     @classmethod
     def from_pipeline(
@@ -100,20 +118,26 @@ class Sampler:
         allow_pickle: bool = False,
         compile: bool = False,
         capture: bool = False,
+        **loading: Any,
     ) -> Sampler:
-        """Load a pipeline from a folder in diffusers' format or a hub id.
+        """Load a pipeline from a folder in diffusers' format, a single file of weights, or a hub id.
 
         device: default "cuda" where there is a GPU, else "cpu".
         dtype:  default float16 on a GPU, float32 elsewhere.
         allow_pickle: also load weights that are not safetensors. Pickle can run code: only for sources you trust.
         compile, capture: as for `from_pipeline`.
+        loading: options of diffusers' loader, such as variant="fp16", revision, token, device_map, config (the folder that says
+                 how a single file is to be read), and parts of the pipeline, such as vae=..., or safety_checker=None.
 
-        Raises ValueError for an unknown or unusable argument, FileNotFoundError for a missing folder.
+        Raises ValueError for an unknown or unusable argument, FileNotFoundError for a missing path.
         """
-        device = _device(device)
-        dtype = _dtype(dtype, device)
-        pipe = models.load(path_or_id, dtype, allow_pickle)
-        return cls(pipe.to(device), scheduler, attention, compile, capture)
+        if loading.get("device_map") is not None and device is not None:
+            raise ValueError(f"device is {str(device)!r}, and device_map places the parts: give one of the two")
+        device = arguments.device(device)
+        pipe = models.load(path_or_id, arguments.dtype(dtype, device), allow_pickle, **loading)
+        if loading.get("device_map") is None:
+            pipe = pipe.to(device)
+        return cls(pipe, scheduler, attention, compile, capture)
 
     @staticmethod
     def model_path(name: str) -> Path:
@@ -125,73 +149,93 @@ class Sampler:
             raise ValueError(f"name must be 'tiny', got {name!r}")
         return Path(str(files("basinescape.bench"))) / name
 
-    @torch.inference_mode()
     def __call__(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | None = None,
         seeds: int | Sequence[int] = 0,
         steps: int = 50,
         guidance: Guidance = Guidance.cfg(7.5),
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str | None] | None = None,
         height: int | None = None,
         width: int | None = None,
         output: str = "pil",
         progress: bool = True,
         wrap: Callable[[models.GuidedUNet], Network] | None = None,
+        num_images_per_prompt: int = 1,
+        latents: Tensor | None = None,
+        **options: Any,
     ) -> Output:
-        """Sample one image a prompt, all in one batch.
+        """Sample `num_images_per_prompt` images a prompt, all in one batch, those of one prompt after each other.
 
-        seeds:  one a prompt, or one for the first prompt, counted up from there. An image depends on (model, prompt, seed,
+        seeds:  one an image, or one for the first image, counted up from there. An image depends on (model, prompt, seed,
                 settings) alone, never on the batch it is made in.
+        negative_prompt: one for all prompts, or one or None for each.
         height, width: pixels; default the model's own size.
         output: "pil", "np", "pt" or "latent", with diffusers' meaning.
         wrap:   makes of the UNet and its encoded prompts the network to sample from, for methods that change either. Such a
                 network is not captured.
+        latents: (B, C, h, w) initial noise of standard deviation 1, in place of that drawn from the seeds.
+        options: arguments of the pipeline's own call, by its names and with its meaning: clip_skip, prompt_embeds (in place of
+                prompts), negative_prompt_embeds, cross_attention_kwargs (such as LoRA's "scale"; with them the network is
+                neither compiled nor captured), ip_adapter_image, ip_adapter_image_embeds; SDXL's also pooled_prompt_embeds,
+                negative_pooled_prompt_embeds, prompt_2, negative_prompt_2, original_size, crops_coords_top_left, target_size
+                and the negatives of these three.
 
         Raises ValueError, before any work, for arguments that are not as described.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(f"prompts must be a string or a non-empty list of strings, got {prompts!r}")
-        seeds = _seeds(seeds, len(prompts))
-        if isinstance(negative_prompt, str):
-            negative_prompt = [negative_prompt] * len(prompts)
-        elif negative_prompt is not None and len(negative_prompt) != len(prompts):
-            raise ValueError(f"negative_prompt has {len(negative_prompt)} entries for {len(prompts)} prompts")
-        if not isinstance(guidance, Guidance):
-            raise ValueError(f"guidance must be a Guidance, got {guidance!r}")
-        if output not in OUTPUTS:
-            raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
-        height, width = self.size(height, width)
-        solver = self.solver(steps)
-        if guidance.watch is not None and (solver.coefficients is None or wrap is not None):
-            raise ValueError(
-                f"guidance {guidance!r} needs a linear scheduler and no wrap; {type(self.scheduler).__name__} given"
-            )
-        device = self.pipe.device
-        train_steps = self.scheduler.config.get("num_train_timesteps", 1000)
-        planned = guard.plans if guidance.watch else Plan.make
-        plan = planned(solver, guidance, device, train_steps)
+        with torch.inference_mode():
+            self.model.check()
+            count = arguments.at_least_one("num_images_per_prompt", num_images_per_prompt)
+            embeds = options.get("prompt_embeds")
+            if prompts is not None or embeds is None:
+                prompts = arguments.texts("prompts", prompts)
+            prompted = len(embeds if prompts is None else prompts)
+            seeds = arguments.seeds(seeds, prompted * count)
+            negative_prompt = arguments.one_each("negative_prompt", negative_prompt, prompted)
+            if not isinstance(guidance, Guidance):
+                raise ValueError(f"guidance must be a Guidance, got {guidance!r}")
+            if output not in OUTPUTS:
+                raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
+            height, width = self.size(height, width)
+            shape = (len(seeds), *self.model.shape(height, width))
+            if latents is not None and tuple(latents.shape) != shape:
+                raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
+            solver = self.solver(steps)
+            if guidance.watch is not None and (solver.coefficients is None or wrap is not None):
+                raise ValueError(
+                    f"guidance {guidance!r} needs a linear scheduler and no wrap; {type(self.scheduler).__name__} given"
+                )
+            device = self.model.device
+            train_steps = self.scheduler.config.get("num_train_timesteps", 1000)
+            planned = guard.plans if guidance.watch else Plan.make
+            plan = planned(solver, guidance, device, train_steps)
 
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        inputs = models.encode(self.pipe, prompts, negative_prompt, height, width)
-        noise = self.noise(generators, height, width) * solver.init_sigma
-        noise = noise.to(device, self.pipe.unet.dtype)
-        bar = partial(tqdm, desc="sampling", unit="step", disable=not progress, file=sys.stderr)
-        if guidance.watch is not None:
-            run = self._guarded(inputs, plan, guidance, noise, bar)
-        else:
-            run = self._run(inputs, plan, noise, generators, solver.coefficients is not None, bar, wrap)
-        latents = run.latents.clone()  # a captured step's memory is used again
-        images = latents if output == "latent" else models.decode(self.pipe, latents, output)
-        restarted = None if guidance.watch is None else run.restarted.cpu()
-        transition = run.transition.cpu()
-        transition[transition >= len(solver.timesteps)] = -1  # settled too late to wait
-        return Output(images, latents, transition, run.gaps.cpu(), solver.timesteps, restarted)
+            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+            encoded = self.model.encode(prompts, height, width, count, negative_prompt, **options)
+            noise = self.noise(generators, height, width) if latents is None else latents.cpu().float()
+            noise = (noise * solver.init_sigma).to(device, self.model.dtype)
+            bar = partial(tqdm, desc="sampling", unit="step", disable=not progress, file=sys.stderr)
+            if guidance.watch is not None:
+                run = self._guarded(encoded, plan, guidance, noise, bar)
+            else:
+                run = self._run(encoded, plan, noise, generators, solver.coefficients is not None, bar, wrap)
+            latents = run.latents.clone()  # a captured step's memory is used again
+            finite = latents.isfinite().flatten(1).all(dim=1).cpu()
+            images, flagged = latents, None
+            if output != "latent":
+                decoded = self.model.decode(latents, output, generators)
+                images, flagged, finite = decoded.images, decoded.flagged, finite & decoded.finite
+            self.pipe.maybe_free_model_hooks()
+            restarted = None if guidance.watch is None else run.restarted.cpu()
+            transition = run.transition.cpu()
+            transition[transition >= len(solver.timesteps)] = -1  # settled too late to wait
+            gaps = run.gaps.cpu()
+        made = images, latents, transition, gaps, solver.timesteps, restarted, finite
+        return Output(*map(_normal, made), flagged, encoded.truncated)
 
     def _run(
         self,
-        inputs: dict[str, Any],
+        encoded: models.Encoded,
         plan: Plan,
         noise: Tensor,
         generators: list[torch.Generator],
@@ -200,12 +244,12 @@ class Sampler:
         wrap: Callable[[models.GuidedUNet], Network] | None,
     ) -> State:
         """All steps of `plan`, by the fastest way that `linear` (the solver is coefficients) and `wrap` allow."""
-        memory_format = models.memory_format(self.pipe.unet)
-        if self._graphs is not None and linear and wrap is None:
-            take, state = self._graphs.step(self._networks.fast(inputs), plan, noise, memory_format)
+        network = self.model.network(encoded, plain=wrap is not None)
+        if linear and wrap is None and self._captures(network):
+            take, state = self._graphs.step(network, plan, noise, self.model.memory_format)
         else:
-            network = self._networks.fast(inputs) if wrap is None else wrap(self._networks.plain(inputs))
-            state = plan.state(noise, memory_format)
+            network = network if wrap is None else wrap(network)
+            state = plan.state(noise, self.model.memory_format)
             if linear:
                 take = lockstep(network, plan, state)
             else:
@@ -214,18 +258,24 @@ class Sampler:
         return state
 
     def _guarded(
-        self, inputs: dict[str, Any], plans: tuple[Plan, Plan], guidance: Guidance, noise: Tensor, bar: Callable[..., Iterable]
+        self,
+        encoded: models.Encoded,
+        plans: tuple[Plan, Plan],
+        guidance: Guidance,
+        noise: Tensor,
+        bar: Callable[..., Iterable],
     ) -> guard.Guarded:
-        memory_format = models.memory_format(self.pipe.unet)
-
         def begin(network: models.GuidedUNet, plan: Plan, noise: Tensor) -> tuple[Step, State]:
-            if self._graphs is not None:
-                return self._graphs.step(network, plan, noise, memory_format)
-            state = plan.state(noise, memory_format)
+            if self._captures(network):
+                return self._graphs.step(network, plan, noise, self.model.memory_format)
+            state = plan.state(noise, self.model.memory_format)
             return fused_step(network, plan, state), state
 
-        network = self._networks.fast(inputs)
+        network = self.model.network(encoded)
         return guard.denoise(network, *plans, guidance, noise, begin, bar(plans[0].branches))
+
+    def _captures(self, network: models.GuidedUNet) -> bool:
+        return self._graphs is not None and network.version is not None
 
     def close(self) -> None:
         """Give back the memory of captured graphs. The sampler can still be used, and captures again."""
@@ -234,56 +284,33 @@ class Sampler:
 
     def solver(self, steps: int) -> Solver:
         """The scheduler's coefficients over `steps` steps, measured once. Raises ValueError unless 1 <= steps."""
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
-        if steps not in self._solvers:
-            self._solvers[steps] = Solver.of(self.scheduler, steps)
-        return self._solvers[steps]
+        steps, configured = arguments.at_least_one("steps", steps), _configured(self.scheduler)
+        if steps not in self._solvers or self._solvers[steps][0] != configured:
+            self._solvers[steps] = configured, Solver.of(self.scheduler, steps)
+        return self._solvers[steps][1]
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """(height, width) in pixels, by default the model's own; raises ValueError unless the autoencoder can make them."""
-        factor, sample = self.pipe.vae_scale_factor, self.pipe.unet.config.sample_size
-        own = (sample, sample) if isinstance(sample, int) else sample
-        for name, pixels in (("height", height), ("width", width)):
-            whole = isinstance(pixels, int) and not isinstance(pixels, bool)
-            if pixels is not None and (not whole or pixels < 1 or pixels % factor):
-                raise ValueError(f"{name} must be a multiple of {factor} pixels, got {pixels!r}")
-        return height or factor * own[0], width or factor * own[1]
+        return self.model.size(height, width)
 
     def noise(self, generators: Sequence[torch.Generator], height: int, width: int) -> Tensor:
         """The initial noise before its scale, each sample's from its own generator: (B, C, h, w) float32 on the CPU."""
-        factor = self.pipe.vae_scale_factor
-        shape = (1, self.pipe.unet.config.in_channels, height // factor, width // factor)
+        shape = (1, *self.model.shape(height, width))
         return torch.cat([torch.randn(shape, generator=generator, dtype=torch.float32) for generator in generators])
 
+    def in_float32(self) -> AbstractContextManager[None]:
+        """Inside, every call computes in float32 with the network as it is: neither compiled nor captured.
 
-def _seeds(seeds: int | Sequence[int], count: int) -> list[int]:
-    """One seed a prompt, or a ValueError."""
-    seeds = list(range(seeds, seeds + count)) if isinstance(seeds, int) else list(seeds)
-    if len(seeds) != count:
-        raise ValueError(f"seeds must be as many as prompts: got {len(seeds)} seeds for {count} prompts")
-    for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"seeds must be whole numbers from 0 to 2**63 - 1, got {seed!r}")
-    return seeds
+        The weights are back afterwards, bit for bit. For samples that are not finite in half precision.
+        """
+        return self.model.in_float32()
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be a torch device such as 'cuda' or 'cpu', got {device!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {str(device)!r}, but torch {torch.__version__} sees no CUDA GPU here; use 'cpu'")
-    return device
+def _configured(scheduler: SchedulerMixin) -> tuple:
+    """What makes a scheduler's coefficients what they are."""
+    return scheduler, dict(scheduler.config), getattr(scheduler, "shift", None)
 
 
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    if dtype is None:
-        return torch.float16 if device.type == "cuda" else torch.float32
-    found = DTYPES.get(str(dtype).removeprefix("torch."))
-    if found is None:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    return found
+def _normal(value: Any) -> Any:
+    """Tensors made in inference mode as ordinary ones, with memory of their own."""
+    return value.clone() if isinstance(value, Tensor) else value
