@@ -1,4 +1,4 @@
-"""Pipelines from folders, single files and the hub, by diffusers' own loaders. Weights are safetensors unless pickle is allowed."""
+"""Pipelines from folders, single files and the hub, by diffusers' own loaders; pickled weights only where they are allowed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load(path_or_id: str | Path, dtype: torch.dtype, allow_pickle: bool = False,
     A string is a path if it is absolute, begins with "." or "~", ends with "/", names weights (.safetensors, .ckpt), or is not
     of the form 'owner/name'.
 
-    options: of diffusers' `from_pretrained` and `from_single_file`, such as variant, revision, token, device_map and config; and
+    options: of diffusers' `from_pretrained` and `from_single_file`, such as variant, revision, token, device_map and config;
              parts of the pipeline to take instead of those in the folder, such as vae=..., or safety_checker=None.
 
     Raises FileNotFoundError for a missing path, ValueError for whatever else keeps the pipeline from being loaded.
@@ -51,8 +51,8 @@ def load(path_or_id: str | Path, dtype: torch.dtype, allow_pickle: bool = False,
         source = str(path)
     elif _is_path(path_or_id):
         raise FileNotFoundError(
-            f"model {str(path_or_id)!r} does not exist: give a folder in diffusers' format, a file of weights, or a hub id such "
-            "as 'owner/name'"
+            f"model {str(path_or_id)!r} does not exist: give a folder in diffusers' format, a file of weights, or a hub id "
+            "such as 'owner/name'"
         )
     else:
         source = str(path_or_id)
@@ -110,7 +110,7 @@ def _pickled(folder: Path, options: dict[str, Any]) -> str | None:
 def _of_variant(file: str, variant: str | None) -> bool:
     """Whether `file` may be loaded under `variant`: model.safetensors under any, model.fp16.safetensors under "fp16"."""
     marks = file.split(".")[1:-1]
-    return not marks or variant is not None and any(mark.split("-")[0] == variant for mark in marks)
+    return not marks or any(mark.split("-")[0] == variant for mark in marks)
 
 
 def _family(file: Path) -> type[StableDiffusionPipeline | StableDiffusionXLPipeline]:
