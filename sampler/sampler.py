@@ -26,7 +26,7 @@ from .solver import Solver, make_scheduler
 OUTPUTS = ("pil", "np", "pt", "latent")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Output:
     """What a call returns.
 

@@ -102,15 +102,16 @@ class StableDiffusion:
         self._check(prompts, negative_prompt, options)
         kwargs = options.get("cross_attention_kwargs")
         try:
-            encoded = self.pipe.encode_prompt(
-                prompt=prompts,
-                device=self.device,
-                num_images_per_prompt=count,
-                do_classifier_free_guidance=True,
-                negative_prompt=None if negative_prompt is None else [text or "" for text in negative_prompt],
-                lora_scale=None if kwargs is None else kwargs.get("scale"),
-                **{name: options[name] for name in (*self.texts, "clip_skip") if name in options},
-            )
+            with _final_norm_found(self.pipe.text_encoder):
+                encoded = self.pipe.encode_prompt(
+                    prompt=prompts,
+                    device=self.device,
+                    num_images_per_prompt=count,
+                    do_classifier_free_guidance=True,
+                    negative_prompt=None if negative_prompt is None else [text or "" for text in negative_prompt],
+                    lora_scale=None if kwargs is None else kwargs.get("scale"),
+                    **{name: options[name] for name in (*self.texts, "clip_skip") if name in options},
+                )
         except (AttributeError, TypeError) as error:
             missing = [part for pair in self.encoders for part in pair if getattr(self.pipe, part, None) is None]
             if not missing:
@@ -144,7 +145,7 @@ class StableDiffusion:
             width=8,
             callback_steps=None,
             negative_prompt=None if negative is None else list(negative),
-            **{name: value for name, value in options.items() if name in (*self.texts, *self.images)},
+            **{name: options.get(name) for name in (*self.texts, *self.images)},
         )
         skip = options.get("clip_skip")
         if skip is not None:
@@ -231,6 +232,17 @@ class StableDiffusion:
                 yield
         finally:
             self._live = live
+
+
+@contextmanager
+def _final_norm_found(encoder: nn.Module | None) -> Iterator[None]:
+    """diffusers' `clip_skip` asks for `text_model.final_layer_norm`, which is the encoder's own since transformers 5."""
+    places = {} if encoder is None or hasattr(encoder, "text_model") else vars(encoder)
+    places["text_model"] = encoder
+    try:
+        yield
+    finally:
+        del places["text_model"]
 
 
 def _finite(values: Tensor) -> Tensor:
