@@ -11,7 +11,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from packaging.version import Version
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 # What goes to diffusers' loader beside the pipeline's own parts.
@@ -64,7 +64,9 @@ def _loaded(source: str, loader: Any) -> DiffusionPipeline:
     """What the loader gives, or a ValueError of one line."""
     try:
         return loader()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+    except ImportError:  # a package that is missing says so best itself
+        raise
+    except Exception as error:  # the loaders raise whatever they meet
         why = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"model {source!r} cannot be loaded: {why}") from error
 
@@ -73,7 +75,7 @@ def _is_path(given: str | Path) -> bool:
     if isinstance(given, Path):
         return True
     named = given.endswith(("/", "\\", ".safetensors", *PICKLED)) or given.startswith((".", "~"))
-    return named or Path(given).is_absolute() or given.count("/") > 1 or "\\" in given or not given
+    return named or Path(given).is_absolute() or given.count("/") != 1
 
 
 def _pickled(folder: Path, options: dict[str, Any]) -> str | None:
