@@ -13,6 +13,7 @@ setup(
     packages=[
         "basinescape",
         "basinescape.kernels",
+        "basinescape.models",
         "basinescape.bench",
         "basinescape.bench.methods",
         "basinescape.bench.speed",

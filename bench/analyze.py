@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from basinescape import FirstMinimum, Guidance, Sampler, Settled, models
+from basinescape import FirstMinimum, Guidance, Sampler, Settled
 from basinescape.folder import settings_of
 from basinescape.kernels.state import State
 from basinescape.loop import Plan, fused_step
@@ -51,14 +51,14 @@ class Laboratory:
         push: Push | None = None,
     ) -> list[Image.Image]:
         """An image for each prompt and its seed; both branches run in every step."""
-        pipe, steps = self.sampler.pipe, self.scenario.steps
+        model, steps = self.sampler.model, self.scenario.steps
         solver = self.sampler.solver(steps)
-        plan = Plan.make(solver, guidance, pipe.device)
+        plan = Plan.make(solver, guidance, model.device)
         height, width = self.sampler.size()
-        network = models.GuidedUNet(pipe.unet, models.encode(pipe, [prompt.text for prompt in found], None, height, width))
+        network = model.network(model.encode([prompt.text for prompt in found], height, width), plain=True)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         noise = self.sampler.noise(generators, height, width) * solver.init_sigma
-        state = plan.state(noise.to(pipe.device, pipe.unet.dtype))
+        state = plan.state(noise.to(model.device, model.dtype))
 
         def seen(latents: Tensor, timesteps: Tensor, branch: str) -> Tensor:
             predictions = network(latents, timesteps, branch)
@@ -71,7 +71,7 @@ class Laboratory:
             if push:
                 push(k, state, plan.table)
             take("both")
-        return models.decode(pipe, state.latents, "pil")
+        return model.decode(state.latents, "pil").images
 
     def batches(self, found: Sequence[Prompt], seeds: Sequence[int]) -> list[tuple[list[Prompt], list[int]]]:
         """Every prompt with every seed, in batches."""

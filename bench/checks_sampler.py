@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from basinescape import FirstMinimum, Guidance, Sampler
 from basinescape.loop import Plan, denoise, fused_step
-from basinescape.models import GuidedUNet, encode, memory_format
 from basinescape.schedulers import make_scheduler
 
 from .checks import Figures, require
@@ -21,11 +20,12 @@ PROMPTS, SEEDS, STEPS = ["a picture of a cat signed by arno", "a picture of a fr
 def check_sampler_synchronisation(device: torch.device) -> Figures:
     """The whole loop, network included, makes the host wait nowhere."""
     sampler = Sampler.from_pipeline(pipeline("tiny", torch.float16, device), "dpmsolver++")
-    network = GuidedUNet(sampler.pipe.unet, encode(sampler.pipe, PROMPTS, None, 64, 64))
+    model = sampler.model
+    network = model.network(model.encode(PROMPTS, 64, 64))
     noise = torch.randn(3, 4, 16, 16).to(device, torch.float16)
     for guidance in METHODS.values():
         plan = Plan.make(sampler.solver(STEPS), guidance, device)
-        state = plan.state(noise, memory_format(sampler.pipe.unet))
+        state = plan.state(noise, model.memory_format)
         take = fused_step(network, plan, state)
         denoise(take, plan.branches)
         state.start(noise, plan.table, plan.transition)
@@ -55,7 +55,7 @@ def check_sampler_capture(device: torch.device) -> Figures:
     """Captured images are the same network's uncaptured ones, for every method, and after another batch size was captured."""
     pipe = pipeline("tiny", torch.float16, device)
     plain, captured = Sampler.from_pipeline(pipe, "dpmsolver++"), Sampler.from_pipeline(pipe, "dpmsolver++", capture=True)
-    plain._networks = captured._networks
+    plain.model = captured.model
     methods = {**METHODS, "delayed, first minimum or step 8": Guidance.delayed(7.5, until=FirstMinimum(latest=8))}
     figures = {}
     for count in (3, 1, 3):

@@ -296,6 +296,8 @@ def export(out: Path, vae: AutoencoderKL, text: CLIPTextModel, net: UNet2DCondit
         requires_safety_checker=False,
     )
     pipe.to(torch.float16).save_pretrained(out, safe_serialization=True)
+    config = out / "text_encoder" / "config.json"  # all parts load in float32, whatever they are stored in
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
 
 
 def export_memorized(out: Path) -> None:

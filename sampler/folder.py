@@ -29,8 +29,8 @@ def settings_of(sampler: Sampler) -> dict[str, Any]:
     packages = ("basinescape", "torch", "triton", "diffusers", "transformers", "xformers")
     return {
         "scheduler": {"class": type(sampler.scheduler).__name__, **_public(sampler.scheduler.config)},
-        "dtype": str(sampler.pipe.unet.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name() if sampler.pipe.device.type == "cuda" else sampler.pipe.device.type,
+        "dtype": str(sampler.model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name() if sampler.model.device.type == "cuda" else sampler.model.device.type,
         "versions": {"python": platform.python_version()} | {name: found for name in packages if (found := _version(name))},
     }
 

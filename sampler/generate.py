@@ -80,6 +80,8 @@ def generate(
         raise ValueError("jobs must have ids that differ, in more than upper and lower case")
     guidance.weights(sampler.solver(steps))  # raises for a table of another length
     height, width = sampler.size(height, width)
+    with torch.inference_mode():  # raises for what the model's text encoders cannot do
+        sampler.model.encode([""], height, width, clip_skip=clip_skip)
     settings = {"steps": steps, "guidance": guidance, "height": height, "width": width, "clip_skip": clip_skip}
     open_folder(out, describe(sampler, model, jobs, negative_prompt, settings))
     images = Path(out) / "images"
@@ -132,7 +134,7 @@ def _make(sampler: Sampler, batch: Sequence[Job], settings: dict[str, Any]) -> I
             return
         log.warning("a batch of %d failed (%s); trying its halves", len(batch), _said(error))
     else:
-        lower = {sampler.pipe.unet.dtype, sampler.pipe.vae.dtype} != {torch.float32}
+        lower = sampler.model.half
         for i, job in enumerate(batch):
             yield _again(sampler, job, settings) if lower and not made.finite[i] else _taken(job, made, i)
         return

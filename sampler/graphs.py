@@ -25,10 +25,18 @@ class Graphs:
         self._sessions: dict[tuple, Session] = {}
         self._pool: Any = None
         self._failed = False
+        self._version: object | None = None
 
     def step(self, network: GuidedUNet, plan: Plan, noise: Tensor, memory_format: torch.memory_format) -> tuple[Step, State]:
-        """A step to take from `noise` under `plan`, captured where that works, and the state it updates."""
-        key = (tuple(noise.shape), noise.dtype, memory_format, len(plan.table), plan.rule, plan.multistep, plan.scaled)
+        """A step to take from `noise` under `plan`, captured where that works, and the state it updates.
+
+        What was captured of an earlier version of the network is given back.
+        """
+        if network.version is not self._version:
+            self.clear()
+            self._version = network.version
+        form = tuple(noise.shape), noise.dtype, memory_format, network.form
+        key = (*form, len(plan.table), plan.rule, plan.multistep, plan.scaled)
         session = self._sessions.get(key)
         if session is None:
             session = self._sessions[key] = Session(network, plan, plan.state(noise, memory_format))
@@ -52,7 +60,8 @@ class Graphs:
 
     def clear(self) -> None:
         self._sessions.clear()
-        self._pool = None
+        self._pool = self._version = None
+        self._failed = False
         torch.cuda.empty_cache()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -15,7 +16,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 from tqdm import tqdm
 
-from . import guard, models
+from . import arguments, guard, models
 from .graphs import Graphs
 from .guidance import Guidance
 from .kernels.state import State
@@ -23,11 +24,10 @@ from .loop import Network, Plan, Step, denoise, fused_step, lockstep, scheduler_
 from .schedulers import Schedule, make_scheduler
 from .solver import Solver
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OUTPUTS = ("pil", "np", "pt", "latent")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Output:
     """What a call returns.
 
@@ -37,6 +37,9 @@ class Output:
     noise_gap:       (B, steps) float32 on the CPU, ||cond - uncond||_2 at each step, NaN where it was not computed.
     timesteps:       (steps,) float32 on the CPU, in the scheduler's units.
     restarted:       (B,) bool on the CPU, the samples that a guard has started again; None without a guard.
+    finite:          (B,) bool on the CPU, whether a sample's latents, and its pixels where decoded, have neither NaN nor inf.
+    nsfw_content_detected: (B) the safety checker's verdicts; such a picture is black. None without a checker, or undecoded.
+    truncated:       (B) what was cut off each prompt at the text encoder's limit, "" for nothing.
     """
 
     images: Any
@@ -45,6 +48,9 @@ class Output:
     noise_gap: Tensor
     timesteps: Tensor
     restarted: Tensor | None = None
+    finite: Tensor | None = None
+    nsfw_content_detected: list[bool] | None = None
+    truncated: Sequence[str] = ()
 
 
 class Sampler:
@@ -61,15 +67,27 @@ class Sampler:
         compile: bool = False,
         capture: bool = False,
     ):
-        models.check(pipe)
-        if capture and pipe.device.type != "cuda":
-            raise ValueError(f"capture records CUDA graphs, and the pipeline is on {pipe.device}; leave it off there")
-        self.scheduler = make_scheduler(scheduler, pipe.scheduler)
-        models.set_attention(pipe, attention)
+        self.model = models.adapt(pipe, compile, lean=compile or capture)
+        if capture and self.model.device.type != "cuda":
+            raise ValueError(f"capture records CUDA graphs, and the pipeline is on {self.model.device}; leave it off there")
         self.pipe = pipe
-        self._networks = models.Networks(pipe.unet, compile, lean=compile or capture)
+        self.scheduler = scheduler
+        self.model.set_attention(attention)
         self._graphs = Graphs() if capture else None
         self._solvers: dict[tuple, Solver] = {}
+
+    @property
+    def scheduler(self) -> SchedulerMixin:
+        """The one that is sampled with: the pipeline's as it is now, or what was chosen, with the pipeline's configuration."""
+        own = self.pipe.scheduler
+        if self._scheduler is None or self._scheduler[0] != _configured(own):
+            self._scheduler = _configured(own), make_scheduler(self._choice, own)
+        return self._scheduler[1]
+
+    @scheduler.setter
+    def scheduler(self, choice: str | SchedulerMixin | None) -> None:
+        make_scheduler(choice, self.pipe.scheduler)  # raises for one that there is not
+        self._choice, self._scheduler = choice, None
 
     @classmethod
     def from_pipeline(
@@ -101,20 +119,26 @@ class Sampler:
         allow_pickle: bool = False,
         compile: bool = False,
         capture: bool = False,
+        **loading: Any,
     ) -> Sampler:
-        """Load a pipeline from a folder in diffusers' format or a hub id.
+        """Load a pipeline from a folder in diffusers' format, a single file of weights, or a hub id.
 
         device: default "cuda" where there is a GPU, else "cpu".
         dtype:  default float16 on a GPU, float32 elsewhere.
         allow_pickle: also load weights that are not safetensors. Pickle can run code: only for sources you trust.
         compile, capture: as for `from_pipeline`.
+        loading: options of diffusers' loader, such as variant="fp16", revision, token, device_map, config (the folder that says
+                 how a single file is to be read), and parts of the pipeline, such as vae=..., or safety_checker=None.
 
-        Raises ValueError for an unknown or unusable argument, FileNotFoundError for a missing folder.
+        Raises ValueError for an unknown or unusable argument, FileNotFoundError for a missing path.
         """
-        device = _device(device)
-        dtype = _dtype(dtype, device)
-        pipe = models.load(path_or_id, dtype, allow_pickle)
-        return cls(pipe.to(device), scheduler, attention, compile, capture)
+        if loading.get("device_map") is not None and device is not None:
+            raise ValueError(f"device is {str(device)!r}, and device_map places the parts: give one of the two")
+        device = arguments.device(device)
+        pipe = models.load(path_or_id, arguments.dtype(dtype, device), allow_pickle, **loading)
+        if loading.get("device_map") is None:
+            pipe = pipe.to(device)
+        return cls(pipe, scheduler, attention, compile, capture)
 
     @staticmethod
     def model_path(name: str) -> Path:
@@ -126,14 +150,13 @@ class Sampler:
             raise ValueError(f"name must be 'tiny', got {name!r}")
         return Path(str(files("basinescape.bench"))) / name
 
-    @torch.inference_mode()
     def __call__(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | None = None,
         seeds: int | Sequence[int] = 0,
         steps: int = 50,
         guidance: Guidance = Guidance.cfg(7.5),
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str | None] | None = None,
         height: int | None = None,
         width: int | None = None,
         output: str = "pil",
@@ -146,11 +169,15 @@ class Sampler:
         guidance_rescale: float = 0.0,
         callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        num_images_per_prompt: int = 1,
+        latents: Tensor | None = None,
+        **options: Any,
     ) -> Output:
-        """Sample one image a prompt, all in one batch.
+        """Sample `num_images_per_prompt` images a prompt, all in one batch, those of one prompt after each other.
 
-        seeds:  one a prompt, or one for the first prompt, counted up from there. An image depends on (model, prompt, seed,
+        seeds:  one an image, or one for the first image, counted up from there. An image depends on (model, prompt, seed,
                 settings) alone, never on the batch it is made in.
+        negative_prompt: one for all prompts, or one or None for each.
         height, width: pixels; default the model's own size.
         output: "pil", "np", "pt" or "latent", with diffusers' meaning.
         wrap:   makes of the UNet and its encoded prompts the network to sample from, for methods that change either. Such a
@@ -159,60 +186,77 @@ class Sampler:
         guidance_rescale: Lin et al., https://arxiv.org/abs/2305.08891, section 3.4; the noise gap is that before it.
         callback_on_step_end: called after every network call with (pipeline, index, timestep, {"latents": latents}); latents
                 that it returns are gone on with. Not under a guard.
+        latents: (B, C, h, w) initial noise of standard deviation 1, in place of that drawn from the seeds.
+        options: arguments of the pipeline's own call, by its names and with its meaning: clip_skip, prompt_embeds (in place of
+                prompts), negative_prompt_embeds, cross_attention_kwargs (such as LoRA's "scale"; with them the network is
+                neither compiled nor captured), ip_adapter_image, ip_adapter_image_embeds; SDXL's also pooled_prompt_embeds,
+                negative_pooled_prompt_embeds, prompt_2, negative_prompt_2, original_size, crops_coords_top_left, target_size
+                and the negatives of these three.
 
         Raises ValueError, before any work, for arguments that are not as described.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(f"prompts must be a string or a non-empty list of strings, got {prompts!r}")
-        seeds = _seeds(seeds, len(prompts))
-        if isinstance(negative_prompt, str):
-            negative_prompt = [negative_prompt] * len(prompts)
-        elif negative_prompt is not None and len(negative_prompt) != len(prompts):
-            raise ValueError(f"negative_prompt has {len(negative_prompt)} entries for {len(prompts)} prompts")
-        if not isinstance(guidance, Guidance):
-            raise ValueError(f"guidance must be a Guidance, got {guidance!r}")
-        if output not in OUTPUTS:
-            raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
-        height, width = self.size(height, width)
-        solver = self.solver(Schedule(steps, timesteps, sigmas, eta, denoising_end))
-        linear = solver.coefficients is not None and not _rescale(guidance_rescale)
-        if list(callback_on_step_end_tensor_inputs) != ["latents"]:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be ['latents'], got {list(callback_on_step_end_tensor_inputs)!r}"
-            )
-        if guidance.watch is not None and not (linear and wrap is None and callback_on_step_end is None):
-            raise ValueError(
-                f"guidance {guidance!r} needs a linear scheduler ({type(self.scheduler).__name__} given), and neither wrap, "
-                "guidance_rescale nor callback_on_step_end"
-            )
-        device = self.pipe.device
-        planned = guard.plans if guidance.watch else Plan.make
-        plan = planned(solver, guidance, device)
+        with torch.inference_mode():
+            self.model.check()
+            count = arguments.at_least_one("num_images_per_prompt", num_images_per_prompt)
+            embeds = options.get("prompt_embeds")
+            if prompts is not None or embeds is None:
+                prompts = arguments.texts("prompts", prompts)
+            prompted = len(embeds if prompts is None else prompts)
+            seeds = arguments.seeds(seeds, prompted * count)
+            negative_prompt = arguments.one_each("negative_prompt", negative_prompt, prompted)
+            if not isinstance(guidance, Guidance):
+                raise ValueError(f"guidance must be a Guidance, got {guidance!r}")
+            if output not in OUTPUTS:
+                raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
+            height, width = self.size(height, width)
+            shape = (len(seeds), *self.model.shape(height, width))
+            if latents is not None and tuple(latents.shape) != shape:
+                raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
+            solver = self.solver(Schedule(steps, timesteps, sigmas, eta, denoising_end))
+            linear = solver.coefficients is not None and not arguments.share("guidance_rescale", guidance_rescale)
+            if list(callback_on_step_end_tensor_inputs) != ["latents"]:
+                raise ValueError(
+                    f"callback_on_step_end_tensor_inputs must be ['latents'], got {callback_on_step_end_tensor_inputs!r}"
+                )
+            if guidance.watch is not None and not (linear and wrap is None and callback_on_step_end is None):
+                raise ValueError(
+                    f"guidance {guidance!r} needs a linear scheduler ({type(self.scheduler).__name__} given), and neither "
+                    "wrap, guidance_rescale nor callback_on_step_end"
+                )
+            device = self.model.device
+            planned = guard.plans if guidance.watch else Plan.make
+            plan = planned(solver, guidance, device)
 
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        inputs = models.encode(self.pipe, prompts, negative_prompt, height, width)
-        noise = self.noise(generators, height, width) * solver.init_sigma
-        noise = noise.to(device, self.pipe.unet.dtype)
-        bar = partial(tqdm, desc="sampling", unit="step", disable=not progress, file=sys.stderr)
-        if guidance.watch is not None:
-            run = self._guarded(inputs, plan, guidance, noise, bar)
-        else:
-            called = None if callback_on_step_end is None else partial(self._call_back, callback_on_step_end, solver, plan)
-            own = partial(scheduler_step, solver, self.scheduler, generators, guidance_rescale)
-            run = self._run(inputs, plan, noise, None if linear else own, bar, wrap, called)
-        latents = run.latents.clone()  # a captured step's memory is used again
-        images = latents if output == "latent" else models.decode(self.pipe, latents, output)
-        restarted = None if guidance.watch is None else run.restarted.cpu()
-        transition = run.transition.cpu()
-        transition[transition >= len(solver.timesteps)] = -1  # settled too late to wait
-        transition = torch.where(transition < 0, transition, solver.step[transition])
-        first = solver.first_calls
-        return Output(images, latents, transition, run.gaps.cpu()[:, first], solver.timesteps[first], restarted)
+            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+            encoded = self.model.encode(prompts, height, width, count, negative_prompt, **options)
+            noise = self.noise(generators, height, width) if latents is None else latents.cpu().float()
+            noise = (noise * solver.init_sigma).to(device, self.model.dtype)
+            bar = partial(tqdm, desc="sampling", unit="step", disable=not progress, file=sys.stderr)
+            if guidance.watch is not None:
+                run = self._guarded(encoded, plan, guidance, noise, bar)
+            else:
+                called = None if callback_on_step_end is None else partial(self._call_back, callback_on_step_end, solver, plan)
+                own = partial(scheduler_step, solver, self.scheduler, generators, guidance_rescale)
+                run = self._run(encoded, plan, noise, None if linear else own, bar, wrap, called)
+            latents = run.latents.clone()  # a captured step's memory is used again
+            finite = latents.isfinite().flatten(1).all(dim=1).cpu()
+            images, flagged = latents, None
+            if output != "latent":
+                decoded = self.model.decode(latents, output, generators)
+                images, flagged, finite = decoded.images, decoded.flagged, finite & decoded.finite
+            self.pipe.maybe_free_model_hooks()
+            restarted = None if guidance.watch is None else run.restarted.cpu()
+            transition = run.transition.cpu()
+            transition[transition >= len(solver.timesteps)] = -1  # settled too late to wait
+            transition = torch.where(transition < 0, transition, solver.step[transition])
+            first = solver.first_calls
+            gaps = run.gaps.cpu()[:, first]
+        made = images, latents, transition, gaps, solver.timesteps[first], restarted, finite
+        return Output(*map(_normal, made), flagged, encoded.truncated)
 
     def _run(
         self,
-        inputs: dict[str, Any],
+        encoded: models.Encoded,
         plan: Plan,
         noise: Tensor,
         own: Callable[..., Step] | None,
@@ -221,13 +265,12 @@ class Sampler:
         called: Callable[[State, int], None] | None,
     ) -> State:
         """All steps of `plan`, by the fastest way that `wrap` allows, or by `own`, the scheduler's own step."""
-        memory_format = models.memory_format(self.pipe.unet)
-        if self._graphs is not None and own is None and wrap is None:
-            take, state = self._graphs.step(self._networks.fast(inputs), plan, noise, memory_format)
+        network = self.model.network(encoded, plain=wrap is not None)
+        if own is None and wrap is None and self._captures(network):
+            take, state = self._graphs.step(network, plan, noise, self.model.memory_format)
         else:
-            network = self._networks.fast(inputs) if wrap is None else wrap(self._networks.plain(inputs))
-            state = plan.state(noise, memory_format)
-            take = (own or lockstep)(network, plan, state)
+            state = plan.state(noise, self.model.memory_format)
+            take = (own or lockstep)(network if wrap is None else wrap(network), plan, state)
         denoise(take, bar(plan.branches), None if called is None else partial(called, state))
         return state
 
@@ -238,18 +281,24 @@ class Sampler:
         state.feed(returned, plan.table)
 
     def _guarded(
-        self, inputs: dict[str, Any], plans: tuple[Plan, Plan], guidance: Guidance, noise: Tensor, bar: Callable[..., Iterable]
+        self,
+        encoded: models.Encoded,
+        plans: tuple[Plan, Plan],
+        guidance: Guidance,
+        noise: Tensor,
+        bar: Callable[..., Iterable],
     ) -> guard.Guarded:
-        memory_format = models.memory_format(self.pipe.unet)
-
         def begin(network: models.GuidedUNet, plan: Plan, noise: Tensor) -> tuple[Step, State]:
-            if self._graphs is not None:
-                return self._graphs.step(network, plan, noise, memory_format)
-            state = plan.state(noise, memory_format)
+            if self._captures(network):
+                return self._graphs.step(network, plan, noise, self.model.memory_format)
+            state = plan.state(noise, self.model.memory_format)
             return fused_step(network, plan, state), state
 
-        network = self._networks.fast(inputs)
+        network = self.model.network(encoded)
         return guard.denoise(network, *plans, guidance, noise, begin, bar(plans[0].branches))
+
+    def _captures(self, network: models.GuidedUNet) -> bool:
+        return self._graphs is not None and network.version is not None
 
     def close(self) -> None:
         """Give back the memory of captured graphs. The sampler can still be used, and captures again."""
@@ -259,61 +308,34 @@ class Sampler:
     def solver(self, schedule: int | Schedule) -> Solver:
         """The scheduler's coefficients over a schedule, or so many steps, measured once. Raises what `Solver.of` does."""
         schedule = schedule if isinstance(schedule, Schedule) else Schedule(schedule)
-        key = (type(self.scheduler), str(self.scheduler.config), schedule)
+        scheduler = self.scheduler
+        key = type(scheduler), str(scheduler.config), getattr(scheduler, "shift", None), schedule
         if key not in self._solvers:
-            self._solvers[key] = Solver.of(self.scheduler, schedule)
+            self._solvers[key] = Solver.of(scheduler, schedule)
         return self._solvers[key]
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """(height, width) in pixels, by default the model's own; raises ValueError unless the autoencoder can make them."""
-        factor, sample = self.pipe.vae_scale_factor, self.pipe.unet.config.sample_size
-        own = (sample, sample) if isinstance(sample, int) else sample
-        for name, pixels in (("height", height), ("width", width)):
-            whole = isinstance(pixels, int) and not isinstance(pixels, bool)
-            if pixels is not None and (not whole or pixels < 1 or pixels % factor):
-                raise ValueError(f"{name} must be a multiple of {factor} pixels, got {pixels!r}")
-        return height or factor * own[0], width or factor * own[1]
+        return self.model.size(height, width)
 
     def noise(self, generators: Sequence[torch.Generator], height: int, width: int) -> Tensor:
         """The initial noise before its scale, each sample's from its own generator: (B, C, h, w) float32 on the CPU."""
-        factor = self.pipe.vae_scale_factor
-        shape = (1, self.pipe.unet.config.in_channels, height // factor, width // factor)
+        shape = (1, *self.model.shape(height, width))
         return torch.cat([torch.randn(shape, generator=generator, dtype=torch.float32) for generator in generators])
 
+    def in_float32(self) -> AbstractContextManager[None]:
+        """Inside, every call computes in float32 with the network as it is: neither compiled nor captured.
 
-def _seeds(seeds: int | Sequence[int], count: int) -> list[int]:
-    """One seed a prompt, or a ValueError."""
-    seeds = list(range(seeds, seeds + count)) if isinstance(seeds, int) else list(seeds)
-    if len(seeds) != count:
-        raise ValueError(f"seeds must be as many as prompts: got {len(seeds)} seeds for {count} prompts")
-    for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ValueError(f"seeds must be whole numbers from 0 to 2**63 - 1, got {seed!r}")
-    return seeds
+        The weights are back afterwards, bit for bit. For samples that are not finite in half precision.
+        """
+        return self.model.in_float32()
 
 
-def _rescale(guidance_rescale: float) -> float:
-    if isinstance(guidance_rescale, bool) or not isinstance(guidance_rescale, (int, float)) or not 0 <= guidance_rescale <= 1:
-        raise ValueError(f"guidance_rescale must be a number from 0 to 1, got {guidance_rescale!r}")
-    return guidance_rescale
+def _configured(scheduler: SchedulerMixin) -> tuple:
+    """What makes a scheduler's coefficients what they are."""
+    return scheduler, dict(scheduler.config), getattr(scheduler, "shift", None)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be a torch device such as 'cuda' or 'cpu', got {device!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {str(device)!r}, but torch {torch.__version__} sees no CUDA GPU here; use 'cpu'")
-    return device
-
-
-def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    if dtype is None:
-        return torch.float16 if device.type == "cuda" else torch.float32
-    found = DTYPES.get(str(dtype).removeprefix("torch."))
-    if found is None:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    return found
+def _normal(value: Any) -> Any:
+    """Tensors made in inference mode as ordinary ones, with memory of their own."""
+    return value.clone() if isinstance(value, Tensor) else value

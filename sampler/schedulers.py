@@ -15,6 +15,8 @@ from diffusers import SchedulerMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from torch import Tensor
 
+from . import arguments
+
 # name -> (diffusers class, what its `from_config` overrides)
 SCHEDULERS: dict[str, tuple[str, dict]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -119,16 +121,13 @@ class Schedule:
     denoising_end: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, (int, np.integer)) or self.steps < 1:
-            raise ValueError(f"steps must be a whole number of at least 1, got {self.steps!r}")
-        object.__setattr__(self, "steps", int(self.steps))
+        object.__setattr__(self, "steps", arguments.at_least_one("steps", self.steps))
         if self.timesteps is not None and self.sigmas is not None:
             raise ValueError("timesteps and sigmas cannot both be given")
         for name in ("timesteps", "sigmas"):
             if (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, _numbers(name, given))
-        if not isinstance(self.eta, (int, float)) or not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must be a number from 0 to 1, got {self.eta!r}")
+        arguments.share("eta", self.eta)
         if self.denoising_end is not None and not (isinstance(self.denoising_end, float) and 0 < self.denoising_end < 1):
             raise ValueError(f"denoising_end must be a number between 0 and 1, got {self.denoising_end!r}")
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from basinescape import At, FirstMinimum, Guidance, Sampler
-from basinescape.lean import Lean, fuse
-from basinescape.models import Networks
+from basinescape.models import adapt
+from basinescape.models.lean import Lean, fuse
+from rounding import assert_same_but_for_rounding
 
 METHODS = [
     Guidance.cfg(7.5),
@@ -17,20 +18,33 @@ PROMPTS = ["a picture of a cat", "a picture of a frog signed by arno"]
 
 def leaned(pipe):
     sampler = Sampler.from_pipeline(pipe, "dpmsolver++")
-    sampler._networks = Networks(pipe.unet, compile=False, lean=True)
+    sampler.model = adapt(pipe, lean=True)
     return sampler
+
+
+def lean_of(sampler):
+    """What the sampler's network was made into, None where nothing was."""
+    return sampler.model._networks._now(sampler.pipe.unet).lean
 
 
 def latents(sampler, guidance, **options):
     return sampler(PROMPTS, 3, 6, guidance, output="latent", progress=False, **options).latents
 
 
+def assert_plain(found, pipe, guidance):
+    """found: latents, which must be those of the pipeline's own network."""
+
+    def sample():
+        return latents(Sampler.from_pipeline(pipe, "dpmsolver++"), guidance)
+
+    assert_same_but_for_rounding(found, sample(), pipe, sample)
+
+
 @pytest.mark.parametrize("guidance", METHODS, ids=repr)
 @pytest.mark.parametrize("kind", ["tiny", "sd", "sdxl"])
 def test_it_samples_the_same(pipe, random_pipeline, kind, guidance):
     used = pipe if kind == "tiny" else random_pipeline(kind, 8, "epsilon")
-    expected = latents(Sampler.from_pipeline(used, "dpmsolver++"), guidance)
-    torch.testing.assert_close(latents(leaned(used), guidance), expected, atol=1e-4, rtol=1e-4)
+    assert_plain(latents(leaned(used), guidance), used, guidance)
 
 
 @pytest.mark.parametrize(("kind", "shared"), [("tiny", True), ("sd", True), ("sdxl", False)])
@@ -38,7 +52,7 @@ def test_layers_before_the_text_run_for_one_half(pipe, random_pipeline, kind, sh
     """Not where the text also changes what the network is told of the time, as in SDXL."""
     used = pipe if kind == "tiny" else random_pipeline(kind, 8, "epsilon")
     sampler, seen = leaned(used), set()
-    both = sampler._networks._lean.both
+    both = lean_of(sampler).both
     attention = both.down_blocks[1].attentions[0].transformer_blocks[0]
     for name, module in (("first", both.down_blocks[0].resnets[0]), ("own", attention.attn1), ("text", attention.attn2)):
         convolution = module.conv1 if name == "first" else module.to_q
@@ -58,11 +72,23 @@ def test_the_pipeline_keeps_its_network_and_lends_its_weights(pipe):
 
 def test_the_products_of_self_attention_fused_are_the_same(pipe):
     sampler = leaned(pipe)
-    expected = latents(sampler, METHODS[0])
-    for twin in (sampler._networks._lean.one, sampler._networks._lean.both):
-        fuse(twin)
-        assert any(hasattr(module, "to_qkv") for module in twin.modules())
-    torch.testing.assert_close(latents(sampler, METHODS[0]), expected, atol=1e-4, rtol=1e-4)
+    for twin in (lean_of(sampler).one, lean_of(sampler).both):
+        assert fuse(twin) and any(hasattr(module, "to_qkv") for module in twin.modules())
+    assert_plain(latents(sampler, METHODS[0]), pipe, METHODS[0])
+
+
+def test_products_fused_on_a_gpu_are_those_of_the_weights_as_they_are(random_pipeline, device):
+    used = random_pipeline("sd", 8, "epsilon").to("cuda")
+    lean = Lean(used.unet)
+    for module in used.unet.modules():
+        if hasattr(module, "to_v"):
+            module.to_v.weight.data.mul_(2)
+    lean.refresh()
+    fused = [module for module in lean.one.modules() if hasattr(module, "to_qkv")]
+    assert fused
+    for module in fused:
+        parts = [part.weight for part in (module.to_q, module.to_k, module.to_v)]
+        assert torch.equal(module.to_qkv.weight.cpu(), torch.cat(parts).cpu())
 
 
 class Adapter(torch.nn.Module):
@@ -82,10 +108,9 @@ def test_an_adapter_is_neither_fused_nor_lost(random_pipeline):
         if name.endswith(("attn1", "attn2")):
             module.to_v = Adapter(module.to_v)
     sampler = leaned(used)
-    fuse(sampler._networks._lean.both)
-    assert not any(hasattr(module, "to_qkv") for module in sampler._networks._lean.both.modules())
-    expected = latents(Sampler.from_pipeline(used, "dpmsolver++"), METHODS[0])
-    torch.testing.assert_close(latents(sampler, METHODS[0]), expected, atol=1e-4, rtol=1e-4)
+    assert not fuse(lean_of(sampler).both)
+    assert not any(hasattr(module, "to_qkv") for module in lean_of(sampler).both.modules())
+    assert_plain(latents(sampler, METHODS[0]), used, METHODS[0])
 
 
 def custom_processor(unet):
@@ -103,12 +128,15 @@ def own_forward(unet):
     unet.forward = lambda *arguments, **keywords: forward(*arguments, **keywords)
 
 
-@pytest.mark.parametrize("change", [lambda unet: unet.fuse_qkv_projections(), custom_processor, own_forward])
-def test_a_network_that_reads_the_text_in_its_own_way_keeps_it(random_pipeline, change):
+@pytest.mark.parametrize(
+    ("change", "lean"), [(lambda unet: unet.fuse_qkv_projections(), True), (custom_processor, False), (own_forward, False)]
+)
+def test_a_network_that_reads_the_text_in_its_own_way_keeps_it(random_pipeline, change, lean):
     used = random_pipeline("sd", 8, "epsilon")
     change(used.unet)
-    expected = latents(Sampler.from_pipeline(used, "dpmsolver++"), METHODS[1])
-    torch.testing.assert_close(latents(leaned(used), METHODS[1]), expected, atol=1e-4, rtol=1e-4)
+    sampler = leaned(used)
+    assert (lean_of(sampler) is not None) == lean
+    assert_plain(latents(sampler, METHODS[1]), used, METHODS[1])
 
 
 def test_a_method_that_changes_the_text_gets_the_text(pipe):
@@ -120,7 +148,7 @@ def test_a_method_that_changes_the_text_gets_the_text(pipe):
 
     found = latents(leaned(pipe), METHODS[0], wrap=wrap)
     assert widths == [pipe.unet.config.cross_attention_dim]
-    torch.testing.assert_close(found, latents(Sampler.from_pipeline(pipe, "dpmsolver++"), METHODS[0]), atol=1e-4, rtol=1e-4)
+    assert_plain(found, pipe, METHODS[0])
 
 
 def test_the_compiler_takes_it_whole_and_keeps_halves_and_batches_apart(pipe, monkeypatch):
@@ -129,10 +157,13 @@ def test_the_compiler_takes_it_whole_and_keeps_halves_and_batches_apart(pipe, mo
     monkeypatch.setattr(torch, "compile", lambda unet, options, dynamic: compile(unet, fullgraph=True, backend="eager"))
     plain = Sampler.from_pipeline(pipe, "dpmsolver++")
     compiled = Sampler.from_pipeline(pipe, "dpmsolver++", compile=True)
+    settings = {"steps": 4, "guidance": METHODS[1], "output": "latent", "progress": False}
     try:
         for prompts in (PROMPTS, PROMPTS + PROMPTS[::-1], PROMPTS):
-            settings = {"steps": 4, "guidance": METHODS[1], "output": "latent", "progress": False}
-            found, expected = compiled(prompts, 3, **settings), plain(prompts, 3, **settings)
-            torch.testing.assert_close(found.latents, expected.latents, atol=1e-4, rtol=1e-4)
+
+            def sample(prompts=prompts):
+                return plain(prompts, 3, **settings).latents
+
+            assert_same_but_for_rounding(compiled(prompts, 3, **settings).latents, sample(), pipe, sample)
     finally:
         pipe.unet.to(memory_format=torch.contiguous_format)

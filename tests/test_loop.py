@@ -7,7 +7,7 @@ import torch
 from basinescape import At, FirstMinimum, Guidance
 from basinescape.kernels import step as kernels_step
 from basinescape.loop import Plan, denoise, fused_step, lockstep
-from basinescape.models import GuidedUNet, encode
+from basinescape.models import adapt
 from basinescape.schedulers import Schedule, make_scheduler
 from basinescape.solver import Solver
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -39,10 +39,10 @@ class Operators(TorchDispatchMode):
 
 
 def start(pipe, guidance, scheduler="euler"):
-    inputs = encode(pipe, ["a picture of a cat", "a picture of a frog"], None, 64, 64)
+    model = adapt(pipe)
     plan = Plan.make(Solver.of(make_scheduler(scheduler, pipe.scheduler), Schedule(STEPS)), guidance, torch.device("cpu"))
     state = plan.state(torch.randn(2, 4, 16, 16))
-    return GuidedUNet(pipe.unet, inputs), plan, state
+    return model.network(model.encode(["a picture of a cat", "a picture of a frog"], 64, 64)), plan, state
 
 
 @pytest.mark.parametrize("scheduler", ["euler", "dpmsolver++", "ddim"])

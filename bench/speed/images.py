@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from basinescape import At, FirstMinimum, Guidance, Sampler
 from basinescape.loop import Plan
-from basinescape.models import PACKED, GuidedUNet, decode, encode, traced
+from basinescape.models import adapt
+from basinescape.models.unet import PACKED, traced
 from basinescape.schedulers import make_scheduler
 from diffusers import DiffusionPipeline
 from torch.utils.flop_counter import FlopCounterMode
@@ -95,7 +96,7 @@ class Bench:
         made = []
         for prompt, seed in zip(self.prompts, self.seeds, strict=True):
             latents = published(self.pipe, prompt, seed, self.case.steps, guidance, self.size)
-            made.append(decode(self.pipe, latents, "np"))
+            made.append(adapt(self.pipe).decode(latents, "np").images)
         return np.concatenate(made)
 
     def peers(self) -> dict[str, Peer]:
@@ -128,10 +129,9 @@ class Bench:
 
     def flops(self) -> dict[str, float]:
         """What the network needs for one image of each method."""
-        inputs = encode(self.pipe, self.prompts[:1], None, self.size, self.size)
-        network = GuidedUNet(self.pipe.unet, inputs)
-        side = self.size // self.pipe.vae_scale_factor
-        latents = torch.randn((1, self.pipe.unet.config.in_channels, side, side)).to(self.device, self.case.dtype)
+        model = adapt(self.pipe)
+        network = model.network(model.encode(self.prompts[:1], self.size, self.size))
+        latents = torch.randn((1, *model.shape(self.size, self.size))).to(self.device, self.case.dtype)
         with FlopCounterMode(display=False) as counter, torch.inference_mode():
             network(latents, torch.full((1,), 500.0, device=self.device), "cond")
         solver = Sampler.from_pipeline(self.pipe).solver(self.case.steps)

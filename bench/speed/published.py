@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from basinescape import At, Guidance
-from basinescape.models import encode
+from basinescape.models import adapt
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
@@ -17,7 +17,7 @@ def published(pipe: DiffusionPipeline, prompt: str, seed: int, steps: int, guida
     """Latents (1, C, h, w) of one square image under the pipeline's own scheduler and a guidance of constant scale."""
     scheduler, device = pipe.scheduler, pipe.device
     scheduler.set_timesteps(steps, device=device)
-    inputs = encode(pipe, [prompt], None, height, height)
+    inputs = adapt(pipe).encode([prompt], height, height).inputs
     side = height // pipe.vae_scale_factor
     noise = torch.randn((1, pipe.unet.config.in_channels, side, side), generator=torch.Generator().manual_seed(seed))
     latents = (noise * scheduler.init_noise_sigma).to(device, pipe.unet.dtype)

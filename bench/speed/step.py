@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from basinescape import FirstMinimum, Guidance, Sampler
 from basinescape.loop import Plan, denoise, lockstep
-from basinescape.models import GuidedUNet, encode
+from basinescape.models import GuidedUNet
 from basinescape.schedulers import make_scheduler
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
@@ -188,7 +188,7 @@ def _cost(pipe: StableDiffusionPipeline, cases: Cases) -> Iterator[Row]:
     side = height // pipe.vae_scale_factor
     calls = {}
     for batch in cases.cost_batches:
-        network = GuidedUNet(pipe.unet, encode(pipe, ["a picture of a cat"] * batch, None, height, height))
+        network = sampler.model.network(sampler.model.encode(["a picture of a cat"] * batch, height, height))
         for steps in cases.cost_steps:
             plan = Plan.make(sampler.solver(steps), Guidance.cfg(SCALE), device)
             noise = torch.randn((batch, pipe.unet.config.in_channels, side, side)).to(device, pipe.unet.dtype)

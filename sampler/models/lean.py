@@ -25,24 +25,37 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 PLAIN = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
+KNOWN = (*PLAIN, FusedAttnProcessor2_0)
 
 
 class Lean:
     """`both` halves' and `one` half's forms of a UNet: copies of its modules that share its parameters.
 
-    They take the UNet's arguments, the text as `text` makes it. On a GPU the products that `fuse` joins are copies. What is
-    loaded into the UNet later may not be seen by them.
+    They take the UNet's arguments, the text as `text` makes it. On a GPU the products that `fuse` joins are copies, which
+    `refresh` makes again. What else changes in the UNet is not seen.
     """
 
     def __init__(self, unet: UNet2DConditionModel):
         self._projections = [projection for module in _readers(unet) for projection in (module.to_k, module.to_v)]
         self.one = _twin(unet)
         _read_ready(_readers(self.one))
-        if unet.device.type == "cuda":
-            fuse(self.one)
+        self._fused = fuse(self.one) if unet.device.type == "cuda" else []
         self.both = _twin(self.one)
         for module in _before_text(self.both):
             module.forward = _repeated(module.forward)
+
+    @staticmethod
+    def suits(unet: nn.Module) -> bool:
+        """Whether it is diffusers' own UNet, and nothing of somebody else's would miss a call, or see half of a batch."""
+        own = type(unet) is UNet2DConditionModel
+        return own and not any(map(_watched, unet.modules())) and all(type(p) in KNOWN for p in unet.attn_processors.values())
+
+    def refresh(self) -> None:
+        """Copy what `fuse` copied again, into the same memory."""
+        for module in self._fused:
+            parts = module.to_q, module.to_k, module.to_v
+            for name in ("weight", "bias") if module.to_qkv.bias is not None else ("weight",):
+                getattr(module.to_qkv, name).data.copy_(torch.cat([getattr(part, name) for part in parts]))
 
     def text(self, states: Tensor) -> Tensor:
         """The keys and values of all layers, (B, T, all their channels), from the text's states (B, T, D)."""
@@ -51,6 +64,10 @@ class Lean:
 
 def _twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return copy.deepcopy(unet, {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())})
+
+
+def _watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _readers(unet: UNet2DConditionModel) -> list[Attention]:
@@ -117,8 +134,9 @@ def _repeated(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return once
 
 
-def fuse(unet: UNet2DConditionModel) -> None:
-    """One product for the queries, keys and values of each plain self-attention."""
+def fuse(unet: UNet2DConditionModel) -> list[Attention]:
+    """One product for the queries, keys and values of each plain self-attention; returns these."""
+    fused = []
     for module in unet.modules():
         if not isinstance(module, Attention) or module.is_cross_attention:
             continue
@@ -126,3 +144,5 @@ def fuse(unet: UNet2DConditionModel) -> None:
         if type(module.processor) is AttnProcessor2_0 and linear:
             module.fuse_projections()
             module.set_processor(FusedAttnProcessor2_0())
+            fused.append(module)
+    return fused

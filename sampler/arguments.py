@@ -1,0 +1,96 @@
+"""What callers give, checked: ValueErrors that name the argument, what was given and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from operator import index
+from typing import Any
+
+import torch
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def whole(value: Any) -> int | None:
+    """`value` as an int, numpy's whole numbers included; None for anything else, True and 3.0 included."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return index(value)
+    except TypeError:
+        return None
+
+
+def texts(name: str, given: str | Iterable[str]) -> list[str]:
+    """A string or a non-empty sequence of strings as a list."""
+    found = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else []
+    if not found or not all(isinstance(text, str) for text in found):
+        raise ValueError(f"{name} must be a string or a non-empty list of strings, got {given!r}")
+    for text in found:
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"{name} must be text without half a surrogate pair, got {text!r}")
+    return found
+
+
+def one_each(name: str, given: str | Sequence[str | None] | None, count: int) -> list[str | None] | None:
+    """A string for all of `count` prompts, or one or None for each, as a list."""
+    if given is None:
+        return None
+    found = [given] * count if isinstance(given, str) else list(given)
+    if len(found) != count:
+        raise ValueError(f"{name} has {len(found)} entries for {count} prompts")
+    if any(text is not None for text in found):
+        texts(name, [text for text in found if text is not None])
+    return found
+
+
+def seeds(given: int | Sequence[int], count: int) -> list[int]:
+    """One seed an image."""
+    first = whole(given)
+    try:
+        found = list(range(first, first + count)) if first is not None else [whole(seed) for seed in given]
+    except TypeError:
+        found = [None]
+    if None in found or not all(0 <= seed < 2**63 for seed in found):
+        raise ValueError(f"seeds must be whole numbers from 0 to 2**63 - 1, got {given!r}")
+    if len(found) != count:
+        raise ValueError(f"seeds must be as many as images: got {len(found)} seeds for {count} images")
+    return found
+
+
+def at_least_one(name: str, given: int) -> int:
+    """A whole number of at least 1."""
+    found = whole(given)
+    if found is None or found < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {given!r}")
+    return found
+
+
+def share(name: str, given: float) -> float:
+    """A number from 0 to 1."""
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given <= 1:
+        raise ValueError(f"{name} must be a number from 0 to 1, got {given!r}")
+    return given
+
+
+def device(given: str | torch.device | None) -> torch.device:
+    """A device there is; by default a GPU if there is one."""
+    if given is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(given)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be a torch device such as 'cuda' or 'cpu', got {given!r}") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {str(given)!r}, but torch {torch.__version__} sees no CUDA GPU here; use 'cpu'")
+    return found
+
+
+def dtype(given: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """A dtype to compute in; by default float16 on a GPU, float32 elsewhere."""
+    if given is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    found = DTYPES.get(str(given).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {given!r}")
+    return found

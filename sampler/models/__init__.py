@@ -1,0 +1,40 @@
+"""What differs from model to model, one file a family: `adapt` makes of a diffusers pipeline the `Model` that the loop runs."""
+
+from __future__ import annotations
+
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from .base import Decoded, Encoded, Model
+from .loading import load
+from .sd import StableDiffusion
+from .sdxl import StableDiffusionXL
+from .unet import GuidedUNet
+
+__all__ = ["Decoded", "Encoded", "GuidedUNet", "Model", "adapt", "load"]
+
+FAMILIES: dict[type[DiffusionPipeline], type[StableDiffusion]] = {
+    StableDiffusionPipeline: StableDiffusion,
+    StableDiffusionXLPipeline: StableDiffusionXL,
+}
+REPLACED = ("__call__", "prepare_latents")  # what the loop does in a pipeline's place
+
+
+def adapt(pipe: DiffusionPipeline, compile: bool = False, lean: bool = False) -> Model:
+    """The model of a pipeline. compile, lean: as for `Networks`.
+
+    Raises ValueError for a pipeline that is not text-to-image guided by two predictions, and for a subclass with a loop of its
+    own, which would not be run.
+    """
+    family = next((family for family in FAMILIES if isinstance(pipe, family)), None)
+    if family is None:
+        names = ", ".join(cls.__name__ for cls in FAMILIES)
+        raise ValueError(f"pipe must be one of {names}, got {type(pipe).__name__}")
+    changed = [name for name in REPLACED if getattr(type(pipe), name) is not getattr(family, name)]
+    if changed:
+        raise ValueError(
+            f"pipe is a {type(pipe).__name__}, whose own {' and '.join(changed)} the sampler would not run: to go on without, "
+            f"give {family.__name__}(**pipe.components)"
+        )
+    model = FAMILIES[family](pipe, compile, lean)
+    model.check()
+    return model

@@ -1,0 +1,105 @@
+"""What the loop needs of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from ..loop import Network
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The text of one batch as the network takes it, for B samples.
+
+    inputs:    the network's keyword arguments, a row a sample: the unconditional half, then the conditional one.
+    shared:    those that are not by sample.
+    truncated: (B) what the text encoder's limit cut off each prompt, "" for nothing.
+    """
+
+    inputs: dict[str, Any]
+    shared: dict[str, Any] = field(default_factory=dict)
+    truncated: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Pictures of B samples.
+
+    images: as `output` asked. finite: (B,) bool on the CPU, the pixels were. flagged: the safety checker's verdicts, None
+    without one.
+    """
+
+    images: Any
+    finite: Tensor
+    flagged: list[bool] | None
+
+
+class Model(Protocol):
+    """A diffusers pipeline, as the loop sees it. Everything is looked up in the pipeline as it is at that moment.
+
+    options: names of the arguments that `encode` takes beside those written out.
+    """
+
+    pipe: DiffusionPipeline
+    options: frozenset[str]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs, offloaded or not."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of latents and predictions."""
+
+    @property
+    def half(self) -> bool:
+        """Some of its weights are in half precision, so that `in_float32` changes something."""
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of the network's predictions."""
+
+    def check(self) -> None:
+        """Raises ValueError unless the pipeline's parts make a text-to-image model guided by two predictions."""
+
+    def set_attention(self, attention: str) -> None:
+        """Choose "sdpa" or "xformers" through diffusers' own switch.
+
+        Raises ValueError for another name or where xformers cannot run, ImportError where it is missing.
+        """
+
+    def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """(height, width) in pixels, by default the model's own. Raises ValueError for one that it cannot make."""
+
+    def shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Of one sample's latents for a picture of so many pixels."""
+
+    def encode(
+        self,
+        prompts: list[str] | None,
+        height: int,
+        width: int,
+        count: int = 1,
+        negative_prompt: Sequence[str | None] | None = None,
+        **options: Any,
+    ) -> Encoded:
+        """`count` samples of each prompt, one after the other.
+
+        Raises ValueError for what does not fit the model or each other.
+        """
+
+    def network(self, encoded: Encoded, plain: bool = False) -> Network:
+        """The fastest network for `encoded`; plain: one whose inputs are as they were encoded."""
+
+    def decode(self, latents: Tensor, output: str, generators: list[torch.Generator] | None = None) -> Decoded:
+        """Pictures from latents (B, ...); output "pil", "np" or "pt"."""
+
+    def in_float32(self) -> AbstractContextManager[None]:
+        """Everything computes in float32 inside, from the same weights, which are back afterwards, bit for bit."""

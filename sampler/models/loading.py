@@ -1,0 +1,127 @@
+"""Pipelines from folders, single files and the hub, by diffusers' own loaders; pickled weights only where they are allowed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from packaging.version import Version
+from safetensors import safe_open
+
+PICKLED = (".bin", ".ckpt", ".pt", ".pth")
+# What goes to diffusers' loader beside the pipeline's own parts.
+OPTIONS = frozenset(
+    "variant revision token device_map cache_dir local_files_only force_download proxies low_cpu_mem_usage max_memory "
+    "offload_folder quantization_config config original_config".split()
+)
+
+
+def load(path_or_id: str | Path, dtype: torch.dtype, allow_pickle: bool = False, **options: Any) -> DiffusionPipeline:
+    """A pipeline from a folder in diffusers' format, a single file of weights, or a hub id.
+
+    A string is a path if it is absolute, begins with "." or "~", ends with "/", names weights (.safetensors, .ckpt), or is not
+    of the form 'owner/name'.
+
+    options: of diffusers' `from_pretrained` and `from_single_file`, such as variant, revision, token, device_map and config;
+             parts of the pipeline to take instead of those in the folder, such as vae=..., or safety_checker=None.
+
+    Raises FileNotFoundError for a missing path, ValueError for whatever else keeps the pipeline from being loaded.
+    """
+    parts = {name for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline) for name in inspect.signature(cls).parameters}
+    unknown = sorted(set(options) - OPTIONS - parts)
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: no option of loading; there are {', '.join(sorted(OPTIONS | parts))}")
+    name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
+    options[name] = dtype
+    path = Path(path_or_id).expanduser()
+    pickle_refused = "and pickle can run code when it is loaded: allow it explicitly (allow_pickle) if you trust the source"
+    if path.is_file():
+        if path.suffix != ".safetensors" and not allow_pickle:
+            raise ValueError(f"model {str(path)!r} is not safetensors, {pickle_refused}")
+        return _loaded(str(path), lambda: _family(path).from_single_file(str(path), **options))
+    if path.is_dir():
+        pickled = _pickled(path, options)
+        if pickled is not None and not allow_pickle:
+            raise ValueError(f"model {str(path)!r} has pickled weights only ({pickled}), {pickle_refused}")
+        source = str(path)
+    elif _is_path(path_or_id):
+        raise FileNotFoundError(
+            f"model {str(path_or_id)!r} does not exist: give a folder in diffusers' format, a file of weights, or a hub id "
+            "such as 'owner/name'"
+        )
+    else:
+        source = str(path_or_id)
+    options["use_safetensors"] = None if allow_pickle else True
+    return _loaded(source, lambda: DiffusionPipeline.from_pretrained(source, **options))
+
+
+def _loaded(source: str, loader: Any) -> DiffusionPipeline:
+    """What the loader gives, or a ValueError of one line."""
+    try:
+        return loader()
+    except ImportError:  # a package that is missing says so best itself
+        raise
+    except Exception as error:  # the loaders raise whatever they meet
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"model {source!r} cannot be loaded: {why}") from error
+
+
+def _is_path(given: str | Path) -> bool:
+    if isinstance(given, Path):
+        return True
+    named = given.endswith(("/", "\\", ".safetensors", *PICKLED)) or given.startswith((".", "~"))
+    return named or Path(given).is_absolute() or given.count("/") != 1
+
+
+def _pickled(folder: Path, options: dict[str, Any]) -> str | None:
+    """The first file of weights among the folder's parts that has no safetensors beside it.
+
+    Parts are what model_index.json names, less those given otherwise. Raises ValueError for one that is not there.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"model {str(folder)!r} is no diffusers pipeline: it has no model_index.json")
+    try:
+        named = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"model {str(folder)!r} is no diffusers pipeline: its model_index.json is not JSON ({error})"
+        ) from error
+    parts = [name for name, value in named.items() if isinstance(value, list) and value and value[0] and name[0] != "_"]
+    found = None
+    for part in parts:
+        if part in options:
+            continue
+        if not (folder / part).is_dir():
+            raise ValueError(
+                f"model {str(folder)!r} lacks its {part}, which model_index.json lists: add it, or give {part}=..."
+                + (f", or leave it out with {part}=None" if part == "safety_checker" else "")
+            )
+        files = sorted(file.name for file in (folder / part).iterdir() if _of_variant(file.name, options.get("variant")))
+        weights = [file for file in files if file.endswith(PICKLED)]
+        if weights and not any(file.endswith(".safetensors") for file in files):
+            found = found or f"{part}/{weights[0]}"
+    return found
+
+
+def _of_variant(file: str, variant: str | None) -> bool:
+    """Whether `file` may be loaded under `variant`: model.safetensors under any, model.fp16.safetensors under "fp16"."""
+    marks = file.split(".")[1:-1]
+    return not marks or any(mark.split("-")[0] == variant for mark in marks)
+
+
+def _family(file: Path) -> type[StableDiffusionPipeline | StableDiffusionXLPipeline]:
+    """The pipeline whose weights a single file holds: SDXL's text encoders are called conditioner."""
+    if file.suffix != ".safetensors":
+        names = torch.load(file, map_location="meta", weights_only=True)
+        names = names.get("state_dict", names)
+    else:
+        with safe_open(file, framework="pt") as opened:
+            names = list(opened.keys())
+    xl = any(name.startswith("conditioner.") for name in names)
+    return StableDiffusionXLPipeline if xl else StableDiffusionPipeline

@@ -1,0 +1,75 @@
+"""SDXL: two text encoders, pooled text and the picture's sizes as conditions, an autoencoder that overflows in float16."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arguments import whole
+from .sd import StableDiffusion
+
+SIZES = ("original_size", "crops_coords_top_left", "target_size")
+NEGATIVE_SIZES = tuple(f"negative_{name}" for name in SIZES)
+
+
+class StableDiffusionXL(StableDiffusion):
+    """A StableDiffusionXLPipeline as a `Model`."""
+
+    texts = (
+        *StableDiffusion.texts,
+        *("prompt_2", "negative_prompt_2", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
+    )
+    options = StableDiffusion.options | {*texts, *SIZES, *NEGATIVE_SIZES}
+    encoders = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+    last_layer = 2
+
+    def _check(self, prompts: list[str] | None, negative: Sequence[str | None] | None, options: dict[str, Any]) -> None:
+        super()._check(prompts, negative, options)
+        for name in (*SIZES, *NEGATIVE_SIZES):
+            pair = options.get(name, (0, 0))
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or any(whole(pixels) is None for pixels in pair):
+                raise ValueError(f"{name} must be two whole numbers of pixels, got {pair!r}")
+        given = [name for name in NEGATIVE_SIZES if name in options]
+        if given and not {"negative_original_size", "negative_target_size"} <= set(given):
+            raise ValueError(f"{', '.join(given)}: negative_original_size and negative_target_size go together")
+        for name in ("prompt_2", "negative_prompt_2"):
+            texts = options.get(name)
+            if isinstance(texts, list) and prompts is not None and len(texts) != len(prompts):
+                raise ValueError(f"{name} has {len(texts)} entries for {len(prompts)} prompts")
+
+    def _inputs(self, encoded: tuple[Tensor, ...], absent: list[bool], height: int, width: int, options: dict) -> dict:
+        cond, uncond, pooled, negative_pooled = encoded
+        if self.pipe.config.force_zeros_for_empty_prompt and any(absent) and not all(absent):
+            kept = torch.tensor([not empty for empty in absent], device=uncond.device)
+            uncond, negative_pooled = (x * kept.view(-1, *[1] * (x.ndim - 1)) for x in (uncond, negative_pooled))
+        encoder = self.pipe.text_encoder_2
+        projection = pooled.shape[-1] if encoder is None else encoder.config.projection_dim
+        size = (height, width)
+
+        def ids(names: Sequence[str]) -> Tensor:
+            original, crop, target = (
+                options.get(name, default) for name, default in zip(names, (size, (0, 0), size), strict=True)
+            )
+            made = self.pipe._get_add_time_ids(tuple(original), tuple(crop), tuple(target), cond.dtype, projection)
+            return made.repeat(len(cond), 1)
+
+        negative = ids(NEGATIVE_SIZES if "negative_original_size" in options else SIZES)
+        added = {"text_embeds": torch.cat([negative_pooled, pooled]), "time_ids": torch.cat([negative, ids(SIZES)])}
+        return {"encoder_hidden_states": torch.cat([uncond, cond]), "added_cond_kwargs": added}
+
+    def _upcast(self) -> bool:
+        vae = self.pipe.vae
+        return vae.dtype == torch.float16 and vae.config.force_upcast
+
+    def _pixels(self, latents: Tensor, generators: list[torch.Generator] | None) -> Tensor:
+        vae, config = self.pipe.vae, self.pipe.vae.config
+        mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+        if mean is None or std is None:
+            unscaled = latents / config.scaling_factor
+        else:
+            mean, std = (torch.tensor(value).view(1, -1, 1, 1).to(latents) for value in (mean, std))
+            unscaled = latents * std / config.scaling_factor + mean
+        return vae.decode(unscaled, return_dict=False)[0]
