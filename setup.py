@@ -36,7 +36,7 @@ setup(
         "packaging",
     ],
     extras_require={
-        "test": ["pytest", "pytest-benchmark", "hypothesis", "ruff"],
+        "test": ["peft", "pytest", "pytest-benchmark", "hypothesis", "ruff"],
         "evaluate": ["faiss-cpu", "onnxruntime", "pyyaml", "scikit-learn", "torchmetrics"],
         "xformers": ["xformers"],
     },
