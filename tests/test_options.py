@@ -8,7 +8,7 @@ import pytest
 import torch
 from basinescape import Guidance, Sampler
 from basinescape.models import adapt
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from rounding import assert_same_but_for_rounding
 
 PROMPTS = ["a picture of a cat", "a picture of a frog signed by arno"]
@@ -107,8 +107,6 @@ def test_several_images_a_prompt_each_have_their_seed(random_pipeline, kind):
 
 def test_noise_is_given_and_scaled_by_us(random_pipeline):
     pipe = random_pipeline("sd", 8, "epsilon")
-    from diffusers import EulerDiscreteScheduler
-
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)  # whose initial sigma is not 1
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(9))
     assert_stock(pipe, latents=noise)
