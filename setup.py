@@ -38,7 +38,7 @@ setup(
         "packaging",
     ],
     extras_require={
-        "test": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "torchsde"],
+        "test": ["peft", "pyarrow", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "torchsde"],
         "evaluate": ["faiss-cpu", "onnxruntime", "pyyaml", "scikit-learn", "torchmetrics"],
         "xformers": ["xformers"],
     },

@@ -80,15 +80,19 @@ def test_the_products_of_self_attention_fused_are_the_same(pipe):
 def test_products_fused_on_a_gpu_are_those_of_the_weights_as_they_are(random_pipeline, device):
     used = random_pipeline("sd", 8, "epsilon").to("cuda")
     lean = Lean(used.unet)
+    fused = [module for module in lean.one.modules() if hasattr(module, "to_qkv")]
+
+    def current():
+        parts = [torch.cat([part.weight for part in (module.to_q, module.to_k, module.to_v)]) for module in fused]
+        return [torch.equal(module.to_qkv.weight.cpu(), joined.cpu()) for module, joined in zip(fused, parts, strict=True)]
+
+    assert fused and all(current())
     for module in used.unet.modules():
         if hasattr(module, "to_v"):
             module.to_v.weight.data.mul_(2)
+    assert not any(current())
     lean.refresh()
-    fused = [module for module in lean.one.modules() if hasattr(module, "to_qkv")]
-    assert fused
-    for module in fused:
-        parts = [part.weight for part in (module.to_q, module.to_k, module.to_v)]
-        assert torch.equal(module.to_qkv.weight.cpu(), torch.cat(parts).cpu())
+    assert all(current())
 
 
 class Adapter(torch.nn.Module):
