@@ -9,12 +9,24 @@ from contextlib import contextmanager
 import torch
 from torch.utils._pytree import tree_map
 
+LEEWAY = 8  # times the spread that a few draws show
+DRAWS = 3
+
+
+def spread(unet, sample, expected):
+    """How far the tensor that `sample` makes lies from `expected` while the UNet rounds at random: the most of a few draws."""
+    off = []
+    for seed in range(DRAWS):
+        with rounded(unet, seed):
+            off.append((sample() - expected).nan_to_num().abs().max())
+    return torch.stack(off).max()
+
 
 @contextmanager
-def rounded(unet):
+def rounded(unet, seed=0):
     """The UNet's predictions moved at random by twice as much as its first one is off the same network's in float64."""
     exact = copy.deepcopy(unet).double()
-    rng, scale = torch.Generator().manual_seed(0), None
+    rng, scale = torch.Generator().manual_seed(seed), None
 
     def move(module, given, named, result):
         nonlocal scale
@@ -38,9 +50,7 @@ def assert_same_but_for_rounding(found, expected, pipe, sample):
         again = sample
     if all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in zip(found, expected, strict=True)):
         return
-    with rounded(pipe.unet):
-        moved = again()
-    for one, other, third in zip(found, expected, moved, strict=True):
+    for i, (one, other) in enumerate(zip(found, expected, strict=True)):
         assert torch.equal(one.isnan(), other.isnan())
-        off, spread = ((x - other).nan_to_num().abs().max() for x in (one, third))
-        assert off <= 4 * spread, f"{off:.2g} apart, where rounding accounts for {spread:.2g}"
+        off, apart = (one - other).nan_to_num().abs().max(), spread(pipe.unet, lambda i=i: again()[i], other)
+        assert off <= LEEWAY * apart, f"{off:.2g} apart, where rounding accounts for {apart:.2g}"
