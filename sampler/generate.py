@@ -24,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .guidance import Guidance
+from .loop import Plan
 from .sampler import Output, Sampler
 
 log = logging.getLogger(__name__)
@@ -190,7 +191,7 @@ def generate(
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
-    guidance.weights(sampler.solver(steps).timesteps.tolist())  # raises for a table of another length
+    Plan.make(sampler.solver(steps), guidance, torch.device("cpu"))  # raises for a table of another length
     open_folder(out, describe(sampler, model, jobs, guidance, steps, negative_prompt))
     finished = {entry["id"] for entry in read_entries(Path(out) / "manifest.jsonl") if entry["status"] == "ok"}
     waiting = [job for job in jobs if job.id not in finished]

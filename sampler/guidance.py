@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .kernels.table import Column
 
 # Factors on the scale over u = t / num_train_timesteps in 0..1, as carried by the authors' scripts.
 SHAPES: dict[str, Callable[[float], float]] = {
@@ -40,17 +42,37 @@ def _whole(name: str, value: int, least: int) -> int:
     return value
 
 
+class Leaving(NamedTuple):
+    """What makes a sample leave its basin at a step, as columns of the table of steps; by default nothing does.
+
+    keep:  the first minimum of the noise gap shows there, and is at most `keep` times the largest gap before it.
+    limit: the gap is at most `limit`; infinity: every sample leaves.
+    wait:  steps from there to the transition.
+    """
+
+    keep: float = -math.inf
+    limit: float = -math.inf
+    wait: int = 0
+
+
+STAYS, LEAVES = Leaving(), Leaving(limit=math.inf)
+
+
 @dataclass(frozen=True)
 class At:
     """The transition is the first step whose timestep is at or below `timestep` (the paper's static transition point).
 
-    `timestep` is in the scheduler's units, usually 0..1000. Raises ValueError if it is not finite.
+    `timestep` is in 0..1000 of the training schedule. Raises ValueError if it is not finite.
     """
 
     timestep: float
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "timestep", _finite("timestep", self.timestep))
+
+    def leaving(self, levels: Sequence[float]) -> list[Leaving]:
+        """What makes a sample leave at each step, by the steps' timesteps in 0..1000."""
+        return [LEAVES if t <= self.timestep else STAYS for t in levels]
 
     def __repr__(self) -> str:
         return f"At(timestep={self.timestep:g})"
@@ -81,6 +103,11 @@ class FirstMinimum:
         object.__setattr__(self, "drop", _finite("drop", self.drop))
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop must be at least 0 and below 1, got {self.drop:g}")
+
+    def leaving(self, levels: Sequence[float]) -> list[Leaving]:
+        """What makes a sample leave at each step."""
+        latest, shows = len(levels) if self.latest is None else self.latest, Leaving(keep=1 - self.drop)
+        return [LEAVES if k >= latest else shows if k >= self.earliest else STAYS for k in range(len(levels))]
 
     def __repr__(self) -> str:
         given = {"earliest": self.earliest, "latest": self.latest, "drop": self.drop}
@@ -114,6 +141,15 @@ class Settled:
         _whole("wait", self.wait, 0)
         if self.latest is not None:
             _whole("latest", self.latest, self.wait)
+
+    def leaving(self, levels: Sequence[float]) -> list[Leaving]:
+        """What makes a sample leave at each step. Raises ValueError if `ordinary` has another number of steps."""
+        if len(self.ordinary) != len(levels):
+            raise ValueError(f"ordinary has {len(self.ordinary)} gaps, but the sampler takes {len(levels)} steps")
+        limits = [self.factor * gap for gap in self.ordinary]
+        if self.latest is not None:
+            limits[self.latest - self.wait :] = [math.inf] * len(limits[self.latest - self.wait :])
+        return [Leaving(limit=limit, wait=self.wait) for limit in limits]
 
 
 Rule = At | FirstMinimum | Settled
@@ -234,27 +270,28 @@ class Guidance:
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a guidance: {data!r} ({error})") from error
 
-    def weights(self, timesteps: Sequence[float], num_train_timesteps: int = 1000) -> Tensor:
-        """The weight before and after the transition at every step: (steps, 2) float32 on the CPU.
+    def weights(self, levels: Sequence[float]) -> list[tuple[float, float]]:
+        """The weight before and after the transition at every step, by the steps' timesteps in 0..1000.
 
-        Raises ValueError if `shape` is a table of another length than `timesteps`.
+        Raises ValueError if `shape` is a table of another length.
         """
-        if isinstance(self.until, Settled) and len(self.until.ordinary) != len(timesteps):
-            raise ValueError(f"ordinary has {len(self.until.ordinary)} gaps, but the sampler takes {len(timesteps)} steps")
         if isinstance(self.shape, str):
-            factors = [SHAPES[self.shape](t / num_train_timesteps) for t in timesteps]
+            factors = [SHAPES[self.shape](t / 1000) for t in levels]
         else:
             factors = list(self.shape)
-            if len(factors) != len(timesteps):
-                raise ValueError(f"shape has {len(factors)} factors, but the sampler takes {len(timesteps)} steps")
+            if len(factors) != len(levels):
+                raise ValueError(f"shape has {len(factors)} factors, but the sampler takes {len(levels)} steps")
         low, high = self.interval or (-math.inf, math.inf)
-        after = [self.scale * f if low <= t <= high else 1.0 for t, f in zip(timesteps, factors, strict=True)]
-        return torch.tensor([[self.before, weight] for weight in after], dtype=torch.float32)
+        after = (self.scale * f if low <= t <= high else 1.0 for t, f in zip(levels, factors, strict=True))
+        return [(self.before, weight) for weight in after]
 
-    def fixed_transition(self, timesteps: Sequence[float]) -> int | None:
-        """The transition step where it is known beforehand: -1 if there is none, None if each sample finds its own."""
-        if isinstance(self.until, (FirstMinimum, Settled)):
-            return None
-        if self.until is None:
-            return 0
-        return next((k for k, t in enumerate(timesteps) if t <= self.until.timestep), -1)
+    def rows(self, levels: Sequence[float]) -> dict[Column, Tensor]:
+        """The guidance's columns of the table of steps, float32 on the CPU, a number for each step.
+
+        levels: the steps' timesteps in 0..1000 of the training schedule. Raises ValueError if the guidance has another number
+        of steps.
+        """
+        leaving = [LEAVES] * len(levels) if self.until is None else self.until.leaving(levels)
+        columns = zip(*((*weights, *how) for weights, how in zip(self.weights(levels), leaving, strict=True)), strict=True)
+        names = (Column.BEFORE, Column.AFTER, Column.KEEP, Column.LIMIT, Column.WAIT)
+        return {name: torch.tensor(column, dtype=torch.float32) for name, column in zip(names, columns, strict=True)}

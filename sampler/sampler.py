@@ -19,7 +19,7 @@ from . import guard, models
 from .graphs import Graphs
 from .guidance import Guidance
 from .kernels.state import State
-from .loop import Network, Plan, Step, denoise, fused_step, lockstep, scheduler_step
+from .loop import Network, Plan, Run, Step, denoise, fused_step, lockstep, scheduler_step
 from .solver import Solver, make_scheduler
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -169,9 +169,8 @@ class Sampler:
                 f"guidance {guidance!r} needs a linear scheduler and no wrap; {type(self.scheduler).__name__} given"
             )
         device = self.pipe.device
-        train_steps = self.scheduler.config.get("num_train_timesteps", 1000)
         planned = guard.plans if guidance.watch else Plan.make
-        plan = planned(solver, guidance, device, train_steps)
+        plan = planned(solver, guidance, device)
 
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         inputs = models.encode(self.pipe, prompts, negative_prompt, height, width)
@@ -186,7 +185,7 @@ class Sampler:
         images = latents if output == "latent" else models.decode(self.pipe, latents, output)
         restarted = None if guidance.watch is None else run.restarted.cpu()
         transition = run.transition.cpu()
-        transition[transition >= len(solver.timesteps)] = -1  # settled too late to wait
+        transition[transition >= run.gaps.shape[1]] = -1  # settled too late to wait
         return Output(images, latents, transition, run.gaps.cpu(), solver.timesteps, restarted)
 
     def _run(
@@ -198,7 +197,7 @@ class Sampler:
         linear: bool,
         bar: Callable[..., Iterable],
         wrap: Callable[[models.GuidedUNet], Network] | None,
-    ) -> State:
+    ) -> Run:
         """All steps of `plan`, by the fastest way that `linear` (the solver is coefficients) and `wrap` allow."""
         memory_format = models.memory_format(self.pipe.unet)
         if self._graphs is not None and linear and wrap is None:
@@ -211,11 +210,11 @@ class Sampler:
             else:
                 take = scheduler_step(network, plan, state, self.scheduler, generators)
         denoise(take, bar(plan.branches))
-        return state
+        return Run.of(state)
 
     def _guarded(
         self, inputs: dict[str, Any], plans: tuple[Plan, Plan], guidance: Guidance, noise: Tensor, bar: Callable[..., Iterable]
-    ) -> guard.Guarded:
+    ) -> Run:
         memory_format = models.memory_format(self.pipe.unet)
 
         def begin(network: models.GuidedUNet, plan: Plan, noise: Tensor) -> tuple[Step, State]:

@@ -71,12 +71,16 @@ class Solver:
     input_scale:  (K,) float32, the factor on the latents at the network's input.
     init_sigma:   standard deviation of the initial noise.
     coefficients: (K, 4) float32 a, b, p, q of the module's formula; None where only the scheduler's own `step` will do.
+    step:         (K,) int64, the solver step each network call belongs to.
+    level:        (K,) float32, the timestep in 0..1000 of the training schedule, which guidance is laid over.
     """
 
     timesteps: Tensor
     input_scale: Tensor
     init_sigma: float
     coefficients: Tensor | None
+    step: Tensor
+    level: Tensor
 
     @classmethod
     def of(cls, scheduler: SchedulerMixin, steps: int) -> Solver:
@@ -102,6 +106,8 @@ class Solver:
             input_scale=input_scale,
             init_sigma=float(getattr(plan, "init_noise_sigma", 1.0)),
             coefficients=coefficients if _agrees(scheduler, steps, coefficients) else None,
+            step=torch.arange(len(timesteps)),
+            level=timesteps.float() * (1000 / scheduler.config.get("num_train_timesteps", 1000)),
         )
 
 
