@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from basinescape import FirstMinimum, Guidance, Sampler, Settled
 from basinescape.folder import settings_of
+from basinescape.kernels import definition
 from basinescape.kernels.state import State
 from basinescape.loop import Plan, fused_step
 from PIL import Image
@@ -28,7 +29,7 @@ from .metrics import roc
 from .scenario import Prompt, Scenario, limited, prompts
 
 Look = Callable[[State, Tensor, Tensor], None]  # sees the state and both predictions, (B, ...), before a step is taken
-Push = Callable[[int, State, Tensor], None]  # sees the step, the state and the table, and may feed the state other latents
+Push = Callable[[int, State, Tensor], None]  # sees the step, the state and the table, and may put other latents into the state
 WATCHED = (1, 5, 10)  # first steps whose statistics are tried as a score of memorization
 
 
@@ -71,7 +72,7 @@ class Laboratory:
             if push:
                 push(k, state, plan.table)
             take("both")
-        return model.decode(state.latents, "pil").images
+        return model.decode(state.latents.x, "pil").images
 
     def batches(self, found: Sequence[Prompt], seeds: Sequence[int]) -> list[tuple[list[Prompt], list[int]]]:
         """Every prompt with every seed, in batches."""
@@ -131,7 +132,7 @@ class Curves:
     def __call__(self, state: State, uncond: Tensor, cond: Tensor) -> None:
         u = uncond.float().flatten(1)
         d = cond.float().flatten(1) - u
-        latents = state.latents.float().flatten(1).clone()
+        latents = state.latents.x.float().flatten(1).clone()
         if self._latents is not None:
             self.series["update"].append((latents - self._latents).norm(dim=1).tolist())
         self._latents = latents
@@ -161,7 +162,7 @@ class Spread:
         self.values: list[float] = []
 
     def __call__(self, state: State, uncond: Tensor, cond: Tensor) -> None:
-        latents = state.latents.float().flatten(1)
+        latents = state.latents.x.float().flatten(1)
         self.values.append((latents - latents.mean(dim=0)).square().mean().sqrt().item())
 
 
@@ -181,10 +182,10 @@ def pushed(at: int, size: float) -> Push:
 
     def push(k: int, state: State, table: Tensor) -> None:
         if k == at:
-            latents = state.latents.float()
+            latents = state.latents.x.float()
             noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(at)).to(latents.device)
             deviation = latents.flatten(1).std(dim=1).view(-1, *[1] * (latents.ndim - 1))
-            state.feed((latents + size * deviation * noise).to(state.latents.dtype), table)
+            state.put((latents + size * deviation * noise).to(state.latents.x.dtype), table)
 
     return push
 
@@ -202,13 +203,10 @@ def returns(
     ]
 
 
-def first_minimum(gaps: Sequence[float], rule: FirstMinimum) -> int | None:
-    """The transition that `rule` finds in a curve of gaps, None for none."""
-    for k in range(rule.earliest, len(gaps)):
-        deep = gaps[k - 1] <= (1 - rule.drop) * max(gaps[:k])
-        if (gaps[k - 2] > gaps[k - 1] < gaps[k] and deep) or (rule.latest is not None and k >= rule.latest):
-            return k
-    return None
+def transition(gaps: Sequence[float], until: FirstMinimum | Settled) -> int | None:
+    """The transition that `until` finds in a curve of gaps, None for none."""
+    found = definition.transition(gaps, until.leaving(range(len(gaps))))  # neither looks at the timesteps
+    return None if found < 0 else found
 
 
 def agreement(
@@ -239,13 +237,6 @@ def _share(values: Sequence[float]) -> float | None:
     return round(float(np.mean(values)), 3) if len(values) else None
 
 
-def settled(gaps: Sequence[float], rule: Settled) -> int | None:
-    """The transition that `rule` finds in a curve of gaps, None for none."""
-    latest = len(gaps) if rule.latest is None else rule.latest - rule.wait
-    shown = (k for k, gap in enumerate(gaps) if gap <= rule.factor * rule.ordinary[k] or k >= latest)
-    return next((k + rule.wait for k in shown if k + rule.wait < len(gaps)), None)
-
-
 def rules(ordinary: Sequence[float]) -> dict[str, Callable[[dict[str, Any]], int | None]]:
     """The rules that are compared: the paper's, its options, this project's, and a step that is the same for all."""
     minima = {"first minimum": FirstMinimum(), "first minimum, earliest 8": FirstMinimum(earliest=8)}
@@ -255,11 +246,8 @@ def rules(ordinary: Sequence[float]) -> dict[str, Callable[[dict[str, Any]], int
         for factor in (1.2, 1.5, 1.8)
         for wait in (4, 6, 8)
     }
-    return (
-        {name: lambda line, rule=rule: first_minimum(line["gap"], rule) for name, rule in minima.items()}
-        | {name: lambda line, rule=rule: settled(line["gap"], rule) for name, rule in waits.items()}
-        | {f"step {step}": lambda line, step=step: step for step in (8, 10, 12, 14, 16)}
-    )
+    found = {name: lambda line, until=until: transition(line["gap"], until) for name, until in (minima | waits).items()}
+    return found | {f"step {step}": lambda line, step=step: step for step in (8, 10, 12, 14, 16)}
 
 
 def halves(found: Sequence[Prompt]) -> dict[str, set[str]]:

@@ -28,7 +28,7 @@ def check_sampler_synchronisation(device: torch.device) -> Figures:
         state = plan.state(noise, model.memory_format)
         take = fused_step(network, plan, state)
         denoise(take, plan.branches)
-        state.start(noise, plan.table, plan.transition)
+        state.start(noise, plan.table, last=plan.last)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:

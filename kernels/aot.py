@@ -11,124 +11,59 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
-from .dispatch import INTERPRETED, triton
-from .guide import guide_kernel
-from .state import Column
-from .step import RESIDENT, parts, step_kernel
-from .tiles import OPTIONS, TILES
+from .dispatch import INTERPRETED, Launch, recorded, triton
+from .guide import launch_guide
+from .state import State
+from .step import launch_step
+from .table import Column
+from .tiles import Tiles
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
-ANY_INTEGER = ("tiles", "batch", "steps", "earliest", "latest", "wait")
-DTYPES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16"}
+DTYPES = ("float32", "float16", "bfloat16")
+SHAPES = ((4, 16, 16), (4, 32, 32), (4, 64, 64), (4, 128, 128))  # one for each block, and one of several tiles
+BATCH, STEPS, RESIDENT = 3, 50, 264
 
 
-def _guide_arguments(dtype: str, split: bool, gap_only: bool) -> dict[str, object]:
-    """Arguments of `guide_kernel` as its launcher passes them: a Triton type, or the constant that replaces it.
+def launches(dtype: str) -> Iterator[tuple[str, Launch]]:
+    """Every way `dtype` predictions are launched, as the launchers do it: recorded, on tensors without memory.
 
-    The widest case: dense samples of a multiple of 16 elements, a contiguous (B,) tensor of weights.
+    The widest case of each: halves of a batch, a tensor of weights, a two-step solver that scales its input.
     """
-    return {
-        "uncond": DTYPES[dtype],
-        "cond": DTYPES[dtype],
-        "weight": "fp32" if gap_only else "*fp32",
-        "guided": None if gap_only else DTYPES[dtype],
-        "gap": "*fp32",
-        "partials": "*fp32" if split else None,
-        "arrivals": "*i32" if split else None,
-        "size": "i32",
-        "tiles": "i32" if split else 1,
-        "uncond_stride": "i32",
-        "cond_stride": "i32",
-        "weight_stride": None if gap_only else 1,
-        "guided_stride": "i32",
-    }
+    for shape in SHAPES:
+        uncond, cond = torch.empty((2 * BATCH, *shape), dtype=getattr(torch, dtype), device="meta").chunk(2)
+        gap, table = torch.empty(BATCH, device="meta"), torch.empty((STEPS, len(Column)), device="meta")
+        state = State.empty(tuple(uncond.shape), STEPS, uncond.dtype, "meta", multistep=True)
+        with recorded() as made, patch.object(Tiles, "resident", lambda tiles, device: RESIDENT):
+            launch_guide(uncond, cond, gap, torch.empty_like(uncond), gap)
+            launch_guide(uncond, cond, 0.0, None, gap)
+            launch_step(uncond, cond, table, False, None, state)
+            launch_step(uncond, cond, table, True, None, state)
+        yield from zip(("guide", "noise_gap", "step", "step, first minimum"), made, strict=True)
+        if made[-1].options["MEETS"]:
+            with recorded() as made:
+                launch_step(uncond, cond, table, True, None, state)
+            yield "step, gap known", made[-1]  # after the launch that computes the gap
 
 
-def _step_arguments(dtype: str, block: int, split: bool, finds: bool, meets: bool) -> dict[str, object]:
-    """Arguments of `step_kernel` as its launcher passes them. The widest case: a two-step solver that scales its input."""
-    return {
-        "uncond": DTYPES[dtype],
-        "cond": DTYPES[dtype],
-        "table": "*fp32",
-        "guided": None,
-        "known": "*fp32" if split and finds and not meets else None,
-        "model_input": DTYPES[dtype],
-        "timestep": "*fp32",
-        "apart": DTYPES[dtype],
-        "history": "*fp32",
-        "step": "*i64",
-        "transition": "*i64",
-        "gaps": "*fp32",
-        "peak": "*fp32",
-        "partials": "*fp32" if split else None,
-        "arrivals": "*i32" if split else None,
-        "batch": "i32",
-        "steps": "i32",
-        "size": "i32",
-        "tiles": "i32" if split else 1,
-        "uncond_stride": "i32",
-        "cond_stride": "i32",
-        "earliest": "i32",
-        "latest": "i32",
-        "keep": "fp32",
-        "wait": "i32",
-        "FINDS": finds,
-        "MEETS": meets,
-        "COLUMNS": len(Column),
-        "PARTS": parts(block, getattr(torch, dtype).itemsize),
-    }
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """One way a kernel is launched."""
-
-    name: str
-    kernel: object
-    arguments: dict[str, object]
-    block: int
-    split: bool
-    warps: int
-    options: dict[str, object]
-
-
-def configurations(dtype: str) -> Iterator[Configuration]:
-    """Every way `dtype` predictions are launched."""
-
-    sizes = [(block, warps, False) for block, warps in TILES.blocks] + [(*TILES.tile, True)]
-    for name in ("guide", "noise_gap"):
-        for block, warps, split in sizes:
-            arguments = _guide_arguments(dtype, split, name == "noise_gap")
-            yield Configuration(name, guide_kernel, arguments, block, split, warps, {})
-    for block, warps, split in sizes:
-        arguments = _step_arguments(dtype, block, split, finds=False, meets=False)
-        yield Configuration("step", step_kernel, arguments, block, split, warps, {})
-        arguments = _step_arguments(dtype, block, split, finds=True, meets=split)
-        yield Configuration("step, first minimum", step_kernel, arguments, block, split, warps, RESIDENT if split else {})
-    block, warps = TILES.tile
-    arguments = _step_arguments(dtype, block, True, finds=True, meets=False)
-    yield Configuration("step, gap known", step_kernel, arguments, block, True, warps, {})
-
-
-def assembly(configuration: Configuration, target: str) -> dict[str, Any]:
-    """What a kernel becomes for `target` on its way: "ptx", text, and "cubin", machine code, among others."""
+def assembly(launch: Launch, target: str) -> dict[str, Any]:
+    """What a launch's kernel becomes for `target` on its way: "ptx", text, and "cubin", machine code, among others."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
 
-    arguments = configuration.arguments | {"BLOCK": configuration.block}
-    types = {name: value if isinstance(value, str) else "constexpr" for name, value in arguments.items()}
-    constants = {name: value for name, value in arguments.items() if not isinstance(value, str)}
-    # Pointers, sizes and strides are multiples of 16; the counts and steps are any integer.
-    divisible = [i for i, (name, kind) in enumerate(types.items()) if kind[0] in "*i" and name not in ANY_INTEGER]
-    source = ASTSource(configuration.kernel, types, constants, {(i,): [["tt.divisibility", 16]] for i in divisible})
-    options = {"num_warps": configuration.warps, **OPTIONS, **configuration.options}
-    return triton.compile(source, target=GPUTarget("cuda", int(target.removeprefix("sm_")), 32), options=options).asm
+    gpu, kernel = GPUTarget("cuda", int(target.removeprefix("sm_")), 32), launch.kernel
+    backend = make_backend(gpu)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)  # as Triton itself reads arguments
+    bound, specialization, options = bind(*launch.arguments, **launch.options)
+    options, signature, constants, attributes = kernel._pack_args(backend, launch.options, bound, specialization, options)
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=gpu, options=options.__dict__).asm
 
 
 def resources(code: bytes) -> dict[str, int]:
@@ -158,15 +93,15 @@ def rows(targets: Sequence[str] = TARGETS) -> Iterator[dict[str, object]]:
         raise RuntimeError("compiling ahead of time needs triton, and TRITON_INTERPRET unset")
     for target in targets:
         for dtype in DTYPES:
-            for launched in configurations(dtype):
+            for name, launch in launches(dtype):
                 yield {
-                    "kernel": launched.name,
-                    "block": launched.block,
-                    "split": launched.split,
+                    "kernel": name,
+                    "block": launch.options["BLOCK"],
+                    "split": launch.programs > BATCH,
                     "dtype": dtype,
                     "target": target,
-                    "num_warps": launched.warps,
-                    **resources(assembly(launched, target)["cubin"]),
+                    "num_warps": launch.options["num_warps"],
+                    **resources(assembly(launch, target)["cubin"]),
                 }
 
 

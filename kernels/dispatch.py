@@ -1,6 +1,11 @@
-"""Which implementation a device gets: decided when the package is imported, and visible in `backend`."""
+"""Which implementation a device gets: decided when the package is imported, and visible in `backend`; and its launches."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,7 +22,42 @@ INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
 
 def backend(device: torch.device | str) -> str:
-    """The implementation that runs on `device`: "triton", "triton-interpreter" (TRITON_INTERPRET=1) or "eager"."""
+    """The implementation that runs on `device`: "triton", "triton-interpreter" (TRITON_INTERPRET=1) or "eager".
+
+    "meta" stands for a GPU.
+    """
     if INTERPRETED:
         return "triton-interpreter"
-    return "triton" if triton and torch.device(device).type == "cuda" else "eager"
+    return "triton" if triton and torch.device(device).type in ("cuda", "meta") else "eager"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch as its launcher makes it: `kernel[(programs,)](*arguments, **options)`."""
+
+    kernel: Any
+    programs: int
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+    """Run `programs` programs of a kernel; while launches are `recorded`, note that instead."""
+    if _recorded is None:
+        kernel[(programs,)](*arguments, **options)
+    else:
+        _recorded.append(Launch(kernel, programs, arguments, options))
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """All launches inside are noted in the list, and not made."""
+    global _recorded
+    _recorded = []
+    try:
+        yield _recorded
+    finally:
+        _recorded = None

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from .dispatch import backend, jit, tl, triton
+from .dispatch import backend, jit, launch, tl, triton
 from .operands import (
     check_gap,
     check_guided,
@@ -21,13 +21,8 @@ from .operands import (
     sample_size,
     sample_stride,
 )
+from .rules import guided_prediction, guided_prediction_eager
 from .tiles import OPTIONS, TILES, arrive, norm_of
-
-
-@jit
-def guided_prediction(uncond, difference, weight):
-    """uncond + w * (cond - uncond), float32."""
-    return uncond + weight * difference
 
 
 @jit
@@ -85,7 +80,7 @@ def _arrival_counters(batch: int, device: torch.device) -> torch.Tensor:
     return _arrivals[key]
 
 
-def _launch(
+def launch_guide(
     uncond: torch.Tensor,
     cond: torch.Tensor,
     weight: float | torch.Tensor,
@@ -101,7 +96,9 @@ def _launch(
         if tiles > 1:
             partials = torch.empty(batch * tiles, dtype=torch.float32, device=uncond.device)
             arrivals = _arrival_counters(batch, uncond.device)
-        guide_kernel[(batch * tiles,)](
+        launch(
+            guide_kernel,
+            batch * tiles,
             uncond,
             cond,
             weight,
@@ -139,20 +136,18 @@ def norms(samples: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tenso
 def guide_eager(
     uncond: torch.Tensor, cond: torch.Tensor, weight: float | torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition of `guide`, in PyTorch. Takes float64 too, and then computes and returns the gap in float64."""
+    """`guide` in PyTorch operators. Takes float64 too, and then computes and returns the gap in float64."""
     wide = uncond.to(torch.promote_types(uncond.dtype, torch.float32))
     guided, gap = out or (torch.empty_like(uncond), wide.new_empty(len(uncond)))
     difference = cond - wide
     norms(in_memory_order(difference), gap)
     if isinstance(weight, torch.Tensor):
-        torch.addcmul(wide, difference, weight.to(wide.dtype).view(-1, *[1] * (uncond.ndim - 1)), out=guided)
-    else:
-        torch.add(wide, difference, alpha=weight, out=guided)
-    return guided, gap
+        weight = weight.to(wide.dtype).view(-1, *[1] * (uncond.ndim - 1))
+    return guided_prediction_eager(wide, difference, weight, out=guided), gap
 
 
 def noise_gap_eager(uncond: torch.Tensor, cond: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The definition of `noise_gap`, in PyTorch. Takes float64 too, and then computes and returns it in float64."""
+    """`noise_gap` in PyTorch operators. Takes float64 too, and then computes and returns it in float64."""
     wide = uncond.to(torch.promote_types(uncond.dtype, torch.float32))
     return norms(in_memory_order(cond - wide), out)
 
@@ -179,7 +174,7 @@ def _guide(
 ) -> None:
     weight = scale if weights is None else weights
     if backend(uncond.device) != "eager":
-        _launch(uncond, cond, weight, guided, gap)
+        launch_guide(uncond, cond, weight, guided, gap)
     elif guided is None:
         noise_gap_eager(uncond, cond, gap)
     else:

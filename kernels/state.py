@@ -1,83 +1,127 @@
-"""What a step reads and updates: the table of steps, and where each sample stands."""
+"""What a step updates in place: where each sample is on its way, its latents, and room to work in."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .dispatch import backend
 from .operands import sample_size
+from .table import Column
 from .tiles import TILES
 
-NEVER = 2**31 - 1
-
-
-class Column(IntEnum):
-    """The columns of a table of steps, (K, len(Column)) float32: all that varies from step to step.
-
-    BEFORE, AFTER: guidance weight before and after the transition.
-    A, B, P, Q: the solver, latents' = A latents + B guided + history, history' = P latents + Q guided.
-    INPUT_SCALE: factor on the latents at the network's input. TIMESTEP: what the network is told.
-    LIMIT: the noise gap at or below which a sample has settled; minus infinity where that is not looked at.
-    """
-
-    BEFORE = 0
-    AFTER = 1
-    A = 2
-    B = 3
-    P = 4
-    Q = 5
-    INPUT_SCALE = 6
-    TIMESTEP = 7
-    LIMIT = 8
-
-
-class Rule(NamedTuple):
-    """How a sample finds its transition: what shows at step k makes step k + wait the transition.
-
-    The first minimum (Jain et al., https://arxiv.org/abs/2411.16738, section 4.2): d[k-2] > d[k-1] < d[k], k >= earliest and
-    d[k-1] <= (1 - drop) * max(d[0..k-1]); an infinite drop looks for none. Or the gap has come down to the table's LIMIT. Or
-    k >= latest. With no wait, step k itself already uses the weight after the transition.
-    """
-
-    earliest: int = 2
-    latest: int = NEVER
-    drop: float = 0.0
-    wait: int = 0
+Index = Tensor | slice  # which samples of a batch: (N,) int64, or a slice
 
 
 @dataclass
-class State:
-    """Where each of B samples stands: buffers on the device, made once, that a step updates in place.
+class Transition:
+    """Where each of B samples is in the table, and whether it has left its basin.
+
+    row, last: (B,) int64, the row it is at and its last one; past that it is done, and no step changes it.
+    at:        (B,) int64, the solver step from which on its weight is the one after the transition; -1 while not known.
+    gaps:      (B, steps) float32, the noise gap of each solver step, NaN where not computed; its rows may lie apart.
+    peak:      (B,) float32, the largest of them so far; kept where rows ask for it (a KEEP other than 1).
+    """
+
+    row: Tensor
+    last: Tensor
+    at: Tensor
+    gaps: Tensor
+    peak: Tensor
+
+    @classmethod
+    def empty(cls, batch: int, steps: int, device: torch.device | str) -> Transition:
+        """Buffers to be filled by `restart`."""
+        row, last, at = torch.zeros((3, batch), dtype=torch.int64, device=device).unbind()
+        return cls(row, last, at, torch.empty((batch, steps), device=device), torch.empty(batch, device=device))
+
+    def restart(self, index: Index, row: int | Tensor, last: int | Tensor) -> None:
+        """Send samples to a row, as if they had never been anywhere; numbers, or one a sample."""
+        for buffer, value in zip(vars(self).values(), (row, last, -1, torch.nan, -torch.inf), strict=True):
+            buffer[index] = value
+
+    def advance(self) -> None:
+        """Every sample that is not done to its next row."""
+        self.row += self.row <= self.last
+
+    def rows(self, table: Tensor) -> Tensor:
+        """(B, len(Column)) float32, the row each sample is at; the last one for samples that are done."""
+        return table[torch.minimum(self.row, self.last)]
+
+    def select(self, index: Tensor) -> Transition:
+        """Some samples alone, in memory of their own."""
+        return Transition(*(buffer[index] for buffer in vars(self).values()))
+
+
+@dataclass
+class Latents:
+    """The latents of B samples, as the network reads them and as the solver keeps them.
 
     model_input: (2B, ...) in the network's dtype, what the network reads next: the unconditional half, then the same again.
     timestep:    (2B,) float32, what the network is told next.
-    apart:       (B, ...) in the network's dtype, the latents; None where no step scales the network's input, and the
+    unscaled:    (B, ...) in the network's dtype, the latents; None where no row scales the network's input, and the
                  latents are the first half of `model_input`.
     history:     (B, ...) float32, what a two-step solver keeps of the last step; None for a one-step solver.
-    step:        (B,) int64, the step each sample is at.
-    transition:  (B,) int64, the step at which its weight changes, -1 while that is not known.
-    gaps:        (B, K) float32 noise gaps, NaN where not computed.
-    peak:        (B,) float32, the largest gap so far; kept where a rule's `drop` asks for it.
-    partials:    (B, tiles) float32 and arrivals (B,) int32, where the programs of one large sample meet, and scratch
-                 (2, B, ...) float32, for the eager definition; None where the device does not need them.
     """
 
     model_input: Tensor
     timestep: Tensor
-    apart: Tensor | None
+    unscaled: Tensor | None
     history: Tensor | None
-    step: Tensor
-    transition: Tensor
-    gaps: Tensor
-    peak: Tensor
+
+    @property
+    def x(self) -> Tensor:
+        """(B, ...), the latents themselves."""
+        return self.model_input[: len(self.timestep) // 2] if self.unscaled is None else self.unscaled
+
+    @property
+    def halves(self) -> tuple[Tensor | None, Tensor]:
+        """The halves of `model_input`; None for the first where that is the latents themselves."""
+        first, second = self.model_input.chunk(2)
+        return None if self.unscaled is None else first, second
+
+    def tell(self, rows: Tensor) -> None:
+        """Set what the network reads next from the latents and each sample's row, (B, len(Column))."""
+        self.timestep.view(2, len(rows)).copy_(rows[:, Column.TIMESTEP])
+        fill_input(self.x, *self.halves, per_sample(rows[:, Column.INPUT_SCALE], self.x))
+
+    def select(self, index: Tensor) -> Latents:
+        """Some samples alone, in memory of their own."""
+        doubled = torch.cat([index, index + len(self.timestep) // 2])
+        own = (None if buffer is None else buffer[index] for buffer in (self.unscaled, self.history))
+        return Latents(self.model_input[doubled], self.timestep[doubled], *own)
+
+
+@dataclass
+class Workspace:
+    """partials (B, tiles) float32 and arrivals (B,) int32, where the programs of one large sample meet; scratch (2, B, ...)
+    float32, for the eager step. None where the device does not need them."""
+
     partials: Tensor | None
     arrivals: Tensor | None
     scratch: Tensor | None
+
+    @classmethod
+    def beside(cls, latents: Latents) -> Workspace:
+        x = latents.x
+        eager = backend(x.device) == "eager"
+        tiles = 1 if eager else TILES.of(sample_size(x))[2]
+        return cls(
+            partials=torch.empty((len(x), tiles), device=x.device) if tiles > 1 else None,
+            arrivals=torch.zeros(len(x), dtype=torch.int32, device=x.device) if tiles > 1 else None,
+            scratch=torch.empty_like(latents.model_input, dtype=torch.float32).unflatten(0, (2, len(x))) if eager else None,
+        )
+
+
+@dataclass
+class State:
+    """B samples on their way: buffers on the device, made once."""
+
+    transition: Transition
+    latents: Latents
+    workspace: Workspace
 
     @classmethod
     def empty(
@@ -90,94 +134,59 @@ class State:
         scaled: bool = True,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> State:
-        """Buffers for latents of `shape` (B, ...) and `steps` steps, to be filled by `start`.
+        """Buffers for latents of `shape` (B, ...) and `steps` solver steps, to be filled by `start`.
 
-        multistep: the solver keeps a history. scaled: some step scales the network's input.
+        multistep: the solver keeps a history. scaled: some row scales the network's input.
         """
         batch = shape[0]
 
-        def buffer(rows: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty((rows, *shape[1:]), dtype=dtype, device=device, memory_format=memory_format)
+        def buffer(count: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty((count, *shape[1:]), dtype=dtype, device=device, memory_format=memory_format)
 
-        model_input = buffer(2 * batch, dtype)
-        eager = backend(device) == "eager"
-        tiles = 1 if eager else TILES.of(sample_size(model_input))[2]
-        return cls(
-            model_input=model_input,
+        latents = Latents(
+            model_input=buffer(2 * batch, dtype),
             timestep=torch.empty(2 * batch, device=device),
-            apart=buffer(batch, dtype) if scaled else None,
+            unscaled=buffer(batch, dtype) if scaled else None,
             history=buffer(batch, torch.float32) if multistep else None,
-            step=torch.empty(batch, dtype=torch.int64, device=device),
-            transition=torch.empty(batch, dtype=torch.int64, device=device),
-            gaps=torch.empty((batch, steps), device=device),
-            peak=torch.empty(batch, device=device),
-            partials=torch.empty((batch, tiles), device=device) if tiles > 1 else None,
-            arrivals=torch.zeros(batch, dtype=torch.int32, device=device) if tiles > 1 else None,
-            scratch=buffer(2 * batch, torch.float32).unflatten(0, (2, batch)) if eager else None,
         )
+        return cls(Transition.empty(batch, steps, device), latents, Workspace.beside(latents))
 
-    @property
-    def latents(self) -> Tensor:
-        """(B, ...) in the network's dtype."""
-        return self.model_input[: len(self.step)] if self.apart is None else self.apart
-
-    @property
-    def halves(self) -> tuple[Tensor | None, Tensor]:
-        """The halves of `model_input`; None for the first where that is the latents themselves."""
-        first, second = self.model_input.chunk(2)
-        return None if self.apart is None else first, second
-
-    def start(self, noise: Tensor, table: Tensor, transition: int | None = None) -> State:
-        """All samples at step 0 with the initial noise (B, ...); returns itself.
-
-        transition: the step of it where it is known beforehand (-1 for none), None where each sample finds its own.
-        """
-        self.step.zero_()
-        self.transition.fill_(-1 if transition is None else transition)
-        self.gaps.fill_(torch.nan)
-        self.peak.fill_(-torch.inf)
-        for tensor in (self.history, self.arrivals):
-            if tensor is not None:
-                tensor.zero_()
-        self.feed(noise, table)
+    def start(self, noise: Tensor, table: Tensor, row: int | Tensor = 0, last: int | Tensor | None = None) -> State:
+        """All samples at the first row (of the table, or their own) with the initial noise (B, ...); returns itself."""
+        if self.workspace.arrivals is not None:
+            self.workspace.arrivals.zero_()
+        self.restart(slice(None), noise, table, row, len(table) - 1 if last is None else last)
         return self
 
-    def feed(self, latents: Tensor, table: Tensor) -> None:
-        """Set the latents (B, ...), and from them what the network reads at each sample's step."""
-        self.latents.copy_(latents)
-        self.tell(table)
+    def restart(self, index: Index, latents: Tensor, table: Tensor, row: int | Tensor, last: int | Tensor) -> None:
+        """Send samples to a row with other latents (N, ...), as if they had never been anywhere."""
+        self.transition.restart(index, row, last)
+        if self.latents.history is not None:
+            self.latents.history[index] = 0
+        self.latents.x[index] = latents
+        self.latents.tell(self.transition.rows(table))
 
-    def tell(self, table: Tensor) -> None:
-        """Set what the network reads at each sample's step, from its latents."""
-        rows, batch = self.rows(table), len(self.step)
-        self.timestep.view(2, batch).copy_(rows[:, Column.TIMESTEP])
-        fill_input(self.latents, *self.halves, per_sample(rows[:, Column.INPUT_SCALE], self.latents))
+    def put(self, latents: Tensor, table: Tensor) -> None:
+        """Give all samples other latents (B, ...) where they are."""
+        self.latents.x.copy_(latents)
+        self.latents.tell(self.transition.rows(table))
+
+    def advance(self, table: Tensor) -> None:
+        """Every sample that is not done to its next row, and what the network reads there."""
+        self.transition.advance()
+        self.latents.tell(self.transition.rows(table))
 
     def select(self, index: Tensor) -> State:
-        """The state of some samples alone, `index` (N,) int64, in memory of its own."""
-        batch = len(self.step)
-        chosen = {name: value if value is None else value[index] for name, value in vars(self).items() if name in ROWWISE}
-        doubled = torch.cat([index, index + batch])
-        return State(
-            model_input=self.model_input[doubled],
-            timestep=self.timestep[doubled],
-            scratch=None if self.scratch is None else self.scratch[:, index],
-            **chosen,
-        )
-
-    def rows(self, table: Tensor) -> Tensor:
-        """(B, len(Column)) float32, the table's row of each sample's step; the last one for samples that are done."""
-        return table[self.step.clamp(max=len(table) - 1)]
+        """Some samples alone, `index` (N,) int64, in memory of their own."""
+        latents = self.latents.select(index)
+        return State(self.transition.select(index), latents, Workspace.beside(latents))
 
 
-ROWWISE = ("apart", "history", "step", "transition", "gaps", "peak", "partials", "arrivals")
-
-
-def fill_input(latents: Tensor, first: Tensor | None, second: Tensor, scale: float | Tensor) -> None:
+def fill_input(x: Tensor, first: Tensor | None, second: Tensor, scale: float | Tensor) -> None:
     """Write `scale` times the latents to both halves of the network's input; unscaled latents are the first half (None)."""
     if first is not None:
-        latents = torch.mul(latents, scale, out=first)
-    second.copy_(latents)
+        x = torch.mul(x, scale, out=first)
+    second.copy_(x)
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

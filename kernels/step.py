@@ -6,8 +6,8 @@
     history' = p * latents + q * guided
     the network's next input = input_scale * latents', for both branches, and its next timestep
 
-Samples of one batch may stand at different steps: everything is gathered by each sample's own step index, on the device, and
-nothing is read back by the host.
+Samples of one batch may have different guidance and stand at different steps: everything is gathered from each sample's own row
+of the table, on the device, and nothing is read back by the host. `definition` says the same without a device.
 """
 
 from __future__ import annotations
@@ -17,76 +17,91 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from .dispatch import backend, jit, tl
+from .dispatch import backend, jit, launch, tl
 from .eager import eager_step
-from .guide import guided_prediction, noise_gap
+from .guide import noise_gap
 from .operands import check_predictions, same_layout, sample_size, sample_stride
-from .state import Column, Rule, State
-from .tiles import OPTIONS, TILES, arrive, norm_of
+from .rules import guided_prediction, transition
+from .state import Latents, State, Transition, Workspace
+from .table import (
+    AFTER,
+    BEFORE,
+    COLUMNS,
+    FIRST,
+    INPUT_SCALE,
+    KEEP,
+    LIMIT,
+    STEP,
+    TIMESTEP,
+    WAIT,
+    A,
+    B,
+    Column,
+    P,
+    Q,
+)
+from .tiles import OPTIONS, RESIDENT, TILES, arrive, norm_of
 
-# What lets two programs of a tile share an SM, so that all programs of a launch that meets are resident together.
-RESIDENT = {"maxnreg": 128, "launch_cooperative_grid": True}
-PROGRAMS_AN_SM = 2
 
-
-def step(uncond: Tensor, cond: Tensor | None, table: Tensor, state: State, rule: Rule | None = None) -> None:
-    """Take every sample of `state` one step on, from the network's predictions to its next input.
+def step(uncond: Tensor, cond: Tensor | None, table: Tensor, state: State, finds: bool = True) -> None:
+    """Take every sample of `state` one row on, from the network's predictions to its next input.
 
     One launch on a GPU; two only where samples look for their transition and one sample alone is larger than the GPU's
-    registers hold (a million elements on an H100).
+    registers hold (a million elements on an H100). A sample that is done stays as it is.
 
     uncond, cond: (B, ...) float32, float16 or bfloat16, as for `guide`; cond None where `uncond` is the one prediction the
                   step needs, and is its guided prediction.
-    table:        (K, len(Column)) float32, on the device.
-    rule:         how samples find their transition; None where `state.transition` was given at the start.
+    table:        (any number of rows, len(Column)) float32, on the device.
+    finds:        False where no row asks for the gap (every LIMIT is infinite, every KEEP minus infinity): then nobody waits
+                  for it.
 
     Raises ValueError if the predictions or the table do not match the state.
     """
     _check(uncond, cond, table, state)
-    torch.ops.basinescape.step(uncond, cond, table, *_flat(rule), None, *_buffers(state))
+    torch.ops.basinescape.step(uncond, cond, table, finds, None, *_buffers(state))
 
 
-def guide_step(uncond: Tensor, cond: Tensor, table: Tensor, state: State, rule: Rule | None = None) -> Tensor:
+def guide_step(uncond: Tensor, cond: Tensor, table: Tensor, state: State, finds: bool = True) -> Tensor:
     """The guided prediction of every sample's step, (B, ...) like the latents, for a scheduler that takes its own steps.
 
-    Arguments and errors are those of `step`. Gaps and transitions are recorded; latents and step indices are left alone.
+    Arguments and errors are those of `step`. Gaps and transitions are recorded; latents and rows are left alone.
     """
     _check(uncond, cond, table, state)
-    guided = torch.empty_like(state.latents)
-    torch.ops.basinescape.step(uncond, cond, table, *_flat(rule), guided, *_buffers(state))
+    guided = torch.empty_like(state.latents.x)
+    torch.ops.basinescape.step(uncond, cond, table, finds, guided, *_buffers(state))
     return guided
 
 
 def _check(uncond: Tensor, cond: Tensor | None, table: Tensor, state: State) -> None:
     check_predictions(uncond, uncond if cond is None else cond)
     for name, given, shape in (
-        ("uncond", uncond, state.latents.shape),
-        ("table", table, (state.gaps.shape[1], len(Column))),
+        ("uncond", uncond, state.latents.x.shape),
+        ("table", table, (*table.shape[:1], len(Column))),
     ):
-        if given.shape != shape or given.device != state.step.device:
+        if given.shape != shape or given.device != state.latents.x.device:
             raise ValueError(
-                f"{name} is {tuple(given.shape)} on {given.device}; the state's is {tuple(shape)} on {state.step.device}"
+                f"{name} is {tuple(given.shape)} on {given.device}; it must be {tuple(shape)} on {state.latents.x.device}"
             )
     if table.dtype != torch.float32 or not table.is_contiguous():
         raise ValueError(f"table is {table.dtype} with strides {table.stride()}; it must be contiguous torch.float32")
 
 
-def _flat(rule: Rule | None) -> tuple[bool, int, int, float, int]:
-    return (rule is not None, *(rule or Rule()))
+# A state as an operator takes it: one buffer after another.
+FORMS = (Transition, Latents, Workspace)
+NAMES = [field.name for form in FORMS for field in fields(form)]
 
 
 def _buffers(state: State) -> list[Tensor | None]:
-    return [getattr(state, name) for name in BUFFERS]
+    return [buffer for part in (state.transition, state.latents, state.workspace) for buffer in vars(part).values()]
 
 
-BUFFERS = [field.name for field in fields(State)]
-_MUTATED = ", ".join(f"Tensor({alias}!)? {name}" for alias, name in zip("abcdefghijklmn", ["guided", *BUFFERS], strict=False))
-torch.library.define(
-    "basinescape::step",
-    "(Tensor uncond, Tensor? cond, Tensor table, bool finds, int earliest, int latest, float drop, int wait, "
-    + _MUTATED
-    + ") -> ()",
-)
+def _state(buffers: tuple[Tensor | None, ...]) -> State:
+    rest = iter(buffers)
+    return State(*(form(*(next(rest) for _ in fields(form))) for form in FORMS))
+
+
+_MUTATED = ", ".join(f"Tensor({alias}!)? {name}" for alias, name in zip("abcdefghijklm", ["guided", *NAMES], strict=True))
+torch.library.define("basinescape::step", f"(Tensor uncond, Tensor? cond, Tensor table, bool finds, {_MUTATED}) -> ()")
 
 
 @torch.library.register_fake("basinescape::step")
@@ -95,51 +110,34 @@ def _(*arguments: object) -> None:
 
 
 def _step(
-    uncond: Tensor,
-    cond: Tensor | None,
-    table: Tensor,
-    finds: bool,
-    earliest: int,
-    latest: int,
-    drop: float,
-    wait: int,
-    guided: Tensor | None,
-    *buffers: Tensor | None,
+    uncond: Tensor, cond: Tensor | None, table: Tensor, finds: bool, guided: Tensor | None, *buffers: Tensor | None
 ) -> None:
     """`step`, or, where `guided` is given, `guide_step`."""
-    state, rule = State(*buffers), Rule(earliest, latest, drop, wait) if finds else None
     if backend(uncond.device) == "eager":
-        eager_step(uncond, cond, table, rule, guided, state)
+        eager_step(uncond, cond, table, guided, _state(buffers))
     else:
-        _launch(uncond, cond, table, rule, guided, state)
+        launch_step(uncond, cond, table, finds, guided, _state(buffers))
 
 
 torch.library.impl("basinescape::step", ("cpu", "cuda"), _step)
 
 
 @jit
-def transition_at(k, gap, before, last, peak, left, limit, earliest, latest, keep, wait):
-    """The step of the transition: `left` where it is known, k + wait if it shows at this step k, else -1."""
-    minimum = (before > last) & (last < gap) & (last <= keep * peak) & (k >= earliest)
-    return tl.where((minimum | (gap <= limit) | (k >= latest)) & (left < 0), k + wait, left)
-
-
-@jit
-def finish(g, guided, model_input, second, apart, history, row, following_row, lanes, mask):
+def finish(g, guided, model_input, second, unscaled, history, here, following, lanes, mask):
     """Store the guided prediction, or go on to the solver and store what follows from it."""
     if guided is not None:
         tl.store(guided + lanes, g, mask=mask)
     else:
-        latents = model_input if apart is None else apart
+        latents = model_input if unscaled is None else unscaled
         x = tl.load(latents + lanes, mask=mask, other=0.0).to(tl.float32)
-        following = tl.load(row + 2) * x + tl.load(row + 3) * g
+        solved = tl.load(here + A) * x + tl.load(here + B) * g
         if history is not None:
-            following += tl.load(history + lanes, mask=mask, other=0.0)
-            tl.store(history + lanes, tl.load(row + 4) * x + tl.load(row + 5) * g, mask=mask)
-        fed = following.to(model_input.dtype.element_ty)
-        if apart is not None:
-            tl.store(apart + lanes, fed, mask=mask)
-            fed = (fed.to(tl.float32) * tl.load(following_row + 6)).to(model_input.dtype.element_ty)
+            solved += tl.load(history + lanes, mask=mask, other=0.0)
+            tl.store(history + lanes, tl.load(here + P) * x + tl.load(here + Q) * g, mask=mask)
+        fed = solved.to(model_input.dtype.element_ty)
+        if unscaled is not None:
+            tl.store(unscaled + lanes, fed, mask=mask)
+            fed = (fed.to(tl.float32) * tl.load(following + INPUT_SCALE)).to(model_input.dtype.element_ty)
         tl.store(model_input + lanes, fed, mask=mask)
         tl.store(second + lanes, fed, mask=mask)
 
@@ -156,56 +154,57 @@ def step_kernel(
     table,
     guided,  # None: go on to the solver
     known,  # (B,) float32, gaps computed beforehand; None
-    model_input,
-    timestep,
-    apart,  # or None
-    history,  # or None
-    step,
-    transition,
+    row,
+    last,
+    at,
     gaps,
     peak,
+    model_input,
+    timestep,
+    unscaled,  # or None
+    history,  # or None
     partials,  # None where one program holds a whole sample
     arrivals,
     batch,
-    steps,
     size,
     tiles,
     uncond_stride,
     cond_stride,
-    earliest,
-    latest,
-    keep,
-    wait,
-    FINDS: tl.constexpr,  # samples look for their transition
+    gaps_stride,
+    FINDS: tl.constexpr,  # samples look for their transition in their gaps
     MEETS: tl.constexpr,  # ... and the programs of one sample wait for each other's sums
-    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,  # a block is guided part after part, to stay within the registers
 ):
     tile = tl.program_id(0) % tiles
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     start = tile.to(tl.int64) * BLOCK
-    rest = tl.cast(size - start, tl.int32)
     PART: tl.constexpr = BLOCK // PARTS
     lanes = tl.arange(0, PART)
     while sample < batch:
-        k = tl.minimum(tl.load(step + sample), steps - 1)
-        left = tl.load(transition + sample)
-        row = table + k * COLUMNS
+        end = tl.load(last + sample)
+        k = tl.load(row + sample)
+        goes = k <= end
+        k = tl.minimum(k, end)
+        here = table + k * COLUMNS
+        s = tl.load(here + STEP).to(tl.int64)
+        left = tl.load(at + sample)
+        rest = tl.where(goes, tl.cast(size - start, tl.int32), 0)  # a sample that is done has nothing left to work on
         if FINDS:
-            before = tl.load(gaps + sample * steps + k - 2, mask=k >= 2, other=0.0)
-            last = tl.load(gaps + sample * steps + k - 1, mask=k >= 1, other=0.0)
+            own = gaps + sample * gaps_stride + s
+            before = tl.load(own - 2, mask=s >= 2, other=float("nan"))
+            earlier = tl.load(own - 1, mask=s >= 1, other=float("nan"))
             top = tl.load(peak + sample)
         predictions = ()
         differences = ()
         squared = tl.zeros((PART,), tl.float32)
         for part in tl.static_range(PARTS):
             mask = lanes < rest - part * PART
-            at = start + part * PART
-            u = tl.load(uncond + sample * uncond_stride + at + lanes, mask=mask, other=0.0).to(tl.float32)
+            by = start + part * PART
+            u = tl.load(uncond + sample * uncond_stride + by + lanes, mask=mask, other=0.0).to(tl.float32)
             predictions = predictions + (u,)  # noqa: RUF005 (Triton knows no starred tuple)
             if cond is not None:
-                c = tl.load(cond + sample * cond_stride + at + lanes, mask=mask, other=0.0).to(tl.float32)
+                c = tl.load(cond + sample * cond_stride + by + lanes, mask=mask, other=0.0).to(tl.float32)
                 differences = differences + (c - u,)  # noqa: RUF005
                 squared += (c - u) * (c - u)
         squares = tl.sum(squared)
@@ -221,23 +220,26 @@ def step_kernel(
                 gap = norm_of(partials, sample, tiles, 256)
             if known is not None:
                 gap = tl.load(known + sample)
+        limit, wait = tl.load(here + LIMIT), tl.load(here + WAIT)
         if FINDS:
-            left = transition_at(k, gap, before, last, top, left, tl.load(row + 8), earliest, latest, keep, wait)
-        weight = tl.load(row + tl.where((left >= 0) & (k >= left), 1, 0))
-        following_row = table + tl.minimum(k + 1, steps - 1) * COLUMNS
+            left = transition(s, left, gap, before, earlier, top, tl.load(here + KEEP), limit, wait)
+        else:
+            left = tl.where((limit == float("inf")) & (left < 0), s + wait.to(tl.int64), left)
+        weight = tl.load(here + tl.where((left >= 0) & (s >= left), AFTER, BEFORE))
+        following = table + tl.minimum(k + 1, end) * COLUMNS
         for part in tl.static_range(PARTS):
             if PARTS > 1:
                 tl.debug_barrier()  # keeps the compiler from loading the latents and histories of all parts at once
-            at = sample * size + start + part * PART
+            by = sample * size + start + part * PART
             finish(
                 predictions[part] if cond is None else guided_prediction(predictions[part], differences[part], weight),
-                moved(guided, at),
-                model_input + at,
-                model_input + tl.cast(batch, tl.int64) * size + at,
-                moved(apart, at),
-                moved(history, at),
-                row,
-                following_row,
+                moved(guided, by),
+                model_input + by,
+                model_input + tl.cast(batch, tl.int64) * size + by,
+                moved(unscaled, by),
+                moved(history, by),
+                here,
+                following,
                 lanes,
                 lanes < rest - part * PART,
             )
@@ -245,72 +247,71 @@ def step_kernel(
         # One program keeps the books, once all of the sample's programs have read the state.
         if partials is None:
             tl.debug_barrier()
-            keeps = True
+            keeps = goes
         elif MEETS:
-            keeps = tile == 0
+            keeps = goes & (tile == 0)
         else:
-            keeps = arrived % tiles == tiles - 1
+            keeps = goes & (arrived % tiles == tiles - 1)
         if keeps:
+            tl.store(at + sample, left)
             if cond is not None:
                 if partials is not None and not MEETS and known is None:
                     gap = norm_of(partials, sample, tiles, 256)
-                tl.store(gaps + sample * steps + k, gap)
+                first = tl.load(here + FIRST) > 0
+                tl.store(gaps + sample * gaps_stride + s, gap, mask=first)
                 if FINDS:
-                    tl.store(transition + sample, left)
-                    tl.store(peak + sample, tl.where(gap > top, gap, top))
+                    tl.store(peak + sample, tl.where(gap > top, gap, top), mask=first)
             if guided is None:
-                tl.store(step + sample, k + 1)
-                told = tl.load(following_row + 7)
+                tl.store(row + sample, k + 1)
+                told = tl.load(following + TIMESTEP)
                 tl.store(timestep + sample, told)
                 tl.store(timestep + batch + sample, told)
         sample += tl.num_programs(0) // tiles
 
 
-def _launch(uncond: Tensor, cond: Tensor | None, table: Tensor, rule: Rule | None, guided: Tensor | None, state: State) -> None:
+def launch_step(uncond: Tensor, cond: Tensor | None, table: Tensor, finds: bool, guided: Tensor | None, state: State) -> None:
+    way, latents, space = state.transition, state.latents, state.workspace
     batch, size = len(uncond), sample_size(uncond)
     if not batch:
         return
-    uncond = _arranged(uncond, state.latents)
-    cond = cond if cond is None else _arranged(cond, state.latents)
+    uncond = _arranged(uncond, latents.x)
+    cond = cond if cond is None else _arranged(cond, latents.x)
     block, warps, tiles = TILES.of(size)
-    finds = rule is not None and cond is not None
-    rule = rule or Rule()
+    finds = finds and cond is not None
     groups, known, meets = batch, None, False
     with torch.cuda.device_of(uncond):
         if finds and tiles > 1:
-            groups = resident_programs(uncond.device) // tiles
+            groups = TILES.resident(uncond.device) // tiles
             meets = groups > 0
             if not meets:
                 groups, known = batch, noise_gap(uncond, cond)
-        step_kernel[(min(groups, batch) * tiles,)](
+        launch(
+            step_kernel,
+            min(groups, batch) * tiles,
             uncond,
             cond,
             table,
             guided,
             known,
-            state.model_input,
-            state.timestep,
-            state.apart,
-            state.history,
-            state.step,
-            state.transition,
-            state.gaps,
-            state.peak,
-            state.partials,
-            state.arrivals,
+            way.row,
+            way.last,
+            way.at,
+            way.gaps,
+            way.peak,
+            latents.model_input,
+            latents.timestep,
+            latents.unscaled,
+            latents.history,
+            space.partials,
+            space.arrivals,
             batch,
-            len(table),
             size,
             tiles,
             sample_stride(uncond),
             0 if cond is None else sample_stride(cond),
-            rule.earliest,
-            rule.latest,
-            1 - rule.drop,
-            rule.wait,
+            way.gaps.stride(0),
             FINDS=finds,
             MEETS=meets,
-            COLUMNS=len(Column),
             BLOCK=block,
             PARTS=parts(block, uncond.element_size()),
             num_warps=warps,
@@ -327,10 +328,3 @@ def _arranged(prediction: Tensor, like: Tensor) -> Tensor:
 def parts(block: int, itemsize: int) -> int:
     """How many parts a block of predictions of `itemsize` bytes is guided in: a large one 16 bytes a thread at a time."""
     return 1 if block <= 4096 else block * itemsize // 8192
-
-
-def resident_programs(device: torch.device) -> int:
-    """How many programs of a tile may wait for each other on `device`; none in the interpreter, which runs them in turn."""
-    if device.type != "cuda":
-        return 0
-    return PROGRAMS_AN_SM * torch.cuda.get_device_properties(device).multi_processor_count

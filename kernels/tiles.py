@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from .dispatch import jit, tl
 
 # No fused multiply-add: a kernel's bits do not depend on the compiler's choice.
@@ -29,7 +31,16 @@ class Tiles:
         block, warps = self.tile
         return block, warps, -(-size // block)
 
+    def resident(self, device: torch.device) -> int:
+        """How many programs of a tile may wait for each other on `device`; none in the interpreter, which runs them in turn."""
+        if device.type != "cuda":
+            return 0
+        return PROGRAMS_AN_SM * torch.cuda.get_device_properties(device).multi_processor_count
 
+
+# What lets two programs of a tile share an SM, so that all programs of a launch that meets are resident together.
+RESIDENT = {"maxnreg": 128, "launch_cooperative_grid": True}
+PROGRAMS_AN_SM = 2
 TILES = Tiles(blocks=((1024, 4), (4096, 8), (16384, 16)), tile=(4096, 8))
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from .folder import Journal, intact, open_folder, settings_of, sha256, whole
 from .guidance import Guidance
+from .loop import Plan
 from .prompts import Job
 from .sampler import Output, Sampler
 
@@ -78,7 +79,7 @@ def generate(
         raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
     if len({job.id.casefold() for job in jobs}) < len(jobs):
         raise ValueError("jobs must have ids that differ, in more than upper and lower case")
-    guidance.weights(sampler.solver(steps))  # raises for a table of another length
+    Plan.make(sampler.solver(steps), guidance, torch.device("cpu"))  # raises for a table of another length
     height, width = sampler.size(height, width)
     with torch.inference_mode():  # raises for what the model's text encoders cannot do
         sampler.model.encode([""], height, width, clip_skip=clip_skip)

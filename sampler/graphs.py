@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .loop import Branch, Plan, Step, fused_step
 from .models import GuidedUNet
 
 log = logging.getLogger(__name__)
+ROWS = 256  # of a session's table, or the next power of two: shorter tables share its graphs
 WARM_UP = 3  # runs before a capture: libraries choose their algorithms and compilers compile in the first ones
 
 
@@ -35,21 +37,20 @@ class Graphs:
         if network.version is not self._version:
             self.clear()
             self._version = network.version
-        form = tuple(noise.shape), noise.dtype, memory_format, network.form
-        key = (*form, len(plan.table), plan.rule, plan.multistep, plan.scaled)
+        rows = max(ROWS, 2 ** (len(plan.table) - 1).bit_length())
+        key = (tuple(noise.shape), noise.dtype, memory_format, network.form, rows, plan.multistep, plan.scaled)
         session = self._sessions.get(key)
         if session is None:
-            session = self._sessions[key] = Session(network, plan, plan.state(noise, memory_format))
+            session = self._sessions[key] = Session(network, plan, rows, noise, memory_format)
         session.network.load(network.inputs["both"])
-        session.plan.table.copy_(plan.table)
+        session.table[: len(plan.table)].copy_(plan.table)
         if not self._failed:
             try:
                 self._capture(session, dict.fromkeys(plan.branches))
             except RuntimeError as error:
                 self._failed = True
                 log.warning("the step cannot be captured (%s); it runs uncaptured", error)
-        session.state.start(noise, session.plan.table, plan.transition)
-        return (session.take if self._failed else session.replay), session.state
+        return (session.take if self._failed else session.replay), session.start(noise, plan)
 
     def _capture(self, session: Session, branches: dict[Branch, None]) -> None:
         if self._pool is None:
@@ -66,12 +67,26 @@ class Graphs:
 
 
 class Session:
-    """What the graphs of one shape read and write, in memory that stays where it is."""
+    """What the graphs of one shape read and write, in memory that stays where it is.
 
-    def __init__(self, network: GuidedUNet, plan: Plan, state: State):
-        self.network, self.plan, self.state = network, plan, state
-        self.take = fused_step(network, plan, state)
+    Guidance comes by data, so one graph a branch serves them all: that of the general step, in which samples look for their
+    transition whether or not their rows say so. What it costs those that do not is that the programs of a large sample wait
+    for each other, and past a million elements a second launch: microseconds beside the network.
+    """
+
+    def __init__(self, network: GuidedUNet, plan: Plan, rows: int, noise: Tensor, memory_format: torch.memory_format):
+        self.network, self.table = network, plan.table.new_zeros((rows, plan.table.shape[1]))
+        shape = tuple(noise.shape)
+        self.state = State.empty(shape, rows, noise.dtype, noise.device, plan.multistep, plan.scaled, memory_format)
+        self.state.start(noise, self.table)
+        self.take = fused_step(network, replace(plan, table=self.table, finds=True), self.state)
         self.graphs: dict[Branch, torch.cuda.CUDAGraph] = {}
+
+    def start(self, noise: Tensor, plan: Plan) -> State:
+        """The state at the start of a run of `plan`; its gaps are those of the plan's steps alone."""
+        self.state.start(noise, self.table, last=plan.last)
+        transition = replace(self.state.transition, gaps=self.state.transition.gaps[:, : plan.steps])
+        return replace(self.state, transition=transition)
 
     def capture(self, branch: Branch, pool: Any) -> None:
         """Record a step; the state's contents are lost. Raises RuntimeError where a step makes the host wait, or is refused."""

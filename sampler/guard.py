@@ -8,32 +8,18 @@ to their noise in the same batch, and the others go on undisturbed: their bits a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .guidance import Guidance
-from .kernels.state import NEVER, State
-from .loop import Plan, Step, fused_step
+from .kernels.state import State
+from .loop import Plan, Run, Step, fused_step
 from .models import GuidedUNet
 from .solver import Solver
 
 Begin = Callable[[GuidedUNet, Plan, Tensor], tuple[Step, State]]
-
-
-@dataclass(frozen=True)
-class Guarded:
-    """What a guarded run returns, for B samples over K steps.
-
-    latents (B, ...), transition (B,) int64, gaps (B, K) float32, restarted (B,) bool; those of restarted samples are of their
-    second run.
-    """
-
-    latents: Tensor
-    transition: Tensor
-    gaps: Tensor
-    restarted: Tensor
 
 
 def plans(solver: Solver, guidance: Guidance, device: torch.device) -> tuple[Plan, Plan]:
@@ -41,59 +27,42 @@ def plans(solver: Solver, guidance: Guidance, device: torch.device) -> tuple[Pla
     plain = replace(guidance, before=0.0, until=None, watch=None)
     first, second = (Plan.make(solver, g, device) for g in (plain, replace(guidance, watch=None)))
     steps = guidance.watch.steps
-    if steps >= len(first.branches) or set(first.branches[:steps]) != {"both"}:
+    watched = first.branches[: first.calls(steps)]
+    if steps >= first.steps or set(watched) != {"both"}:
         raise ValueError(
-            f"guard watches the first {steps} steps, which must be fewer than all {len(first.branches)} and need both "
-            f"predictions; they need {', '.join(first.branches[:steps])}"
+            f"guard watches the first {steps} steps, which must be fewer than all {first.steps} and need both "
+            f"predictions; they need {', '.join(watched)}"
         )
     return first, second
 
 
 def denoise(
     network: GuidedUNet, plain: Plan, cautious: Plan, guidance: Guidance, noise: Tensor, begin: Begin, bar: Iterable
-) -> Guarded:
-    """Run from `noise` (B, C, H, W), which `begin` makes the state and the step for; `bar` has K items.
+) -> Run:
+    """Run from `noise` (B, C, H, W), which `begin` makes the state and the step for; `bar` has an item a row of a plan.
 
-    One table holds the steps of both plans, the cautious ones after the plain ones: a sample's step says which it is under.
+    One table holds the rows of both plans, the cautious ones after the plain ones: a sample's row says which it is under.
     """
-    steps, watched = len(plain.table), guidance.watch.steps
-    table = torch.cat([plain.table, cautious.table])
-    rule = cautious.rule
-    if rule is not None:
-        rule = rule._replace(
-            earliest=rule.earliest + steps, latest=rule.latest if rule.latest == NEVER else rule.latest + steps
-        )
-    both = replace(plain, table=table, branches=("both",) * (2 * steps), rule=rule)
+    rows, steps = len(plain.table), guidance.watch.steps
+    watched, table = plain.calls(steps), torch.cat([plain.table, cautious.table])
+    both = replace(plain, table=table, step=plain.step + cautious.step, branches=("both",) * len(table), finds=cautious.finds)
     (take, state), turns = begin(network, both, noise), iter(bar)
     for _ in range(watched):
         next(turns)
         take("both")
-    restarted = state.gaps[:, :watched].mean(dim=1) > guidance.watch.threshold
+    restarted = state.transition.gaps[:, :steps].mean(dim=1) > guidance.watch.threshold
     flagged = restarted.nonzero()[:, 0]  # the run's one read by the host, between two steps
     if len(flagged):
-        _restart(state, flagged, noise, table, cautious.transition)
+        state.restart(flagged, noise[flagged], table, row=rows, last=len(table) - 1)
     for _ in turns:
         take("both")
-    latents, transition, gaps = state.latents.clone(), state.transition.clone(), state.gaps[:, :steps].clone()
+    run = Run(state.latents.x.clone(), state.transition.at.clone(), state.transition.gaps.clone(), restarted)
     if len(flagged):
         late = state.select(flagged)
         take = fused_step(network.select(flagged), both, late)
-        for branch in cautious.branches[steps - watched :]:
+        for branch in cautious.branches[rows - watched :]:
             take(branch)
-        latents[flagged] = late.latents
-        transition[flagged] = torch.where(late.transition < 0, -1, late.transition - steps)
-        gaps[flagged] = late.gaps[:, steps:]
-    return Guarded(latents, transition, gaps, restarted)
-
-
-def _restart(state: State, flagged: Tensor, noise: Tensor, table: Tensor, transition: int | None) -> None:
-    """Put samples back to their noise, at the first of the table's second half."""
-    steps = len(table) // 2
-    state.step[flagged] = steps
-    state.transition[flagged] = -1 if transition is None or transition < 0 else transition + steps
-    state.peak[flagged] = -torch.inf
-    if state.history is not None:
-        state.history[flagged] = 0
-    latents = state.latents.clone()
-    latents[flagged] = noise[flagged]
-    state.feed(latents, table)
+        run.latents[flagged] = late.latents.x
+        run.transition[flagged] = late.transition.at
+        run.gaps[flagged] = late.transition.gaps
+    return run

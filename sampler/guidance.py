@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .solver import Solver
+from .kernels.table import Column
 
 # Factors on the scale over u = t / num_train_timesteps in 0..1, as carried by the authors' scripts.
 SHAPES: dict[str, Callable[[float], float]] = {
@@ -43,6 +42,22 @@ def _whole(name: str, value: int, least: int) -> int:
     return value
 
 
+class Leaving(NamedTuple):
+    """What makes a sample leave its basin at a step, as columns of the table of steps; by default nothing does.
+
+    keep:  the first minimum of the noise gap shows there, and is at most `keep` times the largest gap before it.
+    limit: the gap is at most `limit`; infinity: every sample leaves.
+    wait:  steps from there to the transition.
+    """
+
+    keep: float = -math.inf
+    limit: float = -math.inf
+    wait: int = 0
+
+
+STAYS, LEAVES = Leaving(), Leaving(limit=math.inf)
+
+
 @dataclass(frozen=True)
 class At:
     """The transition is the first step whose timestep is at or below `timestep` (the paper's static transition point).
@@ -55,6 +70,10 @@ class At:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "timestep", _finite("timestep", self.timestep))
+
+    def leaving(self, levels: Sequence[float]) -> list[Leaving]:
+        """What makes a sample leave at each step, by the steps' timesteps in 0..1000."""
+        return [LEAVES if t <= self.timestep else STAYS for t in levels]
 
     def __repr__(self) -> str:
         return f"At(timestep={self.timestep:g})"
@@ -85,6 +104,11 @@ class FirstMinimum:
         object.__setattr__(self, "drop", _finite("drop", self.drop))
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop must be at least 0 and below 1, got {self.drop:g}")
+
+    def leaving(self, levels: Sequence[float]) -> list[Leaving]:
+        """What makes a sample leave at each step."""
+        latest, shows = len(levels) if self.latest is None else self.latest, Leaving(keep=1 - self.drop)
+        return [LEAVES if k >= latest else shows if k >= self.earliest else STAYS for k in range(len(levels))]
 
     def __repr__(self) -> str:
         given = {"earliest": self.earliest, "latest": self.latest, "drop": self.drop}
@@ -118,6 +142,15 @@ class Settled:
         _whole("wait", self.wait, 0)
         if self.latest is not None:
             _whole("latest", self.latest, self.wait)
+
+    def leaving(self, levels: Sequence[float]) -> list[Leaving]:
+        """What makes a sample leave at each step. Raises ValueError if `ordinary` has another number of steps."""
+        if len(self.ordinary) != len(levels):
+            raise ValueError(f"ordinary has {len(self.ordinary)} gaps, but the sampler takes {len(levels)} steps")
+        limits = [self.factor * gap for gap in self.ordinary]
+        if self.latest is not None:
+            limits[self.latest - self.wait :] = [math.inf] * len(limits[self.latest - self.wait :])
+        return [Leaving(limit=limit, wait=self.wait) for limit in limits]
 
 
 Rule = At | FirstMinimum | Settled
@@ -243,45 +276,35 @@ class Guidance:
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a guidance: {data!r} ({error})") from error
 
-    def weights(self, solver: Solver) -> Tensor:
-        """The weight before and after the transition at each of the solver's K network calls: (K, 2) float32 on the CPU.
+    def weights(self, levels: Sequence[float]) -> list[tuple[float, float]]:
+        """The weight before and after the transition at every step, by the steps' timesteps in 0..1000.
 
-        Raises ValueError if a table of this guidance has not as many entries as the solver steps, or if it asks for timesteps
-        where the solver's noise levels are not known.
+        Raises ValueError if `shape` is a table of another length.
         """
-        if isinstance(self.until, Settled):
-            _one_a_step("ordinary", self.until.ordinary, solver)
         if isinstance(self.shape, str):
-            static = self.shape == "static"
-            factors = [1.0] * len(solver.step) if static else [SHAPES[self.shape](t / 1000) for t in self._levels(solver)]
+            factors = [SHAPES[self.shape](t / 1000) for t in levels]
         else:
-            _one_a_step("shape", self.shape, solver)
-            factors = [self.shape[k] for k in solver.step.tolist()]
+            factors = list(self.shape)
+            if len(factors) != len(levels):
+                raise ValueError(f"shape has {len(factors)} factors, but the sampler takes {len(levels)} steps")
         after = [self.scale * factor for factor in factors]
         if self.interval is not None:
             low, high = self.interval
-            after = [weight if low <= t <= high else 1.0 for weight, t in zip(after, self._levels(solver), strict=True)]
-        return torch.tensor([[self.before, weight] for weight in after], dtype=torch.float32)
+            after = [weight if low <= t <= high else 1.0 for weight, t in zip(after, levels, strict=True)]
+        return [(self.before, weight) for weight in after]
 
-    def fixed_transition(self, solver: Solver) -> int | None:
-        """The call of the transition where it is known beforehand: -1 if there is none, None if each sample finds its own."""
-        if isinstance(self.until, (FirstMinimum, Settled)):
-            return None
-        if self.until is None:
-            return 0
-        levels = self._levels(solver)
-        return next((k for k in solver.first_calls.tolist() if levels[k] <= self.until.timestep), -1)
+    @property
+    def timed(self) -> bool:
+        """Whether it asks for timesteps."""
+        return isinstance(self.until, At) or self.interval is not None or self.shape in SHAPES.keys() - {"static"}
 
-    def _levels(self, solver: Solver) -> list[float]:
-        """The timestep of each call in 0..1000."""
-        if solver.level is None:
-            raise ValueError(
-                f"guidance {self!r} asks for timesteps in 0..1000, and the scheduler's are not known to be noise levels: use "
-                "FirstMinimum(), a factor for each step, or another scheduler"
-            )
-        return solver.level.tolist()
+    def rows(self, levels: Sequence[float]) -> dict[Column, Tensor]:
+        """The guidance's columns of the table of steps, float32 on the CPU, a number for each step.
 
-
-def _one_a_step(name: str, given: Sequence[float], solver: Solver) -> None:
-    if len(given) != solver.steps:
-        raise ValueError(f"{name} has {len(given)} entries, but the sampler takes {solver.steps} steps")
+        levels: the steps' timesteps in 0..1000 of the training schedule. Raises ValueError if the guidance has another number
+        of steps.
+        """
+        leaving = [LEAVES] * len(levels) if self.until is None else self.until.leaving(levels)
+        columns = zip(*((*weights, *how) for weights, how in zip(self.weights(levels), leaving, strict=True)), strict=True)
+        names = (Column.BEFORE, Column.AFTER, Column.KEEP, Column.LIMIT, Column.WAIT)
+        return {name: torch.tensor(column, dtype=torch.float32) for name, column in zip(names, columns, strict=True)}

@@ -12,11 +12,11 @@ from diffusers import SchedulerMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
 
-from .guidance import FirstMinimum, Guidance, Settled
-from .kernels.dispatch import backend
-from .kernels.eager import Lockstep
-from .kernels.state import NEVER, Rule, State
-from .kernels.step import guide_step, step
+from .guidance import Guidance
+from .kernels import backend, guide_step, step
+from .kernels.lockstep import Lockstep
+from .kernels.state import State
+from .kernels.table import Column
 from .schedulers import own_step, prepared
 from .solver import Solver
 
@@ -37,80 +37,116 @@ class Network(Protocol):
 class Plan:
     """All that the steps of one run read.
 
-    table:      (K, len(Column)) float32 on the device.
-    branches:   which halves of the network each step needs.
-    transition: the step of the transition, -1 for none; None where each sample finds its own by `rule`.
-    multistep:  the solver keeps a history. scaled: some step scales the network's input.
+    table:     (K, len(Column)) float32 on the device, a row for each call of the network.
+    step:      the solver step each row belongs to.
+    last:      the last row of a run that starts at the first.
+    branches:  which halves of the network each row needs.
+    finds:     samples look for their transition in their noise gaps; False where the table says beforehand where it is.
+    multistep: the solver keeps a history. scaled: some row scales the network's input.
     """
 
     table: Tensor
+    step: tuple[int, ...]
+    last: int
     branches: tuple[Branch, ...]
-    transition: int | None
-    rule: Rule | None
+    finds: bool
     multistep: bool
     scaled: bool
 
     @classmethod
     def make(cls, solver: Solver, guidance: Guidance, device: torch.device) -> Plan:
-        """Lay `guidance` over the steps of `solver`. Raises ValueError if the guidance's own table has another length, or asks
-        for timesteps where the scheduler's noise levels are not known."""
-        weights = guidance.weights(solver)
-        transition = guidance.fixed_transition(solver)
-        rule = _rule(guidance.until) if transition is None else None
-        calls = len(solver.timesteps)
+        """Lay `guidance` over the steps of `solver`.
+
+        Raises ValueError if the guidance has another number of steps, or asks for timesteps where the scheduler's are not known
+        to be noise levels.
+        """
+        if solver.level is None and guidance.timed:
+            raise ValueError(
+                f"guidance {guidance!r} asks for timesteps in 0..1000, and the scheduler's are not known to be such: use "
+                "FirstMinimum(), a factor for each step, or another scheduler"
+            )
+        step, calls = solver.step, len(solver.step)
+        first = torch.cat([torch.ones(1), step.diff().clamp(max=1).float()])
         coefficients = torch.zeros(calls, 4) if solver.coefficients is None else solver.coefficients
-        limits = torch.full((calls,), -torch.inf)
-        if isinstance(guidance.until, Settled):
-            limits = guidance.until.factor * torch.tensor(guidance.until.ordinary)
-        columns = [weights, coefficients, solver.input_scale[:, None], solver.timesteps[:, None], limits[:, None]]
+        columns = {column: values[step] for column, values in guidance.rows(solver.levels).items()}
+        for column in (Column.KEEP, Column.LIMIT):  # a step is looked at in its first call alone
+            columns[column] = columns[column].where(first > 0, torch.tensor(-torch.inf))
+        columns |= dict(zip((Column.A, Column.B, Column.P, Column.Q), coefficients.unbind(1), strict=True))
+        columns |= {Column.INPUT_SCALE: solver.input_scale, Column.TIMESTEP: solver.timesteps}
+        columns |= {Column.STEP: step.float(), Column.FIRST: first}
+        keep, limit = columns[Column.KEEP], columns[Column.LIMIT]
+        finds = bool(((keep > -torch.inf) | ((limit > -torch.inf) & (limit < torch.inf))).any())
         return cls(
-            table=torch.cat(columns, dim=1).to(device),
-            branches=tuple(_branch(k, *pair, transition, rule) for k, pair in enumerate(weights.tolist())),
-            transition=transition,
-            rule=rule,
+            table=torch.stack([columns[column] for column in Column], dim=1).to(device),
+            step=tuple(step.tolist()),
+            last=calls - 1,
+            branches=_branches(columns, finds),
+            finds=finds,
             multistep=bool(coefficients[:, 2:].any()),
             scaled=bool((solver.input_scale != 1).any()),
         )
 
+    @property
+    def steps(self) -> int:
+        """The number of solver steps."""
+        return self.step[-1] + 1
+
+    def calls(self, steps: int) -> int:
+        """How many rows the first `steps` solver steps have."""
+        return sum(k < steps for k in self.step)
+
     def state(self, noise: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> State:
         """The state of a run that starts from `noise` (B, C, H, W), in the network's dtype and on its device."""
-        shape, steps = tuple(noise.shape), len(self.table)
-        empty = State.empty(shape, steps, noise.dtype, noise.device, self.multistep, self.scaled, memory_format)
-        return empty.start(noise, self.table, self.transition)
+        shape = tuple(noise.shape)
+        empty = State.empty(shape, self.steps, noise.dtype, noise.device, self.multistep, self.scaled, memory_format)
+        return empty.start(noise, self.table, last=self.last)
 
 
-def _rule(until: FirstMinimum | Settled) -> Rule:
-    latest = NEVER if until.latest is None else until.latest
-    if isinstance(until, FirstMinimum):
-        return Rule(until.earliest, latest, until.drop)
-    return Rule(0, latest if latest == NEVER else latest - until.wait, math.inf, until.wait)
+def _branches(columns: dict[Column, Tensor], finds: bool) -> tuple[Branch, ...]:
+    """The one branch that each row needs, or both: a sample still looking for its transition needs its noise gap."""
+    transition, branches = math.inf, []
+    names = (Column.STEP, Column.LIMIT, Column.WAIT, Column.BEFORE, Column.AFTER)
+    for k, limit, wait, before, after in zip(*(columns[name].tolist() for name in names), strict=True):
+        if limit == math.inf:  # by then every sample has left
+            transition = min(transition, k + wait)
+        left = k >= transition
+        weight = after if left else before
+        branches.append("both" if finds and not left else {0.0: "uncond", 1.0: "cond"}.get(weight, "both"))
+    return tuple(branches)
 
 
-def _branch(k: int, before: float, after: float, transition: int | None, rule: Rule | None) -> Branch:
-    """The one branch that step k needs, or both: a sample still looking for its transition needs its noise gap."""
-    if rule is not None:
-        if k < rule.latest + rule.wait:
-            return "both"
-        weight = after
-    else:
-        weight = after if 0 <= transition <= k else before
-    return {0.0: "uncond", 1.0: "cond"}.get(weight, "both")
+@dataclass(frozen=True)
+class Run:
+    """What a run returns, for B samples over K solver steps.
+
+    latents (B, ...), transition (B,) int64, gaps (B, K) float32; restarted (B,) bool, the samples that a guard has started
+    again, whose transition and gaps are those of their second run, None without one.
+    """
+
+    latents: Tensor
+    transition: Tensor
+    gaps: Tensor
+    restarted: Tensor | None = None
+
+    @classmethod
+    def of(cls, state: State) -> Run:
+        return cls(state.latents.x, state.transition.at, state.transition.gaps)
 
 
 def fused_step(network: Network, plan: Plan, state: State) -> Step:
     """A step that is the network and one launch."""
 
     def take(branch: Branch) -> None:
-        step(*_predict(network, state, branch), plan.table, state, plan.rule)
+        step(*_predict(network, state, branch), plan.table, state, plan.finds)
 
     return take
 
 
 def lockstep(network: Network, plan: Plan, state: State) -> Step:
     """`fused_step` from a state just started; where no kernel runs, without the gathers that steps of its own would need."""
-    if backend(state.step.device) != "eager":
+    if backend(plan.table.device) != "eager":
         return fused_step(network, plan, state)
-    move = Lockstep(state, plan.table, plan.rule, plan.transition)
+    move = Lockstep(state, plan.table)
     return lambda branch: move(*_predict(network, state, branch))
 
 
@@ -128,28 +164,29 @@ def scheduler_step(
     guidance_rescale: how far the guided prediction is scaled back to the deviation of the conditional one (Lin et al.,
                       https://arxiv.org/abs/2305.08891, section 3.4), 0 to 1.
     """
-    scheduler = prepared(scheduler, solver.schedule, state.step.device)
+    scheduler = prepared(scheduler, solver.schedule, plan.table.device)
     timesteps = iter(scheduler.timesteps)
 
     def take(branch: Branch) -> None:
         uncond, cond = _predict(network, state, branch)
-        guided = uncond if cond is None else guide_step(uncond, cond, plan.table, state, plan.rule)
+        guided = uncond if cond is None else guide_step(uncond, cond, plan.table, state, plan.finds)
         if cond is not None and guidance_rescale:
             guided = rescale_noise_cfg(guided, cond, guidance_rescale)
-        latents = state.latents.clone()  # the scheduler may keep what it is given
+        latents = state.latents.x.clone()  # the scheduler may keep what it is given
         latents = own_step(scheduler, guided, next(timesteps), latents, generators, solver.schedule.eta)
-        state.step += 1
-        state.feed(latents, plan.table)
+        state.transition.advance()
+        state.put(latents, plan.table)
 
     return take
 
 
 def _predict(network: Network, state: State, branch: Branch) -> tuple[Tensor, Tensor | None]:
     """(uncond, cond), or (the one branch that is needed, None)."""
+    latents = state.latents
     if branch == "both":
-        return network(state.model_input, state.timestep, branch).chunk(2)
-    batch = len(state.step)
-    return network(state.model_input[:batch], state.timestep[:batch], branch), None
+        return network(latents.model_input, latents.timestep, branch).chunk(2)
+    batch = len(latents.x)
+    return network(latents.model_input[:batch], latents.timestep[:batch], branch), None
 
 
 def denoise(take: Step, branches: Iterable[Branch], after: Callable[[int], None] | None = None) -> None:

@@ -20,7 +20,7 @@ from . import arguments, guard, models
 from .graphs import Graphs
 from .guidance import Guidance
 from .kernels.state import State
-from .loop import Network, Plan, Step, denoise, fused_step, lockstep, scheduler_step
+from .loop import Network, Plan, Run, Step, denoise, fused_step, lockstep, scheduler_step
 from .schedulers import Schedule, make_scheduler
 from .solver import Solver
 
@@ -247,11 +247,9 @@ class Sampler:
             self.pipe.maybe_free_model_hooks()
             restarted = None if guidance.watch is None else run.restarted.cpu()
             transition = run.transition.cpu()
-            transition[transition >= len(solver.timesteps)] = -1  # settled too late to wait
-            transition = torch.where(transition < 0, transition, solver.step[transition])
-            first = solver.first_calls
-            gaps = run.gaps.cpu()[:, first]
-        made = images, latents, transition, gaps, solver.timesteps[first], restarted, finite
+            transition[transition >= solver.steps] = -1  # settled too late to wait
+            gaps = run.gaps.cpu()
+        made = images, latents, transition, gaps, solver.timesteps[solver.first_calls], restarted, finite
         return Output(*map(_normal, made), flagged, encoded.truncated)
 
     def _run(
@@ -263,7 +261,7 @@ class Sampler:
         bar: Callable[..., Iterable],
         wrap: Callable[[models.GuidedUNet], Network] | None,
         called: Callable[[State, int], None] | None,
-    ) -> State:
+    ) -> Run:
         """All steps of `plan`, by the fastest way that `wrap` allows, or by `own`, the scheduler's own step."""
         network = self.model.network(encoded, plain=wrap is not None)
         if own is None and wrap is None and self._captures(network):
@@ -272,13 +270,13 @@ class Sampler:
             state = plan.state(noise, self.model.memory_format)
             take = (own or lockstep)(network if wrap is None else wrap(network), plan, state)
         denoise(take, bar(plan.branches), None if called is None else partial(called, state))
-        return state
+        return Run.of(state)
 
     def _call_back(self, callback: Callable[..., dict[str, Tensor]], solver: Solver, plan: Plan, state: State, k: int) -> None:
         """Tell `callback` of call k, and go on with the latents it returns."""
-        latents = state.latents.clone()
+        latents = state.latents.x.clone()
         returned = callback(self.pipe, k, solver.timesteps[k], {"latents": latents}).get("latents", latents)
-        state.feed(returned, plan.table)
+        state.put(returned, plan.table)
 
     def _guarded(
         self,
@@ -287,7 +285,7 @@ class Sampler:
         guidance: Guidance,
         noise: Tensor,
         bar: Callable[..., Iterable],
-    ) -> guard.Guarded:
+    ) -> Run:
         def begin(network: models.GuidedUNet, plan: Plan, noise: Tensor) -> tuple[Step, State]:
             if self._captures(network):
                 return self._graphs.step(network, plan, noise, self.model.memory_format)

@@ -11,6 +11,7 @@ The five numbers of each step are measured by handing the scheduler unit vectors
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +88,11 @@ class Solver:
     def first_calls(self) -> Tensor:
         """(steps,) int64, the first call of each step."""
         return torch.searchsorted(self.step, torch.arange(self.steps))
+
+    @property
+    def levels(self) -> list[float]:
+        """The level of each step's first call, NaN where that is not known."""
+        return [math.nan] * self.steps if self.level is None else self.level[self.first_calls].tolist()
 
 
 def _measure(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[Tensor, Tensor]:

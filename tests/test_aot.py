@@ -47,10 +47,11 @@ def test_a_poor_configuration_is_seen():
     """One warp for 16,384 elements spills; one element a thread cannot be loaded 16 bytes at a time."""
     script = """
 from dataclasses import replace
-from basinescape.kernels.aot import assembly, configurations, resources
-good = next(configurations("float16"))
+from basinescape.kernels.aot import assembly, launches, resources
+_, good = next(launches("float16"))
 for block, warps in ((16384, 1), (1024, 32)):
-    found = resources(assembly(replace(good, block=block, warps=warps), "sm_90")["cubin"])
+    options = good.options | {"BLOCK": block, "num_warps": warps}
+    found = resources(assembly(replace(good, options=options), "sm_90")["cubin"])
     print(found["spill_bytes"], found["load_bits"])
 """
     crowded, sparse = (tuple(map(int, line.split())) for line in run("-c", script).splitlines())
@@ -61,10 +62,10 @@ for block, warps in ((16384, 1), (1024, 32)):
 def test_programs_that_meet_order_their_memory():
     """All GPUs' threads see what a program stored before it arrived, once they have seen it arrive."""
     script = """
-from basinescape.kernels.aot import assembly, configurations
-for launched in configurations("float16"):
-    if launched.options:
-        print(assembly(launched, "sm_90")["ptx"])
+from basinescape.kernels.aot import assembly, launches
+for name, launch in launches("float16"):
+    if launch.options.get("MEETS"):
+        print(assembly(launch, "sm_90")["ptx"])
 """
     ptx = run("-c", script)
     stores, arrives, waits, reads = (

@@ -5,11 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from basinescape import Guidance
 from basinescape.bench import demo
 from basinescape.bench.analyze import analyze
 from basinescape.bench.scenario import PRESETS
 from basinescape.guidance import SHAPES
+from basinescape.kernels.table import Column
+from basinescape.loop import Plan
 from basinescape.schedulers import Schedule
 from basinescape.solver import Solver
 from diffusers import DDIMScheduler, HeunDiscreteScheduler
@@ -63,15 +66,19 @@ def test_a_shape_has_its_closed_form(shape):
         "v_shape": np.where(t > 500, g * (1 - t / 1000), g * t / 1000),
         "a_shape": np.where(t < 500, g * (1 - t / 1000), g * t / 1000),
     }[shape]
-    weights = Guidance.cfg(g, shape=shape).weights(solver)
-    np.testing.assert_allclose(weights[:, 1].numpy(), expected, rtol=1e-6, atol=1e-6)
+    weights = Guidance.cfg(g, shape=shape).weights(solver.levels)
+    np.testing.assert_allclose([after for _, after in weights], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_an_interval_guides_inside_and_a_table_has_a_factor_a_step():
+    """Under Heun, too: a step's second call has the weight of its first."""
     solver = Solver.of(HeunDiscreteScheduler(beta_schedule="scaled_linear"), Schedule(6))
-    inside = (solver.timesteps >= 200) & (solver.timesteps <= 700)
-    weights = Guidance.cfg(5.0, interval=(200, 700)).weights(solver)[:, 1]
-    assert weights.tolist() == [5.0 if guided else 1.0 for guided in inside.tolist()] and 0 < inside.sum() < len(inside)
+    first = [solver.step.tolist().index(step) for step in range(6)]
+    inside = [200 <= t <= 700 for t in solver.timesteps[first].tolist()]
+    cpu = torch.device("cpu")
+    table = Plan.make(solver, Guidance.cfg(5.0, interval=(200, 700)), cpu).table
+    assert table[:, Column.AFTER].tolist() == [5.0 if inside[step] else 1.0 for step in solver.step.tolist()]
+    assert 0 < sum(inside) < 6
     factors = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
-    weights = Guidance.cfg(2.0, shape=factors).weights(solver)[:, 1]
-    assert weights.tolist() == [2 * factors[step] for step in solver.step.tolist()] and len(weights) == 11
+    table = Plan.make(solver, Guidance.cfg(2.0, shape=factors), cpu).table
+    assert table[:, Column.AFTER].tolist() == [2 * factors[step] for step in solver.step.tolist()] and len(table) == 11

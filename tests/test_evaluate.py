@@ -10,16 +10,13 @@ import torch
 from basinescape import Guidance, Sampler
 from basinescape.bench import ordinary
 from basinescape.bench import scenario as scenarios
-from basinescape.bench.analyze import edges, first_minimum, starting_at
+from basinescape.bench.analyze import edges, starting_at
 from basinescape.bench.evaluate import evaluate, table
 from basinescape.bench.methods import augment, cads, dryrun, embedding, update
 from basinescape.bench.methods import table as method_table
 from basinescape.bench.methods.padding import words_mask
 from basinescape.bench.metrics import Similarity, interval, l2_ratio, roc
 from basinescape.bench.scenario import PRESETS, Scenario, prompts, read_prompts
-from basinescape.kernels.state import Rule
-from basinescape.schedulers import Schedule
-from basinescape.solver import Solver
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -354,21 +351,5 @@ def test_edges_are_the_first_onsets_after_the_last_copy():
 
 
 def test_a_sweep_starts_where_it_says():
-    weights = starting_at(3, 7.5, 6).weights(Solver.of(DDIMScheduler(), Schedule(6)))[:, 1]
-    assert weights.tolist() == [0, 0, 0, 7.5, 7.5, 7.5]
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.floats(0.5, 4.0, width=32), min_size=5, max_size=9), st.sampled_from([0.0, 0.25]))
-def test_the_rule_on_curves_is_the_samplers(gaps, drop):
-    from basinescape import FirstMinimum
-    from basinescape.kernels.state import Column, State
-    from basinescape.kernels.step import step
-
-    table_of_steps = torch.full((len(gaps), len(Column)), -torch.inf)
-    table_of_steps[:, : Column.LIMIT] = 0
-    state = State.empty((1, 1), len(gaps), torch.float32, "cpu").start(torch.zeros(1, 1), table_of_steps)
-    for gap in gaps:
-        step(torch.zeros(1, 1), torch.full((1, 1), gap), table_of_steps, state, Rule(drop=drop))
-    found = first_minimum(state.gaps[0].tolist(), FirstMinimum(drop=drop))
-    assert state.transition.item() == (-1 if found is None else found)
+    weights = starting_at(3, 7.5, 6).weights([900, 700, 500, 300, 100, 0])
+    assert [after for _, after in weights] == [0, 0, 0, 7.5, 7.5, 7.5]

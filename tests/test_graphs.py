@@ -68,12 +68,16 @@ def test_a_captured_step_is_the_step(pipe, device, scheduler, compile, monkeypat
     monkeypatch.setattr(torch, "compile", lambda network, **_: network)  # no compiler for a device that is not there
     plain = Sampler.from_pipeline(pipe, scheduler)
     captured = Sampler.from_pipeline(on_device(pipe), scheduler, capture=True, compile=compile)
-    for prompts, guidance in CALLS:
-        expected, found = call(plain, prompts, guidance), call(captured, prompts, guidance)
+    for i, (prompts, guidance) in enumerate(CALLS):
+        steps = STEPS - i % 2
+        expected, found = call(plain, prompts, guidance, steps=steps), call(captured, prompts, guidance, steps=steps)
         assert found.latents.device.type == "cuda"
         assert_same(found, plain, prompts, guidance)
         assert found.transition_step.tolist() == expected.transition_step.tolist()
-    assert not caplog.records and all(session.graphs for session in captured._graphs._sessions.values())
+    sessions = captured._graphs._sessions.values()
+    assert not caplog.records and all(session.graphs for session in sessions)
+    # One of a shape and branch, whatever the guidance and the number of steps: batches of 2 and 1, and no branch "cond" here.
+    assert len(sessions) == 2 and all(set(session.graphs) <= {"both", "uncond"} for session in sessions)
     captured.close()
     assert not captured._graphs._sessions
 

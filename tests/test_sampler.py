@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from basinescape import At, FirstMinimum, Guidance, Sampler, Settled
-from basinescape.bench.analyze import settled
+from basinescape.bench.analyze import transition
 from basinescape.schedulers import make_scheduler
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from rounding import LEEWAY, assert_same_but_for_rounding, spread
@@ -101,7 +101,7 @@ def test_samples_settle_where_their_gaps_say(pipe, scheduler, latest):
     free = sample(pipe, scheduler, Guidance.delayed(7.5, until=FirstMinimum(latest=None)))
     rule = Settled(tuple(free.noise_gap.median(dim=0).values.tolist()), factor=0.9, wait=2, latest=latest)
     out = sample(pipe, scheduler, Guidance.delayed(7.5, until=rule))
-    expected = [settled(gaps, rule) for gaps in out.noise_gap.tolist()]
+    expected = [transition(gaps, rule) for gaps in out.noise_gap.tolist()]
     assert out.transition_step.tolist() == [-1 if step is None else step for step in expected]
     assert len(set(expected)) > 1
 

@@ -1,54 +1,23 @@
-"""The fused step, kernel and eager definition, against the method's definitions in float64, sample by sample."""
+"""The fused step, kernel and eager twin, against the definition in float64, sample by sample."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import pytest
 import torch
-from basinescape.kernels import guide
+from basinescape.kernels import definition, guide, guide_step, step
 from basinescape.kernels.dispatch import INTERPRETED, backend
-from basinescape.kernels.eager import Lockstep
-from basinescape.kernels.state import NEVER, Column, Rule, State
-from basinescape.kernels.step import _buffers, guide_step, step
+from basinescape.kernels.lockstep import Lockstep
+from basinescape.kernels.state import State
+from basinescape.kernels.step import _buffers
+from basinescape.kernels.table import Column
 from basinescape.kernels.tiles import Tiles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interleaving import SMALL, interleaved
 
 STEPS = 7
-
-
-@dataclass
-class Sample:
-    """One sample, followed with plain numbers."""
-
-    latents: torch.Tensor
-    k: int
-    left: int
-    gaps: list[float] = field(default_factory=lambda: [math.nan] * STEPS)
-    history: torch.Tensor | float = 0.0
-
-    def step(self, uncond, cond, table, rule, dtype, solves=True):
-        row = table[self.k].double()
-        u, c = uncond.double(), None if cond is None else cond.double()
-        guided = u
-        if c is not None:
-            earlier = list(self.gaps)
-            self.gaps[self.k] = gap = (c - u).norm().item()
-            if rule and self.left < 0:
-                peak = max((d for d in earlier if d == d), default=-math.inf)
-                minimum = self.k >= max(rule.earliest, 2) and earlier[self.k - 2] > earlier[self.k - 1] < gap
-                deep = minimum and earlier[self.k - 1] <= (1 - rule.drop) * peak
-                if deep or gap <= row[Column.LIMIT] or self.k >= rule.latest:
-                    self.left = self.k + rule.wait
-            guided = u + row[Column.AFTER if 0 <= self.left <= self.k else Column.BEFORE] * (c - u)
-        if solves:
-            a, b, p, q = row[Column.A : Column.Q + 1]
-            x = self.latents.double()
-            self.latents = (a * x + b * guided + self.history).to(dtype)
-            self.history = p * x + q * guided
-            self.k += 1
-        return guided
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def laid_out(x, layout):
@@ -60,20 +29,11 @@ def laid_out(x, layout):
     return x
 
 
-rules = st.builds(
-    Rule,
-    earliest=st.integers(2, 4),
-    latest=st.sampled_from([NEVER, 5, 6]),
-    drop=st.sampled_from([0.0, 0.3, math.inf]),
-    wait=st.sampled_from([0, 0, 2]),
-)
-
-
-SHAPES = ((1, 1, 1), (4, 8, 8), (3, 5, 7), (4, 40, 40), (4, 64, 64), (3, 80, 81))
+LATENTS = ((1, 1, 1), (4, 8, 8), (3, 5, 7), (4, 40, 40), (4, 64, 64), (3, 80, 81))
 
 
 @st.composite
-def runs(draw, shapes=SHAPES):
+def runs(draw, shapes=LATENTS):
     shape = draw(st.sampled_from(shapes))
     return {
         "shape": (draw(st.integers(1, 4)), *shape),
@@ -82,29 +42,53 @@ def runs(draw, shapes=SHAPES):
         "channels_last": draw(st.booleans()),
         "multistep": draw(st.booleans()),
         "scaled": draw(st.booleans()),
-        "rule": draw(st.none() | rules),
+        "earliest": draw(st.sampled_from([2, 3, 4, STEPS])),
+        "drop": draw(st.sampled_from([0.0, 0.3])),
         "limited": draw(st.booleans()),
+        "latest": draw(st.sampled_from([0, 2, 5, STEPS])),
+        "wait": draw(st.sampled_from([0, 0, 2])),
+        "calls": draw(st.sampled_from([1, 1, 2])),
         "begins": draw(st.integers(0, 2)),
         "seed": draw(st.integers(0, 2**16)),
     }
 
 
-def begin(run):
-    """(state at its first step, table, rule, transition, noise, generator) of a run."""
-    rng = torch.Generator().manual_seed(run["seed"])
-    shape, dtype, rule = run["shape"], run["dtype"], run["rule"]
-    table = torch.rand((STEPS, len(Column)), generator=rng) * 2 - 1
-    if not run["multistep"]:
+def table_of(rng, steps=STEPS, calls=1, multistep=True, scaled=True, earliest=2, drop=0.0, limits=None, latest=None, wait=0):
+    """Random steps of `calls` calls each, in which samples find their first minimum, or come down to a limit, or `latest`."""
+    table = torch.rand((steps * calls, len(Column)), generator=rng) * 2 - 1
+    call = torch.arange(len(table))
+    table[:, Column.STEP], table[:, Column.FIRST] = call // calls, (call % calls == 0).float()
+    first, k = table[:, Column.FIRST] > 0, table[:, Column.STEP]
+    table[:, Column.KEEP] = (1 - drop) * torch.ones(len(table)).where(first & (k >= earliest), torch.inf * torch.tensor(-1.0))
+    limits = torch.full((len(table),), -math.inf) if limits is None else limits[call // calls]
+    limits = limits.where(k < (steps if latest is None else latest), torch.tensor(math.inf))
+    table[:, Column.LIMIT] = limits.where(first, torch.tensor(-math.inf))
+    table[:, Column.WAIT] = wait
+    if not multistep:
         table[:, [Column.P, Column.Q]] = 0
-    usual = 0.5 * math.prod(shape[1:]) ** 0.5  # of the gaps below
-    table[:, Column.LIMIT] = usual * table[:, Column.LIMIT].abs() if run["limited"] else -math.inf
-    if not run["scaled"]:
+    if not scaled:
         table[:, Column.INPUT_SCALE] = 1
+    return table
+
+
+def begin(run):
+    """(state at its first step, table, noise, generator) of a run."""
+    rng = torch.Generator().manual_seed(run["seed"])
+    shape, dtype = run["shape"], run["dtype"]
+    usual = 0.5 * math.prod(shape[1:]) ** 0.5  # of the gaps below
+    limits = usual * torch.rand(STEPS, generator=rng) if run["limited"] else None
+    options = {name: run[name] for name in ("calls", "multistep", "scaled", "earliest", "drop", "latest", "wait")}
+    table = table_of(rng, limits=limits, **options)
     layout = torch.channels_last if run["channels_last"] else torch.contiguous_format
     state = State.empty(shape, STEPS, dtype, "cpu", run["multistep"], run["scaled"], layout)
-    transition = None if rule else int(torch.randint(-1, STEPS, (), generator=rng))
-    noise = torch.randn(shape, generator=rng)
-    return state.start(noise.to(dtype), table, transition), table, rule, transition, noise, rng
+    noise = torch.randn(shape, generator=rng).to(dtype)
+    return state.start(noise, table), table, noise, rng
+
+
+def finds(table):
+    """Whether any row asks for the gap."""
+    keep, limit = table[:, Column.KEEP], table[:, Column.LIMIT]
+    return bool(((keep > -math.inf) | (limit.abs() < math.inf)).any())
 
 
 def predictions(run, rng):
@@ -115,44 +99,76 @@ def predictions(run, rng):
     return uncond, laid_out((uncond.float() + sizes * torch.randn(shape, generator=rng)).to(dtype), run["layout"])
 
 
-def check_run(run):
-    """Take a state from the first to the last step and compare it with its samples after each."""
-    state, table, rule, transition, noise, rng = begin(run)
-    dtype, batch = run["dtype"], run["shape"][0]
+def check_run(run, alone=()):
+    """Take a state from the first to the last row and past it, and compare it with its samples after each call.
+
+    alone: calls that need one prediction.
+    """
+    state, table, noise, rng = begin(run)
+    batch, tolerance = run["shape"][0], TOLERANCE[run["dtype"]]
     begins = torch.randint(0, run["begins"] + 1, (batch,), generator=rng)
-    state.step.copy_(begins)
-    state.feed(noise, table)
-    samples = [Sample(noise[i].to(dtype), int(begins[i]), -1 if rule else transition) for i in range(batch)]
-    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
-    for _ in range(STEPS - run["begins"]):
+    lasts = len(table) - 1 - torch.randint(0, 2, (batch,), generator=rng)
+    state.start(noise, table, begins, lasts)
+    unknown = (math.nan,) * STEPS
+    samples = [definition.Sample(noise[i], unknown, int(begins[i]), int(lasts[i])) for i in range(batch)]
+    for call in range(len(table)):
         uncond, cond = predictions(run, rng)
-        step(uncond, cond, table, state, rule)
+        cond = None if call in alone else cond
+        step(uncond, cond, table, state, finds(table))
         for i, sample in enumerate(samples):
-            sample.step(uncond[i], cond[i], table, rule, dtype)
-            torch.testing.assert_close(state.latents[i], sample.latents, atol=tolerance, rtol=tolerance)
-            sample.latents = state.latents[i].clone()  # roundings do not add up
-            scale = table[min(sample.k, STEPS - 1), Column.INPUT_SCALE]
-            for half in state.model_input.unflatten(0, (2, batch)):
-                torch.testing.assert_close(half[i].float(), sample.latents.float() * scale, atol=tolerance, rtol=tolerance)
+            after = definition.step(sample, uncond[i], None if cond is None else cond[i], table)
+            x = state.latents.x[i]
+            torch.testing.assert_close(x.double(), after.latents.double(), atol=tolerance, rtol=tolerance)
+            samples[i] = replace(after, latents=x.clone())  # roundings do not add up
+            scale = table[min(after.row, after.last), Column.INPUT_SCALE]
+            for half in state.latents.model_input.unflatten(0, (2, batch)):
+                torch.testing.assert_close(half[i].float(), x.float() * scale, atol=tolerance, rtol=tolerance)
             if run["multistep"]:
-                torch.testing.assert_close(state.history[i].double(), sample.history, atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(state.gaps[i], torch.tensor(sample.gaps), equal_nan=True, rtol=1e-5, atol=1e-6)
-        assert state.transition.tolist() == [sample.left for sample in samples]
-        assert state.step.tolist() == [sample.k for sample in samples]
-        told = table[state.step.clamp(max=STEPS - 1), Column.TIMESTEP]
-        assert torch.equal(state.timestep, told.repeat(2))
+                history = torch.as_tensor(after.history).expand(x.shape).double()
+                torch.testing.assert_close(state.latents.history[i].double(), history, atol=1e-4, rtol=1e-4)
+            gaps = torch.tensor(after.gaps)
+            torch.testing.assert_close(state.transition.gaps[i], gaps, equal_nan=True, rtol=1e-5, atol=1e-6)
+        assert state.transition.at.tolist() == [sample.transition for sample in samples]
+        assert state.transition.row.tolist() == [sample.row for sample in samples]
+        told = torch.stack([table[min(sample.row, sample.last), Column.TIMESTEP] for sample in samples])
+        assert torch.equal(state.latents.timestep, told.repeat(2))
 
 
 @settings(max_examples=60, deadline=None)
-@given(runs())
-def test_the_kernel_is_the_definition(run):
-    check_run(run)
+@given(runs(), st.sets(st.integers(0, STEPS - 1), max_size=2))
+def test_the_kernel_is_the_definition(run, alone):
+    check_run(run, alone)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(runs())
-def test_the_eager_step_is_the_definition(eager, run):
-    check_run(run)
+@given(runs(), st.sets(st.integers(0, STEPS - 1), max_size=2))
+def test_the_eager_step_is_the_definition(eager, run, alone):
+    check_run(run, alone)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0.5, 4.0, width=32), min_size=5, max_size=9), st.sampled_from([0.0, 0.25]), st.integers(0, 2))
+def test_the_definition_of_a_curve_is_that_of_its_steps(gaps, drop, wait):
+    table = torch.zeros((len(gaps), len(Column)))
+    table[:, Column.STEP], table[:, Column.FIRST], table[:, Column.WAIT] = torch.arange(len(gaps)), 1, wait
+    table[:, Column.KEEP], table[:, Column.LIMIT] = 1 - drop, 0.6
+    sample = definition.Sample(torch.zeros(1), (math.nan,) * len(gaps), 0, len(gaps) - 1)
+    for gap in gaps:
+        sample = definition.step(sample, torch.zeros(1), torch.tensor([gap]), table)
+    found = definition.transition(gaps, table[:, [Column.KEEP, Column.LIMIT, Column.WAIT]].tolist())
+    assert found == (sample.transition if sample.transition < len(gaps) else -1)
+
+
+def test_the_definition_finds_known_transitions():
+    """By hand: strictly between two larger gaps, deep enough, down to the limit, at the deadline, and after a wait."""
+    never, minimum = (-math.inf, -math.inf, 0), (1.0, -math.inf, 0)
+    assert definition.transition([3, 2, 4, 1, 2], [never, never, *[minimum] * 3]) == 2
+    assert definition.transition([3, 2, 2, 1, 2], [never, never, *[minimum] * 3]) == 4
+    assert definition.transition([3, 2, 4, 1, 2], [never, never, *[(0.5, -math.inf, 0)] * 3]) == 4
+    assert definition.transition([3, 2, 1], [(-math.inf, 2.0, 1)] * 3) == 2
+    assert definition.transition([3, 2, 1], [(-math.inf, 1.0, 1)] * 3) == -1
+    assert definition.transition([3, 2, math.nan], [never, never, (-math.inf, math.inf, 0)]) == 2
+    assert definition.transition([3, 2, math.nan], [never, never, (1.0, 9.0, 0)]) == -1
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="programs are interleaved in the interpreter")
@@ -161,7 +177,7 @@ def test_the_eager_step_is_the_definition(eager, run):
 def test_the_programs_of_a_sample_may_run_in_any_order(monkeypatch, run, resident, seed):
     """Tiles that meet, and that do not: `resident` programs may wait for each other. On a GPU bench/checks.py has them meet."""
     monkeypatch.setattr(Tiles, "of", SMALL.of)
-    monkeypatch.setattr("basinescape.kernels.step.resident_programs", lambda device: resident)
+    monkeypatch.setattr(Tiles, "resident", lambda tiles, device: resident)
     with interleaved(seed):
         check_run(run)
 
@@ -171,56 +187,83 @@ def test_tiles_that_meet_have_the_bits_of_those_that_do_not(monkeypatch):
     monkeypatch.setattr(Tiles, "of", SMALL.of)
 
     def after(resident, seed):
-        monkeypatch.setattr("basinescape.kernels.step.resident_programs", lambda device: resident)
+        monkeypatch.setattr(Tiles, "resident", lambda tiles, device: resident)
         state, table = started((3, 4, 8, 9), multistep=True)
         with interleaved(seed):
             for uncond, cond in torch.randn((4, 2, 3, 4, 8, 9), generator=torch.Generator().manual_seed(1)):
-                step(uncond, cond, table, state, Rule())
-        return state.model_input, state.history, state.gaps.nan_to_num(-1), state.transition
+                step(uncond, cond, table, state)
+        return contents(state)
 
-    apart = after(0, 0)
+    strangers = after(0, 0)
     for resident, seed in ((6, 1), (1000, 2), (1000, 3)):
-        assert all(map(torch.equal, after(resident, seed), apart))
+        assert all(map(torch.equal, after(resident, seed), strangers))
+
+
+def contents(state):
+    """All that a step leaves for the next."""
+    written = (*vars(state.transition).values(), *vars(state.latents).values())
+    return [buffer.nan_to_num(-1).clone() for buffer in written if buffer is not None]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(runs(), st.sets(st.integers(0, STEPS - 1), max_size=2), st.sampled_from([1, 300, 65536]))
 def test_lockstep_has_the_bits_of_the_eager_step(eager, monkeypatch, run, alone, group):
-    """Whatever it knows beforehand and however it groups the samples; `alone`: steps that need one prediction."""
-    monkeypatch.setattr("basinescape.kernels.eager.GROUP", group)
-    (state, table, rule, transition, _, rng), (other, *_) = begin(run), begin(run)
-    move = Lockstep(other, table, rule, transition)
-    for k in range(STEPS):
+    """Whatever it knows beforehand and however it groups the samples; `alone`: calls that need one prediction."""
+    monkeypatch.setattr("basinescape.kernels.lockstep.GROUP", group)
+    (state, table, _, rng), (other, *_) = begin(run), begin(run)
+    move = Lockstep(other, table)
+    for call in range(len(table)):
         uncond, cond = predictions(run, rng)
-        step(uncond, None if k in alone else cond, table, state, rule)
-        move(uncond, None if k in alone else cond)
-        for name in set(vars(state)) - {"scratch"}:
-            torch.testing.assert_close(getattr(other, name), getattr(state, name), atol=0, rtol=0, equal_nan=True)
+        step(uncond, None if call in alone else cond, table, state)
+        move(uncond, None if call in alone else cond)
+        keep = table[:, Column.KEEP]
+        if not ((keep > -math.inf) & (keep != 1)).any():  # nobody asks for the peak, so it is not kept
+            other.transition.peak.copy_(state.transition.peak)
+        assert all(map(torch.equal, contents(other), contents(state)))
 
 
 def test_lockstep_takes_no_samples_and_refuses_others(eager):
     state, table = started((0, 4, 8, 8))
-    Lockstep(state, table, None, 0)(*torch.randn(2, 0, 4, 8, 8))
+    Lockstep(state, table)(*torch.randn(2, 0, 4, 8, 8))
     state, table = started((2, 4, 8, 8))
     with pytest.raises(ValueError, match=r"cond is \(1, 4, 8, 8\)"):
-        Lockstep(state, table, None, 0)(torch.randn(2, 4, 8, 8), torch.randn(1, 4, 8, 8))
+        Lockstep(state, table)(torch.randn(2, 4, 8, 8), torch.randn(1, 4, 8, 8))
+    with pytest.raises(ValueError, match="differ in their guidance alone"):
+        Lockstep(state, table, torch.tensor([[0, 1]]))
 
 
-def started(shape, steps=STEPS, dtype=torch.float32, **options):
+def started(shape, steps=STEPS, dtype=torch.float32, multistep=False):
     torch.manual_seed(0)
-    table = torch.rand(steps, len(Column))
-    table[:, Column.LIMIT] = -torch.inf
-    return State.empty(shape, steps, dtype, "cpu", **options).start(torch.randn(shape).to(dtype), table), table
+    table = table_of(torch.Generator().manual_seed(0), steps, multistep=multistep)
+    return State.empty(shape, steps, dtype, "cpu", multistep).start(torch.randn(shape).to(dtype), table), table
 
 
-def test_samples_of_one_batch_leave_at_their_own_steps_and_one_never():
+@pytest.fixture(params=["kernel", "eager"])
+def way(request):
+    """Both ways to take a step on a CPU."""
+    if request.param == "eager":
+        request.getfixturevalue("eager")
+
+
+def test_samples_of_one_batch_leave_at_their_own_steps_and_one_never(way):
     state, table = started((3, 4, 8, 8), multistep=True)
     gaps = torch.tensor([[3, 2, 4, 1, 2, 3, 4], [5, 4, 3, 2, 1, 2, 3], [7, 6, 5, 4, 3, 2, 1]]).float()
     for k in range(STEPS):
         uncond = torch.zeros(3, 4, 8, 8)
-        step(uncond, uncond + gaps[:, k, None, None, None] / 16, table, state, Rule())
-    assert state.transition.tolist() == [2, 5, -1]
-    torch.testing.assert_close(state.gaps, gaps)
+        step(uncond, uncond + gaps[:, k, None, None, None] / 16, table, state)
+    assert state.transition.at.tolist() == [2, 5, -1]
+    torch.testing.assert_close(state.transition.gaps, gaps)
+
+
+def test_a_step_of_two_calls_is_looked_at_in_its_first(way):
+    """What the second calls show, a minimum each, moves nobody; their weight is that of the sample's state."""
+    table = table_of(torch.Generator().manual_seed(0), steps=4, calls=2)
+    state = State.empty((1, 4, 8, 8), 4, torch.float32, "cpu", True).start(torch.zeros(1, 4, 8, 8), table)
+    for call, gap in enumerate([4, 1, 3, 9, 2, 1, 3, 9]):
+        uncond = torch.zeros(1, 4, 8, 8)
+        step(uncond, uncond + gap / 16, table, state)
+        assert state.transition.at.tolist() == [3 if call >= 6 else -1]
+    torch.testing.assert_close(state.transition.gaps, torch.tensor([[4.0, 3.0, 2.0, 3.0]]))
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 8), (4, 72, 72)])
@@ -230,51 +273,78 @@ def test_a_sample_has_the_same_bits_in_any_batch(shape):
         noise, uncond, cond = torch.randn((3, 5, *shape), generator=torch.Generator().manual_seed(1)).unbind()
         state.start(noise[samples], table)
         for _ in range(3):
-            step(uncond[samples], cond[samples], table, state, Rule())
-        return state.latents, state.gaps
+            step(uncond[samples], cond[samples], table, state)
+        return state.latents.x, state.transition.gaps
 
     whole, alone = after([0, 1, 2, 3, 4]), after([3])
     assert torch.equal(whole[0][3:4], alone[0]) and torch.equal(whole[1][3, :3], alone[1][0, :3])
 
 
-@pytest.mark.parametrize("definition", ["kernel", "eager"])
-def test_a_sample_that_is_done_stays_at_its_last_step(definition, request):
-    if definition == "eager":
-        request.getfixturevalue("eager")
-    state, table = started((2, 4, 8, 8))
-    state.step[1] = STEPS - 1
-    for _ in range(2):
-        step(*torch.randn(2, 2, 4, 8, 8), table, state, Rule())
-    assert state.step.tolist() == [2, STEPS] and state.gaps.isfinite().sum(dim=1).tolist() == [2, 1]
+def test_a_sample_that_is_done_stays_as_it_is(way):
+    state, table = started((2, 4, 8, 8), multistep=True)
+    state.start(torch.randn(2, 4, 8, 8), table, last=torch.tensor([STEPS - 1, 1]))
+    for call in range(4):
+        if call == 2:
+            before = contents(state.select(torch.tensor([1])))
+        prediction = torch.full((2, 4, 8, 8), math.nan) if call > 1 else torch.randn(2, 4, 8, 8)
+        step(prediction, torch.randn(2, 4, 8, 8), table, state)
+    assert state.transition.row.tolist() == [4, 2]
+    assert all(map(torch.equal, contents(state.select(torch.tensor([1]))), before))
 
 
-def test_one_branch_alone_is_the_guided_prediction():
+def test_a_restarted_sample_goes_on_as_from_the_start(way):
+    """And the other one as if nothing had happened."""
+    noise, drawn = torch.randn(2, 4, 8, 8), torch.randn((3 + STEPS, 2, 2, 4, 8, 8), generator=torch.Generator().manual_seed(2))
+
+    def after(restarts):
+        state, table = started((2, 4, 8, 8), multistep=True)
+        state.start(noise, table)
+        for call, (uncond, cond) in enumerate(drawn if restarts else drawn[3:]):
+            if restarts and call == 3:
+                state.restart(torch.tensor([1]), noise[1:], table, row=0, last=STEPS - 1)
+            step(uncond, cond, table, state)
+            if call == STEPS - 1:
+                undisturbed = [contents(state.select(torch.tensor([i]))) for i in (0, 1)]
+        return contents(state.select(torch.tensor([1]))), undisturbed
+
+    (restarted, (other, _)), (expected, _) = after(True), after(False)
+    assert all(map(torch.equal, restarted, expected))
+    state, table = started((2, 4, 8, 8), multistep=True)
+    state.start(noise, table)
+    for uncond, cond in drawn[:STEPS]:
+        step(uncond, cond, table, state)
+    assert all(map(torch.equal, contents(state.select(torch.tensor([0]))), other))
+
+
+def test_one_branch_alone_is_the_guided_prediction(way):
     state, table = started((2, 4, 8, 8))
-    before = state.latents.clone()
+    before = state.latents.x.clone()
     prediction = torch.randn(2, 4, 8, 8)
     step(prediction, None, table, state)
-    torch.testing.assert_close(state.latents, table[0, Column.A] * before + table[0, Column.B] * prediction)
-    assert state.gaps.isnan().all() and state.step.tolist() == [1, 1]
+    torch.testing.assert_close(state.latents.x, table[0, Column.A] * before + table[0, Column.B] * prediction)
+    assert state.transition.gaps.isnan().all() and state.transition.row.tolist() == [1, 1]
 
 
-def test_a_broken_sample_spoils_no_other():
+def test_a_broken_sample_spoils_no_other_and_leaves_at_its_deadline(way):
     state, table = started((3, 4, 8, 8))
+    table[2, Column.LIMIT] = math.inf
     uncond, cond = torch.randn(2, 3, 4, 8, 8)
-    cond[1, 0, 0, 0] = torch.nan
+    cond[1, 0, 0, 0] = math.nan
     for _ in range(3):
-        step(uncond, cond, table, state, Rule())
-    assert state.latents[[0, 2]].isfinite().all() and state.gaps[[0, 2], :3].isfinite().all()
-    assert state.gaps[1, :3].isnan().all() and state.transition[1] == -1
+        assert state.transition.at[1] == -1
+        step(uncond, cond, table, state)
+    assert state.latents.x[[0, 2]].isfinite().all() and state.transition.gaps[[0, 2], :3].isfinite().all()
+    assert state.transition.gaps[1, :3].isnan().all() and state.transition.at.tolist() == [2, 2, 2]
 
 
 def test_the_guided_prediction_alone_leaves_the_latents():
     state, table = started((2, 4, 8, 8))
-    before = state.latents.clone()
+    before = state.latents.x.clone()
     uncond, cond = torch.randn(2, 2, 4, 8, 8)
-    guided = guide_step(uncond, cond, table, state, Rule())
+    guided = guide_step(uncond, cond, table, state)
     expected, gap = guide(uncond, cond, table[0, Column.BEFORE].repeat(2))
-    assert torch.equal(guided, expected) and torch.equal(state.gaps[:, 0], gap)
-    assert torch.equal(state.latents, before) and state.step.tolist() == [0, 0]
+    assert torch.equal(guided, expected) and torch.equal(state.transition.gaps[:, 0], gap)
+    assert torch.equal(state.latents.x, before) and state.transition.row.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -282,7 +352,7 @@ def test_the_guided_prediction_alone_leaves_the_latents():
     [
         ({"uncond": torch.zeros(2, 4, 8, 9), "cond": torch.zeros(2, 4, 8, 9)}, "uncond"),
         ({"cond": torch.zeros(2, 4, 8, 8, dtype=torch.float16)}, "cond"),
-        ({"table": torch.zeros(STEPS - 1, len(Column))}, "table"),
+        ({"table": torch.zeros(STEPS, len(Column) - 1)}, "table"),
         ({"table": torch.zeros(STEPS, len(Column), dtype=torch.float64)}, "table"),
     ],
 )
@@ -293,14 +363,11 @@ def test_operands_that_do_not_match_are_named(change, says):
         step(**operands, state=state)
 
 
-def operands(finds):
-    state, table = started((2, 4, 8, 8), multistep=True)
-    return (*torch.randn(2, 2, 4, 8, 8), table, finds, 2, NEVER, 0.0, 0, None, *_buffers(state))
-
-
 @pytest.mark.parametrize("finds", [True, False])
 def test_the_step_is_a_well_formed_operator(finds):
-    torch.library.opcheck(torch.ops.basinescape.step.default, operands(finds))
+    state, table = started((2, 4, 8, 8), multistep=True)
+    operands = (*torch.randn(2, 2, 4, 8, 8), table, finds, None, *_buffers(state))
+    torch.library.opcheck(torch.ops.basinescape.step.default, operands)
 
 
 @pytest.mark.parametrize("weights", [None, torch.tensor([1.0, -2.0])])

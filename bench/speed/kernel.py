@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from basinescape.kernels import backend, guide
-from basinescape.kernels.state import Column, Rule, State
-from basinescape.kernels.step import step
+from basinescape.kernels import backend, guide, step
+from basinescape.kernels.definition import is_minimum
+from basinescape.kernels.state import State
+from basinescape.kernels.table import Column
 from torch import Tensor
 
 from .timing import Row, interleaved, summary
@@ -63,7 +64,7 @@ def chain(
     difference = cond - uncond
     gap = torch.linalg.vector_norm(difference.flatten(1), dim=1, dtype=torch.float32)
     before, last = recent.unbind(1)
-    left = torch.where((before > last) & (last < gap) & (left < 0), k, left)
+    left = torch.where(is_minimum(before, last, gap) & (left < 0), k, left)
     weight = torch.where(left >= 0, AFTER, BEFORE).to(difference.dtype)
     guided = uncond + weight.view(-1, *[1] * (latents.ndim - 1)) * difference
     following = A * latents + B * guided + history
@@ -94,17 +95,17 @@ def step_work(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
     uncond, cond = prediction.chunk(2)
     # A minimum at the step before for every other sample, so that both weights are used.
     recent = torch.tensor([[2e9, 1e9], [2e9, 1.0]], device=device).repeat(batch, 1)[:batch]
-    state.step.fill_(2)
-    state.gaps[:, :2] = recent
-    state.peak.copy_(recent[:, 0])
-    state.feed(noise, table)
+    state.transition.row.fill_(2)
+    state.transition.gaps[:, :2] = recent
+    state.transition.peak.copy_(recent[:, 0])
+    state.put(noise, table)
     history = torch.zeros(shape, dtype=dtype, device=device)
     k, left = torch.full((batch,), 2, device=device), torch.full((batch,), -1, device=device)
-    rule, operands = Rule(), (prediction, noise, history, recent, k, left)
+    operands = (prediction, noise, history, recent, k, left)
 
     def fused() -> tuple[Tensor, ...]:
-        step(uncond, cond, table, state, rule)
-        return state.model_input, state.history, state.gaps[:, 2], state.transition
+        step(uncond, cond, table, state)
+        return state.latents.model_input, state.latents.history, state.transition.gaps[:, 2], state.transition.at
 
     fast = compiled(chain, device)
     numbers = noise.numel()
@@ -114,11 +115,13 @@ def step_work(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
 
 
 def table_of(steps: int, device: torch.device) -> Tensor:
-    """Every step the same."""
-    row = torch.zeros(len(Column))
-    row[: Column.TIMESTEP + 1] = torch.tensor([BEFORE, AFTER, A, B, P, Q, 1.0, 500.0])
-    row[Column.TIMESTEP + 1 :] = -torch.inf  # thresholds that nothing comes down to
-    return row.repeat(steps, 1).to(device)
+    """Every step the same: each may show the first minimum."""
+    columns = torch.zeros((len(Column), steps))
+    columns[: Column.TIMESTEP + 1] = torch.tensor([BEFORE, AFTER, A, B, P, Q, 1.0, 500.0])[:, None]
+    columns[Column.STEP] = torch.arange(steps)
+    columns[[Column.FIRST, Column.KEEP]] = 1
+    columns[Column.LIMIT] = -torch.inf
+    return columns.T.contiguous().to(device)
 
 
 def guide_work(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Work:

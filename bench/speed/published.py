@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from basinescape import At, Guidance
+from basinescape.kernels.definition import is_minimum
 from basinescape.models import adapt
 from diffusers import DiffusionPipeline
 from torch import Tensor
@@ -30,7 +31,7 @@ def published(pipe: DiffusionPipeline, prompt: str, seed: int, steps: int, guida
         if isinstance(guidance.until, At):
             left = t.item() <= guidance.until.timestep
         elif not left:
-            left = len(gaps) > 2 and gaps[-3] > gaps[-2] < gaps[-1]
+            left = len(gaps) > 2 and is_minimum(*gaps[-3:])
         weight = guidance.scale if left else guidance.before
         latents = scheduler.step(uncond + weight * (cond - uncond), t, latents, return_dict=False)[0]
     return latents

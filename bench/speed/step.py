@@ -209,7 +209,7 @@ def _loop(network: GuidedUNet, plan: Plan, noise: Tensor) -> Callable[[], None]:
     state = plan.state(noise)
 
     def call() -> None:
-        state.start(noise, plan.table, plan.transition)
+        state.start(noise, plan.table, last=plan.last)
         denoise(lockstep(network, plan, state), plan.branches)
 
     return call

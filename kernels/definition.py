@@ -1,0 +1,91 @@
+"""One step of one sample, from the definitions: float64, nothing in place. Everything that is fast is tested against this.
+
+u, c: the unconditional and conditional predictions; w: the guidance weight; x: the latents; d_k: the noise gap of step k.
+
+    guided = u + w (c - u)               classifier-free guidance (Ho & Salimans, https://arxiv.org/abs/2207.12598)
+    d_k    = || c - u ||_2               the statistic of the basin (Jain et al., CVPR 2025, https://arxiv.org/abs/2411.16738)
+    w      = AFTER from the transition on, BEFORE until then
+    x'     = A x + B guided + h          a solver that is linear in what it has; h is what it keeps from one call to the next
+    h'     = P x + Q guided
+
+Capitals are columns of the table (`table.Column`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from .table import Column
+
+
+def noise_gap(uncond: Tensor, cond: Tensor) -> float:
+    """|| c - u ||_2 of one sample."""
+    return (cond.double() - uncond.double()).norm().item()
+
+
+def guided(uncond: Tensor, cond: Tensor, weight: float) -> Tensor:
+    """u + w (c - u)."""
+    return uncond.double() + weight * (cond.double() - uncond.double())
+
+
+def is_minimum(before, last, gap):
+    """d_(k-2) > d_(k-1) < d_k, strictly: step k shows the first minimum (Jain et al., section 4.2). Numbers or tensors."""
+    return (before > last) & (last < gap)
+
+
+def leaves(gap: float, earlier: Sequence[float], keep: float, limit: float) -> bool:
+    """Whether a sample leaves its basin at the step k with this gap d_k, NaN where none was computed.
+
+    earlier: d_0 ... d_(k-1). A first minimum counts if it is deep enough, d_(k-1) <= keep * max(d_0 ... d_(k-1)).
+    """
+    minimum = len(earlier) >= 2 and is_minimum(earlier[-2], earlier[-1], gap)
+    deep = minimum and earlier[-1] <= keep * max(d for d in earlier if not math.isnan(d))
+    return deep or gap <= limit or limit == math.inf
+
+
+def transition(gaps: Sequence[float], rules: Sequence[tuple[float, float, float]]) -> int:
+    """The transition in a whole curve d_0 ... d_(K-1) under (KEEP, LIMIT, WAIT) of each step; -1 for none within it."""
+    for k, (gap, (keep, limit, wait)) in enumerate(zip(gaps, rules, strict=True)):
+        if leaves(gap, gaps[:k], keep, limit):
+            return k + int(wait) if k + wait < len(gaps) else -1
+    return -1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample on its way: at `row` of a table, done when it is past `last`; gaps has an entry a step, NaN at first."""
+
+    latents: Tensor
+    gaps: tuple[float, ...]
+    row: int
+    last: int
+    transition: int = -1
+    history: Tensor | float = 0.0
+
+
+def look(sample: Sample, uncond: Tensor, cond: Tensor | None, table: Tensor) -> tuple[Sample, Tensor]:
+    """(the sample, its gap and transition noted; its guided prediction). Without `cond`, `uncond` is that, and has no gap."""
+    row = table[sample.row].double().tolist()
+    k, left, gaps = int(row[Column.STEP]), sample.transition, sample.gaps
+    gap = math.nan if cond is None else noise_gap(uncond, cond)
+    if left < 0 and leaves(gap, gaps[:k], row[Column.KEEP], row[Column.LIMIT]):
+        left = k + int(row[Column.WAIT])
+    if row[Column.FIRST] and cond is not None:
+        gaps = (*gaps[:k], gap, *gaps[k + 1 :])
+    weight = row[Column.AFTER if 0 <= left <= k else Column.BEFORE]
+    prediction = uncond.double() if cond is None else guided(uncond, cond, weight)
+    return replace(sample, gaps=gaps, transition=left), prediction
+
+
+def step(sample: Sample, uncond: Tensor, cond: Tensor | None, table: Tensor) -> Sample:
+    """One call of the network further; a sample that is done stays as it is."""
+    if sample.row > sample.last:
+        return sample
+    a, b, p, q = table[sample.row, Column.A : Column.Q + 1].double().tolist()
+    sample, g = look(sample, uncond, cond, table)
+    x = sample.latents.double()
+    return replace(sample, latents=a * x + b * g + sample.history, history=p * x + q * g, row=sample.row + 1)

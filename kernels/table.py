@@ -1,0 +1,41 @@
+"""The table of steps: everything that varies from step to step, a row for each call of the network."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from .dispatch import tl
+
+
+class Column(IntEnum):
+    """The columns of a table, (K, len(Column)) float32. A table may hold the rows of several runs, one after another.
+
+    BEFORE, AFTER: guidance weight before and after the transition.
+    A, B, P, Q: the solver, latents' = A latents + B guided + history, history' = P latents + Q guided.
+    INPUT_SCALE: factor on the latents at the network's input. TIMESTEP: what the network is told.
+    STEP: the solver step the row belongs to, a whole number. FIRST: 1 for the first row of its step, whose noise gap counts;
+    0 for the others, whose KEEP and LIMIT are minus infinity.
+    What makes a sample leave its basin here (`definition.leaves`), each minus infinity where nothing does: KEEP: the first
+    minimum, at most KEEP times the largest gap. LIMIT: a gap of at most LIMIT; infinity: the sample leaves whatever its gap.
+    WAIT: steps from there to the transition.
+    """
+
+    BEFORE = 0
+    AFTER = 1
+    A = 2
+    B = 3
+    P = 4
+    Q = 5
+    INPUT_SCALE = 6
+    TIMESTEP = 7
+    STEP = 8
+    FIRST = 9
+    KEEP = 10
+    LIMIT = 11
+    WAIT = 12
+
+
+# The same numbers as device code knows them.
+_constant = tl.constexpr if tl else int
+BEFORE, AFTER, A, B, P, Q, INPUT_SCALE, TIMESTEP, STEP, FIRST, KEEP, LIMIT, WAIT = (_constant(int(c)) for c in Column)
+COLUMNS = _constant(len(Column))
