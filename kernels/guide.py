@@ -58,7 +58,7 @@ def guide_kernel(
     if partials is None:
         tl.store(gap + sample, tl.sqrt_rn(squares))
     elif arrive(partials, arrivals, squares, sample, tile, tiles) == tiles - 1:
-        tl.store(gap + sample, norm_of(partials, sample, tiles, BLOCK))
+        tl.store(gap + sample, norm_of(partials, sample, tiles))
         tl.store(arrivals + sample, 0)  # ready for the next launch
 
 

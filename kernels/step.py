@@ -217,7 +217,7 @@ def step_kernel(
                 seen = arrived + 1
                 while seen < goal:
                     seen = tl.atomic_add(arrivals + sample, 0, sem="acquire")
-                gap = norm_of(partials, sample, tiles, 256)
+                gap = norm_of(partials, sample, tiles)
             if known is not None:
                 gap = tl.load(known + sample)
         limit, wait = tl.load(here + LIMIT), tl.load(here + WAIT)
@@ -256,7 +256,7 @@ def step_kernel(
             tl.store(at + sample, left)
             if cond is not None:
                 if partials is not None and not MEETS and known is None:
-                    gap = norm_of(partials, sample, tiles, 256)
+                    gap = norm_of(partials, sample, tiles)
                 first = tl.load(here + FIRST) > 0
                 tl.store(gaps + sample * gaps_stride + s, gap, mask=first)
                 if FINDS:

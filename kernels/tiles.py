@@ -58,7 +58,7 @@ def arrive(partials, arrivals, squares, sample, tile, tiles):
 
 
 @jit
-def norm_of(partials, sample, tiles, LANES: tl.constexpr):
+def norm_of(partials, sample, tiles, LANES: tl.constexpr = 256):
     """The root of a sample's partial sums, added in a fixed order: it does not depend on who came when."""
     lanes = tl.arange(0, LANES)
     sums = tl.zeros((LANES,), tl.float32)

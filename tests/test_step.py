@@ -9,7 +9,6 @@ from basinescape.kernels import definition, guide, guide_step, step
 from basinescape.kernels.dispatch import INTERPRETED, backend
 from basinescape.kernels.lockstep import Lockstep
 from basinescape.kernels.state import State
-from basinescape.kernels.step import _buffers
 from basinescape.kernels.table import Column
 from basinescape.kernels.tiles import Tiles
 from hypothesis import HealthCheck, given, settings
@@ -144,31 +143,6 @@ def test_the_kernel_is_the_definition(run, alone):
 @given(runs(), st.sets(st.integers(0, STEPS - 1), max_size=2))
 def test_the_eager_step_is_the_definition(eager, run, alone):
     check_run(run, alone)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.floats(0.5, 4.0, width=32), min_size=5, max_size=9), st.sampled_from([0.0, 0.25]), st.integers(0, 2))
-def test_the_definition_of_a_curve_is_that_of_its_steps(gaps, drop, wait):
-    table = torch.zeros((len(gaps), len(Column)))
-    table[:, Column.STEP], table[:, Column.FIRST], table[:, Column.WAIT] = torch.arange(len(gaps)), 1, wait
-    table[:, Column.KEEP], table[:, Column.LIMIT] = 1 - drop, 0.6
-    sample = definition.Sample(torch.zeros(1), (math.nan,) * len(gaps), 0, len(gaps) - 1)
-    for gap in gaps:
-        sample = definition.step(sample, torch.zeros(1), torch.tensor([gap]), table)
-    found = definition.transition(gaps, table[:, [Column.KEEP, Column.LIMIT, Column.WAIT]].tolist())
-    assert found == (sample.transition if sample.transition < len(gaps) else -1)
-
-
-def test_the_definition_finds_known_transitions():
-    """By hand: strictly between two larger gaps, deep enough, down to the limit, at the deadline, and after a wait."""
-    never, minimum = (-math.inf, -math.inf, 0), (1.0, -math.inf, 0)
-    assert definition.transition([3, 2, 4, 1, 2], [never, never, *[minimum] * 3]) == 2
-    assert definition.transition([3, 2, 2, 1, 2], [never, never, *[minimum] * 3]) == 4
-    assert definition.transition([3, 2, 4, 1, 2], [never, never, *[(0.5, -math.inf, 0)] * 3]) == 4
-    assert definition.transition([3, 2, 1], [(-math.inf, 2.0, 1)] * 3) == 2
-    assert definition.transition([3, 2, 1], [(-math.inf, 1.0, 1)] * 3) == -1
-    assert definition.transition([3, 2, math.nan], [never, never, (-math.inf, math.inf, 0)]) == 2
-    assert definition.transition([3, 2, math.nan], [never, never, (1.0, 9.0, 0)]) == -1
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="programs are interleaved in the interpreter")
@@ -361,32 +335,6 @@ def test_operands_that_do_not_match_are_named(change, says):
     operands = {"uncond": torch.zeros(2, 4, 8, 8), "cond": torch.zeros(2, 4, 8, 8), "table": table} | change
     with pytest.raises(ValueError, match=says):
         step(**operands, state=state)
-
-
-@pytest.mark.parametrize("finds", [True, False])
-def test_the_step_is_a_well_formed_operator(finds):
-    state, table = started((2, 4, 8, 8), multistep=True)
-    operands = (*torch.randn(2, 2, 4, 8, 8), table, finds, None, *_buffers(state))
-    torch.library.opcheck(torch.ops.basinescape.step.default, operands)
-
-
-@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, -2.0])])
-def test_guide_is_a_well_formed_operator(weights):
-    uncond, cond = torch.randn(2, 2, 4, 8, 8)
-    torch.library.opcheck(
-        torch.ops.basinescape.guide.default, (uncond, cond, weights, 1.5, torch.empty_like(uncond), torch.empty(2))
-    )
-
-
-def test_guide_survives_compilation_whole():
-    def scaled(uncond, cond):
-        guided, gap = guide(uncond * 2, cond * 2, 7.5)
-        return guided + 1, gap
-
-    uncond, cond = torch.randn(2, 2, 4, 8, 8)
-    compiled = torch.compile(scaled, fullgraph=True, backend="aot_eager")
-    for found, expected in zip(compiled(uncond, cond), scaled(uncond, cond), strict=True):
-        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is chosen where there is no GPU")

@@ -1,0 +1,33 @@
+"""What PyTorch knows of the kernels: well-formed operators, which survive compilation."""
+
+import pytest
+import torch
+from basinescape.kernels import guide
+from basinescape.kernels.step import _buffers
+from test_step import started
+
+
+@pytest.mark.parametrize("finds", [True, False])
+def test_the_step_is_a_well_formed_operator(finds):
+    state, table = started((2, 4, 8, 8), multistep=True)
+    operands = (*torch.randn(2, 2, 4, 8, 8), table, finds, None, *_buffers(state))
+    torch.library.opcheck(torch.ops.basinescape.step.default, operands)
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, -2.0])])
+def test_guide_is_a_well_formed_operator(weights):
+    uncond, cond = torch.randn(2, 2, 4, 8, 8)
+    torch.library.opcheck(
+        torch.ops.basinescape.guide.default, (uncond, cond, weights, 1.5, torch.empty_like(uncond), torch.empty(2))
+    )
+
+
+def test_guide_survives_compilation_whole():
+    def scaled(uncond, cond):
+        guided, gap = guide(uncond * 2, cond * 2, 7.5)
+        return guided + 1, gap
+
+    uncond, cond = torch.randn(2, 2, 4, 8, 8)
+    compiled = torch.compile(scaled, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(uncond, cond), scaled(uncond, cond), strict=True):
+        torch.testing.assert_close(found, expected)
