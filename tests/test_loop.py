@@ -209,7 +209,7 @@ def test_samples_in_lockstep_may_be_guided_differently(eager):
 
 def test_a_solver_of_two_calls_a_step_is_laid_out_by_steps():
     """Guidance, gaps and transitions count steps; the second call of each has the weight of the first, and is not looked at."""
-    solver = Solver.of(make_scheduler("ddim", DDIMScheduler(clip_sample=False)), 6)
+    solver = Solver.of(make_scheduler("ddim", DDIMScheduler(clip_sample=False)), Schedule(6))
     doubled = replace(solver, step=torch.tensor([0, 0, 1, 1, 2, 2]))
     plan = Plan.make(doubled, Guidance.delayed(7.5, until=FirstMinimum(), shape=(1.0, 2.0, 3.0)), torch.device("cpu"))
     assert plan.steps == 3 and plan.calls(2) == 4
