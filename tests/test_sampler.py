@@ -9,7 +9,7 @@ from basinescape import At, FirstMinimum, Guidance, Sampler, Settled
 from basinescape.bench.analyze import transition
 from basinescape.schedulers import make_scheduler
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
-from rounding import LEEWAY, assert_same_but_for_rounding, spread
+from rounding import LEEWAY, NEAR, assert_same_but_for_rounding, spread
 
 STEPS = 8
 PROMPTS = ["a picture of a cat signed by arno", "a picture of a frog", "a picture of a fish signed by dirk"]
@@ -80,9 +80,11 @@ def test_a_batch_is_the_plain_loop_of_each_sample(pipe, exact, scheduler, guidan
     for i, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True)):
         latents, transition = plain_loop(exact, scheduler, guidance, prompt, seed)
         assert out.transition_step[i] == transition
-        # what float32 does to a plain loop, which guidance amplifies
-        apart = spread(pipe.unet, lambda p=prompt, s=seed: plain_loop(pipe, scheduler, guidance, p, s)[0], latents)
-        assert (out.latents[i : i + 1] - latents).abs().max() <= LEEWAY * apart
+        off = (out.latents[i : i + 1] - latents).abs().max()
+        if off > NEAR:  # what float32 does to a plain loop, which guidance amplifies
+            assert off <= LEEWAY * spread(
+                pipe.unet, lambda p=prompt, s=seed: plain_loop(pipe, scheduler, guidance, p, s)[0], latents
+            )
 
 
 @torch.inference_mode()
