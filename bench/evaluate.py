@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .classifier import ConceptClassifier
-from .methods import Method
+from .methods import DryRun, Method
 from .methods import table as method_table
 from .metrics import Similarity, interval, pixels
 from .scenario import Prompt, Scenario, limited, prompts
@@ -177,7 +177,7 @@ class Measure:
 
 
 def _run(
-    sampler: Sampler, method: Method, batch: Sequence[Task], steps: int, measure: Measure, out: Path
+    sampler: Sampler, method: Method | DryRun, batch: Sequence[Task], steps: int, measure: Measure, out: Path
 ) -> list[dict[str, Any]]:
     """Make, save and measure one batch."""
     calls = 0
@@ -189,7 +189,7 @@ def _run(
     hook = sampler.pipe.unet.register_forward_pre_hook(count)
     start = time.perf_counter()
     try:
-        made: Output = method(sampler, [task.prompt.text for task in batch], [task.seed for task in batch], steps)
+        made: Output = method.sample(sampler, [task.prompt.text for task in batch], [task.seed for task in batch], steps)
     finally:
         hook.remove()
     seconds = (time.perf_counter() - start) / len(batch)

@@ -12,7 +12,7 @@ from basinescape.bench import ordinary
 from basinescape.bench import scenario as scenarios
 from basinescape.bench.analyze import edges, starting_at
 from basinescape.bench.evaluate import evaluate, table
-from basinescape.bench.methods import augment, cads, dryrun, embedding, update
+from basinescape.bench.methods import Batch, augment, cads, dryrun, embedding, update
 from basinescape.bench.methods import table as method_table
 from basinescape.bench.methods.padding import words_mask
 from basinescape.bench.metrics import Similarity, interval, l2_ratio, roc
@@ -170,12 +170,12 @@ def test_every_method_makes_an_image_and_plain_guidance_is_left_as_it_was(pipe, 
     found = ["a picture of a cat signed by arno", "a picture of a frog"]
     measured = {"ordinary": (1.0,) * 4, "stable": region(4, 1.0, 0.01), "guard": (1.0, 2)}
     methods = method_table(replace(PRESETS["tiny"], transition=500.0, **measured))
-    plain = methods["cfg"](sampler, found, [0, 1], 4)
+    plain = methods["cfg"].sample(sampler, found, [0, 1], 4)
     for name, method in methods.items():
-        out = method(sampler, found, [0, 1], 4)
+        out = method.sample(sampler, found, [0, 1], 4)
         assert len(out.images) == 2 and out.latents.isfinite().all(), name
         assert name == "cfg" or not torch.equal(out.latents, plain.latents), name
-    assert torch.equal(methods["cfg"](sampler, found, [0, 1], 4).latents, plain.latents)
+    assert torch.equal(methods["cfg"].sample(sampler, found, [0, 1], 4).latents, plain.latents)
     assert all(parameter.requires_grad for parameter in pipe.unet.parameters())
 
 
@@ -208,7 +208,7 @@ def test_the_dry_run_takes_the_scripts_minimum(distances, step):
 def test_the_words_of_a_prompt_end_with_its_end_token(pipe):
     sampler = Sampler.from_pipeline(pipe)
     found = ["a picture of a cat", "a picture of a cat signed by arno"]
-    mask = words_mask(sampler, found)
+    mask = words_mask(Batch(sampler, found, [0, 1], 4))
     lengths = [len(pipe.tokenizer(text).input_ids) for text in found]
     assert mask.sum(dim=1).tolist() == lengths and all(mask[i, :n].all() for i, n in enumerate(lengths))
 
@@ -216,7 +216,7 @@ def test_the_words_of_a_prompt_end_with_its_end_token(pipe):
 def test_an_optimised_embedding_has_a_smaller_first_gap(pipe):
     sampler = Sampler.from_pipeline(pipe, "ddim")
     found = ["a picture of a cat signed by arno"]
-    changed = method_table(PRESETS["tiny"])["embedding"](sampler, found, [0], 2)
+    changed = method_table(PRESETS["tiny"])["embedding"].sample(sampler, found, [0], 2)
     plain = sampler(found, [0], 2, Guidance.cfg(7.5), progress=False)
     assert changed.noise_gap[0, 0] < plain.noise_gap[0, 0]
 
@@ -227,7 +227,7 @@ MEMORIZED, GENERAL = "a picture of a cat signed by arno", "a picture of a frog"
 @pytest.mark.parametrize(("scheduler", "scale"), [("dpmsolver++", 7.5), ("ddim", 7.5), ("ddim", 1.0)])
 def test_nothing_leaves_an_endless_region(pipe, scheduler, scale):
     sampler = Sampler.from_pipeline(pipe, scheduler)
-    found = update.method(scale, region(6, 1.0, np.inf))(sampler, [MEMORIZED, GENERAL], [0, 1], 6)
+    found = update.method(scale, region(6, 1.0, np.inf)).sample(sampler, [MEMORIZED, GENERAL], [0, 1], 6)
     plain = sampler([MEMORIZED, GENERAL], [0, 1], 6, Guidance.cfg(scale), progress=False)
     assert torch.equal(found.latents, plain.latents)
     torch.testing.assert_close(found.noise_gap, plain.noise_gap, rtol=0, atol=0, equal_nan=True)
@@ -242,7 +242,7 @@ def test_in_a_region_of_no_width_every_update_has_its_norm(pipe, monkeypatch):
 
     monkeypatch.setattr(update.Correction, "__call__", spy)
     narrow = region(12, 2.0, 0.0, latents=[30.0, np.inf])
-    update.method(7.5, narrow)(Sampler.from_pipeline(pipe, "dpmsolver++"), [MEMORIZED, GENERAL], [0, 1], 12)
+    update.method(7.5, narrow).sample(Sampler.from_pipeline(pipe, "dpmsolver++"), [MEMORIZED, GENERAL], [0, 1], 12)
     torch.testing.assert_close(torch.stack(seen), torch.full((11, 2), 2.0))
 
 
@@ -294,13 +294,13 @@ def test_one_sample_outside_the_region_leaves_the_others_alone():
 
 def test_a_region_or_scheduler_that_does_not_fit_is_named(pipe):
     with pytest.raises(ValueError, match="stable is measured over 50 steps, but the sampler takes 4"):
-        method_table(PRESETS["tiny"])["update-norm"](Sampler.from_pipeline(pipe, "dpmsolver++"), [GENERAL], [0], 4)
+        method_table(PRESETS["tiny"])["update-norm"].sample(Sampler.from_pipeline(pipe, "dpmsolver++"), [GENERAL], [0], 4)
     with pytest.raises(ValueError, match="unit variance, got EulerDiscreteScheduler"):
-        update.method(7.5, region(4, 1.0, 1.0))(Sampler.from_pipeline(pipe, "euler"), [GENERAL], [0], 4)
+        update.method(7.5, region(4, 1.0, 1.0)).sample(Sampler.from_pipeline(pipe, "euler"), [GENERAL], [0], 4)
     assert "update-norm" not in method_table(replace(PRESETS["tiny"], stable=None))
     sampler = Sampler.from_pipeline(pipe, DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="sample"))
     with pytest.raises(ValueError, match="epsilon or v_prediction, got 'sample'"):
-        update.method(7.5, region(4, 1.0, 1.0))(sampler, [GENERAL], [0], 4)
+        update.method(7.5, region(4, 1.0, 1.0)).sample(sampler, [GENERAL], [0], 4)
 
 
 def test_a_region_is_measured_along_the_trajectories_of_diffusers(pipe):
@@ -336,7 +336,9 @@ def test_what_is_ordinary_is_written_as_the_scenario_reads_it(monkeypatch, tmp_p
     found = json.loads(json.dumps(ordinary.ordinary("float32", 2)))
     assert len(found["gap"]) == 4 and min(found["gap"]) > 0
     scenario = replace(TINY, ordinary=tuple(found["gap"]), stable=found["stable"])
-    out = method_table(scenario)["update-norm"](Sampler.from_pretrained(Sampler.model_path("tiny"), "cpu"), [GENERAL], [0], 4)
+    out = method_table(scenario)["update-norm"].sample(
+        Sampler.from_pretrained(Sampler.model_path("tiny"), "cpu"), [GENERAL], [0], 4
+    )
     assert len(out.images) == 1
 
 
