@@ -118,7 +118,7 @@ def _note(ids: list[str], what: str, field: str) -> None:
 def demo(out: Annotated[Path, typer.Option(help="folder for the table and the pictures")] = Path("out/demo")) -> None:
     """See memorization and its cure on the small pipeline that ships."""
     _quieten()
-    from .demo import demo
+    from .evaluation.demo import demo
 
     typer.echo(demo(out))
 
@@ -140,7 +140,7 @@ def evaluate(
     from basinescape.kernels.aot import aligned
 
     from . import scenario as scenarios
-    from .evaluate import evaluate
+    from .evaluation.evaluate import evaluate
     from .methods import table
 
     chosen = scenarios.load(scenario)
@@ -162,7 +162,7 @@ def quality(
     _quieten()
     from basinescape.kernels.aot import aligned
 
-    from .quality import quality
+    from .evaluation.quality import quality
 
     typer.echo(aligned(quality(run, clip, None if features == "none" else features, references, similarity, progress)))
 
@@ -173,7 +173,7 @@ def report(
     out: Annotated[Path, typer.Option(help="the page to write, one HTML file that needs no network")],
 ) -> None:
     """Make a page about evaluations. Tables, the noise gap's curves, and training images beside what was made of them."""
-    from .report import report
+    from .evaluation.report import report
 
     report(runs, out)
     typer.echo(f"{len(runs)} run{'s' if len(runs) > 1 else ''} in {out}")
@@ -193,7 +193,7 @@ def analyze(
     from basinescape.kernels.aot import aligned
 
     from . import scenario as scenarios
-    from .analyze import analyze
+    from .evaluation.analyze import analyze
 
     summary = analyze(scenarios.load(scenario), out, seeds, limit, dtype=dtype, device=device)
     for rows in (summary["onset"], summary["detection"], summary["agreement"]):

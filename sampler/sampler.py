@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,8 @@ class Sampler:
         """
         if name != "tiny":
             raise ValueError(f"name must be 'tiny', got {name!r}")
-        return Path(str(files("basinescape.bench"))) / name
+        bench = find_spec(f"{__package__}.bench")  # found without being imported: bench imports the sampler
+        return Path(bench.submodule_search_locations[0]) / name
 
     def __call__(
         self,

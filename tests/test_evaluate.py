@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from basinescape import Guidance, Sampler
-from basinescape.bench import ordinary
 from basinescape.bench import scenario as scenarios
-from basinescape.bench.analyze import edges, starting_at
-from basinescape.bench.evaluate import evaluate, table
+from basinescape.bench.evaluation import ordinary
+from basinescape.bench.evaluation.analyze import edges, starting_at
+from basinescape.bench.evaluation.evaluate import evaluate, table
+from basinescape.bench.evaluation.metrics import Similarity, interval, l2_ratio, roc
 from basinescape.bench.methods import Batch, augment, cads, dryrun, embedding, update
 from basinescape.bench.methods import table as method_table
 from basinescape.bench.methods.padding import words_mask
-from basinescape.bench.metrics import Similarity, interval, l2_ratio, roc
 from basinescape.bench.scenario import PRESETS, Scenario, prompts, read_prompts
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from hypothesis import given, settings

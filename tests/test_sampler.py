@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from basinescape import At, FirstMinimum, Guidance, Sampler, Settled
-from basinescape.bench.analyze import transition
+from basinescape.bench.evaluation.analyze import transition
 from basinescape.schedulers import make_scheduler
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from rounding import LEEWAY, assert_same_but_for_rounding, spread

@@ -8,10 +8,10 @@ from basinescape import FirstMinimum, Guidance, Sampler
 from basinescape.loop import Plan, denoise, fused_step
 from basinescape.schedulers import make_scheduler
 
+from ..speed.images import METHODS
+from ..speed.shapes import pipeline
+from ..speed.step import counts, peers, stubbed
 from .checks import Figures, require
-from .speed.images import METHODS
-from .speed.shapes import pipeline
-from .speed.step import counts, peers, stubbed
 
 PROMPTS, SEEDS, STEPS = ["a picture of a cat signed by arno", "a picture of a frog", "a picture of a dog"], [3, 1, 2], 20
 

@@ -13,9 +13,9 @@ from basinescape.kernels.aot import aligned
 from PIL import Image
 from tqdm import tqdm
 
+from ..scenario import PRESETS, Prompt, prompts
 from . import figures
-from .evaluate import Measure
-from .scenario import PRESETS, Prompt, prompts
+from .measure import Measure
 
 TINY = PRESETS["tiny"]
 AT = At(TINY.transition)

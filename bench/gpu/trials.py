@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 
-from . import speed
+from .. import speed
+from ..speed.timing import environment, tables
 from .checks import CHECKS, Skipped
-from .speed.timing import environment, tables
 
 SAMPLER_CHECKS = ("sampler synchronisation", "sampler launches", "sampler capture", "sampler images")
 NEED_DIFFUSERS = (*SAMPLER_CHECKS, "bench step", "bench images")
@@ -90,7 +90,7 @@ def apart(name: str, quick: bool) -> dict[str, Any]:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "result.json")
-        command = [sys.executable, "-m", __spec__.name, "--only", check, "--out", str(out), *(["--quick"] if quick else [])]
+        command = [sys.executable, "-m", __package__, "--only", check, "--out", str(out), *(["--quick"] if quick else [])]
         code = ending([*watcher, *command], limit)
         result = json.loads(out.read_text()) if out.exists() else {"status": "unfinished", "rows": []}
     if result["status"] == "unfinished" or (code != 0 and result["status"] != "failed"):
