@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from .tables import aligned, tables
+
 SUMMARY = "Sample guided diffusion models without reproducing training images."
 DEBUG = "BASINESCAPE_DEBUG"  # an environment variable: where it is set, errors show where they come from
 app = typer.Typer(
@@ -137,8 +139,6 @@ def evaluate(
 ) -> None:
     """Measure memorization. Every method runs on every prompt of a scenario."""
     _quieten()
-    from basinescape.kernels.aot import aligned
-
     from . import scenario as scenarios
     from .evaluation.evaluate import evaluate
     from .methods import table
@@ -160,8 +160,6 @@ def quality(
 ) -> None:
     """Measure the images of an evaluation. Text alignment, distance from ordinary images, similarity to training images."""
     _quieten()
-    from basinescape.kernels.aot import aligned
-
     from .evaluation.quality import quality
 
     typer.echo(aligned(quality(run, clip, None if features == "none" else features, references, similarity, progress)))
@@ -190,8 +188,6 @@ def analyze(
 ) -> None:
     """Make basins visible. Where guidance may start, how wide a basin is, and whether a rule finds its edge."""
     _quieten()
-    from basinescape.kernels.aot import aligned
-
     from . import scenario as scenarios
     from .evaluation.analyze import analyze
 
@@ -203,7 +199,7 @@ def analyze(
 @app.command()
 def aot(json: Annotated[Path | None, typer.Option(help="also write the rows as JSON")] = None) -> None:
     """Compile every kernel, without a GPU. For sm_80, sm_90 and sm_100; registers, spills and loads are read off the code."""
-    from basinescape.kernels.aot import aligned, report
+    from basinescape.kernels.aot import report
 
     rows = report()
     typer.echo(aligned(rows))
@@ -219,13 +215,15 @@ def bench(
 ) -> None:
     """Time the sampler beside its peers. In one process, interleaved; only results that agree are compared."""
     _quieten()
+    from basinescape import arguments
+
     from . import speed
-    from .speed.timing import environment, tables
+    from .speed.timing import taken
 
     rows = list(speed.run(speed.BENCHES if what == Bench.all else [what.value], device))
     typer.echo(tables(rows))
     if json:
-        json.write_text(dumps({**environment(device), "rows": rows}, indent=1) + "\n")
+        json.write_text(dumps({**taken(arguments.device(device)), "rows": rows}, indent=1) + "\n")
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from basinescape import Output, Sampler
-from basinescape.folder import Journal, open_folder, read_lines, read_settings, settings_of, whole
+from basinescape.folder import Journal, open_folder, read_lines, read_settings, save_image, settings_of, whole
 from tqdm import tqdm
 
 from ..methods import DryRun, Method
@@ -171,8 +171,7 @@ def _run(
             line["noise_gap"] = [round(gap, 4) for gap in made.noise_gap[i].tolist()]
         path = image_path(out, line)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as part:
-            made.images[i].save(part, format="PNG")
+        save_image(made.images[i], path)
         lines.append(line)
     return lines
 

@@ -66,8 +66,8 @@ def check_sampler_capture(device: torch.device) -> Figures:
             figures[f"{name}, batch {count}"] = {"apart": apart, "same bits": torch.equal(a.latents, b.latents)}
             where = f"{name}, batch {count}: captured and uncaptured"
             require(apart <= 1e-2, f"{where} differ by {apart:.2g}")
-            left, expected = b.transition_step.tolist(), a.transition_step.tolist()
-            require(left == expected, f"{where} leave at {left} and {expected}")
+            found, expected = b.transition_step.tolist(), a.transition_step.tolist()
+            require(found == expected, f"{where} leave at {found} and {expected}")
     require(not captured._graphs._failed, "the step could not be captured")
     captured.close()
     return figures
