@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from basinescape import At, FirstMinimum, Guidance, Sampler, Settled
-from basinescape.bench.analyze import transition
+from basinescape.bench.evaluation.analyze import transition
 from basinescape.schedulers import make_scheduler
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from rounding import LEEWAY, NEAR, assert_same_but_for_rounding, spread
@@ -142,8 +142,8 @@ def one_by_one(network):
 
 @pytest.mark.parametrize("scheduler", ["dpmsolver++", "euler"])
 def test_the_loop_adds_nothing_of_the_batch(pipe, scheduler):
-    sampler = Sampler.from_pipeline(pipe, scheduler)
-    settings = {"steps": STEPS, "guidance": METHODS[1], "output": "latent", "progress": False, "wrap": one_by_one}
+    sampler = Sampler.from_pipeline(pipe, scheduler).wrapped(one_by_one)
+    settings = {"steps": STEPS, "guidance": METHODS[1], "output": "latent", "progress": False}
     batch, alone = sampler(PROMPTS, SEEDS, **settings), sampler(PROMPTS[2], SEEDS[2], **settings)
     assert torch.equal(alone.latents[0], batch.latents[2]) and alone.transition_step[0] == batch.transition_step[2]
     torch.testing.assert_close(alone.noise_gap[0], batch.noise_gap[2], rtol=0, atol=0, equal_nan=True)

@@ -152,7 +152,7 @@ def test_the_eager_step_is_the_definition(eager, run, alone):
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(runs([(3, 10, 11), (4, 8, 9)]), st.sampled_from([0, 6, 1000]), st.integers(0, 2**16))
 def test_the_programs_of_a_sample_may_run_in_any_order(monkeypatch, run, resident, seed):
-    """Tiles that meet, and that do not: `resident` programs may wait for each other. On a GPU bench/checks.py has them meet."""
+    """Tiles that meet, and that do not: `resident` programs may wait for each other. On a GPU bench.gpu has them meet."""
     monkeypatch.setattr(Tiles, "of", SMALL.of)
     monkeypatch.setattr(Tiles, "resident", lambda tiles, device: resident)
     with interleaved(seed):
