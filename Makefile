@@ -19,7 +19,7 @@ lint: install
 	$(BIN)/ruff format --check .
 
 test: install
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 matrix: install
-	$(BIN)/python -m pytest -n 2 -m "whole or not whole" tests/test_matrix.py
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "whole or not whole" tests/test_matrix.py
