@@ -37,20 +37,21 @@ def is_minimum(before, last, gap):
     return (before > last) & (last < gap)
 
 
-def leaves(gap: float, earlier: Sequence[float], keep: float, limit: float) -> bool:
+def leaves(gap: float, earlier: Sequence[float], keep: float, limit: float, fall: float) -> bool:
     """Whether a sample leaves its basin at the step k with this gap d_k, NaN where none was computed.
 
-    earlier: d_0 ... d_(k-1). A first minimum counts if it is deep enough, d_(k-1) <= keep * max(d_0 ... d_(k-1)).
+    earlier: d_0 ... d_(k-1). A first minimum counts if it is deep enough, d_(k-1) <= keep * max(d_0 ... d_(k-1)); a gap has
+    fallen if d_k < fall * max(d_0 ... d_(k-1)).
     """
-    minimum = len(earlier) >= 2 and is_minimum(earlier[-2], earlier[-1], gap)
-    deep = minimum and earlier[-1] <= keep * max(d for d in earlier if not math.isnan(d))
-    return deep or gap <= limit or limit == math.inf
+    peak = max((d for d in earlier if not math.isnan(d)), default=math.nan)
+    minimum = len(earlier) >= 2 and is_minimum(earlier[-2], earlier[-1], gap) and earlier[-1] <= keep * peak
+    return minimum or gap < fall * peak or gap <= limit or limit == math.inf
 
 
-def transition(gaps: Sequence[float], rules: Sequence[tuple[float, float, float]]) -> int:
-    """The transition in a whole curve d_0 ... d_(K-1) under (KEEP, LIMIT, WAIT) of each step; -1 for none within it."""
-    for k, (gap, (keep, limit, wait)) in enumerate(zip(gaps, rules, strict=True)):
-        if leaves(gap, gaps[:k], keep, limit):
+def transition(gaps: Sequence[float], rules: Sequence[tuple[float, float, float, float]]) -> int:
+    """The transition in a whole curve d_0 ... d_(K-1) under (KEEP, LIMIT, FALL, WAIT) of each step; -1 for none within it."""
+    for k, (gap, (keep, limit, fall, wait)) in enumerate(zip(gaps, rules, strict=True)):
+        if leaves(gap, gaps[:k], keep, limit, fall):
             return k + int(wait) if k + wait < len(gaps) else -1
     return -1
 
@@ -72,7 +73,7 @@ def look(sample: Sample, uncond: Tensor, cond: Tensor | None, table: Tensor) -> 
     row = table[sample.row].double().tolist()
     k, left, gaps = int(row[Column.STEP]), sample.transition, sample.gaps
     gap = math.nan if cond is None else noise_gap(uncond, cond)
-    if left < 0 and leaves(gap, gaps[:k], row[Column.KEEP], row[Column.LIMIT]):
+    if left < 0 and leaves(gap, gaps[:k], *row[Column.KEEP : Column.WAIT]):
         left = k + int(row[Column.WAIT])
     if row[Column.FIRST] and cond is not None:
         gaps = (*gaps[:k], gap, *gaps[k + 1 :])

@@ -21,7 +21,7 @@ def eager_step(uncond: Tensor, cond: Tensor | None, table: Tensor, guided: Tenso
     here, k = rows.unbind(1), rows[:, Column.STEP].long()
     gap = torch.full_like(way.peak, torch.nan) if cond is None else part.differ(uncond, cond)
     before, last = way.gaps.gather(1, (k[:, None] + torch.arange(-2, 0, device=k.device)).clamp_(min=0)).unbind(1)
-    leaves = leaves_eager(gap, before, last, way.peak, here[Column.KEEP], here[Column.LIMIT]) & (way.at < 0) & going
+    leaves = leaves_eager(gap, before, last, way.peak, *here[Column.KEEP : Column.WAIT]) & (way.at < 0) & going
     torch.where(leaves, k + here[Column.WAIT].long(), way.at, out=way.at)
     prediction = uncond
     if cond is not None:

@@ -86,8 +86,8 @@ class Group:
     @classmethod
     def of(cls, state: State, index: slice, rows: list[Row]) -> Group:
         way = state.transition
-        peaks = any(isinstance(row[Column.KEEP], Tensor) or row[Column.KEEP] not in (1, -math.inf) for row in rows)
-        waits = any(isinstance(row[Column.WAIT], Tensor) or row[Column.WAIT] > 0 for row in rows)
+        peaks = any(_any(row[Column.KEEP], 1, -math.inf) or _any(row[Column.FALL], 0) for row in rows)
+        waits = any(_any(row[Column.WAIT], 0) for row in rows)
         return cls(Part.of(state, index), way.at[index], way.peak[index], way.gaps[index].unbind(1), rows, peaks, waits)
 
     def take(self, uncond: Tensor, cond: Tensor | None, row: Row, next_scale: float) -> None:
@@ -106,9 +106,9 @@ class Group:
 
     def _look(self, k: int, gap: Tensor | None, row: Row) -> None:
         """Note who leaves the basin at step k."""
-        keep, limit, wait = row[Column.KEEP], row[Column.LIMIT], row[Column.WAIT]
-        one = not any(isinstance(value, Tensor) for value in (keep, limit, wait))
-        if self.latest < math.inf or (one and keep == limit == -math.inf):
+        keep, limit, fall, wait = row[Column.KEEP : Column.WAIT + 1]
+        one = not any(isinstance(value, Tensor) for value in (keep, limit, fall, wait))
+        if self.latest < math.inf or (one and keep == limit == -math.inf and not fall):
             return
         waiting = self.at < 0
         if one and limit == math.inf:
@@ -117,7 +117,7 @@ class Group:
             self.own = True
             gap = torch.full_like(self.peak, torch.nan) if gap is None else gap
             before, last = self.gaps[max(k - 2, 0)], self.gaps[max(k - 1, 0)]
-            waiting &= leaves_eager(gap, before, last, self.peak, keep if k >= 2 else -math.inf, limit)
+            waiting &= leaves_eager(gap, before, last, self.peak, keep if k >= 2 else -math.inf, limit, fall)
         if isinstance(wait, Tensor):
             torch.where(waiting, (k + wait).long(), self.at, out=self.at)
         else:
@@ -133,3 +133,8 @@ class Group:
         if self.waits:
             left &= self.at <= k
         return torch.where(left, after, before)
+
+
+def _any(value: float | Tensor, *none: float) -> bool:
+    """Whether a row asks for something: another number than these, or one a sample."""
+    return isinstance(value, Tensor) or value not in none

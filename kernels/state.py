@@ -22,7 +22,7 @@ class Transition:
     row, last: (B,) int64, the row it is at and its last one; past that it is done, and no step changes it.
     at:        (B,) int64, the solver step from which on its weight is the one after the transition; -1 while not known.
     gaps:      (B, steps) float32, the noise gap of each solver step, NaN where not computed; its rows may lie apart.
-    peak:      (B,) float32, the largest of them so far; kept where rows ask for it (a KEEP other than 1).
+    peak:      (B,) float32, the largest of them so far; kept where rows ask for it (a KEEP other than 1, a FALL).
     """
 
     row: Tensor

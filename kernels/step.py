@@ -27,6 +27,7 @@ from .table import (
     AFTER,
     BEFORE,
     COLUMNS,
+    FALL,
     FIRST,
     INPUT_SCALE,
     KEEP,
@@ -52,8 +53,8 @@ def step(uncond: Tensor, cond: Tensor | None, table: Tensor, state: State, finds
     uncond, cond: (B, ...) float32, float16 or bfloat16, as for `guide`; cond None where `uncond` is the one prediction the
                   step needs, and is its guided prediction.
     table:        (any number of rows, len(Column)) float32, on the device.
-    finds:        False where no row asks for the gap (every LIMIT is infinite, every KEEP minus infinity): then nobody waits
-                  for it.
+    finds:        False where no row asks for the gap (every LIMIT is infinite or minus infinity, every KEEP minus infinity,
+                  every FALL 0): then nobody waits for it.
 
     Raises ValueError if the predictions or the table do not match the state.
     """
@@ -222,7 +223,8 @@ def step_kernel(
                 gap = tl.load(known + sample)
         limit, wait = tl.load(here + LIMIT), tl.load(here + WAIT)
         if FINDS:
-            left = transition(s, left, gap, before, earlier, top, tl.load(here + KEEP), limit, wait)
+            keep, fall = tl.load(here + KEEP), tl.load(here + FALL)
+            left = transition(s, left, gap, before, earlier, top, keep, limit, fall, wait)
         else:
             left = tl.where((limit == float("inf")) & (left < 0), s + wait.to(tl.int64), left)
         weight = tl.load(here + tl.where((left >= 0) & (s >= left), AFTER, BEFORE))

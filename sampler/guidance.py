@@ -47,11 +47,13 @@ class Leaving(NamedTuple):
 
     keep:  the first minimum of the noise gap shows there, and is at most `keep` times the largest gap before it.
     limit: the gap is at most `limit`; infinity: every sample leaves.
+    fall:  the gap is below `fall` times the largest gap before it.
     wait:  steps from there to the transition.
     """
 
     keep: float = -math.inf
     limit: float = -math.inf
+    fall: float = 0.0
     wait: int = 0
 
 
@@ -306,5 +308,5 @@ class Guidance:
         """
         leaving = [LEAVES] * len(levels) if self.until is None else self.until.leaving(levels)
         columns = zip(*((*weights, *how) for weights, how in zip(self.weights(levels), leaving, strict=True)), strict=True)
-        names = (Column.BEFORE, Column.AFTER, Column.KEEP, Column.LIMIT, Column.WAIT)
+        names = (Column.BEFORE, Column.AFTER, Column.KEEP, Column.LIMIT, Column.FALL, Column.WAIT)
         return {name: torch.tensor(column, dtype=torch.float32) for name, column in zip(names, columns, strict=True)}

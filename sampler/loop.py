@@ -69,13 +69,13 @@ class Plan:
         first = torch.cat([torch.ones(1), step.diff().clamp(max=1).float()])
         coefficients = torch.zeros(calls, 4) if solver.coefficients is None else solver.coefficients
         columns = {column: values[step] for column, values in guidance.rows(solver.levels).items()}
-        for column in (Column.KEEP, Column.LIMIT):  # a step is looked at in its first call alone
-            columns[column] = columns[column].where(first > 0, torch.tensor(-torch.inf))
+        for column, nothing in ((Column.KEEP, -torch.inf), (Column.LIMIT, -torch.inf), (Column.FALL, 0.0)):
+            columns[column] = columns[column].where(first > 0, torch.tensor(nothing))  # a step shows in its first call alone
         columns |= dict(zip((Column.A, Column.B, Column.P, Column.Q), coefficients.unbind(1), strict=True))
         columns |= {Column.INPUT_SCALE: solver.input_scale, Column.TIMESTEP: solver.timesteps}
         columns |= {Column.STEP: step.float(), Column.FIRST: first}
-        keep, limit = columns[Column.KEEP], columns[Column.LIMIT]
-        finds = bool(((keep > -torch.inf) | ((limit > -torch.inf) & (limit < torch.inf))).any())
+        keep, limit, fall = columns[Column.KEEP], columns[Column.LIMIT], columns[Column.FALL]
+        finds = bool(((keep > -torch.inf) | (limit.abs() < torch.inf) | (fall > 0)).any())
         return cls(
             table=torch.stack([columns[column] for column in Column], dim=1).to(device),
             step=tuple(step.tolist()),
