@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -156,6 +156,7 @@ class Settled:
 
 
 Rule = At | FirstMinimum | Settled
+RULES = {rule.__name__: rule for rule in get_args(Rule)}
 
 
 @dataclass(frozen=True)
@@ -171,9 +172,6 @@ class Watch:
     def __post_init__(self) -> None:
         object.__setattr__(self, "threshold", _finite("threshold", self.threshold))
         _whole("steps", self.steps, 1)
-
-
-RULES = {rule.__name__: rule for rule in (At, FirstMinimum, Settled)}
 
 
 @dataclass(frozen=True)
@@ -202,7 +200,7 @@ class Guidance:
         object.__setattr__(self, "scale", _finite("scale", self.scale))
         object.__setattr__(self, "before", _finite("before", self.before))
         if self.until is not None and not isinstance(self.until, Rule):
-            raise ValueError(f"until must be At(...), FirstMinimum(...) or Settled(...), got {self.until!r}")
+            raise ValueError(f"until must be one of {', '.join(f'{name}(...)' for name in RULES)}, got {self.until!r}")
         if isinstance(self.shape, str):
             if self.shape not in SHAPES:
                 raise ValueError(f"shape must be one of {', '.join(SHAPES)}, or a factor for each step; got {self.shape!r}")
