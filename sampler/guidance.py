@@ -155,7 +155,33 @@ class Settled:
         return [Leaving(limit=limit, wait=self.wait) for limit in limits]
 
 
-Rule = At | FirstMinimum | Settled
+@dataclass(frozen=True)
+class Fallen:
+    """The transition is the first step whose noise gap is below `share` times the largest one before it, per sample.
+
+    share:  above 0 and at most 1.
+    latest: a deadline: a sample still waiting at this step transitions there. None: it may wait for ever.
+
+    Raises ValueError for anything else.
+    """
+
+    share: float = 0.5
+    latest: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "share", _finite("share", self.share))
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must be above 0 and at most 1, got {self.share:g}")
+        if self.latest is not None:
+            _whole("latest", self.latest, 1)
+
+    def leaving(self, levels: Sequence[float]) -> list[Leaving]:
+        """What makes a sample leave at each step."""
+        latest = len(levels) if self.latest is None else self.latest
+        return [LEAVES if k >= latest else Leaving(fall=self.share) for k in range(len(levels))]
+
+
+Rule = At | FirstMinimum | Settled | Fallen
 RULES = {rule.__name__: rule for rule in get_args(Rule)}
 
 
