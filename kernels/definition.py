@@ -2,7 +2,8 @@
 
 u, c: the unconditional and conditional predictions; w: the guidance weight; x: the latents; d_k: the noise gap of step k.
 
-    guided = u + w (c - u)               classifier-free guidance (Ho & Salimans, https://arxiv.org/abs/2207.12598)
+    guided = u + w (c - u)               classifier-free guidance (Ho & Salimans, https://arxiv.org/abs/2207.12598), or as one
+                                         of `RULES` has it; at w = 0 it is u under every rule
     d_k    = || c - u ||_2               the statistic of the basin (Jain et al., CVPR 2025, https://arxiv.org/abs/2411.16738)
     w      = AFTER from the transition on, BEFORE until then
     x'     = A x + B guided + h          a solver that is linear in what it has; h is what it keeps from one call to the next
@@ -27,9 +28,17 @@ def noise_gap(uncond: Tensor, cond: Tensor) -> float:
     return (cond.double() - uncond.double()).norm().item()
 
 
-def guided(uncond: Tensor, cond: Tensor, weight: float) -> Tensor:
+def cfg(u: Tensor, c: Tensor, w: float, *_: float) -> Tensor:
     """u + w (c - u)."""
-    return uncond.double() + weight * (cond.double() - uncond.double())
+    return u + w * (c - u)
+
+
+RULES = {"cfg": cfg}
+
+
+def guided(uncond: Tensor, cond: Tensor, weight: float, rule: str = "cfg", options: Sequence[float] = ()) -> Tensor:
+    """The guided prediction of one sample under a rule and its options."""
+    return RULES[rule](uncond.double(), cond.double(), weight, *options) if weight else uncond.double()
 
 
 def is_minimum(before, last, gap):
@@ -68,7 +77,7 @@ class Sample:
     history: Tensor | float = 0.0
 
 
-def look(sample: Sample, uncond: Tensor, cond: Tensor | None, table: Tensor) -> tuple[Sample, Tensor]:
+def look(sample: Sample, uncond: Tensor, cond: Tensor | None, table: Tensor, rule: str = "cfg") -> tuple[Sample, Tensor]:
     """(the sample, its gap and transition noted; its guided prediction). Without `cond`, `uncond` is that, and has no gap."""
     row = table[sample.row].double().tolist()
     k, left, gaps = int(row[Column.STEP]), sample.transition, sample.gaps
@@ -78,15 +87,16 @@ def look(sample: Sample, uncond: Tensor, cond: Tensor | None, table: Tensor) -> 
     if row[Column.FIRST] and cond is not None:
         gaps = (*gaps[:k], gap, *gaps[k + 1 :])
     weight = row[Column.AFTER if 0 <= left <= k else Column.BEFORE]
-    prediction = uncond.double() if cond is None else guided(uncond, cond, weight)
+    options = row[Column.FIRST_OPTION :]
+    prediction = uncond.double() if cond is None else guided(uncond, cond, weight, rule, options)
     return replace(sample, gaps=gaps, transition=left), prediction
 
 
-def step(sample: Sample, uncond: Tensor, cond: Tensor | None, table: Tensor) -> Sample:
+def step(sample: Sample, uncond: Tensor, cond: Tensor | None, table: Tensor, rule: str = "cfg") -> Sample:
     """One call of the network further; a sample that is done stays as it is."""
     if sample.row > sample.last:
         return sample
     a, b, p, q = table[sample.row, Column.A : Column.Q + 1].double().tolist()
-    sample, g = look(sample, uncond, cond, table)
+    sample, g = look(sample, uncond, cond, table, rule)
     x = sample.latents.double()
     return replace(sample, latents=a * x + b * g + sample.history, history=p * x + q * g, row=sample.row + 1)

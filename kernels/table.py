@@ -18,6 +18,7 @@ class Column(IntEnum):
     What makes a sample leave its basin here (`definition.leaves`): KEEP: the first minimum, at most KEEP times the largest
     gap; minus infinity: none does. LIMIT: a gap of at most LIMIT; minus infinity: none, infinity: the sample leaves whatever
     its gap. FALL: a gap below FALL times the largest one; 0: none. WAIT: steps from there to the transition.
+    FIRST_OPTION, SECOND_OPTION: numbers of the guidance rule (`rules.RULES`), in its own order.
     """
 
     BEFORE = 0
@@ -34,9 +35,13 @@ class Column(IntEnum):
     LIMIT = 11
     FALL = 12
     WAIT = 13
+    FIRST_OPTION = 14
+    SECOND_OPTION = 15
 
 
 # The same numbers as device code knows them.
 _constant = tl.constexpr if tl else int
-BEFORE, AFTER, A, B, P, Q, INPUT_SCALE, TIMESTEP, STEP, FIRST, KEEP, LIMIT, FALL, WAIT = (_constant(int(c)) for c in Column)
+BEFORE, AFTER, A, B, P, Q, INPUT_SCALE, TIMESTEP, STEP, FIRST, KEEP, LIMIT, FALL, WAIT, FIRST_OPTION, SECOND_OPTION = (
+    _constant(int(column)) for column in Column
+)
 COLUMNS = _constant(len(Column))

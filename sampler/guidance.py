@@ -8,13 +8,14 @@ Memorization", CVPR 2025, https://arxiv.org/abs/2411.16738.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from .kernels.rules import columns_of, options_of
 from .kernels.table import Column
 
 # Factors on the scale over u = t / num_train_timesteps in 0..1, as carried by the authors' scripts.
@@ -55,6 +56,12 @@ class Leaving(NamedTuple):
     limit: float = -math.inf
     fall: float = 0.0
     wait: int = 0
+
+
+def _fields(given: dict[str, Any]) -> dict[str, Any]:
+    """What `cfg`, `delayed` and `opposite` are given by name, as fields: what is not one is an option of the rule."""
+    own = {name: given[name] for name in ("shape", "interval", "watch", "rule") if name in given}
+    return {**own, "options": {name: value for name, value in given.items() if name not in own}}
 
 
 STAYS, LEAVES = Leaving(), Leaving(limit=math.inf)
@@ -211,6 +218,9 @@ class Guidance:
     interval: (low, high) timesteps outside which the weight after the transition is 1, the conditional prediction alone
               (Kynkaanniemi et al., https://arxiv.org/abs/2404.07724); None: everywhere inside.
     watch:    which samples this is for: the others keep plain guidance at `scale`. None: for all.
+    rule:     how the two predictions are combined (`kernels.rules.RULES`), before the transition and after it; a weight of 0
+              is the unconditional prediction under every rule, and 1 the conditional one. One a batch.
+    options:  the rule's, by name; `cfg`, `delayed` and `opposite` take them as arguments of their own.
 
     Raises ValueError for anything else.
     """
@@ -221,6 +231,8 @@ class Guidance:
     shape: str | tuple[float, ...] = "static"
     interval: tuple[float, float] | None = None
     watch: Watch | None = None
+    rule: str = "cfg"
+    options: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", _finite("scale", self.scale))
@@ -239,28 +251,29 @@ class Guidance:
             object.__setattr__(self, "interval", interval)
         if self.watch is not None and not isinstance(self.watch, Watch):
             raise ValueError(f"watch must be Watch(...), got {self.watch!r}")
+        object.__setattr__(self, "options", tuple(options_of(self.rule, dict(self.options)).items()))
 
     @classmethod
-    def cfg(cls, scale: float, **shape: Any) -> Guidance:
+    def cfg(cls, scale: float, **given: Any) -> Guidance:
         """Plain classifier-free guidance (Ho & Salimans, https://arxiv.org/abs/2207.12598), from the first step on.
 
         The formula holds for every scale: 0 is the unconditional prediction, 1 the conditional one. diffusers' pipelines switch
         guidance off at scales up to 1 and run the conditional prediction: for a turbo model, whose page says
         `guidance_scale=0.0`, that is scale 1 here.
         """
-        return cls(scale, **shape)
+        return cls(scale, **_fields(given))
 
     @classmethod
-    def delayed(cls, scale: float, until: Rule, before: float = 0.0, **shape: Any) -> Guidance:
+    def delayed(cls, scale: float, until: Rule, before: float = 0.0, **given: Any) -> Guidance:
         """No guidance (or the weight `before`) until the transition, `scale` from there on."""
-        return cls(scale, before, until, **shape)
+        return cls(scale, before, until, **_fields(given))
 
     @classmethod
-    def opposite(cls, opposite_scale: float, scale: float, until: Rule, **shape: Any) -> Guidance:
+    def opposite(cls, opposite_scale: float, scale: float, until: Rule, **given: Any) -> Guidance:
         """The weight -opposite_scale, constant, until the transition, `scale` from there on."""
         if _finite("opposite_scale", opposite_scale) <= 0:
             raise ValueError(f"opposite_scale must be above 0 (it is applied with a minus sign), got {opposite_scale!r}")
-        return cls(scale, -float(opposite_scale), until, **shape)
+        return cls(scale, -float(opposite_scale), until, **_fields(given))
 
     @classmethod
     def guard(cls, guidance: Guidance, threshold: float, steps: int = 1) -> Guidance:
@@ -276,6 +289,8 @@ class Guidance:
             return f"Guidance.guard({inner!r}, threshold={self.watch.threshold:g}, steps={self.watch.steps})"
         extra = "" if self.shape == "static" else f", shape={self.shape!r}"
         extra += "" if self.interval is None else f", interval={self.interval!r}"
+        extra += "" if self.rule == "cfg" else f", rule={self.rule!r}"
+        extra += "".join(f", {name}={value:g}" for name, value in self.options)
         if self.until is None:
             return f"Guidance.cfg({self.scale:g}{extra})"
         if self.before < 0:
@@ -286,7 +301,7 @@ class Guidance:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that json can write; `from_dict` reads it back."""
         rule = None if self.until is None else {"rule": type(self.until).__name__, **asdict(self.until)}
-        return {**asdict(self), "until": rule}
+        return {**asdict(self), "until": rule, "options": dict(self.options)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Guidance:
@@ -333,4 +348,7 @@ class Guidance:
         leaving = [LEAVES] * len(levels) if self.until is None else self.until.leaving(levels)
         columns = zip(*((*weights, *how) for weights, how in zip(self.weights(levels), leaving, strict=True)), strict=True)
         names = (Column.BEFORE, Column.AFTER, Column.KEEP, Column.LIMIT, Column.FALL, Column.WAIT)
-        return {name: torch.tensor(column, dtype=torch.float32) for name, column in zip(names, columns, strict=True)}
+        columns = dict(zip(names, columns, strict=True))
+        for name, option in zip((Column.FIRST_OPTION, Column.SECOND_OPTION), columns_of(dict(self.options)), strict=True):
+            columns[name] = [option] * len(levels)
+        return {name: torch.tensor(column, dtype=torch.float32) for name, column in columns.items()}

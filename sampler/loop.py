@@ -42,7 +42,7 @@ class Plan:
     last:      the last row of a run that starts at the first.
     branches:  which halves of the network each row needs.
     finds:     samples look for their transition in their noise gaps; False where the table says beforehand where it is.
-    multistep: the solver keeps a history. scaled: some row scales the network's input.
+    multistep: the solver keeps a history. scaled: some row scales the network's input. rule: the guidance rule.
     """
 
     table: Tensor
@@ -52,6 +52,7 @@ class Plan:
     finds: bool
     multistep: bool
     scaled: bool
+    rule: str = "cfg"
 
     @classmethod
     def make(cls, solver: Solver, guidance: Guidance, device: torch.device) -> Plan:
@@ -84,6 +85,7 @@ class Plan:
             finds=finds,
             multistep=bool(coefficients[:, 2:].any()),
             scaled=bool((solver.input_scale != 1).any()),
+            rule=guidance.rule,
         )
 
     @property
@@ -137,7 +139,7 @@ def fused_step(network: Network, plan: Plan, state: State) -> Step:
     """A step that is the network and one launch."""
 
     def take(branch: Branch) -> None:
-        step(*_predict(network, state, branch), plan.table, state, plan.finds)
+        step(*_predict(network, state, branch), plan.table, state, plan.finds, plan.rule)
 
     return take
 
@@ -146,7 +148,7 @@ def lockstep(network: Network, plan: Plan, state: State) -> Step:
     """`fused_step` from a state just started; where no kernel runs, without the gathers that steps of its own would need."""
     if backend(plan.table.device) != "eager":
         return fused_step(network, plan, state)
-    move = Lockstep(state, plan.table)
+    move = Lockstep(state, plan.table, rule=plan.rule)
     return lambda branch: move(*_predict(network, state, branch))
 
 
@@ -169,7 +171,7 @@ def scheduler_step(
 
     def take(branch: Branch) -> None:
         uncond, cond = _predict(network, state, branch)
-        guided = uncond if cond is None else guide_step(uncond, cond, plan.table, state, plan.finds)
+        guided = uncond if cond is None else guide_step(uncond, cond, plan.table, state, plan.finds, plan.rule)
         if cond is not None and guidance_rescale:
             guided = rescale_noise_cfg(guided, cond, guidance_rescale)
         latents = state.latents.x.clone()  # the scheduler may keep what it is given
