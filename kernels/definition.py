@@ -33,7 +33,13 @@ def cfg(u: Tensor, c: Tensor, w: float, *_: float) -> Tensor:
     return u + w * (c - u)
 
 
-RULES = {"cfg": cfg}
+def rescale(u: Tensor, c: Tensor, w: float, phi: float, *_: float) -> Tensor:
+    """Towards the deviation of c, by the share phi (Lin et al., https://arxiv.org/abs/2305.08891, section 3.4)."""
+    g = cfg(u, c, w)
+    return (phi * c.std() / g.std() + 1 - phi) * g
+
+
+RULES = {"cfg": cfg, "rescale": rescale}
 
 
 def guided(uncond: Tensor, cond: Tensor, weight: float, rule: str = "cfg", options: Sequence[float] = ()) -> Tensor:

@@ -78,8 +78,26 @@ class GuidanceRule:
     options: Mapping[str, Option] = field(default_factory=dict)
 
 
+@jit
+def rescale(weight, u, d, uu, ud, dd, size, phi, unused):
+    """Factor phi std(cond) / std(guided) + 1 - phi on the guided prediction (Lin et al., arXiv 2305.08891, section 3.4)."""
+    uu, ud, dd = uu - u * u / size, ud - u * d / size, dd - d * d / size
+    ratio = (uu + 2 * ud + dd) / (uu + 2 * weight * ud + weight * weight * dd)
+    factor = phi * tl.sqrt_rn(ratio) + (1 - phi)
+    return factor, factor * weight
+
+
+def rescale_eager(weight, u, d, uu, ud, dd, size, phi, unused):
+    """The same."""
+    uu, ud, dd = uu - u * u / size, ud - u * d / size, dd - d * d / size
+    ratio = (uu + 2 * ud + dd) / (uu + 2 * weight * ud + weight * weight * dd)
+    factor = phi * ratio.sqrt() + (1 - phi)
+    return factor, factor * weight
+
+
 RULES: dict[str, GuidanceRule | None] = {
     "cfg": None,  # a = 1, b = weight: no sums
+    "rescale": GuidanceRule(rescale, rescale_eager, {"phi": Option(0.7, 0, 1)}),
 }
 
 
