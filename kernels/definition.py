@@ -39,7 +39,12 @@ def rescale(u: Tensor, c: Tensor, w: float, phi: float, *_: float) -> Tensor:
     return (phi * c.std() / g.std() + 1 - phi) * g
 
 
-RULES = {"cfg": cfg, "rescale": rescale}
+def cfg_zero(u: Tensor, c: Tensor, w: float, *_: float) -> Tensor:
+    """From the part of c along u (CFG-Zero*, Fan et al., https://arxiv.org/abs/2503.18886, section 4.1)."""
+    return cfg((u * c).sum() / ((u * u).sum() + 1e-8) * u, c, w)
+
+
+RULES = {"cfg": cfg, "rescale": rescale, "cfg-zero": cfg_zero}
 
 
 def guided(uncond: Tensor, cond: Tensor, weight: float, rule: str = "cfg", options: Sequence[float] = ()) -> Tensor:

@@ -95,9 +95,23 @@ def rescale_eager(weight, u, d, uu, ud, dd, size, phi, unused):
     return factor, factor * weight
 
 
+@jit
+def cfg_zero(weight, u, d, uu, ud, dd, size, unused, other):
+    """uncond times its optimal scale (CFG-Zero*, Fan et al., arXiv 2503.18886, section 4.1; its zeroed steps are not done)."""
+    scale = (uu + ud) / (uu + 1e-8)
+    return scale + weight * (1 - scale), weight
+
+
+def cfg_zero_eager(weight, u, d, uu, ud, dd, size, unused, other):
+    """The same."""
+    scale = (uu + ud) / (uu + 1e-8)
+    return scale + weight * (1 - scale), weight
+
+
 RULES: dict[str, GuidanceRule | None] = {
     "cfg": None,  # a = 1, b = weight: no sums
     "rescale": GuidanceRule(rescale, rescale_eager, {"phi": Option(0.7, 0, 1)}),
+    "cfg-zero": GuidanceRule(cfg_zero, cfg_zero_eager),
 }
 
 

@@ -53,7 +53,7 @@ def way(request):
 
 
 @pytest.mark.parametrize("rule", COMBINING)
-@settings(max_examples=15, **QUIET)
+@settings(max_examples=10, **QUIET)
 @given(cases(), st.booleans())
 def test_guide_is_the_definition(way, rule, case, tiled):
     """In one program a sample and in two launches over tiles; the gap is that of plain guidance."""
