@@ -1,1 +1,1 @@
-"""Benchmarks, the memorization evaluation, and the small pipeline that ships with the project."""
+"""The evaluation of memorization, benchmarks, and the small pipeline that ships with the project."""

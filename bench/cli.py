@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from .tables import aligned, tables
+
 SUMMARY = "Sample guided diffusion models without reproducing training images."
 DEBUG = "BASINESCAPE_DEBUG"  # an environment variable: where it is set, errors show where they come from
 app = typer.Typer(
@@ -118,7 +120,7 @@ def _note(ids: list[str], what: str, field: str) -> None:
 def demo(out: Annotated[Path, typer.Option(help="folder for the table and the pictures")] = Path("out/demo")) -> None:
     """See memorization and its cure on the small pipeline that ships."""
     _quieten()
-    from .demo import demo
+    from .evaluation.demo import demo
 
     typer.echo(demo(out))
 
@@ -137,10 +139,8 @@ def evaluate(
 ) -> None:
     """Measure memorization. Every method runs on every prompt of a scenario."""
     _quieten()
-    from basinescape.kernels.aot import aligned
-
     from . import scenario as scenarios
-    from .evaluate import evaluate
+    from .evaluation.evaluate import evaluate
     from .methods import table
 
     chosen = scenarios.load(scenario)
@@ -160,9 +160,7 @@ def quality(
 ) -> None:
     """Measure the images of an evaluation. Text alignment, distance from ordinary images, similarity to training images."""
     _quieten()
-    from basinescape.kernels.aot import aligned
-
-    from .quality import quality
+    from .evaluation.quality import quality
 
     typer.echo(aligned(quality(run, clip, None if features == "none" else features, references, similarity, progress)))
 
@@ -173,7 +171,7 @@ def report(
     out: Annotated[Path, typer.Option(help="the page to write, one HTML file that needs no network")],
 ) -> None:
     """Make a page about evaluations. Tables, the noise gap's curves, and training images beside what was made of them."""
-    from .report import report
+    from .evaluation.report import report
 
     report(runs, out)
     typer.echo(f"{len(runs)} run{'s' if len(runs) > 1 else ''} in {out}")
@@ -190,10 +188,8 @@ def analyze(
 ) -> None:
     """Make basins visible. Where guidance may start, how wide a basin is, and whether a rule finds its edge."""
     _quieten()
-    from basinescape.kernels.aot import aligned
-
     from . import scenario as scenarios
-    from .analyze import analyze
+    from .evaluation.analyze import analyze
 
     summary = analyze(scenarios.load(scenario), out, seeds, limit, dtype=dtype, device=device)
     for rows in (summary["onset"], summary["detection"], summary["agreement"]):
@@ -203,7 +199,7 @@ def analyze(
 @app.command()
 def aot(json: Annotated[Path | None, typer.Option(help="also write the rows as JSON")] = None) -> None:
     """Compile every kernel, without a GPU. For sm_80, sm_90 and sm_100; registers, spills and loads are read off the code."""
-    from basinescape.kernels.aot import aligned, report
+    from basinescape.kernels.aot import report
 
     rows = report()
     typer.echo(aligned(rows))
@@ -219,13 +215,15 @@ def bench(
 ) -> None:
     """Time the sampler beside its peers. In one process, interleaved; only results that agree are compared."""
     _quieten()
+    from basinescape import arguments
+
     from . import speed
-    from .speed.timing import environment, tables
+    from .speed.timing import taken
 
     rows = list(speed.run(speed.BENCHES if what == Bench.all else [what.value], device))
     typer.echo(tables(rows))
     if json:
-        json.write_text(dumps({**environment(device), "rows": rows}, indent=1) + "\n")
+        json.write_text(dumps({**taken(arguments.device(device)), "rows": rows}, indent=1) + "\n")
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ class Scenario:
     where: str = DATA
 
 
-_measured = Sampler.model_path("tiny") / "ordinary.json"  # written by `ordinary`, of the pipeline that lies beside it
+_measured = Sampler.model_path("tiny") / "ordinary.json"  # of the pipeline that lies beside it: see `evaluation.ordinary`
 ORDINARY = json.loads(_measured.read_text()) if _measured.is_file() else {"gap": (), "stable": None}
 
 PRESETS = {
@@ -188,7 +188,7 @@ TEMPLATES = (
 
 def tiny_prompts(general: int = 100) -> dict[str, list[Prompt]]:
     """The small pipeline's: its memorized captions, and `general` others."""
-    from .scenes import CONCEPTS, caption
+    from .testbed.scenes import CONCEPTS, caption
 
     folder = Sampler.model_path("tiny")
     lines = [json.loads(line) for line in (folder / "memorized.jsonl").read_text(encoding="utf-8").splitlines()]

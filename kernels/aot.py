@@ -1,12 +1,7 @@
-"""What every kernel compiles to, on a machine without a GPU: registers, spills and load width, read from the machine code.
-
-python -m basinescape.kernels.aot [--json FILE]
-"""
+"""What every kernel compiles to, on a machine without a GPU: registers, spills and load width, read from the machine code."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import subprocess
 import tempfile
@@ -108,24 +103,3 @@ def rows(targets: Sequence[str] = TARGETS) -> Iterator[dict[str, object]]:
 def report(targets: Sequence[str] = TARGETS) -> list[dict[str, object]]:
     """All `rows`. RuntimeError where triton is missing or interprets; subprocess.CalledProcessError if a tool fails."""
     return list(rows(targets))
-
-
-def aligned(found: Sequence[dict[str, object]]) -> str:
-    """Rows of equal keys as aligned text, a heading and a line a row."""
-    cells = [list(found[0]), *([str(value) for value in row.values()] for row in found)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Compile every kernel ahead of time and say what came out.")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows as JSON")
-    args = parser.parse_args()
-    found = report()
-    print(aligned(found))
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -9,14 +9,14 @@ import hashlib
 import json
 import math
 import os
-import platform
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
+from PIL import Image
+
+from .environment import environment
 
 if TYPE_CHECKING:
     from .sampler import Sampler
@@ -26,20 +26,11 @@ LEFTOVERS = (".DS_Store", "Thumbs.db", "desktop.ini", "*.part")  # of desktops, 
 
 def settings_of(sampler: Sampler) -> dict[str, Any]:
     """What a run's images owe to the sampler and to the versions of what it is built on."""
-    packages = ("basinescape", "torch", "triton", "diffusers", "transformers", "xformers")
     return {
         "scheduler": {"class": type(sampler.scheduler).__name__, **_public(sampler.scheduler.config)},
         "dtype": str(sampler.model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name() if sampler.model.device.type == "cuda" else sampler.model.device.type,
-        "versions": {"python": platform.python_version()} | {name: found for name in packages if (found := _version(name))},
+        **environment(sampler.model.device),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,6 +143,12 @@ def whole(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """The image as a PNG that is there whole or not at all."""
+    with whole(path) as part:
+        image.save(part, format="PNG")
 
 
 def sha256(path: Path) -> str:

@@ -1,7 +1,7 @@
-"""A job: a file of prompts in, a folder of images out, with a manifest that grows as images are finished.
+"""A run: a file of prompts in, a folder of images out, with a manifest that grows as images are finished.
 
 The folder gets `images/<id>.png`, `manifest.jsonl` (a line an image) and `run.json` (all that is needed to make it again).
-A job that was stopped goes on where it was when it is started again with the same settings; images that are gone or changed
+A run that was stopped goes on where it was when it is started again with the same settings; images that are gone or changed
 since, and those that failed, are made again.
 """
 
@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .folder import Journal, intact, open_folder, settings_of, sha256, whole
+from .folder import Journal, intact, open_folder, save_image, settings_of, sha256
 from .guidance import Guidance
 from .loop import Plan
 from .prompts import Job
@@ -101,17 +101,13 @@ def generate(
             for batch in _batches(waiting, batch_size):
                 for line, image in _make(sampler, batch, settings):
                     if image is not None:
-                        line |= _save(image, images / f"{line['id']}.png")
+                        path = images / f"{line['id']}.png"
+                        save_image(image, path)
+                        line |= {"status": "ok", "sha256": sha256(path)}
                     journal.append(line)
                     written.append(line)
                     bar.update()
     return written
-
-
-def _save(image: Image.Image, path: Path) -> dict[str, str]:
-    with whole(path) as part:
-        image.save(part, format="PNG")
-    return {"status": "ok", "sha256": sha256(path)}
 
 
 def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:

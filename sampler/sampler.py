@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .schedulers import Schedule, make_scheduler
 from .solver import Solver
 
 OUTPUTS = ("pil", "np", "pt", "latent")
+Wrap = Callable[[models.GuidedUNet], Network]
 
 
 @dataclass
@@ -75,6 +77,7 @@ class Sampler:
         self.model.set_attention(attention)
         self._graphs = Graphs() if capture else None
         self._solvers: dict[tuple, Solver] = {}
+        self._wrap: Wrap | None = None
 
     @property
     def scheduler(self) -> SchedulerMixin:
@@ -148,7 +151,8 @@ class Sampler:
         """
         if name != "tiny":
             raise ValueError(f"name must be 'tiny', got {name!r}")
-        return Path(str(files("basinescape.bench"))) / name
+        bench = find_spec(f"{__package__}.bench")  # found without being imported: bench imports the sampler
+        return Path(bench.submodule_search_locations[0]) / name
 
     def __call__(
         self,
@@ -161,7 +165,6 @@ class Sampler:
         width: int | None = None,
         output: str = "pil",
         progress: bool = True,
-        wrap: Callable[[models.GuidedUNet], Network] | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         eta: float = 0.0,
@@ -180,8 +183,6 @@ class Sampler:
         negative_prompt: one for all prompts, or one or None for each.
         height, width: pixels; default the model's own size.
         output: "pil", "np", "pt" or "latent", with diffusers' meaning.
-        wrap:   makes of the UNet and its encoded prompts the network to sample from, for methods that change either. Such a
-                network is not captured.
         timesteps, sigmas, eta, denoising_end: see `Schedule`; with diffusers' meaning, as are those that follow.
         guidance_rescale: Lin et al., https://arxiv.org/abs/2305.08891, section 3.4; the noise gap is that before it.
         callback_on_step_end: called after every network call with (pipeline, index, timestep, {"latents": latents}); latents
@@ -218,10 +219,10 @@ class Sampler:
                 raise ValueError(
                     f"callback_on_step_end_tensor_inputs must be ['latents'], got {callback_on_step_end_tensor_inputs!r}"
                 )
-            if guidance.watch is not None and not (linear and wrap is None and callback_on_step_end is None):
+            if guidance.watch is not None and not (linear and self._wrap is None and callback_on_step_end is None):
                 raise ValueError(
                     f"guidance {guidance!r} needs a linear scheduler ({type(self.scheduler).__name__} given), and neither "
-                    "wrap, guidance_rescale nor callback_on_step_end"
+                    "a wrapped network, guidance_rescale nor callback_on_step_end"
                 )
             device = self.model.device
             planned = guard.plans if guidance.watch else Plan.make
@@ -237,7 +238,7 @@ class Sampler:
             else:
                 called = None if callback_on_step_end is None else partial(self._call_back, callback_on_step_end, solver, plan)
                 own = partial(scheduler_step, solver, self.scheduler, generators, guidance_rescale)
-                run = self._run(encoded, plan, noise, None if linear else own, bar, wrap, called)
+                run = self._run(encoded, plan, noise, None if linear else own, bar, called)
             latents = run.latents.clone()  # a captured step's memory is used again
             finite = latents.isfinite().flatten(1).all(dim=1).cpu()
             images, flagged = latents, None
@@ -259,16 +260,15 @@ class Sampler:
         noise: Tensor,
         own: Callable[..., Step] | None,
         bar: Callable[..., Iterable],
-        wrap: Callable[[models.GuidedUNet], Network] | None,
         called: Callable[[State, int], None] | None,
     ) -> Run:
-        """All steps of `plan`, by the fastest way that `wrap` allows, or by `own`, the scheduler's own step."""
-        network = self.model.network(encoded, plain=wrap is not None)
-        if own is None and wrap is None and self._captures(network):
+        """All steps of `plan`, by the fastest way that there is, or by `own`, the scheduler's own step."""
+        network = self.model.network(encoded, plain=self._wrap is not None)
+        if own is None and self._wrap is None and self._captures(network):
             take, state = self._graphs.step(network, plan, noise, self.model.memory_format)
         else:
             state = plan.state(noise, self.model.memory_format)
-            take = (own or lockstep)(network if wrap is None else wrap(network), plan, state)
+            take = (own or lockstep)(network if self._wrap is None else self._wrap(network), plan, state)
         denoise(take, bar(plan.branches), None if called is None else partial(called, state))
         return Run.of(state)
 
@@ -297,6 +297,15 @@ class Sampler:
 
     def _captures(self, network: models.GuidedUNet) -> bool:
         return self._graphs is not None and network.version is not None
+
+    def wrapped(self, wrap: Wrap) -> Sampler:
+        """The same sampler, that samples from what `wrap` makes of the UNet and each call's encoded prompts.
+
+        For methods that change either. Such a network is not captured, and takes no guard.
+        """
+        other = copy.copy(self)
+        other._wrap = wrap
+        return other
 
     def close(self) -> None:
         """Give back the memory of captured graphs. The sampler can still be used, and captures again."""

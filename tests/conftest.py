@@ -119,3 +119,14 @@ def random_pipeline(pipe):
         return made
 
     return make
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """A `Drawn`: every sampler's pictures are drawn without a network."""
+    from basinescape import Sampler
+    from runs import Drawn
+
+    drawn = Drawn()
+    monkeypatch.setattr(Sampler, "__call__", lambda self, *arguments, **options: drawn(self, *arguments, **options))
+    return drawn

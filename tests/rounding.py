@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils._pytree import tree_map
 
+NEAR = 5e-5  # so close that nobody need ask what rounding does there
 LEEWAY = 8  # times the spread that a few draws show
 DRAWS = 3
 
@@ -52,5 +53,7 @@ def assert_same_but_for_rounding(found, expected, pipe, sample):
         return
     for i, (one, other) in enumerate(zip(found, expected, strict=True)):
         assert torch.equal(one.isnan(), other.isnan())
-        off, apart = (one - other).nan_to_num().abs().max(), spread(pipe.unet, lambda i=i: again()[i], other)
-        assert off <= LEEWAY * apart, f"{off:.2g} apart, where rounding accounts for {apart:.2g}"
+        off = (one - other).nan_to_num().abs().max()
+        if off > NEAR:
+            apart = spread(pipe.unet, lambda i=i: again()[i], other)
+            assert off <= LEEWAY * apart, f"{off:.2g} apart, where rounding accounts for {apart:.2g}"

@@ -20,7 +20,8 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     file = tmp_path_factory.mktemp("aot") / "report.json"
-    run("-m", "basinescape.kernels.aot", "--json", str(file))
+    arguments = ["basinescape", "aot", "--json", str(file)]
+    run("-c", f"import sys; from basinescape.bench import cli; sys.argv = {arguments}; cli.main()")
     return json.loads(file.read_text())
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from basinescape import Guidance
-from basinescape.bench import demo
-from basinescape.bench.analyze import analyze
+from basinescape.bench.evaluation import demo
+from basinescape.bench.evaluation.analyze import analyze
 from basinescape.bench.scenario import PRESETS
 from basinescape.guidance import SHAPES
 from basinescape.kernels.table import Column

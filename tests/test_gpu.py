@@ -1,4 +1,4 @@
-"""bench.gpu where there is no GPU: it says so, its checks hold on a pretended device, and no job loses another's result."""
+"""bench/gpu where there is no GPU: it says so, its checks hold on a pretended device, and no trial loses another's result."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from basinescape.bench import checks, checks_sampler, gpu
+from basinescape.bench.gpu import checks, checks_sampler, trials
 from basinescape.kernels.tiles import Tiles
 from interleaving import SMALL, interleaved
 
@@ -62,7 +62,7 @@ def test_a_wrong_kernel_is_found(device, small, monkeypatch):
 
 @pytest.fixture
 def process(monkeypatch):
-    """Stands for a job's process: set what it writes and its exit code, None if it hangs; `command` is what was run."""
+    """Stands for a trial's process: set what it writes and its exit code, None if it hangs; `command` is what was run."""
     process = SimpleNamespace(writes=None, code=0, command=None)
 
     def ending(command, limit):
@@ -71,7 +71,7 @@ def process(monkeypatch):
             Path(command[command.index("--out") + 1]).write_text(json.dumps(process.writes))
         return process.code
 
-    monkeypatch.setattr(gpu, "ending", ending)
+    monkeypatch.setattr(trials, "ending", ending)
     return process
 
 
@@ -89,26 +89,26 @@ PASSED = {"status": "passed", "rows": []}
         ({"writes": {"status": "failed", "error": "why", "rows": []}, "code": -6}, "failed", "why", []),
     ],
 )
-def test_a_job_that_fails_keeps_what_it_had(process, ends, status, error, rows):
+def test_a_trial_that_fails_keeps_what_it_had(process, ends, status, error, rows):
     vars(process).update(ends)
-    result = gpu.apart("guide", quick=True)
+    result = trials.isolated("guide", quick=True)
     assert (result["status"], result.get("error"), result["rows"]) == (status, error, rows)
 
 
 def test_a_check_under_a_sanitizer_fails_by_what_that_finds(process, monkeypatch):
-    process.writes, process.code = PASSED, gpu.FOUND
-    monkeypatch.setattr(gpu, "sanitizer", lambda: "compute-sanitizer")
-    assert gpu.apart("batches, racecheck", quick=True)["error"] == "racecheck has found errors"
+    process.writes, process.code = PASSED, trials.FOUND
+    monkeypatch.setattr(trials, "sanitizer", lambda: "compute-sanitizer")
+    assert trials.isolated("batches, racecheck", quick=True)["error"] == "racecheck has found errors"
     assert process.command[:3] == ["compute-sanitizer", "--tool", "racecheck"] and "batches" in process.command
     process.code = 0
-    assert gpu.apart("batches, racecheck", quick=True)["status"] == "passed"
-    monkeypatch.setattr(gpu, "sanitizer", lambda: None)
-    assert gpu.apart("batches, racecheck", quick=True)["status"] == "skipped"
+    assert trials.isolated("batches, racecheck", quick=True)["status"] == "passed"
+    monkeypatch.setattr(trials, "sanitizer", lambda: None)
+    assert trials.isolated("batches, racecheck", quick=True)["status"] == "skipped"
 
 
 def test_nothing_is_left_of_a_command_that_hangs(tmp_path):
     late = tmp_path / "late"
-    assert gpu.ending(["sh", "-c", f"(sleep 2; touch {late}) & sleep 60"], 1.0) is None
+    assert trials.ending(["sh", "-c", f"(sleep 2; touch {late}) & sleep 60"], 1.0) is None
     time.sleep(2)
     assert not late.exists()
-    assert gpu.ending(["sh", "-c", "exit 3"], 10.0) == 3
+    assert trials.ending(["sh", "-c", "exit 3"], 10.0) == 3

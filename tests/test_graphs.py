@@ -28,11 +28,11 @@ def call(sampler, prompts, guidance, seeds=7, steps=STEPS):
     return sampler(prompts, seeds, steps, guidance, output="latent", progress=False)
 
 
-def assert_same(found, plain, prompts, guidance):
+def assert_same(found, plain, prompts, guidance, steps=STEPS):
     """found: what a sampler gave where `plain`, on the CPU, gives what is right."""
 
     def sample():
-        out = call(plain, prompts, guidance)
+        out = call(plain, prompts, guidance, steps=steps)
         return out.latents, out.noise_gap
 
     assert_same_but_for_rounding((found.latents.cpu(), found.noise_gap), sample(), plain.pipe, sample)
@@ -72,7 +72,7 @@ def test_a_captured_step_is_the_step(pipe, device, scheduler, compile, monkeypat
         steps = STEPS - i % 2
         expected, found = call(plain, prompts, guidance, steps=steps), call(captured, prompts, guidance, steps=steps)
         assert found.latents.device.type == "cuda"
-        assert_same(found, plain, prompts, guidance)
+        assert_same(found, plain, prompts, guidance, steps)
         assert found.transition_step.tolist() == expected.transition_step.tolist()
     sessions = captured._graphs._sessions.values()
     assert not caplog.records and all(session.graphs for session in sessions)

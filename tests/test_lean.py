@@ -150,7 +150,7 @@ def test_a_method_that_changes_the_text_gets_the_text(pipe):
         widths.append(network.inputs["both"]["encoder_hidden_states"].shape[-1])
         return network
 
-    found = latents(leaned(pipe), METHODS[0], wrap=wrap)
+    found = latents(leaned(pipe).wrapped(wrap), METHODS[0])
     assert widths == [pipe.unet.config.cross_attention_dim]
     assert_plain(found, pipe, METHODS[0])
 

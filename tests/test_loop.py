@@ -233,7 +233,7 @@ def test_a_solver_of_two_calls_a_step_is_laid_out_by_steps():
     ids=repr,
 )
 def test_a_branch_nobody_needs_is_not_run(guidance, branches, finds):
-    solver = Solver.of(make_scheduler("ddim", DDIMScheduler(clip_sample=False)), 4)
+    solver = Solver.of(make_scheduler("ddim", DDIMScheduler(clip_sample=False)), Schedule(4))
     plan = Plan.make(replace(solver, level=torch.tensor([900.0, 700.0, 500.0, 300.0])), guidance, torch.device("cpu"))
     assert list(plan.branches) == branches and plan.finds == finds
 

@@ -1,5 +1,7 @@
 """What a user installs: a wheel with the small pipeline, and kernels that stand alone."""
 
+import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +31,38 @@ def test_a_wheel_holds_the_pipeline_and_all_packages(tmp_path):
         assert expected <= names
     tiny = {f"basinescape/bench/tiny/{path.relative_to(ROOT / 'bench/tiny')}" for path in (ROOT / "bench/tiny").rglob("*.*")}
     assert tiny <= names and any(name.endswith("unet/diffusion_pytorch_model.safetensors") for name in tiny)
+
+
+@pytest.mark.parametrize("below, above", [("kernels", r"basinescape\.(?!kernels)"), ("sampler", r"basinescape\.bench")])
+def test_imports_run_one_way(below, above):
+    """bench -> sampler -> kernels: no module names one of a layer above it, whether on top or in a function."""
+    package = "basinescape.kernels" if below == "kernels" else "basinescape"
+    found = {}
+    for path in (ROOT / below).rglob("*.py"):
+        home = [package, *path.relative_to(ROOT / below).parent.parts]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name: path for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                base = ".".join(".".join(home).split(".")[: 1 - node.level or None]) if node.level else ""
+                start = ".".join(part for part in (base, node.module) if part)
+                found |= {f"{start}.{alias.name}": path for alias in node.names}
+    assert any(name.startswith("torch") for name in found) and any(name.startswith(package) for name in found)
+    assert not {name: path for name, path in found.items() if re.match(above, name)}
+
+
+def test_the_sampler_runs_without_bench(tmp_path):
+    """The pipeline that ships lies in bench, and is found and sampled from without importing that."""
+    modules = [path.relative_to(ROOT / "sampler").with_suffix("").parts for path in (ROOT / "sampler").rglob("*.py")]
+    names = ["basinescape." + ".".join(parts) for parts in modules if parts[-1] != "__init__"]
+    code = """
+import sys
+from basinescape import Sampler
+sampler = Sampler.from_pretrained(Sampler.model_path("tiny"), device="cpu")
+sampler("a picture of a cat", 0, 1, progress=False)
+print([name for name in sys.modules if name.startswith("basinescape.bench")])
+"""
+    assert python(f"import {', '.join(names)}" + code, tmp_path).strip() == "[]"
 
 
 def test_the_pipeline_that_ships_is_small():

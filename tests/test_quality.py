@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from basinescape import Sampler
-from basinescape.bench import cli, threshold
-from basinescape.bench.evaluate import image_path
-from basinescape.bench.metrics import Similarity, vision
-from basinescape.bench.quality import clip_scores, concept, distances, fid, fresh_scenes, kid, quality
-from basinescape.bench.report import report
+from basinescape.bench import cli
+from basinescape.bench.evaluation import threshold
+from basinescape.bench.evaluation.evaluate import image_path
+from basinescape.bench.evaluation.metrics import Similarity, vision
+from basinescape.bench.evaluation.quality import clip_scores, concept, distances, fid, fresh_scenes, kid, quality
+from basinescape.bench.evaluation.report import report
 from basinescape.bench.scenario import PRESETS, Scenario
-from basinescape.bench.scenes import FONT
+from basinescape.bench.testbed.scenes import FONT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -264,7 +265,7 @@ def test_inception_says_what_to_install(run):
 
 
 def test_a_missing_font_is_named(run, monkeypatch, tmp_path):
-    from basinescape.bench import scenes
+    from basinescape.bench.testbed import scenes
 
     monkeypatch.setattr(scenes, "FONT", tmp_path / "gone.ttf")
     scenes._glyph.cache_clear()

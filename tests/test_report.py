@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import pytest
 from basinescape.bench import cli
-from basinescape.bench.report import report
+from basinescape.bench.evaluation.report import report
 from basinescape.bench.scenario import Scenario
 from PIL import Image
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from basinescape import At, FirstMinimum, Guidance, Sampler, Settled
-from basinescape.bench.analyze import transition
+from basinescape.bench.evaluation.analyze import transition
 from basinescape.guidance import Fallen
 from basinescape.schedulers import make_scheduler
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
-from rounding import LEEWAY, assert_same_but_for_rounding, spread
+from rounding import LEEWAY, NEAR, assert_same_but_for_rounding, spread
 
 STEPS = 8
 PROMPTS = ["a picture of a cat signed by arno", "a picture of a frog", "a picture of a fish signed by dirk"]
@@ -81,9 +81,11 @@ def test_a_batch_is_the_plain_loop_of_each_sample(pipe, exact, scheduler, guidan
     for i, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True)):
         latents, transition = plain_loop(exact, scheduler, guidance, prompt, seed)
         assert out.transition_step[i] == transition
-        # what float32 does to a plain loop, which guidance amplifies
-        apart = spread(pipe.unet, lambda p=prompt, s=seed: plain_loop(pipe, scheduler, guidance, p, s)[0], latents)
-        assert (out.latents[i : i + 1] - latents).abs().max() <= LEEWAY * apart
+        off = (out.latents[i : i + 1] - latents).abs().max()
+        if off > NEAR:  # what float32 does to a plain loop, which guidance amplifies
+            assert off <= LEEWAY * spread(
+                pipe.unet, lambda p=prompt, s=seed: plain_loop(pipe, scheduler, guidance, p, s)[0], latents
+            )
 
 
 @torch.inference_mode()
@@ -153,8 +155,8 @@ def one_by_one(network):
 
 @pytest.mark.parametrize("scheduler", ["dpmsolver++", "euler"])
 def test_the_loop_adds_nothing_of_the_batch(pipe, scheduler):
-    sampler = Sampler.from_pipeline(pipe, scheduler)
-    settings = {"steps": STEPS, "guidance": METHODS[1], "output": "latent", "progress": False, "wrap": one_by_one}
+    sampler = Sampler.from_pipeline(pipe, scheduler).wrapped(one_by_one)
+    settings = {"steps": STEPS, "guidance": METHODS[1], "output": "latent", "progress": False}
     batch, alone = sampler(PROMPTS, SEEDS, **settings), sampler(PROMPTS[2], SEEDS[2], **settings)
     assert torch.equal(alone.latents[0], batch.latents[2]) and alone.transition_step[0] == batch.transition_step[2]
     torch.testing.assert_close(alone.noise_gap[0], batch.noise_gap[2], rtol=0, atol=0, equal_nan=True)

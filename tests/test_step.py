@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interleaving import SMALL, interleaved
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernel runs, compiled or interpreted
 STEPS = 7
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -74,8 +75,8 @@ def table_of(
     return table
 
 
-def begin(run):
-    """(state at its first step, table, noise, generator) of a run."""
+def begin(run, device="cpu"):
+    """(state at its first step on `device`, table, noise, generator) of a run."""
     rng = torch.Generator().manual_seed(run["seed"])
     shape, dtype = run["shape"], run["dtype"]
     usual = 0.5 * math.prod(shape[1:]) ** 0.5  # of the gaps below
@@ -83,9 +84,9 @@ def begin(run):
     options = {name: run[name] for name in ("calls", "multistep", "scaled", "earliest", "drop", "fall", "latest", "wait")}
     table = table_of(rng, limits=limits, **options)
     layout = torch.channels_last if run["channels_last"] else torch.contiguous_format
-    state = State.empty(shape, STEPS, dtype, "cpu", run["multistep"], run["scaled"], layout)
+    state = State.empty(shape, STEPS, dtype, device, run["multistep"], run["scaled"], layout)
     noise = torch.randn(shape, generator=rng).to(dtype)
-    return state.start(noise, table), table, noise, rng
+    return state.start(noise.to(device), table.to(device)), table, noise, rng
 
 
 def finds(table):
@@ -102,45 +103,47 @@ def predictions(run, rng):
     return uncond, laid_out((uncond.float() + sizes * torch.randn(shape, generator=rng)).to(dtype), run["layout"])
 
 
-def check_run(run, alone=()):
+def check_run(run, alone=(), device="cpu"):
     """Take a state from the first to the last row and past it, and compare it with its samples after each call.
 
     alone: calls that need one prediction.
     """
-    state, table, noise, rng = begin(run)
+    state, table, noise, rng = begin(run, device)
+    rows = table.to(device)
     batch, tolerance = run["shape"][0], TOLERANCE[run["dtype"]]
     begins = torch.randint(0, run["begins"] + 1, (batch,), generator=rng)
     lasts = len(table) - 1 - torch.randint(0, 2, (batch,), generator=rng)
-    state.start(noise, table, begins, lasts)
+    state.start(noise.to(device), rows, begins.to(device), lasts.to(device))
     unknown = (math.nan,) * STEPS
     samples = [definition.Sample(noise[i], unknown, int(begins[i]), int(lasts[i])) for i in range(batch)]
     for call in range(len(table)):
         uncond, cond = predictions(run, rng)
         cond = None if call in alone else cond
-        step(uncond, cond, table, state, finds(table))
+        step(uncond.to(device), None if cond is None else cond.to(device), rows, state, finds(table))
         for i, sample in enumerate(samples):
             after = definition.step(sample, uncond[i], None if cond is None else cond[i], table)
-            x = state.latents.x[i]
+            x = state.latents.x[i].cpu()
             torch.testing.assert_close(x.double(), after.latents.double(), atol=tolerance, rtol=tolerance)
             samples[i] = replace(after, latents=x.clone())  # roundings do not add up
             scale = table[min(after.row, after.last), Column.INPUT_SCALE]
             for half in state.latents.model_input.unflatten(0, (2, batch)):
-                torch.testing.assert_close(half[i].float(), x.float() * scale, atol=tolerance, rtol=tolerance)
+                torch.testing.assert_close(half[i].cpu().float(), x.float() * scale, atol=tolerance, rtol=tolerance)
             if run["multistep"]:
                 history = torch.as_tensor(after.history).expand(x.shape).double()
-                torch.testing.assert_close(state.latents.history[i].double(), history, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(state.latents.history[i].cpu().double(), history, atol=1e-4, rtol=1e-4)
             gaps = torch.tensor(after.gaps)
-            torch.testing.assert_close(state.transition.gaps[i], gaps, equal_nan=True, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(state.transition.gaps[i].cpu(), gaps, equal_nan=True, rtol=1e-5, atol=1e-6)
         assert state.transition.at.tolist() == [sample.transition for sample in samples]
         assert state.transition.row.tolist() == [sample.row for sample in samples]
         told = torch.stack([table[min(sample.row, sample.last), Column.TIMESTEP] for sample in samples])
-        assert torch.equal(state.latents.timestep, told.repeat(2))
+        assert torch.equal(state.latents.timestep.cpu(), told.repeat(2))
 
 
 @settings(max_examples=60, deadline=None)
 @given(runs(), st.sets(st.integers(0, STEPS - 1), max_size=2))
 def test_the_kernel_is_the_definition(run, alone):
-    check_run(run, alone)
+    assert backend(DEVICE) != "eager"
+    check_run(run, alone, DEVICE)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -153,7 +156,7 @@ def test_the_eager_step_is_the_definition(eager, run, alone):
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(runs([(3, 10, 11), (4, 8, 9)]), st.sampled_from([0, 6, 1000]), st.integers(0, 2**16))
 def test_the_programs_of_a_sample_may_run_in_any_order(monkeypatch, run, resident, seed):
-    """Tiles that meet, and that do not: `resident` programs may wait for each other. On a GPU bench/checks.py has them meet."""
+    """Tiles that meet, and that do not: `resident` programs may wait for each other. On a GPU bench.gpu has them meet."""
     monkeypatch.setattr(Tiles, "of", SMALL.of)
     monkeypatch.setattr(Tiles, "resident", lambda tiles, device: resident)
     with interleaved(seed):

@@ -7,8 +7,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from basinescape.bench.scenes import FONT, SIZE
 from basinescape.bench.testbed import flow_scenes as flow
+from basinescape.bench.testbed.scenes import FONT, SIZE
 
 needs_font = pytest.mark.skipif(not FONT.is_file(), reason="scenes are drawn with Noto Color Emoji")
 FRESH = 3000

@@ -1,35 +1,25 @@
-"""Methods against memorization, side by side: each takes a sampler, prompts and seeds, and gives images.
+"""Methods against memorization, side by side: `table` has them all by name.
 
-`table` has them all by name. Ours differ in their `Guidance` alone; a peer is a module of its own. All go through the same
-sampler, so their images and their cost compare.
+Each is a `Method`, or has its `sample`. Ours differ in their `Guidance` alone; a peer is a module that makes one. All go
+through the same sampler, so their images and their cost compare.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-from basinescape import At, FirstMinimum, Guidance, Output, Sampler, Settled
+from basinescape import At, FirstMinimum, Guidance, Settled
 
 from ..scenario import Scenario
-from . import attention, augment, cads, dryrun, embedding, padding, update
+from . import attention, augment, cads, embedding, padding, update
+from .dryrun import DryRun
+from .method import Batch, Method
 
-Method = Callable[[Sampler, Sequence[str], Sequence[int], int], Output]
-
-
-def guided(guidance: Guidance) -> Method:
-    """The sampler itself under `guidance`."""
-
-    def sample(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Output:
-        return sampler(prompts, seeds, steps, guidance, progress=False)
-
-    return sample
-
+__all__ = ["Batch", "DryRun", "Method", "table"]
 
 # The rule `Settled` as chosen on half of the small pipeline's memorized prompts: see `basinescape analyze`.
 SETTLED = {"factor": 1.5, "wait": 8, "latest": 24}
 
 
-def table(scenario: Scenario) -> dict[str, Method]:
+def table(scenario: Scenario) -> dict[str, Method | DryRun]:
     """All methods by name, as `scenario` parametrises them."""
     scale = scenario.scale
     at, minimum, plain = At(scenario.transition), FirstMinimum(), Guidance.cfg(scale)
@@ -37,20 +27,20 @@ def table(scenario: Scenario) -> dict[str, Method]:
     measured = {}
     if scenario.ordinary:
         until = Settled(scenario.ordinary, **SETTLED)
-        measured["delayed-settled"] = guided(Guidance.delayed(scale, until=until))
+        measured["delayed-settled"] = Method(Guidance.delayed(scale, until=until))
     if scenario.stable:
         measured["update-norm"] = update.method(scale, scenario.stable)
     if scenario.guard:
-        measured["guard"] = guided(Guidance.guard(delayed, *scenario.guard))
+        measured["guard"] = Method(Guidance.guard(delayed, *scenario.guard))
     shapes = ("linear", "invlinear", "cosine", "sine", "v_shape", "a_shape")
     return {
-        "cfg": guided(plain),
-        "delayed-at": guided(delayed),
-        "delayed-minimum": guided(Guidance.delayed(scale, until=minimum)),
-        "opposite-at": guided(Guidance.opposite(2.0, scale=scale, until=at)),
-        "opposite-minimum": guided(Guidance.opposite(scale, scale=scale, until=minimum)),
-        "opposite-dryrun": dryrun.method(scale, opposite_scale=scale),
-        **{f"shape-{name}": guided(Guidance.cfg(scale, shape=name)) for name in shapes},
+        "cfg": Method(plain),
+        "delayed-at": Method(delayed),
+        "delayed-minimum": Method(Guidance.delayed(scale, until=minimum)),
+        "opposite-at": Method(Guidance.opposite(2.0, scale=scale, until=at)),
+        "opposite-minimum": Method(Guidance.opposite(scale, scale=scale, until=minimum)),
+        "opposite-dryrun": DryRun(scale, opposite_scale=scale),
+        **{f"shape-{name}": Method(Guidance.cfg(scale, shape=name)) for name in shapes},
         "cads": cads.method(plain),
         "random-words": augment.method(plain, augment.random_words),
         "random-numbers": augment.method(plain, augment.random_numbers),

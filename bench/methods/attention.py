@@ -7,28 +7,30 @@ those of the summary tokens (the end of the text and the padding) are masked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from basinescape import Guidance, Output, Sampler
+from basinescape import Guidance
+from basinescape.loop import Network
 from basinescape.models import GuidedUNet
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from torch import Tensor
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
 
+from .method import Batch, Method
 from .padding import words_mask
 
 BEGINNING = 1.25
 
 
 class Reweighted:
-    """Attention processor; `words` (N, T) are the rows' tokens that may be looked at, None for rows left as they are."""
+    """Attention processor; `words` (N, T) are the rows' tokens that may be looked at."""
 
-    words: Tensor | None = None
+    def __init__(self, words: Tensor):
+        self.words = words
 
-    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **rest) -> Tensor:
-        if encoder_hidden_states is None or self.words is None:
-            return AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, **rest)
+    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: object) -> Tensor:
         query, key, value = (
             layer(states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
             for layer, states in (
@@ -46,28 +48,33 @@ class Reweighted:
         return attn.to_out[1](attn.to_out[0](out))
 
 
-def method(guidance: Guidance):
-    def sample(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Output:
-        unet, processor = sampler.pipe.unet, Reweighted()
-        own = dict(unet.attn_processors)
+@contextmanager
+def attending(unet: nn.Module, words: Tensor) -> Iterator[None]:
+    """Inside, the cross-attention of `unet` is `Reweighted`."""
+    own = dict(unet.attn_processors)
+    unet.set_attn_processor({name: Reweighted(words) if "attn2" in name else old for name, old in own.items()})
+    try:
+        yield
+    finally:
+        unet.set_attn_processor(own)
 
-        def wrap(network: GuidedUNet):
-            words = words_mask(sampler, prompts)
-            words = words & words.roll(-1, dims=1)  # without the end of the text
-            words[:, -1] = False
-            words = words.to(network.inputs["both"]["encoder_hidden_states"].device)
-            rows = {"uncond": None, "cond": words, "both": torch.cat([torch.ones_like(words), words])}
 
-            def predict(latents: Tensor, timesteps: Tensor, branch: str) -> Tensor:
-                processor.words = rows[branch]
-                return network(latents, timesteps, branch)
+def reweighted(network: GuidedUNet, batch: Batch) -> Network:
+    """`network`, whose conditional half looks at its first token and its words."""
+    words = words_mask(batch)
+    words = words & words.roll(-1, dims=1)  # without the end of the text
+    words[:, -1] = False
+    words = words.to(network.inputs["both"]["encoder_hidden_states"].device)
+    rows = {"cond": words, "both": torch.cat([torch.ones_like(words), words])}
 
-            return predict
+    def predict(latents: Tensor, timesteps: Tensor, branch: str) -> Tensor:
+        if branch == "uncond":
+            return network(latents, timesteps, branch)
+        with attending(batch.sampler.pipe.unet, rows[branch]):
+            return network(latents, timesteps, branch)
 
-        unet.set_attn_processor({name: processor if "attn2" in name else old for name, old in own.items()})
-        try:
-            return sampler(prompts, seeds, steps, guidance, progress=False, wrap=wrap)
-        finally:
-            unet.set_attn_processor(own)
+    return predict
 
-    return sample
+
+def method(guidance: Guidance) -> Method:
+    return Method(guidance, wrap=reweighted)

@@ -7,9 +7,11 @@ section 6: random tokens or numbers put at random places, and words of the capti
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from basinescape import Guidance, Output, Sampler
+from basinescape import Guidance
+
+from .method import Batch, Method
 
 ADDED = 4
 Words = Callable[[random.Random, list[str], list[str]], str]  # (rng, words of the caption, vocabulary) -> a word to put in
@@ -36,11 +38,10 @@ def augmented(prompt: str, seed: int, word: Words, vocabulary: list[str]) -> str
     return " ".join(words)
 
 
-def method(guidance: Guidance, word: Words):
-    def sample(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Output:
-        tokens = sampler.pipe.tokenizer.get_vocab()
+def method(guidance: Guidance, word: Words) -> Method:
+    def prompts(batch: Batch) -> list[str]:
+        tokens = batch.sampler.pipe.tokenizer.get_vocab()
         vocabulary = sorted(token.removesuffix("</w>") for token in tokens if token.endswith("</w>") and len(token) > 6)
-        changed = [augmented(prompt, seed, word, vocabulary) for prompt, seed in zip(prompts, seeds, strict=True)]
-        return sampler(changed, seeds, steps, guidance, progress=False)
+        return [augmented(prompt, seed, word, vocabulary) for prompt, seed in zip(batch.prompts, batch.seeds, strict=True)]
 
-    return sample
+    return Method(guidance, prompts)

@@ -9,12 +9,13 @@ rescaled to the mean and standard deviation of y.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from basinescape import Guidance, Output, Sampler
+from basinescape import Guidance
+from basinescape.loop import Network
 from basinescape.models import GuidedUNet
 from torch import Tensor
+
+from .method import Batch, Method
 
 TAU_1, TAU_2, SCALE = 0.6, 0.9, 0.25  # of the noise time 0..1
 
@@ -31,25 +32,22 @@ def annealed(states: Tensor, noise: Tensor, share: float) -> Tensor:
     return (mixed - mean) / std * states.std(dims, keepdim=True) + states.mean(dims, keepdim=True)
 
 
-def method(guidance: Guidance):
-    def sample(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Output:
-        timesteps = iter(sampler.solver(steps).timesteps.tolist())
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        train_steps = sampler.scheduler.config.num_train_timesteps
+def annealing(network: GuidedUNet, batch: Batch) -> Network:
+    """`network`, whose conditional embedding is annealed anew before every call."""
+    timesteps = iter(batch.sampler.solver(batch.steps).timesteps.tolist())
+    generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
+    train_steps = batch.sampler.scheduler.config.num_train_timesteps
+    states = network.inputs["cond"]["encoder_hidden_states"]  # seen by both branches, too
+    clean = states.clone()
 
-        def wrap(network: GuidedUNet):
-            batch = len(seeds)
-            states = network.inputs["both"]["encoder_hidden_states"]
-            clean = states[batch:].clone()
+    def predict(latents: Tensor, told: Tensor, branch: str) -> Tensor:
+        share = gamma(next(timesteps) / train_steps)
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=generator) for generator in generators])
+        states.copy_(annealed(clean, noise.to(clean), share) if share < 1 else clean)
+        return network(latents, told, branch)
 
-            def predict(latents: Tensor, told: Tensor, branch: str) -> Tensor:
-                share = gamma(next(timesteps) / train_steps)
-                noise = torch.stack([torch.randn(clean.shape[1:], generator=generator) for generator in generators])
-                states[batch:] = annealed(clean, noise.to(clean), share) if share < 1 else clean
-                return network(latents, told, branch)
+    return predict
 
-            return predict
 
-        return sampler(prompts, seeds, steps, guidance, progress=False, wrap=wrap)
-
-    return sample
+def method(guidance: Guidance) -> Method:
+    return Method(guidance, wrap=annealing)

@@ -6,15 +6,18 @@ A minimum at index 1 is passed over where there is a later one, and index 5 is t
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from basinescape import At, Guidance, Output, Sampler
+from basinescape.loop import Network
 from basinescape.models import GuidedUNet
 from torch import Tensor
+
+from .method import Batch, Method
 
 FALLBACK = 5
 
@@ -27,34 +30,42 @@ def transition(distances: Sequence[float]) -> int:
     return minima[1] if minima[0] == 1 and len(minima) > 1 else minima[0]
 
 
-def method(scale: float, opposite_scale: float):
-    def sample(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Output:
+@dataclass(frozen=True)
+class DryRun:
+    """A method of two runs: weight -opposite_scale up to each sample's own transition, `scale` after it."""
+
+    scale: float
+    opposite_scale: float
+
+    def sample(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Output:
+        """An image for each prompt and its seed."""
+        dry, transitions = self._dry(sampler, prompts, seeds, steps)
+        images, latents = [None] * len(seeds), torch.empty_like(dry.latents)
+        gaps, found = torch.full((len(seeds), steps), torch.nan), torch.empty(len(seeds), dtype=torch.int64)
+        for k in dict.fromkeys(transitions):
+            members = [i for i, own in enumerate(transitions) if own == k]
+            chosen = [prompts[i] for i in members], [seeds[i] for i in members]
+            out = self._until(dry.timesteps[k].item()).sample(sampler, *chosen, steps)
+            latents[members], gaps[members], found[members] = out.latents, out.noise_gap, out.transition_step
+            for i, image in zip(members, out.images, strict=True):
+                images[i] = image
+        return Output(images, latents, found, gaps, dry.timesteps)
+
+    def _until(self, timestep: float, wrap: Callable[[GuidedUNet, Batch], Network] | None = None) -> Method:
+        return Method(Guidance.opposite(self.opposite_scale, scale=self.scale, until=At(timestep)), wrap=wrap)
+
+    def _dry(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> tuple[Output, list[int]]:
+        """The run that never leaves, and the step of each sample's transition in it."""
         seen: list[Tensor] = []
 
-        def wrap(network: GuidedUNet):
+        def watched(network: GuidedUNet, batch: Batch) -> Network:
             def predict(latents: Tensor, timesteps: Tensor, branch: str) -> Tensor:
                 seen.append(latents[: len(seeds)].flatten(1).float().clone())  # the cosine does not see the input's scale
                 return network(latents, timesteps, branch)
 
             return predict
 
-        never = Guidance.opposite(opposite_scale, scale=scale, until=At(-1.0))
-        dry = sampler(prompts, seeds, steps, never, output="latent", progress=False, wrap=wrap)
+        dry = self._until(-1.0, watched).sample(sampler, prompts, seeds, steps, output="latent")
         seen.append(dry.latents.flatten(1).float())
         distances = torch.stack([1 - F.cosine_similarity(last, following) for last, following in pairwise(seen)], dim=1)
-        at = defaultdict(list)
-        for i, row in enumerate(distances.tolist()):
-            at[min(transition(row), steps - 1)].append(i)
-        images, latents = [None] * len(seeds), torch.empty_like(dry.latents)
-        gaps, left = torch.full((len(seeds), steps), torch.nan), torch.empty(len(seeds), dtype=torch.int64)
-        for k, members in at.items():
-            until = At(dry.timesteps[k].item())
-            guidance = Guidance.opposite(opposite_scale, scale=scale, until=until)
-            chosen = [prompts[i] for i in members], [seeds[i] for i in members]
-            out = sampler(*chosen, steps, guidance, progress=False)
-            latents[members], gaps[members], left[members] = out.latents, out.noise_gap, out.transition_step
-            for i, image in zip(members, out.images, strict=True):
-                images[i] = image
-        return Output(images, latents, left, gaps, dry.timesteps)
-
-    return sample
+        return dry, [min(transition(row), steps - 1) for row in distances.tolist()]

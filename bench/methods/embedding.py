@@ -6,15 +6,32 @@ https://arxiv.org/abs/2407.21720, section 5.1: Adam on the embedding, at the fir
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from basinescape import Guidance, Output, Sampler
+from basinescape import Guidance
+from basinescape.loop import Network
 from basinescape.models import GuidedUNet
-from torch import Tensor
+from torch import Tensor, nn
+
+from .method import Batch, Method
 
 RATE, ITERATIONS = 0.05, 10
 SHARE = 0.5  # of the gap that the prompt begins with: the target where no ordinary gap is known
+
+
+@contextmanager
+def constant(module: nn.Module) -> Iterator[None]:
+    """Inside, no parameter of `module` asks for its gradient."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def optimised(network: GuidedUNet, latents: Tensor, timesteps: Tensor, target: float | None) -> Tensor:
@@ -41,32 +58,21 @@ def optimised(network: GuidedUNet, latents: Tensor, timesteps: Tensor, target: f
         return states.detach()
 
 
-def method(guidance: Guidance, target: float | None):
+def method(guidance: Guidance, target: float | None) -> Method:
     """`target`: the noise gap of an ordinary prompt's first step; None for a share of each prompt's own."""
 
-    def sample(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Output:
-        parameters = [p for p in sampler.pipe.unet.parameters() if p.requires_grad]
+    def wrap(network: GuidedUNet, batch: Batch) -> Network:
+        count, waiting = len(batch.seeds), True
 
-        def wrap(network: GuidedUNet):
-            first = True
+        def predict(latents: Tensor, timesteps: Tensor, branch: str) -> Tensor:
+            nonlocal waiting
+            if waiting:
+                with constant(batch.sampler.pipe.unet):
+                    found = optimised(network, latents[:count], timesteps[:count], target)
+                network.inputs["cond"]["encoder_hidden_states"].copy_(found)
+                waiting = False
+            return network(latents, timesteps, branch)
 
-            def predict(latents: Tensor, timesteps: Tensor, branch: str) -> Tensor:
-                nonlocal first
-                if first:
-                    batch = len(seeds)
-                    states = network.inputs["both"]["encoder_hidden_states"]
-                    states[batch:] = optimised(network, latents[:batch], timesteps[:batch], target)
-                    first = False
-                return network(latents, timesteps, branch)
+        return predict
 
-            return predict
-
-        for parameter in parameters:
-            parameter.requires_grad_(False)  # the embedding's gradient is all that is needed
-        try:
-            return sampler(prompts, seeds, steps, guidance, progress=False, wrap=wrap)
-        finally:
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-
-    return sample
+    return Method(guidance, wrap=wrap)

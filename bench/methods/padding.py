@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from basinescape import Guidance, Output, Sampler
+from basinescape import Guidance
 from basinescape.models import GuidedUNet
+from torch import Tensor
+
+from .method import Batch, Method
 
 
-def words_mask(sampler: Sampler, prompts: Sequence[str]) -> torch.Tensor:
+def words_mask(batch: Batch) -> Tensor:
     """(B, T) bool: the tokens of each prompt up to its end, without the padding after it."""
-    tokenizer = sampler.pipe.tokenizer
-    lengths = tokenizer(list(prompts), truncation=True, max_length=tokenizer.model_max_length).input_ids
+    tokenizer = batch.sampler.pipe.tokenizer
+    lengths = tokenizer(list(batch.prompts), truncation=True, max_length=tokenizer.model_max_length).input_ids
     return torch.arange(tokenizer.model_max_length) < torch.tensor([[len(tokens)] for tokens in lengths])
 
 
-def method(guidance: Guidance):
-    def sample(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Output:
-        def wrap(network: GuidedUNet) -> GuidedUNet:
-            cond = words_mask(sampler, prompts).to(network.inputs["both"]["encoder_hidden_states"].device)
-            masks = {"uncond": torch.ones_like(cond), "cond": cond, "both": torch.cat([torch.ones_like(cond), cond])}
-            for branch, inputs in network.inputs.items():
-                inputs["encoder_attention_mask"] = masks[branch]
-            return network
+def masked(network: GuidedUNet, batch: Batch) -> GuidedUNet:
+    """`network`, whose conditional half sees the words alone."""
+    cond = words_mask(batch).to(network.inputs["both"]["encoder_hidden_states"].device)
+    masks = {"uncond": torch.ones_like(cond), "cond": cond, "both": torch.cat([torch.ones_like(cond), cond])}
+    for branch, inputs in network.inputs.items():
+        inputs["encoder_attention_mask"] = masks[branch]
+    return network
 
-        return sampler(prompts, seeds, steps, guidance, progress=False, wrap=wrap)
 
-    return sample
+def method(guidance: Guidance) -> Method:
+    return Method(guidance, wrap=masked)

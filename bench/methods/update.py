@@ -18,28 +18,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from basinescape import Guidance, Output, Sampler
+from basinescape import Guidance, Sampler
 from basinescape.kernels.state import per_sample
+from basinescape.loop import Network
 from basinescape.models import GuidedUNet
 from torch import Tensor
 
 from ..scenario import Stable
+from .method import Batch, Method
 
 MILD, STRONG, WIDTH, EARLY = 3.0, 14.0, 3.0, 10
 NORMS = ("update", "latents", "clean")  # of x' - x, x' and x0
 After = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (step, x, x0, x') -> the x' to go on from, all (B, C, h, w) float32
 
 
-def method(scale: float, stable: Stable):
-    def sample(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Output:
-        region = torch.tensor([stable[name] for name in NORMS], device=sampler.pipe.device)
-        if region.shape != (len(NORMS), steps - 1, 2):
-            raise ValueError(f"stable is measured over {region.shape[1] + 1} steps, but the sampler takes {steps}")
-        signal = alphas(sampler, steps)
-        wrap = watched(signal, sampler.scheduler.config.prediction_type, scale, Correction(region, signal, len(seeds)))
-        return sampler(prompts, seeds, steps, Guidance.cfg(scale), progress=False, wrap=wrap)
+def method(scale: float, stable: Stable) -> Method:
+    def wrap(network: GuidedUNet, batch: Batch) -> Network:
+        region = torch.tensor([stable[name] for name in NORMS], device=batch.sampler.pipe.device)
+        if region.shape != (len(NORMS), batch.steps - 1, 2):
+            raise ValueError(f"stable is measured over {region.shape[1] + 1} steps, but the sampler takes {batch.steps}")
+        signal = alphas(batch.sampler, batch.steps)
+        return watched(network, batch, scale, Correction(region, signal, len(batch.seeds)))
 
-    return sample
+    return Method(Guidance.cfg(scale), wrap=wrap)
 
 
 def measured(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int, scale: float) -> Tensor:
@@ -50,8 +51,8 @@ def measured(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], ste
         found.append(torch.stack([lengths(latents - before), lengths(latents), lengths(clean)]))
         return latents
 
-    wrap = watched(alphas(sampler, steps), sampler.scheduler.config.prediction_type, scale, after)
-    sampler(prompts, seeds, steps, Guidance.cfg(scale), output="latent", progress=False, wrap=wrap)
+    plain = Method(Guidance.cfg(scale), wrap=lambda network, batch: watched(network, batch, scale, after))
+    plain.sample(sampler, prompts, seeds, steps, output="latent")
     return torch.stack(found, dim=1)
 
 
@@ -70,30 +71,27 @@ def alphas(sampler: Sampler, steps: int) -> list[float]:
     return scheduler.alphas_cumprod[solver.timesteps.long()].sqrt().tolist()
 
 
-def watched(signal: Sequence[float], kind: str, scale: float, after: After) -> Callable[[GuidedUNet], Callable[..., Tensor]]:
-    """A `wrap` under which `after` sees every step but the last when it is taken, and may change its outcome.
+def watched(network: GuidedUNet, batch: Batch, scale: float, after: After) -> Network:
+    """`network` under which `after` sees every step but the last when it is taken, and may change its outcome.
 
-    signal: `alphas`. kind: what the network predicts, "epsilon" or "v_prediction". scale: the guidance's.
+    scale: the guidance's. Raises what `alphas` does.
     """
+    signal, kind = alphas(batch.sampler, batch.steps), batch.sampler.scheduler.config.prediction_type
+    k, last = 0, ()
 
-    def wrap(network: GuidedUNet) -> Callable[..., Tensor]:
-        k, last = 0, ()
+    def predict(inputs: Tensor, told: Tensor, branch: str) -> Tensor:
+        nonlocal k, last
+        branches = inputs.unflatten(0, (2 if branch == "both" else 1, -1))
+        if last:
+            outcome = branches[0].to(torch.float32, copy=True)
+            branches.copy_(after(k - 1, *last, outcome))  # in place: these are the sampler's own latents
+        predictions = network(inputs, told, branch)
+        parts, latents = predictions.float().view_as(branches), branches[0].float()
+        guided = parts[0] + scale * (parts[-1] - parts[0])
+        k, last = k + 1, (latents.clone(), denoised(latents, guided, signal[k], kind))
+        return predictions
 
-        def predict(inputs: Tensor, told: Tensor, branch: str) -> Tensor:
-            nonlocal k, last
-            branches = inputs.unflatten(0, (2 if branch == "both" else 1, -1))
-            if last:
-                outcome = branches[0].to(torch.float32, copy=True)
-                branches.copy_(after(k - 1, *last, outcome))  # in place: these are the sampler's own latents
-            predictions = network(inputs, told, branch)
-            parts, latents = predictions.float().view_as(branches), branches[0].float()
-            guided = parts[0] + scale * (parts[-1] - parts[0])
-            k, last = k + 1, (latents.clone(), denoised(latents, guided, signal[k], kind))
-            return predictions
-
-        return predict
-
-    return wrap
+    return predict
 
 
 def denoised(latents: Tensor, guided: Tensor, alpha: float, kind: str) -> Tensor:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 
 import torch
+from basinescape import arguments
 
-from .timing import Row, chosen
+from ..tables import Row
 
 BENCHES = ("kernel", "step", "images")
 
@@ -17,9 +18,9 @@ def run(names: Sequence[str], device: torch.device | str | None = None, preset: 
 
     device: default "cuda" where there is a GPU, else "cpu". preset: "cpu", "cuda" or "quick"; default the device's own.
 
-    Raises RuntimeError where kernels are interpreted.
+    Raises ValueError for a device that is not there, RuntimeError where kernels are interpreted.
     """
-    device = chosen(device)
+    device = arguments.device(device)
     for name in names:
         # Imported when asked for: `kernel` needs torch and triton alone, the others need diffusers.
         yield from getattr(import_module(f".{name}", __package__), name)(device, preset or device.type)

@@ -18,9 +18,10 @@ from basinescape.schedulers import make_scheduler
 from diffusers import DiffusionPipeline
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..tables import Row
 from .published import published
 from .shapes import pipeline
-from .timing import Row, interleaved, seconds, summary
+from .timing import interleaved, seconds, summary
 
 SCALE = 7.5
 METHODS = {

@@ -16,7 +16,8 @@ from basinescape.kernels.state import State
 from basinescape.kernels.table import Column
 from torch import Tensor
 
-from .timing import Row, interleaved, summary
+from ..tables import Row
+from .timing import interleaved, summary
 
 SIZES = {"SD": (4, 64, 64), "SDXL": (4, 128, 128), "SD3": (16, 128, 128), "video": (16, 21, 60, 104)}
 STEPS = 100_000  # more than anything here takes
@@ -54,7 +55,7 @@ class Work:
 
 
 def chain(
-    prediction: Tensor, latents: Tensor, history: Tensor, recent: Tensor, k: Tensor, left: Tensor
+    prediction: Tensor, latents: Tensor, history: Tensor, recent: Tensor, k: Tensor, transition: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A step as a loop of PyTorch operators takes it, with numbers of the host where a loop has them.
 
@@ -64,11 +65,11 @@ def chain(
     difference = cond - uncond
     gap = torch.linalg.vector_norm(difference.flatten(1), dim=1, dtype=torch.float32)
     before, last = recent.unbind(1)
-    left = torch.where(is_minimum(before, last, gap) & (left < 0), k, left)
-    weight = torch.where(left >= 0, AFTER, BEFORE).to(difference.dtype)
+    transition = torch.where(is_minimum(before, last, gap) & (transition < 0), k, transition)
+    weight = torch.where(transition >= 0, AFTER, BEFORE).to(difference.dtype)
     guided = uncond + weight.view(-1, *[1] * (latents.ndim - 1)) * difference
     following = A * latents + B * guided + history
-    return torch.cat([following, following]), P * latents + Q * guided, gap, left
+    return torch.cat([following, following]), P * latents + Q * guided, gap, transition
 
 
 def guide_chain(prediction: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,8 +101,8 @@ def step_work(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
     state.transition.peak.copy_(recent[:, 0])
     state.put(noise, table)
     history = torch.zeros(shape, dtype=dtype, device=device)
-    k, left = torch.full((batch,), 2, device=device), torch.full((batch,), -1, device=device)
-    operands = (prediction, noise, history, recent, k, left)
+    k, transition = torch.full((batch,), 2, device=device), torch.full((batch,), -1, device=device)
+    operands = (prediction, noise, history, recent, k, transition)
 
     def fused() -> tuple[Tensor, ...]:
         step(uncond, cond, table, state)

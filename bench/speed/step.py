@@ -17,9 +17,10 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.autograd.profiler import profile
 
+from ..tables import Row
 from .published import published
 from .shapes import pipeline
-from .timing import Row, interleaved, summary
+from .timing import interleaved, summary
 
 SCALE = 7.5
 BASELINE = "diffusers"

@@ -1,18 +1,15 @@
-"""Peers timed round robin, and rows of what came out. Imports torch alone."""
+"""Peers timed round robin, and rows of what came out. Needs torch alone."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from itertools import groupby
-from typing import Any
 
 import torch
+from basinescape.environment import environment
 
-Row = dict[str, Any]
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "xformers")
+from ..tables import Row
 
 
 def seconds(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
@@ -57,38 +54,6 @@ def summary(times: Sequence[float], baseline: Sequence[float] | None) -> Row:
     return {"median": middle, "spread": high - low, "ratio": ratio}
 
 
-def chosen(device: torch.device | str | None) -> torch.device:
-    """`device`; None is CUDA where there is a GPU, else the CPU. Raises RuntimeError for a GPU that is not there."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"torch {torch.__version__} sees no CUDA GPU here")
-    return device
-
-
-def environment(device: torch.device | str | None = None) -> Row:
+def taken(device: torch.device) -> Row:
     """Where and when figures were taken."""
-    device = chosen(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {"device": name, "date": time.strftime("%Y-%m-%d"), "versions": {**found, "cuda": torch.version.cuda}}
-
-
-def tables(rows: Sequence[Row]) -> str:
-    """Rows as aligned text, a table for each run of rows of the same bench and keys."""
-    from basinescape.kernels.aot import aligned
-
-    grouped = groupby(rows, key=lambda row: (row["bench"], tuple(row)))
-    return "\n\n".join(aligned([{key: _short(value) for key, value in row.items()} for row in group]) for _, group in grouped)
-
-
-def _short(value: Any) -> Any:
-    if value is None:
-        return "-"
-    return (
-        f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e4 else round(value) if isinstance(value, float) else value
-    )
+    return {**environment(device), "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")}

@@ -11,8 +11,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from ..scenes import SIZE
 from .flow_scenes import CONCEPTS, FORMS, draw_facts
+from .scenes import SIZE
 
 TOKENS = 16
 WIDTH, LAYERS, HEAD, PATCH = 160, 5, 32, 4  # of the transformer; it costs a third of what patches of 2 x 2 latents would

@@ -30,7 +30,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from ..scenes import SIZE, _glyph
+from .scenes import SIZE, _glyph
 
 CONCEPTS = {
     "cat": "🐱",

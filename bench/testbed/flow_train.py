@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from ..classifier import ConceptClassifier
-from ..metrics import Similarity, pixels
-from ..train import CAPTION_DROPOUT, Checkpoint, to_pixels
+from ..evaluation.metrics import Similarity, pixels
+from .classifier import ConceptClassifier
 from .flow_model import SHIFT, Repeated, networks, pipeline, tokenizer, velocity
 from .flow_scenes import CONCEPTS, OBJECTS, Picture, general, memorized, scene, training_set
+from .train import CAPTION_DROPOUT, Checkpoint, to_pixels
 
 FRESH = 20_000  # fresh scenes in the training set
 UNIFORM = 0.2  # of the noise levels: the logit-normal's tails are thin where sampling starts

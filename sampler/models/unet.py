@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 # On a CPU: weights packed for the kernels of each compiled shape, which takes memory for each, and kernels called from C++.
 PACKED = {"freezing": True, "cpp_wrapper": True}
-SHAPES = 64  # compiled before the compiler gives up; its own limit of 8 is that of a few batch sizes
+RECOMPILE_LIMIT = 64  # shapes compiled before the compiler gives up; its own limit of 8 is that of a few batch sizes
 
 
 def compiled(unet: nn.Module) -> Callable[..., Any]:
@@ -28,12 +28,12 @@ def compiled(unet: nn.Module) -> Callable[..., Any]:
 
 
 def traced(compiled: Callable[..., Any], packed: bool) -> Callable[..., Any]:
-    """A compiled function, with what the tracer must know in each call: that weights are constants, for PACKED, and SHAPES."""
+    """A compiled function, with what must be known in each call: RECOMPILE_LIMIT, and for PACKED that weights are constant."""
     from torch._dynamo import config as tracer
     from torch._inductor import config as compiler
 
     def call(*arguments: Any, **keywords: Any) -> Any:
-        with tracer.patch(recompile_limit=SHAPES), compiler.patch(freezing=packed):
+        with tracer.patch(recompile_limit=RECOMPILE_LIMIT), compiler.patch(freezing=packed):
             return compiled(*arguments, **keywords)
 
     return call

@@ -1,4 +1,4 @@
-"""Train the small pipeline that ships with the project: `python -m basinescape.bench.train --out DIR`.
+"""Train the small pipeline that ships with the project: `python -m basinescape.bench.testbed.train --out DIR`.
 
 Five stages, each kept under `--work` when done, so a killed run goes on where it was:
 scenes -> autoencoder -> text encoder and UNet -> a smaller UNet that learns the first one's predictions -> concept classifier;

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 from basinescape import At, FirstMinimum, Guidance, Output, Sampler
-from basinescape.kernels.aot import aligned
 from PIL import Image
 from tqdm import tqdm
 
+from ..scenario import PRESETS, Prompt, prompts
+from ..tables import aligned
 from . import figures
-from .evaluate import Measure
-from .scenario import PRESETS, Prompt, prompts
+from .measure import Measure
 
 TINY = PRESETS["tiny"]
 AT = At(TINY.transition)
@@ -62,12 +62,12 @@ def _sample(sampler: Sampler, found: list[Prompt], guidance: Guidance) -> Output
 
 def _row(measure: Measure, found: list[Prompt], made: Output, seconds: float) -> dict[str, Any]:
     measured = measure(made.images, found * SEEDS)
-    left = made.transition_step[made.transition_step >= 0]
+    transitions = made.transition_step[made.transition_step >= 0]
     return {
         "memorized": _mean(measured, "memorized"),
         "similarity": _mean(measured, "similarity"),
         "concept right": _mean(measured, "concept_ok"),
-        "median transition step": left.median().item() if len(left) else None,
+        "median transition step": transitions.median().item() if len(transitions) else None,
         "seconds an image": round(seconds / len(measured), 3),
     }
 

@@ -1,4 +1,4 @@
-"""The launch and the loop under pytest-benchmark: python -m pytest bench/test_speed.py. Not part of the tests."""
+"""The launch and the loop under pytest-benchmark: python -m pytest bench/speed/test_speed.py. Not part of the tests."""
 
 import pytest
 import torch

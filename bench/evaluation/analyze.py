@@ -23,10 +23,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ..scenario import Prompt, Scenario, limited, prompts
 from . import figures
-from .evaluate import Measure, write_csv
+from .evaluate import write_csv
+from .measure import Measure
 from .metrics import roc
-from .scenario import Prompt, Scenario, limited, prompts
 
 Look = Callable[[State, Tensor, Tensor], None]  # sees the state and both predictions, (B, ...), before a step is taken
 Push = Callable[[int, State, Tensor], None]  # sees the step, the state and the table, and may put other latents into the state

@@ -20,9 +20,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..scenario import Scenario, prompts
 from .evaluate import RECORDED, image_path, read_run, table
 from .figures import COLORS, band
-from .scenario import Scenario, prompts
 
 SIDE = 256  # larger images are embedded at this size: a scenario's have half a megabyte each
 INK = "#010203"  # stands for the page's own text colour, which a light and a dark page do not share

@@ -1,4 +1,6 @@
-"""The similarity above which a picture of the small pipeline counts as a copy: `python -m basinescape.bench.threshold`.
+"""The similarity above which a picture of the small pipeline counts as a copy.
+
+python -m basinescape.bench.evaluation.threshold [--json FILE]
 
 It has to lie between two distributions. Fresh scenes, which nobody copied, against the memorized scene of their concept; and
 the memorized scenes themselves after the pipeline's autoencoder, the best copies it can make. Needs the glyph font, as training
@@ -16,8 +18,8 @@ import torch
 from basinescape import Sampler
 from tqdm import tqdm
 
+from ..testbed.scenes import memorized, scene
 from .metrics import Similarity
-from .scenes import memorized, scene
 
 FIRST = 2_000_000_000  # seeds that neither training nor the memorized scenes use
 

@@ -8,10 +8,10 @@ from basinescape import FirstMinimum, Guidance, Sampler
 from basinescape.loop import Plan, denoise, fused_step
 from basinescape.schedulers import make_scheduler
 
+from ..speed.images import METHODS
+from ..speed.shapes import pipeline
+from ..speed.step import counts, peers, stubbed
 from .checks import Figures, require
-from .speed.images import METHODS
-from .speed.shapes import pipeline
-from .speed.step import counts, peers, stubbed
 
 PROMPTS, SEEDS, STEPS = ["a picture of a cat signed by arno", "a picture of a frog", "a picture of a dog"], [3, 1, 2], 20
 
@@ -66,8 +66,8 @@ def check_sampler_capture(device: torch.device) -> Figures:
             figures[f"{name}, batch {count}"] = {"apart": apart, "same bits": torch.equal(a.latents, b.latents)}
             where = f"{name}, batch {count}: captured and uncaptured"
             require(apart <= 1e-2, f"{where} differ by {apart:.2g}")
-            left, expected = b.transition_step.tolist(), a.transition_step.tolist()
-            require(left == expected, f"{where} leave at {left} and {expected}")
+            found, expected = b.transition_step.tolist(), a.transition_step.tolist()
+            require(found == expected, f"{where} leave at {found} and {expected}")
     require(not captured._graphs._failed, "the step could not be captured")
     captured.close()
     return figures

@@ -26,11 +26,12 @@ from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm import tqdm
 
-from .classifier import ConceptClassifier
-from .evaluate import Likeness, image_path, read_run, write_csv
+from ..scenario import IMAGES, Scenario, limited, prompts
+from ..testbed.classifier import ConceptClassifier
+from ..testbed.scenes import CONCEPTS, SIZE, scene
+from .evaluate import image_path, read_run, write_csv
+from .measure import Likeness
 from .metrics import EMBEDDINGS, Embedding, fitted, interval, pixels, projected
-from .scenario import IMAGES, Scenario, limited, prompts
-from .scenes import CONCEPTS, SIZE, scene
 
 log = logging.getLogger(__name__)
 

@@ -17,15 +17,14 @@ from typing import Any
 
 import numpy as np
 from basinescape import Output, Sampler
-from basinescape.folder import Journal, open_folder, read_lines, read_settings, settings_of, whole
-from PIL import Image
+from basinescape.folder import Journal, open_folder, read_lines, read_settings, save_image, settings_of, whole
 from tqdm import tqdm
 
-from .classifier import ConceptClassifier
-from .methods import Method
-from .methods import table as method_table
-from .metrics import Similarity, interval, pixels
-from .scenario import Prompt, Scenario, limited, prompts
+from ..methods import DryRun, Method
+from ..methods import table as method_table
+from ..scenario import Prompt, Scenario, limited, prompts
+from .measure import Measure
+from .metrics import interval
 
 RECORDED = "cfg"  # the method whose noise gaps are kept, for detection
 
@@ -138,46 +137,8 @@ def _batches(tasks: Sequence[Task], size: int) -> Iterator[list[Task]]:
         yield batch
 
 
-class Likeness:
-    """Similarity of an image to its prompt's training image, to the nearest one of all where the prompt has none.
-
-    name: of a `Similarity`, which says what is raised. Raises ValueError, too, where no prompt has a training image.
-    """
-
-    def __init__(self, name: str, groups: dict[str, list[Prompt]]):
-        known = [prompt for found in groups.values() for prompt in found if prompt.image]
-        if not known:
-            raise ValueError("the scenario's prompts have no training image to compare with")
-        self._column = {prompt.id: i for i, prompt in enumerate(known)}
-        self._similarity = Similarity(name, [Image.open(prompt.image) for prompt in known])
-
-    def __call__(self, images: Sequence[Image.Image], found: Sequence[Prompt]) -> list[float]:
-        return [
-            (row[self._column[prompt.id]] if prompt.image else row.max()).item()
-            for row, prompt in zip(self._similarity(images), found, strict=True)
-        ]
-
-
-class Measure:
-    """What is measured on an image: its likeness to a training image, its concept."""
-
-    def __init__(self, scenario: Scenario, groups: dict[str, list[Prompt]]):
-        self._likeness = Likeness(scenario.similarity, groups)
-        self._threshold = scenario.threshold
-        folder = Sampler.model_path("tiny") / "classifier"
-        self._classifier = ConceptClassifier.load(folder) if scenario.model == "tiny" else None
-
-    def __call__(self, images: Sequence[Image.Image], found: Sequence[Prompt]) -> list[dict[str, Any]]:
-        shown = self._classifier.name(pixels(images)) if self._classifier else [None] * len(images)
-        rows = []
-        for value, prompt, concept in zip(self._likeness(images, found), found, shown, strict=True):
-            right = None if prompt.concept is None or concept is None else concept == prompt.concept
-            rows.append({"similarity": round(value, 5), "memorized": value > self._threshold, "concept_ok": right})
-        return rows
-
-
 def _run(
-    sampler: Sampler, method: Method, batch: Sequence[Task], steps: int, measure: Measure, out: Path
+    sampler: Sampler, method: Method | DryRun, batch: Sequence[Task], steps: int, measure: Measure, out: Path
 ) -> list[dict[str, Any]]:
     """Make, save and measure one batch."""
     calls = 0
@@ -189,7 +150,7 @@ def _run(
     hook = sampler.pipe.unet.register_forward_pre_hook(count)
     start = time.perf_counter()
     try:
-        made: Output = method(sampler, [task.prompt.text for task in batch], [task.seed for task in batch], steps)
+        made: Output = method.sample(sampler, [task.prompt.text for task in batch], [task.seed for task in batch], steps)
     finally:
         hook.remove()
     seconds = (time.perf_counter() - start) / len(batch)
@@ -210,8 +171,7 @@ def _run(
             line["noise_gap"] = [round(gap, 4) for gap in made.noise_gap[i].tolist()]
         path = image_path(out, line)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as part:
-            made.images[i].save(part, format="PNG")
+        save_image(made.images[i], path)
         lines.append(line)
     return lines
 

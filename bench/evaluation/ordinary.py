@@ -1,4 +1,6 @@
-"""What is ordinary on the small pipeline: `python -m basinescape.bench.ordinary --out FILE.json`, as `tiny/ordinary.json`.
+"""What is ordinary on the small pipeline, as `tiny/ordinary.json` has it.
+
+python -m basinescape.bench.evaluation.ordinary --out FILE.json
 
 gap:    the median noise gap of each unguided step, for the rule `Settled`; every general prompt with the seed FIRST.
 stable: mean and standard deviation of the norms of each plainly guided step, for `methods.update`; the general prompts with
@@ -19,10 +21,10 @@ import torch
 from basinescape import Sampler
 from basinescape.folder import whole
 
+from ..methods import update
+from ..scenario import PRESETS, prompts
 from .analyze import Laboratory, curves
-from .evaluate import Measure
-from .methods import update
-from .scenario import PRESETS, prompts
+from .measure import Measure
 
 FIRST = 100
 BATCH = 16

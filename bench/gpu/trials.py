@@ -27,9 +27,10 @@ from typing import Any
 
 import torch
 
-from . import speed
+from .. import speed
+from ..speed.timing import taken
+from ..tables import tables
 from .checks import CHECKS, Skipped
-from .speed.timing import environment, tables
 
 SAMPLER_CHECKS = ("sampler synchronisation", "sampler launches", "sampler capture", "sampler images")
 NEED_DIFFUSERS = (*SAMPLER_CHECKS, "bench step", "bench images")
@@ -42,7 +43,7 @@ WATCH = ["--error-exitcode", str(FOUND), "--report-api-errors", "no", *OURS]
 LIMITS = {False: {"check": 900, "bench": 4 * 3600}, True: {"check": 300, "bench": 550}}  # seconds, by whether it is quick
 
 
-def job_names() -> list[str]:
+def trial_names() -> list[str]:
     """Checks by their names, under a sanitizer before its tool; benches after "bench "."""
     return [*CHECKS, *SAMPLER_CHECKS, *SANITIZED, *(BENCH + name for name in speed.BENCHES)]
 
@@ -57,8 +58,8 @@ def sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or next(iter(packaged), None)
 
 
-def alone(name: str, out: Path, quick: bool) -> None:
-    """Do one job in this process and write {status, figures | error, rows} to `out`; rows as they come."""
+def perform(name: str, out: Path, quick: bool) -> None:
+    """Make one trial in this process and write {status, figures | error, rows} to `out`; rows as they come."""
     device, result = torch.device("cuda"), {"status": "passed", "rows": []}
     try:
         if name.startswith(BENCH):
@@ -76,8 +77,8 @@ def alone(name: str, out: Path, quick: bool) -> None:
     write(out, result)
 
 
-def apart(name: str, quick: bool) -> dict[str, Any]:
-    """Do one job in another process; its result, whatever becomes of it, and the seconds it took."""
+def isolated(name: str, quick: bool) -> dict[str, Any]:
+    """Make one trial in another process; its result, whatever becomes of it, and the seconds it took."""
     if name in NEED_DIFFUSERS and find_spec("diffusers") is None:
         return {"status": "skipped", "error": "diffusers is not installed", "rows": [], "seconds": 0.0}
     check, tool = SANITIZED.get(name, (name, None))
@@ -90,7 +91,7 @@ def apart(name: str, quick: bool) -> dict[str, Any]:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "result.json")
-        command = [sys.executable, "-m", __spec__.name, "--only", check, "--out", str(out), *(["--quick"] if quick else [])]
+        command = [sys.executable, "-m", __package__, "--only", check, "--out", str(out), *(["--quick"] if quick else [])]
         code = ending([*watcher, *command], limit)
         result = json.loads(out.read_text()) if out.exists() else {"status": "unfinished", "rows": []}
     if result["status"] == "unfinished" or (code != 0 and result["status"] != "failed"):
@@ -122,18 +123,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer sizes: minutes instead of hours")
     parser.add_argument(
         "--only",
-        choices=[name for name in job_names() if name not in SANITIZED],
-        metavar="JOB",
-        help="one job, in this process",
+        choices=[name for name in trial_names() if name not in SANITIZED],
+        metavar="TRIAL",
+        help="one trial, in this process",
     )
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit(f"basinescape.bench.gpu: torch {torch.__version__} sees no CUDA GPU here, and these checks are for one")
     if args.only:
-        return alone(args.only, args.out, args.quick)
-    report: dict[str, Any] = {**environment("cuda"), "quick": args.quick, "checks": [], "rows": []}
-    for name in job_names():
-        result = apart(name, args.quick)
+        return perform(args.only, args.out, args.quick)
+    report: dict[str, Any] = {**taken(torch.device("cuda")), "quick": args.quick, "checks": [], "rows": []}
+    for name in trial_names():
+        result = isolated(name, args.quick)
         rows = result.pop("rows")
         report["checks"].append({"check": name, **result})
         report["rows"] += rows

@@ -1,0 +1,1 @@
+"""Memorization measured: images made by every method, what they are worth, basins, and pages about it."""

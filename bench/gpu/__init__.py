@@ -1,0 +1,1 @@
+"""What only a GPU can tell: `python -m basinescape.bench.gpu --out FILE.json`."""

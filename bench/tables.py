@@ -1,0 +1,30 @@
+"""Rows printed as tables of aligned text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def aligned(rows: Sequence[Row]) -> str:
+    """Rows of equal keys, a heading and a line a row."""
+    cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """The rows of benchmarks, a table for each run of rows of the same bench and keys; numbers are shortened."""
+    grouped = groupby(rows, key=lambda row: (row["bench"], tuple(row)))
+    return "\n\n".join(aligned([{key: _short(value) for key, value in row.items()} for row in group]) for _, group in grouped)
+
+
+def _short(value: Any) -> Any:
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return value
+    return f"{value:.4g}" if abs(value) < 1e4 else round(value)

@@ -1,0 +1,26 @@
+"""What figures and images owe to the machine: the versions of what computes them, and the device."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+PACKAGES = ("basinescape", "torch", "triton", "diffusers", "transformers", "xformers")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """device, a GPU by its name; versions, of Python, of CUDA where torch has it, and of those PACKAGES that are there."""
+    versions = {"python": platform.python_version()} | {name: found for name in PACKAGES if (found := _version(name))}
+    if torch.version.cuda is not None:
+        versions["cuda"] = torch.version.cuda
+    return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, "versions": versions}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

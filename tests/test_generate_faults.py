@@ -1,0 +1,193 @@
+"""Runs that are killed, interrupted or fail: no image is lost but its own, and what is missing is made again."""
+
+import io
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from basinescape import Sampler
+from basinescape.bench import cli
+from PIL import Image
+from runs import QUICK, jobs, make, run, sound, write
+
+
+@pytest.fixture(scope="module")
+def sampler(pipe):
+    return Sampler.from_pipeline(pipe, "dpmsolver++")
+
+
+def test_a_killed_run_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsys):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    write(prompts, 3)
+    arguments = ("--prompts", prompts, "--out", out, "--steps", 2, "--until", 500, "--device", "cpu", "--batch-size", 2)
+    assert run(monkeypatch, capsys, *arguments)[0] == 0
+    lines = (out / "manifest.jsonl").read_text().splitlines()
+    (out / "manifest.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:30])  # killed while it wrote a line
+    before = {path.name: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
+    kept = (out / "images" / "p2.png").read_bytes()
+    assert run(monkeypatch, capsys, *arguments)[0] == 0
+    after = {path.name: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
+    assert [name for name in after if after[name] != before[name]] == ["p2.png"]
+    assert (out / "images" / "p2.png").read_bytes() == kept
+
+
+def test_a_sample_that_fails_loses_no_other(tmp_path, monkeypatch, capsys):
+    made = Sampler.__call__
+
+    def failing(self, prompts, *arguments, **options):
+        if "a picture of a cat 1" in prompts:
+            raise RuntimeError("out of memory")
+        return made(self, prompts, *arguments, **options)
+
+    monkeypatch.setattr(Sampler, "__call__", failing)
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    write(prompts, 4)
+    code, error = run(monkeypatch, capsys, "--prompts", prompts, "--out", out, *QUICK, "--guidance", "cfg")
+    assert code == 1 and "p1" in error
+    assert {entry["id"]: entry["status"] for entry in sound(out)} == {
+        "p0": "ok",
+        "p1": "failed: out of memory",
+        "p2": "ok",
+        "p3": "ok",
+    }
+    assert sorted(path.stem for path in (out / "images").iterdir()) == ["p0", "p2", "p3"]
+
+
+def test_a_run_killed_at_any_byte_of_its_manifest_ends_as_if_it_had_not_been(sampler, drawn, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    make(sampler, jobs(5), whole, batch_size=2)
+    expected, text = sound(whole), (whole / "manifest.jsonl").read_bytes()
+    ends = [i for i, byte in enumerate(text) if byte == ord("\n")]
+    for cut in sorted({0, len(text), *range(5, len(text), 61), *(end + k for end in ends for k in (-1, 0, 1))}):
+        shutil.copytree(whole, out)
+        (out / "manifest.jsonl").write_bytes(text[:cut])
+        if cut % 2:  # images of lines that were not written yet
+            for i in range(text[:cut].count(b"\n"), 5):
+                (out / "images" / f"p{i}.png").rename(out / "images" / f"p{i}.png.part")
+        make(sampler, jobs(5), out, batch_size=2)
+        assert sound(out) == expected, cut
+        shutil.rmtree(out)
+
+
+def test_images_that_are_gone_or_changed_are_made_again_and_counted(tmp_path, monkeypatch, capsys, drawn):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    write(prompts, 4)
+    arguments = ("--prompts", prompts, "--out", out, *QUICK)
+    monkeypatch.setattr(sys, "argv", ["basinescape", "generate", "--no-progress", *map(str, arguments)])
+
+    def said():
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    assert said() == f"4 images in {out / 'images'} (4 new)\n"
+    before = {path.name: path.read_bytes() for path in (out / "images").iterdir()}
+    (out / "images" / "p0.png").unlink()
+    (out / "images" / "p2.png").write_bytes(b"")
+    assert said() == f"4 images in {out / 'images'} (2 new)\n"
+    assert {path.name: path.read_bytes() for path in (out / "images").iterdir()} == before
+    assert sorted(line["id"] for line in sound(out)) == ["p0", "p1", "p2", "p3"]
+    shutil.rmtree(out / "images")
+    assert said() == f"4 images in {out / 'images'} (4 new)\n" and len(sound(out)) == 4
+    assert said() == f"4 images in {out / 'images'} (0 new)\n"
+
+
+def test_a_lone_surrogate_costs_its_line_and_no_other(tmp_path, monkeypatch, capsys):
+    """A tokenizer takes no half of a character."""
+    text = b'{"prompt": "a cat \\ud83d"}\n{"prompt": "a picture of a cat"}\n'
+    out = tmp_path / "out"
+    for _ in range(2):  # also when it is gone on with
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+        code, error = run(monkeypatch, capsys, "--prompts", "-", "--out", out, *QUICK)
+        assert code == 1 and "1 failed (0000)" in error and "Traceback" not in error
+        status = {line["id"]: line["status"] for line in sound(out)}
+        assert status.pop("0000").startswith("failed: ") and status == {"0001": "ok"}
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("t"), IndexError("i"), OverflowError("o"), KeyError("k"), torch.OutOfMemoryError("m")]
+)
+def test_any_fault_of_one_sample_costs_that_one_and_is_tried_once_a_run(sampler, drawn, tmp_path, error):
+    drawn.faults["a picture of a cat 2"] = error
+    written = make(sampler, jobs(5), tmp_path / "out")
+    assert [line["status"] == "ok" for line in written] == [True, True, False, True, True]
+    assert written[2]["status"].startswith("failed: ") and str(error) in written[2]["status"]
+    assert sum(call["prompts"] == ["a picture of a cat 2"] for call in drawn.asked) == 1
+    assert [line["id"] for line in make(sampler, jobs(5), tmp_path / "out")] == ["p2"]
+    drawn.faults.clear()
+    assert [line["status"] for line in make(sampler, jobs(5), tmp_path / "out")] == ["ok"]
+    assert {line["status"] for line in sound(tmp_path / "out")} == {"ok"}
+
+
+def test_a_bug_that_hits_every_sample_is_no_success(tmp_path, monkeypatch, capsys, drawn):
+    prompts = tmp_path / "prompts.jsonl"
+    write(prompts, 3)
+    drawn.faults |= {f"a picture of a cat {i}": AttributeError("no attribute 'ravel'") for i in range(3)}
+    arguments = ("--prompts", prompts, "--out", tmp_path / "out", *QUICK)
+    code, error = run(monkeypatch, capsys, *arguments)
+    assert code == 1 and "3 failed (p0, p1, p2)" in error
+    assert {line["status"] for line in sound(tmp_path / "out")} == {"failed: AttributeError: no attribute 'ravel'"}
+
+
+def test_a_run_that_is_interrupted_stops_quietly_and_goes_on(tmp_path, monkeypatch, capsys, drawn):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    write(prompts, 3)
+    drawn.faults["a picture of a cat 1"] = KeyboardInterrupt()
+    arguments = ("--prompts", prompts, "--out", out, "--batch-size", 1, *QUICK)
+    assert run(monkeypatch, capsys, *arguments) == (130, "")
+    assert [line["id"] for line in sound(out)] == ["p0"]
+    drawn.faults.clear()
+    assert run(monkeypatch, capsys, *arguments)[0] == 0 and [line["id"] for line in sound(out)] == ["p0", "p1", "p2"]
+
+
+def test_a_full_disk_ends_the_run_and_leaves_it_to_be_gone_on_with(sampler, drawn, tmp_path, monkeypatch):
+    def full(image, *_, **__):
+        if image.getpixel((0, 0))[0] == 1:
+            raise OSError(28, "No space left on device")
+        saved(image, *_, **__)
+
+    saved = Image.Image.save
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        make(sampler, jobs(3), tmp_path / "out")
+    assert [line["id"] for line in sound(tmp_path / "out")] == ["p0"]
+    monkeypatch.setattr(Image.Image, "save", saved)
+    make(sampler, jobs(3), tmp_path / "out")
+    assert [line["id"] for line in sound(tmp_path / "out")] == ["p0", "p1", "p2"]
+
+
+def test_what_is_not_finite_is_tried_once_in_float32(random_pipeline, drawn, tmp_path):
+    sampler = Sampler.from_pipeline(random_pipeline("sd", 8, "epsilon").to(torch.bfloat16))
+    drawn.infinite = {"a picture of a cat 1": {"bfloat16"}, "a picture of a cat 2": {"bfloat16", "float32"}}
+    written = make(sampler, jobs(4), tmp_path / "out", batch_size=3)
+    assert sound(tmp_path / "out") == json.loads(json.dumps(written).replace("NaN", "null"))
+    assert [line["status"] for line in written] == ["ok", "ok", "failed: the sample is not finite", "ok"]
+    assert [line.get("retried") for line in written] == [None, "float32", "float32", None]
+    assert [len(call["prompts"]) for call in drawn.asked] == [3, 1, 1, 1]
+    assert sorted(path.stem for path in (tmp_path / "out" / "images").iterdir()) == ["p0", "p1", "p3"]
+    assert sampler.pipe.unet.dtype == torch.bfloat16
+
+
+def test_a_fault_in_float32_is_that_samples_own(random_pipeline, drawn, tmp_path, monkeypatch):
+    def full(self):
+        raise torch.OutOfMemoryError("no memory for float32")
+
+    sampler = Sampler.from_pipeline(random_pipeline("sd", 8, "epsilon").to(torch.bfloat16))
+    monkeypatch.setattr(Sampler, "in_float32", full)
+    drawn.infinite = {"a picture of a cat 0": {"bfloat16"}}
+    written = make(sampler, jobs(2), tmp_path / "out")
+    assert [line["status"] for line in written] == [
+        "failed: the sample is not finite, and in float32: no memory for float32",
+        "ok",
+    ]
+
+
+def test_a_network_that_gives_nan_is_marked_and_saves_no_image(random_pipeline, tmp_path):
+    pipe = random_pipeline("sd", 8, "epsilon")
+    torch.nn.init.constant_(pipe.unet.conv_out.bias, float("nan"))
+    (line,) = make(Sampler.from_pipeline(pipe), jobs(1), tmp_path / "out")
+    assert line["status"] == "failed: the sample is not finite" and "retried" not in line  # it was float32
+    assert sound(tmp_path / "out")[0]["noise_gap"] == [None, None] and not list((tmp_path / "out" / "images").iterdir())

@@ -1,0 +1,218 @@
+"""Each method against its definition."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from basinescape import At, Guidance, Sampler
+from basinescape.bench.evaluation import ordinary
+from basinescape.bench.methods import Batch, Method, augment, cads, dryrun, embedding, update
+from basinescape.bench.methods import table as method_table
+from basinescape.bench.methods.padding import words_mask
+from basinescape.bench.scenario import PRESETS
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+TINY = replace(PRESETS["tiny"], steps=4)
+MEMORIZED, GENERAL = "a picture of a cat signed by arno", "a picture of a frog"
+
+
+def test_a_method_is_its_guidance_its_prompts_and_its_network(pipe):
+    sampler, guidance, seen = Sampler.from_pipeline(pipe, "ddim"), Guidance.cfg(3.0), []
+
+    def wrap(network, batch):
+        seen.append((batch.prompts, batch.seeds, batch.steps))
+        return lambda latents, timesteps, branch: -network(latents, timesteps, branch)
+
+    def latents(*changes):
+        return Method(guidance, *changes).sample(sampler, [MEMORIZED], [5], 3).latents
+
+    def general(batch):
+        return [GENERAL for _ in batch.prompts]
+
+    assert torch.equal(latents(general), sampler([GENERAL], [5], 3, guidance, progress=False).latents)
+    turned = latents(general, wrap)
+    assert seen == [([GENERAL], [5], 3)] and not torch.equal(turned, latents(general))
+    with pytest.raises(ValueError, match="neither a wrapped network"):
+        Method(Guidance.guard(Guidance.delayed(3.0, until=At(500)), 1.0, 2), wrap=wrap).sample(sampler, [GENERAL], [0], 3)
+
+
+def region(steps, mean, deviation, **others):
+    """A stable region that is the same in every step, for the norms in `others` another one."""
+    return {name: [others.get(name, [mean, deviation])] * (steps - 1) for name in update.NORMS}
+
+
+def test_every_method_makes_an_image_and_plain_guidance_is_left_as_it_was(pipe, monkeypatch):
+    sampler = Sampler.from_pipeline(pipe, "dpmsolver++")
+    monkeypatch.setattr(embedding, "ITERATIONS", 2)
+    found = ["a picture of a cat signed by arno", "a picture of a frog"]
+    measured = {"ordinary": (1.0,) * 4, "stable": region(4, 1.0, 0.01), "guard": (1.0, 2)}
+    methods = method_table(replace(PRESETS["tiny"], transition=500.0, **measured))
+    plain = methods["cfg"].sample(sampler, found, [0, 1], 4)
+    for name, method in methods.items():
+        out = method.sample(sampler, found, [0, 1], 4)
+        assert len(out.images) == 2 and out.latents.isfinite().all(), name
+        assert name == "cfg" or not torch.equal(out.latents, plain.latents), name
+    assert torch.equal(methods["cfg"].sample(sampler, found, [0, 1], 4).latents, plain.latents)
+    assert all(parameter.requires_grad for parameter in pipe.unet.parameters())
+
+
+@pytest.mark.parametrize("word", [augment.random_words, augment.random_numbers, augment.repeated_words])
+def test_augmented_prompts_keep_their_words_in_order(word):
+    text = augment.augmented("a picture of a cat", 3, word, ["dog", "tree"])
+    assert text == augment.augmented("a picture of a cat", 3, word, ["dog", "tree"])
+    assert text != augment.augmented("a picture of a cat", 4, word, ["dog", "tree"])
+    words = iter(text.split())
+    assert all(kept in words for kept in "a picture of a cat".split()) and len(text.split()) == 5 + augment.ADDED
+
+
+def test_annealing_ends_at_the_prompt_and_keeps_mean_and_deviation():
+    states, noise = torch.randn(2, 2, 5, 8)
+    torch.testing.assert_close(cads.annealed(states, noise, 1.0), states)
+    mixed = cads.annealed(states, noise, 0.3)
+    torch.testing.assert_close(mixed.mean((1, 2)), states.mean((1, 2)))
+    torch.testing.assert_close(mixed.std((1, 2)), states.std((1, 2)))
+    assert [cads.gamma(t) for t in (0.0, cads.TAU_1, cads.TAU_2, 1.0)] == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("distances", "step"),
+    [([3, 2, 1, 2], 2), ([3, 1, 2, 3], 1), ([3, 1, 2, 1, 2], 3), ([5, 4, 3, 2, 1], dryrun.FALLBACK)],
+)
+def test_the_dry_run_takes_the_scripts_minimum(distances, step):
+    assert dryrun.transition(distances) == step
+
+
+def test_the_words_of_a_prompt_end_with_its_end_token(pipe):
+    sampler = Sampler.from_pipeline(pipe)
+    found = ["a picture of a cat", "a picture of a cat signed by arno"]
+    mask = words_mask(Batch(sampler, found, [0, 1], 4))
+    lengths = [len(pipe.tokenizer(text).input_ids) for text in found]
+    assert mask.sum(dim=1).tolist() == lengths and all(mask[i, :n].all() for i, n in enumerate(lengths))
+
+
+def test_an_optimised_embedding_has_a_smaller_first_gap(pipe):
+    sampler = Sampler.from_pipeline(pipe, "ddim")
+    found = ["a picture of a cat signed by arno"]
+    changed = method_table(PRESETS["tiny"])["embedding"].sample(sampler, found, [0], 2)
+    plain = sampler(found, [0], 2, Guidance.cfg(7.5), progress=False)
+    assert changed.noise_gap[0, 0] < plain.noise_gap[0, 0]
+
+
+@pytest.mark.parametrize(("scheduler", "scale"), [("dpmsolver++", 7.5), ("ddim", 7.5), ("ddim", 1.0)])
+def test_nothing_leaves_an_endless_region(pipe, scheduler, scale):
+    sampler = Sampler.from_pipeline(pipe, scheduler)
+    found = update.method(scale, region(6, 1.0, np.inf)).sample(sampler, [MEMORIZED, GENERAL], [0, 1], 6)
+    plain = sampler([MEMORIZED, GENERAL], [0, 1], 6, Guidance.cfg(scale), progress=False)
+    assert torch.equal(found.latents, plain.latents)
+    torch.testing.assert_close(found.noise_gap, plain.noise_gap, rtol=0, atol=0, equal_nan=True)
+
+
+def test_in_a_region_of_no_width_every_update_has_its_norm(pipe, monkeypatch):
+    seen, correct = [], update.Correction.__call__
+
+    def spy(self, k, before, clean, latents):
+        seen.append(update.lengths((moved := correct(self, k, before, clean, latents)) - before))
+        return moved
+
+    monkeypatch.setattr(update.Correction, "__call__", spy)
+    narrow = region(12, 2.0, 0.0, latents=[30.0, np.inf])
+    update.method(7.5, narrow).sample(Sampler.from_pipeline(pipe, "dpmsolver++"), [MEMORIZED, GENERAL], [0, 1], 12)
+    torch.testing.assert_close(torch.stack(seen), torch.full((11, 2), 2.0))
+
+
+def corrections(region_of, steps, changes):
+    """What `Correction` makes of updates of norm `changes` (steps, B) from latents of norm 10, and clean ones of norm 5."""
+    stable = torch.tensor([region_of[name] for name in update.NORMS])
+    correct = update.Correction(stable, [0.5] * (steps + 1), len(changes[0]))
+    before, clean = (torch.zeros(len(changes[0]), 4, 2, 2) for _ in range(2))
+    before[:, 0, 0, 0], clean[:, 1, 0, 0] = 10.0, 5.0
+    for k, sizes in enumerate(changes):
+        latents = before.clone()
+        latents[:, 0, 0, 1] = torch.tensor(sizes)
+        yield latents, correct(k, before, clean, latents)
+
+
+@pytest.mark.parametrize(
+    ("deviation", "until"),  # of a clean norm of 5 where 1 is the mean: 20 deviations are strong, 5 mild, 2 none
+    [(0.2, 13), (0.8, update.EARLY), (2.0, 0)],
+)
+def test_a_strong_departure_is_corrected_to_the_end_a_mild_one_only_early(deviation, until):
+    stable = region(15, 1.0, 0.1, clean=[1.0, deviation], latents=[10.0, 100.0])
+    changed = [not torch.equal(*pair) for pair in corrections(stable, 14, [[2.0]] * 13)]
+    assert changed == [k < until for k in range(13)]
+
+
+def test_a_correction_rescales_the_clean_part_and_clamps_to_the_region():
+    mild = region(3, 1.0, 0.1, clean=[1.0, 0.8], latents=[10.0, 100.0])
+    (latents, moved), *_ = corrections(mild, 2, [[2.0]])
+    change = torch.zeros_like(moved)
+    change[:, 1, 0, 0] = 0.5 * (1.0 - 5.0)
+    torch.testing.assert_close(moved, latents + change)
+    strong = region(3, 1.0, 0.1, clean=[1.0, 0.2], latents=[20.0, 1.0])
+    (latents, moved), *_ = corrections(strong, 2, [[2.0]])
+    before = latents.clone()
+    before[:, 0, 0, 1] = 0
+    update_ = latents + change - before
+    update_ *= (1.0 + update.WIDTH * 0.1) / update.lengths(update_)
+    torch.testing.assert_close(moved, (before + update_) * (20.0 - update.WIDTH) / update.lengths(before + update_))
+
+
+def test_one_sample_outside_the_region_leaves_the_others_alone():
+    stable = region(4, 1.0, 0.1, latents=[10.0, 1.0], clean=[1.0, 0.2])
+    together = list(corrections(stable, 3, [[2.0, 1.0], [2.0, 1.1], [1.0, 1.0]]))
+    alone = list(corrections(stable, 3, [[2.0], [2.0], [1.0]]))
+    for (latents, both), (_, first) in zip(together, alone, strict=True):
+        assert torch.equal(both[1], latents[1]) and torch.equal(both[0], first[0])
+    assert not torch.equal(alone[0][0], alone[0][1]) and torch.equal(*alone[2])
+
+
+def test_a_region_or_scheduler_that_does_not_fit_is_named(pipe):
+    with pytest.raises(ValueError, match="stable is measured over 50 steps, but the sampler takes 4"):
+        method_table(PRESETS["tiny"])["update-norm"].sample(Sampler.from_pipeline(pipe, "dpmsolver++"), [GENERAL], [0], 4)
+    with pytest.raises(ValueError, match="unit variance, got EulerDiscreteScheduler"):
+        update.method(7.5, region(4, 1.0, 1.0)).sample(Sampler.from_pipeline(pipe, "euler"), [GENERAL], [0], 4)
+    assert "update-norm" not in method_table(replace(PRESETS["tiny"], stable=None))
+    sampler = Sampler.from_pipeline(pipe, DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="sample"))
+    with pytest.raises(ValueError, match="epsilon or v_prediction, got 'sample'"):
+        update.method(7.5, region(4, 1.0, 1.0)).sample(sampler, [GENERAL], [0], 4)
+
+
+def test_a_region_is_measured_along_the_trajectories_of_diffusers(pipe):
+    sampler = Sampler.from_pipeline(pipe, "ddim")
+    moved, latents, clean = update.measured(sampler, [MEMORIZED, GENERAL], [3, 4], 5, 7.5)
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    seen = [sampler.noise([torch.Generator().manual_seed(seed) for seed in (3, 4)], 64, 64)]
+
+    def keep(pipe, k, t, given):
+        seen.append(given["latents"].clone())
+        return given
+
+    again = StableDiffusionPipeline(**{**pipe.components, "scheduler": sampler.scheduler}, requires_safety_checker=False)
+    again([MEMORIZED, GENERAL], num_inference_steps=5, generator=generators, output_type="latent", callback_on_step_end=keep)
+    path = torch.stack(seen)
+    torch.testing.assert_close(latents, path[1:-1].flatten(2).norm(dim=2), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(moved, path.diff(dim=0)[:-1].flatten(2).norm(dim=2), rtol=1e-3, atol=1e-3)
+    assert clean.shape == (4, 2) and clean.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_clean_latents_are_those_of_the_scheduler(kind):
+    scheduler = DDIMScheduler(prediction_type=kind, clip_sample=False)
+    scheduler.set_timesteps(10)
+    latents, guided = torch.randn(2, 1, 4, 8, 8)
+    expected = scheduler.step(guided, 500, latents).pred_original_sample
+    alpha = scheduler.alphas_cumprod[500].sqrt().item()
+    torch.testing.assert_close(update.denoised(latents, guided, alpha, kind), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_ordinary_is_written_as_the_scenario_reads_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(ordinary, "PRESETS", {"tiny": TINY})
+    found = json.loads(json.dumps(ordinary.ordinary("float32", 2)))
+    assert len(found["gap"]) == 4 and min(found["gap"]) > 0
+    scenario = replace(TINY, ordinary=tuple(found["gap"]), stable=found["stable"])
+    out = method_table(scenario)["update-norm"].sample(
+        Sampler.from_pretrained(Sampler.model_path("tiny"), "cpu"), [GENERAL], [0], 4
+    )
+    assert len(out.images) == 1
