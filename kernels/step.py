@@ -6,8 +6,7 @@
     history' = p * latents + q * guided
     the network's next input = input_scale * latents', for both branches, and its next timestep
 
-Samples of one batch may have different guidance and stand at different steps: everything is gathered from each sample's own row
-of the table, on the device, and nothing is read back by the host. `definition` says the same without a device.
+Samples of one batch may have different guidance and stand at different steps: all is gathered from each sample's own row.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from . import arguments
 from .kernels.rules import columns_of, options_of
 from .kernels.table import Column
 
@@ -28,19 +29,6 @@ SHAPES: dict[str, Callable[[float], float]] = {
     "v_shape": lambda u: 1 - u if u > 0.5 else u,
     "a_shape": lambda u: 1 - u if u < 0.5 else u,
 }
-
-
-def _finite(name: str, value: float) -> float:
-    """`value` as a float, or a ValueError that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    return float(value)
-
-
-def _whole(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return value
 
 
 class Leaving(NamedTuple):
@@ -78,7 +66,7 @@ class At:
     timestep: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "timestep", _finite("timestep", self.timestep))
+        object.__setattr__(self, "timestep", arguments.finite("timestep", self.timestep))
 
     def leaving(self, levels: Sequence[float]) -> list[Leaving]:
         """What makes a sample leave at each step, by the steps' timesteps in 0..1000."""
@@ -107,10 +95,10 @@ class FirstMinimum:
     drop: float = 0.0
 
     def __post_init__(self) -> None:
-        _whole("earliest", self.earliest, 2)
+        arguments.at_least("earliest", self.earliest, 2)
         if self.latest is not None:
-            _whole("latest", self.latest, self.earliest)
-        object.__setattr__(self, "drop", _finite("drop", self.drop))
+            arguments.at_least("latest", self.latest, self.earliest)
+        object.__setattr__(self, "drop", arguments.finite("drop", self.drop))
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop must be at least 0 and below 1, got {self.drop:g}")
 
@@ -144,13 +132,13 @@ class Settled:
     latest: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ordinary", tuple(_finite("ordinary", gap) for gap in self.ordinary))
-        object.__setattr__(self, "factor", _finite("factor", self.factor))
+        object.__setattr__(self, "ordinary", tuple(arguments.finite("ordinary", gap) for gap in self.ordinary))
+        object.__setattr__(self, "factor", arguments.finite("factor", self.factor))
         if self.factor <= 0:
             raise ValueError(f"factor must be above 0, got {self.factor:g}")
-        _whole("wait", self.wait, 0)
+        arguments.at_least("wait", self.wait, 0)
         if self.latest is not None:
-            _whole("latest", self.latest, self.wait)
+            arguments.at_least("latest", self.latest, self.wait)
 
     def leaving(self, levels: Sequence[float]) -> list[Leaving]:
         """What makes a sample leave at each step. Raises ValueError if `ordinary` has another number of steps."""
@@ -176,11 +164,11 @@ class Fallen:
     latest: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "share", _finite("share", self.share))
+        object.__setattr__(self, "share", arguments.finite("share", self.share))
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, got {self.share:g}")
         if self.latest is not None:
-            _whole("latest", self.latest, 1)
+            arguments.at_least("latest", self.latest, 1)
 
     def leaving(self, levels: Sequence[float]) -> list[Leaving]:
         """What makes a sample leave at each step."""
@@ -203,8 +191,8 @@ class Watch:
     steps: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "threshold", _finite("threshold", self.threshold))
-        _whole("steps", self.steps, 1)
+        object.__setattr__(self, "threshold", arguments.finite("threshold", self.threshold))
+        arguments.at_least("steps", self.steps, 1)
 
 
 @dataclass(frozen=True)
@@ -235,17 +223,17 @@ class Guidance:
     options: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scale", _finite("scale", self.scale))
-        object.__setattr__(self, "before", _finite("before", self.before))
+        object.__setattr__(self, "scale", arguments.finite("scale", self.scale))
+        object.__setattr__(self, "before", arguments.finite("before", self.before))
         if self.until is not None and not isinstance(self.until, Rule):
             raise ValueError(f"until must be one of {', '.join(f'{name}(...)' for name in RULES)}, got {self.until!r}")
         if isinstance(self.shape, str):
             if self.shape not in SHAPES:
                 raise ValueError(f"shape must be one of {', '.join(SHAPES)}, or a factor for each step; got {self.shape!r}")
         else:
-            object.__setattr__(self, "shape", tuple(_finite("shape", factor) for factor in self.shape))
+            object.__setattr__(self, "shape", tuple(arguments.finite("shape", factor) for factor in self.shape))
         if self.interval is not None:
-            interval = tuple(_finite("interval", timestep) for timestep in self.interval)
+            interval = tuple(arguments.finite("interval", timestep) for timestep in self.interval)
             if len(interval) != 2 or interval[0] > interval[1]:
                 raise ValueError(f"interval must be two timesteps (low, high), got {self.interval!r}")
             object.__setattr__(self, "interval", interval)
@@ -271,7 +259,7 @@ class Guidance:
     @classmethod
     def opposite(cls, opposite_scale: float, scale: float, until: Rule, **given: Any) -> Guidance:
         """The weight -opposite_scale, constant, until the transition, `scale` from there on."""
-        if _finite("opposite_scale", opposite_scale) <= 0:
+        if arguments.finite("opposite_scale", opposite_scale) <= 0:
             raise ValueError(f"opposite_scale must be above 0 (it is applied with a minus sign), got {opposite_scale!r}")
         return cls(scale, -float(opposite_scale), until, **_fields(given))
 

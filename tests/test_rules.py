@@ -66,6 +66,22 @@ def test_guide_is_the_definition(way, rule, case, tiled):
         check(guided, uncond, cond, weight, rule)
 
 
+def test_rules_are_diffusers_own(way):
+    """At the scale w, `rescale_noise_cfg` on plain guidance and the guider CFG-Zero*, each with its own rounding."""
+    from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    uncond, noise = torch.randn((2, 3, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    cond, weight = uncond + 0.3 * noise, torch.tensor([7.5, 3.0, -2.0])
+    w = weight.view(-1, 1, 1, 1)
+    guided, _ = guide(uncond, cond, weight, rule="rescale", phi=0.4)
+    expected = rescale_noise_cfg(uncond + w * (cond - uncond), cond, guidance_rescale=0.4)
+    torch.testing.assert_close(guided, expected, atol=1e-4, rtol=1e-4)
+    guided, _ = guide(uncond, cond, weight, rule="cfg-zero")
+    scaled = uncond * cfg_zero_star_scale(cond.flatten(1), uncond.flatten(1)).view(-1, 1, 1, 1)
+    torch.testing.assert_close(guided, scaled + w * (cond - scaled), atol=1e-4, rtol=1e-4)
+
+
 def started(batch, dtype=torch.float32):
     rng = torch.Generator().manual_seed(batch)
     table = table_of(rng, steps=4, multistep=True)

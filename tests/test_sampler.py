@@ -5,9 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from basinescape import At, FirstMinimum, Guidance, Sampler, Settled
+from basinescape import At, Fallen, FirstMinimum, Guidance, Sampler, Settled
 from basinescape.bench.evaluation.analyze import transition
-from basinescape.guidance import Fallen
 from basinescape.schedulers import make_scheduler
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from rounding import LEEWAY, NEAR, assert_same_but_for_rounding, spread
