@@ -73,6 +73,11 @@ def share(name: str, given: float) -> float:
     return given
 
 
+def line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def device(given: str | torch.device | None) -> torch.device:
     """A device there is; by default a GPU if there is one."""
     if given is None:

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from . import arguments
 from .folder import Journal, intact, open_folder, save_image, settings_of, sha256
 from .guidance import Guidance
 from .loop import Plan
@@ -75,8 +76,7 @@ def generate(
 
     Raises ValueError, before any sampling, for bad settings and for a folder that holds something else.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+    batch_size = arguments.at_least_one("batch_size", batch_size)
     if len({job.id.casefold() for job in jobs}) < len(jobs):
         raise ValueError("jobs must have ids that differ, in more than upper and lower case")
     Plan.make(sampler.solver(steps), guidance, torch.device("cpu"))  # raises for a table of another length

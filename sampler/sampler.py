@@ -105,7 +105,7 @@ class Sampler:
 
         compile: compile the UNet with torch.compile, channels-last, when it is first used (it takes a while).
         capture: record each step, network and all, as a CUDA graph and replay it; see `close`.
-        With either, the UNet also runs as `Lean` has it, and what is loaded into it afterwards may not be seen.
+        With either, the UNet also runs as `Lean` has it. What is changed in the pipeline afterwards is seen at the next call.
 
         Raises ValueError for a pipeline, scheduler or attention backend that is not supported.
         """
@@ -214,7 +214,8 @@ class Sampler:
             if latents is not None and tuple(latents.shape) != shape:
                 raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
             solver = self.solver(Schedule(steps, timesteps, sigmas, eta, denoising_end))
-            linear = solver.coefficients is not None and not arguments.share("guidance_rescale", guidance_rescale)
+            rescaled = arguments.share("guidance_rescale", guidance_rescale) > 0
+            linear = solver.coefficients is not None and not rescaled
             if list(callback_on_step_end_tensor_inputs) != ["latents"]:
                 raise ValueError(
                     f"callback_on_step_end_tensor_inputs must be ['latents'], got {callback_on_step_end_tensor_inputs!r}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -61,7 +62,7 @@ def make_scheduler(choice: str | SchedulerMixin | None, current: SchedulerMixin)
         try:
             made = getattr(diffusers, name).from_config(current.config, **overrides)
         except ImportError as error:  # diffusers' stand-in for a class whose package is missing
-            raise ImportError(f"scheduler {choice!r} needs a package that is not installed: {_line(error)}") from error
+            raise ImportError(f"scheduler {choice!r} needs a package that is not installed: {arguments.line(error)}") from error
         if family(made) != family(current):
             raise ValueError(
                 f"scheduler {choice!r} is of the {family(made)} formulation, and the model's own {type(current).__name__} of "
@@ -161,7 +162,7 @@ def prepared(scheduler: SchedulerMixin, schedule: Schedule, device: torch.device
     try:
         retrieve_timesteps(scheduler, schedule.steps, device, timesteps, sigmas)
     except Exception as error:  # whatever a scheduler raises
-        raise ValueError(f"scheduler {type(scheduler).__name__} cannot take {schedule}: {_line(error)}") from error
+        raise ValueError(f"scheduler {type(scheduler).__name__} cannot take {schedule}: {arguments.line(error)}") from error
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     if hasattr(scheduler, "is_scale_input_called"):
@@ -169,20 +170,21 @@ def prepared(scheduler: SchedulerMixin, schedule: Schedule, device: torch.device
     return scheduler
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def scale_model_input(scheduler: SchedulerMixin, latents: Tensor, timestep: Tensor) -> Tensor:
     """The network's input; flow-matching schedulers do not scale."""
     return scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
+
+
+@functools.cache
+def _step_parameters(scheduler: type[SchedulerMixin]) -> frozenset[str]:
+    return frozenset(inspect.signature(scheduler.step).parameters)
 
 
 def own_step(
     scheduler: SchedulerMixin, guided: Tensor, timestep: Tensor, latents: Tensor, generators: list[torch.Generator], eta: float
 ) -> Tensor:
     """The scheduler's own step, handed what diffusers' pipelines hand to it; its noise comes from the samples' generators."""
-    takes = inspect.signature(scheduler.step).parameters
+    takes = _step_parameters(type(scheduler))
     given: Mapping[str, Any] = {"eta": eta, "generator": generators}
     if getattr(scheduler, "noise_sampler", 0) is None:  # a Brownian path for each sample, seeded as the sample is
         scheduler.noise_sampler_seed = [generator.initial_seed() for generator in generators]

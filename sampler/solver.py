@@ -18,6 +18,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from . import arguments
 from .schedulers import Schedule, levels, own_step, prepared, scale_model_input, step_of_calls
 
 
@@ -57,7 +58,7 @@ class Solver:
                 repeats = linear or torch.equal(_trajectory(scheduler, schedule, 1), _trajectory(scheduler, schedule, 2))
             except Exception as error:  # whatever a scheduler raises
                 name = type(scheduler).__name__
-                raise ValueError(f"scheduler {name} cannot take {schedule}: {' '.join(str(error).split())}") from error
+                raise ValueError(f"scheduler {name} cannot take {schedule}: {arguments.line(error)}") from error
         if not repeats:
             raise ValueError(
                 f"scheduler {type(scheduler).__name__} draws noise that no seed decides (config {dict(scheduler.config)}): "

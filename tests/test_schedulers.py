@@ -211,6 +211,11 @@ def test_bad_options_are_named(pipe, options):
         sample(pipe, None, **options)
 
 
+def test_a_bad_option_is_named_where_the_scheduler_takes_its_own_steps_too(pipe):
+    with pytest.raises(ValueError, match="guidance_rescale"):
+        sample(pipe, scheduler_of(pipe, "UniPCMultistep"), steps=3, guidance_rescale=-1)
+
+
 def test_a_scheduler_that_cannot_take_so_many_steps_says_so(pipe):
     with pytest.raises(ValueError, match="DDIMScheduler cannot take 1000 steps"):
         sample(pipe, pipe.scheduler, steps=1000)

@@ -13,6 +13,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from packaging.version import Version
 from safetensors import safe_open
 
+from ..arguments import line
+
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 # What goes to diffusers' loader beside the pipeline's own parts.
 OPTIONS = frozenset(
@@ -67,8 +69,7 @@ def _loaded(source: str, loader: Any) -> DiffusionPipeline:
     except ImportError:  # a package that is missing says so best itself
         raise
     except Exception as error:  # the loaders raise whatever they meet
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"model {source!r} cannot be loaded: {why}") from error
+        raise ValueError(f"model {source!r} cannot be loaded: {line(error)}") from error
 
 
 def _is_path(given: str | Path) -> bool:
