@@ -2,7 +2,8 @@
 
 u, c: the unconditional and conditional predictions; w: the guidance weight; x: the latents; d_k: the noise gap of step k.
 
-    guided = u + w (c - u)               classifier-free guidance (Ho & Salimans, https://arxiv.org/abs/2207.12598)
+    guided = u + w (c - u)               classifier-free guidance (Ho & Salimans, https://arxiv.org/abs/2207.12598), or as one
+                                         of `RULES` has it; at w = 0 it is u, at w = 1 c under every rule
     d_k    = || c - u ||_2               the statistic of the basin (Jain et al., CVPR 2025, https://arxiv.org/abs/2411.16738)
     w      = AFTER from the transition on, BEFORE until then
     x'     = A x + B guided + h          a solver that is linear in what it has; h is what it keeps from one call to the next
@@ -17,6 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from .table import Column
@@ -27,9 +29,62 @@ def noise_gap(uncond: Tensor, cond: Tensor) -> float:
     return (cond.double() - uncond.double()).norm().item()
 
 
-def guided(uncond: Tensor, cond: Tensor, weight: float) -> Tensor:
+def cfg(u: Tensor, c: Tensor, w: float, *_: float) -> Tensor:
     """u + w (c - u)."""
-    return uncond.double() + weight * (cond.double() - uncond.double())
+    return u + w * (c - u)
+
+
+def rescale(u: Tensor, c: Tensor, w: float, phi: float, *_: float) -> Tensor:
+    """Towards the deviation of c, by the share phi (Lin et al., https://arxiv.org/abs/2305.08891, section 3.4)."""
+    g = cfg(u, c, w)
+    return (phi * c.std() / g.std() + 1 - phi) * g
+
+
+def cfg_zero(u: Tensor, c: Tensor, w: float, *_: float) -> Tensor:
+    """From the part of c along u (CFG-Zero*, Fan et al., https://arxiv.org/abs/2503.18886, section 4.1)."""
+    return cfg((u * c).sum() / ((u * u).sum() + 1e-8) * u, c, w)
+
+
+def apg(u: Tensor, c: Tensor, w: float, eta: float, norm_threshold: float) -> Tensor:
+    """The difference cut to a norm, its part along c scaled (Sadat et al., https://arxiv.org/abs/2410.02416)."""
+    d = c - u
+    d = d * min(1.0, norm_threshold / d.norm().item()) if norm_threshold else d
+    along = (d * c).sum() / (c * c).sum() * c
+    return u + w * (d + (eta - 1) * along)
+
+
+def tcfg(u: Tensor, c: Tensor, w: float, *_: float) -> Tensor:
+    """From the part of u along the main direction of both (Kwon et al., https://arxiv.org/abs/2503.18137)."""
+    main = torch.linalg.svd(torch.stack([c.flatten(), u.flatten()]), full_matrices=False).Vh[0].view(u.shape)
+    return cfg((u * main).sum() * main, c, w)
+
+
+def mambo_g(u: Tensor, c: Tensor, w: float, alpha: float, *_: float) -> Tensor:
+    """With a weight that falls to 1 as the difference grows (MAMBO-G, https://arxiv.org/abs/2508.03442)."""
+    return cfg(u, c, 1 + (w - 1) * torch.exp(-alpha * (c - u).norm() / u.norm()))
+
+
+def norm_cap(u: Tensor, c: Tensor, w: float, kappa: float, *_: float) -> Tensor:
+    """No longer than kappa times c."""
+    g = cfg(u, c, w)
+    return (kappa * c.norm() / g.norm()).clamp(max=1) * g
+
+
+RULES = {
+    "cfg": cfg,
+    "rescale": rescale,
+    "cfg-zero": cfg_zero,
+    "apg": apg,
+    "tcfg": tcfg,
+    "mambo-g": mambo_g,
+    "norm-cap": norm_cap,
+}
+
+
+def guided(uncond: Tensor, cond: Tensor, weight: float, rule: str = "cfg", options: Sequence[float] = ()) -> Tensor:
+    """The guided prediction of one sample under a rule and its options."""
+    rule = "cfg" if weight in (0, 1) else rule
+    return RULES[rule](uncond.double(), cond.double(), weight, *options)
 
 
 def is_minimum(before, last, gap):
@@ -37,20 +92,21 @@ def is_minimum(before, last, gap):
     return (before > last) & (last < gap)
 
 
-def leaves(gap: float, earlier: Sequence[float], keep: float, limit: float) -> bool:
+def leaves(gap: float, earlier: Sequence[float], keep: float, limit: float, fall: float) -> bool:
     """Whether a sample leaves its basin at the step k with this gap d_k, NaN where none was computed.
 
-    earlier: d_0 ... d_(k-1). A first minimum counts if it is deep enough, d_(k-1) <= keep * max(d_0 ... d_(k-1)).
+    earlier: d_0 ... d_(k-1). A first minimum counts if it is deep enough, d_(k-1) <= keep * max(d_0 ... d_(k-1)); a gap has
+    fallen if d_k < fall * max(d_0 ... d_(k-1)).
     """
-    minimum = len(earlier) >= 2 and is_minimum(earlier[-2], earlier[-1], gap)
-    deep = minimum and earlier[-1] <= keep * max(d for d in earlier if not math.isnan(d))
-    return deep or gap <= limit or limit == math.inf
+    peak = max((d for d in earlier if not math.isnan(d)), default=math.nan)
+    minimum = len(earlier) >= 2 and is_minimum(earlier[-2], earlier[-1], gap) and earlier[-1] <= keep * peak
+    return minimum or gap < fall * peak or gap <= limit or limit == math.inf
 
 
-def transition(gaps: Sequence[float], rules: Sequence[tuple[float, float, float]]) -> int:
-    """The transition in a whole curve d_0 ... d_(K-1) under (KEEP, LIMIT, WAIT) of each step; -1 for none within it."""
-    for k, (gap, (keep, limit, wait)) in enumerate(zip(gaps, rules, strict=True)):
-        if leaves(gap, gaps[:k], keep, limit):
+def transition(gaps: Sequence[float], rules: Sequence[tuple[float, float, float, float]]) -> int:
+    """The transition in a whole curve d_0 ... d_(K-1) under (KEEP, LIMIT, FALL, WAIT) of each step; -1 for none within it."""
+    for k, (gap, (keep, limit, fall, wait)) in enumerate(zip(gaps, rules, strict=True)):
+        if leaves(gap, gaps[:k], keep, limit, fall):
             return k + int(wait) if k + wait < len(gaps) else -1
     return -1
 
@@ -67,25 +123,26 @@ class Sample:
     history: Tensor | float = 0.0
 
 
-def look(sample: Sample, uncond: Tensor, cond: Tensor | None, table: Tensor) -> tuple[Sample, Tensor]:
+def look(sample: Sample, uncond: Tensor, cond: Tensor | None, table: Tensor, rule: str = "cfg") -> tuple[Sample, Tensor]:
     """(the sample, its gap and transition noted; its guided prediction). Without `cond`, `uncond` is that, and has no gap."""
     row = table[sample.row].double().tolist()
     k, left, gaps = int(row[Column.STEP]), sample.transition, sample.gaps
     gap = math.nan if cond is None else noise_gap(uncond, cond)
-    if left < 0 and leaves(gap, gaps[:k], row[Column.KEEP], row[Column.LIMIT]):
+    if left < 0 and leaves(gap, gaps[:k], *row[Column.KEEP : Column.WAIT]):
         left = k + int(row[Column.WAIT])
     if row[Column.FIRST] and cond is not None:
         gaps = (*gaps[:k], gap, *gaps[k + 1 :])
     weight = row[Column.AFTER if 0 <= left <= k else Column.BEFORE]
-    prediction = uncond.double() if cond is None else guided(uncond, cond, weight)
+    options = row[Column.FIRST_OPTION :]
+    prediction = uncond.double() if cond is None else guided(uncond, cond, weight, rule, options)
     return replace(sample, gaps=gaps, transition=left), prediction
 
 
-def step(sample: Sample, uncond: Tensor, cond: Tensor | None, table: Tensor) -> Sample:
+def step(sample: Sample, uncond: Tensor, cond: Tensor | None, table: Tensor, rule: str = "cfg") -> Sample:
     """One call of the network further; a sample that is done stays as it is."""
     if sample.row > sample.last:
         return sample
     a, b, p, q = table[sample.row, Column.A : Column.Q + 1].double().tolist()
-    sample, g = look(sample, uncond, cond, table)
+    sample, g = look(sample, uncond, cond, table, rule)
     x = sample.latents.double()
     return replace(sample, latents=a * x + b * g + sample.history, history=p * x + q * g, row=sample.row + 1)

@@ -7,21 +7,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .guide import norms
 from .operands import in_memory_order
-from .rules import guided_prediction_eager, leaves_eager
+from .rules import RULES, GuidanceRule, combined_eager, guided_prediction_eager, leaves_eager
 from .state import State, per_sample
+from .sums import norms, sample_sums
 from .table import Column
 
 
-def eager_step(uncond: Tensor, cond: Tensor | None, table: Tensor, guided: Tensor | None, state: State) -> None:
+def eager_step(
+    uncond: Tensor, cond: Tensor | None, table: Tensor, guided: Tensor | None, state: State, rule: str = "cfg"
+) -> None:
     """`step`, or, where `guided` is given, `guide_step`. The same operators whatever the values, and none of them read."""
     way, part = state.transition, Part.of(state, slice(None))
     rows, going = way.rows(table), way.row <= way.last
     here, k = rows.unbind(1), rows[:, Column.STEP].long()
     gap = torch.full_like(way.peak, torch.nan) if cond is None else part.differ(uncond, cond)
     before, last = way.gaps.gather(1, (k[:, None] + torch.arange(-2, 0, device=k.device)).clamp_(min=0)).unbind(1)
-    leaves = leaves_eager(gap, before, last, way.peak, here[Column.KEEP], here[Column.LIMIT]) & (way.at < 0) & going
+    leaves = leaves_eager(gap, before, last, way.peak, *here[Column.KEEP : Column.WAIT]) & (way.at < 0) & going
     torch.where(leaves, k + here[Column.WAIT].long(), way.at, out=way.at)
     prediction = uncond
     if cond is not None:
@@ -29,7 +31,7 @@ def eager_step(uncond: Tensor, cond: Tensor | None, table: Tensor, guided: Tenso
         way.gaps.scatter_(1, k[:, None], torch.where(counts, gap, way.gaps.gather(1, k[:, None])[:, 0])[:, None])
         torch.where(counts, torch.fmax(way.peak, gap), way.peak, out=way.peak)
         weight = torch.where((way.at >= 0) & (way.at <= k), here[Column.AFTER], here[Column.BEFORE])
-        prediction = part.guide(uncond, per_sample(weight, uncond))
+        prediction = part.guide(uncond, weight, RULES[rule], gap, *here[Column.FIRST_OPTION :])
     if guided is not None:
         guided.copy_(prediction)
         return
@@ -67,9 +69,17 @@ class Part:
         torch.sub(cond, _wide(uncond, self.following), out=self.difference)
         return norms(self.flat, out)
 
-    def guide(self, uncond: Tensor, weight: float | Tensor) -> Tensor:
-        """The guided prediction from the difference that was kept, in its place."""
-        return guided_prediction_eager(_wide(uncond, self.following), self.difference, weight, out=self.difference)
+    def guide(
+        self, uncond: Tensor, weight: float | Tensor, rule: GuidanceRule | None, gap: Tensor, *options: float | Tensor
+    ) -> Tensor:
+        """The guided prediction from the difference that was kept, in its place; numbers, or one a sample."""
+        wide, difference = _wide(uncond, self.following), self.difference
+        if rule is None:
+            weight = per_sample(weight, wide) if isinstance(weight, Tensor) else weight
+            return guided_prediction_eager(wide, difference, weight, out=difference)
+        weight, *options = (value if isinstance(value, Tensor) else torch.full_like(gap, value) for value in (weight, *options))
+        a, b = combined_eager(rule, weight, sample_sums(wide, difference), gap, self.flat.shape[1], *options)
+        return difference.mul_(per_sample(b, wide)).addcmul_(wide, per_sample(a, wide))
 
     def solve(self, guided: Tensor, a: float | Tensor, b: float | Tensor, p: float | Tensor, q: float | Tensor) -> None:
         """The solver: x' = a x + b guided + history, history' = p x + q guided."""

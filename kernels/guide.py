@@ -6,7 +6,7 @@ gap    = || cond - uncond ||_2            basin-escape statistic (Jain et al., C
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
 
@@ -21,8 +21,18 @@ from .operands import (
     sample_size,
     sample_stride,
 )
-from .rules import guided_prediction, guided_prediction_eager
-from .tiles import OPTIONS, TILES, arrive, norm_of
+from .rules import (
+    RULES,
+    GuidanceRule,
+    columns_of,
+    combined,
+    combined_eager,
+    guided_prediction,
+    guided_prediction_eager,
+    options_of,
+)
+from .sums import empty_sums, keep_sums, known_sums, met_sums, norms, sample_sums, sums_of
+from .tiles import OPTIONS, SUMS, TILES, arrive, norm_of
 
 
 @jit
@@ -32,14 +42,19 @@ def guide_kernel(
     weight,  # float, or pointer to one number a sample
     guided,  # None: the noise gap alone
     gap,
-    partials,  # (B, tiles) float32; None where one program holds a whole sample
+    sums,  # (SUMS - 1, B) float32 for a rule of several tiles, computed with the gap and read with both; or None
+    partials,  # (SUMS, B, tiles) float32; None where one program holds a whole sample, or all is computed
     arrivals,  # (B,) int32, zero between launches
+    first,  # options of the rule
+    second,
+    batch,
     size,
     tiles,
     uncond_stride,
     cond_stride,
     weight_stride,  # None for a float
     guided_stride,
+    RULE: tl.constexpr,  # a guidance rule's device function; None: cfg
     BLOCK: tl.constexpr,
 ):
     sample = (tl.program_id(0) // tiles).to(tl.int64)
@@ -52,14 +67,30 @@ def guide_kernel(
     difference = c - u
     if guided is not None:
         w = tl.cast(weight if weight_stride is None else tl.load(weight + sample * weight_stride), tl.float32)
-        g = guided_prediction(u, difference, w)
+        if RULE is None:
+            g = guided_prediction(u, difference, w)
+        else:
+            if sums is None:
+                distance, own = tl.sqrt_rn(tl.sum(difference * difference)), sums_of(u, difference)
+            else:
+                distance, own = tl.load(gap + sample), known_sums(sums, sample, batch)
+            a, b = combined(RULE, w, own, distance, size, first, second)
+            g = a * u + b * difference
         tl.store(guided + sample * guided_stride + start + lanes, g, mask=mask)
-    squares = tl.sum(difference * difference)
-    if partials is None:
-        tl.store(gap + sample, tl.sqrt_rn(squares))
-    elif arrive(partials, arrivals, squares, sample, tile, tiles) == tiles - 1:
-        tl.store(gap + sample, norm_of(partials, sample, tiles))
-        tl.store(arrivals + sample, 0)  # ready for the next launch
+    if guided is None or sums is None:
+        squares = tl.sum(difference * difference)
+        if partials is None:
+            tl.store(gap + sample, tl.sqrt_rn(squares))
+        else:
+            if sums is not None:
+                keep_sums(partials, sums_of(u, difference), sample, tile, batch, tiles)
+            if arrive(partials, arrivals, squares, sample, tile, tiles) == tiles - 1:
+                tl.store(gap + sample, norm_of(partials, sample, tiles))
+                if sums is not None:
+                    met = met_sums(partials, sample, batch, tiles)
+                    for i in tl.static_range(4):
+                        tl.store(sums + i * batch + sample, met[i])
+                tl.store(arrivals + sample, 0)  # ready for the next launch
 
 
 _arrivals: dict[tuple[int, int], torch.Tensor] = {}
@@ -86,15 +117,22 @@ def launch_guide(
     weight: float | torch.Tensor,
     guided: torch.Tensor | None,
     gap: torch.Tensor,
+    rule: GuidanceRule | None = None,
+    options: tuple[float, float] = (0.0, 0.0),
+    sums: torch.Tensor | None = None,
 ) -> None:
+    """Without `guided` the gap, and `sums` where a tensor is given. A rule takes two launches over tiles."""
     batch, size = len(uncond), sample_size(uncond)
     if batch == 0:
         return
     block, warps, tiles = TILES.of(size)
     with torch.cuda.device_of(uncond):
         partials = arrivals = None
-        if tiles > 1:
-            partials = torch.empty(batch * tiles, dtype=torch.float32, device=uncond.device)
+        if rule is not None and tiles > 1:
+            sums = empty_sums(uncond)
+            launch_guide(uncond, cond, 0.0, None, gap, sums=sums)
+        elif tiles > 1:
+            partials = torch.empty(SUMS * batch * tiles, dtype=torch.float32, device=uncond.device)
             arrivals = _arrival_counters(batch, uncond.device)
         launch(
             guide_kernel,
@@ -104,45 +142,44 @@ def launch_guide(
             weight,
             guided,
             gap,
+            sums,
             partials,
             arrivals,
+            *options,
+            batch,
             size,
             tiles,
             sample_stride(uncond),
             sample_stride(cond),
             weight.stride(0) if isinstance(weight, torch.Tensor) else None,
             0 if guided is None else sample_stride(guided),
+            RULE=None if rule is None else rule.device,
             BLOCK=block,
             num_warps=warps,
             **OPTIONS,
         )
 
 
-PART = 256  # elements whose squares are added first: rounding does not grow with the size of a sample
-
-
-def norms(samples: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The 2-norm of each row of (B, n), (B,); a row's bits are the same in every batch."""
-    size = samples.shape[1]
-    part = math.gcd(size, PART)
-    if size <= PART:
-        return torch.linalg.vector_norm(samples, dim=1, out=out)
-    if part < 16:  # a reduction a sample: nothing promises that a batched one adds a long row in one order
-        alone = [torch.linalg.vector_norm(sample, dim=0, keepdim=True) for sample in samples]
-        return torch.cat([samples.new_empty(0), *alone], out=out)
-    return norms(torch.linalg.vector_norm(samples.view(len(samples), size // part, part), dim=2), out)
-
-
 def guide_eager(
-    uncond: torch.Tensor, cond: torch.Tensor, weight: float | torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None
+    uncond: torch.Tensor,
+    cond: torch.Tensor,
+    weight: float | torch.Tensor,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rule: GuidanceRule | None = None,
+    options: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`guide` in PyTorch operators. Takes float64 too, and then computes and returns the gap in float64."""
     wide = uncond.to(torch.promote_types(uncond.dtype, torch.float32))
     guided, gap = out or (torch.empty_like(uncond), wide.new_empty(len(uncond)))
     difference = cond - wide
     norms(in_memory_order(difference), gap)
+    each = -1, *[1] * (uncond.ndim - 1)
+    if rule is not None:
+        weight, *options = (torch.as_tensor(value).to(gap).expand(len(gap)) for value in (weight, *options))
+        a, b = combined_eager(rule, weight, sample_sums(wide, difference), gap, sample_size(uncond), *options)
+        return guided.copy_(a.view(each) * wide + b.view(each) * difference), gap
     if isinstance(weight, torch.Tensor):
-        weight = weight.to(wide.dtype).view(-1, *[1] * (uncond.ndim - 1))
+        weight = weight.to(wide.dtype).view(each)
     return guided_prediction_eager(wide, difference, weight, out=guided), gap
 
 
@@ -155,12 +192,13 @@ def noise_gap_eager(uncond: torch.Tensor, cond: torch.Tensor, out: torch.Tensor 
 # As an operator it survives torch.compile and export whole. Without `guided` it is `noise_gap`.
 torch.library.define(
     "basinescape::guide",
-    "(Tensor uncond, Tensor cond, Tensor? weights, float scale, Tensor(a!)? guided, Tensor(b!) gap) -> ()",
+    "(Tensor uncond, Tensor cond, Tensor? weights, float scale, Tensor(a!)? guided, Tensor(b!) gap, *, "
+    "str rule='cfg', float[] options=[0.0, 0.0]) -> ()",
 )
 
 
 @torch.library.register_fake("basinescape::guide")
-def _(*operands: object) -> None:
+def _(*operands: object, **named: object) -> None:
     """All results are written in place."""
 
 
@@ -171,14 +209,16 @@ def _guide(
     scale: float,
     guided: torch.Tensor | None,
     gap: torch.Tensor,
+    rule: str = "cfg",
+    options: Sequence[float] = (0.0, 0.0),
 ) -> None:
     weight = scale if weights is None else weights
     if backend(uncond.device) != "eager":
-        launch_guide(uncond, cond, weight, guided, gap)
+        launch_guide(uncond, cond, weight, guided, gap, RULES[rule], tuple(options))
     elif guided is None:
         noise_gap_eager(uncond, cond, gap)
     else:
-        guide_eager(uncond, cond, weight, (guided, gap))
+        guide_eager(uncond, cond, weight, (guided, gap), RULES[rule], tuple(options))
 
 
 torch.library.impl("basinescape::guide", ("cpu", "cuda"), _guide)
@@ -191,8 +231,12 @@ def guide(
     weight: float | torch.Tensor,
     *,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rule: str = "cfg",
+    **options: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Guided prediction and noise gap of each sample, in one launch; see `backend` for what runs where.
+
+    Under another rule than "cfg" a sample of more than 16,384 elements takes two: its sums must be known before it is guided.
 
     Args:
         uncond, cond: (B, ...) float32, float16 or bfloat16, of one shape, dtype, device and layout. A sample must be dense
@@ -200,23 +244,26 @@ def guide(
         weight: one finite number, or a (B,) floating-point tensor, never read back; 0 gives uncond, 1 cond, negative
             numbers opposite guidance.
         out: (guided, gap) to write to. guided may be uncond or cond itself.
+        rule, options: a guidance rule of `rules.RULES` and its options; at the weights 0 and 1 each gives uncond and cond.
 
     Returns:
-        guided (B, ...): uncond + weight * (cond - uncond), computed in float32, in the inputs' dtype and layout.
+        guided (B, ...): uncond + weight * (cond - uncond), or what the rule says, computed in float32, in the inputs' dtype
+            and layout.
         gap (B,) float32: the 2-norm of cond - uncond, accumulated in float32.
         A NaN or infinity stays within its sample. No gradient flows to the inputs.
 
     Raises:
-        ValueError: an operand does not match; the message names it.
+        ValueError: an operand does not match, or the rule or an option is not known; the message names it.
     """
     check_predictions(uncond, cond)
+    columns = columns_of(options_of(rule, options))
     weight = check_weight(weight, uncond)
     if out is None:
         guided, gap = empty_guided(uncond), uncond.new_empty(len(uncond), dtype=torch.float32)
     else:
         guided, gap = check_guided(out[0], uncond), check_gap(out[1], uncond)
     weights, scale = (weight, 0.0) if isinstance(weight, torch.Tensor) else (None, weight)
-    torch.ops.basinescape.guide(uncond, cond, weights, scale, guided, gap)
+    torch.ops.basinescape.guide(uncond, cond, weights, scale, guided, gap, rule=rule, options=columns)
     return guided, gap
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .eager import Part
 from .operands import sample_size
-from .rules import leaves_eager
-from .state import State, fill_input, per_sample
+from .rules import RULES, GuidanceRule, leaves_eager
+from .state import State, fill_input
 from .table import Column
 
 GROUP = 131072  # elements a thread works on at a time, so that they stay in its cache from one operator to the next
@@ -23,15 +23,16 @@ class Lockstep:
     """`step` for a state that was just started: no gathers, and views made once. Every call takes it one row on.
 
     The bits are those of `step`. rows: (calls, B) int64 on the host, which row of the table each sample is at in each call;
-    None for the whole table. Samples may differ in their guidance; raises ValueError where they differ in anything else.
+    None for the whole table. rule: the guidance rule of all. Samples may differ in the rest of their guidance; raises
+    ValueError where they differ in anything else.
     """
 
-    def __init__(self, state: State, table: Tensor, rows: Tensor | None = None):
+    def __init__(self, state: State, table: Tensor, rows: Tensor | None = None, rule: str = "cfg"):
         self.state, self.shape, self.k = state, state.latents.x.shape, 0
         batch = self.shape[0]
         self.size = max(1, GROUP * torch.get_num_threads() // max(1, sample_size(state.latents.x)))
         slices = [slice(i, i + self.size) for i in range(0, max(1, batch), self.size)]
-        self.groups = [Group.of(state, index, _rows(table, rows, index)) for index in slices]
+        self.groups = [Group.of(state, index, _rows(table, rows, index), RULES[rule]) for index in slices]
         self.rows: list[list[float]] = (table if rows is None else table[rows[:, 0]]).tolist()
         if rows is not None and (table[rows] != table[rows[:, :1]])[..., Column.A : Column.FIRST + 1].any():
             raise ValueError("rows lead to steps of different solvers; samples in lockstep may differ in their guidance alone")
@@ -78,17 +79,18 @@ class Group:
     peak: Tensor
     gaps: Sequence[Tensor]
     rows: list[Row]
+    rule: GuidanceRule | None
     peaks: bool
     waits: bool
     own: bool = False
     latest: float = math.inf
 
     @classmethod
-    def of(cls, state: State, index: slice, rows: list[Row]) -> Group:
+    def of(cls, state: State, index: slice, rows: list[Row], rule: GuidanceRule | None) -> Group:
         way = state.transition
-        peaks = any(isinstance(row[Column.KEEP], Tensor) or row[Column.KEEP] not in (1, -math.inf) for row in rows)
-        waits = any(isinstance(row[Column.WAIT], Tensor) or row[Column.WAIT] > 0 for row in rows)
-        return cls(Part.of(state, index), way.at[index], way.peak[index], way.gaps[index].unbind(1), rows, peaks, waits)
+        peaks = any(_any(row[Column.KEEP], 1, -math.inf) or _any(row[Column.FALL], 0) for row in rows)
+        waits = any(_any(row[Column.WAIT], 0) for row in rows)
+        return cls(Part.of(state, index), way.at[index], way.peak[index], way.gaps[index].unbind(1), rows, rule, peaks, waits)
 
     def take(self, uncond: Tensor, cond: Tensor | None, row: Row, next_scale: float) -> None:
         k, part, gap = int(row[Column.STEP]), self.part, None
@@ -99,16 +101,15 @@ class Group:
         if cond is not None:
             if self.peaks and row[Column.FIRST]:
                 torch.fmax(self.peak, gap, out=self.peak)
-            weight = self._weight(k, row)
-            prediction = part.guide(uncond, per_sample(weight, uncond) if isinstance(weight, Tensor) else weight)
+            prediction = part.guide(uncond, self._weight(k, row), self.rule, gap, *row[Column.FIRST_OPTION :])
         part.solve(prediction, *row[Column.A : Column.Q + 1])
         fill_input(part.x, part.first, part.second, next_scale)
 
     def _look(self, k: int, gap: Tensor | None, row: Row) -> None:
         """Note who leaves the basin at step k."""
-        keep, limit, wait = row[Column.KEEP], row[Column.LIMIT], row[Column.WAIT]
-        one = not any(isinstance(value, Tensor) for value in (keep, limit, wait))
-        if self.latest < math.inf or (one and keep == limit == -math.inf):
+        keep, limit, fall, wait = row[Column.KEEP : Column.WAIT + 1]
+        one = not any(isinstance(value, Tensor) for value in (keep, limit, fall, wait))
+        if self.latest < math.inf or (one and keep == limit == -math.inf and not fall):
             return
         waiting = self.at < 0
         if one and limit == math.inf:
@@ -117,7 +118,7 @@ class Group:
             self.own = True
             gap = torch.full_like(self.peak, torch.nan) if gap is None else gap
             before, last = self.gaps[max(k - 2, 0)], self.gaps[max(k - 1, 0)]
-            waiting &= leaves_eager(gap, before, last, self.peak, keep if k >= 2 else -math.inf, limit)
+            waiting &= leaves_eager(gap, before, last, self.peak, keep if k >= 2 else -math.inf, limit, fall)
         if isinstance(wait, Tensor):
             torch.where(waiting, (k + wait).long(), self.at, out=self.at)
         else:
@@ -133,3 +134,8 @@ class Group:
         if self.waits:
             left &= self.at <= k
         return torch.where(left, after, before)
+
+
+def _any(value: float | Tensor, *none: float) -> bool:
+    """Whether a row asks for something: another number than these, or one a sample."""
+    return isinstance(value, Tensor) or value not in none

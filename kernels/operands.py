@@ -36,6 +36,11 @@ def same_layout(x: torch.Tensor, like: torch.Tensor) -> bool:
     return not x.numel() or _layout(x) == _layout(like)
 
 
+def arranged(prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`prediction` with the elements of a sample in the order of the state's."""
+    return prediction if same_layout(prediction, like) else torch.empty_like(like, dtype=prediction.dtype).copy_(prediction)
+
+
 def _is_dense(x: torch.Tensor) -> bool:
     expected = 1
     for stride, size in sorted(_layout(x)):

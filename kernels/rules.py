@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
+from types import FunctionType, SimpleNamespace
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -22,23 +29,161 @@ def guided_prediction_eager(uncond: Tensor, difference: Tensor, weight: float | 
 
 
 @jit
-def transition(step, left, gap, before, last, peak, keep, limit, wait):
+def transition(step, left, gap, before, last, peak, keep, limit, fall, wait):
     """The step of the transition: `left` where it is known, step + wait if the sample leaves its basin here, else -1."""
     minimum = (before > last) & (last < gap) & (last <= keep * peak)
-    leaves = minimum | (gap <= limit) | (limit == float("inf"))
+    leaves = minimum | (gap < fall * peak) | (gap <= limit) | (limit == float("inf"))
     return tl.where(leaves & (left < 0), step + wait.to(tl.int64), left)
 
 
 def leaves_eager(
-    gap: Tensor, before: Tensor, last: Tensor, peak: Tensor, keep: float | Tensor, limit: float | Tensor
+    gap: Tensor,
+    before: Tensor,
+    last: Tensor,
+    peak: Tensor,
+    keep: float | Tensor,
+    limit: float | Tensor,
+    fall: float | Tensor,
 ) -> Tensor:
     """Whether each sample leaves its basin here; of thresholds that are numbers, only what they leave open is computed."""
-    deep, near = keep != -torch.inf, limit != -torch.inf
-    found = None
-    if isinstance(keep, Tensor) or deep:
-        found = last < torch.minimum(before, gap)
-        found = found if not isinstance(keep, Tensor) and keep == 1 else found & (last <= keep * peak)
-    if isinstance(limit, Tensor) or near:
-        below = (gap <= limit) | (limit == torch.inf)
-        found = below if found is None else found | below
-    return torch.zeros_like(gap, dtype=torch.bool) if found is None else found
+    found = []
+    if isinstance(keep, Tensor) or keep != -torch.inf:
+        minimum = last < torch.minimum(before, gap)
+        found.append(minimum if not isinstance(keep, Tensor) and keep == 1 else minimum & (last <= keep * peak))
+    if isinstance(fall, Tensor) or fall:
+        found.append(gap < fall * peak)
+    if isinstance(limit, Tensor) or limit != -torch.inf:
+        found.append((gap <= limit) | (limit == torch.inf))
+    return reduce(torch.logical_or, found) if found else torch.zeros_like(gap, dtype=torch.bool)
+
+
+class Option(NamedTuple):
+    """A number of a guidance rule: what it is unless given, and between which numbers it may lie."""
+
+    default: float
+    least: float = -math.inf
+    most: float = math.inf
+
+
+def on_tensors(rule: Any) -> Callable[..., Any]:
+    """The device function `rule` for tensors: its own source, what it uses of triton.language being PyTorch's."""
+    language = SimpleNamespace(sqrt_rn=torch.sqrt, exp=torch.exp, where=torch.where)
+    return FunctionType(getattr(rule, "fn", rule).__code__, {"tl": language})
+
+
+@dataclass(frozen=True)
+class GuidanceRule:
+    """guided = a uncond + b (cond - uncond), a and b from a sample's weight and sums.
+
+    device: (weight, u, d, uu, ud, dd, size, first option, second option) -> (a, b), float32, a number each: the sums of
+            uncond u, of the difference d, and of their products; the size of a sample; the rule's options (at most two). It is
+            not asked at the weights 0 and 1, which are uncond and cond under every rule.
+    eager:  the same of (B,) tensors.
+    """
+
+    device: Any
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+    @cached_property
+    def eager(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        return on_tensors(self.device)
+
+
+@jit
+def rescale(weight, u, d, uu, ud, dd, size, phi, unused):
+    """phi std(cond) / std(guided) + 1 - phi times the guided prediction (Lin et al., arXiv 2305.08891, section 3.4)."""
+    uu, ud, dd = uu - u * u / size, ud - u * d / size, dd - d * d / size
+    ratio = (uu + 2 * ud + dd) / (uu + 2 * weight * ud + weight * weight * dd)
+    factor = phi * tl.sqrt_rn(ratio) + (1 - phi)
+    return factor, factor * weight
+
+
+@jit
+def norm_cap(weight, u, d, uu, ud, dd, size, kappa, unused):
+    """The guided prediction, shortened to at most kappa times the norm of cond."""
+    ratio = (uu + 2 * ud + dd) / (uu + 2 * weight * ud + weight * weight * dd)
+    factor = kappa * tl.sqrt_rn(ratio)
+    factor = tl.where(factor < 1, factor, 1.0)
+    return factor, factor * weight
+
+
+@jit
+def cfg_zero(weight, u, d, uu, ud, dd, size, unused, other):
+    """uncond times its optimal scale (CFG-Zero*, Fan et al., arXiv 2503.18886, section 4.1; its zeroed steps are not done)."""
+    scale = (uu + ud) / (uu + 1e-8)
+    return scale + weight * (1 - scale), weight
+
+
+@jit
+def apg(weight, u, d, uu, ud, dd, size, eta, norm_threshold):
+    """The difference shortened to norm_threshold (0: left as it is), its part along cond times eta (adaptive projected
+    guidance, Sadat et al., arXiv 2410.02416; without momentum)."""
+    factor = norm_threshold / tl.sqrt_rn(dd)
+    w = weight * tl.where((norm_threshold > 0) & (factor < 1), factor, 1.0)
+    along = w * (eta - 1) * (ud + dd) / (uu + 2 * ud + dd)
+    return 1 + along, w + along
+
+
+@jit
+def tcfg(weight, u, d, uu, ud, dd, size, unused, other):
+    """uncond without its part across the main direction of both predictions, the first eigenvector of their Gram matrix
+    (tangential damping, Kwon et al., arXiv 2503.18137)."""
+    cross, half = uu + ud, ud + dd / 2
+    root = tl.sqrt_rn(half * half + cross * cross)
+    of_cond, of_uncond = cross / root / 2, (1 - half / root) / 2
+    return weight + (1 - weight) * (of_cond + of_uncond), weight + (1 - weight) * of_cond
+
+
+@jit
+def mambo_g(weight, u, d, uu, ud, dd, size, alpha, unused):
+    """A weight that falls to 1 as the difference grows beside uncond (MAMBO-G, arXiv 2508.03442)."""
+    return weight * 0 + 1, 1 + (weight - 1) * tl.exp(-alpha * tl.sqrt_rn(dd / uu))
+
+
+RULES: dict[str, GuidanceRule | None] = {
+    "cfg": None,  # a = 1, b = weight: no sums
+    "rescale": GuidanceRule(rescale, {"phi": Option(0.7, 0, 1)}),
+    "cfg-zero": GuidanceRule(cfg_zero),
+    "apg": GuidanceRule(apg, {"eta": Option(1.0), "norm_threshold": Option(15.0, 0)}),
+    "tcfg": GuidanceRule(tcfg),
+    "mambo-g": GuidanceRule(mambo_g, {"alpha": Option(8.0, 0)}),
+    "norm-cap": GuidanceRule(norm_cap, {"kappa": Option(1.0, 0)}),
+}
+
+
+def options_of(rule: str, given: Mapping[str, float]) -> dict[str, float]:
+    """All options of a guidance rule. Raises ValueError for an unknown rule or option, or a number that is not allowed."""
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    known = RULES[rule].options if RULES[rule] else {}
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(f"rule {rule!r} has no option {name!r}; it has {', '.join(known) or 'none'}")
+        _, least, most = known[name]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or not least <= value <= most:
+            raise ValueError(f"{name} must be a finite number from {least:g} to {most:g}, got {value!r}")
+    return {name: float(given.get(name, option.default)) for name, option in known.items()}
+
+
+def columns_of(options: Mapping[str, float]) -> tuple[float, float]:
+    """The two columns that hold a rule's options."""
+    first, second, *_ = (*options.values(), 0.0, 0.0)
+    return first, second
+
+
+@jit
+def combined(rule, weight, sums, gap, size, first, second):
+    """(a, b) of a sample; 0 is uncond and 1 cond under every rule."""
+    a, b = rule(weight, sums[0], sums[1], sums[2], sums[3], gap * gap, size, first, second)
+    plain = (weight == 0) | (weight == 1)
+    return tl.where(plain, 1.0, a), tl.where(plain, weight, b)
+
+
+def combined_eager(
+    rule: GuidanceRule, weight: Tensor, sums: tuple[Tensor, ...], gap: Tensor, size: int, first: Tensor, second: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same, of (B,) tensors."""
+    a, b = rule.eager(weight, *sums, gap * gap, size, first, second)
+    plain = (weight == 0) | (weight == 1)
+    return torch.where(plain, 1.0, a), torch.where(plain, weight, b)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from .dispatch import backend
 from .operands import sample_size
 from .table import Column
-from .tiles import TILES
+from .tiles import SUMS, TILES
 
 Index = Tensor | slice  # which samples of a batch: (N,) int64, or a slice
 
@@ -22,7 +22,7 @@ class Transition:
     row, last: (B,) int64, the row it is at and its last one; past that it is done, and no step changes it.
     at:        (B,) int64, the solver step from which on its weight is the one after the transition; -1 while not known.
     gaps:      (B, steps) float32, the noise gap of each solver step, NaN where not computed; its rows may lie apart.
-    peak:      (B,) float32, the largest of them so far; kept where rows ask for it (a KEEP other than 1).
+    peak:      (B,) float32, the largest of them so far; kept where rows ask for it (a KEEP other than 1, a FALL).
     """
 
     row: Tensor
@@ -96,8 +96,8 @@ class Latents:
 
 @dataclass
 class Workspace:
-    """partials (B, tiles) float32 and arrivals (B,) int32, where the programs of one large sample meet; scratch (2, B, ...)
-    float32, for the eager step. None where the device does not need them."""
+    """partials (SUMS, B, tiles) float32 and arrivals (B,) int32, where the programs of one large sample meet; scratch
+    (2, B, ...) float32, for the eager step. None where the device does not need them."""
 
     partials: Tensor | None
     arrivals: Tensor | None
@@ -109,7 +109,7 @@ class Workspace:
         eager = backend(x.device) == "eager"
         tiles = 1 if eager else TILES.of(sample_size(x))[2]
         return cls(
-            partials=torch.empty((len(x), tiles), device=x.device) if tiles > 1 else None,
+            partials=torch.empty((SUMS, len(x), tiles), device=x.device) if tiles > 1 else None,
             arrivals=torch.zeros(len(x), dtype=torch.int32, device=x.device) if tiles > 1 else None,
             scratch=torch.empty_like(latents.model_input, dtype=torch.float32).unflatten(0, (2, len(x))) if eager else None,
         )
@@ -192,3 +192,17 @@ def fill_input(x: Tensor, first: Tensor | None, second: Tensor, scale: float | T
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """(B,) as (B, 1, ...), to be multiplied with `like` (B, ...)."""
     return values.view(-1, *[1] * (like.ndim - 1))
+
+
+# A state as an operator takes it: one buffer after another.
+_FORMS = (Transition, Latents, Workspace)
+BUFFERS = [field.name for form in _FORMS for field in fields(form)]
+
+
+def buffers_of(state: State) -> list[Tensor | None]:
+    return [buffer for part in (state.transition, state.latents, state.workspace) for buffer in vars(part).values()]
+
+
+def state_of(buffers: tuple[Tensor | None, ...]) -> State:
+    rest = iter(buffers)
+    return State(*(form(*(next(rest) for _ in fields(form))) for form in _FORMS))

@@ -1,36 +1,37 @@
 """One step after the network, in one launch: has the sample left its basin, which weight, guidance, the solver's update.
 
     gap      = || cond - uncond ||_2                        and from it whether this step is the sample's transition
-    guided   = uncond + w * (cond - uncond)                 w: the weight before or after the transition
+    guided   = uncond + w * (cond - uncond)                 w: the weight before or after the transition; or a rule of `RULES`
     latents' = a * latents + b * guided + history           the solver, linear (see `Column`)
     history' = p * latents + q * guided
     the network's next input = input_scale * latents', for both branches, and its next timestep
 
-Samples of one batch may have different guidance and stand at different steps: everything is gathered from each sample's own row
-of the table, on the device, and nothing is read back by the host. `definition` says the same without a device.
+Samples of one batch may have different guidance and stand at different steps: all is gathered from each sample's own row.
 """
 
 from __future__ import annotations
-
-from dataclasses import fields
 
 import torch
 from torch import Tensor
 
 from .dispatch import backend, jit, launch, tl
 from .eager import eager_step
-from .guide import noise_gap
-from .operands import check_predictions, same_layout, sample_size, sample_stride
-from .rules import guided_prediction, transition
-from .state import Latents, State, Transition, Workspace
+from .guide import launch_guide
+from .operands import arranged, check_predictions, sample_size, sample_stride
+from .rules import RULES, combined, guided_prediction, options_of, transition
+from .state import BUFFERS, State, buffers_of, state_of
+from .sums import added, empty_sums, keep_sums, known_sums, met_sums, sums_of
 from .table import (
     AFTER,
     BEFORE,
     COLUMNS,
+    FALL,
     FIRST,
+    FIRST_OPTION,
     INPUT_SCALE,
     KEEP,
     LIMIT,
+    SECOND_OPTION,
     STEP,
     TIMESTEP,
     WAIT,
@@ -40,39 +41,41 @@ from .table import (
     P,
     Q,
 )
-from .tiles import OPTIONS, RESIDENT, TILES, arrive, norm_of
+from .tiles import OPTIONS, RESIDENT, TILES, arrive, norm_of, parts
 
 
-def step(uncond: Tensor, cond: Tensor | None, table: Tensor, state: State, finds: bool = True) -> None:
+def step(uncond: Tensor, cond: Tensor | None, table: Tensor, state: State, finds: bool = True, rule: str = "cfg") -> None:
     """Take every sample of `state` one row on, from the network's predictions to its next input.
 
-    One launch on a GPU; two only where samples look for their transition and one sample alone is larger than the GPU's
-    registers hold (a million elements on an H100). A sample that is done stays as it is.
+    One launch on a GPU; two only where samples look for their transition, or are guided by another rule than "cfg", and one
+    sample alone is larger than the GPU's registers hold (a million elements on an H100). A sample that is done stays as it is.
 
     uncond, cond: (B, ...) float32, float16 or bfloat16, as for `guide`; cond None where `uncond` is the one prediction the
                   step needs, and is its guided prediction.
     table:        (any number of rows, len(Column)) float32, on the device.
-    finds:        False where no row asks for the gap (every LIMIT is infinite, every KEEP minus infinity): then nobody waits
-                  for it.
+    finds:        False where no row asks for the gap (every LIMIT is infinite or minus infinity, every KEEP minus infinity,
+                  every FALL 0): then nobody waits for it.
+    rule:         the guidance rule of all samples; its options are columns of the table, so they may differ.
 
-    Raises ValueError if the predictions or the table do not match the state.
+    Raises ValueError if the predictions or the table do not match the state, or the rule is not known.
     """
-    _check(uncond, cond, table, state)
-    torch.ops.basinescape.step(uncond, cond, table, finds, None, *_buffers(state))
+    _check(uncond, cond, table, state, rule)
+    torch.ops.basinescape.step(uncond, cond, table, finds, None, *buffers_of(state), rule=rule)
 
 
-def guide_step(uncond: Tensor, cond: Tensor, table: Tensor, state: State, finds: bool = True) -> Tensor:
+def guide_step(uncond: Tensor, cond: Tensor, table: Tensor, state: State, finds: bool = True, rule: str = "cfg") -> Tensor:
     """The guided prediction of every sample's step, (B, ...) like the latents, for a scheduler that takes its own steps.
 
     Arguments and errors are those of `step`. Gaps and transitions are recorded; latents and rows are left alone.
     """
-    _check(uncond, cond, table, state)
+    _check(uncond, cond, table, state, rule)
     guided = torch.empty_like(state.latents.x)
-    torch.ops.basinescape.step(uncond, cond, table, finds, guided, *_buffers(state))
+    torch.ops.basinescape.step(uncond, cond, table, finds, guided, *buffers_of(state), rule=rule)
     return guided
 
 
-def _check(uncond: Tensor, cond: Tensor | None, table: Tensor, state: State) -> None:
+def _check(uncond: Tensor, cond: Tensor | None, table: Tensor, state: State, rule: str) -> None:
+    options_of(rule, {})
     check_predictions(uncond, uncond if cond is None else cond)
     for name, given, shape in (
         ("uncond", uncond, state.latents.x.shape),
@@ -86,37 +89,31 @@ def _check(uncond: Tensor, cond: Tensor | None, table: Tensor, state: State) -> 
         raise ValueError(f"table is {table.dtype} with strides {table.stride()}; it must be contiguous torch.float32")
 
 
-# A state as an operator takes it: one buffer after another.
-FORMS = (Transition, Latents, Workspace)
-NAMES = [field.name for form in FORMS for field in fields(form)]
-
-
-def _buffers(state: State) -> list[Tensor | None]:
-    return [buffer for part in (state.transition, state.latents, state.workspace) for buffer in vars(part).values()]
-
-
-def _state(buffers: tuple[Tensor | None, ...]) -> State:
-    rest = iter(buffers)
-    return State(*(form(*(next(rest) for _ in fields(form))) for form in FORMS))
-
-
-_MUTATED = ", ".join(f"Tensor({alias}!)? {name}" for alias, name in zip("abcdefghijklm", ["guided", *NAMES], strict=True))
-torch.library.define("basinescape::step", f"(Tensor uncond, Tensor? cond, Tensor table, bool finds, {_MUTATED}) -> ()")
+_MUTATED = ", ".join(f"Tensor({alias}!)? {name}" for alias, name in zip("abcdefghijklm", ["guided", *BUFFERS], strict=True))
+torch.library.define(
+    "basinescape::step", f"(Tensor uncond, Tensor? cond, Tensor table, bool finds, {_MUTATED}, *, str rule='cfg') -> ()"
+)
 
 
 @torch.library.register_fake("basinescape::step")
-def _(*arguments: object) -> None:
+def _(*arguments: object, **named: object) -> None:
     """All results are written in place."""
 
 
 def _step(
-    uncond: Tensor, cond: Tensor | None, table: Tensor, finds: bool, guided: Tensor | None, *buffers: Tensor | None
+    uncond: Tensor,
+    cond: Tensor | None,
+    table: Tensor,
+    finds: bool,
+    guided: Tensor | None,
+    *buffers: Tensor | None,
+    rule: str = "cfg",
 ) -> None:
     """`step`, or, where `guided` is given, `guide_step`."""
     if backend(uncond.device) == "eager":
-        eager_step(uncond, cond, table, guided, _state(buffers))
+        eager_step(uncond, cond, table, guided, state_of(buffers), rule)
     else:
-        launch_step(uncond, cond, table, finds, guided, _state(buffers))
+        launch_step(uncond, cond, table, finds, guided, state_of(buffers), rule)
 
 
 torch.library.impl("basinescape::step", ("cpu", "cuda"), _step)
@@ -154,6 +151,7 @@ def step_kernel(
     table,
     guided,  # None: go on to the solver
     known,  # (B,) float32, gaps computed beforehand; None
+    sums,  # (SUMS - 1, B) float32, the same for a rule; None
     row,
     last,
     at,
@@ -171,6 +169,7 @@ def step_kernel(
     uncond_stride,
     cond_stride,
     gaps_stride,
+    RULE: tl.constexpr,  # a guidance rule's device function; None: cfg, or one prediction alone
     FINDS: tl.constexpr,  # samples look for their transition in their gaps
     MEETS: tl.constexpr,  # ... and the programs of one sample wait for each other's sums
     BLOCK: tl.constexpr,
@@ -198,6 +197,7 @@ def step_kernel(
         predictions = ()
         differences = ()
         squared = tl.zeros((PART,), tl.float32)
+        own = (0.0, 0.0, 0.0, 0.0)
         for part in tl.static_range(PARTS):
             mask = lanes < rest - part * PART
             by = start + part * PART
@@ -207,10 +207,14 @@ def step_kernel(
                 c = tl.load(cond + sample * cond_stride + by + lanes, mask=mask, other=0.0).to(tl.float32)
                 differences = differences + (c - u,)  # noqa: RUF005
                 squared += (c - u) * (c - u)
+                if RULE is not None and sums is None:
+                    own = added(own, sums_of(u, c - u))
         squares = tl.sum(squared)
         if partials is None:
             gap = tl.sqrt_rn(squares)
         else:
+            if RULE is not None and sums is None:
+                keep_sums(partials, own, sample, tile, batch, tiles)
             arrived = arrive(partials, arrivals, squares, sample, tile, tiles)
             if MEETS:
                 goal = (arrived // tiles + 1) * tiles
@@ -218,21 +222,35 @@ def step_kernel(
                 while seen < goal:
                     seen = tl.atomic_add(arrivals + sample, 0, sem="acquire")
                 gap = norm_of(partials, sample, tiles)
+                if RULE is not None:
+                    own = met_sums(partials, sample, batch, tiles)
             if known is not None:
                 gap = tl.load(known + sample)
+                if RULE is not None:
+                    own = known_sums(sums, sample, batch)
         limit, wait = tl.load(here + LIMIT), tl.load(here + WAIT)
         if FINDS:
-            left = transition(s, left, gap, before, earlier, top, tl.load(here + KEEP), limit, wait)
+            keep, fall = tl.load(here + KEEP), tl.load(here + FALL)
+            left = transition(s, left, gap, before, earlier, top, keep, limit, fall, wait)
         else:
             left = tl.where((limit == float("inf")) & (left < 0), s + wait.to(tl.int64), left)
         weight = tl.load(here + tl.where((left >= 0) & (s >= left), AFTER, BEFORE))
+        if RULE is not None:
+            option, other = tl.load(here + FIRST_OPTION), tl.load(here + SECOND_OPTION)
+            a, b = combined(RULE, weight, own, gap, size, option, other)
         following = table + tl.minimum(k + 1, end) * COLUMNS
         for part in tl.static_range(PARTS):
             if PARTS > 1:
                 tl.debug_barrier()  # keeps the compiler from loading the latents and histories of all parts at once
             by = sample * size + start + part * PART
+            if cond is None:
+                g = predictions[part]
+            elif RULE is None:
+                g = guided_prediction(predictions[part], differences[part], weight)
+            else:
+                g = a * predictions[part] + b * differences[part]
             finish(
-                predictions[part] if cond is None else guided_prediction(predictions[part], differences[part], weight),
+                g,
                 moved(guided, by),
                 model_input + by,
                 model_input + tl.cast(batch, tl.int64) * size + by,
@@ -269,22 +287,32 @@ def step_kernel(
         sample += tl.num_programs(0) // tiles
 
 
-def launch_step(uncond: Tensor, cond: Tensor | None, table: Tensor, finds: bool, guided: Tensor | None, state: State) -> None:
+def launch_step(
+    uncond: Tensor,
+    cond: Tensor | None,
+    table: Tensor,
+    finds: bool,
+    guided: Tensor | None,
+    state: State,
+    rule: str = "cfg",
+) -> None:
     way, latents, space = state.transition, state.latents, state.workspace
     batch, size = len(uncond), sample_size(uncond)
     if not batch:
         return
-    uncond = _arranged(uncond, latents.x)
-    cond = cond if cond is None else _arranged(cond, latents.x)
+    uncond = arranged(uncond, latents.x)
+    cond = cond if cond is None else arranged(cond, latents.x)
     block, warps, tiles = TILES.of(size)
-    finds = finds and cond is not None
-    groups, known, meets = batch, None, False
+    finds, combines = finds and cond is not None, None if cond is None else RULES[rule]
+    groups, known, sums, meets = batch, None, None, False
     with torch.cuda.device_of(uncond):
-        if finds and tiles > 1:
+        if tiles > 1 and (finds or combines is not None):
             groups = TILES.resident(uncond.device) // tiles
             meets = groups > 0
             if not meets:
-                groups, known = batch, noise_gap(uncond, cond)
+                groups, known = batch, uncond.new_empty(batch, dtype=torch.float32)
+                sums = None if combines is None else empty_sums(uncond)
+                launch_guide(uncond, cond, 0.0, None, known, sums=sums)
         launch(
             step_kernel,
             min(groups, batch) * tiles,
@@ -293,6 +321,7 @@ def launch_step(uncond: Tensor, cond: Tensor | None, table: Tensor, finds: bool,
             table,
             guided,
             known,
+            sums,
             way.row,
             way.last,
             way.at,
@@ -310,6 +339,7 @@ def launch_step(uncond: Tensor, cond: Tensor | None, table: Tensor, finds: bool,
             sample_stride(uncond),
             0 if cond is None else sample_stride(cond),
             way.gaps.stride(0),
+            RULE=None if combines is None else combines.device,
             FINDS=finds,
             MEETS=meets,
             BLOCK=block,
@@ -318,13 +348,3 @@ def launch_step(uncond: Tensor, cond: Tensor | None, table: Tensor, finds: bool,
             **OPTIONS,
             **(RESIDENT if meets else {}),
         )
-
-
-def _arranged(prediction: Tensor, like: Tensor) -> Tensor:
-    """`prediction` with the elements of a sample in the order of the state's."""
-    return prediction if same_layout(prediction, like) else torch.empty_like(like, dtype=prediction.dtype).copy_(prediction)
-
-
-def parts(block: int, itemsize: int) -> int:
-    """How many parts a block of predictions of `itemsize` bytes is guided in: a large one 16 bytes a thread at a time."""
-    return 1 if block <= 4096 else block * itemsize // 8192

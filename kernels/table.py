@@ -14,10 +14,11 @@ class Column(IntEnum):
     A, B, P, Q: the solver, latents' = A latents + B guided + history, history' = P latents + Q guided.
     INPUT_SCALE: factor on the latents at the network's input. TIMESTEP: what the network is told.
     STEP: the solver step the row belongs to, a whole number. FIRST: 1 for the first row of its step, whose noise gap counts;
-    0 for the others, whose KEEP and LIMIT are minus infinity.
-    What makes a sample leave its basin here (`definition.leaves`), each minus infinity where nothing does: KEEP: the first
-    minimum, at most KEEP times the largest gap. LIMIT: a gap of at most LIMIT; infinity: the sample leaves whatever its gap.
-    WAIT: steps from there to the transition.
+    0 for the others, which show nothing.
+    What makes a sample leave its basin here (`definition.leaves`): KEEP: the first minimum, at most KEEP times the largest
+    gap; minus infinity: none does. LIMIT: a gap of at most LIMIT; minus infinity: none, infinity: the sample leaves whatever
+    its gap. FALL: a gap below FALL times the largest one; 0: none. WAIT: steps from there to the transition.
+    FIRST_OPTION, SECOND_OPTION: numbers of the guidance rule (`rules.RULES`), in its own order.
     """
 
     BEFORE = 0
@@ -32,10 +33,15 @@ class Column(IntEnum):
     FIRST = 9
     KEEP = 10
     LIMIT = 11
-    WAIT = 12
+    FALL = 12
+    WAIT = 13
+    FIRST_OPTION = 14
+    SECOND_OPTION = 15
 
 
 # The same numbers as device code knows them.
 _constant = tl.constexpr if tl else int
-BEFORE, AFTER, A, B, P, Q, INPUT_SCALE, TIMESTEP, STEP, FIRST, KEEP, LIMIT, WAIT = (_constant(int(c)) for c in Column)
+BEFORE, AFTER, A, B, P, Q, INPUT_SCALE, TIMESTEP, STEP, FIRST, KEEP, LIMIT, FALL, WAIT, FIRST_OPTION, SECOND_OPTION = (
+    _constant(int(column)) for column in Column
+)
 COLUMNS = _constant(len(Column))

@@ -44,6 +44,14 @@ PROGRAMS_AN_SM = 2
 TILES = Tiles(blocks=((1024, 4), (4096, 8), (16384, 16)), tile=(4096, 8))
 
 
+SUMS = 5  # of a tile: that of the squared difference, and those that a guidance rule may ask for
+
+
+def parts(block: int, itemsize: int) -> int:
+    """How many parts a block of predictions of `itemsize` bytes is guided in: a large one 16 bytes a thread at a time."""
+    return 1 if block <= 4096 else block * itemsize // 8192
+
+
 @jit
 def arrive(partials, arrivals, squares, sample, tile, tiles):
     """Store this tile's sum of squares and count it in; returns how many programs of the sample came before, ever.
@@ -58,12 +66,18 @@ def arrive(partials, arrivals, squares, sample, tile, tiles):
 
 
 @jit
-def norm_of(partials, sample, tiles, LANES: tl.constexpr = 256):
-    """The root of a sample's partial sums, added in a fixed order: it does not depend on who came when."""
+def norm_of(partials, sample, tiles):
+    """The root of a sample's partial sums."""
+    return tl.sqrt_rn(sum_of(partials, sample, tiles))
+
+
+@jit
+def sum_of(partials, sample, tiles, LANES: tl.constexpr = 256):
+    """A sample's partial sums, added in a fixed order: it does not depend on who came when."""
     lanes = tl.arange(0, LANES)
     sums = tl.zeros((LANES,), tl.float32)
     start = 0
     while start < tiles:
         sums += tl.load(partials + sample * tiles + start + lanes, mask=lanes < tiles - start, other=0.0, cache_modifier=".cg")
         start += LANES
-    return tl.sqrt_rn(tl.sum(sums))
+    return tl.sum(sums)

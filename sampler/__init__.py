@@ -6,9 +6,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Loaded when first asked for: `basinescape.kernels` needs torch and triton alone, the sampler needs diffusers.
-_HOMES = dict.fromkeys(("At", "FirstMinimum", "Guidance", "Settled"), "guidance")
+_HOMES = dict.fromkeys(("At", "Fallen", "FirstMinimum", "Guidance", "Settled"), "guidance")
 _HOMES |= dict.fromkeys(("Output", "Sampler"), "sampler")
-__all__ = ["At", "FirstMinimum", "Guidance", "Output", "Sampler", "Settled"]
+__all__ = ["At", "Fallen", "FirstMinimum", "Guidance", "Output", "Sampler", "Settled"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from operator import index
 from typing import Any
@@ -60,10 +61,22 @@ def seeds(given: int | Sequence[int], count: int) -> list[int]:
 
 def at_least_one(name: str, given: int) -> int:
     """A whole number of at least 1."""
+    return at_least(name, given, 1)
+
+
+def at_least(name: str, given: int, least: int) -> int:
+    """A whole number of at least `least`."""
     found = whole(given)
-    if found is None or found < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {given!r}")
+    if found is None or found < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {given!r}")
     return found
+
+
+def finite(name: str, given: float) -> float:
+    """A finite number, as a float."""
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not math.isfinite(given):
+        raise ValueError(f"{name} must be a finite number, got {given!r}")
+    return float(given)
 
 
 def share(name: str, given: float) -> float:

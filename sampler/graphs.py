@@ -38,7 +38,7 @@ class Graphs:
             self.clear()
             self._version = network.version
         rows = max(ROWS, 2 ** (len(plan.table) - 1).bit_length())
-        key = (tuple(noise.shape), noise.dtype, memory_format, network.form, rows, plan.multistep, plan.scaled)
+        key = (tuple(noise.shape), noise.dtype, memory_format, network.form, rows, plan.multistep, plan.scaled, plan.rule)
         session = self._sessions.get(key)
         if session is None:
             session = self._sessions[key] = Session(network, plan, rows, noise, memory_format)
@@ -69,9 +69,9 @@ class Graphs:
 class Session:
     """What the graphs of one shape read and write, in memory that stays where it is.
 
-    Guidance comes by data, so one graph a branch serves them all: that of the general step, in which samples look for their
-    transition whether or not their rows say so. What it costs those that do not is that the programs of a large sample wait
-    for each other, and past a million elements a second launch: microseconds beside the network.
+    Guidance comes by data, so one graph a branch serves all guidances of one rule: that of the general step, in which samples
+    look for their transition whether or not their rows say so. What it costs those that do not is that the programs of a large
+    sample wait for each other, and past a million elements a second launch: microseconds beside the network.
     """
 
     def __init__(self, network: GuidedUNet, plan: Plan, rows: int, noise: Tensor, memory_format: torch.memory_format):

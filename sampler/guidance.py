@@ -8,13 +8,15 @@ Memorization", CVPR 2025, https://arxiv.org/abs/2411.16738.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from . import arguments
+from .kernels.rules import columns_of, options_of
 from .kernels.table import Column
 
 # Factors on the scale over u = t / num_train_timesteps in 0..1, as carried by the authors' scripts.
@@ -29,30 +31,25 @@ SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
-def _finite(name: str, value: float) -> float:
-    """`value` as a float, or a ValueError that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    return float(value)
-
-
-def _whole(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return value
-
-
 class Leaving(NamedTuple):
     """What makes a sample leave its basin at a step, as columns of the table of steps; by default nothing does.
 
     keep:  the first minimum of the noise gap shows there, and is at most `keep` times the largest gap before it.
     limit: the gap is at most `limit`; infinity: every sample leaves.
+    fall:  the gap is below `fall` times the largest gap before it.
     wait:  steps from there to the transition.
     """
 
     keep: float = -math.inf
     limit: float = -math.inf
+    fall: float = 0.0
     wait: int = 0
+
+
+def _fields(given: dict[str, Any]) -> dict[str, Any]:
+    """What `cfg`, `delayed` and `opposite` are given by name, as fields: what is not one is an option of the rule."""
+    own = {name: given[name] for name in ("shape", "interval", "watch", "rule") if name in given}
+    return {**own, "options": {name: value for name, value in given.items() if name not in own}}
 
 
 STAYS, LEAVES = Leaving(), Leaving(limit=math.inf)
@@ -69,7 +66,7 @@ class At:
     timestep: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "timestep", _finite("timestep", self.timestep))
+        object.__setattr__(self, "timestep", arguments.finite("timestep", self.timestep))
 
     def leaving(self, levels: Sequence[float]) -> list[Leaving]:
         """What makes a sample leave at each step, by the steps' timesteps in 0..1000."""
@@ -98,10 +95,10 @@ class FirstMinimum:
     drop: float = 0.0
 
     def __post_init__(self) -> None:
-        _whole("earliest", self.earliest, 2)
+        arguments.at_least("earliest", self.earliest, 2)
         if self.latest is not None:
-            _whole("latest", self.latest, self.earliest)
-        object.__setattr__(self, "drop", _finite("drop", self.drop))
+            arguments.at_least("latest", self.latest, self.earliest)
+        object.__setattr__(self, "drop", arguments.finite("drop", self.drop))
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop must be at least 0 and below 1, got {self.drop:g}")
 
@@ -135,13 +132,13 @@ class Settled:
     latest: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ordinary", tuple(_finite("ordinary", gap) for gap in self.ordinary))
-        object.__setattr__(self, "factor", _finite("factor", self.factor))
+        object.__setattr__(self, "ordinary", tuple(arguments.finite("ordinary", gap) for gap in self.ordinary))
+        object.__setattr__(self, "factor", arguments.finite("factor", self.factor))
         if self.factor <= 0:
             raise ValueError(f"factor must be above 0, got {self.factor:g}")
-        _whole("wait", self.wait, 0)
+        arguments.at_least("wait", self.wait, 0)
         if self.latest is not None:
-            _whole("latest", self.latest, self.wait)
+            arguments.at_least("latest", self.latest, self.wait)
 
     def leaving(self, levels: Sequence[float]) -> list[Leaving]:
         """What makes a sample leave at each step. Raises ValueError if `ordinary` has another number of steps."""
@@ -153,7 +150,34 @@ class Settled:
         return [Leaving(limit=limit, wait=self.wait) for limit in limits]
 
 
-Rule = At | FirstMinimum | Settled
+@dataclass(frozen=True)
+class Fallen:
+    """The transition is the first step whose noise gap is below `share` times the largest one before it, per sample.
+
+    share:  above 0 and at most 1.
+    latest: a deadline: a sample still waiting at this step transitions there. None: it may wait for ever.
+
+    Raises ValueError for anything else.
+    """
+
+    share: float = 0.5
+    latest: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "share", arguments.finite("share", self.share))
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must be above 0 and at most 1, got {self.share:g}")
+        if self.latest is not None:
+            arguments.at_least("latest", self.latest, 1)
+
+    def leaving(self, levels: Sequence[float]) -> list[Leaving]:
+        """What makes a sample leave at each step."""
+        latest = len(levels) if self.latest is None else self.latest
+        return [LEAVES if k >= latest else Leaving(fall=self.share) for k in range(len(levels))]
+
+
+Rule = At | FirstMinimum | Settled | Fallen
+RULES = {rule.__name__: rule for rule in get_args(Rule)}
 
 
 @dataclass(frozen=True)
@@ -167,11 +191,8 @@ class Watch:
     steps: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "threshold", _finite("threshold", self.threshold))
-        _whole("steps", self.steps, 1)
-
-
-RULES = {rule.__name__: rule for rule in (At, FirstMinimum, Settled)}
+        object.__setattr__(self, "threshold", arguments.finite("threshold", self.threshold))
+        arguments.at_least("steps", self.steps, 1)
 
 
 @dataclass(frozen=True)
@@ -185,6 +206,9 @@ class Guidance:
     interval: (low, high) timesteps outside which the weight after the transition is 1, the conditional prediction alone
               (Kynkaanniemi et al., https://arxiv.org/abs/2404.07724); None: everywhere inside.
     watch:    which samples this is for: the others keep plain guidance at `scale`. None: for all.
+    rule:     how the two predictions are combined (`kernels.rules.RULES`), before the transition and after it; a weight of 0
+              is the unconditional prediction under every rule, and 1 the conditional one. One a batch.
+    options:  the rule's, by name; `cfg`, `delayed` and `opposite` take them as arguments of their own.
 
     Raises ValueError for anything else.
     """
@@ -195,46 +219,57 @@ class Guidance:
     shape: str | tuple[float, ...] = "static"
     interval: tuple[float, float] | None = None
     watch: Watch | None = None
+    rule: str = "cfg"
+    options: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scale", _finite("scale", self.scale))
-        object.__setattr__(self, "before", _finite("before", self.before))
+        object.__setattr__(self, "scale", arguments.finite("scale", self.scale))
+        object.__setattr__(self, "before", arguments.finite("before", self.before))
         if self.until is not None and not isinstance(self.until, Rule):
-            raise ValueError(f"until must be At(...), FirstMinimum(...) or Settled(...), got {self.until!r}")
+            raise ValueError(f"until must be one of {', '.join(f'{name}(...)' for name in RULES)}, got {self.until!r}")
         if isinstance(self.shape, str):
             if self.shape not in SHAPES:
                 raise ValueError(f"shape must be one of {', '.join(SHAPES)}, or a factor for each step; got {self.shape!r}")
         else:
-            object.__setattr__(self, "shape", tuple(_finite("shape", factor) for factor in self.shape))
+            object.__setattr__(self, "shape", tuple(arguments.finite("shape", factor) for factor in self.shape))
         if self.interval is not None:
-            interval = tuple(_finite("interval", timestep) for timestep in self.interval)
+            interval = tuple(arguments.finite("interval", timestep) for timestep in self.interval)
             if len(interval) != 2 or interval[0] > interval[1]:
                 raise ValueError(f"interval must be two timesteps (low, high), got {self.interval!r}")
             object.__setattr__(self, "interval", interval)
         if self.watch is not None and not isinstance(self.watch, Watch):
             raise ValueError(f"watch must be Watch(...), got {self.watch!r}")
+        object.__setattr__(self, "options", tuple(options_of(self.rule, dict(self.options)).items()))
 
     @classmethod
-    def cfg(cls, scale: float, **shape: Any) -> Guidance:
+    def cfg(cls, scale: float, **given: Any) -> Guidance:
         """Plain classifier-free guidance (Ho & Salimans, https://arxiv.org/abs/2207.12598), from the first step on.
 
         The formula holds for every scale: 0 is the unconditional prediction, 1 the conditional one. diffusers' pipelines switch
         guidance off at scales up to 1 and run the conditional prediction: for a turbo model, whose page says
         `guidance_scale=0.0`, that is scale 1 here.
         """
-        return cls(scale, **shape)
+        return cls(scale, **_fields(given))
 
     @classmethod
-    def delayed(cls, scale: float, until: Rule, before: float = 0.0, **shape: Any) -> Guidance:
+    def delayed(cls, scale: float, until: Rule, before: float = 0.0, **given: Any) -> Guidance:
         """No guidance (or the weight `before`) until the transition, `scale` from there on."""
-        return cls(scale, before, until, **shape)
+        return cls(scale, before, until, **_fields(given))
 
     @classmethod
-    def opposite(cls, opposite_scale: float, scale: float, until: Rule, **shape: Any) -> Guidance:
+    def opposite(cls, opposite_scale: float, scale: float, until: Rule, **given: Any) -> Guidance:
         """The weight -opposite_scale, constant, until the transition, `scale` from there on."""
-        if _finite("opposite_scale", opposite_scale) <= 0:
+        if arguments.finite("opposite_scale", opposite_scale) <= 0:
             raise ValueError(f"opposite_scale must be above 0 (it is applied with a minus sign), got {opposite_scale!r}")
-        return cls(scale, -float(opposite_scale), until, **shape)
+        return cls(scale, -float(opposite_scale), until, **_fields(given))
+
+    def rescaled(self, phi: float) -> Guidance:
+        """The same under the rule "rescale" where phi is above 0. Raises ValueError if it has another rule, or for a bad phi."""
+        if not arguments.share("guidance_rescale", phi):
+            return self
+        if self.rule != "cfg":
+            raise ValueError(f"guidance_rescale is the rule 'rescale', and the guidance has the rule {self.rule!r}: give one")
+        return replace(self, rule="rescale", options={"phi": phi})
 
     @classmethod
     def guard(cls, guidance: Guidance, threshold: float, steps: int = 1) -> Guidance:
@@ -250,6 +285,8 @@ class Guidance:
             return f"Guidance.guard({inner!r}, threshold={self.watch.threshold:g}, steps={self.watch.steps})"
         extra = "" if self.shape == "static" else f", shape={self.shape!r}"
         extra += "" if self.interval is None else f", interval={self.interval!r}"
+        extra += "" if self.rule == "cfg" else f", rule={self.rule!r}"
+        extra += "".join(f", {name}={value:g}" for name, value in self.options)
         if self.until is None:
             return f"Guidance.cfg({self.scale:g}{extra})"
         if self.before < 0:
@@ -260,7 +297,7 @@ class Guidance:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that json can write; `from_dict` reads it back."""
         rule = None if self.until is None else {"rule": type(self.until).__name__, **asdict(self.until)}
-        return {**asdict(self), "until": rule}
+        return {**asdict(self), "until": rule, "options": dict(self.options)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Guidance:
@@ -306,5 +343,8 @@ class Guidance:
         """
         leaving = [LEAVES] * len(levels) if self.until is None else self.until.leaving(levels)
         columns = zip(*((*weights, *how) for weights, how in zip(self.weights(levels), leaving, strict=True)), strict=True)
-        names = (Column.BEFORE, Column.AFTER, Column.KEEP, Column.LIMIT, Column.WAIT)
-        return {name: torch.tensor(column, dtype=torch.float32) for name, column in zip(names, columns, strict=True)}
+        names = (Column.BEFORE, Column.AFTER, Column.KEEP, Column.LIMIT, Column.FALL, Column.WAIT)
+        columns = dict(zip(names, columns, strict=True))
+        for name, option in zip((Column.FIRST_OPTION, Column.SECOND_OPTION), columns_of(dict(self.options)), strict=True):
+            columns[name] = [option] * len(levels)
+        return {name: torch.tensor(column, dtype=torch.float32) for name, column in columns.items()}

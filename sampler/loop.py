@@ -9,7 +9,6 @@ from typing import Literal, Protocol
 
 import torch
 from diffusers import SchedulerMixin
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
 
 from .guidance import Guidance
@@ -42,7 +41,7 @@ class Plan:
     last:      the last row of a run that starts at the first.
     branches:  which halves of the network each row needs.
     finds:     samples look for their transition in their noise gaps; False where the table says beforehand where it is.
-    multistep: the solver keeps a history. scaled: some row scales the network's input.
+    multistep: the solver keeps a history. scaled: some row scales the network's input. rule: the guidance rule.
     """
 
     table: Tensor
@@ -52,6 +51,7 @@ class Plan:
     finds: bool
     multistep: bool
     scaled: bool
+    rule: str = "cfg"
 
     @classmethod
     def make(cls, solver: Solver, guidance: Guidance, device: torch.device) -> Plan:
@@ -69,13 +69,13 @@ class Plan:
         first = torch.cat([torch.ones(1), step.diff().clamp(max=1).float()])
         coefficients = torch.zeros(calls, 4) if solver.coefficients is None else solver.coefficients
         columns = {column: values[step] for column, values in guidance.rows(solver.levels).items()}
-        for column in (Column.KEEP, Column.LIMIT):  # a step is looked at in its first call alone
-            columns[column] = columns[column].where(first > 0, torch.tensor(-torch.inf))
+        for column, nothing in ((Column.KEEP, -torch.inf), (Column.LIMIT, -torch.inf), (Column.FALL, 0.0)):
+            columns[column] = columns[column].where(first > 0, torch.tensor(nothing))  # a step shows in its first call alone
         columns |= dict(zip((Column.A, Column.B, Column.P, Column.Q), coefficients.unbind(1), strict=True))
         columns |= {Column.INPUT_SCALE: solver.input_scale, Column.TIMESTEP: solver.timesteps}
         columns |= {Column.STEP: step.float(), Column.FIRST: first}
-        keep, limit = columns[Column.KEEP], columns[Column.LIMIT]
-        finds = bool(((keep > -torch.inf) | ((limit > -torch.inf) & (limit < torch.inf))).any())
+        keep, limit, fall = columns[Column.KEEP], columns[Column.LIMIT], columns[Column.FALL]
+        finds = bool(((keep > -torch.inf) | (limit.abs() < torch.inf) | (fall > 0)).any())
         return cls(
             table=torch.stack([columns[column] for column in Column], dim=1).to(device),
             step=tuple(step.tolist()),
@@ -84,6 +84,7 @@ class Plan:
             finds=finds,
             multistep=bool(coefficients[:, 2:].any()),
             scaled=bool((solver.input_scale != 1).any()),
+            rule=guidance.rule,
         )
 
     @property
@@ -137,7 +138,7 @@ def fused_step(network: Network, plan: Plan, state: State) -> Step:
     """A step that is the network and one launch."""
 
     def take(branch: Branch) -> None:
-        step(*_predict(network, state, branch), plan.table, state, plan.finds)
+        step(*_predict(network, state, branch), plan.table, state, plan.finds, plan.rule)
 
     return take
 
@@ -146,7 +147,7 @@ def lockstep(network: Network, plan: Plan, state: State) -> Step:
     """`fused_step` from a state just started; where no kernel runs, without the gathers that steps of its own would need."""
     if backend(plan.table.device) != "eager":
         return fused_step(network, plan, state)
-    move = Lockstep(state, plan.table)
+    move = Lockstep(state, plan.table, rule=plan.rule)
     return lambda branch: move(*_predict(network, state, branch))
 
 
@@ -154,24 +155,17 @@ def scheduler_step(
     solver: Solver,
     scheduler: SchedulerMixin,
     generators: list[torch.Generator],
-    guidance_rescale: float,
     network: Network,
     plan: Plan,
     state: State,
 ) -> Step:
-    """A step by the scheduler's own `step`, for one that is not linear; its noise comes from the samples' own generators.
-
-    guidance_rescale: how far the guided prediction is scaled back to the deviation of the conditional one (Lin et al.,
-                      https://arxiv.org/abs/2305.08891, section 3.4), 0 to 1.
-    """
+    """A step by the scheduler's own `step`, for one that is not linear; its noise comes from the samples' own generators."""
     scheduler = prepared(scheduler, solver.schedule, plan.table.device)
     timesteps = iter(scheduler.timesteps)
 
     def take(branch: Branch) -> None:
         uncond, cond = _predict(network, state, branch)
-        guided = uncond if cond is None else guide_step(uncond, cond, plan.table, state, plan.finds)
-        if cond is not None and guidance_rescale:
-            guided = rescale_noise_cfg(guided, cond, guidance_rescale)
+        guided = uncond if cond is None else guide_step(uncond, cond, plan.table, state, plan.finds, plan.rule)
         latents = state.latents.x.clone()  # the scheduler may keep what it is given
         latents = own_step(scheduler, guided, next(timesteps), latents, generators, solver.schedule.eta)
         state.transition.advance()

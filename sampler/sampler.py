@@ -184,7 +184,7 @@ class Sampler:
         height, width: pixels; default the model's own size.
         output: "pil", "np", "pt" or "latent", with diffusers' meaning.
         timesteps, sigmas, eta, denoising_end: see `Schedule`; with diffusers' meaning, as are those that follow.
-        guidance_rescale: Lin et al., https://arxiv.org/abs/2305.08891, section 3.4; the noise gap is that before it.
+        guidance_rescale: above 0, the guidance's rule is "rescale" with this phi; not beside another rule.
         callback_on_step_end: called after every network call with (pipeline, index, timestep, {"latents": latents}); latents
                 that it returns are gone on with. Not under a guard.
         latents: (B, C, h, w) initial noise of standard deviation 1, in place of that drawn from the seeds.
@@ -213,9 +213,9 @@ class Sampler:
             shape = (len(seeds), *self.model.shape(height, width))
             if latents is not None and tuple(latents.shape) != shape:
                 raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
+            guidance = guidance.rescaled(guidance_rescale)
             solver = self.solver(Schedule(steps, timesteps, sigmas, eta, denoising_end))
-            rescaled = arguments.share("guidance_rescale", guidance_rescale) > 0
-            linear = solver.coefficients is not None and not rescaled
+            linear = solver.coefficients is not None
             if list(callback_on_step_end_tensor_inputs) != ["latents"]:
                 raise ValueError(
                     f"callback_on_step_end_tensor_inputs must be ['latents'], got {callback_on_step_end_tensor_inputs!r}"
@@ -223,7 +223,7 @@ class Sampler:
             if guidance.watch is not None and not (linear and self._wrap is None and callback_on_step_end is None):
                 raise ValueError(
                     f"guidance {guidance!r} needs a linear scheduler ({type(self.scheduler).__name__} given), and neither "
-                    "a wrapped network, guidance_rescale nor callback_on_step_end"
+                    "a wrapped network nor callback_on_step_end"
                 )
             device = self.model.device
             planned = guard.plans if guidance.watch else Plan.make
@@ -238,7 +238,7 @@ class Sampler:
                 run = self._guarded(encoded, plan, guidance, noise, bar)
             else:
                 called = None if callback_on_step_end is None else partial(self._call_back, callback_on_step_end, solver, plan)
-                own = partial(scheduler_step, solver, self.scheduler, generators, guidance_rescale)
+                own = partial(scheduler_step, solver, self.scheduler, generators)
                 run = self._run(encoded, plan, noise, None if linear else own, bar, called)
             latents = run.latents.clone()  # a captured step's memory is used again
             finite = latents.isfinite().flatten(1).all(dim=1).cpu()

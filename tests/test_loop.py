@@ -10,8 +10,7 @@ import torch
 from basinescape import At, FirstMinimum, Guidance, Settled
 from basinescape.kernels import definition
 from basinescape.kernels.lockstep import Lockstep
-from basinescape.kernels.state import State
-from basinescape.kernels.step import _buffers
+from basinescape.kernels.state import State, buffers_of
 from basinescape.kernels.table import Column
 from basinescape.loop import Plan, denoise, fused_step, lockstep
 from basinescape.models import adapt
@@ -85,11 +84,11 @@ def test_the_loop_runs_on_tensors_without_values(pipe, eager, monkeypatch, guida
 
 @pytest.mark.parametrize("way", [fused_step, lockstep])
 @torch.inference_mode()
-def test_a_step_keeps_its_buffers(pipe, eager, way):
+def test_a_step_keeps_itsbuffers_of(pipe, eager, way):
     network, plan, state = start(pipe, METHODS[-1], "dpmsolver++")
-    where = [buffer.data_ptr() for buffer in _buffers(state) if buffer is not None]
+    where = [buffer.data_ptr() for buffer in buffers_of(state) if buffer is not None]
     denoise(way(network, plan, state), plan.branches)
-    assert where == [buffer.data_ptr() for buffer in _buffers(state) if buffer is not None]
+    assert where == [buffer.data_ptr() for buffer in buffers_of(state) if buffer is not None]
 
 
 def constant_network(value):

@@ -25,6 +25,7 @@ RUN = {
     "earliest": 2,
     "drop": 0.0,
     "limited": False,
+    "fall": 0.0,
     "latest": 7,
     "wait": 0,
     "calls": 1,
@@ -56,6 +57,7 @@ def gaps():
 
 
 MEET, STRANGERS, AFTER = partial(steps, 1000), partial(steps, 0, latest=0), partial(steps, 1000, wait=2)
+FALLEN = partial(steps, 1000, earliest=7, fall=0.6)
 MUTANTS = {
     "no wait for the other programs": (MEET, "step", "step_kernel", "while seen < goal:", "while seen < 0:"),
     "one program too few is waited for": (MEET, "step", "step_kernel", "while seen < goal:", "while seen < goal - 1:"),
@@ -65,6 +67,7 @@ MUTANTS = {
     "counters are not put back": (gaps, "guide", "guide_kernel", "tl.store(arrivals + sample, 0)", "pass"),
     "the gap of two steps ago is the last one": (MEET, "step", "step_kernel", "tl.load(own - 2", "tl.load(own - 1"),
     "the minimum may be at its end": (MEET, "rules", "transition", "(last < gap)", "(last > gap)"),
+    "a gap has fallen where it is above": (FALLEN, "rules", "transition", "(gap < fall * peak)", "(gap > fall * peak)"),
     "the wait is not kept": (AFTER, "rules", "transition", "step + wait.to(tl.int64)", "step"),
     "a sample that is done goes on": (MEET, "step", "step_kernel", "goes = k <= end", "goes = k >= 0"),
     "a sample goes past its own last row": (MEET, "step", "step_kernel", "end = tl.load(last + sample)", "end = tl.load(last)"),
@@ -78,7 +81,7 @@ def test_a_broken_kernel_is_found(name):
         check()
 
 
-@pytest.mark.parametrize("check", [MEET, STRANGERS, AFTER, gaps])
+@pytest.mark.parametrize("check", [MEET, STRANGERS, AFTER, FALLEN, gaps])
 def test_the_whole_kernel_passes(check):
     with mutant("step", "step_kernel", "while seen < goal:", "while seen < goal:"):
         check()

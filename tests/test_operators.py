@@ -3,14 +3,14 @@
 import pytest
 import torch
 from basinescape.kernels import guide
-from basinescape.kernels.step import _buffers
+from basinescape.kernels.state import buffers_of
 from test_step import started
 
 
 @pytest.mark.parametrize("finds", [True, False])
 def test_the_step_is_a_well_formed_operator(finds):
     state, table = started((2, 4, 8, 8), multistep=True)
-    operands = (*torch.randn(2, 2, 4, 8, 8), table, finds, None, *_buffers(state))
+    operands = (*torch.randn(2, 2, 4, 8, 8), table, finds, None, *buffers_of(state))
     torch.library.opcheck(torch.ops.basinescape.step.default, operands)
 
 

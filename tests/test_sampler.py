@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from basinescape import At, FirstMinimum, Guidance, Sampler, Settled
+from basinescape import At, Fallen, FirstMinimum, Guidance, Sampler, Settled
 from basinescape.bench.evaluation.analyze import transition
 from basinescape.schedulers import make_scheduler
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
@@ -106,6 +106,18 @@ def test_samples_settle_where_their_gaps_say(pipe, scheduler, latest):
     expected = [transition(gaps, rule) for gaps in out.noise_gap.tolist()]
     assert out.transition_step.tolist() == [-1 if step is None else step for step in expected]
     assert len(set(expected)) > 1
+
+
+@pytest.mark.parametrize("scheduler", ["dpmsolver++", "euler-ancestral"])
+@pytest.mark.parametrize(("share", "latest"), [(0.5, None), (0.8, 6)])
+def test_samples_leave_where_their_gaps_have_fallen(pipe, scheduler, share, latest):
+    """By the recorded gaps: the first below `share` of the largest before it, or the deadline."""
+    guidance = Guidance.opposite(2.0, scale=7.5, until=Fallen(share, latest))
+    out = sample(pipe, scheduler, guidance)
+    assert Guidance.from_dict(guidance.to_dict()) == guidance
+    for gaps, found in zip(out.noise_gap, out.transition_step.tolist(), strict=True):
+        fallen = [k for k in range(1, STEPS) if gaps[k] < share * gaps[:k].max() or k == latest]
+        assert found == next(iter(fallen), -1)
 
 
 @pytest.mark.parametrize("scheduler", ["dpmsolver++", "euler-ancestral"])

@@ -45,6 +45,7 @@ def runs(draw, shapes=LATENTS):
         "earliest": draw(st.sampled_from([2, 3, 4, STEPS])),
         "drop": draw(st.sampled_from([0.0, 0.3])),
         "limited": draw(st.booleans()),
+        "fall": draw(st.sampled_from([0.0, 0.0, 0.5])),
         "latest": draw(st.sampled_from([0, 2, 5, STEPS])),
         "wait": draw(st.sampled_from([0, 0, 2])),
         "calls": draw(st.sampled_from([1, 1, 2])),
@@ -53,8 +54,11 @@ def runs(draw, shapes=LATENTS):
     }
 
 
-def table_of(rng, steps=STEPS, calls=1, multistep=True, scaled=True, earliest=2, drop=0.0, limits=None, latest=None, wait=0):
-    """Random steps of `calls` calls each, in which samples find their first minimum, or come down to a limit, or `latest`."""
+def table_of(
+    rng, steps=STEPS, calls=1, multistep=True, scaled=True, earliest=2, drop=0.0, limits=None, fall=0, latest=None, wait=0
+):
+    """Random steps of `calls` calls each, in which samples find their first minimum, or come down to a limit or a share
+    of their peak, or `latest`."""
     table = torch.rand((steps * calls, len(Column)), generator=rng) * 2 - 1
     call = torch.arange(len(table))
     table[:, Column.STEP], table[:, Column.FIRST] = call // calls, (call % calls == 0).float()
@@ -63,7 +67,7 @@ def table_of(rng, steps=STEPS, calls=1, multistep=True, scaled=True, earliest=2,
     limits = torch.full((len(table),), -math.inf) if limits is None else limits[call // calls]
     limits = limits.where(k < (steps if latest is None else latest), torch.tensor(math.inf))
     table[:, Column.LIMIT] = limits.where(first, torch.tensor(-math.inf))
-    table[:, Column.WAIT] = wait
+    table[:, Column.FALL], table[:, Column.WAIT] = fall * first, wait
     if not multistep:
         table[:, [Column.P, Column.Q]] = 0
     if not scaled:
@@ -77,7 +81,7 @@ def begin(run, device="cpu"):
     shape, dtype = run["shape"], run["dtype"]
     usual = 0.5 * math.prod(shape[1:]) ** 0.5  # of the gaps below
     limits = usual * torch.rand(STEPS, generator=rng) if run["limited"] else None
-    options = {name: run[name] for name in ("calls", "multistep", "scaled", "earliest", "drop", "latest", "wait")}
+    options = {name: run[name] for name in ("calls", "multistep", "scaled", "earliest", "drop", "fall", "latest", "wait")}
     table = table_of(rng, limits=limits, **options)
     layout = torch.channels_last if run["channels_last"] else torch.contiguous_format
     state = State.empty(shape, STEPS, dtype, device, run["multistep"], run["scaled"], layout)
@@ -87,8 +91,8 @@ def begin(run, device="cpu"):
 
 def finds(table):
     """Whether any row asks for the gap."""
-    keep, limit = table[:, Column.KEEP], table[:, Column.LIMIT]
-    return bool(((keep > -math.inf) | (limit.abs() < math.inf)).any())
+    keep, limit, fall = table[:, Column.KEEP : Column.WAIT].unbind(1)
+    return bool(((keep > -math.inf) | (limit.abs() < math.inf) | (fall > 0)).any())
 
 
 def predictions(run, rng):
@@ -193,8 +197,8 @@ def test_lockstep_has_the_bits_of_the_eager_step(eager, monkeypatch, run, alone,
         uncond, cond = predictions(run, rng)
         step(uncond, None if call in alone else cond, table, state)
         move(uncond, None if call in alone else cond)
-        keep = table[:, Column.KEEP]
-        if not ((keep > -math.inf) & (keep != 1)).any():  # nobody asks for the peak, so it is not kept
+        keep, fall = table[:, Column.KEEP], table[:, Column.FALL]
+        if not (((keep > -math.inf) & (keep != 1)) | (fall > 0)).any():  # nobody asks for the peak, so it is not kept
             other.transition.peak.copy_(state.transition.peak)
         assert all(map(torch.equal, contents(other), contents(state)))
 

@@ -108,7 +108,7 @@ def table_of(rng: torch.Generator, finds: bool, multistep: bool, scaled: bool, s
     table[:, Column.STEP] = torch.arange(steps)
     table[:, [Column.FIRST, Column.KEEP]] = 1
     table[:, Column.LIMIT] = -torch.inf
-    table[:, Column.WAIT] = 0
+    table[:, [Column.FALL, Column.WAIT]] = 0
     table[: 2 if finds else steps, Column.KEEP] = -torch.inf
     if not finds:
         table[3:, Column.LIMIT] = torch.inf

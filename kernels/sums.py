@@ -1,0 +1,80 @@
+"""The sums over a sample: its gap's, and those of a guidance rule; in one program, over tiles, and in PyTorch operators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from .dispatch import jit, tl
+from .tiles import SUMS, sum_of
+
+
+@jit
+def _add(one, two, other_one, other_two):
+    return one + other_one, two + other_two
+
+
+@jit
+def sums_of(uncond, difference):
+    """The sums that a guidance rule needs beside that of the squared difference: of u, d, u u, u d."""
+    u, d = tl.reduce((uncond, difference), 0, _add)
+    uu, ud = tl.reduce((uncond * uncond, uncond * difference), 0, _add)
+    return u, d, uu, ud
+
+
+@jit
+def added(some, more):
+    return some[0] + more[0], some[1] + more[1], some[2] + more[2], some[3] + more[3]
+
+
+@jit
+def keep_sums(partials, own, sample, tile, batch, tiles):
+    """Store a tile's sums beside that of its squares, before it arrives."""
+    for i in tl.static_range(4):
+        tl.store(partials + ((i + 1) * batch + sample) * tiles + tile, own[i])
+
+
+@jit
+def met_sums(partials, sample, batch, tiles):
+    """A sample's sums once all of its tiles have arrived."""
+    u, d = sum_of(partials, batch + sample, tiles), sum_of(partials, 2 * batch + sample, tiles)
+    return u, d, sum_of(partials, 3 * batch + sample, tiles), sum_of(partials, 4 * batch + sample, tiles)
+
+
+@jit
+def known_sums(sums, sample, batch):
+    """A sample's sums, computed beforehand."""
+    u, d = tl.load(sums + sample), tl.load(sums + batch + sample)
+    return u, d, tl.load(sums + 2 * batch + sample), tl.load(sums + 3 * batch + sample)
+
+
+def empty_sums(uncond: torch.Tensor) -> torch.Tensor:
+    """Room for the sums of every sample that a guidance rule needs beside the gap."""
+    return torch.empty((SUMS - 1, len(uncond)), dtype=torch.float32, device=uncond.device)
+
+
+PART = 256  # elements whose squares are added first: rounding does not grow with the size of a sample
+
+
+def norms(samples: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The 2-norm of each row of (B, n), (B,); a row's bits are the same in every batch."""
+    return _folded(torch.linalg.vector_norm, samples, out)
+
+
+def sample_sums(uncond: torch.Tensor, difference: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`sums_of` of every sample of (B, ...), (B,) each; a sample's bits are the same in every batch."""
+    values = uncond, difference, uncond * uncond, uncond * difference
+    return tuple(_folded(torch.sum, value.flatten(1)) for value in values)
+
+
+def _folded(reduce: Callable[..., torch.Tensor], samples: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    size = samples.shape[1]
+    part = math.gcd(size, PART)
+    if size <= PART:
+        return reduce(samples, dim=1, out=out)
+    if part < 16:  # a reduction a sample: nothing promises that a batched one adds a long row in one order
+        alone = [reduce(sample, dim=0, keepdim=True) for sample in samples]
+        return torch.cat([samples.new_empty(0), *alone], out=out)
+    return _folded(reduce, reduce(samples.view(len(samples), size // part, part), dim=2), out)

@@ -1,0 +1,240 @@
+"""Guidance rules: kernels, eager twins and lockstep against the definition in float64."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from basinescape import At, Guidance, Sampler
+from basinescape.kernels import definition, guide, step
+from basinescape.kernels.dispatch import INTERPRETED
+from basinescape.kernels.lockstep import Lockstep
+from basinescape.kernels.rules import RULES, columns_of, options_of
+from basinescape.kernels.state import State
+from basinescape.kernels.table import Column
+from basinescape.kernels.tiles import Tiles
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from interleaving import SMALL, interleaved
+from rounding import assert_same_but_for_rounding
+from test_step import TOLERANCE, contents, table_of
+
+COMBINING = [name for name, rule in RULES.items() if rule is not None]
+QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+@st.composite
+def cases(draw):
+    """uncond and cond (B, ...), near each other or not, perhaps far from zero on average; a weight each."""
+    batch, shape = draw(st.integers(1, 3)), draw(st.sampled_from([(4, 8, 8), (3, 5, 7), (4, 12, 12)]))
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    uncond, noise = torch.randn((2, batch, *shape), generator=rng)
+    uncond = uncond + draw(st.sampled_from([0.0, 0.5]))
+    cond = uncond + draw(st.sampled_from([0.01, 0.3, 2.0])) * noise
+    weight = draw(st.lists(st.sampled_from([-2.0, 0.0, 0.5, 1.0, 3.0, 7.5]), min_size=batch, max_size=batch))
+    dtype = draw(st.sampled_from(list(TOLERANCE)))
+    return uncond.to(dtype), cond.to(dtype), torch.tensor(weight)
+
+
+def exact(uncond, cond, weight, rule):
+    options = columns_of(options_of(rule, {}))
+    together = zip(uncond, cond, weight.tolist(), strict=True)
+    return torch.stack([definition.guided(u, c, w, rule, options) for u, c, w in together])
+
+
+def check(found, uncond, cond, weight, rule):
+    expected, room = exact(uncond, cond, weight, rule), 5 * TOLERANCE[uncond.dtype]
+    torch.testing.assert_close(found.double(), expected, atol=room, rtol=room)
+
+
+@pytest.fixture(params=["kernel", "eager"])
+def way(request):
+    if request.param == "eager":
+        request.getfixturevalue("eager")
+
+
+@pytest.mark.parametrize("rule", COMBINING)
+@settings(max_examples=10, **QUIET)
+@given(cases(), st.booleans())
+def test_guide_is_the_definition(way, rule, case, tiled):
+    """In one program a sample and in two launches over tiles; the gap is that of plain guidance."""
+    uncond, cond, weight = case
+    with pytest.MonkeyPatch.context() as patches:
+        if tiled:
+            patches.setattr(Tiles, "of", SMALL.of)
+        guided, gap = guide(uncond, cond, weight, rule=rule)
+        assert torch.equal(gap, guide(uncond, cond, weight)[1])
+        check(guided, uncond, cond, weight, rule)
+
+
+def diffusers_own(u, c, w):
+    """rule -> (its options, what diffusers makes of one sample)."""
+    from diffusers.guiders import adaptive_projected_guidance, magnitude_aware_guidance, tangential_classifier_free_guidance
+    from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    flat = c.flatten(1), u.flatten(1)  # diffusers' MAMBO-G takes no images
+    zero = cfg_zero_star_scale(*flat).view(-1, 1, 1, 1) * u
+    return {
+        "rescale": ({"phi": 0.4}, rescale_noise_cfg(u + w * (c - u), c, guidance_rescale=0.4)),
+        "cfg-zero": ({}, zero + w * (c - zero)),
+        "apg": ({"eta": 0.3, "norm_threshold": 4.0}, adaptive_projected_guidance.normalized_guidance(c, u, w, None, 0.3, 4.0)),
+        "tcfg": ({}, tangential_classifier_free_guidance.normalized_guidance(c, u, w)),
+        "mambo-g": ({"alpha": 2.0}, magnitude_aware_guidance.mambo_guidance(*flat, w, 2.0).view(u.shape)),
+    }
+
+
+@pytest.mark.parametrize("rule", [name for name in COMBINING if name != "norm-cap"])
+@pytest.mark.parametrize("weight", [7.5, 3.0, -2.0])
+def test_rules_are_diffusers_own(way, rule, weight):
+    """Within twice the rounding that diffusers' own float32 has beside float64, and that of the sums."""
+    uncond, noise = torch.randn((2, 1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    cond = uncond + 0.3 * noise
+    options, exact = diffusers_own(uncond.double(), cond.double(), weight)[rule]
+    rounding = (diffusers_own(uncond, cond, weight)[rule][1] - exact).abs().max() + 1e-6 * exact.abs().max()
+    guided, _ = guide(uncond, cond, weight, rule=rule, **options)
+    assert (guided - exact).abs().max() <= 4 * rounding
+
+
+def started(batch, dtype=torch.float32):
+    rng = torch.Generator().manual_seed(batch)
+    table = table_of(rng, steps=4, multistep=True)
+    table[:, [Column.BEFORE, Column.AFTER]] = torch.tensor([[-2.0, 7.5], [1.0, 3.0], [0.0, 7.5], [3.0, 0.0]])
+    state = State.empty((batch, 4, 8, 8), 4, dtype, "cpu", True)
+    return state.start(torch.randn((batch, 4, 8, 8), generator=rng).to(dtype), table), table
+
+
+def with_options(table, rule):
+    table[:, Column.FIRST_OPTION :] = torch.tensor(columns_of(options_of(rule, {})))
+
+
+def follow(rule, finds, seed=0):
+    """A run of three samples, step after step, against the definition."""
+    (state, table), rng = started(3), torch.Generator().manual_seed(seed)
+    with_options(table, rule)
+    samples = [definition.Sample(x.clone(), (math.nan,) * 4, 0, 3) for x in state.latents.x]
+    if not finds:
+        table[:, Column.KEEP], table[:, Column.LIMIT] = -math.inf, torch.tensor([-math.inf, -math.inf, math.inf, math.inf])
+    for _ in range(4):
+        uncond, noise = torch.randn((2, 3, 4, 8, 8), generator=rng)
+        cond = uncond + (torch.rand((3, 1, 1, 1), generator=rng) + 0.1) * noise
+        step(uncond, cond, table, state, finds, rule)
+        samples = [definition.step(s, u, c, table, rule) for s, u, c in zip(samples, uncond, cond, strict=True)]
+        for i, sample in enumerate(samples):
+            x = state.latents.x[i]
+            torch.testing.assert_close(x.double(), sample.latents.double(), atol=1e-4, rtol=1e-4)
+            samples[i] = replace(sample, latents=x.clone())
+        assert state.transition.at.tolist() == [sample.transition for sample in samples]
+    return state
+
+
+@pytest.mark.parametrize("rule", COMBINING)
+@pytest.mark.parametrize("finds", [True, False])
+def test_the_step_is_the_definition(way, rule, finds):
+    follow(rule, finds)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="programs are interleaved in the interpreter")
+@pytest.mark.parametrize("rule", COMBINING)
+@pytest.mark.parametrize("finds", [True, False])
+def test_tiles_combine_whether_or_not_they_meet(monkeypatch, rule, finds):
+    monkeypatch.setattr(Tiles, "of", SMALL.of)
+    after = []
+    for resident in (0, 1000):
+        monkeypatch.setattr(Tiles, "resident", lambda tiles, device, count=resident: count)
+        with interleaved(1):
+            after.append(contents(follow(rule, finds)))
+    assert all(map(torch.equal, *after))
+
+
+@pytest.mark.parametrize("rule", COMBINING)
+def test_lockstep_has_the_bits_of_the_eager_step_and_a_sample_those_of_any_batch(eager, rule):
+    for dtype in TOLERANCE:
+        (state, table), (other, _), (lone, _) = started(3, dtype), started(3, dtype), started(1, dtype)
+        with_options(table, rule)
+        lone.start(state.latents.x[1:2], table)
+        move, rng = Lockstep(other, table, rule=rule), torch.Generator().manual_seed(0)
+        for _ in range(4):
+            uncond, cond = torch.randn((2, 3, 4, 8, 8), generator=rng).to(dtype)
+            step(uncond, cond, table, state, rule=rule)
+            move(uncond, cond)
+            step(uncond[1:2], cond[1:2], table, lone, rule=rule)
+        assert torch.equal(state.latents.x, other.latents.x) and torch.equal(state.latents.x[1:2], lone.latents.x)
+
+
+@pytest.mark.parametrize("rule", COMBINING)
+def test_guidance_carries_its_rule(rule):
+    guidance = Guidance.opposite(2.0, scale=7.5, until=At(650), rule=rule)
+    assert guidance.rule == rule and dict(guidance.options) == options_of(rule, {})
+    assert Guidance.from_dict(guidance.to_dict()) == guidance == eval(repr(guidance))
+
+
+@pytest.mark.parametrize(("given", "says"), [({"rule": "other"}, "rule must be one of cfg"), ({"phi": 0.5}, "no option 'phi'")])
+def test_a_rule_or_option_that_is_not_known_is_named(given, says):
+    for make in (lambda: Guidance.cfg(7.5, **given), lambda: guide(torch.zeros(1, 4), torch.zeros(1, 4), 7.5, **given)):
+        with pytest.raises(ValueError, match=says):
+            make()
+
+
+SEEDS, PROMPTS = [3, 4], ["a frog", "a red cat"]
+
+
+def sample(pipe, guidance, scheduler=None, **options):
+    sampler = Sampler.from_pipeline(pipe, scheduler)
+    return sampler(PROMPTS, SEEDS, 6, guidance, output="latent", progress=False, **options)
+
+
+@pytest.mark.parametrize("scheduler", ["dpmsolver++", "euler-ancestral"])
+@pytest.mark.parametrize("rule", COMBINING)
+def test_a_run_under_a_rule_is_its_definition_step_by_step(eager, pipe, scheduler, rule):
+    """Composed with a delay: the same transitions and latents as a loop that guides by `definition` in place of the step."""
+    guidance = Guidance.delayed(4.0, until=At(600), before=-1.0, rule=rule)
+    found = sample(pipe, guidance, scheduler)
+    before = found.transition_step.tolist()
+    assert before[0] > 0 and before[0] == before[1]
+
+    def stepwise():
+        calls, columns = iter(range(6)), columns_of(options_of(rule, {}))
+
+        def wrap(network):
+            def predict(latents, timesteps, branch):
+                assert branch == "both"
+                uncond, cond = network(latents, timesteps, branch).chunk(2)
+                weight = 4.0 if next(calls) >= before[0] else -1.0
+                each = [definition.guided(u, c, weight, rule, columns) for u, c in zip(uncond, cond, strict=True)]
+                return torch.cat([torch.stack(each).to(uncond)] * 2)
+
+            return predict
+
+        sampler = Sampler.from_pipeline(pipe, scheduler).wrapped(wrap)
+        return sampler(PROMPTS, SEEDS, 6, Guidance.cfg(2.0), output="latent", progress=False).latents
+
+    assert_same_but_for_rounding(found.latents, stepwise(), pipe, stepwise)
+
+
+def test_rescale_is_the_stock_pipelines_guidance_rescale(pipe):
+    found = sample(pipe, Guidance.cfg(7.5, rule="rescale", phi=0.7))
+    assert torch.equal(found.latents, sample(pipe, Guidance.cfg(7.5), guidance_rescale=0.7).latents)
+    assert torch.equal(found.noise_gap[:, 0], sample(pipe, Guidance.cfg(7.5)).noise_gap[:, 0])
+    with pytest.raises(ValueError, match="guidance_rescale is the rule 'rescale', and the guidance has the rule 'apg'"):
+        sample(pipe, Guidance.cfg(7.5, rule="apg"), guidance_rescale=0.7)
+
+
+@pytest.mark.parametrize("rule", COMBINING)
+def test_a_guard_keeps_the_rule(pipe, rule):
+    """Nobody flagged: the bits of plain guidance under the rule; all flagged: those of the cautious guidance."""
+    plain, cautious = Guidance.cfg(7.5, rule=rule), Guidance.delayed(7.5, until=At(600), rule=rule)
+    for threshold, expected in ((1e9, plain), (0.0, cautious)):
+        found = sample(pipe, Guidance.guard(cautious, threshold))
+        assert found.restarted.all() == (threshold == 0)
+        again = lambda expected=expected: sample(pipe, expected).latents  # noqa: E731
+        assert_same_but_for_rounding(found.latents, again(), pipe, again)
+
+
+@pytest.mark.parametrize("rule", COMBINING)
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_at_0_and_1_every_rule_is_one_prediction(way, rule, weight):
+    uncond, cond = torch.randn((2, 2, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    guided, _ = guide(uncond, cond, weight, rule=rule)
+    expected, _ = guide(uncond, cond, weight)
+    assert torch.equal(guided, expected)
