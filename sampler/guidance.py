@@ -264,7 +264,7 @@ class Guidance:
         return cls(scale, -float(opposite_scale), until, **_fields(given))
 
     def rescaled(self, phi: float) -> Guidance:
-        """The same under the rule "rescale" where phi is above 0. Raises ValueError if it has another rule, or for a bad phi."""
+        """The same under the rule "rescale" where phi is above 0. Raises ValueError for a bad phi or beside another rule."""
         if not arguments.share("guidance_rescale", phi):
             return self
         if self.rule != "cfg":

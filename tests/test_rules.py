@@ -19,6 +19,8 @@ from interleaving import SMALL, interleaved
 from rounding import assert_same_but_for_rounding
 from test_step import TOLERANCE, contents, table_of
 
+pytestmark = pytest.mark.kernels
+
 COMBINING = [name for name, rule in RULES.items() if rule is not None]
 QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
@@ -53,9 +55,8 @@ def way(request):
         request.getfixturevalue("eager")
 
 
-@pytest.mark.parametrize("rule", COMBINING)
-@settings(max_examples=10, **QUIET)
-@given(cases(), st.booleans())
+@settings(max_examples=24, **QUIET)
+@given(st.sampled_from(COMBINING), cases(), st.booleans())
 def test_guide_is_the_definition(way, rule, case, tiled):
     """In one program a sample and in two launches over tiles; the gap is that of plain guidance."""
     uncond, cond, weight = case
@@ -129,14 +130,12 @@ def follow(rule, finds, seed=0):
 
 
 @pytest.mark.parametrize("rule", COMBINING)
-@pytest.mark.parametrize("finds", [True, False])
-def test_the_step_is_the_definition(way, rule, finds):
-    follow(rule, finds)
+def test_the_step_is_the_definition(way, rule):
+    follow(rule, finds=rule != "tcfg")
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="programs are interleaved in the interpreter")
-@pytest.mark.parametrize("rule", COMBINING)
-@pytest.mark.parametrize("finds", [True, False])
+@pytest.mark.parametrize(("rule", "finds"), [("apg", True), ("rescale", False)])
 def test_tiles_combine_whether_or_not_they_meet(monkeypatch, rule, finds):
     monkeypatch.setattr(Tiles, "of", SMALL.of)
     after = []
@@ -212,7 +211,7 @@ def test_a_run_under_a_rule_is_its_definition_step_by_step(eager, pipe, schedule
     assert_same_but_for_rounding(found.latents, stepwise(), pipe, stepwise)
 
 
-def test_rescale_is_the_stock_pipelines_guidance_rescale(pipe):
+def test_rescale_is_the_option_guidance_rescale(eager, pipe):
     found = sample(pipe, Guidance.cfg(7.5, rule="rescale", phi=0.7))
     assert torch.equal(found.latents, sample(pipe, Guidance.cfg(7.5), guidance_rescale=0.7).latents)
     assert torch.equal(found.noise_gap[:, 0], sample(pipe, Guidance.cfg(7.5)).noise_gap[:, 0])
@@ -221,7 +220,7 @@ def test_rescale_is_the_stock_pipelines_guidance_rescale(pipe):
 
 
 @pytest.mark.parametrize("rule", COMBINING)
-def test_a_guard_keeps_the_rule(pipe, rule):
+def test_a_guard_keeps_the_rule(eager, pipe, rule):
     """Nobody flagged: the bits of plain guidance under the rule; all flagged: those of the cautious guidance."""
     plain, cautious = Guidance.cfg(7.5, rule=rule), Guidance.delayed(7.5, until=At(600), rule=rule)
     for threshold, expected in ((1e9, plain), (0.0, cautious)):
