@@ -197,11 +197,18 @@ def analyze(
 
 
 @app.command()
-def aot(json: Annotated[Path | None, typer.Option(help="also write the rows as JSON")] = None) -> None:
-    """Compile every kernel, without a GPU. For sm_80, sm_90 and sm_100; registers, spills and loads are read off the code."""
-    from basinescape.kernels.aot import report
+def aot(
+    json: Annotated[Path | None, typer.Option(help="also write the rows as JSON")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="sm_90 and the like; may be repeated; default all")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, ...; may be repeated; default all")] = None,
+) -> None:
+    """Compile every kernel, without a GPU. Registers, spills and the width of loads are read off the machine code."""
+    from basinescape.kernels import aot
 
-    rows = report()
+    for name, given, known in (("target", target, aot.TARGETS), ("dtype", dtype, aot.DTYPES)):
+        if given and not set(given) <= set(known):
+            raise ValueError(f"{name} must be among {', '.join(known)}; got {', '.join(given)}")
+    rows = list(aot.rows(target or aot.TARGETS, dtype or aot.DTYPES))
     typer.echo(aligned(rows))
     if json:
         json.write_text(dumps(rows, indent=1) + "\n")

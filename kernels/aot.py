@@ -19,7 +19,7 @@ from .step import launch_step
 from .table import Column
 from .tiles import Tiles
 
-TARGETS = ("sm_80", "sm_90", "sm_100")
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 DTYPES = ("float32", "float16", "bfloat16")
 SHAPES = ((4, 16, 16), (4, 32, 32), (4, 64, 64), (4, 128, 128))  # one for each block, and one of several tiles
 BATCH, STEPS, RESIDENT = 3, 50, 264
@@ -82,12 +82,15 @@ def _bits(modifiers: str) -> int:
     return max((int(bits) for bits in re.findall(r"\.[US]?(8|16|64|128|256)\b", modifiers)), default=32)
 
 
-def rows(targets: Sequence[str] = TARGETS) -> Iterator[dict[str, object]]:
-    """A row for each kernel, launch configuration, dtype and target, as it is compiled."""
+def rows(targets: Sequence[str] = TARGETS, dtypes: Sequence[str] = DTYPES) -> Iterator[dict[str, object]]:
+    """A row for each kernel, launch configuration, dtype and target, as it is compiled.
+
+    Raises RuntimeError where triton is missing or interprets, subprocess.CalledProcessError if a tool fails.
+    """
     if triton is None or INTERPRETED:
         raise RuntimeError("compiling ahead of time needs triton, and TRITON_INTERPRET unset")
     for target in targets:
-        for dtype in DTYPES:
+        for dtype in dtypes:
             for name, launch in launches(dtype):
                 yield {
                     "kernel": name,
@@ -98,8 +101,3 @@ def rows(targets: Sequence[str] = TARGETS) -> Iterator[dict[str, object]]:
                     "num_warps": launch.options["num_warps"],
                     **resources(assembly(launch, target)["cubin"]),
                 }
-
-
-def report(targets: Sequence[str] = TARGETS) -> list[dict[str, object]]:
-    """All `rows`. RuntimeError where triton is missing or interprets; subprocess.CalledProcessError if a tool fails."""
-    return list(rows(targets))

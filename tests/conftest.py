@@ -1,4 +1,5 @@
-"""Without a GPU the kernels run in Triton's interpreter, which must be chosen before they are imported."""
+"""Without a GPU kernels run in Triton's interpreter, which must be chosen before they are imported. It is slow: tests marked
+`kernels` and those on a pretended device have it, all others the eager definitions."""
 
 import os
 import shutil
@@ -11,9 +12,15 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # small work: threads that wait for each other on a shared machine cost more than they bring
 
 
+@pytest.fixture(autouse=True)
+def _implementation(request, monkeypatch):
+    if request.node.get_closest_marker("kernels") is None and "device" not in request.fixturenames:
+        monkeypatch.setattr("basinescape.kernels.dispatch.INTERPRETED", False)
+
+
 @pytest.fixture
 def eager(monkeypatch):
-    """The eager definitions on the CPU, where the tests otherwise interpret the kernels."""
+    """The eager definitions on the CPU, in tests that otherwise interpret the kernels."""
     monkeypatch.setattr("basinescape.kernels.dispatch.INTERPRETED", False)
 
 

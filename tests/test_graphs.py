@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,7 +26,9 @@ CALLS = [
 
 
 def call(sampler, prompts, guidance, seeds=7, steps=STEPS):
-    return sampler(prompts, seeds, steps, guidance, output="latent", progress=False)
+    """Interpreted on the pretended device, eager on the CPU."""
+    with patch("basinescape.kernels.dispatch.INTERPRETED", sampler.model.device.type == "cuda"):
+        return sampler(prompts, seeds, steps, guidance, output="latent", progress=False)
 
 
 def assert_same(found, plain, prompts, guidance, steps=STEPS):
@@ -68,7 +71,7 @@ def test_a_captured_step_is_the_step(pipe, device, scheduler, compile, monkeypat
     monkeypatch.setattr(torch, "compile", lambda network, **_: network)  # no compiler for a device that is not there
     plain = Sampler.from_pipeline(pipe, scheduler)
     captured = Sampler.from_pipeline(on_device(pipe), scheduler, capture=True, compile=compile)
-    for i, (prompts, guidance) in enumerate(CALLS):
+    for i, (prompts, guidance) in enumerate(CALLS[:4] if compile else CALLS):
         steps = STEPS - i % 2
         expected, found = call(plain, prompts, guidance, steps=steps), call(captured, prompts, guidance, steps=steps)
         assert found.latents.device.type == "cuda"
@@ -109,7 +112,7 @@ def test_a_network_that_reads_runs_uncaptured(pipe, device, caplog):
     reading.unet.conv_out.register_forward_hook(lambda module, given, result: result * float(result.isfinite().all()))
     sampler = Sampler.from_pipeline(reading, "dpmsolver++", capture=True)
     with caplog.at_level(logging.WARNING, "basinescape.graphs"):
-        for prompts, guidance in CALLS[:3]:
+        for prompts, guidance in CALLS[:2]:
             assert_same(call(sampler, prompts, guidance), plain, prompts, guidance)
     (record,) = caplog.records
     assert "cannot be captured" in record.message and "makes the host wait" in record.message

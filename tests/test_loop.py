@@ -20,6 +20,8 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+pytestmark = pytest.mark.kernels
+
 STEPS = 8
 METHODS = [
     Guidance.cfg(7.5),

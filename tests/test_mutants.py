@@ -13,7 +13,7 @@ from interleaving import SMALL, interleaved
 from mutants import host_mutant, module, mutant
 from test_step import check_run
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="mutants of kernels are interpreted")
+pytestmark = [pytest.mark.kernels, pytest.mark.skipif(not INTERPRETED, reason="mutants of kernels are interpreted")]
 
 RUN = {
     "shape": (2, 4, 8, 9),

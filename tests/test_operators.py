@@ -6,6 +6,8 @@ from basinescape.kernels import guide
 from basinescape.kernels.state import buffers_of
 from test_step import started
 
+pytestmark = pytest.mark.kernels
+
 
 @pytest.mark.parametrize("finds", [True, False])
 def test_the_step_is_a_well_formed_operator(finds):

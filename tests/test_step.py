@@ -15,6 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interleaving import SMALL, interleaved
 
+pytestmark = pytest.mark.kernels
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernel runs, compiled or interpreted
 STEPS = 7
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -139,7 +141,7 @@ def check_run(run, alone=(), device="cpu"):
         assert torch.equal(state.latents.timestep.cpu(), told.repeat(2))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(runs(), st.sets(st.integers(0, STEPS - 1), max_size=2))
 def test_the_kernel_is_the_definition(run, alone):
     assert backend(DEVICE) != "eager"
@@ -153,7 +155,7 @@ def test_the_eager_step_is_the_definition(eager, run, alone):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="programs are interleaved in the interpreter")
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(runs([(3, 10, 11), (4, 8, 9)]), st.sampled_from([0, 6, 1000]), st.integers(0, 2**16))
 def test_the_programs_of_a_sample_may_run_in_any_order(monkeypatch, run, resident, seed):
     """Tiles that meet, and that do not: `resident` programs may wait for each other. On a GPU bench.gpu has them meet."""

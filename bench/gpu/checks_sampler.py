@@ -82,7 +82,7 @@ def check_sampler_images(device: torch.device) -> Figures:
         generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
         options = {"generator": generators, "output_type": "np", "guidance_scale": 7.5}
         expected = pipe(PROMPTS, num_inference_steps=STEPS, **options).images
-        found = Sampler.from_pipeline(pipe)(PROMPTS, SEEDS, STEPS, METHODS["cfg"], output="np", progress=False).images
+        found = Sampler.from_pipeline(pipe)(PROMPTS, SEEDS, STEPS, Guidance.cfg(7.5), output="np", progress=False).images
         figures[name] = float(255 * np.abs(found - expected).max())
         require(figures[name] <= 1, f"{name}: {figures[name]:.2g} of 255 apart")
     return figures
