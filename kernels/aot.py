@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,10 +15,12 @@ import torch
 
 from .dispatch import INTERPRETED, Launch, recorded, triton
 from .guide import launch_guide
+from .operands import sample_size
+from .rules import RULES
 from .state import State
 from .step import launch_step
 from .table import Column
-from .tiles import Tiles
+from .tiles import TILES, Tiles
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -25,25 +28,32 @@ SHAPES = ((4, 16, 16), (4, 32, 32), (4, 64, 64), (4, 128, 128))  # one for each 
 BATCH, STEPS, RESIDENT = 3, 50, 264
 
 
-def launches(dtype: str) -> Iterator[tuple[str, Launch]]:
+def launches(dtype: str, rule: str = "apg", shapes: Sequence[tuple[int, ...]] = SHAPES) -> Iterator[tuple[str, Launch]]:
     """Every way `dtype` predictions are launched, as the launchers do it: recorded, on tensors without memory.
 
-    The widest case of each: halves of a batch, a tensor of weights, a two-step solver that scales its input.
+    The widest case of each: halves of a batch, a tensor of weights, a two-step solver that scales its input. rule: a guidance
+    rule that needs a sample's sums.
     """
-    for shape in SHAPES:
+    for shape in shapes:
         uncond, cond = torch.empty((2 * BATCH, *shape), dtype=getattr(torch, dtype), device="meta").chunk(2)
         gap, table = torch.empty(BATCH, device="meta"), torch.empty((STEPS, len(Column)), device="meta")
         state = State.empty(tuple(uncond.shape), STEPS, uncond.dtype, "meta", multistep=True)
+        guided, step = torch.empty_like(uncond), partial(launch_step, uncond, cond, table)
         with recorded() as made, patch.object(Tiles, "resident", lambda tiles, device: RESIDENT):
-            launch_guide(uncond, cond, gap, torch.empty_like(uncond), gap)
+            launch_guide(uncond, cond, gap, guided, gap)
             launch_guide(uncond, cond, 0.0, None, gap)
-            launch_step(uncond, cond, table, False, None, state)
-            launch_step(uncond, cond, table, True, None, state)
-        yield from zip(("guide", "noise_gap", "step", "step, first minimum"), made, strict=True)
-        if made[-1].options["MEETS"]:
-            with recorded() as made:
-                launch_step(uncond, cond, table, True, None, state)
-            yield "step, gap known", made[-1]  # after the launch that computes the gap
+            step(False, None, state)
+            step(True, None, state)
+            step(True, None, state, rule)
+            launch_guide(uncond, cond, gap, guided, gap, RULES[rule])
+        names = ["guide", "noise_gap", "step", "step, first minimum", "step, rule", "guide, rule"]
+        if TILES.of(sample_size(uncond))[2] > 1:
+            names.insert(-1, "sums")
+            with recorded() as unmet:  # each after the launch that computes the gap and the sums
+                step(True, None, state)
+                step(True, None, state, rule)
+            yield from (("step, gap known", unmet[1]), ("step, rule, sums known", unmet[3]))
+        yield from zip(names, made, strict=True)
 
 
 def assembly(launch: Launch, target: str) -> dict[str, Any]:

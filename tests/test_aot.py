@@ -39,7 +39,8 @@ def report(tmp_path_factory):
 
 def test_report_covers_every_target_and_dtype(report):
     seen = {(row["kernel"], row["target"], row["dtype"]) for row in report}
-    kernels = ("guide", "noise_gap", "step", "step, first minimum", "step, gap known")
+    kernels = "guide", "noise_gap", "step", "step, first minimum", "step, gap known", "guide, rule", "step, rule", "sums"
+    kernels = *kernels, "step, rule, sums known"
     assert seen == {(kernel, *case) for kernel in kernels for case in CASES}
 
 
@@ -50,6 +51,20 @@ def test_loads_are_16_bytes_and_nothing_spills(report):
 
 def test_every_program_fits_the_register_file(report):
     assert all(row["registers"] >= 16 and row["registers"] * 32 * row["num_warps"] <= 65536 for row in report)
+
+
+def test_no_rule_spills():
+    """Where the report has one for all, each at the block that leaves a thread the fewest registers."""
+    script = """
+from basinescape.kernels.aot import assembly, launches, resources
+from basinescape.kernels.rules import RULES
+for rule in sorted(RULES.keys() - {"cfg", "apg"}):
+    for name, launch in launches("float32", rule, [(4, 64, 64)]):
+        if name.endswith("rule"):
+            print(resources(assembly(launch, "sm_90")["cubin"])["spill_bytes"])
+"""
+    found = run("-c", script).split()
+    assert found and set(found) == {"0"}
 
 
 def test_a_poor_configuration_is_seen():

@@ -39,6 +39,7 @@ def small(monkeypatch):
     )
     monkeypatch.setattr(checks, "SIZES", ((1,), (5, 7), (4, 8, 8), (4, 9, 8)))
     monkeypatch.setattr(checks, "DTYPES", {torch.float16: 4e-3})
+    monkeypatch.setattr(checks, "RULES", ("apg",))
     monkeypatch.setattr(checks, "LAYOUTS", ("channels last", "spread"))
     monkeypatch.setattr(checks, "TILES", SMALL)
     monkeypatch.setattr(Tiles, "of", SMALL.of)
@@ -46,7 +47,7 @@ def small(monkeypatch):
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())
 
 
-@pytest.mark.parametrize("name", ["guide", "step", "batches", "capture", "synchronisation"])
+@pytest.mark.parametrize("name", ["guide", "step", "rules", "batches", "capture", "synchronisation"])
 def test_the_checks_hold_on_a_pretended_device(device, small, name):
     assert checks.CHECKS[name](torch.device("cuda"))
 

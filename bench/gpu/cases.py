@@ -77,10 +77,10 @@ class Exact:
             for x, *where in zip(state.latents.x.double(), way.row.tolist(), way.last.tolist(), way.at.tolist(), strict=True)
         ]
 
-    def take(self, uncond: Tensor, cond: Tensor | None) -> None:
+    def take(self, uncond: Tensor, cond: Tensor | None, rule: str = "cfg") -> None:
         conds = [None] * len(uncond) if cond is None else cond
         together = zip(self.samples, uncond, conds, strict=True)
-        self.samples = [definition.step(sample, u, c, self.table) for sample, u, c in together]
+        self.samples = [definition.step(sample, u, c, self.table, rule) for sample, u, c in together]
 
     def compare(self, state: State, where: str) -> float:
         """How far the latents are off; raises where anything else is. Goes on from the state's own: roundings do not add up."""

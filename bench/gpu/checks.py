@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from basinescape.kernels import guide, guide_eager, noise_gap, step
+from basinescape.kernels.rules import RULES
 from basinescape.kernels.state import State
 from basinescape.kernels.table import Column
 from basinescape.kernels.tiles import TILES
@@ -89,7 +90,20 @@ def check_step(device: torch.device) -> Figures:
     return figures
 
 
-def _follow(mode: Mode, dtype: torch.dtype, wide: bool, layout: str, device: torch.device) -> float:
+def check_rules(device: torch.device) -> Figures:
+    """The step under every guidance rule, its options as the rows have them, in one program a sample, tiles that meet and not."""
+    figures = {}
+    for rule in RULES:
+        for name, mode in MODES.items():
+            if not mode.alone:
+                with mode.active():
+                    worst = _follow(mode, torch.float32, True, "contiguous", device, rule)
+                figures[f"{rule}, {name}"] = worst
+                require(worst <= DTYPES[torch.float32], f"{rule}, {name}: latents off by {worst:.2g}")
+    return figures
+
+
+def _follow(mode: Mode, dtype: torch.dtype, wide: bool, layout: str, device: torch.device, rule: str = "cfg") -> float:
     if layout == "channels last" and len(mode.shape) != 3:
         return 0.0
     state, table = started(mode, 3, dtype, device, wide, layout)
@@ -97,8 +111,8 @@ def _follow(mode: Mode, dtype: torch.dtype, wide: bool, layout: str, device: tor
     exact, worst = Exact(state, table), 0.0
     for uncond, cond in list(predictions(mode, 3, dtype, device))[: STEPS - 1]:
         cond = None if cond is None else laid_out(cond, layout)
-        step(laid_out(uncond, layout), cond, table, state, mode.finds)
-        exact.take(uncond, cond)
+        step(laid_out(uncond, layout), cond, table, state, mode.finds, rule)
+        exact.take(uncond, cond, rule)
         where = f"{mode}, {dtype}, {layout}"
         worst = max(worst, exact.compare(state, where))
         _require_fed(state, table, dtype, where)
@@ -267,6 +281,7 @@ def check_residence(device: torch.device) -> Figures:
 CHECKS: dict[str, Callable[[torch.device], Figures]] = {
     "guide": check_guide,
     "step": check_step,
+    "rules": check_rules,
     "batches": check_batches,
     "launches": check_launches,
     "synchronisation": check_synchronisation,
