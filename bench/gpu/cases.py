@@ -109,6 +109,7 @@ def table_of(rng: torch.Generator, finds: bool, multistep: bool, scaled: bool, s
     table[:, [Column.FIRST, Column.KEEP]] = 1
     table[:, Column.LIMIT] = -torch.inf
     table[:, [Column.FALL, Column.WAIT]] = 0
+    table[:, Column.FIRST_OPTION :].abs_()  # as every rule allows them
     table[: 2 if finds else steps, Column.KEEP] = -torch.inf
     if not finds:
         table[3:, Column.LIMIT] = torch.inf

@@ -91,7 +91,7 @@ def check_step(device: torch.device) -> Figures:
 
 
 def check_rules(device: torch.device) -> Figures:
-    """The step under every guidance rule, its options as the rows have them, in one program a sample, tiles that meet and not."""
+    """The step under every guidance rule, in one program, in tiles that meet and in tiles that do not."""
     figures = {}
     for rule in RULES:
         for name, mode in MODES.items():
