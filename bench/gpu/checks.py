@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -93,13 +94,12 @@ def check_step(device: torch.device) -> Figures:
 def check_rules(device: torch.device) -> Figures:
     """The step under every guidance rule, in one program, in tiles that meet and in tiles that do not."""
     figures = {}
-    for rule in RULES:
-        for name, mode in MODES.items():
-            if not mode.alone:
-                with mode.active():
-                    worst = _follow(mode, torch.float32, True, "contiguous", device, rule)
-                figures[f"{rule}, {name}"] = worst
-                require(worst <= DTYPES[torch.float32], f"{rule}, {name}: latents off by {worst:.2g}")
+    for rule, (name, mode), (dtype, tolerance) in product(RULES, MODES.items(), DTYPES.items()):
+        if not mode.alone:
+            with mode.active():
+                worst = _follow(mode, dtype, True, "contiguous", device, rule)
+            figures[f"{rule}, {name}, {dtype}"] = worst
+            require(worst <= tolerance, f"{rule}, {name}, {dtype}: latents off by {worst:.2g}")
     return figures
 
 
