@@ -72,8 +72,12 @@ def plain_loop(pipe, scheduler, guidance, prompt, seed):
     return latents, transition
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpmsolver++", "unipc"])
-@pytest.mark.parametrize("guidance", METHODS, ids=repr)
+@pytest.mark.parametrize(
+    ("guidance", "scheduler"),
+    [(METHODS[i], name) for i, name in enumerate(["ddim", "euler", "dpmsolver++", "unipc"])]
+    + [(METHODS[i], name) for i, name in enumerate(["dpmsolver++", "unipc", "euler", "ddim"])],
+    ids=repr,
+)
 @torch.inference_mode()
 def test_a_batch_is_the_plain_loop_of_each_sample(pipe, exact, scheduler, guidance):
     out = sample(pipe, scheduler, guidance)

@@ -155,7 +155,7 @@ def test_the_eager_step_is_the_definition(eager, run, alone):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="programs are interleaved in the interpreter")
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(runs([(3, 10, 11), (4, 8, 9)]), st.sampled_from([0, 6, 1000]), st.integers(0, 2**16))
 def test_the_programs_of_a_sample_may_run_in_any_order(monkeypatch, run, resident, seed):
     """Tiles that meet, and that do not: `resident` programs may wait for each other. On a GPU bench.gpu has them meet."""
@@ -178,7 +178,7 @@ def test_tiles_that_meet_have_the_bits_of_those_that_do_not(monkeypatch):
         return contents(state)
 
     strangers = after(0, 0)
-    for resident, seed in ((6, 1), (1000, 2), (1000, 3)):
+    for resident, seed in ((6, 1), (1000, 2)):
         assert all(map(torch.equal, after(resident, seed), strangers))
 
 
