@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from . import arguments
 from .kernels.rules import columns_of, options_of
 from .kernels.table import Column
+from .transitions import LEAVES, RULES, At, Rule
 
 # Factors on the scale over u = t / num_train_timesteps in 0..1, as carried by the authors' scripts.
 SHAPES: dict[str, Callable[[float], float]] = {
@@ -31,153 +32,20 @@ SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
-class Leaving(NamedTuple):
-    """What makes a sample leave its basin at a step, as columns of the table of steps; by default nothing does.
-
-    keep:  the first minimum of the noise gap shows there, and is at most `keep` times the largest gap before it.
-    limit: the gap is at most `limit`; infinity: every sample leaves.
-    fall:  the gap is below `fall` times the largest gap before it.
-    wait:  steps from there to the transition.
-    """
-
-    keep: float = -math.inf
-    limit: float = -math.inf
-    fall: float = 0.0
-    wait: int = 0
+def _restart(given: Sequence[float]) -> tuple[float, float, int]:
+    """(low, high, times) as checked."""
+    if len(given) != 3:
+        raise ValueError(f"restart must be (low, high, times), got {given!r}")
+    low, high = (arguments.finite("restart", timestep) for timestep in given[:2])
+    if low >= high:
+        raise ValueError(f"restart must go back from a lower timestep to a higher one, got {given!r}")
+    return low, high, arguments.at_least("restart", given[2], 1)
 
 
 def _fields(given: dict[str, Any]) -> dict[str, Any]:
     """What `cfg`, `delayed` and `opposite` are given by name, as fields: what is not one is an option of the rule."""
-    own = {name: given[name] for name in ("shape", "interval", "watch", "rule") if name in given}
+    own = {name: given[name] for name in ("shape", "interval", "restart", "rule") if name in given}
     return {**own, "options": {name: value for name, value in given.items() if name not in own}}
-
-
-STAYS, LEAVES = Leaving(), Leaving(limit=math.inf)
-
-
-@dataclass(frozen=True)
-class At:
-    """The transition is the first step whose timestep is at or below `timestep` (the paper's static transition point).
-
-    `timestep` is in 0..1000 of the training schedule; schedulers that count otherwise (EDM, flow) are mapped by noise level.
-    Raises ValueError if it is not finite.
-    """
-
-    timestep: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "timestep", arguments.finite("timestep", self.timestep))
-
-    def leaving(self, levels: Sequence[float]) -> list[Leaving]:
-        """What makes a sample leave at each step, by the steps' timesteps in 0..1000."""
-        return [LEAVES if t <= self.timestep else STAYS for t in levels]
-
-    def __repr__(self) -> str:
-        return f"At(timestep={self.timestep:g})"
-
-
-@dataclass(frozen=True)
-class FirstMinimum:
-    """The transition is the first local minimum of the noise gap d, per sample (the paper's dynamic transition point).
-
-    Step k is the transition if d[k-2] > d[k-1] < d[k], strictly; step k is already guided with the weight after it.
-    The defaults are the paper's rule.
-
-    earliest: the first step that may be the transition, at least 2.
-    latest:   a deadline: a sample still waiting at this step transitions there. None: it may wait for ever.
-    drop:     how deep the minimum must be, against noise: d[k-1] <= (1 - drop) * max(d[0..k-1]), with 0 <= drop < 1.
-
-    Raises ValueError for anything else.
-    """
-
-    earliest: int = 2
-    latest: int | None = None
-    drop: float = 0.0
-
-    def __post_init__(self) -> None:
-        arguments.at_least("earliest", self.earliest, 2)
-        if self.latest is not None:
-            arguments.at_least("latest", self.latest, self.earliest)
-        object.__setattr__(self, "drop", arguments.finite("drop", self.drop))
-        if not 0 <= self.drop < 1:
-            raise ValueError(f"drop must be at least 0 and below 1, got {self.drop:g}")
-
-    def leaving(self, levels: Sequence[float]) -> list[Leaving]:
-        """What makes a sample leave at each step."""
-        latest, shows = len(levels) if self.latest is None else self.latest, Leaving(keep=1 - self.drop)
-        return [LEAVES if k >= latest else shows if k >= self.earliest else STAYS for k in range(len(levels))]
-
-    def __repr__(self) -> str:
-        given = {"earliest": self.earliest, "latest": self.latest, "drop": self.drop}
-        shown = (f"{name}={value:g}" for name, value in given.items() if value != getattr(FirstMinimum, name))
-        return f"FirstMinimum({', '.join(shown)})"
-
-
-@dataclass(frozen=True)
-class Settled:
-    """The transition is `wait` steps after the noise gap has come down to that of ordinary prompts. A rule of this project.
-
-    ordinary: the usual gap of each step, on trajectories with the weight before the transition: the median over prompts known
-              not to be memorized, of this model, scheduler and number of steps (`basinescape analyze` measures it).
-    factor:   a sample has settled at the first step whose gap is at most `factor` times the ordinary one.
-    wait:     steps from there to the transition.
-    latest:   a deadline: a sample still waiting transitions at this step. None: it may wait for ever.
-
-    Raises ValueError for anything else.
-    """
-
-    ordinary: tuple[float, ...]
-    factor: float = 1.5
-    wait: int = 0
-    latest: int | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ordinary", tuple(arguments.finite("ordinary", gap) for gap in self.ordinary))
-        object.__setattr__(self, "factor", arguments.finite("factor", self.factor))
-        if self.factor <= 0:
-            raise ValueError(f"factor must be above 0, got {self.factor:g}")
-        arguments.at_least("wait", self.wait, 0)
-        if self.latest is not None:
-            arguments.at_least("latest", self.latest, self.wait)
-
-    def leaving(self, levels: Sequence[float]) -> list[Leaving]:
-        """What makes a sample leave at each step. Raises ValueError if `ordinary` has another number of steps."""
-        if len(self.ordinary) != len(levels):
-            raise ValueError(f"ordinary has {len(self.ordinary)} gaps, but the sampler takes {len(levels)} steps")
-        limits = [self.factor * gap for gap in self.ordinary]
-        if self.latest is not None:
-            limits[self.latest - self.wait :] = [math.inf] * len(limits[self.latest - self.wait :])
-        return [Leaving(limit=limit, wait=self.wait) for limit in limits]
-
-
-@dataclass(frozen=True)
-class Fallen:
-    """The transition is the first step whose noise gap is below `share` times the largest one before it, per sample.
-
-    share:  above 0 and at most 1.
-    latest: a deadline: a sample still waiting at this step transitions there. None: it may wait for ever.
-
-    Raises ValueError for anything else.
-    """
-
-    share: float = 0.5
-    latest: int | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "share", arguments.finite("share", self.share))
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share must be above 0 and at most 1, got {self.share:g}")
-        if self.latest is not None:
-            arguments.at_least("latest", self.latest, 1)
-
-    def leaving(self, levels: Sequence[float]) -> list[Leaving]:
-        """What makes a sample leave at each step."""
-        latest = len(levels) if self.latest is None else self.latest
-        return [LEAVES if k >= latest else Leaving(fall=self.share) for k in range(len(levels))]
-
-
-Rule = At | FirstMinimum | Settled | Fallen
-RULES = {rule.__name__: rule for rule in get_args(Rule)}
 
 
 @dataclass(frozen=True)
@@ -205,6 +73,9 @@ class Guidance:
     shape:    the scale over time: a name in SHAPES, or one factor a step (a table of one's own).
     interval: (low, high) timesteps outside which the weight after the transition is 1, the conditional prediction alone
               (Kynkaanniemi et al., https://arxiv.org/abs/2404.07724); None: everywhere inside.
+    restart:  (low, high, times): at the first step whose timestep is at or below `low`, go back to the first at or below `high`
+              by fresh noise of the sample's own and come down again, so many times (restart sampling, Xu et al., NeurIPS 2023,
+              https://arxiv.org/abs/2306.14878). For schedulers that are linear. None: straight down.
     watch:    which samples this is for: the others keep plain guidance at `scale`. None: for all.
     rule:     how the two predictions are combined (`kernels.rules.RULES`), before the transition and after it; a weight of 0
               is the unconditional prediction under every rule, and 1 the conditional one. One a batch.
@@ -218,6 +89,7 @@ class Guidance:
     until: Rule | None = None
     shape: str | tuple[float, ...] = "static"
     interval: tuple[float, float] | None = None
+    restart: tuple[float, float, int] | None = None
     watch: Watch | None = None
     rule: str = "cfg"
     options: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
@@ -237,6 +109,8 @@ class Guidance:
             if len(interval) != 2 or interval[0] > interval[1]:
                 raise ValueError(f"interval must be two timesteps (low, high), got {self.interval!r}")
             object.__setattr__(self, "interval", interval)
+        if self.restart is not None:
+            object.__setattr__(self, "restart", _restart(self.restart))
         if self.watch is not None and not isinstance(self.watch, Watch):
             raise ValueError(f"watch must be Watch(...), got {self.watch!r}")
         object.__setattr__(self, "options", tuple(options_of(self.rule, dict(self.options)).items()))
@@ -285,6 +159,7 @@ class Guidance:
             return f"Guidance.guard({inner!r}, threshold={self.watch.threshold:g}, steps={self.watch.steps})"
         extra = "" if self.shape == "static" else f", shape={self.shape!r}"
         extra += "" if self.interval is None else f", interval={self.interval!r}"
+        extra += "" if self.restart is None else f", restart={self.restart!r}"
         extra += "" if self.rule == "cfg" else f", rule={self.rule!r}"
         extra += "".join(f", {name}={value:g}" for name, value in self.options)
         if self.until is None:
@@ -333,7 +208,12 @@ class Guidance:
     @property
     def timed(self) -> bool:
         """Whether it asks for timesteps."""
-        return isinstance(self.until, At) or self.interval is not None or self.shape in SHAPES.keys() - {"static"}
+        return (
+            isinstance(self.until, At)
+            or self.interval is not None
+            or self.restart is not None
+            or self.shape in SHAPES.keys() - {"static"}
+        )
 
     def rows(self, levels: Sequence[float]) -> dict[Column, Tensor]:
         """The guidance's columns of the table of steps, float32 on the CPU, a number for each step.

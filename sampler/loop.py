@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 import torch
@@ -42,6 +43,8 @@ class Plan:
     branches:  which halves of the network each row needs.
     finds:     samples look for their transition in their noise gaps; False where the table says beforehand where it is.
     multistep: the solver keeps a history. scaled: some row scales the network's input. rule: the guidance rule.
+    call:      the solver's call of each row.
+    jumps:     before which rows the latents go back to a higher noise level, scale * latents + sigma * noise.
     """
 
     table: Tensor
@@ -52,6 +55,8 @@ class Plan:
     multistep: bool
     scaled: bool
     rule: str = "cfg"
+    call: tuple[int, ...] = ()
+    jumps: Mapping[int, tuple[float, float]] = MappingProxyType({})
 
     @classmethod
     def make(cls, solver: Solver, guidance: Guidance, device: torch.device) -> Plan:
@@ -65,26 +70,28 @@ class Plan:
                 f"guidance {guidance!r} asks for timesteps in 0..1000, and the scheduler's are not known to be such: use "
                 "FirstMinimum(), a factor for each step, or another scheduler"
             )
-        step, calls = solver.step, len(solver.step)
-        first = torch.cat([torch.ones(1), step.diff().clamp(max=1).float()])
-        coefficients = torch.zeros(calls, 4) if solver.coefficients is None else solver.coefficients
+        call, coefficients, jumps = _restarted(solver, guidance.restart)
+        step = solver.step[call]
+        first = torch.cat([torch.ones(1), solver.step.diff().clamp(max=1).float()])[call]
         columns = {column: values[step] for column, values in guidance.rows(solver.levels).items()}
         for column, nothing in ((Column.KEEP, -torch.inf), (Column.LIMIT, -torch.inf), (Column.FALL, 0.0)):
             columns[column] = columns[column].where(first > 0, torch.tensor(nothing))  # a step shows in its first call alone
         columns |= dict(zip((Column.A, Column.B, Column.P, Column.Q), coefficients.unbind(1), strict=True))
-        columns |= {Column.INPUT_SCALE: solver.input_scale, Column.TIMESTEP: solver.timesteps}
+        columns |= {Column.INPUT_SCALE: solver.input_scale[call], Column.TIMESTEP: solver.timesteps[call]}
         columns |= {Column.STEP: step.float(), Column.FIRST: first}
         keep, limit, fall = columns[Column.KEEP], columns[Column.LIMIT], columns[Column.FALL]
         finds = bool(((keep > -torch.inf) | (limit.abs() < torch.inf) | (fall > 0)).any())
         return cls(
             table=torch.stack([columns[column] for column in Column], dim=1).to(device),
             step=tuple(step.tolist()),
-            last=calls - 1,
+            last=len(call) - 1,
             branches=_branches(columns, finds),
             finds=finds,
             multistep=bool(coefficients[:, 2:].any()),
             scaled=bool((solver.input_scale != 1).any()),
             rule=guidance.rule,
+            call=tuple(call.tolist()),
+            jumps=jumps,
         )
 
     @property
@@ -101,6 +108,28 @@ class Plan:
         shape = tuple(noise.shape)
         empty = State.empty(shape, self.steps, noise.dtype, noise.device, self.multistep, self.scaled, memory_format)
         return empty.start(noise, self.table, last=self.last)
+
+
+def _restarted(
+    solver: Solver, restart: tuple[float, float, int] | None
+) -> tuple[Tensor, Tensor, dict[int, tuple[float, float]]]:
+    """(the solver's call of each row, the coefficients of each row, `Plan.jumps`)."""
+    calls, coefficients = list(range(len(solver.step))), solver.coefficients
+    if restart is None:
+        return torch.tensor(calls), torch.zeros(len(calls), 4) if coefficients is None else coefficients, {}
+    if coefficients is None:
+        raise ValueError(f"restart={restart} needs a linear scheduler, and {type(solver.scheduler).__name__} is not")
+    low, high = solver.call_at(restart[0]), solver.call_at(restart[1])
+    if high >= low:
+        raise ValueError(f"restart={restart} goes back over no step: both timesteps lead to step {solver.step[low]}")
+    again = calls[high:low]
+    jumps = dict.fromkeys(range(low, low + len(again) * restart[2], len(again)), solver.renoised(low, high))
+    call = torch.tensor(calls[:low] + again * restart[2] + calls[low:])
+    coefficients = coefficients[call].clone()
+    for row in jumps:  # a run of its own: nothing is kept of the one before
+        coefficients[row - 1, 2:] = 0
+        coefficients[row, :2] = torch.tensor(solver.first(high))
+    return call, coefficients, jumps
 
 
 def _branches(columns: dict[Column, Tensor], finds: bool) -> tuple[Branch, ...]:
@@ -181,6 +210,20 @@ def _predict(network: Network, state: State, branch: Branch) -> tuple[Tensor, Te
         return network(latents.model_input, latents.timestep, branch).chunk(2)
     batch = len(latents.x)
     return network(latents.model_input[:batch], latents.timestep[:batch], branch), None
+
+
+def renoise(state: State, plan: Plan, row: int, generators: Sequence[torch.Generator]) -> None:
+    """Bring all samples, which stand before `row`, back to a higher noise level, if the plan says so there."""
+    if row in plan.jumps:
+        scale, sigma = plan.jumps[row]
+        x = state.latents.x
+        noise = draw(x.shape[1:], generators).to(x.device)
+        state.put((scale * x.float() + sigma * noise).to(x.dtype), plan.table)
+
+
+def draw(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """Normal noise, each sample's from its own generator: (B, *shape) float32 on the CPU."""
+    return torch.cat([torch.randn((1, *shape), generator=generator, dtype=torch.float32) for generator in generators])
 
 
 def denoise(take: Step, branches: Iterable[Branch], after: Callable[[int], None] | None = None) -> None:

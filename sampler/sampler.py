@@ -21,7 +21,7 @@ from . import arguments, guard, models
 from .graphs import Graphs
 from .guidance import Guidance
 from .kernels.state import State
-from .loop import Network, Plan, Run, Step, denoise, fused_step, lockstep, scheduler_step
+from .loop import Network, Plan, Run, Step, denoise, draw, fused_step, lockstep, renoise, scheduler_step
 from .schedulers import Schedule, make_scheduler
 from .solver import Solver
 
@@ -237,9 +237,14 @@ class Sampler:
             if guidance.watch is not None:
                 run = self._guarded(encoded, plan, guidance, noise, bar)
             else:
-                called = None if callback_on_step_end is None else partial(self._call_back, callback_on_step_end, solver, plan)
+
+                def after(state: State, row: int) -> None:
+                    renoise(state, plan, row + 1, generators)
+                    if callback_on_step_end is not None:
+                        self._call_back(callback_on_step_end, solver, plan, state, row)
+
                 own = partial(scheduler_step, solver, self.scheduler, generators)
-                run = self._run(encoded, plan, noise, None if linear else own, bar, called)
+                run = self._run(encoded, plan, noise, None if linear else own, bar, after)
             latents = run.latents.clone()  # a captured step's memory is used again
             finite = latents.isfinite().flatten(1).all(dim=1).cpu()
             images, flagged = latents, None
@@ -261,7 +266,7 @@ class Sampler:
         noise: Tensor,
         own: Callable[..., Step] | None,
         bar: Callable[..., Iterable],
-        called: Callable[[State, int], None] | None,
+        after: Callable[[State, int], None],
     ) -> Run:
         """All steps of `plan`, by the fastest way that there is, or by `own`, the scheduler's own step."""
         network = self.model.network(encoded, plain=self._wrap is not None)
@@ -270,13 +275,16 @@ class Sampler:
         else:
             state = plan.state(noise, self.model.memory_format)
             take = (own or lockstep)(network if self._wrap is None else self._wrap(network), plan, state)
-        denoise(take, bar(plan.branches), None if called is None else partial(called, state))
+        denoise(take, bar(plan.branches), partial(after, state))
         return Run.of(state)
 
-    def _call_back(self, callback: Callable[..., dict[str, Tensor]], solver: Solver, plan: Plan, state: State, k: int) -> None:
-        """Tell `callback` of call k, and go on with the latents it returns."""
+    def _call_back(
+        self, callback: Callable[..., dict[str, Tensor]], solver: Solver, plan: Plan, state: State, row: int
+    ) -> None:
+        """Tell `callback` of the call of a row, and go on with the latents it returns."""
         latents = state.latents.x.clone()
-        returned = callback(self.pipe, k, solver.timesteps[k], {"latents": latents}).get("latents", latents)
+        told = callback(self.pipe, row, solver.timesteps[plan.call[row]], {"latents": latents})
+        returned = told.get("latents", latents)
         state.put(returned, plan.table)
 
     def _guarded(
@@ -328,8 +336,7 @@ class Sampler:
 
     def noise(self, generators: Sequence[torch.Generator], height: int, width: int) -> Tensor:
         """The initial noise before its scale, each sample's from its own generator: (B, C, h, w) float32 on the CPU."""
-        shape = (1, *self.model.shape(height, width))
-        return torch.cat([torch.randn(shape, generator=generator, dtype=torch.float32) for generator in generators])
+        return draw(self.model.shape(height, width), generators)
 
     def in_float32(self) -> AbstractContextManager[None]:
         """Inside, every call computes in float32 with the network as it is: neither compiled nor captured.

@@ -33,6 +33,7 @@ class Solver:
                   is not known.
     input_scale:  (K,) float32, the factor on the latents at the network's input.
     init_sigma:   standard deviation of the initial noise.
+    scheduler:    what was measured.
     coefficients: (K, 4) float32 a, b, p, q of the module's formula; None where only the scheduler's own `step` will do.
     """
 
@@ -42,6 +43,7 @@ class Solver:
     level: Tensor | None
     input_scale: Tensor
     init_sigma: float
+    scheduler: SchedulerMixin
     coefficients: Tensor | None
 
     @classmethod
@@ -78,6 +80,7 @@ class Solver:
             level=None if level is None else level[:calls],
             input_scale=input_scale[:calls].float(),
             init_sigma=float(getattr(plan, "init_noise_sigma", 1.0)),
+            scheduler=scheduler,
             coefficients=coefficients[:calls].float() if linear else None,
         )
 
@@ -94,6 +97,47 @@ class Solver:
     def levels(self) -> list[float]:
         """The level of each step's first call, NaN where that is not known."""
         return [math.nan] * self.steps if self.level is None else self.level[self.first_calls].tolist()
+
+    def call_at(self, timestep: float) -> int:
+        """The first call of the first step whose level is at or below `timestep`. Raises ValueError where there is none."""
+        for level, call in zip(self.levels, self.first_calls.tolist(), strict=True):
+            if level <= timestep:
+                return call
+        raise ValueError(f"no step is at or below timestep {timestep:g}: the last one is at {self.levels[-1]:g}")
+
+    def first(self, call: int) -> tuple[float, float]:
+        """The coefficients a, b of a call that is the first of its run: it has no history."""
+        plan = _begun(self.scheduler, self.schedule, call)
+        latents, guided = torch.eye(2, dtype=torch.float64).view(2, 1, 1, 1, 2)
+        a, b = own_step(plan, guided, plan.timesteps[call], latents, _generators(), self.schedule.eta).flatten().tolist()
+        return a, b
+
+    def renoised(self, low: int, high: int) -> tuple[float, float]:
+        """(scale, sigma): scale * latents + sigma * noise is what call `low` is given, at the noise level of call `high`."""
+        (clean, noise), (signal, total) = (self._mixed(call) for call in (low, high))
+        scale = signal / clean
+        return scale, math.sqrt(total**2 - (scale * noise) ** 2)
+
+    def _mixed(self, call: int) -> tuple[float, float]:
+        """The shares of clean latents and of noise in the latents that a call is given."""
+        plan = _begun(self.scheduler, self.schedule, call)
+        one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+        t = plan.timesteps[call : call + 1]
+
+        def mix(clean: Tensor, noise: Tensor) -> float:
+            if hasattr(plan, "scale_noise"):
+                return plan.scale_noise(clean, t, noise).item()
+            return plan.add_noise(clean, noise, t).item()
+
+        return mix(one, 0 * one), mix(0 * one, one)
+
+
+def _begun(scheduler: SchedulerMixin, schedule: Schedule, call: int) -> SchedulerMixin:
+    """A fresh copy that stands before `call`, its first."""
+    plan = prepared(scheduler, schedule)
+    if hasattr(plan, "set_begin_index"):
+        plan.set_begin_index(call)
+    return plan
 
 
 def _measure(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[Tensor, Tensor]:
