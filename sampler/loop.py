@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -56,7 +55,7 @@ class Plan:
     scaled: bool
     rule: str = "cfg"
     call: tuple[int, ...] = ()
-    jumps: Mapping[int, tuple[float, float]] = MappingProxyType({})
+    jumps: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
     def make(cls, solver: Solver, guidance: Guidance, device: torch.device) -> Plan:

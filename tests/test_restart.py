@@ -53,15 +53,15 @@ def plain_loop(pipe, scheduler, prompt, seed, low, high, times):
             latents = stepping.step(u + SCALE * (c - u), t, latents).prev_sample
         return latents
 
-    levels = start.timesteps.tolist()
-    j, k = (next(i for i, t in enumerate(levels) if t <= level) for level in (low, high))
+    firsts = range(0, calls, start.order)  # the first call of each step
+    j, k = (next(i for i in firsts if start.timesteps[i] <= level) for level in (low, high))
     (clean, noise), (signal, total) = shares(start, j), shares(start, k)
     latents = down(latents, 0, j)
-    for _ in range(times):
+    for i in range(times):
         scale = signal / clean
         fresh = torch.randn(latents.shape, generator=generator)
-        latents = down(scale * latents + (total**2 - (scale * noise) ** 2) ** 0.5 * fresh, k, j)
-    return down(latents, j, calls)
+        latents = down(scale * latents + (total**2 - (scale * noise) ** 2) ** 0.5 * fresh, k, j if i < times - 1 else calls)
+    return latents
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "dpmsolver++", "heun"])
