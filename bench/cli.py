@@ -131,6 +131,7 @@ def evaluate(
     scenario: Annotated[str, typer.Option(help="tiny, 1, 2, 3, 4, or a .yaml file")] = "tiny",
     methods: Annotated[str, typer.Option(help="names with commas between, or 'all'")] = "all",
     seeds: Annotated[int, typer.Option(help="images a prompt")] = 4,
+    first_seed: Annotated[int, typer.Option(help="their seeds are counted up from here")] = 0,
     limit: Annotated[int | None, typer.Option(help="only the first prompts of each group")] = None,
     batch_size: Annotated[int, typer.Option(help="images sampled together")] = 16,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
@@ -145,7 +146,7 @@ def evaluate(
 
     chosen = scenarios.load(scenario)
     names = list(table(chosen)) if methods == "all" else methods.split(",")
-    rows = evaluate(chosen, names, out, seeds, limit, batch_size, dtype, device, progress)
+    rows = evaluate(chosen, names, out, seeds, limit, batch_size, dtype, device, progress, first_seed)
     typer.echo(aligned(rows))
 
 

@@ -37,7 +37,7 @@ class Scenario:
     transition: the timestep of the static transition point.
     ordinary:   the usual noise gap of each unguided step, for the rule `Settled`; empty: not measured, no such method.
     stable:     the stable region of plain guidance, for `methods.update`; None: not measured, no such method.
-    guard:      (mean gap, first steps) above which a guard restarts a sample; None: not measured, no such method.
+    calibration: file of a `Calibration`, or the name of a pipeline that ships, for the guard; None: no such method.
     similarity: "pixels", "sscd", "clip" or "dino". threshold: similarity above which an image counts as memorized.
     where:      where the authors publish what is missing here.
     """
@@ -52,7 +52,7 @@ class Scenario:
     transition: float = 500.0
     ordinary: tuple[float, ...] = ()
     stable: Stable | None = None
-    guard: tuple[float, int] | None = None
+    calibration: str | None = None
     similarity: str = "sscd"
     threshold: float = 0.5
     where: str = DATA
@@ -74,10 +74,10 @@ PRESETS = {
         transition=680.0,
         similarity="pixels",
         threshold=0.81,
-        # All from general prompts with seeds of their own, from 100 on; the guard's is the 99th percentile of five steps.
+        # Both from general prompts with seeds of their own, from 100 on.
         ordinary=tuple(ORDINARY["gap"]),
         stable=ORDINARY["stable"],
-        guard=(1.54, 5),
+        calibration="tiny",
     ),
 }
 
@@ -105,7 +105,11 @@ def load(name: str) -> Scenario:
         )
     scenario = Scenario(**{"name": path.stem, **given})
     folder = path.parent
-    beside = {key: str(folder / value) for key in ("model", "memorized", "general") if (value := getattr(scenario, key))}
+    beside = {
+        key: str(folder / value)
+        for key in ("model", "memorized", "general", "calibration")
+        if (value := getattr(scenario, key))
+    }
     return replace(scenario, **{key: value for key, value in beside.items() if Path(value).exists()})
 
 

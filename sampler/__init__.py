@@ -6,9 +6,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Loaded when first asked for: `basinescape.kernels` needs torch and triton alone, the sampler needs diffusers.
-_HOMES = {"Guidance": "guidance"} | dict.fromkeys(("At", "Fallen", "FirstMinimum", "Settled"), "transitions")
+_HOMES = {"Calibration": "calibration", "Guidance": "guidance", "Rung": "guidance"}
+_HOMES |= dict.fromkeys(("At", "Fallen", "FirstMinimum", "Settled"), "transitions")
 _HOMES |= dict.fromkeys(("Output", "Sampler"), "sampler")
-__all__ = ["At", "Fallen", "FirstMinimum", "Guidance", "Output", "Sampler", "Settled"]
+__all__ = ["At", "Calibration", "Fallen", "FirstMinimum", "Guidance", "Output", "Rung", "Sampler", "Settled"]
 
 
 def __getattr__(name: str) -> Any:

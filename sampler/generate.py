@@ -67,7 +67,7 @@ def generate(
     clip_skip: how many of the text encoder's last layers are left out, as in diffusers.
 
     A manifest line says what was asked (id, prompt, seed, negative_prompt where there is one), `transition_step`,
-    `transition_timestep`, `noise_gap`, and `status`: "ok" where the image is there and its pixels were finite, with the file's
+    `transition_timestep`, `noise_gap`, under a guard `attempts`, `score` and `suspect`, and `status`: "ok" where the image is there and its pixels were finite, with the file's
     `sha256`, else "failed: " and why. `nsfw_content_detected` is there where the pipeline has a safety checker, `truncated`
     where a prompt was cut at the text encoder's limit (the text that was left out), `retried` where the sample was not finite
     and was made again in float32.
@@ -166,6 +166,12 @@ def _taken(job: Job, made: Output, i: int) -> Made:
         "transition_timestep": made.timesteps[step].item() if step >= 0 else None,
         "noise_gap": made.noise_gap[i].tolist(),
     }
+    if made.attempts is not None:
+        line |= {
+            "attempts": made.attempts[i].item(),
+            "score": made.score[i].item(),
+            "suspect": made.suspect[i].item(),
+        }
     if made.nsfw_content_detected is not None:
         line["nsfw_content_detected"] = bool(made.nsfw_content_detected[i])
     if made.truncated[i]:

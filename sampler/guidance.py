@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from . import arguments
 from .kernels.rules import columns_of, options_of
 from .kernels.table import Column
 from .transitions import LEAVES, RULES, At, Rule
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
 
 # Factors on the scale over u = t / num_train_timesteps in 0..1, as carried by the authors' scripts.
 SHAPES: dict[str, Callable[[float], float]] = {
@@ -49,21 +52,6 @@ def _fields(given: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Watch:
-    """A sample is flagged if the mean noise gap of its first `steps` steps is above `threshold`.
-
-    Raises ValueError unless threshold is finite and steps at least 1.
-    """
-
-    threshold: float
-    steps: int = 1
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "threshold", arguments.finite("threshold", self.threshold))
-        arguments.at_least("steps", self.steps, 1)
-
-
-@dataclass(frozen=True)
 class Guidance:
     """How strongly each step is guided. Made by `cfg`, `delayed` or `opposite`.
 
@@ -76,7 +64,7 @@ class Guidance:
     restart:  (low, high, times): at the first step whose timestep is at or below `low`, go back to the first at or below `high`
               by fresh noise of the sample's own and come down again, so many times (restart sampling, Xu et al., NeurIPS 2023,
               https://arxiv.org/abs/2306.14878). For schedulers that are linear. None: straight down.
-    watch:    which samples this is for: the others keep plain guidance at `scale`. None: for all.
+    rungs:    the attempts of a guard, the first of which is plain; the rest of the fields is that one's. Empty: no guard.
     rule:     how the two predictions are combined (`kernels.rules.RULES`), before the transition and after it; a weight of 0
               is the unconditional prediction under every rule, and 1 the conditional one. One a batch.
     options:  the rule's, by name; `cfg`, `delayed` and `opposite` take them as arguments of their own.
@@ -90,7 +78,7 @@ class Guidance:
     shape: str | tuple[float, ...] = "static"
     interval: tuple[float, float] | None = None
     restart: tuple[float, float, int] | None = None
-    watch: Watch | None = None
+    rungs: tuple[Rung, ...] = ()
     rule: str = "cfg"
     options: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
 
@@ -111,8 +99,9 @@ class Guidance:
             object.__setattr__(self, "interval", interval)
         if self.restart is not None:
             object.__setattr__(self, "restart", _restart(self.restart))
-        if self.watch is not None and not isinstance(self.watch, Watch):
-            raise ValueError(f"watch must be Watch(...), got {self.watch!r}")
+        object.__setattr__(self, "rungs", tuple(self.rungs))
+        if any(not isinstance(rung, Rung) or rung.guidance.rungs for rung in self.rungs):
+            raise ValueError(f"rungs must be Rung(...), none of which is a guard, got {self.rungs!r}")
         object.__setattr__(self, "options", tuple(options_of(self.rule, dict(self.options)).items()))
 
     @classmethod
@@ -146,17 +135,24 @@ class Guidance:
         return replace(self, rule="rescale", options={"phi": phi})
 
     @classmethod
-    def guard(cls, guidance: Guidance, threshold: float, steps: int = 1) -> Guidance:
-        """Plain guidance for all; samples whose mean noise gap over the first `steps` steps is above `threshold` start again
-        under `guidance`, delayed or opposite."""
-        if not isinstance(guidance, Guidance) or guidance.until is None:
-            raise ValueError(f"guidance must be a delayed or opposite Guidance, got {guidance!r}")
-        return replace(guidance, watch=Watch(threshold, steps))
+    def guard(cls, scale: float, calibration: Calibration, rungs: Sequence[Guidance] | None = None) -> Guidance:
+        """Plain guidance that checks its own work: what looks memorized begins again, more carefully each time; see `guard`.
+
+        calibration: of this model, scheduler and number of steps. rungs: the attempts after the plain one, of those that were
+        calibrated; None: all of them. Raises ValueError for another scale than the calibration's, or other rungs.
+        """
+        return cls.ladder(calibration.at(scale, rungs))
+
+    @classmethod
+    def ladder(cls, rungs: Sequence[Rung]) -> Guidance:
+        """A guard of these attempts, the first of which is plain. Raises ValueError for any other."""
+        if not rungs or any(not isinstance(rung, Rung) for rung in rungs) or rungs[0].guidance.until is not None:
+            raise ValueError(f"rungs must be Rung(...), the first of plain guidance, got {list(rungs)!r}")
+        return replace(rungs[0].guidance, rungs=tuple(rungs))
 
     def __repr__(self) -> str:
-        if self.watch is not None:
-            inner = replace(self, watch=None)
-            return f"Guidance.guard({inner!r}, threshold={self.watch.threshold:g}, steps={self.watch.steps})"
+        if self.rungs:
+            return f"Guidance.ladder({list(self.rungs)!r})"
         extra = "" if self.shape == "static" else f", shape={self.shape!r}"
         extra += "" if self.interval is None else f", interval={self.interval!r}"
         extra += "" if self.restart is None else f", restart={self.restart!r}"
@@ -172,7 +168,8 @@ class Guidance:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that json can write; `from_dict` reads it back."""
         rule = None if self.until is None else {"rule": type(self.until).__name__, **asdict(self.until)}
-        return {**asdict(self), "until": rule, "options": dict(self.options)}
+        rungs = [{**vars(rung), "guidance": rung.guidance.to_dict()} for rung in self.rungs]
+        return {**asdict(replace(self, rungs=())), "until": rule, "options": dict(self.options), "rungs": rungs}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Guidance:
@@ -182,8 +179,8 @@ class Guidance:
             if fields.get("until") is not None:
                 rule = dict(fields["until"])
                 fields["until"] = RULES[rule.pop("rule")](**rule)
-            if fields.get("watch") is not None:
-                fields["watch"] = Watch(**fields["watch"])
+            rungs = fields.get("rungs", ())
+            fields["rungs"] = [Rung(**{**rung, "guidance": cls.from_dict(rung["guidance"])}) for rung in rungs]
             return cls(**fields)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a guidance: {data!r} ({error})") from error
@@ -228,3 +225,41 @@ class Guidance:
         for name, option in zip((Column.FIRST_OPTION, Column.SECOND_OPTION), columns_of(dict(self.options)), strict=True):
             columns[name] = [option] * len(levels)
         return {name: torch.tensor(column, dtype=torch.float32) for name, column in columns.items()}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One attempt of a guard, and what is usual under it.
+
+    guidance: of the attempt.
+    gap:      the usual noise gap of each step, 0 where none is computed; gaps are measured in it, so that 1 is usual.
+    steps:    how many of the first gaps are looked at before the sample goes on.
+    early:    their mean above which the attempt is given up.
+    verdict:  the score above which a finished attempt is suspect.
+    """
+
+    guidance: Guidance
+    gap: tuple[float, ...]
+    steps: int
+    early: float
+    verdict: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gap", tuple(arguments.finite("gap", gap) for gap in self.gap))
+        arguments.at_least("steps", self.steps, 1)
+        if len(self.watched) < self.steps or not self.gap[-1] > 0:
+            raise ValueError(f"gap must be above 0 in {self.steps} steps and in the last one, got {self.gap}")
+
+    @property
+    def watched(self) -> list[int]:
+        """The steps that are looked at."""
+        return [k for k, gap in enumerate(self.gap) if gap > 0][: self.steps]
+
+    def first(self, gaps: Tensor) -> Tensor:
+        """The mean of the first gaps of (..., steps), relative to what is usual."""
+        usual = torch.tensor([self.gap[k] for k in self.watched])
+        return (gaps[..., self.watched] / usual).mean(dim=-1)
+
+    def score(self, gaps: Tensor) -> Tensor:
+        """How memorized a finished attempt looks: `first` times the last gap, relative to what is usual."""
+        return self.first(gaps) * gaps[..., -1] / self.gap[-1]

@@ -148,14 +148,16 @@ def _branches(columns: dict[Column, Tensor], finds: bool) -> tuple[Branch, ...]:
 class Run:
     """What a run returns, for B samples over K solver steps.
 
-    latents (B, ...), transition (B,) int64, gaps (B, K) float32; restarted (B,) bool, the samples that a guard has started
-    again, whose transition and gaps are those of their second run, None without one.
+    latents (B, ...), transition (B,) int64, gaps (B, K) float32. Under a guard those of each sample's last attempt, and on the
+    CPU attempts (B,) int64, score (B,) float32, suspect (B,) bool.
     """
 
     latents: Tensor
     transition: Tensor
     gaps: Tensor
-    restarted: Tensor | None = None
+    attempts: Tensor | None = None
+    score: Tensor | None = None
+    suspect: Tensor | None = None
 
     @classmethod
     def of(cls, state: State) -> Run:

@@ -38,7 +38,9 @@ class Output:
     transition_step: (B,) int64 on the CPU, the step at which each sample's guidance changed; -1 for none, 0 for plain cfg.
     noise_gap:       (B, steps) float32 on the CPU, ||cond - uncond||_2 at each step, NaN where it was not computed.
     timesteps:       (steps,) float32 on the CPU, in the scheduler's units.
-    restarted:       (B,) bool on the CPU, the samples that a guard has started again; None without a guard.
+    attempts:        (B,) int64 on the CPU, how often a guard began each sample, whose transition and gaps are the last one's.
+    score:           (B,) float32 on the CPU, how memorized it looks by its gaps, 1 where they are as usual: see `Rung.score`.
+    suspect:         (B,) bool on the CPU, the samples that still look memorized. These three are None without a guard.
     finite:          (B,) bool on the CPU, whether a sample's latents, and its pixels where decoded, have neither NaN nor inf.
     nsfw_content_detected: (B) the safety checker's verdicts; such a picture is black. None without a checker, or undecoded.
     truncated:       (B) what was cut off each prompt at the text encoder's limit, "" for nothing.
@@ -49,7 +51,9 @@ class Output:
     transition_step: Tensor
     noise_gap: Tensor
     timesteps: Tensor
-    restarted: Tensor | None = None
+    attempts: Tensor | None = None
+    score: Tensor | None = None
+    suspect: Tensor | None = None
     finite: Tensor | None = None
     nsfw_content_detected: list[bool] | None = None
     truncated: Sequence[str] = ()
@@ -220,22 +224,21 @@ class Sampler:
                 raise ValueError(
                     f"callback_on_step_end_tensor_inputs must be ['latents'], got {callback_on_step_end_tensor_inputs!r}"
                 )
-            if guidance.watch is not None and not (linear and self._wrap is None and callback_on_step_end is None):
+            if guidance.rungs and not (linear and self._wrap is None and callback_on_step_end is None):
                 raise ValueError(
                     f"guidance {guidance!r} needs a linear scheduler ({type(self.scheduler).__name__} given), and neither "
                     "a wrapped network nor callback_on_step_end"
                 )
             device = self.model.device
-            planned = guard.plans if guidance.watch else Plan.make
-            plan = planned(solver, guidance, device)
+            plan = guard.Ladder.make(solver, guidance, device) if guidance.rungs else Plan.make(solver, guidance, device)
 
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
             encoded = self.model.encode(prompts, height, width, count, negative_prompt, **options)
             noise = self.noise(generators, height, width) if latents is None else latents.cpu().float()
             noise = (noise * solver.init_sigma).to(device, self.model.dtype)
             bar = partial(tqdm, desc="sampling", unit="step", disable=not progress, file=sys.stderr)
-            if guidance.watch is not None:
-                run = self._guarded(encoded, plan, guidance, noise, bar)
+            if guidance.rungs:
+                run = self._guarded(encoded, plan, noise, solver.init_sigma, generators, bar)
             else:
 
                 def after(state: State, row: int) -> None:
@@ -252,11 +255,11 @@ class Sampler:
                 decoded = self.model.decode(latents, output, generators)
                 images, flagged, finite = decoded.images, decoded.flagged, finite & decoded.finite
             self.pipe.maybe_free_model_hooks()
-            restarted = None if guidance.watch is None else run.restarted.cpu()
             transition = run.transition.cpu()
             transition[transition >= solver.steps] = -1  # settled too late to wait
             gaps = run.gaps.cpu()
-        made = images, latents, transition, gaps, solver.timesteps[solver.first_calls], restarted, finite
+        judged = run.attempts, run.score, run.suspect
+        made = images, latents, transition, gaps, solver.timesteps[solver.first_calls], *judged, finite
         return Output(*map(_normal, made), flagged, encoded.truncated)
 
     def _run(
@@ -290,9 +293,10 @@ class Sampler:
     def _guarded(
         self,
         encoded: models.Encoded,
-        plans: tuple[Plan, Plan],
-        guidance: Guidance,
+        ladder: guard.Ladder,
         noise: Tensor,
+        scale: float,
+        generators: Sequence[torch.Generator],
         bar: Callable[..., Iterable],
     ) -> Run:
         def begin(network: models.GuidedUNet, plan: Plan, noise: Tensor) -> tuple[Step, State]:
@@ -301,8 +305,8 @@ class Sampler:
             state = plan.state(noise, self.model.memory_format)
             return fused_step(network, plan, state), state
 
-        network = self.model.network(encoded)
-        return guard.denoise(network, *plans, guidance, noise, begin, bar(plans[0].branches))
+        rows = bar(ladder.whole.branches[: ladder.starts[1]])
+        return guard.denoise(self.model.network(encoded), ladder, noise, scale, generators, begin, rows)
 
     def _captures(self, network: models.GuidedUNet) -> bool:
         return self._graphs is not None and network.version is not None

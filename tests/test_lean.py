@@ -5,13 +5,14 @@ import torch
 from basinescape import At, FirstMinimum, Guidance, Sampler
 from basinescape.models import adapt
 from basinescape.models.lean import Lean, fuse
+from ladders import guarded
 from rounding import assert_same_but_for_rounding
 
 METHODS = [
     Guidance.cfg(7.5),
     Guidance.delayed(7.5, until=At(500)),
     Guidance.opposite(2.0, scale=7.5, until=FirstMinimum()),
-    Guidance.guard(Guidance.delayed(7.5, until=At(500)), 0.0, 2),
+    guarded(Guidance.delayed(7.5, until=At(500)), 5, 0.0),
 ]
 PROMPTS = ["a picture of a cat", "a picture of a frog signed by arno"]
 

@@ -13,6 +13,7 @@ from basinescape.bench.methods import table as method_table
 from basinescape.bench.methods.padding import words_mask
 from basinescape.bench.scenario import PRESETS
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from ladders import guarded
 
 TINY = replace(PRESETS["tiny"], steps=4)
 MEMORIZED, GENERAL = "a picture of a cat signed by arno", "a picture of a frog"
@@ -35,7 +36,7 @@ def test_a_method_is_its_guidance_its_prompts_and_its_network(pipe):
     turned = latents(general, wrap)
     assert seen == [([GENERAL], [5], 3)] and not torch.equal(turned, latents(general))
     with pytest.raises(ValueError, match="neither a wrapped network"):
-        Method(Guidance.guard(Guidance.delayed(3.0, until=At(500)), 1.0, 2), wrap=wrap).sample(sampler, [GENERAL], [0], 3)
+        Method(guarded(Guidance.delayed(3.0, until=At(500)), 3, 1.0), wrap=wrap).sample(sampler, [GENERAL], [0], 3)
 
 
 def region(steps, mean, deviation, **others):
@@ -47,7 +48,7 @@ def test_every_method_makes_an_image_and_plain_guidance_is_left_as_it_was(pipe, 
     sampler = Sampler.from_pipeline(pipe, "dpmsolver++")
     monkeypatch.setattr(embedding, "ITERATIONS", 2)
     found = ["a picture of a cat signed by arno", "a picture of a frog"]
-    measured = {"ordinary": (1.0,) * 4, "stable": region(4, 1.0, 0.01), "guard": (1.0, 2)}
+    measured = {"ordinary": (1.0,) * 4, "stable": region(4, 1.0, 0.01), "calibration": None}
     methods = method_table(replace(PRESETS["tiny"], transition=500.0, **measured))
     plain = methods["cfg"].sample(sampler, found, [0, 1], 4)
     for name, method in methods.items():

@@ -53,8 +53,11 @@ def evaluate(
     dtype: str = "float32",
     device: str | None = None,
     progress: bool = True,
+    first_seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Run `methods` on `scenario` into the folder `out`; returns the rows of `table.csv`.
+
+    seeds: images a prompt, their seeds counted up from `first_seed`.
 
     Raises ValueError for an unknown method, a bad number, or a folder that holds another run, before any work.
     """
@@ -73,6 +76,7 @@ def evaluate(
     run = {
         "scenario": json.loads(json.dumps(asdict(scenario))),
         "seeds": seeds,
+        "first_seed": first_seed,
         "limit": limit,
         "batch_size": batch_size,
         **settings_of(sampler),
@@ -86,7 +90,7 @@ def evaluate(
         Task(method, group, prompt, seed)
         for method in methods
         for group, found in groups.items()
-        for seed in range(seeds)
+        for seed in range(first_seed, first_seed + seeds)
         for prompt in found
     ]
     with Journal(out / "results.jsonl", finished) as journal:
@@ -164,6 +168,7 @@ def _run(
             "seed": task.seed,
             **measured,
             "transition_step": made.transition_step[i].item(),
+            **_judged(made, i),
             "network_calls": calls / len(batch),
             "seconds": round(seconds, 4),
         }
@@ -174,6 +179,17 @@ def _run(
         save_image(made.images[i], path)
         lines.append(line)
     return lines
+
+
+def _judged(made: Output, i: int) -> dict[str, Any]:
+    """What a guard says of a sample; nothing without one."""
+    if made.attempts is None:
+        return {}
+    return {
+        "attempts": made.attempts[i].item(),
+        "score": round(made.score[i].item(), 5),
+        "suspect": made.suspect[i].item(),
+    }
 
 
 def table(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -196,6 +212,10 @@ def table(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "similarity_mean": round(float(similar.mean()), 4),
                 "similarity_p95": round(float(np.quantile(similar, 0.95)), 4),
                 "concept_share": round(float(np.mean(right)), 4) if right else None,
+                "suspect_share": round(float(np.mean([line.get("suspect", False) for line in part])), 4),
+                "unmarked_copies": round(
+                    float(np.mean([line["memorized"] and not line.get("suspect", False) for line in part])), 4
+                ),
                 "network_calls": round(float(np.mean([line["network_calls"] for line in part])), 2),
                 "seconds": round(float(np.median([line["seconds"] for line in part])), 4),
             }

@@ -6,7 +6,7 @@ through the same sampler, so their images and their cost compare.
 
 from __future__ import annotations
 
-from basinescape import At, FirstMinimum, Guidance, Settled
+from basinescape import At, Calibration, FirstMinimum, Guidance, Settled
 
 from ..scenario import Scenario
 from . import attention, augment, cads, embedding, padding, update
@@ -30,8 +30,8 @@ def table(scenario: Scenario) -> dict[str, Method | DryRun]:
         measured["delayed-settled"] = Method(Guidance.delayed(scale, until=until))
     if scenario.stable:
         measured["update-norm"] = update.method(scale, scenario.stable)
-    if scenario.guard:
-        measured["guard"] = Method(Guidance.guard(delayed, *scenario.guard))
+    if scenario.calibration:
+        measured["guard"] = Method(Guidance.guard(scale, Calibration.load(scenario.calibration)))
     shapes = ("linear", "invlinear", "cosine", "sine", "v_shape", "a_shape")
     return {
         "cfg": Method(plain),

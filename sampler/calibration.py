@@ -1,0 +1,146 @@
+"""What is ordinary on a model: the noise gaps of prompts that it did not memorize, and the thresholds of a guard from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import arguments
+from .folder import settings_of, whole
+from .guidance import Guidance, Rung
+from .sampler import Sampler
+from .transitions import At
+
+FILE = "calibration.json"  # beside the model_index.json of the model it belongs to
+LADDER = (820.0, 780.0, 780.0, 740.0, 740.0, 700.0, 680.0, 640.0, 600.0)  # delays of the attempts after the plain one
+
+
+def ladder(scale: float) -> list[Guidance]:
+    """The attempts that a guard makes after the plain one, each more careful: guidance held back until lower timesteps."""
+    return [Guidance.delayed(scale, until=At(timestep)) for timestep in LADDER]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is ordinary on one model, under one scheduler, number of steps and scale.
+
+    settings: what was measured on: the scheduler, dtype, device and versions, and the model's name.
+    steps, scale: of the runs. images: how many there were. rate, strict: see `measure`.
+    rungs: the attempts of a guard with their usual gaps and thresholds, the plain one first.
+    """
+
+    settings: dict[str, Any]
+    steps: int
+    scale: float
+    images: int
+    rate: float
+    strict: float
+    rungs: tuple[Rung, ...]
+
+    @classmethod
+    def measure(
+        cls,
+        sampler: Sampler,
+        prompts: Sequence[str],
+        seeds: Sequence[int] = (0,),
+        steps: int = 50,
+        scale: float = 7.5,
+        rungs: Sequence[Guidance] | None = None,
+        rate: float = 0.01,
+        strict: float = 0.1,
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> Calibration:
+        """Sample ordinary prompts, plainly and under every rung, and take the thresholds from their noise gaps.
+
+        prompts: that the model has not memorized; a few hundred, times `seeds`, so that the thresholds are known well.
+        rungs:   the attempts after the plain one, delayed or opposite; None: `ladder`.
+        rate:    the share of ordinary samples that a guard begins again, half of it by their first gaps, half by their score.
+        strict:  the same share of each later attempt's: what was begun again is looked at more closely.
+
+        Raises ValueError for bad arguments, and for guidance that leaves the first or the last steps without a noise gap.
+        """
+        prompts = arguments.texts("prompts", prompts)
+        for name, given in (("rate", rate), ("strict", strict)):
+            arguments.share(name, given)
+        size = arguments.at_least_one("batch_size", batch_size)
+        tasks = [(prompt, seed) for seed in seeds for prompt in prompts]
+        attempts = [Guidance.cfg(scale), *(ladder(scale) if rungs is None else rungs)]
+        with tqdm(total=len(tasks) * len(set(attempts)), unit="image", desc="calibrating", disable=not progress) as bar:
+            measured = {
+                guidance: torch.cat(list(_gaps(sampler, tasks, steps, guidance, size, bar)))
+                for guidance in dict.fromkeys(attempts)
+            }
+        shares = [rate / 2, *[strict / 2] * (len(attempts) - 1)]
+        found = tuple(_rung(guidance, measured[guidance], share) for guidance, share in zip(attempts, shares, strict=True))
+        settings = {"model": str(sampler.pipe.config.get("_name_or_path", "")), **settings_of(sampler)}
+        return cls(settings, steps, float(scale), len(tasks), float(rate), float(strict), found)
+
+    def at(self, scale: float, rungs: Sequence[Guidance] | None = None) -> tuple[Rung, ...]:
+        """The rungs of a guard at this scale: the plain one, and after it all, or these. Raises ValueError for any other."""
+        if scale != self.scale:
+            raise ValueError(f"scale is {scale!r}, but the calibration was made at {self.scale:g}: measure another")
+        if rungs is None:
+            return self.rungs
+        known = {rung.guidance: rung for rung in self.rungs[1:]}
+        missing = [guidance for guidance in rungs if guidance not in known]
+        if missing:
+            raise ValueError(f"rungs must be among {list(known)}, which were calibrated; got {missing}")
+        return (self.rungs[0], *(known[guidance] for guidance in rungs))
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON."""
+        rungs = [{**vars(rung), "guidance": rung.guidance.to_dict()} for rung in self.rungs]
+        text = json.dumps({**asdict(self), "rungs": rungs}, indent=1)
+        with whole(Path(path)) as part:
+            part.write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path_or_name: str | Path) -> Calibration:
+        """Read one from a file, or that of a pipeline that ships ("tiny").
+
+        Raises FileNotFoundError for a missing file, ValueError for one that holds something else.
+        """
+        path = Path(path_or_name)
+        if not path.exists() and path.name == str(path_or_name) and not path.suffix:
+            path = Sampler.model_path(path.name) / FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"calibration {str(path_or_name)!r} does not exist")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            rungs = [Rung(**{**rung, "guidance": Guidance.from_dict(rung["guidance"])}) for rung in data["rungs"]]
+            return cls(**{**data, "rungs": tuple(rungs)})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"calibration {str(path)!r} is not one: {arguments.line(error)}") from error
+
+
+def _gaps(
+    sampler: Sampler, tasks: Sequence[tuple[str, int]], steps: int, guidance: Guidance, size: int, bar: tqdm
+) -> Iterator[Tensor]:
+    """The noise gaps of all tasks, (n, steps) a batch."""
+    sample = partial(sampler, steps=steps, guidance=guidance, output="latent", progress=False)
+    for start in range(0, len(tasks), size):
+        prompts, seeds = zip(*tasks[start : start + size], strict=True)
+        yield sample(prompts, list(seeds)).noise_gap
+        bar.update(len(prompts))
+
+
+def _rung(guidance: Guidance, gaps: Tensor, share: float) -> Rung:
+    """A rung whose thresholds are each passed by `share` of these gaps, (n, steps)."""
+    usual = gaps.nanmedian(dim=0).values.nan_to_num(0.0).tolist()
+    usual = tuple(float(f"{gap:.5g}") for gap in usual)
+    open_rung = Rung(guidance, usual, max(1, len(usual) // 10), float("inf"), float("inf"))
+
+    def threshold(values: Tensor) -> float:
+        return float(f"{np.quantile(values.numpy(), 1 - share, method='higher'):.5g}")
+
+    return Rung(guidance, usual, open_rung.steps, threshold(open_rung.first(gaps)), threshold(open_rung.score(gaps)))
