@@ -105,11 +105,8 @@ def load(name: str) -> Scenario:
         )
     scenario = Scenario(**{"name": path.stem, **given})
     folder = path.parent
-    beside = {
-        key: str(folder / value)
-        for key in ("model", "memorized", "general", "calibration")
-        if (value := getattr(scenario, key))
-    }
+    files = ("model", "memorized", "general", "calibration")
+    beside = {key: str(folder / value) for key in files if (value := getattr(scenario, key))}
     return replace(scenario, **{key: value for key, value in beside.items() if Path(value).exists()})
 
 

@@ -67,10 +67,10 @@ def generate(
     clip_skip: how many of the text encoder's last layers are left out, as in diffusers.
 
     A manifest line says what was asked (id, prompt, seed, negative_prompt where there is one), `transition_step`,
-    `transition_timestep`, `noise_gap`, under a guard `attempts`, `score` and `suspect`, and `status`: "ok" where the image is there and its pixels were finite, with the file's
-    `sha256`, else "failed: " and why. `nsfw_content_detected` is there where the pipeline has a safety checker, `truncated`
-    where a prompt was cut at the text encoder's limit (the text that was left out), `retried` where the sample was not finite
-    and was made again in float32.
+    `transition_timestep`, `noise_gap`, and `status`: "ok" where the image is there and its pixels were finite, with the file's
+    `sha256`, else "failed: " and why. Under a guard it has `attempts`, `score` and `suspect`. `nsfw_content_detected` is there
+    where the pipeline has a safety checker, `truncated` where a prompt was cut at the text encoder's limit (the text that was
+    left out), `retried` where the sample was not finite and was made again in float32.
 
     A batch that fails is tried again sample by sample, so that a fault costs no other sample; a failing one is not tried twice.
 
