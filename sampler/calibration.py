@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -21,7 +22,7 @@ from .sampler import Sampler
 from .transitions import At
 
 FILE = "calibration.json"  # beside the model_index.json of the model it belongs to
-LADDER = (820.0, 780.0, 780.0, 740.0, 740.0, 700.0, 680.0, 640.0, 600.0)  # delays of the attempts after the plain one
+LADDER = (720.0, 680.0, 640.0, 600.0, 560.0)  # delays of the attempts after the plain one
 
 
 def ladder(scale: float) -> list[Guidance]:
@@ -51,18 +52,19 @@ class Calibration:
         cls,
         sampler: Sampler,
         prompts: Sequence[str],
-        seeds: Sequence[int] = (0,),
+        seeds: int | Sequence[int] = 0,
         steps: int = 50,
         scale: float = 7.5,
         rungs: Sequence[Guidance] | None = None,
         rate: float = 0.01,
-        strict: float = 0.1,
+        strict: float = 0.2,
         batch_size: int = 16,
         progress: bool = True,
     ) -> Calibration:
         """Sample ordinary prompts, plainly and under every rung, and take the thresholds from their noise gaps.
 
-        prompts: that the model has not memorized; a few hundred, times `seeds`, so that the thresholds are known well.
+        prompts: that the model has not memorized; a hundred or more, so that the thresholds are known well.
+        seeds:   one a prompt, or one for the first prompt, counted up from there.
         rungs:   the attempts after the plain one, delayed or opposite; None: `ladder`.
         rate:    the share of ordinary samples that a guard begins again, half of it by their first gaps, half by their score.
         strict:  the same share of each later attempt's: what was begun again is looked at more closely.
@@ -71,9 +73,10 @@ class Calibration:
         """
         prompts = arguments.texts("prompts", prompts)
         for name, given in (("rate", rate), ("strict", strict)):
-            arguments.share(name, given)
+            if not 0 < arguments.share(name, given) < 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {given!r}")
         size = arguments.at_least_one("batch_size", batch_size)
-        tasks = [(prompt, seed) for seed in seeds for prompt in prompts]
+        tasks = list(zip(prompts, arguments.seeds(seeds, len(prompts)), strict=True))
         attempts = [Guidance.cfg(scale), *(ladder(scale) if rungs is None else rungs)]
         with tqdm(total=len(tasks) * len(set(attempts)), unit="image", desc="calibrating", disable=not progress) as bar:
             measured = {
@@ -135,12 +138,17 @@ def _gaps(
 
 
 def _rung(guidance: Guidance, gaps: Tensor, share: float) -> Rung:
-    """A rung whose thresholds are each passed by `share` of these gaps, (n, steps)."""
+    """A rung whose thresholds are each passed by `share` of what these gaps, (n, steps), are a sample of.
+
+    Logarithms are taken as normal: the tail of a hundred samples is known no better by their largest ones.
+    """
     usual = gaps.nanmedian(dim=0).values.nan_to_num(0.0).tolist()
     usual = tuple(float(f"{gap:.5g}") for gap in usual)
-    open_rung = Rung(guidance, usual, max(1, len(usual) // 10), float("inf"), float("inf"))
+    steps = max(1, len(usual) // (5 if guidance.until else 10))  # the first gaps after a transition say less
+    rung = Rung(guidance, usual, steps, math.inf, math.inf)
 
     def threshold(values: Tensor) -> float:
-        return float(f"{np.quantile(values.numpy(), 1 - share, method='higher'):.5g}")
+        logs = values.double().log()
+        return round(math.exp(NormalDist(logs.mean().item(), logs.std().item()).inv_cdf(1 - share)), 4)
 
-    return Rung(guidance, usual, open_rung.steps, threshold(open_rung.first(gaps)), threshold(open_rung.score(gaps)))
+    return replace(rung, early=threshold(rung.first(gaps)), verdict=threshold(rung.score(gaps)))
