@@ -56,7 +56,7 @@ class Calibration:
         steps: int = 50,
         scale: float = 7.5,
         rungs: Sequence[Guidance] | None = None,
-        rate: float = 0.01,
+        rate: float = 0.015,
         strict: float = 0.2,
         batch_size: int = 16,
         progress: bool = True,
@@ -66,8 +66,8 @@ class Calibration:
         prompts: that the model has not memorized; a hundred or more, so that the thresholds are known well.
         seeds:   one a prompt, or one for the first prompt, counted up from there.
         rungs:   the attempts after the plain one, delayed or opposite; None: `ladder`.
-        rate:    the share of ordinary samples that a guard begins again, half of it by their first gaps, half by their score.
-        strict:  the same share of each later attempt's: what was begun again is looked at more closely.
+        rate:    the share of ordinary samples that a guard begins again, a quarter of it by their first gaps.
+        strict:  the share of ordinary later attempts that are judged suspect: what was begun again is looked at more closely.
 
         Raises ValueError for bad arguments, and for guidance that leaves the first or the last steps without a noise gap.
         """
@@ -83,7 +83,7 @@ class Calibration:
                 guidance: torch.cat(list(_gaps(sampler, tasks, steps, guidance, size, bar)))
                 for guidance in dict.fromkeys(attempts)
             }
-        shares = [rate / 2, *[strict / 2] * (len(attempts) - 1)]
+        shares = [rate, *[strict] * (len(attempts) - 1)]
         found = tuple(_rung(guidance, measured[guidance], share) for guidance, share in zip(attempts, shares, strict=True))
         settings = {"model": str(sampler.pipe.config.get("_name_or_path", "")), **settings_of(sampler)}
         return cls(settings, steps, float(scale), len(tasks), float(rate), float(strict), found)
@@ -138,17 +138,20 @@ def _gaps(
 
 
 def _rung(guidance: Guidance, gaps: Tensor, share: float) -> Rung:
-    """A rung whose thresholds are each passed by `share` of what these gaps, (n, steps), are a sample of.
+    """A rung whose thresholds `share` of what these gaps, (n, steps), are a sample of pass, a quarter of it the early one.
 
     Logarithms are taken as normal: the tail of a hundred samples is known no better by their largest ones.
     """
     usual = gaps.nanmedian(dim=0).values.nan_to_num(0.0).tolist()
     usual = tuple(float(f"{gap:.5g}") for gap in usual)
-    steps = max(1, len(usual) // (5 if guidance.until else 10))  # the first gaps after a transition say less
-    rung = Rung(guidance, usual, steps, math.inf, math.inf)
+    fifth = max(1, len(usual) // 5)
+    # After a transition the first gaps say less, and there is no basin in which they would have collapsed.
+    steps, later = (fifth, 0) if guidance.until else (max(1, fifth // 2), fifth)
+    rung = Rung(guidance, usual, steps, math.inf, fifth, later, math.inf)
 
-    def threshold(values: Tensor) -> float:
+    def threshold(values: Tensor, share: float) -> float:
         logs = values.double().log()
         return round(math.exp(NormalDist(logs.mean().item(), logs.std().item()).inv_cdf(1 - share)), 4)
 
-    return replace(rung, early=threshold(rung.first(gaps)), verdict=threshold(rung.score(gaps)))
+    early, verdict = threshold(rung.look(gaps), share / 4), threshold(rung.score(gaps), share * 3 / 4)
+    return replace(rung, early=early, verdict=verdict)

@@ -48,11 +48,11 @@ class Ladder:
         for i, (rung, plan) in enumerate(zip(guidance.rungs, plans, strict=True)):
             if len(rung.gap) != plan.steps:
                 raise ValueError(f"guard is calibrated for {len(rung.gap)} steps, but the sampler takes {plan.steps}")
-            last = rung.watched[-1]
+            last = rung.computed[rung.steps - 1]
             checks.append(next((row for row, step in enumerate(plan.step) if step > last), len(plan.step)))
-            needed = [plan.branches[row] for row, step in enumerate(plan.step) if step in (*rung.watched, plan.steps - 1)]
+            needed = [plan.branches[row] for row, step in enumerate(plan.step) if step in rung.computed]
             if set(needed) != {BOTH}:
-                raise ValueError(f"guard needs the noise gap of the first and last steps of rung {i}, {rung.guidance!r}")
+                raise ValueError(f"guard needs a noise gap in steps {rung.computed} of rung {i}, {rung.guidance!r}")
         whole = replace(
             plans[0],
             table=torch.cat([plan.table for plan in plans]),
@@ -157,7 +157,7 @@ def _judge(
     for i, gap in zip(ends, gaps, strict=True):
         slot, rung, final = slots[i], ladder.rungs[slots[i].rung], slots[i].rung + 1 == len(ladder.rungs)
         done = slot.row == ladder.starts[slot.rung + 1]
-        suspect = rung.score(gap) > rung.verdict if done else rung.first(gap) > rung.early
+        suspect = rung.score(gap) > rung.verdict if done else rung.look(gap) > rung.early
         if suspect and not final:
             again.append(i)
         elif done:

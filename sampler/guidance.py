@@ -235,6 +235,7 @@ class Rung:
     gap:      the usual noise gap of each step, 0 where none is computed; gaps are measured in it, so that 1 is usual.
     steps:    how many of the first gaps are looked at before the sample goes on.
     early:    their mean above which the attempt is given up.
+    first, later: how many gaps the score looks at, from the first computed one on.
     verdict:  the score above which a finished attempt is suspect.
     """
 
@@ -242,24 +243,36 @@ class Rung:
     gap: tuple[float, ...]
     steps: int
     early: float
+    first: int
+    later: int
     verdict: float
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gap", tuple(arguments.finite("gap", gap) for gap in self.gap))
-        arguments.at_least("steps", self.steps, 1)
-        if len(self.watched) < self.steps or not self.gap[-1] > 0:
-            raise ValueError(f"gap must be above 0 in {self.steps} steps and in the last one, got {self.gap}")
+        for name, least in (("steps", 1), ("first", 1), ("later", 0)):
+            arguments.at_least(name, getattr(self, name), least)
+        needed = max(self.steps, self.first + self.later)
+        if len(self.computed) < needed or not self.gap[-1] > 0:
+            raise ValueError(f"gap must be above 0 in {needed} steps and in the last one, got {self.gap}")
 
     @property
-    def watched(self) -> list[int]:
-        """The steps that are looked at."""
-        return [k for k, gap in enumerate(self.gap) if gap > 0][: self.steps]
+    def computed(self) -> list[int]:
+        """The steps that have a gap."""
+        return [k for k, gap in enumerate(self.gap) if gap > 0]
 
-    def first(self, gaps: Tensor) -> Tensor:
+    def look(self, gaps: Tensor) -> Tensor:
         """The mean of the first gaps of (..., steps), relative to what is usual."""
-        usual = torch.tensor([self.gap[k] for k in self.watched])
-        return (gaps[..., self.watched] / usual).mean(dim=-1)
+        return self._relative(gaps, self.computed[: self.steps]).mean(dim=-1)
 
     def score(self, gaps: Tensor) -> Tensor:
-        """How memorized a finished attempt looks: `first` times the last gap, relative to what is usual."""
-        return self.first(gaps) * gaps[..., -1] / self.gap[-1]
+        """How memorized a finished attempt looks, 1 where its gaps are as usual: (..., steps) -> (...).
+
+        The gap of a memorized sample is large at first, may collapse once the sample is in its basin, and is large again at the
+        last step: (mean of the first) / (mean of the later) * last, geometric means.
+        """
+        first, later = self.computed[: self.first], self.computed[self.first :][: self.later]
+        logs = self._relative(gaps, first).log().mean(dim=-1) + self._relative(gaps, [-1])[..., 0].log()
+        return (logs - self._relative(gaps, later).log().mean(dim=-1) if later else logs).exp()
+
+    def _relative(self, gaps: Tensor, steps: list[int]) -> Tensor:
+        return gaps[..., steps] / torch.tensor([self.gap[k] for k in steps])

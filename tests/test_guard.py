@@ -45,15 +45,16 @@ def ladder(computed):
     def make(early, verdicts, rungs=RUNGS, steps=2):
         gaps = [tuple(map(float, computed[guidance])) for guidance in (PLAIN, *rungs)]
         together = zip((PLAIN, *rungs), gaps, early, verdicts, strict=True)
-        return Guidance.ladder([Rung(guidance, gap, steps, e, v) for guidance, gap, e, v in together])
+        return Guidance.ladder([Rung(guidance, gap, steps, e, steps, 1, v) for guidance, gap, e, v in together])
 
     return make
 
 
 def first(gaps):
-    """The mean of the first two gaps of each sample, and that times the last."""
-    means = torch.stack([gap[gap.isfinite()][:2].mean() for gap in gaps])
-    return means, means * gaps[:, -1]
+    """The mean of the first two gaps of each sample; their geometric mean, over the third gap, times the last."""
+    known = [gap[gap.isfinite()] for gap in gaps]
+    means = torch.stack([gap[:2].mean() for gap in known])
+    return means, torch.stack([(gap[0] * gap[1]).sqrt() / gap[2] * gap[-1] for gap in known])
 
 
 def between(values, k):
@@ -159,12 +160,17 @@ def test_it_survives_serialisation_and_its_repr(mixed):
     [
         (lambda pipe, ladder: sample(pipe, ladder((0.0,) * 4, (0.0,) * 4), scheduler="unipc"), "needs a linear scheduler"),
         (lambda pipe, ladder: Guidance.ladder([]), "rungs must be"),
-        (lambda pipe, ladder: Guidance.ladder([Rung(RUNGS[0], (1.0,), 1, 1.0, 1.0)]), "the first of plain guidance"),
-        (lambda pipe, ladder: sample(pipe, Guidance.ladder([Rung(PLAIN, (1.0,) * 5, 1, 1.0, 1.0)])), "calibrated for 5 steps"),
-        (lambda pipe, ladder: Rung(PLAIN, (1.0, 0.0), 1, 1.0, 1.0), "gap must be above 0"),
+        (lambda pipe, ladder: Guidance.ladder([Rung(RUNGS[0], (1.0,), 1, 1.0, 1, 0, 1.0)]), "the first of plain guidance"),
         (
-            lambda pipe, ladder: sample(pipe, Guidance.ladder([Rung(replace(PLAIN, scale=1.0), (1.0,) * STEPS, 1, 1.0, 1.0)])),
-            "needs the noise gap",
+            lambda pipe, ladder: sample(pipe, Guidance.ladder([Rung(PLAIN, (1.0,) * 5, 1, 1.0, 1, 0, 1.0)])),
+            "calibrated for 5 steps",
+        ),
+        (lambda pipe, ladder: Rung(PLAIN, (1.0, 0.0), 1, 1.0, 1, 0, 1.0), "gap must be above 0"),
+        (
+            lambda pipe, ladder: sample(
+                pipe, Guidance.ladder([Rung(replace(PLAIN, scale=1.0), (1.0,) * STEPS, 1, 1.0, 1, 0, 1.0)])
+            ),
+            "needs a noise gap",
         ),
         (
             lambda pipe, ladder: sample(pipe, ladder((0.0,) * 4, (0.0,) * 4), callback_on_step_end=lambda *_: {}),
@@ -187,15 +193,16 @@ def calibration(pipe):
 
 
 def test_a_calibration_has_the_quantiles_of_ordinary_samples(pipe, calibration, tmp_path):
-    """A quarter above each of the plain rung's thresholds, were the logarithms normal; the usual gap is the median."""
+    """An eighth above the plain rung's first threshold and three above its second, were the logarithms normal."""
     sampler = Sampler.from_pipeline(pipe, "dpmsolver++")
     plain = sampler(ORDINARY, 7, STEPS, PLAIN, output="latent", progress=False)
     rung = calibration.rungs[0]
     assert torch.allclose(torch.tensor(rung.gap), plain.noise_gap.nanmedian(dim=0).values, rtol=1e-3)
-    for found, threshold in ((rung.first(plain.noise_gap), rung.early), (rung.score(plain.noise_gap), rung.verdict)):
+    looks = (rung.look(plain.noise_gap), rung.early, 1.15035), (rung.score(plain.noise_gap), rung.verdict, 0.31864)
+    for found, threshold, quantile in looks:  # of the normal distribution, at 1 - 0.125 and 1 - 0.375
         logs = found.log()
-        assert threshold == pytest.approx((logs.mean() + 0.67449 * logs.std()).exp().item(), rel=1e-2)
-        assert 0 < (found > threshold).sum() < 6
+        assert threshold == pytest.approx((logs.mean() + quantile * logs.std()).exp().item(), rel=1e-2)
+        assert 0 < (found > threshold).sum() < 8
     guard = Guidance.guard(SCALE, calibration)
     assert [rung.guidance for rung in guard.rungs] == [PLAIN, *RUNGS]
     assert Guidance.guard(SCALE, calibration, rungs=RUNGS[1:2]).rungs == (calibration.rungs[0], calibration.rungs[2])
