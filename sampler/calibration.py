@@ -85,7 +85,7 @@ class Calibration:
             }
         shares = [rate, *[strict] * (len(attempts) - 1)]
         found = tuple(_rung(guidance, measured[guidance], share) for guidance, share in zip(attempts, shares, strict=True))
-        settings = {"model": str(sampler.pipe.config.get("_name_or_path", "")), **settings_of(sampler)}
+        settings = {"model": Path(str(sampler.pipe.config.get("_name_or_path", ""))).name, **settings_of(sampler)}
         return cls(settings, steps, float(scale), len(tasks), float(rate), float(strict), found)
 
     def at(self, scale: float, rungs: Sequence[Guidance] | None = None) -> tuple[Rung, ...]:
