@@ -31,6 +31,7 @@ class Method(StrEnum):
     cfg = "cfg"
     delayed = "delayed"
     opposite = "opposite"
+    guard = "guard"
 
 
 class Bench(StrEnum):
@@ -50,7 +51,13 @@ def generate(
     ],
     out: Annotated[Path, typer.Option(help="folder for images, manifest.jsonl and run.json")],
     model: Annotated[str, typer.Option(help="a folder in diffusers' format, a hub id, or 'tiny'")] = "tiny",
-    guidance: Annotated[Method, typer.Option(help="plain, delayed or opposite guidance")] = Method.delayed,
+    guidance: Annotated[
+        Method | None, typer.Option(help="plain, delayed, opposite or guarded; default guard with a calibration, else delayed")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="of the guard; default calibration.json in the model's folder, see calibrate")
+    ] = None,
+    rule: Annotated[str, typer.Option(help="how predictions combine: cfg, rescale, cfg-zero, apg, tcfg, ...")] = "cfg",
     scale: Annotated[float, typer.Option(help="guidance scale (after the transition)")] = 7.5,
     before: Annotated[float, typer.Option(help="weight before the transition, with --guidance delayed")] = 0.0,
     opposite_scale: Annotated[float, typer.Option(help="with --guidance opposite: weight -N before the transition")] = 2.0,
@@ -76,22 +83,36 @@ def generate(
 
     jobs = read_prompts(prompts, seed)
     _quieten()
-    from basinescape import At, FirstMinimum, Guidance, Sampler
+    from basinescape import At, Calibration, FirstMinimum, Guidance, Sampler
     from basinescape.generate import generate
 
     if until == "auto":
-        rule = FirstMinimum(earliest=earliest, latest=latest)
+        transition = FirstMinimum(earliest=earliest, latest=latest)
     else:
         try:
-            rule = At(float(until))
+            transition = At(float(until))
         except ValueError as error:
             raise ValueError(f"until must be a timestep or 'auto', got {until!r}") from error
-    plan = {
-        Method.cfg: lambda: Guidance.cfg(scale),
-        Method.delayed: lambda: Guidance.delayed(scale, until=rule, before=before),
-        Method.opposite: lambda: Guidance.opposite(opposite_scale, scale=scale, until=rule),
-    }[guidance]()
     source = Sampler.model_path(model) if model == "tiny" else model
+    measured = calibration or Calibration.beside(source)
+    if guidance is None:
+        guidance = Method.guard if measured else Method.delayed
+        if not measured:
+            typer.echo(
+                f"no calibration of {model}: every prompt is delayed until {until}, which costs ordinary ones some of their "
+                "content; `basinescape calibrate` measures what a guard needs",
+                err=True,
+            )
+    if guidance == Method.guard and not measured:
+        raise ValueError(f"guidance guard needs a calibration, and {model} has none: run `basinescape calibrate`")
+    if guidance == Method.guard and rule != "cfg":
+        raise ValueError(f"rule is {rule!r}, but a guard has the rule that it was calibrated with")
+    plan = {
+        Method.cfg: lambda: Guidance.cfg(scale, rule=rule),
+        Method.delayed: lambda: Guidance.delayed(scale, until=transition, before=before, rule=rule),
+        Method.opposite: lambda: Guidance.opposite(opposite_scale, scale=scale, until=transition, rule=rule),
+        Method.guard: lambda: Guidance.guard(scale, Calibration.load(measured)),
+    }[guidance]()
     sampler = Sampler.from_pretrained(source, device, dtype, scheduler, attention, allow_pickle)
     written = generate(sampler, jobs, out, plan, model, steps, batch_size, negative_prompt, height, width, clip_skip, progress)
     failed = [line["id"] for line in written if line["status"] != "ok"]
@@ -102,6 +123,7 @@ def generate(
         "flagged and blacked out",
         "nsfw_content_detected",
     )
+    _note([line["id"] for line in written if line.get("suspect")], "may still be copies of training images", "suspect")
     _note(failed, "failed", "status")
     if failed:
         raise typer.Exit(1)
@@ -114,6 +136,36 @@ def _note(ids: list[str], what: str, field: str) -> None:
             f"{len(ids)} {what} ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''}): see {field} in manifest.jsonl",
             err=True,
         )
+
+
+@app.command()
+def calibrate(
+    prompts: Annotated[Path, typer.Option(help="ordinary prompts, none of them memorized, a hundred or more; as for generate")],
+    out: Annotated[Path, typer.Option(help="the file to write; calibration.json in the model's folder is found by generate")],
+    model: Annotated[str, typer.Option(help="a folder in diffusers' format, a hub id, or 'tiny'")] = "tiny",
+    scale: Annotated[float, typer.Option(help="guidance scale")] = 7.5,
+    steps: Annotated[int, typer.Option(help="denoising steps")] = 50,
+    scheduler: Annotated[str, typer.Option(help="own (the model's), ddim, dpmsolver++, euler, ...")] = "own",
+    rate: Annotated[float, typer.Option(help="share of ordinary images that the guard may begin again")] = 0.015,
+    seed: Annotated[int, typer.Option(help="seed of the first prompt, counted up from there")] = 0,
+    batch_size: Annotated[int, typer.Option(help="images sampled together")] = 8,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default float16 on a GPU")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda where there is a GPU")] = None,
+    progress: Annotated[bool, typer.Option(help="show a progress bar")] = True,
+) -> None:
+    """Measure what is ordinary on a model, for the guard."""
+    from basinescape.prompts import read_prompts
+
+    jobs = read_prompts(prompts, seed)
+    _quieten()
+    from basinescape import Calibration, Sampler
+
+    source = Sampler.model_path(model) if model == "tiny" else model
+    sampler = Sampler.from_pretrained(source, device, dtype, scheduler)
+    texts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
+    options = {"rate": rate, "batch_size": batch_size, "progress": progress}
+    Calibration.measure(sampler, texts, seeds, steps, scale, **options).save(out)
+    typer.echo(f"{len(jobs)} prompts, {steps} steps: {out}")
 
 
 @app.command()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from basinescape import Sampler
+from basinescape import Calibration, Sampler
 
 DATA = "https://github.com/somepago/DCR and https://github.com/YuxinWenRick/diffusion_memorization"
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
@@ -77,7 +77,7 @@ PRESETS = {
         # Both from general prompts with seeds of their own, from 100 on.
         ordinary=tuple(ORDINARY["gap"]),
         stable=ORDINARY["stable"],
-        calibration="tiny",
+        calibration="tiny" if Calibration.beside(Sampler.model_path("tiny")) else None,
     ),
 }
 

@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 # Loaded when first asked for: `basinescape.kernels` needs torch and triton alone, the sampler needs diffusers.
 _HOMES = {"Calibration": "calibration", "Guidance": "guidance", "Rung": "guidance"}
 _HOMES |= dict.fromkeys(("At", "Fallen", "FirstMinimum", "Settled"), "transitions")
-_HOMES |= dict.fromkeys(("Output", "Sampler"), "sampler")
+_HOMES |= {"Output": "output", "Sampler": "sampler"}
 __all__ = ["At", "Calibration", "Fallen", "FirstMinimum", "Guidance", "Output", "Rung", "Sampler", "Settled"]
 
 

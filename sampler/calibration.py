@@ -107,6 +107,12 @@ class Calibration:
         with whole(Path(path)) as part:
             part.write_text(text + "\n", encoding="utf-8")
 
+    @staticmethod
+    def beside(model: str | Path) -> Path | None:
+        """The calibration in a model's folder, if there is one."""
+        path = Path(model) / FILE
+        return path if path.is_file() else None
+
     @classmethod
     def load(cls, path_or_name: str | Path) -> Calibration:
         """Read one from a file, or that of a pipeline that ships ("tiny").

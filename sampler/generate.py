@@ -19,12 +19,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from . import arguments
+from . import arguments, guard
 from .folder import Journal, intact, open_folder, save_image, settings_of, sha256
 from .guidance import Guidance
-from .loop import Plan
+from .output import Output
 from .prompts import Job
-from .sampler import Output, Sampler
+from .sampler import Sampler
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def generate(
     batch_size = arguments.at_least_one("batch_size", batch_size)
     if len({job.id.casefold() for job in jobs}) < len(jobs):
         raise ValueError("jobs must have ids that differ, in more than upper and lower case")
-    Plan.make(sampler.solver(steps), guidance, torch.device("cpu"))  # raises for a table of another length
+    guard.planned(sampler.solver(steps), guidance, torch.device("cpu"))  # raises for steps that it does not fit
     height, width = sampler.size(height, width)
     with torch.inference_mode():  # raises for what the model's text encoders cannot do
         sampler.model.encode([""], height, width, clip_skip=clip_skip)

@@ -47,7 +47,10 @@ class Ladder:
         checks = []
         for i, (rung, plan) in enumerate(zip(guidance.rungs, plans, strict=True)):
             if len(rung.gap) != plan.steps:
-                raise ValueError(f"guard is calibrated for {len(rung.gap)} steps, but the sampler takes {plan.steps}")
+                raise ValueError(
+                    f"the guard is calibrated for {len(rung.gap)} steps, but the sampler takes {plan.steps}: measure those, or "
+                    "choose other guidance"
+                )
             last = rung.computed[rung.steps - 1]
             checks.append(next((row for row, step in enumerate(plan.step) if step > last), len(plan.step)))
             needed = [plan.branches[row] for row, step in enumerate(plan.step) if step in rung.computed]
@@ -65,6 +68,13 @@ class Ladder:
             finds=any(plan.finds for plan in plans),
         )
         return cls(guidance.rungs, whole, tuple(starts), tuple(s + check for s, check in zip(starts[:-1], checks, strict=True)))
+
+
+def planned(solver: Solver, guidance: Guidance, device: torch.device) -> Plan | Ladder:
+    """`guidance` laid over the steps of `solver`. Raises ValueError where it does not fit them."""
+    if guidance.rungs and solver.coefficients is None:
+        raise ValueError(f"a guard needs a linear scheduler, and {type(solver.scheduler).__name__} is not")
+    return (Ladder if guidance.rungs else Plan).make(solver, guidance, device)
 
 
 @dataclass

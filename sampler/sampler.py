@@ -6,7 +6,6 @@ import copy
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,41 +21,12 @@ from .graphs import Graphs
 from .guidance import Guidance
 from .kernels.state import State
 from .loop import Network, Plan, Run, Step, denoise, draw, fused_step, lockstep, renoise, scheduler_step
+from .output import Output
 from .schedulers import Schedule, make_scheduler
 from .solver import Solver
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 Wrap = Callable[[models.GuidedUNet], Network]
-
-
-@dataclass
-class Output:
-    """What a call returns.
-
-    images:          a list of PIL images, or an array or tensor, as `output` asked; the latents for "latent".
-    latents:         (B, C, h, w) final latents in the network's dtype.
-    transition_step: (B,) int64 on the CPU, the step at which each sample's guidance changed; -1 for none, 0 for plain cfg.
-    noise_gap:       (B, steps) float32 on the CPU, ||cond - uncond||_2 at each step, NaN where it was not computed.
-    timesteps:       (steps,) float32 on the CPU, in the scheduler's units.
-    attempts:        (B,) int64 on the CPU, how often a guard began each sample, whose transition and gaps are the last one's.
-    score:           (B,) float32 on the CPU, how memorized it looks by its gaps, 1 where they are as usual: see `Rung.score`.
-    suspect:         (B,) bool on the CPU, the samples that still look memorized. These three are None without a guard.
-    finite:          (B,) bool on the CPU, whether a sample's latents, and its pixels where decoded, have neither NaN nor inf.
-    nsfw_content_detected: (B) the safety checker's verdicts; such a picture is black. None without a checker, or undecoded.
-    truncated:       (B) what was cut off each prompt at the text encoder's limit, "" for nothing.
-    """
-
-    images: Any
-    latents: Tensor
-    transition_step: Tensor
-    noise_gap: Tensor
-    timesteps: Tensor
-    attempts: Tensor | None = None
-    score: Tensor | None = None
-    suspect: Tensor | None = None
-    finite: Tensor | None = None
-    nsfw_content_detected: list[bool] | None = None
-    truncated: Sequence[str] = ()
 
 
 class Sampler:
@@ -224,13 +194,10 @@ class Sampler:
                 raise ValueError(
                     f"callback_on_step_end_tensor_inputs must be ['latents'], got {callback_on_step_end_tensor_inputs!r}"
                 )
-            if guidance.rungs and not (linear and self._wrap is None and callback_on_step_end is None):
-                raise ValueError(
-                    f"guidance {guidance!r} needs a linear scheduler ({type(self.scheduler).__name__} given), and neither "
-                    "a wrapped network nor callback_on_step_end"
-                )
+            if guidance.rungs and not (self._wrap is None and callback_on_step_end is None):
+                raise ValueError("a guard takes neither a wrapped network nor callback_on_step_end")
             device = self.model.device
-            plan = guard.Ladder.make(solver, guidance, device) if guidance.rungs else Plan.make(solver, guidance, device)
+            plan = guard.planned(solver, guidance, device)
 
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
             encoded = self.model.encode(prompts, height, width, count, negative_prompt, **options)

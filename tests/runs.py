@@ -12,7 +12,7 @@ from basinescape.generate import generate
 from basinescape.prompts import Job
 from PIL import Image
 
-QUICK = ("--steps", 2, "--until", 500, "--device", "cpu")
+QUICK = ("--steps", 2, "--guidance", "delayed", "--until", 500, "--device", "cpu")
 
 
 def run(monkeypatch, capsys, *arguments):

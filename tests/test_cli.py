@@ -1,13 +1,14 @@
 """The command line: options that reach the sampler, and one clear line for each bad input."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
-from basinescape import Guidance, Sampler
+from basinescape import Calibration, Guidance, Sampler
 from basinescape.bench import cli
-from runs import QUICK, run, write
+from runs import QUICK, run, sound, write
 
 
 @pytest.mark.parametrize(
@@ -118,3 +119,52 @@ def test_the_commands_options_reach_the_sampler(tmp_path, monkeypatch, capsys, d
     assert (asked["height"], asked["width"], asked["clip_skip"], asked["guidance"]) == (128, 192, 1, Guidance.cfg(3))
     stored = json.loads((tmp_path / "out" / "run.json").read_text())
     assert (stored["height"], stored["width"], stored["clip_skip"], stored["negative_prompt"]) == (128, 192, 1, "ugly")
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """A copy of the small pipeline under another name, without a calibration."""
+    folder = tmp_path / "my-model"
+    shutil.copytree(Sampler.model_path("tiny"), folder, ignore=shutil.ignore_patterns("calibration.json", "memorized*"))
+    return folder
+
+
+def test_a_model_is_calibrated_and_then_guarded(tmp_path, monkeypatch, capsys, mine):
+    """Without a calibration a line says what is done instead; with one beside the model, or given, the guard is the default."""
+    prompts, made = tmp_path / "prompts.jsonl", mine / "calibration.json"
+    write(prompts, 3)
+    asked = ("--prompts", prompts, "--model", mine, "--steps", 5, "--device", "cpu")
+    code, error = run(monkeypatch, capsys, *asked, "--out", tmp_path / "before")
+    assert code == 0 and "no calibration of" in error and "basinescape calibrate" in error
+    code, error = run(monkeypatch, capsys, *asked, "--out", tmp_path / "none", "--guidance", "guard")
+    assert code == 2 and "guidance guard needs a calibration" in error and not (tmp_path / "none").exists()
+    arguments = ["basinescape", "calibrate", "--out", made, *asked, "--no-progress", "--rate", 0.5]
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code in (0, None) and Calibration.load(made).images == 3
+    assert str(tmp_path) not in made.read_text()
+    code, error = run(monkeypatch, capsys, *asked, "--out", tmp_path / "after")
+    lines = sound(tmp_path / "after")
+    assert code == 0 and "no calibration" not in error and all(line["attempts"] >= 1 and line["score"] > 0 for line in lines)
+    settings = json.loads((tmp_path / "after" / "run.json").read_text())["guidance"]
+    assert Guidance.from_dict(settings) == Guidance.guard(7.5, Calibration.load(made))
+    moved = made.rename(tmp_path / "elsewhere.json")
+    assert run(monkeypatch, capsys, *asked, "--out", tmp_path / "after", "--calibration", moved)[0] == 0
+    for options, says in (
+        (("--steps", 4), "calibrated for 5 steps, but the sampler takes 4"),
+        (("--scale", 3), "scale is 3.0, but the calibration was made at 7.5"),
+        (("--rule", "apg", "--guidance", "guard"), "a guard has the rule"),
+        (("--calibration", tmp_path / "missing.json"), "missing.json"),
+    ):
+        code, error = run(monkeypatch, capsys, *asked, "--calibration", moved, *options, "--out", tmp_path / "bad")
+        assert code == 2 and says in error and len(error.splitlines()) == 1 and not (tmp_path / "bad").exists()
+
+
+def test_a_rule_reaches_the_sampler(tmp_path, monkeypatch, capsys, drawn):
+    write(tmp_path / "p.jsonl", 1)
+    options = ("--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "out", *QUICK, "--rule", "cfg-zero")
+    assert run(monkeypatch, capsys, *options)[0] == 0
+    assert drawn.asked[0]["guidance"].rule == "cfg-zero"
+    code, error = run(monkeypatch, capsys, *options[:-1], "nope")
+    assert code == 2 and "rule must be one of cfg, rescale" in error
