@@ -7,6 +7,7 @@ import pytest
 import torch
 from basinescape import At, Fallen, FirstMinimum, Guidance, Sampler, Settled
 from basinescape.bench.evaluation.analyze import transition
+from basinescape.kernels import definition
 from basinescape.schedulers import make_scheduler
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from rounding import LEEWAY, NEAR, assert_same_but_for_rounding, spread
@@ -63,7 +64,7 @@ def plain_loop(pipe, scheduler, guidance, prompt, seed):
             if isinstance(rule, At):
                 leaves = t <= rule.timestep
             else:
-                minimum = k >= rule.earliest and gaps[k - 2] > gaps[k - 1] < gaps[k]
+                minimum = k >= rule.earliest and definition.is_minimum(*gaps[k - 2 : k + 1])
                 leaves = minimum or (rule.latest is not None and k >= rule.latest)
             transition = k if leaves else -1
         weight = guidance.scale if transition >= 0 else guidance.before
