@@ -17,7 +17,6 @@ from interleaving import SMALL, interleaved
 KEPT = (
     "one block, first minimum",
     "one prediction",
-    "tiles, weight known",
     "tiles that meet, SDXL",
     "tiles, gap known, SDXL",
 )  # of the modes

@@ -63,8 +63,7 @@ def between(values, k):
     return ordered[k - 1 : k + 1].mean().item()
 
 
-@pytest.mark.parametrize("scheduler", ["euler", "dpmsolver++"])
-@pytest.mark.parametrize("flagged", [1, 2, 4])
+@pytest.mark.parametrize(("scheduler", "flagged"), [("euler", 1), ("dpmsolver++", 2), ("ddim", 4)])
 def test_the_flagged_begin_again_and_the_others_keep_their_bits(pipe, ladder, scheduler, flagged):
     """By their first gaps or at the end; the attempt is that of the next noise of the sample's own, under the next rung."""
     plain = sample(pipe, PLAIN, scheduler=scheduler)
@@ -116,11 +115,7 @@ def mixed(pipe, ladder):
     return ladder((between(means, 3),) + (math.inf,) * 3, (math.inf, between(second_score, 2), NEVER, NEVER))
 
 
-@pytest.mark.parametrize("way", ["kernel", "eager"])
-@pytest.mark.kernels
-def test_a_sample_is_the_same_alone_in_a_batch_and_in_another_order(pipe, mixed, request, way):
-    if way == "eager":
-        request.getfixturevalue("eager")
+def test_a_sample_is_the_same_alone_in_a_batch_and_in_another_order(pipe, mixed):
     together = sample(pipe, mixed)
     assert len(set(together.attempts.tolist())) > 2
 

@@ -77,13 +77,9 @@ def test_it_is_a_plain_loop_that_goes_back(pipe, name):
     assert (found - sample(pipe, scheduler, Guidance.cfg(SCALE)).latents).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("way", ["kernel", "eager"])
 @pytest.mark.parametrize("guidance", [Guidance.delayed(SCALE, until=At(600)), Guidance.opposite(2.0, SCALE, FirstMinimum())])
-@pytest.mark.kernels
-def test_it_composes_and_a_sample_is_its_own(pipe, request, way, guidance):
+def test_it_composes_and_a_sample_is_its_own(pipe, guidance):
     """After a delay and opposite guidance: alone = in a batch = in another order; each step's gap is that of its last visit."""
-    if way == "eager":
-        request.getfixturevalue("eager")
     guidance = Guidance.from_dict({**guidance.to_dict(), "restart": RESTART})
     assert eval(repr(guidance)) == guidance == Guidance.from_dict(guidance.to_dict())
     found = sample(pipe, "dpmsolver++", guidance)
