@@ -146,7 +146,7 @@ def calibrate(
     scale: Annotated[float, typer.Option(help="guidance scale")] = 7.5,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 50,
     scheduler: Annotated[str, typer.Option(help="own (the model's), ddim, dpmsolver++, euler, ...")] = "own",
-    rate: Annotated[float, typer.Option(help="share of ordinary images that the guard may begin again")] = 0.015,
+    rate: Annotated[float, typer.Option(help="share of ordinary images that the guard may begin again")] = 0.025,
     seed: Annotated[int, typer.Option(help="seed of the first prompt, counted up from there")] = 0,
     batch_size: Annotated[int, typer.Option(help="images sampled together")] = 8,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default float16 on a GPU")] = None,

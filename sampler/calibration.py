@@ -56,7 +56,7 @@ class Calibration:
         steps: int = 50,
         scale: float = 7.5,
         rungs: Sequence[Guidance] | None = None,
-        rate: float = 0.015,
+        rate: float = 0.025,
         strict: float = 0.2,
         batch_size: int = 16,
         progress: bool = True,
