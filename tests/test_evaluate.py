@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from basinescape import Calibration, Sampler
 from basinescape.bench import scenario as scenarios
 from basinescape.bench.evaluation.analyze import edges, starting_at
 from basinescape.bench.evaluation.evaluate import evaluate, table
@@ -74,6 +75,27 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_table(tmp_path):
     assert len(list((tmp_path / "a" / "images").glob("*/*.png"))) == len(stored) == 8
     with pytest.raises(ValueError, match="another run"):
         evaluate(TINY, ["cfg"], tmp_path / "a", seeds=2, limit=2, batch_size=2, progress=False)
+
+
+def test_a_guard_is_evaluated_with_what_it_says_of_its_images(tmp_path):
+    """On seeds counted up from another one; a copy that is marked suspect is not published unknowingly."""
+    sampler = Sampler.from_pretrained(Sampler.model_path("tiny"), "cpu", "float32", TINY.scheduler)
+    ordinary = [prompt.text for prompt in prompts(TINY)["general"][:4]]
+    Calibration.measure(sampler, ordinary, steps=TINY.steps, progress=False).save(tmp_path / "c.json")
+    scenario = replace(TINY, calibration=str(tmp_path / "c.json"))
+    evaluate(scenario, ["guard"], tmp_path / "run", seeds=2, limit=2, first_seed=7, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+    assert sorted({line["seed"] for line in lines}) == [7, 8] and len(lines) == 8
+    assert all(line["attempts"] >= 1 and line["score"] > 0 and line["suspect"] in (True, False) for line in lines)
+    marked = [
+        line | {"memorized": copy, "suspect": suspect} for line, copy, suspect in zip(lines, COPIES, SUSPECTS, strict=True)
+    ]
+    rows = table([line | {"group": "memorized"} for line in marked])
+    assert [(row["suspect_share"], row["unmarked_copies"]) for row in rows] == [(0.5, 0.25)]
+
+
+COPIES = [True, True, True, True, False, False, False, False]
+SUSPECTS = [True, True, False, False, True, True, False, False]
 
 
 def test_edges_are_the_first_onsets_after_the_last_copy():
