@@ -8,11 +8,14 @@ import sys
 from enum import StrEnum
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .tables import aligned, tables
+
+if TYPE_CHECKING:
+    from basinescape import Guidance, Sampler
 
 SUMMARY = "Sample guided diffusion models without reproducing training images."
 DEBUG = "BASINESCAPE_DEBUG"  # an environment variable: where it is set, errors show where they come from
@@ -94,26 +97,21 @@ def generate(
         except ValueError as error:
             raise ValueError(f"until must be a timestep or 'auto', got {until!r}") from error
     source = Sampler.model_path(model) if model == "tiny" else model
-    measured = calibration or Calibration.beside(source)
-    if guidance is None:
-        guidance = Method.guard if measured else Method.delayed
-        if not measured:
-            typer.echo(
-                f"no calibration of {model}: every prompt is delayed until {until}, which costs ordinary ones some of their "
-                "content; `basinescape calibrate` measures what a guard needs",
-                err=True,
-            )
-    if guidance == Method.guard and not measured:
-        raise ValueError(f"guidance guard needs a calibration, and {model} has none: run `basinescape calibrate`")
-    if guidance == Method.guard and rule != "cfg":
-        raise ValueError(f"rule is {rule!r}, but a guard has the rule that it was calibrated with")
-    plan = {
-        Method.cfg: lambda: Guidance.cfg(scale, rule=rule),
-        Method.delayed: lambda: Guidance.delayed(scale, until=transition, before=before, rule=rule),
-        Method.opposite: lambda: Guidance.opposite(opposite_scale, scale=scale, until=transition, rule=rule),
-        Method.guard: lambda: Guidance.guard(scale, Calibration.load(measured)),
-    }[guidance]()
     sampler = Sampler.from_pretrained(source, device, dtype, scheduler, attention, allow_pickle)
+    if guidance in (Method.guard, None):
+        try:
+            plan = _guarded(sampler, calibration or Calibration.beside(source), steps, scale, rule)
+        except ValueError as error:
+            if guidance or calibration:
+                raise
+            guidance = Method.delayed
+            typer.echo(f"{error}: every prompt is delayed until {until} instead, which costs ordinary ones content", err=True)
+    if guidance == Method.cfg:
+        plan = Guidance.cfg(scale, rule=rule)
+    elif guidance == Method.delayed:
+        plan = Guidance.delayed(scale, until=transition, before=before, rule=rule)
+    elif guidance == Method.opposite:
+        plan = Guidance.opposite(opposite_scale, scale=scale, until=transition, rule=rule)
     written = generate(sampler, jobs, out, plan, model, steps, batch_size, negative_prompt, height, width, clip_skip, progress)
     failed = [line["id"] for line in written if line["status"] != "ok"]
     typer.echo(f"{len(jobs) - len(failed)} images in {out / 'images'} ({len(written) - len(failed)} new)")
@@ -127,6 +125,22 @@ def generate(
     _note(failed, "failed", "status")
     if failed:
         raise typer.Exit(1)
+
+
+def _guarded(sampler: Sampler, calibration: str | Path | None, steps: int, scale: float, rule: str) -> Guidance:
+    """The guard of a calibration. Raises ValueError where there is none, or it is not for this."""
+    import torch
+    from basinescape import Calibration, Guidance
+    from basinescape.guard import planned
+
+    solver = sampler.solver(steps)
+    if calibration is None:
+        raise ValueError("a guard needs a calibration, which `basinescape calibrate` makes, and the model has none")
+    if rule != "cfg":
+        raise ValueError(f"rule is {rule!r}, but a guard has the rule that it was calibrated with")
+    found = Guidance.guard(scale, Calibration.load(calibration))
+    planned(solver, found, torch.device("cpu"))
+    return found
 
 
 def _note(ids: list[str], what: str, field: str) -> None:

@@ -83,8 +83,11 @@ class Calibration:
                 guidance: torch.cat(list(_gaps(sampler, tasks, steps, guidance, size, bar)))
                 for guidance in dict.fromkeys(attempts)
             }
+        levels = tuple(round(level, 3) for level in sampler.solver(steps).levels)
         shares = [rate, *[strict] * (len(attempts) - 1)]
-        found = tuple(_rung(guidance, measured[guidance], share) for guidance, share in zip(attempts, shares, strict=True))
+        found = tuple(
+            _rung(guidance, measured[guidance], levels, share) for guidance, share in zip(attempts, shares, strict=True)
+        )
         settings = {"model": Path(str(sampler.pipe.config.get("_name_or_path", ""))).name, **settings_of(sampler)}
         return cls(settings, steps, float(scale), len(tasks), float(rate), float(strict), found)
 
@@ -143,7 +146,7 @@ def _gaps(
         bar.update(len(prompts))
 
 
-def _rung(guidance: Guidance, gaps: Tensor, share: float) -> Rung:
+def _rung(guidance: Guidance, gaps: Tensor, levels: tuple[float, ...], share: float) -> Rung:
     """A rung whose thresholds `share` of what these gaps, (n, steps), are a sample of pass, a quarter of it the early one.
 
     Logarithms are taken as normal: the tail of a hundred samples is known no better by their largest ones.
@@ -153,7 +156,7 @@ def _rung(guidance: Guidance, gaps: Tensor, share: float) -> Rung:
     fifth = max(1, len(usual) // 5)
     # After a transition the first gaps say less, and there is no basin in which they would have collapsed.
     steps, later = (fifth, 0) if guidance.until else (max(1, fifth // 2), fifth)
-    rung = Rung(guidance, usual, steps, math.inf, fifth, later, math.inf)
+    rung = Rung(guidance, usual, steps, math.inf, fifth, later, math.inf, levels)
 
     def threshold(values: Tensor, share: float) -> float:
         logs = values.double().log()

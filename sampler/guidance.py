@@ -237,6 +237,7 @@ class Rung:
     early:    their mean above which the attempt is given up.
     first, later: how many gaps the score looks at, from the first computed one on.
     verdict:  the score above which a finished attempt is suspect.
+    levels:   the timesteps, 0..1000, of the steps that all this was measured on; empty: any so many steps.
     """
 
     guidance: Guidance
@@ -246,9 +247,11 @@ class Rung:
     first: int
     later: int
     verdict: float
+    levels: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "gap", tuple(arguments.finite("gap", gap) for gap in self.gap))
+        for name in ("gap", "levels"):
+            object.__setattr__(self, name, tuple(arguments.finite(name, value) for value in getattr(self, name)))
         for name, least in (("steps", 1), ("first", 1), ("later", 0)):
             arguments.at_least(name, getattr(self, name), least)
         needed = max(self.steps, self.first + self.later)
