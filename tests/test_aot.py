@@ -89,17 +89,19 @@ def test_programs_that_meet_order_their_memory():
 from basinescape.kernels.aot import assembly, launches
 for name, launch in launches("float16"):
     if launch.options.get("MEETS"):
-        print(assembly(launch, "sm_90")["ptx"])
+        print(assembly(launch, "sm_90")["ptx"], "END OF KERNEL")
 """
-    ptx = run("-c", script)
-    stores, arrives, waits, reads = (
-        [match.start() for match in re.finditer(pattern, ptx)]
-        for pattern in (
-            r"st\.global",
-            r"atom\.global\.gpu\.acq_rel\.add",
-            r"(ld|atom)\.global\.gpu\.acquire",
-            r"ld\.global\.cg",  # past the cache of one multiprocessor
+    *kernels, _ = run("-c", script).split("END OF KERNEL")
+    assert len(kernels) == 2  # plain guidance, and a rule with sums of its own
+    for ptx in kernels:
+        stores, arrives, waits, reads = (
+            [match.start() for match in re.finditer(pattern, ptx)]
+            for pattern in (
+                r"st\.global",
+                r"atom\.global\.gpu\.acq_rel\.add",
+                r"(ld|atom)\.global\.gpu\.acquire",
+                r"ld\.global\.cg",  # past the cache of one multiprocessor
+            )
         )
-    )
-    assert stores[0] < arrives[0] < waits[0] < reads[0] and len(arrives) == len(waits) == 1
-    assert "bar.sync" in ptx[stores[0] : arrives[0]] and "bar.sync" in ptx[waits[0] : reads[0]]
+        assert stores[0] < arrives[0] < waits[0] < reads[0] and len(arrives) == len(waits) == 1
+        assert "bar.sync" in ptx[stores[0] : arrives[0]] and "bar.sync" in ptx[waits[0] : reads[0]]
