@@ -59,7 +59,7 @@ def test_a_sample_of_all_resident_programs_holds_on_a_pretended_device(device, s
 
 @pytest.mark.parametrize("name", ["sampler synchronisation", "sampler images"])
 def test_the_sampler_checks_hold_on_a_pretended_device(device, monkeypatch, name):
-    monkeypatch.setattr(checks_sampler, "STEPS", 3)
+    monkeypatch.setattr(checks_sampler, "STEPS", 2)
     monkeypatch.setattr(checks_sampler, "METHODS", {name: checks_sampler.METHODS[name] for name in ("delayed, first minimum",)})
     assert checks_sampler.CHECKS[name](torch.device("cuda"))
 

@@ -122,15 +122,17 @@ def test_a_sample_is_the_same_alone_in_a_batch_and_in_another_order(pipe, mixed)
     def turned():
         out = sample(pipe, mixed, PROMPTS[::-1], SEEDS[::-1])
         assert torch.equal(out.attempts.flip(0), together.attempts) and torch.equal(out.suspect.flip(0), together.suspect)
-        return out.latents.flip(0), out.noise_gap.flip(0)
+        assert torch.equal(out.noise_gap.flip(0).isnan(), together.noise_gap.isnan())
+        return out.latents.flip(0)
 
     def alone():
         outs = [sample(pipe, mixed, [p], [s]) for p, s in zip(PROMPTS, SEEDS, strict=True)]
         assert torch.equal(torch.cat([out.attempts for out in outs]), together.attempts)
-        return torch.cat([out.latents for out in outs]), torch.cat([out.noise_gap for out in outs])
+        assert torch.equal(torch.cat([out.noise_gap for out in outs]).isnan(), together.noise_gap.isnan())
+        return torch.cat([out.latents for out in outs])
 
     for other in (turned, alone):
-        assert_same_but_for_rounding((together.latents, together.noise_gap), other(), pipe, other)
+        assert_same_but_for_rounding(together.latents, other(), pipe, other)
 
 
 def test_the_host_reads_between_attempts_alone(pipe, device, mixed):
@@ -178,7 +180,7 @@ def test_a_guard_that_cannot_be_is_refused(pipe, ladder, make, says):
         make(pipe, ladder)
 
 
-ORDINARY = [f"a picture of a {name}" for name in ("frog", "dog", "fish", "crab")] * 3
+ORDINARY = [f"a picture of a {name}" for name in ("frog", "dog", "fish", "crab")] * 2
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +199,7 @@ def test_a_calibration_has_the_quantiles_of_ordinary_samples(pipe, calibration, 
     for found, threshold, quantile in looks:  # of the normal distribution, at 1 - 0.125 and 1 - 0.375
         logs = found.log()
         assert threshold == pytest.approx((logs.mean() + quantile * logs.std()).exp().item(), rel=1e-2)
-        assert 0 < (found > threshold).sum() < 8
+        assert 0 < (found > threshold).sum() < len(ORDINARY)
     guard = Guidance.guard(SCALE, calibration)
     assert [rung.guidance for rung in guard.rungs] == [PLAIN, *RUNGS]
     assert Guidance.guard(SCALE, calibration, rungs=RUNGS[1:2]).rungs == (calibration.rungs[0], calibration.rungs[2])
