@@ -16,7 +16,6 @@ from interleaving import SMALL, interleaved
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.kernels
-
 module = importlib.import_module("basinescape.kernels.guide")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from interleaving import SMALL, interleaved
 
 pytestmark = pytest.mark.kernels
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernel runs, compiled or interpreted
 STEPS = 7
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
