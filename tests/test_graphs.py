@@ -86,8 +86,7 @@ def test_a_captured_step_is_the_step(pipe, device, scheduler, compile, monkeypat
     assert not captured._graphs._sessions
 
 
-@pytest.mark.parametrize("capture", [True, False])
-@pytest.mark.parametrize("guidance", [CALLS[0][1], CALLS[2][1]], ids=repr)
+@pytest.mark.parametrize(("guidance", "capture"), [(CALLS[0][1], True), (CALLS[2][1], False)], ids=repr)
 def test_a_call_waits_as_often_however_many_steps_it_takes(pipe, device, guidance, capture):
     sampler = Sampler.from_pipeline(on_device(pipe), "dpmsolver++", capture=capture)
     waits = {}

@@ -75,7 +75,7 @@ def operands(draw):
     return uncond, cond, draw(st.sampled_from([weights, strided, weights.double()]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(operands())
 def test_kernel_is_the_definition(given_operands):
     uncond, cond, weight = given_operands
@@ -96,7 +96,7 @@ def test_whichever_program_of_a_sample_ends_last_completes_its_gap(monkeypatch, 
             assert_defined(uncond, cond, weight, guided, gap)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(operands())
 def test_eager_in_the_inputs_dtype_is_the_definition(given_operands):
     uncond, cond, weight = given_operands

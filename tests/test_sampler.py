@@ -75,8 +75,7 @@ def plain_loop(pipe, scheduler, guidance, prompt, seed):
 
 @pytest.mark.parametrize(
     ("guidance", "scheduler"),
-    [(METHODS[i], name) for i, name in enumerate(["ddim", "euler", "dpmsolver++", "unipc"])]
-    + [(METHODS[i], name) for i, name in enumerate(["dpmsolver++", "unipc", "euler", "ddim"])],
+    [*zip(METHODS, ["ddim", "euler", "dpmsolver++", "unipc"], strict=True), (METHODS[1], "dpmsolver++")],
     ids=repr,
 )
 @torch.inference_mode()
