@@ -171,6 +171,8 @@ def calibrate(
     from basinescape.prompts import read_prompts
 
     jobs = read_prompts(prompts, seed)
+    if not out.resolve().parent.is_dir():
+        raise ValueError(f"out {str(out)!r} must be a file in a folder that exists")
     _quieten()
     from basinescape import Calibration, Sampler
 

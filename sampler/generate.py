@@ -166,12 +166,7 @@ def _taken(job: Job, made: Output, i: int) -> Made:
         "transition_timestep": made.timesteps[step].item() if step >= 0 else None,
         "noise_gap": made.noise_gap[i].tolist(),
     }
-    if made.attempts is not None:
-        line |= {
-            "attempts": made.attempts[i].item(),
-            "score": made.score[i].item(),
-            "suspect": made.suspect[i].item(),
-        }
+    line |= made.judged(i)
     if made.nsfw_content_detected is not None:
         line["nsfw_content_detected"] = bool(made.nsfw_content_detected[i])
     if made.truncated[i]:

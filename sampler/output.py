@@ -37,3 +37,9 @@ class Output:
     finite: Tensor | None = None
     nsfw_content_detected: list[bool] | None = None
     truncated: Sequence[str] = ()
+
+    def judged(self, i: int) -> dict[str, Any]:
+        """What a guard says of sample `i`, as plain data; nothing without one."""
+        if self.attempts is None:
+            return {}
+        return {name: getattr(self, name)[i].item() for name in ("attempts", "score", "suspect")}

@@ -168,3 +168,12 @@ def test_a_rule_reaches_the_sampler(tmp_path, monkeypatch, capsys, drawn):
     assert drawn.asked[0]["guidance"].rule == "cfg-zero"
     code, error = run(monkeypatch, capsys, *options[:-1], "nope")
     assert code == 2 and "rule must be one of cfg, rescale" in error
+
+
+def test_a_calibration_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "p.jsonl", 1)
+    arguments = ["basinescape", "calibrate", "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "none" / "c.json"]
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and "in a folder that exists" in capsys.readouterr().err

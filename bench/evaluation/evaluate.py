@@ -168,7 +168,7 @@ def _run(
             "seed": task.seed,
             **measured,
             "transition_step": made.transition_step[i].item(),
-            **_judged(made, i),
+            **made.judged(i),
             "network_calls": calls / len(batch),
             "seconds": round(seconds, 4),
         }
@@ -179,17 +179,6 @@ def _run(
         save_image(made.images[i], path)
         lines.append(line)
     return lines
-
-
-def _judged(made: Output, i: int) -> dict[str, Any]:
-    """What a guard says of a sample; nothing without one."""
-    if made.attempts is None:
-        return {}
-    return {
-        "attempts": made.attempts[i].item(),
-        "score": round(made.score[i].item(), 5),
-        "suspect": made.suspect[i].item(),
-    }
 
 
 def table(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
