@@ -22,7 +22,7 @@ from .sampler import Sampler
 from .transitions import At
 
 FILE = "calibration.json"  # beside the model_index.json of the model it belongs to
-LADDER = (720.0, 680.0, 640.0, 600.0, 560.0)  # delays of the attempts after the plain one
+LADDER = (720.0, 680.0, 680.0, 640.0, 640.0, 600.0, 600.0)  # delays of the attempts after the plain one
 
 
 def ladder(scale: float) -> list[Guidance]:
@@ -35,7 +35,7 @@ class Calibration:
     """What is ordinary on one model, under one scheduler, number of steps and scale.
 
     settings: what was measured on: the scheduler, dtype, device and versions, and the model's name.
-    steps, scale: of the runs. images: how many there were. rate, strict: see `measure`.
+    steps, scale: of the runs. images: how many there were. rate, strict, lost: see `measure`.
     rungs: the attempts of a guard with their usual gaps and thresholds, the plain one first.
     """
 
@@ -45,6 +45,7 @@ class Calibration:
     images: int
     rate: float
     strict: float
+    lost: float
     rungs: tuple[Rung, ...]
 
     @classmethod
@@ -58,6 +59,7 @@ class Calibration:
         rungs: Sequence[Guidance] | None = None,
         rate: float = 0.025,
         strict: float = 0.2,
+        lost: float = 0.025,
         batch_size: int = 16,
         progress: bool = True,
     ) -> Calibration:
@@ -68,11 +70,12 @@ class Calibration:
         rungs:   the attempts after the plain one, delayed or opposite; None: `ladder`.
         rate:    the share of ordinary samples that a guard begins again, a quarter of it by their first gaps.
         strict:  the share of ordinary later attempts that are judged suspect: what was begun again is looked at more closely.
+        lost:    the share of ordinary later attempts that are begun again for gaps that are too small.
 
         Raises ValueError for bad arguments, and for guidance that leaves the first or the last steps without a noise gap.
         """
         prompts = arguments.texts("prompts", prompts)
-        for name, given in (("rate", rate), ("strict", strict)):
+        for name, given in (("rate", rate), ("strict", strict), ("lost", lost)):
             if not 0 < arguments.share(name, given) < 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {given!r}")
         size = arguments.at_least_one("batch_size", batch_size)
@@ -84,12 +87,13 @@ class Calibration:
                 for guidance in dict.fromkeys(attempts)
             }
         levels = tuple(round(level, 3) for level in sampler.solver(steps).levels)
-        shares = [rate, *[strict] * (len(attempts) - 1)]
-        found = tuple(
-            _rung(guidance, measured[guidance], levels, share) for guidance, share in zip(attempts, shares, strict=True)
-        )
+        plain, *later = attempts
+        found = [
+            _rung(plain, measured[plain], levels, rate, 0.0),
+            *(_rung(g, measured[g], levels, strict, lost) for g in later),
+        ]
         settings = {"model": Path(str(sampler.pipe.config.get("_name_or_path", ""))).name, **settings_of(sampler)}
-        return cls(settings, steps, float(scale), len(tasks), float(rate), float(strict), found)
+        return cls(settings, steps, float(scale), len(tasks), float(rate), float(strict), float(lost), tuple(found))
 
     def at(self, scale: float, rungs: Sequence[Guidance] | None = None) -> tuple[Rung, ...]:
         """The rungs of a guard at this scale: the plain one, and after it all, or these. Raises ValueError for any other."""
@@ -146,21 +150,32 @@ def _gaps(
         bar.update(len(prompts))
 
 
-def _rung(guidance: Guidance, gaps: Tensor, levels: tuple[float, ...], share: float) -> Rung:
+def _rung(guidance: Guidance, gaps: Tensor, levels: tuple[float, ...], share: float, lost: float) -> Rung:
     """A rung whose thresholds `share` of what these gaps, (n, steps), are a sample of pass, a quarter of it the early one.
 
-    Logarithms are taken as normal: the tail of a hundred samples is known no better by their largest ones.
+    And `lost` of it stay below the least score.
     """
     usual = gaps.nanmedian(dim=0).values.nan_to_num(0.0).tolist()
     usual = tuple(float(f"{gap:.5g}") for gap in usual)
     fifth = max(1, len(usual) // 5)
     # After a transition the first gaps say less, and there is no basin in which they would have collapsed.
     steps, later = (fifth, 0) if guidance.until else (max(1, fifth // 2), fifth)
-    rung = Rung(guidance, usual, steps, math.inf, fifth, later, math.inf, levels)
+    rung = Rung(guidance, usual, steps, math.inf, fifth, later, math.inf, levels=levels)
+    score = rung.score(gaps)
+    return replace(
+        rung,
+        early=_quantile(rung.look(gaps), 1 - share / 4),
+        verdict=_quantile(score, 1 - share * 3 / 4),
+        lost=_quantile(score, lost) if lost else 0.0,
+    )
 
-    def threshold(values: Tensor, share: float) -> float:
-        logs = values.double().log()
-        return round(math.exp(NormalDist(logs.mean().item(), logs.std().item()).inv_cdf(1 - share)), 4)
 
-    early, verdict = threshold(rung.look(gaps), share / 4), threshold(rung.score(gaps), share * 3 / 4)
-    return replace(rung, early=early, verdict=verdict)
+def _quantile(values: Tensor, share: float) -> float:
+    """What `share` of ordinary values are below. The logarithms on either side of the median are taken as half of a normal law.
+
+    The tail of a hundred samples is known no better by their extremes, and the two sides differ: some prompts say little.
+    """
+    logs = values.double().log()
+    away = logs - logs.median()
+    side = away[away >= 0] if share > 0.5 else away[away <= 0]
+    return round(math.exp(logs.median() + NormalDist().inv_cdf(share) * side.square().mean().sqrt()), 4)

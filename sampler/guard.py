@@ -3,8 +3,10 @@
 All samples run plain classifier-free guidance. The noise gap of its first steps tells memorized prompts from others (Wen et
 al., ICLR 2024, https://arxiv.org/abs/2407.21720), and so does that of the last, least noisy one (Asthana & Belagiannis, ICLR
 2026, https://arxiv.org/abs/2601.20642). A sample whose gaps are larger than is usual begins again, from the next noise of its
-own and under more careful guidance, until its gaps are usual or no rung of the ladder is left. Each sample goes its own way in
-one batch, by its own rows of one table; the others keep the bits of plain guidance. The host reads between attempts alone.
+own and under more careful guidance, until its gaps are usual or no rung of the ladder is left. A later attempt whose gaps are
+far smaller than is usual begins again, too: its prompt hardly changes its prediction, so the picture shows something else. Each
+sample goes its own way in one batch, by its own rows of one table; the others keep the bits of plain guidance. The host reads
+between attempts alone.
 """
 
 from __future__ import annotations
@@ -174,7 +176,7 @@ def _judge(
         slot, rung, final = slots[i], ladder.rungs[slots[i].rung], slots[i].rung + 1 == len(ladder.rungs)
         done = slot.row == ladder.starts[slot.rung + 1]
         suspect = rung.score(gap) > rung.verdict if done else rung.look(gap) > rung.early
-        if suspect and not final:
+        if not final and (suspect or (done and rung.score(gap) < rung.lost)):
             again.append(i)
         elif done:
             kept.latents[slot.sample] = state.latents.x[i]

@@ -237,6 +237,7 @@ class Rung:
     early:    their mean above which the attempt is given up.
     first, later: how many gaps the score looks at, from the first computed one on.
     verdict:  the score above which a finished attempt is suspect.
+    lost:     the score below which it says too little of its prompt, and is made again where a rung is left; 0: no such check.
     levels:   the timesteps, 0..1000, of the steps that all this was measured on; empty: any so many steps.
     """
 
@@ -247,6 +248,7 @@ class Rung:
     first: int
     later: int
     verdict: float
+    lost: float = 0.0
     levels: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:

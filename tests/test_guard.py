@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,23 +190,55 @@ def calibration(pipe):
     return Calibration.measure(sampler, ORDINARY, 7, STEPS, SCALE, RUNGS, rate=0.5, strict=0.5, batch_size=5, progress=False)
 
 
-def test_a_calibration_has_the_quantiles_of_ordinary_samples(pipe, calibration, tmp_path):
-    """An eighth above the plain rung's first threshold and three above its second, were the logarithms normal."""
+def test_a_calibration_is_measured_saved_and_loaded(pipe, calibration, tmp_path):
     sampler = Sampler.from_pipeline(pipe, "dpmsolver++")
     plain = sampler(ORDINARY, 7, STEPS, PLAIN, output="latent", progress=False)
-    rung = calibration.rungs[0]
-    assert torch.allclose(torch.tensor(rung.gap), plain.noise_gap.nanmedian(dim=0).values, rtol=1e-3)
-    looks = (rung.look(plain.noise_gap), rung.early, 1.15035), (rung.score(plain.noise_gap), rung.verdict, 0.31864)
-    for found, threshold, quantile in looks:  # of the normal distribution, at 1 - 0.125 and 1 - 0.375
-        logs = found.log()
-        assert threshold == pytest.approx((logs.mean() + quantile * logs.std()).exp().item(), rel=1e-2)
-        assert 0 < (found > threshold).sum() < len(ORDINARY)
+    assert torch.allclose(torch.tensor(calibration.rungs[0].gap), plain.noise_gap.nanmedian(dim=0).values, rtol=1e-3)
     guard = Guidance.guard(SCALE, calibration)
     assert [rung.guidance for rung in guard.rungs] == [PLAIN, *RUNGS]
     assert Guidance.guard(SCALE, calibration, rungs=RUNGS[1:2]).rungs == (calibration.rungs[0], calibration.rungs[2])
     calibration.save(tmp_path / "c.json")
     assert Calibration.load(tmp_path / "c.json") == calibration
     assert 1 <= sample(pipe, guard).attempts.max() <= 4
+
+
+class Drawn(Sampler):
+    """A sampler whose noise gaps are drawn: lognormal, and wider on the low side than on the high one."""
+
+    def __init__(self, pipe):
+        self.__dict__ = Sampler.from_pipeline(pipe, "dpmsolver++").__dict__
+        self.random = torch.Generator().manual_seed(0)
+
+    def __call__(self, prompts, seeds, steps, guidance, output, progress):
+        wide, own = (torch.randn(len(prompts), n, generator=self.random, dtype=torch.float64) for n in (1, steps))
+        side = torch.where(wide < 0, 0.6, 0.2)
+        return SimpleNamespace(noise_gap=(side * wide + 0.01 * own).exp().float() * torch.arange(1.0, steps + 1))
+
+
+def test_so_many_ordinary_samples_pass_each_threshold_as_were_asked_for(pipe):
+    count, rate, strict, lost = 20_000, 0.04, 0.2, 0.1
+    drawn = Drawn(pipe)
+    prompts = [PROMPTS[0]] * count
+    found = Calibration.measure(
+        drawn, prompts, 0, STEPS, SCALE, RUNGS[:1], rate, strict, lost, batch_size=count, progress=False
+    )
+    gaps = drawn(prompts, [], STEPS, PLAIN, "latent", False).noise_gap
+    for rung, above, below in zip(found.rungs, (rate, strict), (0.0, lost), strict=True):
+        shares = [(rung.look(gaps) > rung.early), (rung.score(gaps) > rung.verdict), (rung.score(gaps) < rung.lost)]
+        for share, asked in zip(shares, (above / 4, above * 3 / 4, below), strict=True):
+            assert share.double().mean().item() == pytest.approx(asked, abs=5 * math.sqrt(asked / count), rel=0.1)
+
+
+def test_a_later_attempt_that_says_too_little_is_made_again(pipe, ladder):
+    """But neither a plain one nor the last: the first keeps its bits, and after the last there is none."""
+    silent = [
+        replace(rung, lost=math.inf) if i else rung
+        for i, rung in enumerate(ladder((0.0, *[math.inf] * 3), (math.inf,) * 4).rungs)
+    ]
+    out = sample(pipe, Guidance.ladder(silent))
+    assert out.attempts.tolist() == [4] * 4 and not out.suspect.any()
+    calm = sample(pipe, Guidance.ladder([replace(silent[0], early=math.inf), *silent[1:]]))
+    assert calm.attempts.tolist() == [1] * 4
 
 
 @pytest.mark.parametrize(
