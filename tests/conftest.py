@@ -44,7 +44,7 @@ def device(guarded):
 
 
 @pytest.fixture(scope="session")
-def pipe():
+def tiny():
     """The pipeline that ships, float32 on the CPU."""
     from basinescape import Sampler
     from diffusers import StableDiffusionPipeline
@@ -55,7 +55,13 @@ def pipe():
 
 
 @pytest.fixture(scope="session")
-def random_pipeline(pipe):
+def pipe(tiny):
+    """The same, where a module does not say otherwise."""
+    return tiny
+
+
+@pytest.fixture(scope="session")
+def random_pipeline(tiny):
     """A function that makes a small pipeline with random weights: (kind "sd" or "sdxl", latent size, prediction type)."""
     from diffusers import (
         AutoencoderKL,
@@ -92,7 +98,7 @@ def random_pipeline(pipe):
             norm_num_groups=8,
             sample_size=4 * size,
         )
-        words = pipe.tokenizer
+        words = tiny.tokenizer
         text = CLIPTextConfig(
             vocab_size=len(words),
             hidden_size=32,

@@ -26,6 +26,11 @@ CALLS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def pipe(random_pipeline):
+    return random_pipeline("sd", 16, "epsilon")
+
+
 def call(sampler, prompts, guidance, seeds=7, steps=STEPS):
     """Interpreted on the pretended device, eager on the CPU."""
     with patch("basinescape.kernels.dispatch.INTERPRETED", sampler.model.device.type == "cuda"):

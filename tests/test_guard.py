@@ -28,6 +28,11 @@ RUNGS = [
 NEVER = -math.inf  # a verdict that no attempt passes: scores are above 0
 
 
+@pytest.fixture(scope="module")
+def pipe(random_pipeline):
+    return random_pipeline("sd", 16, "epsilon")
+
+
 def sample(pipe, guidance, prompts=PROMPTS, seeds=SEEDS, scheduler="dpmsolver++", **options):
     sampler = Sampler.from_pipeline(pipe, scheduler)
     return sampler(prompts, seeds, STEPS, guidance, output="latent", progress=False, **options)

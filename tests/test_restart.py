@@ -14,6 +14,11 @@ PROMPTS, SEEDS = ["a picture of a cat", "a frog"], [5, 6]
 RESTART = (300, 600, 2)
 
 
+@pytest.fixture(scope="module")
+def pipe(random_pipeline):
+    return random_pipeline("sd", 16, "epsilon")
+
+
 def sample(pipe, scheduler, guidance, prompts=PROMPTS, seeds=SEEDS, steps=STEPS, **options):
     sampler = Sampler.from_pipeline(pipe, scheduler)
     return sampler(prompts, seeds, steps, guidance, output="latent", progress=False, **options)
