@@ -57,7 +57,7 @@ class Calibration:
         steps: int = 50,
         scale: float = 7.5,
         rungs: Sequence[Guidance] | None = None,
-        rate: float = 0.025,
+        rate: float = 0.04,
         strict: float = 0.2,
         lost: float = 0.025,
         batch_size: int = 16,
@@ -159,8 +159,8 @@ def _rung(guidance: Guidance, gaps: Tensor, levels: tuple[float, ...], share: fl
     usual = tuple(float(f"{gap:.5g}") for gap in usual)
     fifth = max(1, len(usual) // 5)
     # After a transition the first gaps say less, and there is no basin in which they would have collapsed.
-    steps, later = (fifth, 0) if guidance.until else (max(1, fifth // 2), fifth)
-    rung = Rung(guidance, usual, steps, math.inf, fifth, later, math.inf, levels=levels)
+    steps, later, power = (fifth, 0, 0.25) if guidance.until else (max(1, fifth // 2), fifth, 1.0)
+    rung = Rung(guidance, usual, steps, math.inf, fifth, later, math.inf, power=power, levels=levels)
     score = rung.score(gaps)
     return replace(
         rung,

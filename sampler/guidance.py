@@ -235,7 +235,7 @@ class Rung:
     gap:      the usual noise gap of each step, 0 where none is computed; gaps are measured in it, so that 1 is usual.
     steps:    how many of the first gaps are looked at before the sample goes on.
     early:    their mean above which the attempt is given up.
-    first, later: how many gaps the score looks at, from the first computed one on.
+    first, later: how many gaps the score looks at, from the first computed one on. power: of the first ones, in the score.
     verdict:  the score above which a finished attempt is suspect.
     lost:     the score below which it says too little of its prompt, and is made again where a rung is left; 0: no such check.
     levels:   the timesteps, 0..1000, of the steps that all this was measured on; empty: any so many steps.
@@ -249,6 +249,7 @@ class Rung:
     later: int
     verdict: float
     lost: float = 0.0
+    power: float = 1.0
     levels: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -273,10 +274,10 @@ class Rung:
         """How memorized a finished attempt looks, 1 where its gaps are as usual: (..., steps) -> (...).
 
         The gap of a memorized sample is large at first, may collapse once the sample is in its basin, and is large again at the
-        last step: (mean of the first) / (mean of the later) * last, geometric means.
+        last step: (mean of the first) ** power / (mean of the later) * last, geometric means.
         """
         first, later = self.computed[: self.first], self.computed[self.first :][: self.later]
-        logs = self._relative(gaps, first).log().mean(dim=-1) + self._relative(gaps, [-1])[..., 0].log()
+        logs = self.power * self._relative(gaps, first).log().mean(dim=-1) + self._relative(gaps, [-1])[..., 0].log()
         return (logs - self._relative(gaps, later).log().mean(dim=-1) if later else logs).exp()
 
     def _relative(self, gaps: Tensor, steps: list[int]) -> Tensor:
