@@ -22,7 +22,7 @@ from .sampler import Sampler
 from .transitions import At
 
 FILE = "calibration.json"  # beside the model_index.json of the model it belongs to
-LADDER = (720.0, 680.0, 680.0, 640.0, 640.0, 600.0, 600.0)  # delays of the attempts after the plain one
+LADDER = (780.0, 780.0, 780.0, 720.0, 720.0, 720.0, 680.0, 680.0, 640.0)  # delays of the attempts after the plain one
 
 
 def ladder(scale: float) -> list[Guidance]:
@@ -58,8 +58,8 @@ class Calibration:
         scale: float = 7.5,
         rungs: Sequence[Guidance] | None = None,
         rate: float = 0.04,
-        strict: float = 0.2,
-        lost: float = 0.025,
+        strict: float = 0.3,
+        lost: float = 0.05,
         batch_size: int = 16,
         progress: bool = True,
     ) -> Calibration:
