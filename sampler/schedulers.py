@@ -111,6 +111,7 @@ class Schedule:
     timesteps, sigmas: those of each step instead, for schedulers whose `set_timesteps` takes them.
     eta:           how stochastic DDIM and TCD are, 0 to 1 (Song et al., https://arxiv.org/abs/2010.02502, equation 16).
     denoising_end: the share of the run after which another model goes on (SDXL's refiner); None for all of it.
+    mu:            how far a scheduler with dynamic shifting moves its noise levels; None: as suits the picture's size.
 
     Raises ValueError for anything else.
     """
@@ -120,6 +121,7 @@ class Schedule:
     sigmas: tuple[float, ...] | None = None
     eta: float = 0.0
     denoising_end: float | None = None
+    mu: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", arguments.at_least_one("steps", self.steps))
@@ -131,6 +133,8 @@ class Schedule:
         arguments.share("eta", self.eta)
         if self.denoising_end is not None and not (isinstance(self.denoising_end, float) and 0 < self.denoising_end < 1):
             raise ValueError(f"denoising_end must be a number between 0 and 1, got {self.denoising_end!r}")
+        if self.mu is not None:
+            object.__setattr__(self, "mu", arguments.finite("mu", self.mu))
 
     def __str__(self) -> str:
         """As a sentence goes on: "20 steps" and what else was asked for."""
@@ -159,8 +163,9 @@ def prepared(scheduler: SchedulerMixin, schedule: Schedule, device: torch.device
     """
     scheduler = copy.deepcopy(scheduler)
     timesteps, sigmas = (None if given is None else list(given) for given in (schedule.timesteps, schedule.sigmas))
+    shifted = {} if schedule.mu is None else {"mu": schedule.mu}
     try:
-        retrieve_timesteps(scheduler, schedule.steps, device, timesteps, sigmas)
+        retrieve_timesteps(scheduler, schedule.steps, device, timesteps, sigmas, **shifted)
     except Exception as error:  # whatever a scheduler raises
         raise ValueError(f"scheduler {type(scheduler).__name__} cannot take {schedule}: {arguments.line(error)}") from error
     if hasattr(scheduler, "set_begin_index"):

@@ -14,6 +14,7 @@ from packaging.version import Version
 from safetensors import safe_open
 
 from ..arguments import line
+from .families import FAMILIES
 
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 # What goes to diffusers' loader beside the pipeline's own parts.
@@ -34,10 +35,12 @@ def load(path_or_id: str | Path, dtype: torch.dtype, allow_pickle: bool = False,
 
     Raises FileNotFoundError for a missing path, ValueError for whatever else keeps the pipeline from being loaded.
     """
-    parts = {name for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline) for name in inspect.signature(cls).parameters}
-    unknown = sorted(set(options) - OPTIONS - parts)
-    if unknown:
-        raise ValueError(f"{', '.join(unknown)}: no option of loading; there are {', '.join(sorted(OPTIONS | parts))}")
+    if set(options) - OPTIONS:
+        known = [getattr(diffusers, name) for name in FAMILIES if hasattr(diffusers, name)]
+        parts = {part for pipeline in known for part in inspect.signature(pipeline).parameters}
+        unknown = sorted(set(options) - OPTIONS - parts)
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: no option of loading; there are {', '.join(sorted(OPTIONS | parts))}")
     name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
     options[name] = dtype
     path = Path(path_or_id).expanduser()
