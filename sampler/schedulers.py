@@ -164,6 +164,10 @@ def prepared(scheduler: SchedulerMixin, schedule: Schedule, device: torch.device
     scheduler = copy.deepcopy(scheduler)
     timesteps, sigmas = (None if given is None else list(given) for given in (schedule.timesteps, schedule.sigmas))
     shifted = {} if schedule.mu is None else {"mu": schedule.mu}
+    if shifted and not scheduler.config.get("use_dynamic_shifting"):
+        raise ValueError(
+            f"mu is {schedule.mu:g}, but scheduler {type(scheduler).__name__} does not shift dynamically: leave it out"
+        )
     try:
         retrieve_timesteps(scheduler, schedule.steps, device, timesteps, sigmas, **shifted)
     except Exception as error:  # whatever a scheduler raises
