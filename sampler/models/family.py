@@ -30,7 +30,7 @@ class Family:
     guided: type[Guided]
     texts: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")  # what stands for prompts, or goes with them
     options: frozenset[str]  # of `encode`
-    kwargs: str  # the option that is handed to the network as it is
+    kwargs: str | None = None  # the option that is handed to the network as it is
     encoders: tuple[tuple[str, str], ...]  # text encoder and tokenizer, without which no prompt can be read
     last_layer = 1  # the text is read that many layers from the end, counting back from the last one's result
     settle: Settle | None = None
@@ -132,8 +132,9 @@ class Family:
         options = {name: value for name, value in options.items() if value is not None}
         self._check(prompts, negative_prompt, options)
         prompted = len(options["prompt_embeds"] if prompts is None else prompts)
+        negative = [None] * prompted if negative_prompt is None else list(negative_prompt)
         try:
-            inputs, shared = self._encoded(prompts, negative_prompt, count, height, width, options)
+            inputs, shared = self._encoded(prompts, negative, count, height, width, options)
         except (AttributeError, TypeError) as error:
             missing = [part for pair in self.encoders for part in pair if getattr(self.pipe, part, None) is None]
             if not missing:
@@ -148,13 +149,13 @@ class Family:
     def _encoded(
         self,
         prompts: list[str] | None,
-        negative: Sequence[str | None] | None,
+        negative: list[str | None],
         count: int,
         height: int,
         width: int,
         options: dict[str, Any],
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The network's arguments by sample, and those that are not."""
+        """The network's arguments by sample, and those that are not; negative: one or None a prompt."""
         raise NotImplementedError
 
     def _text(self, options: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -171,7 +172,7 @@ class Family:
             raise ValueError(f"{', '.join(unknown)}: no option of {type(self.pipe).__name__}, whose options are {takes}")
         side = 16 * self.multiple  # a size that is right: the run's own has been checked
         given = {"prompt": prompts, "negative_prompt": None if negative is None else list(negative)}
-        given |= {"height": side, "width": side, **options}
+        given |= {"height": side, "width": side, "callback_steps": 1, **options}
         known = inspect.signature(self.pipe.check_inputs).parameters.values()
         required = {parameter.name: None for parameter in known if parameter.default is inspect.Parameter.empty}
         names = {parameter.name for parameter in known}
@@ -186,6 +187,9 @@ class Family:
                 raise ValueError(f"clip_skip must be a whole number from 0 to {most}, got {skip!r}")
         if not isinstance(options.get(self.kwargs, {}), dict):
             raise ValueError(f"{self.kwargs} must be a dict, got {options[self.kwargs]!r}")
+        for name in {"prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3"} & set(options):
+            if prompts is not None and isinstance(options[name], list) and len(options[name]) != len(prompts):
+                raise ValueError(f"{name} has {len(options[name])} entries for {len(prompts)} prompts")
 
     def _readers(self, prompts: list[str], options: dict[str, Any]) -> Iterator[tuple[Any, list[str], int]]:
         """The tokenizers that read the text for the network, what each reads, and how many tokens at most."""
@@ -285,13 +289,21 @@ class Family:
             self._live = live
 
 
-def halves(uncond: Tensor, cond: Tensor, batch: int, name: str = "prompt_embeds") -> Tensor:
-    """Both halves of a batch, (2B, ...), from a row a sample or a row a prompt. Raises ValueError if they are not alike."""
-    if uncond.shape != cond.shape or batch % len(cond):
+def negative_texts(negative: list[str | None]) -> list[str] | None:
+    """As a pipeline's `encode_prompt` takes them; None where there are none, which some tell from empty ones."""
+    return None if all(text is None for text in negative) else [text or "" for text in negative]
+
+
+def halves(uncond: Tensor, cond: Tensor, prompts: int, count: int, name: str = "prompt_embeds") -> Tensor:
+    """Both halves of a batch, (2 * prompts * count, ...), each given as a row a prompt or already a row a sample.
+
+    Raises ValueError if they are not alike.
+    """
+    if uncond.shape[1:] != cond.shape[1:] or not {len(uncond), len(cond)} <= {prompts, prompts * count}:
         raise ValueError(
             f"{name} are {tuple(cond.shape)} and negative_{name} {tuple(uncond.shape)}: they must be alike, a row a prompt"
         )
-    return torch.cat([half.repeat_interleave(batch // len(half), dim=0) for half in (uncond, cond)])
+    return torch.cat([half.repeat_interleave(prompts * count // len(half), dim=0) for half in (uncond, cond)])
 
 
 def _finite(values: Tensor) -> Tensor:

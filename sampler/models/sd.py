@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .family import Family
+from .family import Family, negative_texts
 from .unet import GuidedUNet, memory_format
 
 
@@ -45,7 +45,7 @@ class StableDiffusion(Family):
     def _encoded(
         self,
         prompts: list[str] | None,
-        negative: Sequence[str | None] | None,
+        negative: list[str | None],
         count: int,
         height: int,
         width: int,
@@ -57,12 +57,12 @@ class StableDiffusion(Family):
                 device=self.device,
                 num_images_per_prompt=count,
                 do_classifier_free_guidance=True,
-                negative_prompt=None if negative is None else [text or "" for text in negative],
+                negative_prompt=negative_texts(negative),
                 lora_scale=self._lora_scale(options),
                 **self._text(options, "clip_skip"),
             )
         batch = len(encoded[0])
-        absent = [negative is None or negative[i // count] is None for i in range(batch)]
+        absent = [negative[i // count] is None for i in range(batch)]
         inputs = self._inputs(encoded, absent, height, width, options)
         if any(name in options for name in self.images):
             image, embeds = (options.get(name) for name in self.images)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,15 +11,18 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from ..schedulers import Schedule
-from .family import halves
+from .family import halves, negative_texts
 from .transformer import Transformer, shift
 
 
 class StableDiffusion3(Transformer):
     """A StableDiffusion3Pipeline as a `Model`."""
 
-    prompts = ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3")
-    texts = (*Transformer.texts, "pooled_prompt_embeds", "negative_pooled_prompt_embeds", *prompts)
+    texts = (
+        *Transformer.texts,
+        *("pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
+        *("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3"),
+    )
     kwargs = "joint_attention_kwargs"
     options = frozenset((*texts, "clip_skip", "max_sequence_length", kwargs))
     encoders = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
@@ -50,17 +53,10 @@ class StableDiffusion3(Transformer):
         height, width = (pixels // self.multiple for pixels in self.size(height, width))
         return replace(schedule, mu=shift(scheduler.config, height * width, 1.16))
 
-    def _check(self, prompts: list[str] | None, negative: Sequence[str | None] | None, options: dict[str, Any]) -> None:
-        super()._check(prompts, negative, options)
-        for name in self.prompts:
-            texts = options.get(name)
-            if isinstance(texts, list) and prompts is not None and len(texts) != len(prompts):
-                raise ValueError(f"{name} has {len(texts)} entries for {len(prompts)} prompts")
-
     def _encoded(
         self,
         prompts: list[str] | None,
-        negative: Sequence[str | None] | None,
+        negative: list[str | None],
         count: int,
         height: int,
         width: int,
@@ -71,14 +67,13 @@ class StableDiffusion3(Transformer):
             device=self.device,
             num_images_per_prompt=count,
             do_classifier_free_guidance=True,
-            negative_prompt=None if negative is None else [text or "" for text in negative],
+            negative_prompt=negative_texts(negative),
             lora_scale=self._lora_scale(options),
             **{"prompt_2": None, "prompt_3": None, **self._text(options, "clip_skip", "max_sequence_length")},
         )
-        batch = count * len(options["prompt_embeds"] if prompts is None else prompts)
         return {
-            "encoder_hidden_states": halves(uncond, cond, batch),
-            "pooled_projections": halves(negative_pooled, pooled, batch, "pooled_prompt_embeds"),
+            "encoder_hidden_states": halves(uncond, cond, len(negative), count),
+            "pooled_projections": halves(negative_pooled, pooled, len(negative), count, "pooled_prompt_embeds"),
         }, {}
 
     def _readers(self, prompts: list[str], options: dict[str, Any]) -> Iterator[tuple[Any, list[str], int]]:

@@ -1,6 +1,7 @@
 """Small pipelines of today's families with random weights and tokenizers of their own, for tests; nothing is downloaded."""
 
 import diffusers
+import tokenizers
 import torch
 import transformers
 
@@ -29,8 +30,8 @@ def clip(words, **config):
     )
 
 
-def t5(words, cls=transformers.T5EncoderModel, config=transformers.T5Config):
-    return cls(config(vocab_size=len(words), **T5))
+def t5(words, width=WIDTH):
+    return transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(words), **T5 | {"d_model": width}))
 
 
 def picture_vae(blocks, channels, **config):
@@ -78,11 +79,148 @@ def sd3(words, t5_too=True, **scheduler):
         tokenizer=words,
         text_encoder_2=transformers.CLIPTextModelWithProjection(clip(words)),
         tokenizer_2=words,
-        text_encoder_3=transformers.T5EncoderModel(
-            transformers.T5Config(vocab_size=len(letters), **T5 | {"d_model": 2 * WIDTH})
-        )
-        if t5_too
-        else None,
+        text_encoder_3=t5(letters, 2 * WIDTH) if t5_too else None,
         tokenizer_3=letters,
+    )
+    return ready(made)
+
+
+def pixart(**config):
+    torch.manual_seed(0)
+    letters = t5_tokenizer()
+    made = diffusers.PixArtSigmaPipeline(
+        transformer=diffusers.PixArtTransformer2DModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=WIDTH,
+            use_additional_conditions=False,
+            **config,
+        ),
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+        vae=picture_vae(2, 4),
+        text_encoder=t5(letters),
+        tokenizer=letters,
+    )
+    return ready(made)
+
+
+def flux(words, guidance_embeds=True, **scheduler):
+    torch.manual_seed(0)
+    letters = t5_tokenizer()
+    made = diffusers.FluxPipeline(
+        transformer=diffusers.FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            pooled_projection_dim=WIDTH,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(2, 2, 4),
+        ),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"use_dynamic_shifting": True, **scheduler}),
+        vae=picture_vae(2, 4, scaling_factor=0.36, shift_factor=0.11, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=transformers.CLIPTextModel(clip(words)),
+        tokenizer=words,
+        text_encoder_2=t5(letters),
+        tokenizer_2=letters,
+    )
+    made.default_sample_size = 8
+    return ready(made)
+
+
+def qwen_tokenizer():
+    """Bytes as words."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    words = {letter: i for i, letter in enumerate([*letters, *special])}
+    return transformers.Qwen2Tokenizer(vocab=words, merges=[], additional_special_tokens=special[1:])
+
+
+def video_vae(cls, **config):
+    return cls(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        attn_scales=[],
+        temperal_downsample=[True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 2.0, 0.5, 1.0],
+        **config,
+    )
+
+
+def qwen(**scheduler):
+    torch.manual_seed(0)
+    bytes_ = qwen_tokenizer()
+    text = {
+        "vocab_size": len(bytes_),
+        "hidden_size": WIDTH,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
+    }
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": WIDTH,
+        "fullatt_block_indexes": [0],
+    }
+    made = diffusers.QwenImagePipeline(
+        transformer=diffusers.QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            axes_dims_rope=(2, 2, 4),
+        ),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            **{"use_dynamic_shifting": True, "max_shift": 0.9, "shift_terminal": 0.02, **scheduler}
+        ),
+        vae=video_vae(diffusers.AutoencoderKLQwenImage),
+        text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(
+            transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+        ),
+        tokenizer=bytes_,
+    )
+    made.default_sample_size = 8
+    return ready(made)
+
+
+def wan():
+    torch.manual_seed(0)
+    letters = t5_tokenizer()
+    made = diffusers.WanPipeline(
+        transformer=diffusers.WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=WIDTH,
+            freq_dim=16,
+            ffn_dim=16,
+            num_layers=2,
+            rope_max_seq_len=32,
+        ),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+        ),
+        vae=video_vae(diffusers.AutoencoderKLWan, scale_factor_temporal=2, scale_factor_spatial=2),
+        text_encoder=transformers.UMT5EncoderModel(transformers.UMT5Config(vocab_size=len(letters), **T5)),
+        tokenizer=letters,
     )
     return ready(made)
