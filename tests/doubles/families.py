@@ -1,5 +1,10 @@
 """Small pipelines of today's families with random weights and tokenizers of their own, for tests; nothing is downloaded."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
 import diffusers
 import tokenizers
 import torch
@@ -85,12 +90,12 @@ def sd3(words, t5_too=True, **scheduler):
     return ready(made)
 
 
-def pixart(**config):
+def pixart(sample_size=8, blocks=2):
     torch.manual_seed(0)
     letters = t5_tokenizer()
     made = diffusers.PixArtSigmaPipeline(
         transformer=diffusers.PixArtTransformer2DModel(
-            sample_size=8,
+            sample_size=sample_size,
             in_channels=4,
             out_channels=8,
             num_layers=2,
@@ -99,10 +104,9 @@ def pixart(**config):
             cross_attention_dim=16,
             caption_channels=WIDTH,
             use_additional_conditions=False,
-            **config,
         ),
         scheduler=diffusers.DPMSolverMultistepScheduler(),
-        vae=picture_vae(2, 4),
+        vae=picture_vae(blocks, 4),
         text_encoder=t5(letters),
         tokenizer=letters,
     )
@@ -224,3 +228,36 @@ def wan():
         tokenizer=letters,
     )
     return ready(made)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family, as its stock pipeline and our sampler are asked for the same.
+
+    make: a pipeline, from the words of a CLIP. scale: what stock calls the guidance scale. options: of both calls.
+    """
+
+    make: Callable[..., diffusers.DiffusionPipeline]
+    scale: str
+    options: dict[str, Any]
+
+    def stock(self, pipe, prompts, seeds, steps, scale, negative, output="np", **options):
+        """Images, or videos, of the pipeline's own call."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        settings = {"num_inference_steps": steps, self.scale: scale, "negative_prompt": negative, "generator": generators}
+        return pipe(prompts, output_type=output, **{**settings, **self.options, **options})[0]
+
+
+SIZE = {"height": 16, "width": 24}
+SHORT = {**SIZE, "max_sequence_length": 40}
+CASES = {
+    "sd3": Case(sd3, "guidance_scale", SHORT),
+    "sd3-shifted": Case(partial(sd3, t5_too=False, use_dynamic_shifting=True), "guidance_scale", SHORT),
+    "pixart": Case(lambda _: pixart(), "guidance_scale", {**SHORT, "use_resolution_binning": False, "clean_caption": False}),
+    "pixart-binned": Case(
+        lambda _: pixart(32, 4), "guidance_scale", {**SHORT, "height": 45, "width": 100, "clean_caption": False}
+    ),
+    "flux": Case(flux, "true_cfg_scale", {**SHORT, "guidance_scale": 2.5}),
+    "qwen": Case(lambda _: qwen(), "true_cfg_scale", SHORT),
+    "wan": Case(lambda _: wan(), "guidance_scale", {**SHORT, "width": 32, "num_frames": 5}),
+}
