@@ -60,7 +60,8 @@ def make_scheduler(choice: str | SchedulerMixin | None, current: SchedulerMixin)
             raise ValueError(f"scheduler must be {OWN}, {', '.join(SCHEDULERS)}, or a diffusers scheduler; got {choice!r}")
         name, overrides = SCHEDULERS[choice]
         try:
-            made = getattr(diffusers, name).from_config(current.config, **overrides)
+            cls = getattr(diffusers, name)
+            made = cls.from_config(current.config, **_shifted(cls, current.config), **overrides)
         except ImportError as error:  # diffusers' stand-in for a class whose package is missing
             raise ImportError(f"scheduler {choice!r} needs a package that is not installed: {arguments.line(error)}") from error
         if family(made) != family(current):
@@ -79,6 +80,12 @@ def make_scheduler(choice: str | SchedulerMixin | None, current: SchedulerMixin)
     if needed != ["model_output", "timestep", "sample"]:
         raise ValueError(f"scheduler {type(scheduler).__name__} cannot be used here: its step takes {', '.join(needed)}")
     return scheduler
+
+
+def _shifted(cls: type[SchedulerMixin], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The shift of a flow's noise levels, which schedulers call by two names, as `cls` calls it."""
+    names, known = {"shift": "flow_shift", "flow_shift": "shift"}, inspect.signature(cls).parameters
+    return {own: config[name] for own, name in names.items() if own in known and own not in config and name in config}
 
 
 def _named(formulation: Family) -> list[str]:

@@ -108,6 +108,7 @@ def test_delayed_and_opposite_are_a_plain_loop_over_the_stock_transformer(pipes,
         expected, left = plain_loop(name, pipe, guidance, stock)
         found = ours(name, pipe, guidance)
         assert found.transition_step.tolist() == left.tolist() and 0 < left.min() < STEPS
+        assert found.noise_gap.nan_to_num(1).min() > 1e-3
         again = lambda guidance=guidance: plain_loop(name, pipe, guidance, stock)[0]  # noqa: E731
         assert_same_but_for_rounding(found.latents, expected, pipe, again)
 

@@ -32,6 +32,7 @@ class Family:
     options: frozenset[str]  # of `encode`
     kwargs: str | None = None  # the option that is handed to the network as it is
     encoders: tuple[tuple[str, str], ...]  # text encoder and tokenizer, without which no prompt can be read
+    closing = 1  # tokens that end each text, and stay where it is cut
     last_layer = 1  # the text is read that many layers from the end, counting back from the last one's result
     settle: Settle | None = None
 
@@ -62,7 +63,7 @@ class Family:
         return torch.contiguous_format
 
     def check(self) -> None:
-        self._check_channels(self.net.config.in_channels, self.pipe.vae.config.latent_channels)
+        raise NotImplementedError
 
     def _check_channels(self, taken: int, latent: int) -> None:
         if taken != latent:
@@ -206,7 +207,7 @@ class Family:
             if hasattr(self.pipe, "maybe_convert_prompt"):
                 texts = self.pipe.maybe_convert_prompt(texts, tokenizer)
             for k, ids in enumerate(tokenizer(texts, truncation=False, verbose=False).input_ids):
-                cut[k] = cut[k] or tokenizer.decode(ids[limit - 1 : -1]).strip()
+                cut[k] = cut[k] or tokenizer.decode(ids[limit - self.closing : len(ids) - self.closing]).strip()
         return cut
 
     def _cast(self, value: Any) -> Any:

@@ -29,9 +29,6 @@ class Flux(Packed):
     options = frozenset((*texts, "guidance_scale", "max_sequence_length", kwargs))
     encoders = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
 
-    def check(self) -> None:
-        self._check_channels(self.net.config.in_channels // 4, self.pipe.vae.config.latent_channels)
-
     def _encoded(
         self,
         prompts: list[str] | None,

@@ -127,7 +127,9 @@ class Networks:
     def _now(self, net: nn.Module) -> _Made | None:
         if not (self._compile or self._lean):
             return None
-        if any("_hf_hook" in vars(module) or "_diffusers_hook" in vars(module) for module in net.modules()):
+        if hasattr(net, "_reset_stateful_cache"):
+            net._reset_stateful_cache()  # leaves an empty registry, as the pipeline does after the first call
+        if any(map(_hooked, net.modules())):
             self._made = None
             if not self._warned:
                 log.warning("the network's weights come and go (offloaded, or cast layer by layer): it runs as it is")
@@ -154,6 +156,11 @@ class _Made:
         """Whether `net` is the one this was made of, unchanged."""
         same = net is self._net and self.version.holds()
         return same and (self._packed is None or checksum(net) == self._packed)
+
+
+def _hooked(module: nn.Module) -> bool:
+    registry = getattr(module, "_diffusers_hook", None)
+    return "_hf_hook" in vars(module) or bool(registry is not None and registry.hooks)
 
 
 def _rows(value: Any, rows: slice | Tensor) -> Any:

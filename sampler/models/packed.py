@@ -31,6 +31,10 @@ class Packed(Transformer):
     guided = GuidedPacked
 
     @property
+    def latent_channels(self) -> int:
+        return 4 * super().latent_channels
+
+    @property
     def multiple(self) -> int:
         return 2 * self.pipe.vae_scale_factor
 

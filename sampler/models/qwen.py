@@ -40,12 +40,17 @@ class QwenImage(Packed):
     kwargs = "attention_kwargs"
     options = frozenset((*texts, "max_sequence_length", kwargs))
     encoders = (("text_encoder", "tokenizer"),)
+    closing = 0
     settle = staticmethod(renormalised)
 
     def check(self) -> None:
         if self.net.config.guidance_embeds:
             raise ValueError("pipe is distilled: its network takes the guidance scale as an input")
-        self._check_channels(self.net.config.in_channels // 4, self.pipe.vae.config.z_dim)
+        super().check()
+
+    @property
+    def latent_channels(self) -> int:
+        return 4 * self.pipe.vae.config.z_dim
 
     def _encoded(
         self,

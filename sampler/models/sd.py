@@ -32,7 +32,7 @@ class StableDiffusion(Family):
             raise ValueError(
                 "pipe is distilled: its network takes the guidance scale as an input, so there are no two predictions to merge"
             )
-        super().check()
+        self._check_channels(self.pipe.unet.config.in_channels, self.pipe.vae.config.latent_channels)
 
     @property
     def own_size(self) -> tuple[int, int] | None:

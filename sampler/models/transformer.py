@@ -25,6 +25,18 @@ class Transformer(Family):
     network_name = "transformer"
     guided = GuidedTransformer
 
+    def check(self) -> None:
+        if getattr(self.net, "is_cache_enabled", False):
+            raise ValueError(
+                "pipe's transformer caches from step to step, which a batch of both halves does not: disable_cache() it"
+            )
+        self._check_channels(self.net.config.in_channels, self.latent_channels)
+
+    @property
+    def latent_channels(self) -> int:
+        """Of what the network takes, by the autoencoder."""
+        return self.pipe.vae.config.latent_channels
+
     @property
     def own_size(self) -> tuple[int, int] | None:
         side = self.pipe.default_sample_size * self.pipe.vae_scale_factor

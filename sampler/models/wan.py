@@ -40,7 +40,11 @@ class Wan(Transformer):
         config = self.pipe.config
         if self.pipe.transformer is None or config.boundary_ratio is not None or config.expand_timesteps:
             raise ValueError("pipe is Wan 2.2, which changes its network on the way or tells it a time per token: use Wan 2.1")
-        self._check_channels(self.net.config.in_channels, self.pipe.vae.config.z_dim)
+        super().check()
+
+    @property
+    def latent_channels(self) -> int:
+        return self.pipe.vae.config.z_dim
 
     @property
     def multiple(self) -> int:

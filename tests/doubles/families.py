@@ -201,6 +201,8 @@ def qwen(**scheduler):
         tokenizer=bytes_,
     )
     made.default_sample_size = 8
+    before, _ = made.prompt_template_encode.split("{}")
+    made.prompt_template_encode_start_idx = len(bytes_(before).input_ids)
     return ready(made)
 
 
