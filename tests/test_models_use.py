@@ -11,6 +11,7 @@ import pytest
 import torch
 from basinescape import At, Calibration, FirstMinimum, Guidance, Sampler
 from basinescape.generate import generate
+from basinescape.models import adapt
 from basinescape.prompts import Job
 from families import CASES
 from ladders import guarded
@@ -150,6 +151,27 @@ def test_a_saved_pipeline_is_loaded_calibrated_and_makes_files(pipes, name, tmp_
     with Image.open(tmp_path / "out" / "images" / "a.png") as image:
         assert image.size == (32, 16) and getattr(image, "n_frames", 1) == (5 if name == "wan" else 1)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["scheduler"]["class"] == type(pipe.scheduler).__name__
+
+
+@pytest.mark.parametrize(("name", "layers"), [("pixart", 2), ("wan", 2), ("flux", None), ("qwen", None)])
+def test_the_text_is_read_once_a_run_where_it_stays_the_same(pipes, name, layers):
+    pipe = pipes(name)
+    sampler = Sampler.from_pipeline(pipe)
+    for guidance in (LATE, Guidance.cfg(3.0)):
+
+        def plain(guidance=guidance):
+            return call(name, Sampler.from_pipeline(pipe), guidance).latents
+
+        sampler.model = adapt(pipe, lean=True)
+        assert_same_but_for_rounding(call(name, sampler, guidance).latents, plain(), pipe, plain)
+    made = sampler.model._networks._made
+    assert (made.lean is not None) == (layers is not None)
+    if layers:
+        width = pipe.transformer.config.num_attention_heads * pipe.transformer.config.attention_head_dim
+        encoded = sampler.model.encode(PROMPTS, 16, 32)
+        assert sampler.model.network(encoded).inputs["cond"]["encoder_hidden_states"].shape[-1] == layers * 2 * width
+    call(name, sampler)
+    assert sampler.model._networks._made is made  # and not made again
 
 
 @pytest.mark.kernels

@@ -49,6 +49,8 @@ class Guided:
     version: stays the same object while the network does, so that a call may be recorded; None where none may.
     """
 
+    lean: type[Lean] | None = None  # how such a network is made lean
+
     def __init__(
         self,
         net: Callable[..., Any],
@@ -136,17 +138,18 @@ class Networks:
                 self._warned = True
         elif self._made is None or not self._made.still(net):
             self._made = None  # gives its memory back first
-            self._made = _Made(net, self._compile, self._lean and Lean.suits(net))
+            lean = self.guided.lean if self._lean and self.guided.lean and self.guided.lean.suits(net) else None
+            self._made = _Made(net, self._compile, lean)
         return self._made
 
 
 class _Made:
     """What has been made of a network, and what that was then."""
 
-    def __init__(self, net: nn.Module, compile: bool, lean: bool):
+    def __init__(self, net: nn.Module, compile: bool, lean: type[Lean] | None):
         prepare = compiled if compile else lambda net: net
         self.plain = prepare(net)
-        self.lean = Lean(net) if lean else None
+        self.lean = None if lean is None else lean(net)
         if self.lean is not None:
             self.one, self.both = prepare(self.lean.one), prepare(self.lean.both)
         self._net, self.version = net, Snapshot(net)

@@ -9,11 +9,14 @@ from torch import Tensor
 
 from ..arguments import whole
 from .family import halves
+from .lean import LeanPixArt
 from .transformer import GuidedTransformer, Transformer
 
 
 class GuidedPixArt(GuidedTransformer):
     """A PixArtTransformer2DModel, without the channels in which it predicts a variance."""
+
+    lean = LeanPixArt
 
     @staticmethod
     def predict(net: Callable[..., Any], latents: Tensor, timesteps: Tensor, inputs: dict[str, Any]) -> Tensor:

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .lean import LeanUNet
 from .network import Guided
 
 
 class GuidedUNet(Guided):
     """A UNet2DConditionModel and the encoded prompts of one batch."""
+
+    lean = LeanUNet
 
     @staticmethod
     def predict(net: Callable[..., Any], latents: Tensor, timesteps: Tensor, inputs: dict[str, Any]) -> Tensor:

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from ..arguments import whole
 from .family import halves
+from .lean import LeanWan
 from .qwen import unscaled
 from .transformer import GuidedTransformer, Transformer
 
 
 class GuidedWan(GuidedTransformer):
     """A WanTransformer3DModel, which takes the latents in the dtype of its text."""
+
+    lean = LeanWan
 
     @staticmethod
     def predict(net: Callable[..., Any], latents: Tensor, timesteps: Tensor, inputs: dict[str, Any]) -> Tensor:
