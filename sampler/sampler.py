@@ -168,7 +168,8 @@ class Sampler:
                 prompts), negative_prompt_embeds, cross_attention_kwargs (such as LoRA's "scale"; with them the network is
                 neither compiled nor captured), ip_adapter_image, ip_adapter_image_embeds; SDXL's also pooled_prompt_embeds,
                 negative_pooled_prompt_embeds, prompt_2, negative_prompt_2, original_size, crops_coords_top_left, target_size
-                and the negatives of these three.
+                and the negatives of these three. Of other models `sampler.model.options` has them, such as
+                max_sequence_length, or num_frames of a video model.
 
         Raises ValueError, before any work, for arguments that are not as described.
         """

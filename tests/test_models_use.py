@@ -174,8 +174,37 @@ def test_the_text_is_read_once_a_run_where_it_stays_the_same(pipes, name, layers
     assert sampler.model._networks._made is made  # and not made again
 
 
+def test_the_compiler_takes_a_network_of_videos_whole_and_once(pipes, monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net, options, dynamic: compile(net, fullgraph=True, backend="eager"))
+    pipe = pipes("wan")
+    sampler = Sampler.from_pipeline(pipe, compile=True)
+
+    def plain():
+        return call("wan", Sampler.from_pipeline(pipe)).latents
+
+    assert_same_but_for_rounding(call("wan", sampler).latents, plain(), pipe, plain)
+    made = sampler.model._networks._made
+    call("wan", sampler)
+    assert sampler.model._networks._made is made
+
+
+def test_a_pipeline_offloaded_part_by_part_runs_on_its_execution_device(pipes, device):
+    pipe = pipes("qwen")
+    plain = copy.deepcopy(pipe)
+
+    def expected():
+        with patch("basinescape.kernels.dispatch.INTERPRETED", False):
+            return call("qwen", Sampler.from_pipeline(plain), steps=2, output="pt").images
+
+    pipe.enable_model_cpu_offload(device="cuda")
+    found = call("qwen", Sampler.from_pipeline(pipe), steps=2, output="pt")
+    assert found.latents.device.type == "cuda" and pipe.transformer.device.type == "cpu"
+    assert_same_but_for_rounding(found.images.cpu(), expected(), plain, expected)
+
+
 @pytest.mark.kernels
-@pytest.mark.parametrize("name", ["sd3", "pixart", "qwen", "wan"])
+@pytest.mark.parametrize("name", ["pixart", "qwen", "wan"])
 def test_captured_on_a_device_the_samples_are_the_same(pipes, name, device):
     pipe = pipes(name)
     plain, there = Sampler.from_pipeline(pipe), copy.deepcopy(pipe).to("cuda")
@@ -187,12 +216,11 @@ def test_captured_on_a_device_the_samples_are_the_same(pipes, name, device):
         with patch("basinescape.kernels.dispatch.INTERPRETED", False):
             return call(name, plain, prompts=prompts).latents
 
-    for prompts in (PROMPTS, ["a dog and a cat", "a fog"]):
+    for prompts in (PROMPTS, PROMPTS[::-1]):
         found = call(name, sampler, prompts=prompts).latents
         assert_same_but_for_rounding(found.cpu(), expected(), pipe, expected)
     sessions = sampler._graphs._sessions.values()
-    assert not sampler._graphs._failed and all(session.graphs for session in sessions)
-    assert len(sessions) == 1 or name == "qwen"  # whose texts differ in length
+    assert not sampler._graphs._failed and [list(session.graphs) for session in sessions] == [["uncond", "both"]]
 
 
 def test_a_network_in_half_precision_keeps_the_latents_of_a_video_in_float32(pipes):

@@ -24,8 +24,9 @@ RECOMPILE_LIMIT = 64  # shapes compiled before the compiler gives up; its own li
 def compiled(net: nn.Module) -> Callable[..., Any]:
     """It compiled for one shape after another, its convolutions channels-last; without graphs of the compiler's own."""
     cpu = net.device.type == "cpu"
-    fast = torch.compile(net.to(memory_format=torch.channels_last), dynamic=False, options=PACKED if cpu else None)
-    return traced(fast, packed=cpu)
+    if all(parameter.ndim < 5 for parameter in net.parameters()):  # for pictures
+        net = net.to(memory_format=torch.channels_last)
+    return traced(torch.compile(net, dynamic=False, options=PACKED if cpu else None), packed=cpu)
 
 
 def traced(compiled: Callable[..., Any], packed: bool) -> Callable[..., Any]:
