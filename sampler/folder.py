@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -145,10 +145,15 @@ def whole(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def save_image(image: Image.Image, path: Path) -> None:
-    """The image as a PNG that is there whole or not at all."""
+FRAMES_A_SECOND = 16  # of a video, which Wan was trained for
+
+
+def save_image(image: Image.Image | Sequence[Image.Image], path: Path) -> None:
+    """The image, or the frames of a video, as a PNG, or an animated one, that is there whole or not at all."""
+    first, *others = image if isinstance(image, Sequence) else [image]
+    moving = {"save_all": True, "append_images": others, "duration": 1000 / FRAMES_A_SECOND, "loop": 0} if others else {}
     with whole(path) as part:
-        image.save(part, format="PNG")
+        first.save(part, format="PNG", **moving)
 
 
 def sha256(path: Path) -> str:

@@ -79,8 +79,8 @@ def generate(
     batch_size = arguments.at_least_one("batch_size", batch_size)
     if len({job.id.casefold() for job in jobs}) < len(jobs):
         raise ValueError("jobs must have ids that differ, in more than upper and lower case")
-    guard.planned(sampler.solver(steps), guidance, torch.device("cpu"))  # raises for steps that it does not fit
     height, width = sampler.size(height, width)
+    guard.planned(sampler.solver(steps, height, width), guidance, torch.device("cpu"))  # raises for steps that it does not fit
     with torch.inference_mode():  # raises for what the model's text encoders cannot do
         sampler.model.encode([""], height, width, clip_skip=clip_skip)
     settings = {"steps": steps, "guidance": guidance, "height": height, "width": width, "clip_skip": clip_skip}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .kernels.state import State
 from .loop import Branch, Plan, Step, fused_step
-from .models import GuidedUNet
+from .models import Guided
 
 log = logging.getLogger(__name__)
 ROWS = 256  # of a session's table, or the next power of two: shorter tables share its graphs
@@ -29,7 +29,7 @@ class Graphs:
         self._failed = False
         self._version: object | None = None
 
-    def step(self, network: GuidedUNet, plan: Plan, noise: Tensor, memory_format: torch.memory_format) -> tuple[Step, State]:
+    def step(self, network: Guided, plan: Plan, noise: Tensor, memory_format: torch.memory_format) -> tuple[Step, State]:
         """A step to take from `noise` under `plan`, captured where that works, and the state it updates.
 
         What was captured of an earlier version of the network is given back.
@@ -42,7 +42,7 @@ class Graphs:
         session = self._sessions.get(key)
         if session is None:
             session = self._sessions[key] = Session(network, plan, rows, noise, memory_format)
-        session.network.load(network.inputs["both"])
+        session.network.load(network)
         session.table[: len(plan.table)].copy_(plan.table)
         if not self._failed:
             try:
@@ -74,7 +74,7 @@ class Session:
     sample wait for each other, and past a million elements a second launch: microseconds beside the network.
     """
 
-    def __init__(self, network: GuidedUNet, plan: Plan, rows: int, noise: Tensor, memory_format: torch.memory_format):
+    def __init__(self, network: Guided, plan: Plan, rows: int, noise: Tensor, memory_format: torch.memory_format):
         self.network, self.table = network, plan.table.new_zeros((rows, plan.table.shape[1]))
         shape = tuple(noise.shape)
         self.state = State.empty(shape, rows, noise.dtype, noise.device, plan.multistep, plan.scaled, memory_format)

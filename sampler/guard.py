@@ -19,11 +19,11 @@ from torch import Tensor
 
 from .guidance import Guidance, Rung
 from .kernels.state import State
-from .loop import Branch, Plan, Run, Step, draw, fused_step
-from .models import GuidedUNet
+from .loop import Branch, Plan, Run, Settle, Step, draw, fused_step
+from .models import Guided
 from .solver import Solver
 
-Begin = Callable[[GuidedUNet, Plan, Tensor], tuple[Step, State]]
+Begin = Callable[[Guided, Plan, Tensor], tuple[Step, State]]
 BOTH: Branch = "both"
 
 
@@ -40,9 +40,9 @@ class Ladder:
     checks: tuple[int, ...]
 
     @classmethod
-    def make(cls, solver: Solver, guidance: Guidance, device: torch.device) -> Ladder:
+    def make(cls, solver: Solver, guidance: Guidance, device: torch.device, settle: Settle | None = None) -> Ladder:
         """Lay the rungs of a guard over the steps of `solver`. Raises ValueError for steps that they are not made for."""
-        plans = [Plan.make(solver, rung.guidance, device) for rung in guidance.rungs]
+        plans = [Plan.make(solver, rung.guidance, device, settle) for rung in guidance.rungs]
         starts = [0]
         for plan in plans:
             starts.append(starts[-1] + len(plan.table))
@@ -74,11 +74,11 @@ class Ladder:
         return cls(guidance.rungs, whole, tuple(starts), tuple(s + check for s, check in zip(starts[:-1], checks, strict=True)))
 
 
-def planned(solver: Solver, guidance: Guidance, device: torch.device) -> Plan | Ladder:
+def planned(solver: Solver, guidance: Guidance, device: torch.device, settle: Settle | None = None) -> Plan | Ladder:
     """`guidance` laid over the steps of `solver`. Raises ValueError where it does not fit them."""
     if guidance.rungs and solver.coefficients is None:
         raise ValueError(f"a guard needs a linear scheduler, and {type(solver.scheduler).__name__} is not")
-    return (Ladder if guidance.rungs else Plan).make(solver, guidance, device)
+    return (Ladder if guidance.rungs else Plan).make(solver, guidance, device, settle)
 
 
 def _at(levels: Sequence[float]) -> str:
@@ -112,7 +112,7 @@ class Results:
 
 
 def denoise(
-    network: GuidedUNet,
+    network: Guided,
     ladder: Ladder,
     noise: Tensor,
     scale: float,
@@ -120,7 +120,7 @@ def denoise(
     begin: Begin,
     bar: Iterable,
 ) -> Run:
-    """Run from `noise` (B, C, H, W), which `begin` makes the state and the step for; later noise is drawn, times `scale`.
+    """Run from `noise` (B, ...), which `begin` makes the state and the step for; later noise is drawn, times `scale`.
 
     `bar` has an item a row of the first rung.
     """

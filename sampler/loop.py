@@ -21,10 +21,11 @@ from .solver import Solver
 
 Branch = Literal["both", "uncond", "cond"]
 Step = Callable[[Branch], None]
+Settle = Callable[[Tensor, Tensor, Tensor], Tensor]  # guided (B, ...), cond (B, ...), weight (B,) -> guided
 
 
 class Network(Protocol):
-    """latents (N, C, H, W), timesteps (N,) -> prediction (N, C, H, W).
+    """latents (N, ...), timesteps (N,) -> prediction (N, ...).
 
     N is the batch for one branch, twice the batch for both, the unconditional half first.
     """
@@ -44,6 +45,7 @@ class Plan:
     multistep: the solver keeps a history. scaled: some row scales the network's input. rule: the guidance rule.
     call:      the solver's call of each row.
     jumps:     before which rows the latents go back to a higher noise level, scale * latents + sigma * noise.
+    settle:    what the model's pipeline makes of a prediction that was guided, before the solver has it; None for nothing.
     """
 
     table: Tensor
@@ -56,9 +58,10 @@ class Plan:
     rule: str = "cfg"
     call: tuple[int, ...] = ()
     jumps: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    settle: Settle | None = None
 
     @classmethod
-    def make(cls, solver: Solver, guidance: Guidance, device: torch.device) -> Plan:
+    def make(cls, solver: Solver, guidance: Guidance, device: torch.device, settle: Settle | None = None) -> Plan:
         """Lay `guidance` over the steps of `solver`.
 
         Raises ValueError if the guidance has another number of steps, or asks for timesteps where the scheduler's are not known
@@ -91,6 +94,7 @@ class Plan:
             rule=guidance.rule,
             call=tuple(call.tolist()),
             jumps=jumps,
+            settle=settle,
         )
 
     @property
@@ -103,7 +107,7 @@ class Plan:
         return sum(k < steps for k in self.step)
 
     def state(self, noise: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> State:
-        """The state of a run that starts from `noise` (B, C, H, W), in the network's dtype and on its device."""
+        """The state of a run that starts from `noise` (B, ...), in the network's dtype and on its device."""
         shape = tuple(noise.shape)
         empty = State.empty(shape, self.steps, noise.dtype, noise.device, self.multistep, self.scaled, memory_format)
         return empty.start(noise, self.table, last=self.last)
@@ -165,17 +169,20 @@ class Run:
 
 
 def fused_step(network: Network, plan: Plan, state: State) -> Step:
-    """A step that is the network and one launch."""
+    """A step that is the network and one launch; two where a guided prediction is to settle in between."""
 
     def take(branch: Branch) -> None:
-        step(*_predict(network, state, branch), plan.table, state, plan.finds, plan.rule)
+        uncond, cond = _predict(network, state, branch)
+        if plan.settle is not None and cond is not None:
+            uncond, cond = guided_prediction(uncond, cond, plan, state), None
+        step(uncond, cond, plan.table, state, plan.finds, plan.rule)
 
     return take
 
 
 def lockstep(network: Network, plan: Plan, state: State) -> Step:
     """`fused_step` from a state just started; where no kernel runs, without the gathers that steps of its own would need."""
-    if backend(plan.table.device) != "eager":
+    if backend(plan.table.device) != "eager" or plan.settle is not None:
         return fused_step(network, plan, state)
     move = Lockstep(state, plan.table, rule=plan.rule)
     return lambda branch: move(*_predict(network, state, branch))
@@ -195,13 +202,23 @@ def scheduler_step(
 
     def take(branch: Branch) -> None:
         uncond, cond = _predict(network, state, branch)
-        guided = uncond if cond is None else guide_step(uncond, cond, plan.table, state, plan.finds, plan.rule)
+        guided = uncond if cond is None else guided_prediction(uncond, cond, plan, state)
         latents = state.latents.x.clone()  # the scheduler may keep what it is given
         latents = own_step(scheduler, guided, next(timesteps), latents, generators, solver.schedule.eta)
         state.transition.advance()
         state.put(latents, plan.table)
 
     return take
+
+
+def guided_prediction(uncond: Tensor, cond: Tensor, plan: Plan, state: State) -> Tensor:
+    """The guided prediction of every sample's step, (B, ...), settled; gaps and transitions are recorded."""
+    guided = guide_step(uncond, cond, plan.table, state, plan.finds, plan.rule)
+    if plan.settle is None:
+        return guided
+    rows, at = state.transition.rows(plan.table), state.transition.at
+    left = (at >= 0) & (at <= rows[:, Column.STEP])
+    return plan.settle(guided, cond, torch.where(left, rows[:, Column.AFTER], rows[:, Column.BEFORE]))
 
 
 def _predict(network: Network, state: State, branch: Branch) -> tuple[Tensor, Tensor | None]:

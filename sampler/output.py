@@ -13,7 +13,8 @@ from torch import Tensor
 class Output:
     """What a call returns.
 
-    images:          a list of PIL images, or an array or tensor, as `output` asked; the latents for "latent".
+    images:          a list of PIL images, or an array or tensor, as `output` asked; the latents for "latent". Of a video model
+                     lists of frames, or an array or tensor (B, frames, ...).
     latents:         (B, C, h, w) final latents in the network's dtype.
     transition_step: (B,) int64 on the CPU, the step at which each sample's guidance changed; -1 for none, 0 for plain cfg.
     noise_gap:       (B, steps) float32 on the CPU, ||cond - uncond||_2 at each step, NaN where it was not computed.

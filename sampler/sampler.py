@@ -20,17 +20,17 @@ from . import arguments, guard, models
 from .graphs import Graphs
 from .guidance import Guidance
 from .kernels.state import State
-from .loop import Network, Plan, Run, Step, denoise, draw, fused_step, lockstep, renoise, scheduler_step
+from .loop import Network, Plan, Run, Step, denoise, fused_step, lockstep, renoise, scheduler_step
 from .output import Output
 from .schedulers import Schedule, make_scheduler
 from .solver import Solver
 
 OUTPUTS = ("pil", "np", "pt", "latent")
-Wrap = Callable[[models.GuidedUNet], Network]
+Wrap = Callable[[models.Guided], Network]
 
 
 class Sampler:
-    """Guided sampling from a Stable Diffusion (1.x, 2.x) or SDXL pipeline, on the device the pipeline is on.
+    """Guided sampling from a diffusers pipeline of one of `models.FAMILIES`, on the device the pipeline is on.
 
     One call at a time: a sampler is not to be shared between threads.
     """
@@ -77,9 +77,9 @@ class Sampler:
     ) -> Sampler:
         """Use a loaded diffusers pipeline as it is, with its own scheduler unless another is named.
 
-        compile: compile the UNet with torch.compile, channels-last, when it is first used (it takes a while).
+        compile: compile the network with torch.compile, channels-last, when it is first used (it takes a while).
         capture: record each step, network and all, as a CUDA graph and replay it; see `close`.
-        With either, the UNet also runs as `Lean` has it. What is changed in the pipeline afterwards is seen at the next call.
+        With either, a UNet also runs as `Lean` has it. What is changed in the pipeline afterwards is seen at the next call.
 
         Raises ValueError for a pipeline, scheduler or attention backend that is not supported.
         """
@@ -143,6 +143,7 @@ class Sampler:
         sigmas: Sequence[float] | None = None,
         eta: float = 0.0,
         denoising_end: float | None = None,
+        mu: float | None = None,
         guidance_rescale: float = 0.0,
         callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -157,16 +158,18 @@ class Sampler:
         negative_prompt: one for all prompts, or one or None for each.
         height, width: pixels; default the model's own size.
         output: "pil", "np", "pt" or "latent", with diffusers' meaning.
-        timesteps, sigmas, eta, denoising_end: see `Schedule`; with diffusers' meaning, as are those that follow.
+        timesteps, sigmas, eta, denoising_end, mu: see `Schedule`; with diffusers' meaning, as are those that follow.
         guidance_rescale: above 0, the guidance's rule is "rescale" with this phi; not beside another rule.
         callback_on_step_end: called after every network call with (pipeline, index, timestep, {"latents": latents}); latents
                 that it returns are gone on with. Not under a guard.
-        latents: (B, C, h, w) initial noise of standard deviation 1, in place of that drawn from the seeds.
+        latents: (B, C, h, w), or whatever shape the model's latents have: initial noise of standard deviation 1, in place of
+                that drawn from the seeds.
         options: arguments of the pipeline's own call, by its names and with its meaning: clip_skip, prompt_embeds (in place of
                 prompts), negative_prompt_embeds, cross_attention_kwargs (such as LoRA's "scale"; with them the network is
                 neither compiled nor captured), ip_adapter_image, ip_adapter_image_embeds; SDXL's also pooled_prompt_embeds,
                 negative_pooled_prompt_embeds, prompt_2, negative_prompt_2, original_size, crops_coords_top_left, target_size
-                and the negatives of these three.
+                and the negatives of these three. Of other models `sampler.model.options` has them, such as
+                max_sequence_length, or num_frames of a video model.
 
         Raises ValueError, before any work, for arguments that are not as described.
         """
@@ -184,11 +187,12 @@ class Sampler:
             if output not in OUTPUTS:
                 raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
             height, width = self.size(height, width)
-            shape = (len(seeds), *self.model.shape(height, width))
+            shape = (len(seeds), *self.model.shape(height, width, **options))
             if latents is not None and tuple(latents.shape) != shape:
                 raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
             guidance = guidance.rescaled(guidance_rescale)
-            solver = self.solver(Schedule(steps, timesteps, sigmas, eta, denoising_end))
+            schedule = Schedule(steps, timesteps, sigmas, eta, denoising_end, mu)
+            solver = self.solver(schedule, height, width, **options)
             linear = solver.coefficients is not None
             if list(callback_on_step_end_tensor_inputs) != ["latents"]:
                 raise ValueError(
@@ -197,11 +201,11 @@ class Sampler:
             if guidance.rungs and not (self._wrap is None and callback_on_step_end is None):
                 raise ValueError("a guard takes neither a wrapped network nor callback_on_step_end")
             device = self.model.device
-            plan = guard.planned(solver, guidance, device)
+            plan = guard.planned(solver, guidance, device, self.model.settle)
 
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
             encoded = self.model.encode(prompts, height, width, count, negative_prompt, **options)
-            noise = self.noise(generators, height, width) if latents is None else latents.cpu().float()
+            noise = self.noise(generators, height, width, **options) if latents is None else latents.cpu().float()
             noise = (noise * solver.init_sigma).to(device, self.model.dtype)
             bar = partial(tqdm, desc="sampling", unit="step", disable=not progress, file=sys.stderr)
             if guidance.rungs:
@@ -219,7 +223,7 @@ class Sampler:
             finite = latents.isfinite().flatten(1).all(dim=1).cpu()
             images, flagged = latents, None
             if output != "latent":
-                decoded = self.model.decode(latents, output, generators)
+                decoded = self.model.decode(latents, output, generators, height, width, **options)
                 images, flagged, finite = decoded.images, decoded.flagged, finite & decoded.finite
             self.pipe.maybe_free_model_hooks()
             transition = run.transition.cpu()
@@ -266,7 +270,7 @@ class Sampler:
         generators: Sequence[torch.Generator],
         bar: Callable[..., Iterable],
     ) -> Run:
-        def begin(network: models.GuidedUNet, plan: Plan, noise: Tensor) -> tuple[Step, State]:
+        def begin(network: models.Guided, plan: Plan, noise: Tensor) -> tuple[Step, State]:
             if self._captures(network):
                 return self._graphs.step(network, plan, noise, self.model.memory_format)
             state = plan.state(noise, self.model.memory_format)
@@ -275,7 +279,7 @@ class Sampler:
         rows = bar(ladder.whole.branches[: ladder.starts[1]])
         return guard.denoise(self.model.network(encoded), ladder, noise, scale, generators, begin, rows)
 
-    def _captures(self, network: models.GuidedUNet) -> bool:
+    def _captures(self, network: models.Guided) -> bool:
         return self._graphs is not None and network.version is not None
 
     def wrapped(self, wrap: Wrap) -> Sampler:
@@ -292,10 +296,14 @@ class Sampler:
         if self._graphs is not None:
             self._graphs.clear()
 
-    def solver(self, schedule: int | Schedule) -> Solver:
-        """The scheduler's coefficients over a schedule, or so many steps, measured once. Raises what `Solver.of` does."""
+    def solver(self, schedule: int | Schedule, height: int | None = None, width: int | None = None, **options: Any) -> Solver:
+        """The scheduler's coefficients over a schedule, or so many steps, measured once. Raises what `Solver.of` does.
+
+        height, width, options: of the picture, as for a call; some models take other noise levels for a larger one.
+        """
         schedule = schedule if isinstance(schedule, Schedule) else Schedule(schedule)
         scheduler = self.scheduler
+        schedule = self.model.scheduled(schedule, scheduler, height, width, **options)
         key = type(scheduler), str(scheduler.config), getattr(scheduler, "shift", None), schedule
         if key not in self._solvers:
             self._solvers[key] = Solver.of(scheduler, schedule)
@@ -305,9 +313,9 @@ class Sampler:
         """(height, width) in pixels, by default the model's own; raises ValueError unless the autoencoder can make them."""
         return self.model.size(height, width)
 
-    def noise(self, generators: Sequence[torch.Generator], height: int, width: int) -> Tensor:
-        """The initial noise before its scale, each sample's from its own generator: (B, C, h, w) float32 on the CPU."""
-        return draw(self.model.shape(height, width), generators)
+    def noise(self, generators: Sequence[torch.Generator], height: int, width: int, **options: Any) -> Tensor:
+        """The initial noise before its scale, each sample's from its own generator: (B, ...) float32 on the CPU."""
+        return self.model.noise(generators, height, width, **options)
 
     def in_float32(self) -> AbstractContextManager[None]:
         """Inside, every call computes in float32 with the network as it is: neither compiled nor captured.

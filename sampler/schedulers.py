@@ -60,7 +60,8 @@ def make_scheduler(choice: str | SchedulerMixin | None, current: SchedulerMixin)
             raise ValueError(f"scheduler must be {OWN}, {', '.join(SCHEDULERS)}, or a diffusers scheduler; got {choice!r}")
         name, overrides = SCHEDULERS[choice]
         try:
-            made = getattr(diffusers, name).from_config(current.config, **overrides)
+            cls = getattr(diffusers, name)
+            made = cls.from_config(current.config, **_shifted(cls, current.config), **overrides)
         except ImportError as error:  # diffusers' stand-in for a class whose package is missing
             raise ImportError(f"scheduler {choice!r} needs a package that is not installed: {arguments.line(error)}") from error
         if family(made) != family(current):
@@ -79,6 +80,12 @@ def make_scheduler(choice: str | SchedulerMixin | None, current: SchedulerMixin)
     if needed != ["model_output", "timestep", "sample"]:
         raise ValueError(f"scheduler {type(scheduler).__name__} cannot be used here: its step takes {', '.join(needed)}")
     return scheduler
+
+
+def _shifted(cls: type[SchedulerMixin], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The shift of a flow's noise levels, which schedulers call by two names, as `cls` calls it."""
+    names, known = {"shift": "flow_shift", "flow_shift": "shift"}, inspect.signature(cls).parameters
+    return {own: config[name] for own, name in names.items() if own in known and own not in config and name in config}
 
 
 def _named(formulation: Family) -> list[str]:
@@ -111,6 +118,7 @@ class Schedule:
     timesteps, sigmas: those of each step instead, for schedulers whose `set_timesteps` takes them.
     eta:           how stochastic DDIM and TCD are, 0 to 1 (Song et al., https://arxiv.org/abs/2010.02502, equation 16).
     denoising_end: the share of the run after which another model goes on (SDXL's refiner); None for all of it.
+    mu:            how far a scheduler with dynamic shifting moves its noise levels; None: as suits the picture's size.
 
     Raises ValueError for anything else.
     """
@@ -120,6 +128,7 @@ class Schedule:
     sigmas: tuple[float, ...] | None = None
     eta: float = 0.0
     denoising_end: float | None = None
+    mu: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", arguments.at_least_one("steps", self.steps))
@@ -131,6 +140,8 @@ class Schedule:
         arguments.share("eta", self.eta)
         if self.denoising_end is not None and not (isinstance(self.denoising_end, float) and 0 < self.denoising_end < 1):
             raise ValueError(f"denoising_end must be a number between 0 and 1, got {self.denoising_end!r}")
+        if self.mu is not None:
+            object.__setattr__(self, "mu", arguments.finite("mu", self.mu))
 
     def __str__(self) -> str:
         """As a sentence goes on: "20 steps" and what else was asked for."""
@@ -159,8 +170,13 @@ def prepared(scheduler: SchedulerMixin, schedule: Schedule, device: torch.device
     """
     scheduler = copy.deepcopy(scheduler)
     timesteps, sigmas = (None if given is None else list(given) for given in (schedule.timesteps, schedule.sigmas))
+    shifted = {} if schedule.mu is None else {"mu": schedule.mu}
+    if shifted and not scheduler.config.get("use_dynamic_shifting"):
+        raise ValueError(
+            f"mu is {schedule.mu:g}, but scheduler {type(scheduler).__name__} does not shift dynamically: leave it out"
+        )
     try:
-        retrieve_timesteps(scheduler, schedule.steps, device, timesteps, sigmas)
+        retrieve_timesteps(scheduler, schedule.steps, device, timesteps, sigmas, **shifted)
     except Exception as error:  # whatever a scheduler raises
         raise ValueError(f"scheduler {type(scheduler).__name__} cannot take {schedule}: {arguments.line(error)}") from error
     if hasattr(scheduler, "set_begin_index"):

@@ -14,19 +14,19 @@ LEEWAY = 8  # times the spread that a few draws show
 DRAWS = 3
 
 
-def spread(unet, sample, expected):
-    """How far the tensor that `sample` makes lies from `expected` while the UNet rounds at random: the most of a few draws."""
+def spread(network, sample, expected):
+    """How far what `sample` makes lies from `expected` while the network rounds at random: the most of a few draws."""
     off = []
     for seed in range(DRAWS):
-        with rounded(unet, seed):
+        with rounded(network, seed):
             off.append((sample() - expected).nan_to_num().abs().max())
     return torch.stack(off).max()
 
 
 @contextmanager
-def rounded(unet, seed=0):
-    """The UNet's predictions moved at random by twice as much as its first one is off the same network's in float64."""
-    exact = copy.deepcopy(unet).double()
+def rounded(network, seed=0):
+    """The network's predictions moved at random by twice as much as its first one is off the same network's in float64."""
+    exact = copy.deepcopy(network).double()
     rng, scale = torch.Generator().manual_seed(seed), None
 
     def move(module, given, named, result):
@@ -36,7 +36,7 @@ def rounded(unet, seed=0):
             scale = (result[0] - exact(*doubled[0], **doubled[1])[0]).std()
         return (result[0] + 2 * scale * torch.randn(result[0].shape, generator=rng)).to(result[0]), *result[1:]
 
-    handle = unet.register_forward_hook(move, with_kwargs=True)
+    handle = network.register_forward_hook(move, with_kwargs=True)
     try:
         yield
     finally:
@@ -55,5 +55,6 @@ def assert_same_but_for_rounding(found, expected, pipe, sample):
         assert torch.equal(one.isnan(), other.isnan())
         off = (one - other).nan_to_num().abs().max()
         if off > NEAR:
-            apart = spread(pipe.unet, lambda i=i: again()[i], other)
+            network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+            apart = spread(network, lambda i=i: again()[i], other)
             assert off <= LEEWAY * apart, f"{off:.2g} apart, where rounding accounts for {apart:.2g}"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from basinescape import At, FirstMinimum, Guidance, Sampler
 from basinescape.models import adapt
-from basinescape.models.lean import Lean, fuse
+from basinescape.models.lean import LeanUNet, fuse
 from ladders import guarded
 from rounding import assert_same_but_for_rounding
 
@@ -64,7 +64,7 @@ def test_layers_before_the_text_run_for_one_half(pipe, random_pipeline, kind, sh
 
 def test_the_pipeline_keeps_its_network_and_lends_its_weights(pipe):
     names = [name for name, _ in pipe.unet.named_modules()]
-    lean = Lean(pipe.unet)
+    lean = LeanUNet(pipe.unet)
     own = {parameter.data_ptr() for parameter in pipe.unet.parameters()}
     assert {parameter.data_ptr() for twin in (lean.one, lean.both) for parameter in twin.parameters()} <= own
     assert [name for name, _ in pipe.unet.named_modules()] == names
@@ -80,7 +80,7 @@ def test_the_products_of_self_attention_fused_are_the_same(pipe):
 
 def test_products_fused_on_a_gpu_are_those_of_the_weights_as_they_are(random_pipeline, device):
     used = random_pipeline("sd", 8, "epsilon").to("cuda")
-    lean = Lean(used.unet)
+    lean = LeanUNet(used.unet)
     fused = [module for module in lean.one.modules() if hasattr(module, "to_qkv")]
 
     def current():

@@ -151,7 +151,7 @@ def _run(
         nonlocal calls
         calls += len(arguments[0])
 
-    hook = sampler.pipe.unet.register_forward_pre_hook(count)
+    hook = sampler.model.net.register_forward_pre_hook(count)
     start = time.perf_counter()
     try:
         made: Output = method.sample(sampler, [task.prompt.text for task in batch], [task.seed for task in batch], steps)

@@ -43,7 +43,7 @@ def optimised(network: GuidedUNet, latents: Tensor, timesteps: Tensor, target: f
         uncond = network(latents, timesteps, "uncond").detach().clone()
         optimiser = torch.optim.Adam([states], lr=RATE)
         for _ in range(ITERATIONS):
-            cond = network.unet(latents, timesteps, **{**inputs, "encoder_hidden_states": states}, return_dict=False)[0]
+            cond = network.predict(network.net, latents, timesteps, {**inputs, "encoder_hidden_states": states})
             gaps = (cond - uncond).flatten(1).norm(dim=1)
             target = SHARE * gaps.detach() if target is None else target
             waiting = gaps > target
@@ -67,7 +67,7 @@ def method(guidance: Guidance, target: float | None) -> Method:
         def predict(latents: Tensor, timesteps: Tensor, branch: str) -> Tensor:
             nonlocal waiting
             if waiting:
-                with constant(batch.sampler.pipe.unet):
+                with constant(batch.sampler.model.net):
                     found = optimised(network, latents[:count], timesteps[:count], target)
                 network.inputs["cond"]["encoder_hidden_states"].copy_(found)
                 waiting = False

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 
 from .base import Decoded, Encoded, Model
+from .families import FAMILIES
 from .loading import load
-from .sd import StableDiffusion
-from .sdxl import StableDiffusionXL
+from .network import Guided
 from .unet import GuidedUNet
 
-__all__ = ["Decoded", "Encoded", "GuidedUNet", "Model", "adapt", "load"]
+__all__ = ["FAMILIES", "Decoded", "Encoded", "Guided", "GuidedUNet", "Model", "adapt", "load"]
 
-FAMILIES: dict[type[DiffusionPipeline], type[StableDiffusion]] = {
-    StableDiffusionPipeline: StableDiffusion,
-    StableDiffusionXLPipeline: StableDiffusionXL,
-}
 REPLACED = ("__call__", "prepare_latents")  # what the loop does in a pipeline's place
 
 
@@ -25,16 +21,16 @@ def adapt(pipe: DiffusionPipeline, compile: bool = False, lean: bool = False) ->
     Raises ValueError for a pipeline that is not text-to-image guided by two predictions, and for a subclass with a loop of its
     own, which would not be run.
     """
-    family = next((family for family in FAMILIES if isinstance(pipe, family)), None)
+    own = [cls for cls in type(pipe).__mro__ if cls.__module__.startswith("diffusers.")]
+    family = next((cls for cls in own if cls.__name__ in FAMILIES), None)
     if family is None:
-        names = ", ".join(cls.__name__ for cls in FAMILIES)
-        raise ValueError(f"pipe must be one of {names}, got {type(pipe).__name__}")
+        raise ValueError(f"pipe must be one of {', '.join(FAMILIES)}, got {type(pipe).__name__}")
     changed = [name for name in REPLACED if getattr(type(pipe), name) is not getattr(family, name)]
     if changed:
         raise ValueError(
             f"pipe is a {type(pipe).__name__}, whose own {' and '.join(changed)} the sampler would not run: to go on without, "
             f"give {family.__name__}(**pipe.components)"
         )
-    model = FAMILIES[family](pipe, compile, lean)
+    model = FAMILIES[family.__name__](pipe, compile, lean)
     model.check()
     return model

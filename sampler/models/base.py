@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from diffusers import DiffusionPipeline
-from torch import Tensor
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor, nn
 
-from ..loop import Network
+from ..loop import Network, Settle
+from ..schedulers import Schedule
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class Encoded:
     """The text of one batch as the network takes it, for B samples.
 
     inputs:    the network's keyword arguments, a row a sample: the unconditional half, then the conditional one.
-    shared:    those that are not by sample.
+    shared:    those that are not by sample, the same for every picture of one size.
+    own:       what the caller handed through to the network; such a call is neither recorded nor compiled.
     truncated: (B) what the text encoder's limit cut off each prompt, "" for nothing.
     """
 
     inputs: dict[str, Any]
     shared: dict[str, Any] = field(default_factory=dict)
+    own: dict[str, Any] = field(default_factory=dict)
     truncated: Sequence[str] = ()
 
 
@@ -44,11 +47,18 @@ class Decoded:
 class Model(Protocol):
     """A diffusers pipeline, as the loop sees it. Everything is looked up in the pipeline as it is at that moment.
 
-    options: names of the arguments that `encode` takes beside those written out.
+    options: names of the arguments that `encode` takes beside those written out; `shape`, `noise` and `decode` get the same
+             ones, and look for what decides a size.
+    settle:  see `Plan`.
     """
 
     pipe: DiffusionPipeline
     options: frozenset[str]
+    settle: Settle | None
+
+    @property
+    def net(self) -> nn.Module:
+        """The network, among the pipeline's parts."""
 
     @property
     def device(self) -> torch.device:
@@ -78,8 +88,21 @@ class Model(Protocol):
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """(height, width) in pixels, by default the model's own. Raises ValueError for one that it cannot make."""
 
-    def shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Of one sample's latents for a picture of so many pixels."""
+    def shape(self, height: int, width: int, **options: Any) -> tuple[int, ...]:
+        """Of one sample's latents for a picture of so many pixels. Raises ValueError for options that do not fit them."""
+
+    def noise(self, generators: Sequence[torch.Generator], height: int, width: int, **options: Any) -> Tensor:
+        """The initial noise before its scale, each sample's from its own generator: (B, *shape) float32 on the CPU."""
+
+    def scheduled(
+        self,
+        schedule: Schedule,
+        scheduler: SchedulerMixin,
+        height: int | None = None,
+        width: int | None = None,
+        **options: Any,
+    ) -> Schedule:
+        """`schedule` with what the pipeline itself asks `scheduler` for, for pictures of so many pixels."""
 
     def encode(
         self,
@@ -98,8 +121,16 @@ class Model(Protocol):
     def network(self, encoded: Encoded, plain: bool = False) -> Network:
         """The fastest network for `encoded`; plain: one whose inputs are as they were encoded."""
 
-    def decode(self, latents: Tensor, output: str, generators: list[torch.Generator] | None = None) -> Decoded:
-        """Pictures from latents (B, ...); output "pil", "np" or "pt"."""
+    def decode(
+        self,
+        latents: Tensor,
+        output: str,
+        generators: list[torch.Generator] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        **options: Any,
+    ) -> Decoded:
+        """Pictures of so many pixels from latents (B, ...); output "pil", "np" or "pt"."""
 
     def in_float32(self) -> AbstractContextManager[None]:
         """Everything computes in float32 inside, from the same weights, which are back afterwards, bit for bit."""

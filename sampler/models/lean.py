@@ -1,8 +1,8 @@
-"""A UNet that computes nothing twice under guidance: its two halves start from the same latents, and a run has one text.
+"""Networks that compute nothing twice under guidance: the two halves start from the same latents, and a run has one text.
 
 The first layers, up to the first that reads the text, run for one half and are repeated; the text's keys and values, the same
-in every step, are computed once a run (in float16 8 MB an image for SD 1.5, 51 MB for SDXL). Results are the UNet's own up to
-rounding.
+in every step, are computed once a run (in float16 8 MB an image for SD 1.5, 51 MB for SDXL). Results are the network's own up
+to rounding.
 """
 
 from __future__ import annotations
@@ -12,43 +12,66 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import (
-    Attention,
-    AttnProcessor,
-    AttnProcessor2_0,
-    FusedAttnProcessor2_0,
-    SlicedAttnProcessor,
-    XFormersAttnProcessor,
-)
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-PLAIN = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
-KNOWN = (*PLAIN, FusedAttnProcessor2_0)
+PLAIN = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
+KNOWN = (*PLAIN, "FusedAttnProcessor2_0")
 
 
 class Lean:
-    """`both` halves' and `one` half's forms of a UNet: copies of its modules that share its parameters.
+    """`both` halves' and `one` half's forms of a network: copies of its modules that share its parameters.
 
-    They take the UNet's arguments, the text as `text` makes it. On a GPU the products that `fuse` joins are copies, which
-    `refresh` makes again. What else changes in the UNet is not seen.
+    They take the network's arguments, the text as `text` makes it. On a GPU the products that `fuse` joins are copies, which
+    `refresh` makes again. What else changes in the network is not seen.
+
+    network: the name of diffusers' class. processors: names of those of its attention that are known.
     """
 
-    def __init__(self, unet: UNet2DConditionModel):
-        self._projections = [projection for module in _readers(unet) for projection in (module.to_k, module.to_v)]
-        self.one = _twin(unet)
-        _read_ready(_readers(self.one))
-        self._fused = fuse(self.one) if unet.device.type == "cuda" else []
+    network: str
+    processors: tuple[str, ...]
+
+    def __init__(self, net: nn.Module):
+        self._projections = [projection for module in self.readers(net) for projection in (module.to_k, module.to_v)]
+        self._embed = self.embed(net) if self._projections else None
+        self.one = _twin(net)
+        if self._projections:
+            self.read_ready(self.one)
+        self._fused = fuse(self.one) if net.device.type == "cuda" else []
         self.both = _twin(self.one)
-        for module in _before_text(self.both):
+        for module in self.before_text(self.both):
             module.forward = _repeated(module.forward)
 
+    @classmethod
+    def suits(cls, net: nn.Module) -> bool:
+        """Whether it is diffusers' own network, and nothing of somebody else's would miss a call, or see half of a batch."""
+        known = _is(net, cls.network) and all(_is(p, *cls.processors) for p in net.attn_processors.values())
+        return known and not any(map(_watched, net.modules()))
+
     @staticmethod
-    def suits(unet: nn.Module) -> bool:
-        """Whether it is diffusers' own UNet, and nothing of somebody else's would miss a call, or see half of a batch."""
-        own = type(unet) is UNet2DConditionModel
-        return own and not any(map(_watched, unet.modules())) and all(type(p) in KNOWN for p in unet.attn_processors.values())
+    def readers(net: nn.Module) -> list[nn.Module]:
+        """The layers that attend to the text; none where anything but their `to_k` and `to_v` reads it."""
+        raise NotImplementedError
+
+    @staticmethod
+    def before_text(net: nn.Module) -> list[nn.Module]:
+        """The first layers, which see latents and timestep alone."""
+        raise NotImplementedError
+
+    @staticmethod
+    def embed(net: nn.Module) -> nn.Module | None:
+        """What all of the text goes through before it is read."""
+        return None
+
+    def read_ready(self, net: nn.Module) -> None:
+        """Have the readers take what `text` makes."""
+        start = 0
+        for module in self.readers(net):
+            for name in ("to_k", "to_v"):
+                stop = start + getattr(module, name).out_features
+                setattr(module, name, _Slice(start, stop))
+                start = stop
 
     def refresh(self) -> None:
         """Copy what `fuse` copied again, into the same memory."""
@@ -59,25 +82,104 @@ class Lean:
 
     def text(self, states: Tensor) -> Tensor:
         """The keys and values of all layers, (B, T, all their channels), from the text's states (B, T, D)."""
-        return torch.cat([projection(states) for projection in self._projections], dim=-1) if self._projections else states
+        if not self._projections:
+            return states
+        states = states if self._embed is None else self._embed(states)
+        return torch.cat([projection(states) for projection in self._projections], dim=-1)
 
 
-def _twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    return copy.deepcopy(unet, {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())})
+class LeanUNet(Lean):
+    """A UNet2DConditionModel."""
+
+    network, processors = "UNet2DConditionModel", KNOWN
+
+    @staticmethod
+    def readers(net: nn.Module) -> list[nn.Module]:
+        attentions = [module for module in net.modules() if isinstance(module, Attention)]
+        readers = [module for name, module in net.named_modules() if name.endswith(".attn2")]
+        changed = net.encoder_hid_proj is not None or net.config.cross_attention_norm is not None
+        others = [module for module in attentions if module.is_cross_attention and module not in readers]
+        plain = all(_is(module.processor, *PLAIN) for module in readers)
+        return [] if changed or others or not plain else readers
+
+    @staticmethod
+    def before_text(net: nn.Module) -> list[nn.Module]:
+        found = [net.conv_in]
+        if net.config.addition_embed_type or net.config.class_embed_type:  # the halves' timestep embeddings differ
+            return found
+        for block in net.down_blocks:
+            attentions = getattr(block, "attentions", None)
+            if not attentions:
+                found += [*block.resnets, *(block.downsamplers or ())]
+                continue
+            first = attentions[0]
+            if isinstance(first, Transformer2DModel):
+                inner = first.transformer_blocks[0]
+                found += [block.resnets[0], first.norm, first.proj_in]
+                found += [] if inner.only_cross_attention else [inner.norm1, inner.attn1]
+            break
+        return found
+
+
+class LeanPixArt(Lean):
+    """A PixArtTransformer2DModel."""
+
+    network, processors = "PixArtTransformer2DModel", KNOWN
+
+    @staticmethod
+    def readers(net: nn.Module) -> list[nn.Module]:
+        found = [block.attn2 for block in net.transformer_blocks]
+        return found if all(_is(module.processor, *PLAIN) for module in found) else []
+
+    @staticmethod
+    def before_text(net: nn.Module) -> list[nn.Module]:
+        first = net.transformer_blocks[0]
+        return [net.pos_embed, first.norm1, first.attn1]
+
+    @staticmethod
+    def embed(net: nn.Module) -> nn.Module | None:
+        return net.caption_projection
+
+    def read_ready(self, net: nn.Module) -> None:
+        super().read_ready(net)
+        net.caption_projection = None
+
+
+class LeanWan(Lean):
+    """A WanTransformer3DModel that reads text alone."""
+
+    network, processors = "WanTransformer3DModel", ("WanAttnProcessor",)
+
+    @staticmethod
+    def readers(net: nn.Module) -> list[nn.Module]:
+        found = [block.attn2 for block in net.blocks]
+        plain = all(module.add_k_proj is None and not getattr(module, "fused_projections", False) for module in found)
+        return found if plain else []
+
+    @staticmethod
+    def before_text(net: nn.Module) -> list[nn.Module]:
+        return [net.patch_embedding, net.blocks[0].norm1, net.blocks[0].attn1]
+
+    @staticmethod
+    def embed(net: nn.Module) -> nn.Module | None:
+        return net.condition_embedder.text_embedder
+
+    def read_ready(self, net: nn.Module) -> None:
+        super().read_ready(net)
+        net.condition_embedder.text_embedder = nn.Identity()
+
+
+def _is(thing: object, *names: str) -> bool:
+    """Whether it is of one of these classes of diffusers; to look the classes up would import them."""
+    return type(thing).__name__ in names and type(thing).__module__.startswith("diffusers.")
+
+
+def _twin(net: nn.Module) -> nn.Module:
+    return copy.deepcopy(net, {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())})
 
 
 def _watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
-def _readers(unet: UNet2DConditionModel) -> list[Attention]:
-    """The layers that attend to the text; none where anything but their `to_k` and `to_v` reads it."""
-    attentions = [module for module in unet.modules() if isinstance(module, Attention)]
-    readers = [module for name, module in unet.named_modules() if name.endswith(".attn2")]
-    changed = unet.encoder_hid_proj is not None or unet.config.cross_attention_norm is not None
-    others = [module for module in attentions if module.is_cross_attention and module not in readers]
-    plain = all(type(module.processor) in PLAIN for module in readers)
-    return [] if changed or others or not plain else readers
 
 
 class _Slice(nn.Module):
@@ -89,34 +191,6 @@ class _Slice(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         return states[..., self.start : self.stop]
-
-
-def _read_ready(readers: list[Attention]) -> None:
-    start = 0
-    for module in readers:
-        for name in ("to_k", "to_v"):
-            stop = start + getattr(module, name).out_features
-            setattr(module, name, _Slice(start, stop))
-            start = stop
-
-
-def _before_text(unet: UNet2DConditionModel) -> list[nn.Module]:
-    """The first layers, which see latents and timestep alone."""
-    found = [unet.conv_in]
-    if unet.config.addition_embed_type or unet.config.class_embed_type:  # the halves' timestep embeddings differ
-        return found
-    for block in unet.down_blocks:
-        attentions = getattr(block, "attentions", None)
-        if not attentions:
-            found += [*block.resnets, *(block.downsamplers or ())]
-            continue
-        first = attentions[0]
-        if isinstance(first, Transformer2DModel):
-            inner = first.transformer_blocks[0]
-            found += [block.resnets[0], first.norm, first.proj_in]
-            found += [] if inner.only_cross_attention else [inner.norm1, inner.attn1]
-        break
-    return found
 
 
 def _repeated(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -134,10 +208,10 @@ def _repeated(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return once
 
 
-def fuse(unet: UNet2DConditionModel) -> list[Attention]:
+def fuse(net: nn.Module) -> list[Attention]:
     """One product for the queries, keys and values of each plain self-attention; returns these."""
     fused = []
-    for module in unet.modules():
+    for module in net.modules():
         if not isinstance(module, Attention) or module.is_cross_attention:
             continue
         linear = all(type(part) is nn.Linear for part in (module.to_q, module.to_k, module.to_v))  # no adapter

@@ -14,6 +14,7 @@ from packaging.version import Version
 from safetensors import safe_open
 
 from ..arguments import line
+from .families import FAMILIES
 
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 # What goes to diffusers' loader beside the pipeline's own parts.
@@ -34,10 +35,12 @@ def load(path_or_id: str | Path, dtype: torch.dtype, allow_pickle: bool = False,
 
     Raises FileNotFoundError for a missing path, ValueError for whatever else keeps the pipeline from being loaded.
     """
-    parts = {name for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline) for name in inspect.signature(cls).parameters}
-    unknown = sorted(set(options) - OPTIONS - parts)
-    if unknown:
-        raise ValueError(f"{', '.join(unknown)}: no option of loading; there are {', '.join(sorted(OPTIONS | parts))}")
+    if set(options) - OPTIONS:
+        known = [getattr(diffusers, name) for name in FAMILIES if hasattr(diffusers, name)]
+        parts = {part for pipeline in known for part in inspect.signature(pipeline).parameters}
+        unknown = sorted(set(options) - OPTIONS - parts)
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: no option of loading; there are {', '.join(sorted(OPTIONS | parts))}")
     name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
     options[name] = dtype
     path = Path(path_or_id).expanduser()
@@ -47,7 +50,9 @@ def load(path_or_id: str | Path, dtype: torch.dtype, allow_pickle: bool = False,
             raise ValueError(f"model {str(path)!r} is not safetensors, {pickle_refused}")
         return _loaded(str(path), lambda: _family(path).from_single_file(str(path), **options))
     if path.is_dir():
-        pickled = _pickled(path, options)
+        index = _index(path)
+        options = {part: None for part, source in index.items() if source == [None, None]} | options  # saved without it
+        pickled = _pickled(path, index, options)
         if pickled is not None and not allow_pickle:
             raise ValueError(f"model {str(path)!r} has pickled weights only ({pickled}), {pickle_refused}")
         source = str(path)
@@ -79,21 +84,25 @@ def _is_path(given: str | Path) -> bool:
     return named or Path(given).is_absolute() or given.count("/") != 1
 
 
-def _pickled(folder: Path, options: dict[str, Any]) -> str | None:
-    """The first file of weights among the folder's parts that has no safetensors beside it.
-
-    Parts are what model_index.json names, less those given otherwise. Raises ValueError for one that is not there.
-    """
+def _index(folder: Path) -> dict[str, Any]:
+    """What the folder's model_index.json says. Raises ValueError where there is none."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(f"model {str(folder)!r} is no diffusers pipeline: it has no model_index.json")
     try:
-        named = json.loads(index.read_text(encoding="utf-8"))
+        return json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
             f"model {str(folder)!r} is no diffusers pipeline: its model_index.json is not JSON ({error})"
         ) from error
-    parts = [name for name, value in named.items() if isinstance(value, list) and value and value[0] and name[0] != "_"]
+
+
+def _pickled(folder: Path, index: dict[str, Any], options: dict[str, Any]) -> str | None:
+    """The first file of weights among the folder's parts that has no safetensors beside it.
+
+    Parts are what `index` names, less those given otherwise. Raises ValueError for one that is not there.
+    """
+    parts = [name for name, value in index.items() if isinstance(value, list) and value and value[0] and name[0] != "_"]
     found = None
     for part in parts:
         if part in options:

@@ -35,10 +35,6 @@ class StableDiffusionXL(StableDiffusion):
         given = [name for name in NEGATIVE_SIZES if name in options]
         if given and not {"negative_original_size", "negative_target_size"} <= set(given):
             raise ValueError(f"{', '.join(given)}: negative_original_size and negative_target_size go together")
-        for name in ("prompt_2", "negative_prompt_2"):
-            texts = options.get(name)
-            if isinstance(texts, list) and prompts is not None and len(texts) != len(prompts):
-                raise ValueError(f"{name} has {len(texts)} entries for {len(prompts)} prompts")
 
     def _inputs(self, encoded: tuple[Tensor, ...], absent: list[bool], height: int, width: int, options: dict) -> dict:
         cond, uncond, pooled, negative_pooled = encoded

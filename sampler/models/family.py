@@ -1,0 +1,312 @@
+"""What the models of all families have in common: checks, text, decoding. Each family's file adds what its pipeline does."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor, nn
+
+from ..arguments import whole
+from ..loop import Settle, draw
+from ..schedulers import Schedule
+from .base import Decoded, Encoded
+from .network import Guided, Networks
+from .precision import HALF, in_float32
+
+log = logging.getLogger(__name__)
+ATTENTION = ("sdpa", "xformers")
+
+
+class Family:
+    """A pipeline as a `Model`. compile, lean: as for `Networks`."""
+
+    network_name: str  # the network, among the pipeline's parts
+    guided: type[Guided]
+    texts: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")  # what stands for prompts, or goes with them
+    options: frozenset[str]  # of `encode`
+    kwargs: str | None = None  # the option that is handed to the network as it is
+    encoders: tuple[tuple[str, str], ...]  # text encoder and tokenizer, without which no prompt can be read
+    closing = 1  # tokens that end each text, and stay where it is cut
+    last_layer = 1  # the text is read that many layers from the end, counting back from the last one's result
+    settle: Settle | None = None
+
+    def __init__(self, pipe: DiffusionPipeline, compile: bool = False, lean: bool = False):
+        self.pipe = pipe
+        self._networks = Networks(self.guided, compile, lean)
+        self._live = False
+        self._overflowed = False
+
+    @property
+    def net(self) -> nn.Module:
+        return getattr(self.pipe, self.network_name)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipe._execution_device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.net.dtype
+
+    @property
+    def half(self) -> bool:
+        return any(part.dtype in HALF for part in self.pipe.components.values() if isinstance(part, nn.Module))
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.contiguous_format
+
+    def check(self) -> None:
+        raise NotImplementedError
+
+    def _check_channels(self, taken: int, latent: int) -> None:
+        if taken != latent:
+            raise ValueError(f"pipe's network takes {taken} channels and its latents have {latent}: it is not text-to-image")
+
+    def set_attention(self, attention: str) -> None:
+        if attention not in ATTENTION:
+            raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
+        if attention == "xformers":
+            if self.device.type != "cuda":
+                raise ValueError(f"attention 'xformers' runs on CUDA only, and the pipeline is on {self.device}; use 'sdpa'")
+            try:
+                self.pipe.enable_xformers_memory_efficient_attention()
+            except ModuleNotFoundError as error:
+                raise ImportError(
+                    "attention 'xformers' needs the package xformers: pip install 'basinescape[xformers]'"
+                ) from error
+
+    @property
+    def multiple(self) -> int:
+        """Height and width are multiples of so many pixels."""
+        return self.pipe.vae_scale_factor
+
+    @property
+    def own_size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels by default; None where the pipeline names none."""
+        raise NotImplementedError
+
+    def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        own = self.own_size or (None, None)
+        found = []
+        for name, pixels, default in zip(("height", "width"), (height, width), own, strict=True):
+            if pixels is None and default is None:
+                raise ValueError(f"{name} must be given: the network's configuration names no sample_size")
+            number = default if pixels is None else whole(pixels)
+            if number is None or number < 1 or number % self.multiple:
+                raise ValueError(f"{name} must be a multiple of {self.multiple} pixels, got {pixels!r}")
+            found.append(number)
+        return found[0], found[1]
+
+    def shape(self, height: int, width: int, **options: Any) -> tuple[int, ...]:
+        factor = self.pipe.vae_scale_factor
+        return self.net.config.in_channels, height // factor, width // factor
+
+    def noise(self, generators: Sequence[torch.Generator], height: int, width: int, **options: Any) -> Tensor:
+        return draw(self.shape(height, width, **options), generators)
+
+    def scheduled(
+        self,
+        schedule: Schedule,
+        scheduler: SchedulerMixin,
+        height: int | None = None,
+        width: int | None = None,
+        **options: Any,
+    ) -> Schedule:
+        return schedule
+
+    def encode(
+        self,
+        prompts: list[str] | None,
+        height: int,
+        width: int,
+        count: int = 1,
+        negative_prompt: Sequence[str | None] | None = None,
+        **options: Any,
+    ) -> Encoded:
+        options = {name: value for name, value in options.items() if value is not None}
+        self._check(prompts, negative_prompt, options)
+        prompted = len(options["prompt_embeds"] if prompts is None else prompts)
+        negative = [None] * prompted if negative_prompt is None else list(negative_prompt)
+        try:
+            inputs, shared = self._encoded(prompts, negative, count, height, width, options)
+        except (AttributeError, TypeError) as error:
+            missing = [part for pair in self.encoders for part in pair if getattr(self.pipe, part, None) is None]
+            if not missing:
+                raise
+            raise ValueError(
+                f"pipe has no {' and no '.join(missing)} to read a prompt with: give prompt_embeds and the like"
+            ) from error
+        own = {self.kwargs: options[self.kwargs]} if self.kwargs in options else {}
+        truncated = self._truncated(prompts, options) if prompts else [""] * prompted
+        return Encoded(self._cast(inputs), self._cast(shared), own, [text for text in truncated for _ in range(count)])
+
+    def _encoded(
+        self,
+        prompts: list[str] | None,
+        negative: list[str | None],
+        count: int,
+        height: int,
+        width: int,
+        options: dict[str, Any],
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The network's arguments by sample, and those that are not; negative: one or None a prompt."""
+        raise NotImplementedError
+
+    def _text(self, options: dict[str, Any], *names: str) -> dict[str, Any]:
+        """What the pipeline's `encode_prompt` is handed of the options, beside prompts."""
+        return {name: options[name] for name in (*self.texts, *names) if name in options}
+
+    def _lora_scale(self, options: dict[str, Any]) -> float | None:
+        return options.get(self.kwargs, {}).get("scale")
+
+    def _check(self, prompts: list[str] | None, negative: Sequence[str | None] | None, options: dict[str, Any]) -> None:
+        unknown = sorted(set(options) - self.options)
+        if unknown:
+            takes = ", ".join(sorted(self.options))
+            raise ValueError(f"{', '.join(unknown)}: no option of {type(self.pipe).__name__}, whose options are {takes}")
+        side = 16 * self.multiple  # a size that is right: the run's own has been checked
+        given = {"prompt": prompts, "negative_prompt": None if negative is None else list(negative)}
+        given |= {"height": side, "width": side, "callback_steps": 1, **options}
+        known = inspect.signature(self.pipe.check_inputs).parameters.values()
+        required = {parameter.name: None for parameter in known if parameter.default is inspect.Parameter.empty}
+        names = {parameter.name for parameter in known}
+        self.pipe.check_inputs(**(required | {name: value for name, value in given.items() if name in names}))
+        skip = options.get("clip_skip")
+        if skip is not None:
+            layers = [
+                getattr(self.pipe, part).config.num_hidden_layers for part, _ in self.encoders if getattr(self.pipe, part)
+            ]
+            most = min(layers, default=0) + 1 - self.last_layer
+            if whole(skip) is None or not 0 <= skip <= most:
+                raise ValueError(f"clip_skip must be a whole number from 0 to {most}, got {skip!r}")
+        if not isinstance(options.get(self.kwargs, {}), dict):
+            raise ValueError(f"{self.kwargs} must be a dict, got {options[self.kwargs]!r}")
+        for name in {"prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3"} & set(options):
+            if prompts is not None and isinstance(options[name], list) and len(options[name]) != len(prompts):
+                raise ValueError(f"{name} has {len(options[name])} entries for {len(prompts)} prompts")
+
+    def _readers(self, prompts: list[str], options: dict[str, Any]) -> Iterator[tuple[Any, list[str], int]]:
+        """The tokenizers that read the text for the network, what each reads, and how many tokens at most."""
+        for i, (_, name) in enumerate(self.encoders, 1):
+            tokenizer = getattr(self.pipe, name, None)
+            if tokenizer is not None:
+                yield tokenizer, options.get(f"prompt_{i}") or prompts, tokenizer.model_max_length
+
+    def _truncated(self, prompts: list[str], options: dict[str, Any]) -> list[str]:
+        """What each prompt loses at the limit of the text encoder, by the first tokenizer that cuts it."""
+        cut = [""] * len(prompts)
+        for tokenizer, texts, limit in self._readers(prompts, options):
+            texts = [texts] if isinstance(texts, str) else list(texts)
+            if hasattr(self.pipe, "maybe_convert_prompt"):
+                texts = self.pipe.maybe_convert_prompt(texts, tokenizer)
+            for k, ids in enumerate(tokenizer(texts, truncation=False, verbose=False).input_ids):
+                cut[k] = cut[k] or tokenizer.decode(ids[limit - self.closing : len(ids) - self.closing]).strip()
+        return cut
+
+    def _cast(self, value: Any) -> Any:
+        """To the network's device, and numbers to its dtype, whatever the text encoder's."""
+        if isinstance(value, dict):
+            return {name: self._cast(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [self._cast(inner) for inner in value]
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(self.device, self.net.dtype if value.is_floating_point() else value.dtype)
+
+    def network(self, encoded: Encoded, plain: bool = False) -> Guided:
+        if self._live or encoded.own:  # arguments of somebody's own: neither recorded nor compiled into a network
+            return self.guided(self.net, encoded.inputs, shared={**encoded.shared, **encoded.own})
+        return (self._networks.plain if plain else self._networks.fast)(self.net, encoded.inputs, encoded.shared)
+
+    def decode(
+        self,
+        latents: Tensor,
+        output: str,
+        generators: list[torch.Generator] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        **options: Any,
+    ) -> Decoded:
+        """As the pipeline does, its safety checker and watermark included.
+
+        Where an autoencoder in half precision overflows, the picture is decoded again in float32.
+        """
+        pipe, vae = self.pipe, self.pipe.vae
+        unpacked = self._unpacked(latents, height, width, options)
+        with in_float32([vae]) if self._upcast() else nullcontext():
+            pixels = self._pixels(unpacked.to(vae.dtype), generators)
+        finite = _finite(pixels)
+        again = _finite(latents) & ~finite if vae.dtype in HALF else finite & False
+        if again.any():
+            if not self._overflowed:
+                log.warning("the autoencoder overflows in %s: such pictures are decoded again in float32", vae.dtype)
+                self._overflowed = True
+            drawn = None if generators is None else [generators[i] for i in again.nonzero()[:, 0].tolist()]
+            with in_float32([vae]):
+                pixels[again] = self._pixels(unpacked[again].float(), drawn).to(pixels.dtype)
+            finite = _finite(pixels)
+        flagged = None
+        if getattr(pipe, "safety_checker", None) is not None:
+            pixels, flagged = pipe.run_safety_checker(pixels, self.device, pipe.safety_checker.dtype)
+        if getattr(pipe, "watermark", None) is not None:
+            pixels = pipe.watermark.apply_watermark(pixels)
+        images = self._pictures(self._cropped(pixels, height, width, options), output, flagged)
+        return Decoded(images, finite.cpu(), None if flagged is None else [bool(flag) for flag in flagged])
+
+    def _unpacked(self, latents: Tensor, height: int | None, width: int | None, options: dict[str, Any]) -> Tensor:
+        """The latents (B, ...) as the autoencoder takes them, but for their scale."""
+        return latents
+
+    def _upcast(self) -> bool:
+        """Whether the pipeline itself decodes in float32."""
+        return False
+
+    def _pixels(self, latents: Tensor, generators: list[torch.Generator] | None) -> Tensor:
+        """The autoencoder's pictures of unpacked latents."""
+        raise NotImplementedError
+
+    def _cropped(self, pixels: Tensor, height: int | None, width: int | None, options: dict[str, Any]) -> Tensor:
+        """The pictures in the size that was asked for."""
+        return pixels
+
+    def _pictures(self, pixels: Tensor, output: str, flagged: Sequence[Any] | None) -> Any:
+        denormalize = None if flagged is None else [not flag for flag in flagged]
+        return self.pipe.image_processor.postprocess(pixels, output_type=output, do_denormalize=denormalize)
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        live, self._live = self._live, True
+        try:
+            with in_float32(part for part in self.pipe.components.values() if isinstance(part, nn.Module)):
+                yield
+        finally:
+            self._live = live
+
+
+def negative_texts(negative: list[str | None]) -> list[str] | None:
+    """As a pipeline's `encode_prompt` takes them; None where there are none, which some tell from empty ones."""
+    return None if all(text is None for text in negative) else [text or "" for text in negative]
+
+
+def halves(uncond: Tensor, cond: Tensor, prompts: int, count: int, name: str = "prompt_embeds") -> Tensor:
+    """Both halves of a batch, (2 * prompts * count, ...), each given as a row a prompt or already a row a sample.
+
+    Raises ValueError if they are not alike.
+    """
+    if uncond.shape[1:] != cond.shape[1:] or not {len(uncond), len(cond)} <= {prompts, prompts * count}:
+        raise ValueError(
+            f"{name} are {tuple(cond.shape)} and negative_{name} {tuple(uncond.shape)}: they must be alike, a row a prompt"
+        )
+    return torch.cat([half.repeat_interleave(prompts * count // len(half), dim=0) for half in (uncond, cond)])
+
+
+def _finite(values: Tensor) -> Tensor:
+    """(B,) bool, whether all of a sample's values (B, ...) are finite."""
+    return values.isfinite().flatten(1).all(dim=1)

@@ -1,0 +1,72 @@
+"""Latents packed 2 x 2 into tokens, (B, tokens, 4 C): what Flux and Qwen-Image have in common."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from ..loop import draw
+from ..schedulers import Schedule
+from .transformer import GuidedTransformer, Transformer, shift
+
+
+class GuidedPacked(GuidedTransformer):
+    """A transformer that is told the time as 0..1, rounded to the latents' dtype."""
+
+    @staticmethod
+    def predict(net: Callable[..., Any], latents: Tensor, timesteps: Tensor, inputs: dict[str, Any]) -> Tensor:
+        return GuidedTransformer.predict(net, latents, timesteps.to(latents.dtype) / 1000, inputs)
+
+
+class Packed(Transformer):
+    """A pipeline whose transformer takes packed latents as a `Model`."""
+
+    guided = GuidedPacked
+
+    @property
+    def latent_channels(self) -> int:
+        return 4 * super().latent_channels
+
+    @property
+    def multiple(self) -> int:
+        return 2 * self.pipe.vae_scale_factor
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return height // self.multiple, width // self.multiple
+
+    def shape(self, height: int, width: int, **options: Any) -> tuple[int, ...]:
+        rows, columns = self._grid(height, width)
+        return rows * columns, self.net.config.in_channels
+
+    def noise(self, generators: Sequence[torch.Generator], height: int, width: int, **options: Any) -> Tensor:
+        rows, columns = self._grid(height, width)
+        shape = self.net.config.in_channels // 4, 2 * rows, 2 * columns
+        return self.pipe._pack_latents(draw(shape, generators), len(generators), *shape)
+
+    def scheduled(
+        self,
+        schedule: Schedule,
+        scheduler: SchedulerMixin,
+        height: int | None = None,
+        width: int | None = None,
+        **options: Any,
+    ) -> Schedule:
+        config, tokens = scheduler.config, self.shape(*self.size(height, width))[0]
+        given = schedule.sigmas is not None or schedule.timesteps is not None
+        takes = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+        if takes and not given and not config.get("use_flow_sigmas"):
+            schedule = replace(schedule, sigmas=tuple(np.linspace(1.0, 1 / schedule.steps, schedule.steps).tolist()))
+        if schedule.mu is None and config.get("use_dynamic_shifting"):
+            schedule = replace(schedule, mu=shift(config, tokens, 1.15))
+        return schedule
+
+    def _unpacked(self, latents: Tensor, height: int | None, width: int | None, options: dict[str, Any]) -> Tensor:
+        return self.pipe._unpack_latents(latents, *self.size(height, width), self.pipe.vae_scale_factor)

@@ -1,0 +1,106 @@
+"""PixArt-Sigma: a masked T5, a network that also predicts a variance, pictures made in sizes it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from ..arguments import whole
+from .family import halves
+from .lean import LeanPixArt
+from .transformer import GuidedTransformer, Transformer
+
+
+class GuidedPixArt(GuidedTransformer):
+    """A PixArtTransformer2DModel, without the channels in which it predicts a variance."""
+
+    lean = LeanPixArt
+
+    @staticmethod
+    def predict(net: Callable[..., Any], latents: Tensor, timesteps: Tensor, inputs: dict[str, Any]) -> Tensor:
+        return GuidedTransformer.predict(net, latents, timesteps, inputs)[:, : latents.shape[1]]
+
+
+class PixArtSigma(Transformer):
+    """A PixArtSigmaPipeline as a `Model`.
+
+    A picture is made in the closest of the sizes the network was trained on, then resized and cropped, unless
+    use_resolution_binning=False, as in diffusers.
+    """
+
+    guided = GuidedPixArt
+    masks = ("prompt_attention_mask", "negative_prompt_attention_mask")
+    texts = (*Transformer.texts, *masks)
+    options = frozenset((*texts, "clean_caption", "max_sequence_length", "use_resolution_binning"))
+    encoders = (("text_encoder", "tokenizer"),)
+
+    @property
+    def multiple(self) -> int:
+        return self.pipe.vae_scale_factor * self.net.config.patch_size
+
+    @property
+    def own_size(self) -> tuple[int, int]:
+        side = self.net.config.sample_size * self.pipe.vae_scale_factor
+        return side, side
+
+    def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        found = []
+        for name, pixels, own in zip(("height", "width"), (height, width), self.own_size, strict=True):
+            number = own if pixels is None else whole(pixels)
+            if number is None or number < 1:
+                raise ValueError(f"{name} must be a whole number of pixels, got {pixels!r}")
+            found.append(number)
+        return found[0], found[1]
+
+    def shape(self, height: int, width: int, use_resolution_binning: bool | None = None, **options: Any) -> tuple[int, ...]:
+        sizes = self._sizes
+        if use_resolution_binning and sizes is None:
+            raise ValueError(
+                f"use_resolution_binning must be left out: there are no sizes for sample_size {self.net.config.sample_size}"
+            )
+        if sizes is None or use_resolution_binning is False:
+            height, width = super().size(height, width)
+        else:
+            height, width = self.pipe.image_processor.classify_height_width_bin(height, width, sizes)
+        return super().shape(height, width)
+
+    @property
+    def _sizes(self) -> dict[str, list[float]] | None:
+        """(height, width) by their ratio, for networks of this sample_size."""
+        from diffusers.pipelines.pixart_alpha import pipeline_pixart_sigma as own
+
+        side = {32: 256, 64: 512, 128: 1024, 256: 2048}.get(self.net.config.sample_size)
+        return None if side is None else getattr(own, f"ASPECT_RATIO_{side}_BIN")
+
+    def _encoded(
+        self,
+        prompts: list[str] | None,
+        negative: list[str | None],
+        count: int,
+        height: int,
+        width: int,
+        options: dict[str, Any],
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        cond, mask, uncond, negative_mask = self.pipe.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=True,
+            negative_prompt=[text or "" for text in negative],
+            num_images_per_prompt=count,
+            device=self.device,
+            **{"clean_caption": True, **self._text(options, "clean_caption", "max_sequence_length")},
+        )
+        return {
+            "encoder_hidden_states": halves(uncond, cond, len(negative), count),
+            "encoder_attention_mask": halves(negative_mask, mask, len(negative), count, "prompt_attention_mask"),
+        }, {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+
+    def _readers(self, prompts: list[str], options: dict[str, Any]) -> Iterator[tuple[Any, list[str], int]]:
+        yield self.pipe.tokenizer, prompts, options.get("max_sequence_length", 300)
+
+    def _pixels(self, latents: Tensor, generators: Any) -> Tensor:
+        return self.pipe.vae.decode(latents / self.pipe.vae.config.scaling_factor, return_dict=False)[0]
+
+    def _cropped(self, pixels: Tensor, height: int | None, width: int | None, options: dict[str, Any]) -> Tensor:
+        return pixels if height is None else self.pipe.image_processor.resize_and_crop_tensor(pixels, width, height)

@@ -1,0 +1,90 @@
+"""Wan 2.1: videos; a multilingual T5, latents in float32 whatever the network's dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arguments import whole
+from .family import halves
+from .lean import LeanWan
+from .qwen import unscaled
+from .transformer import GuidedTransformer, Transformer
+
+
+class GuidedWan(GuidedTransformer):
+    """A WanTransformer3DModel, which takes the latents in the dtype of its text."""
+
+    lean = LeanWan
+
+    @staticmethod
+    def predict(net: Callable[..., Any], latents: Tensor, timesteps: Tensor, inputs: dict[str, Any]) -> Tensor:
+        return GuidedTransformer.predict(net, latents.to(inputs["encoder_hidden_states"].dtype), timesteps, inputs)
+
+
+class Wan(Transformer):
+    """A WanPipeline around one transformer as a `Model`; num_frames, an option, is how many frames a video has."""
+
+    guided = GuidedWan
+    kwargs = "attention_kwargs"
+    options = frozenset((*Transformer.texts, "num_frames", "max_sequence_length", kwargs))
+    encoders = (("text_encoder", "tokenizer"),)
+    own_size = 480, 832  # the defaults of the pipeline's own call
+    frames = 81
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def check(self) -> None:
+        config = self.pipe.config
+        if self.pipe.transformer is None or config.boundary_ratio is not None or config.expand_timesteps:
+            raise ValueError("pipe is Wan 2.2, which changes its network on the way or tells it a time per token: use Wan 2.1")
+        super().check()
+
+    @property
+    def latent_channels(self) -> int:
+        return self.pipe.vae.config.z_dim
+
+    @property
+    def multiple(self) -> int:
+        return self.pipe.vae_scale_factor_spatial * self.net.config.patch_size[1]
+
+    def shape(self, height: int, width: int, num_frames: int | None = None, **options: Any) -> tuple[int, ...]:
+        frames, step = self.frames if num_frames is None else whole(num_frames), self.pipe.vae_scale_factor_temporal
+        if frames is None or frames < 1 or (frames - 1) % step:
+            raise ValueError(f"num_frames must be 1 more than a multiple of {step}, got {num_frames!r}")
+        factor = self.pipe.vae_scale_factor_spatial
+        return self.net.config.in_channels, (frames - 1) // step + 1, height // factor, width // factor
+
+    def _encoded(
+        self,
+        prompts: list[str] | None,
+        negative: list[str | None],
+        count: int,
+        height: int,
+        width: int,
+        options: dict[str, Any],
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        cond, uncond = self.pipe.encode_prompt(
+            prompt=prompts,
+            negative_prompt=[text or "" for text in negative],
+            do_classifier_free_guidance=True,
+            num_videos_per_prompt=count,
+            device=self.device,
+            **{"max_sequence_length": 512, **self._text(options, "max_sequence_length")},
+        )
+        return {"encoder_hidden_states": halves(uncond, cond, len(negative), count)}, {}
+
+    def _readers(self, prompts: list[str], options: dict[str, Any]) -> Iterator[tuple[Any, list[str], int]]:
+        yield self.pipe.tokenizer, prompts, options.get("max_sequence_length", 512)
+
+    def _pixels(self, latents: Tensor, generators: Any) -> Tensor:
+        return self.pipe.vae.decode(unscaled(latents, self.pipe.vae.config), return_dict=False)[0]
+
+    def _pictures(self, pixels: Tensor, output: str, flagged: Sequence[Any] | None) -> Any:
+        """Frames: lists of pictures, or (B, frames, ...)."""
+        return self.pipe.video_processor.postprocess_video(pixels, output_type=output)
