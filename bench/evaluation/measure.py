@@ -94,6 +94,10 @@ class Measure:
         """Whether copies can be told."""
         return self._likeness is not None
 
+    def knows_concepts(self, found: Sequence[Prompt]) -> bool:
+        """Whether it can be told what the pictures of some of these prompts show."""
+        return self._classifier is not None and any(prompt.concept for prompt in found)
+
     def __call__(self, images: Sequence[Image.Image], found: Sequence[Prompt]) -> list[dict[str, Any]]:
         shown = self._classifier.name(pixels(images)) if self._classifier else [None] * len(images)
         alike = self._likeness.compare(images, found) if self._likeness else [None] * len(images)
