@@ -111,8 +111,8 @@ def analyze(
     Raises ValueError, before any work, for a bad number or folder.
     """
     out, steps = Path(out), scenario.steps
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"output folder {str(out)!r} is not an empty folder: choose another")
+    if out.is_file() or (out.exists() and any(out.iterdir())):
+        raise ValueError(f"output folder {str(out)!r} is {'a file' if out.is_file() else 'not empty'}: choose another")
     for name, value in (("seeds", seeds), ("limit", 1 if limit is None else limit)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
