@@ -173,6 +173,7 @@ def test_a_model_and_captions_of_ones_own(own_model, tmp_path, monkeypatch, caps
     code, out, error = run(monkeypatch, capsys, *asked, "--out", tmp_path / "run")
     assert code == 0 and [line.split()[0] for line in out.splitlines()[1:4]] == ["cfg", "delayed-at", "opposite-at"]
     assert "Copies were not counted" in out and max(map(len, out.splitlines())) <= 80
+    assert "methods: cfg, delayed-at, opposite-at; no guard: the model has no calibration" in error
     lines = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").open()]
     assert {line["memorized"] for line in lines} == {line["concept_ok"] for line in lines} == {None}
     assert run(monkeypatch, capsys, "report", tmp_path / "run", "--out", tmp_path / "page.html")[0] == 0
@@ -188,8 +189,9 @@ def test_a_model_and_captions_of_ones_own(own_model, tmp_path, monkeypatch, caps
     assert (lines["cfg", "0000"]["nearest"], lines["cfg", "0000"]["memorized"]) == ("0001", True)
     (tmp_path / "mine.py").write_text(BROKEN.replace('"b" in', "False and").replace("2.0", "3.0"))
     assert run(monkeypatch, capsys, *asked, *methods, "--out", tmp_path / "again")[0] == 0
-    kept = {line["digest"] for line in map(json.loads, (tmp_path / "again" / "results.jsonl").open()) if "digest" in line}
-    assert len(kept) == 1  # the image that the earlier file made is made again
+    own = [line for line in map(json.loads, (tmp_path / "again" / "results.jsonl").open()) if "digest" in line]
+    assert len({line["digest"] for line in own}) == 1  # the image that the earlier file made is made again
+    assert [len(line["noise_gap"]) for line in own] == [3, 3]
     for options, says in (
         (("--methods", "guard"), "got 'guard' without a calibration"),
         (("--methods", "shape-nope"), "must be all, FILE.py:NAME, or among cfg"),

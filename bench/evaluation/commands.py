@@ -80,6 +80,7 @@ def evaluate(
 ) -> None:
     """Measure memorization. Methods run on captions that may be memorized and on ordinary prompts."""
     quieten()
+    from ..methods import chosen as methods_of
     from .comparison import Comparison
     from .evaluate import Incomplete, evaluate
 
@@ -87,6 +88,10 @@ def evaluate(
     fields |= {"similarity": similarity, "threshold": threshold, "calibration": calibration}
     chosen = _scenario(scenario, model, prompts, general, images, **fields)
     names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+    if names is None:
+        told = list(methods_of(chosen))
+        without = "" if "guard" in told else "; no guard: the model has no calibration, which `basinescape calibrate` makes"
+        typer.echo(f"methods: {', '.join(told)}{without}", err=True)
     failed = None
     try:
         rows = evaluate(chosen, names, out, seeds, limit, batch_size, dtype, device, progress, first_seed)

@@ -29,7 +29,7 @@ from .metrics import interval
 
 log = logging.getLogger(__name__)
 
-RECORDED = "cfg"  # the method whose noise gaps are kept, for detection
+RECORDED = "cfg"  # the method whose noise gaps are kept, for detection; those of a user's own methods are, too
 Key = tuple[str, str, str]  # of an image: method, group, id and seed
 
 
@@ -84,7 +84,6 @@ def evaluate(
     measure = Measure(scenario, whole_groups)
     sampler = Sampler.from_pretrained(scenario.source, device, dtype, scenario.scheduler)
     known = _suitable(known, sampler, scenario.steps, strict=methods is not None)
-    log.info("methods: %s", ", ".join(known))
     groups, out = limited(whole_groups, limit), Path(out)
     run = {
         "scenario": json.loads(json.dumps(asdict(scenario))),
@@ -235,7 +234,7 @@ def _made(
             "network_calls": calls / len(batch),
             "seconds": round(seconds, 4),
         }
-        if task.method == RECORDED:
+        if task.method == RECORDED or digest is not None:
             line["noise_gap"] = [round(gap, 4) for gap in made.noise_gap[i].tolist()]
         if digest is not None:
             line["digest"] = digest

@@ -45,6 +45,8 @@ class Method:
     def check(self, sampler: Sampler, steps: int) -> None:
         """Raises ValueError, before any work, for a sampler or steps that the method does not suit."""
         planned(sampler.solver(steps), self.guidance, torch.device("cpu"))
+        if self.wrap is not None or self.noise is not None:
+            stepwise.check(self.guidance)
         if self.suits is not None:
             self.suits(sampler, steps)
 

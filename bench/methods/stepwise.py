@@ -44,6 +44,12 @@ class Remembered:
         return getattr(self._network, name)
 
 
+def check(guidance: Guidance) -> None:
+    """Raises ValueError for a guard, whose attempts are more than one way through the steps."""
+    if guidance.rungs:
+        raise ValueError("a guard takes neither a wrapped network nor other noise: its attempts are not steps of one run")
+
+
 @torch.inference_mode()
 def sample(
     sampler: Sampler,
@@ -59,11 +65,9 @@ def sample(
 ) -> Output:
     """An image for each prompt and its seed, as the sampler makes it where nothing is changed.
 
-    Where there is somebody to look, both branches run in every step. Raises ValueError for a guard, whose attempts are more
-    than one way through the steps, and what the sampler raises.
+    Where there is somebody to look, both branches run in every step. Raises what `check` does, and what the sampler does.
     """
-    if guidance.rungs:
-        raise ValueError("a guard takes neither a wrapped network nor other noise: its attempts are not steps of one run")
+    check(guidance)
     model, solver = sampler.model, sampler.solver(steps)
     plan = Plan.make(solver, guidance, model.device)
     height, width = sampler.size()
