@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .evaluation import commands
 from .tables import aligned, tables
 
 if TYPE_CHECKING:
@@ -193,76 +194,7 @@ def demo(out: Annotated[Path, typer.Option(help="folder for the table and the pi
     typer.echo(demo(out))
 
 
-@app.command()
-def evaluate(
-    out: Annotated[Path, typer.Option(help="folder for results.jsonl, table.csv and the images")],
-    scenario: Annotated[str, typer.Option(help="tiny, 1, 2, 3, 4, or a .yaml file")] = "tiny",
-    methods: Annotated[str, typer.Option(help="names with commas between, or 'all'")] = "all",
-    seeds: Annotated[int, typer.Option(help="images a prompt")] = 4,
-    first_seed: Annotated[int, typer.Option(help="their seeds are counted up from here")] = 0,
-    limit: Annotated[int | None, typer.Option(help="only the first prompts of each group")] = None,
-    batch_size: Annotated[int, typer.Option(help="images sampled together")] = 16,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda where there is a GPU")] = None,
-    progress: Annotated[bool, typer.Option(help="show a progress bar")] = True,
-) -> None:
-    """Measure memorization. Every method runs on every prompt of a scenario."""
-    _quieten()
-    from . import scenario as scenarios
-    from .evaluation.evaluate import evaluate
-    from .methods import table
-
-    chosen = scenarios.load(scenario)
-    names = list(table(chosen)) if methods == "all" else methods.split(",")
-    rows = evaluate(chosen, names, out, seeds, limit, batch_size, dtype, device, progress, first_seed)
-    typer.echo(aligned(rows))
-
-
-@app.command()
-def quality(
-    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="folder written by evaluate; gets quality.csv, quality.jsonl")],
-    clip: Annotated[str | None, typer.Option(help="CLIP model of the text alignment, as openai/clip-vit-base-patch16")] = None,
-    features: Annotated[str, typer.Option(help="of FID and KID: concept, inception, sscd, clip, dino, or 'none'")] = "concept",
-    references: Annotated[Path | None, typer.Option(help="folder of images for FID and KID; for tiny: fresh scenes")] = None,
-    similarity: Annotated[str | None, typer.Option(help="to the training images: pixels, sscd, clip or dino")] = None,
-    progress: Annotated[bool, typer.Option(help="show a progress bar")] = True,
-) -> None:
-    """Measure the images of an evaluation. Text alignment, distance from ordinary images, similarity to training images."""
-    _quieten()
-    from .evaluation.quality import quality
-
-    typer.echo(aligned(quality(run, clip, None if features == "none" else features, references, similarity, progress)))
-
-
-@app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR", help="folders written by evaluate")],
-    out: Annotated[Path, typer.Option(help="the page to write, one HTML file that needs no network")],
-) -> None:
-    """Make a page about evaluations. Tables, the noise gap's curves, and training images beside what was made of them."""
-    from .evaluation.report import report
-
-    report(runs, out)
-    typer.echo(f"{len(runs)} run{'s' if len(runs) > 1 else ''} in {out}")
-
-
-@app.command()
-def analyze(
-    out: Annotated[Path, typer.Option(help="folder for the figures, CSV files and summary.json; new or empty")],
-    scenario: Annotated[str, typer.Option(help="tiny, 1, 2, 3, 4, or a .yaml file")] = "tiny",
-    seeds: Annotated[int, typer.Option(help="trajectories a prompt")] = 2,
-    limit: Annotated[int | None, typer.Option(help="only the first prompts of each group")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda where there is a GPU")] = None,
-) -> None:
-    """Make basins visible. Where guidance may start, how wide a basin is, and whether a rule finds its edge."""
-    _quieten()
-    from . import scenario as scenarios
-    from .evaluation.analyze import analyze
-
-    summary = analyze(scenarios.load(scenario), out, seeds, limit, dtype=dtype, device=device)
-    for rows in (summary["onset"], summary["detection"], summary["agreement"]):
-        typer.echo(aligned(rows) + "\n")
+commands.add(app)
 
 
 @app.command()

@@ -14,38 +14,38 @@ from typing import Any
 
 from basinescape import Calibration, Sampler
 
+from .captions import IMAGES, Prompt, read_prompts
+from .evaluation.metrics import THRESHOLDS, installed
+
+__all__ = ["IMAGES", "PRESETS", "Prompt", "Scenario", "limited", "load", "prompts", "read_prompts"]
+
 DATA = "https://github.com/somepago/DCR and https://github.com/YuxinWenRick/diffusion_memorization"
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 Stable = dict[str, Sequence[Sequence[float]]]  # name of a norm -> its (mean, standard deviation) in every step but the last
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt; `image` is the training image it is known to reproduce, `concept` what its picture must show, where known."""
-
-    id: str
-    text: str
-    image: Path | None = None
-    concept: str | None = None
 
 
 @dataclass(frozen=True)
 class Scenario:
     """What an evaluation runs on.
 
-    model:      folder or hub id. memorized, general: prompt files, in any layout that `read_prompts` knows.
+    model:      folder or hub id. A classifier of concepts beside the model, in `classifier/`, judges those of the prompts.
+    memorized, general: captions that may be memorized, and ordinary ones, in any layout that `read_prompts` knows.
+    images:     folder of training images, of the captions and others; None: those that the prompt files name, perhaps none.
     transition: the timestep of the static transition point.
     ordinary:   the usual noise gap of each unguided step, for the rule `Settled`; empty: not measured, no such method.
     stable:     the stable region of plain guidance, for `methods.update`; None: not measured, no such method.
     calibration: file of a `Calibration`, or the name of a pipeline that ships, for the guard; None: no such method.
-    similarity: "pixels", "sscd", "clip" or "dino". threshold: similarity above which an image counts as memorized.
+    similarity: "pixels", "sscd", "clip" or "dino"; None: sscd where it is installed, else pixels.
+    threshold:  similarity above which an image counts as memorized; None: that of the similarity.
     where:      where the authors publish what is missing here.
+
+    Raises ValueError for a similarity of which no threshold is known, and none is given.
     """
 
     name: str
     model: str
     memorized: str
     general: str | None = None
+    images: str | None = None
     steps: int = 50
     scheduler: str = "dpmsolver++"
     scale: float = 7.5
@@ -53,19 +53,37 @@ class Scenario:
     ordinary: tuple[float, ...] = ()
     stable: Stable | None = None
     calibration: str | None = None
-    similarity: str = "sscd"
-    threshold: float = 0.5
+    similarity: str | None = None
+    threshold: float | None = None
     where: str = DATA
+
+    def __post_init__(self) -> None:
+        if self.similarity is None:
+            object.__setattr__(self, "similarity", "sscd" if installed("sscd") else "pixels")
+        if self.threshold is None:
+            if self.similarity not in THRESHOLDS:
+                raise ValueError(f"threshold must be given for similarity {self.similarity!r}: none is known")
+            object.__setattr__(self, "threshold", THRESHOLDS[self.similarity])
+
+    @property
+    def source(self) -> str | Path:
+        """What a sampler is loaded from."""
+        return Sampler.model_path(self.model) if self.model == "tiny" else self.model
+
+    @classmethod
+    def read(cls, stored: dict[str, Any]) -> Scenario:
+        """What a run's settings say of it; fields of other versions are left out. Raises TypeError where it is not one."""
+        return cls(**{field.name: stored[field.name] for field in fields(cls) if field.name in stored})
 
 
 _measured = Sampler.model_path("tiny") / "ordinary.json"  # of the pipeline that lies beside it: see `evaluation.ordinary`
 ORDINARY = json.loads(_measured.read_text()) if _measured.is_file() else {"gap": (), "stable": None}
 
 PRESETS = {
-    "1": Scenario("1", "sd-finetuned-laion10k", "laion_10k_random/captions.json", transition=500.0),
-    "2": Scenario("2", "sd-finetuned-imagenette", "imagenette2-train", transition=600.0),
-    "3": Scenario("3", "sd14-finetuned-200-duplicates", "memorized_images", transition=500.0),
-    "4": Scenario("4", "CompVis/stable-diffusion-v1-4", "sdv1_500_memorized.jsonl", transition=500.0),
+    "1": Scenario("1", "sd-finetuned-laion10k", "laion_10k_random/captions.json", transition=500.0, similarity="sscd"),
+    "2": Scenario("2", "sd-finetuned-imagenette", "imagenette2-train", transition=600.0, similarity="sscd"),
+    "3": Scenario("3", "sd14-finetuned-200-duplicates", "memorized_images", transition=500.0, similarity="sscd"),
+    "4": Scenario("4", "CompVis/stable-diffusion-v1-4", "sdv1_500_memorized.jsonl", transition=500.0, similarity="sscd"),
     "tiny": Scenario(
         "tiny",
         "tiny",
@@ -73,7 +91,6 @@ PRESETS = {
         "tiny",
         transition=680.0,
         similarity="pixels",
-        threshold=0.81,
         # Both from general prompts with seeds of their own, from 100 on.
         ordinary=tuple(ORDINARY["gap"]),
         stable=ORDINARY["stable"],
@@ -82,13 +99,38 @@ PRESETS = {
 }
 
 
-def load(name: str) -> Scenario:
-    """A preset, or a scenario from a YAML file of the fields of `Scenario`.
+FILES = ("model", "memorized", "general", "images", "calibration")  # fields that may name a file or folder
+MEASURED = {"ordinary": (), "stable": None, "calibration": None}  # what belongs to one model and one way to sample from it
+SAMPLED = {"model", "steps", "scheduler", "scale"}  # fields that say how
+
+
+def load(name: str | None = None, **given: Any) -> Scenario:
+    """A preset, or a scenario from a YAML file of the fields of `Scenario`, with the fields in `given` that are not None.
+
+    name: None for a scenario of `given` alone, or "tiny" where that names neither model nor prompts. Files are made absolute;
+    a calibration that lies beside the model is found.
 
     Raises ValueError for an unknown name or field, FileNotFoundError for a missing file.
     """
-    if name in PRESETS:
-        return PRESETS[name]
+    given = {field: value for field, value in given.items() if value is not None} | _absolute(given, Path())
+    if name is None and ("model" in given or "memorized" in given):
+        missing = {"model", "memorized"} - given.keys()
+        if missing:
+            asked = {"model": "a model", "memorized": "prompts"}
+            raise ValueError(
+                f"{' and '.join(asked[field] for field in sorted(given.keys() & asked.keys()))} without "
+                f"{asked[missing.pop()]}: give both, or a scenario"
+            )
+        return _calibrated(Scenario(**{"name": Path(given["model"]).name, **given}))
+    base = PRESETS.get(name or "tiny") or _from_yaml(name)
+    if SAMPLED & given.keys():
+        base = replace(base, **MEASURED)
+    if "similarity" in given:
+        base = replace(base, similarity=given["similarity"], threshold=given.get("threshold"))
+    return _calibrated(replace(base, **given))
+
+
+def _from_yaml(name: str) -> Scenario:
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"scenario must be one of {', '.join(PRESETS)}, or a .yaml file; got {name!r}")
@@ -96,18 +138,29 @@ def load(name: str) -> Scenario:
         raise FileNotFoundError(f"scenario file {name!r} does not exist")
     import yaml
 
-    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"scenario file {name!r} is not YAML: {error}") from error
     known = {field.name for field in fields(Scenario)}
     if not isinstance(given, dict) or not {"model", "memorized"} <= given.keys() <= known:
+        wrong = f"has {', '.join(sorted(given.keys() - known)) or 'neither'}" if isinstance(given, dict) else "holds no fields"
         raise ValueError(
-            f"scenario file {name!r} must give model and memorized, and of the rest only {', '.join(sorted(known))}; "
-            f"got {given!r}"
+            f"scenario file {name!r} must give model and memorized, and of the rest only {', '.join(sorted(known))}; it {wrong}"
         )
-    scenario = Scenario(**{"name": path.stem, **given})
-    folder = path.parent
-    files = ("model", "memorized", "general", "calibration")
-    beside = {key: str(folder / value) for key in files if (value := getattr(scenario, key))}
-    return replace(scenario, **{key: value for key, value in beside.items() if Path(value).exists()})
+    return Scenario(**{"name": path.stem, **given, **_absolute(given, path.parent)})
+
+
+def _absolute(given: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Those of the fields that name a file in `folder`, with the whole path; a hub id, or what ships here, is none."""
+    named = {field: given[field] for field in FILES if isinstance(given.get(field), str | Path) and given[field] != "tiny"}
+    found = {field: folder / value for field, value in named.items()}
+    return {field: str(path.resolve()) for field, path in found.items() if path.exists()}
+
+
+def _calibrated(scenario: Scenario) -> Scenario:
+    beside = Calibration.beside(scenario.source)
+    return replace(scenario, calibration=str(beside)) if scenario.calibration is None and beside else scenario
 
 
 def prompts(scenario: Scenario) -> dict[str, list[Prompt]]:
@@ -117,64 +170,14 @@ def prompts(scenario: Scenario) -> dict[str, list[Prompt]]:
     """
     if scenario.memorized == "tiny":
         return tiny_prompts()
-    groups = {"memorized": read_prompts(scenario.memorized, scenario.where)}
+    groups = {"memorized": read_prompts(scenario.memorized, scenario.where, scenario.images)}
     if scenario.general:
-        groups["general"] = [replace(prompt, image=None) for prompt in read_prompts(scenario.general, scenario.where)]
-    return groups
-
-
-def read_prompts(source: str | Path, where: str = "") -> list[Prompt]:
-    """Prompts and training images in one of the layouts their authors publish.
-
-    A JSON object of captions by image path, `{"images/1.jpg": ["a caption"]}`; JSON Lines with `caption` or `prompt` and
-    perhaps `image`, `id`, `concept`; or a folder of images, each with its caption in a .txt file beside it or, without one,
-    in the name of its folder.
-
-    Raises FileNotFoundError for what is missing, ValueError for another layout.
-    """
-    path = Path(source)
-    if path.is_dir():
-        found = [_pair(path, file) for file in sorted(path.rglob("*")) if file.suffix.lower() in IMAGES]
-    elif not path.exists():
-        published = f"; their authors publish them: {where}" if where else ""
-        raise FileNotFoundError(f"prompts {str(path)!r} do not exist{published}")
-    elif path.suffix == ".json":
-        captions = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(captions, dict):
-            raise ValueError(f"{path}: must be an object of captions by image path, got a {type(captions).__name__}")
-        found = [
-            Prompt(Path(image).stem, texts if isinstance(texts, str) else texts[0], _beside(path, image))
-            for image, texts in captions.items()
+        taken = {prompt.id.casefold() for prompt in groups["memorized"]}  # ids name files
+        groups["general"] = [
+            replace(prompt, image=None, id=f"general-{prompt.id}" if prompt.id.casefold() in taken else prompt.id)
+            for prompt in read_prompts(scenario.general, scenario.where)
         ]
-    elif path.suffix == ".jsonl":
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        found = [_line(path, number, json.loads(line)) for number, line in enumerate(lines)]
-    else:
-        raise ValueError(f"prompts {str(path)!r} must be a .json or .jsonl file or a folder of images")
-    if not found:
-        raise ValueError(f"prompts {str(path)!r} hold no prompts")
-    return found
-
-
-def _pair(folder: Path, image: Path) -> Prompt:
-    text = image.with_suffix(".txt")
-    caption = text.read_text(encoding="utf-8").strip() if text.is_file() else image.parent.name.replace("_", " ")
-    return Prompt(str(image.relative_to(folder).with_suffix("")).replace("/", "-"), caption, image)
-
-
-def _line(path: Path, number: int, entry: dict[str, Any]) -> Prompt:
-    text = entry.get("caption", entry.get("prompt"))
-    if not isinstance(text, str):
-        raise ValueError(f"{path}, entry {number}: has neither caption nor prompt")
-    image = entry.get("image")
-    return Prompt(str(entry.get("id", f"{number:04d}")), text, _beside(path, image) if image else None, entry.get("concept"))
-
-
-def _beside(path: Path, image: str) -> Path:
-    found = path.parent / image
-    if not found.is_file():
-        raise FileNotFoundError(f"{path}: its image {image!r} is not at {str(found)!r}")
-    return found
+    return groups
 
 
 # Captions beside those of training, made of its own words. Captions with a word that it never saw are no general prompts: the

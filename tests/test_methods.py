@@ -1,17 +1,19 @@
 """Each method against its definition."""
 
 import json
+import textwrap
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from basinescape import At, Guidance, Sampler
+from basinescape import At, FirstMinimum, Guidance, Sampler
 from basinescape.bench.evaluation import ordinary
-from basinescape.bench.methods import Batch, Method, augment, cads, dryrun, embedding, update
+from basinescape.bench.methods import Batch, Method, augment, cads, chosen, dryrun, embedding, noise, own, stepwise, update
 from basinescape.bench.methods import table as method_table
 from basinescape.bench.methods.padding import words_mask
 from basinescape.bench.scenario import PRESETS
+from basinescape.kernels import definition
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from ladders import guarded
 
@@ -35,8 +37,124 @@ def test_a_method_is_its_guidance_its_prompts_and_its_network(pipe):
     assert torch.equal(latents(general), sampler([GENERAL], [5], 3, guidance, progress=False).latents)
     turned = latents(general, wrap)
     assert seen == [([GENERAL], [5], 3)] and not torch.equal(turned, latents(general))
-    with pytest.raises(ValueError, match="neither a wrapped network"):
-        Method(guarded(Guidance.delayed(3.0, until=At(500)), 3, 1.0), wrap=wrap).sample(sampler, [GENERAL], [0], 3)
+    both = Method(guarded(Guidance.delayed(3.0, until=At(500)), 3, 1.0), wrap=wrap)
+    for use in (lambda: both.sample(sampler, [GENERAL], [0], 3), lambda: both.check(sampler, 3)):
+        with pytest.raises(ValueError, match="neither a wrapped network"):
+            use()
+
+
+def steeper(network, batch):
+    """Twice the guidance, written over what the network gave."""
+
+    def predict(latents, timesteps, branch):
+        uncond, cond = (predictions := network(latents, timesteps, branch)).chunk(2)
+        cond += cond - uncond
+        return predictions
+
+    return predict
+
+
+@pytest.mark.parametrize("scheduler", ["dpmsolver++", "unipc"])  # linear, and one that takes its own steps
+def test_the_gap_is_the_networks_whatever_a_method_makes_of_the_predictions(random_pipeline, scheduler):
+    sampler, found = Sampler.from_pipeline(random_pipeline("sd", 8, "epsilon"), scheduler), [MEMORIZED, GENERAL]
+    twice = Method(Guidance.cfg(2.0), wrap=steeper).sample(sampler, found, [0, 1], 8)
+    plain = sampler(found, [0, 1], 8, Guidance.cfg(4.0), progress=False)
+    assert torch.equal(twice.noise_gap[:, 0], plain.noise_gap[:, 0])
+    torch.testing.assert_close(twice.noise_gap, plain.noise_gap, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(twice.latents, plain.latents, rtol=1e-3, atol=1e-3)
+
+    def vanished(network, batch):
+        return lambda latents, timesteps, branch: network(latents, timesteps, branch)[: len(latents) // 2].repeat(2, 1, 1, 1)
+
+    until = FirstMinimum(latest=7)
+    out = Method(Guidance.delayed(2.0, until=until), wrap=vanished).sample(sampler, found, [0, 1], 8)
+    assert out.noise_gap[:, :3].min() > 0  # though the predictions that were sampled from do not differ
+    rule = until.leaving(range(8))
+    assert [definition.transition(gaps.tolist(), rule) for gaps in out.noise_gap] == out.transition_step.tolist()
+
+
+@pytest.mark.parametrize("guidance", [Guidance.cfg(3.0), Guidance.delayed(3.0, until=At(500), restart=(300, 600, 1))])
+def test_step_by_step_nothing_is_otherwise(random_pipeline, guidance):
+    sampler, found, seen = Sampler.from_pipeline(random_pipeline("sd", 8, "epsilon"), "ddim"), [MEMORIZED, GENERAL], []
+    plain = sampler(found, [3, 4], 6, guidance, progress=False)
+    out = stepwise.sample(sampler, found, [3, 4], 6, guidance, push=lambda k, state, table: seen.append(k))
+    assert torch.equal(out.latents, plain.latents) and torch.equal(out.transition_step, plain.transition_step)
+    torch.testing.assert_close(out.noise_gap, plain.noise_gap, rtol=0, atol=0, equal_nan=True)
+    assert sorted(set(seen)) == list(range(6))
+
+
+def test_a_method_of_ones_own_is_as_the_documentation_has_it(random_pipeline, tmp_path):
+    text = own.__doc__
+    example = textwrap.dedent(text[text.index("    import torch") : text.index("Anything else")])
+    more = "\ndef mine(sampler, prompts, seeds, steps):\n    return sampler(prompts, seeds, steps, Guidance.cfg(1.0))\n"
+    (tmp_path / "mine.py").write_text(example + more)
+    file = tmp_path / "mine.py"
+    found = chosen(TINY, ["cfg", f"{file}:method", f"{file}:mine"])
+    assert list(found) == ["cfg", "mine.method", "mine.mine"]
+    sampler = Sampler.from_pipeline(random_pipeline("sd", 8, "epsilon"), "ddim")
+    plain, capped, cond = (each.sample(sampler, [MEMORIZED], [0], 3) for each in found.values())
+    assert torch.equal(capped.noise_gap[:, 0], plain.noise_gap[:, 0]) and not torch.equal(capped.latents, plain.latents)
+    assert torch.equal(cond.latents, sampler([MEMORIZED], [0], 3, Guidance.cfg(1.0), progress=False).latents)
+    changed = found["mine.method"].digest
+    file.write_text(file.read_text() + "# again\n")
+    assert chosen(TINY, [f"{file}:method"])["mine.method"].digest != changed
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "says"),
+    [
+        (None, "method", "does not exist"),
+        ("import nowhere_to_be_found", "method", "cannot be run: ModuleNotFoundError"),
+        ("def method(:", "method", "cannot be run: SyntaxError"),
+        ("import random\nmethod = 3", "method", "must be a Method or have its sample, got a int"),
+        ("import random\nother = 3", "method", "has no 'method'; it has no method"),
+    ],
+)
+def test_a_file_without_a_method_is_named(tmp_path, content, name, says):
+    if content is not None:
+        (tmp_path / "mine.py").write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        chosen(TINY, ["cfg", f"{tmp_path / 'mine.py'}:{name}"])
+
+
+def test_methods_are_few_unless_asked_for_and_each_comes_once():
+    assert list(chosen(TINY)) == ["cfg", "delayed-at", "opposite-at", "guard"]
+    assert list(chosen(replace(TINY, calibration=None))) == ["cfg", "delayed-at", "opposite-at"]
+    assert list(chosen(TINY, ["all"])) == list(method_table(TINY))
+    with pytest.raises(ValueError, match="'cfg' twice"):
+        chosen(TINY, ["cfg", "cfg"])
+    with pytest.raises(ValueError, match="got 'guard' without a calibration"):
+        chosen(replace(TINY, calibration=None), ["guard"])
+
+
+def test_noise_is_moved_along_the_change_of_the_difference():
+    """With e(x) = A x the change is rho A e / |e|, whatever the batch; the norm of the push is that of the noise's size."""
+    size, matrix = (4, 8, 8), torch.randn(256, 256, dtype=torch.float64) / 16
+    drawn = torch.randn(3, *size, dtype=torch.float64)
+
+    def predict(x):
+        return torch.zeros_like(x), (x.flatten(1) @ matrix.T).view_as(x)
+
+    expected, rho = drawn.flatten(1), noise.RHO * (256 / noise.SIZE) ** 0.5
+    for _ in range(noise.ITERATIONS):
+        here = expected @ matrix.T
+        expected = expected - noise.RATE * rho * (here / here.norm(dim=1, keepdim=True)) @ matrix.T
+    torch.testing.assert_close(noise.adjusted(predict, drawn).flatten(1), expected)
+
+
+def test_adjusted_noise_is_the_samplers_own_moved(random_pipeline):
+    sampler, found = Sampler.from_pipeline(random_pipeline("sd", 8, "epsilon"), "euler"), [MEMORIZED, GENERAL]
+    made = noise.method(7.5).sample(sampler, found, [0, 1], 10)
+    assert made.transition_step.tolist() == [1, 1] and made.noise_gap[:, 0].isnan().all()
+    begun = []
+
+    def kept(predict, drawn):
+        begun.append(noise.adjusted(predict, drawn))
+        return begun[-1]
+
+    Method(Guidance.cfg(7.5), noise=kept).sample(sampler, found, [0, 1], 10)
+    again = sampler(found, [0, 1], 10, noise.method(7.5).guidance, latents=begun[0], progress=False)
+    torch.testing.assert_close(again.latents, made.latents, rtol=1e-4, atol=1e-4)
 
 
 def region(steps, mean, deviation, **others):

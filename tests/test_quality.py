@@ -293,7 +293,7 @@ def test_the_report_shows_the_table(run, tmp_path, monkeypatch, capsys):
     body = page[page.index("<h3>Quality</h3>") :]
     with (run / "quality.csv").open() as file:
         first = next(csv.DictReader(file))
-    assert f'data-value="{float(first["pixels_mean"])}">{first["pixels_mean"]}</td>' in body
+    assert f'data-value="{float(first["pixels_mean"])}">{float(first["pixels_mean"]):.3g}</td>' in body
     assert body.index(">memorized</td>") < body.index(">general</td>")
 
 

@@ -1,10 +1,14 @@
 """The report: one page that holds every image, needs no network, and is not written where a run is missing."""
 
 import base64
+import csv
+import gzip
 import json
 import re
+import shutil
 import sys
 from dataclasses import asdict
+from urllib.parse import unquote
 
 import pytest
 from basinescape.bench import cli
@@ -37,7 +41,7 @@ def run(tmp_path):
                 line |= {"transition_step": 0 if method == "cfg" else 4, "network_calls": 12.0, "seconds": 0.5}
                 lines.append(line | ({"noise_gap": [3.0, 1.0, 2.0]} if method == "cfg" else {}))
     (folder / "results.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    scenario = Scenario("small", "some/model", str(data / "memorized.jsonl"), steps=3)
+    scenario = Scenario("small", "some/model", str(data / "memorized.jsonl"), steps=3, similarity="pixels", threshold=0.5)
     settings = {"scenario": asdict(scenario), "scheduler": {"class": "DDIMScheduler"}, "dtype": "float32", "device": "cpu"}
     (folder / "run.json").write_text(json.dumps(settings | {"versions": {"torch": "2.13"}}))
     return folder
@@ -53,12 +57,37 @@ def embedded(page):
     return [base64.b64decode(code) for code in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
 
 
-def test_training_images_stand_beside_the_first_seeds_most_similar_first(run, tmp_path):
-    rows = [[tmp_path / "data" / f"{name}.png", *(run / "images" / m / f"{name}-0.png" for m in SIMILARITY)] for name in "bca"]
+def cells(page):
+    """The rows of the table of methods, cell by cell, each with whether it is marked."""
+    body = page[page.index("<tbody>") : page.index("</tbody>")]
+    return [re.findall(r'<t[dh] (?:class="number( best)?[^"]*" )?[^>]*>([^<]*)', row) for row in body.split("</tr>")[:-1]]
+
+
+def changed(run, **columns):
+    """The run's lines with other columns, given as functions of a line."""
+    lines = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+    made = [json.dumps(line | {name: column(line) for name, column in columns.items()}) for line in lines]
+    (run / "results.jsonl").write_text("\n".join(made))
+
+
+def test_captions_come_worst_first_with_their_training_image(run, tmp_path):
+    changed(run, similarity=lambda line: line["similarity"] - 0.01 * (line["seed"] == 0))
+    rows = [[tmp_path / "data" / f"{name}.png", *(run / "images" / m / f"{name}-1.png" for m in SIMILARITY)] for name in "cba"]
     page = page_of(run, tmp_path)
     assert embedded(page) == [path.read_bytes() for row in rows for path in row]
-    assert re.findall(r'data-value="([^"]+)" class="memorized"', page) == ["0.95", "0.7", "0.9"]
-    assert 'title="similarity 0.900, transition step 4"' in page
+    assert re.findall(r'<figure class="copy">.*?</b> ([0-9.]+)', page) == ["0.70", "0.90", "0.95"]
+    assert page.count("2 of 2 copied") == 3 and page.count("none of 2 copied") == 3
+    assert re.findall(r'<article data-0="(-?[0-9]+)" data-1="([0-9.]+)"', page) == [
+        ("-1", "0.7"),
+        ("-2", "0.95"),
+        ("-3", "0.4"),
+    ]
+
+
+def test_thousands_of_captions_are_cut_at_the_worst(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("basinescape.bench.evaluation.report.SHOWN", 2)
+    page = page_of(run, tmp_path)
+    assert "The worst 2 of 3." in page and page.count("<article") == 2 and TEXT["c"] in page
 
 
 def test_nothing_is_fetched_and_text_stays_text(run, tmp_path):
@@ -69,23 +98,86 @@ def test_nothing_is_fetched_and_text_stays_text(run, tmp_path):
     assert "a lamp &amp; a chair" in page
 
 
-def test_the_table_has_memorized_prompts_first_with_their_interval(run, tmp_path):
+def test_groups_stand_side_by_side_and_the_best_of_a_column_is_marked(run, tmp_path):
+    concept = {"cfg": "bcg", "delayed-at": "abcg"}
+    changed(run, concept_ok=lambda line: line["id"] in concept[line["method"]])
     page = page_of(run, tmp_path)
-    body = page[page.index('<table class="methods">') : page.index("</table>")]
-    cells = [re.findall(r">([^<]*)</t[dh]>", row) for row in body[body.index("<tbody>") :].split("</tr>")[:-1]]
-    assert [row[:3] for row in cells] == [[m, g, n] for g, n in (("memorized", "6"), ("general", "2")) for m in SIMILARITY]
-    assert cells[0][3] == "0.667 (0.000 to 1.000)"
-    assert page.count("<svg") == 1
+    assert re.findall(r'colspan="(\d)">([^<]*)<', page) == [("3", "memorized prompts"), ("3", "general prompts")]
+    plain, delayed = (
+        [("", label), *values]
+        for label, values in (
+            ("plain guidance", [("", "67%"), ("", "67%"), ("", "12"), ("", "0%"), ("", "100%"), ("", "12")]),
+            ("delayed until t = 500", [(" best", "33%"), (" best", "100%"), ("", "12"), ("", "0%"), ("", "100%"), ("", "12")]),
+        )
+    )
+    assert cells(page) == [plain, delayed]
+    assert "<small>0% to 100%</small>" in page and page.count("<svg") == 2
+    finding = re.search(r'class="finding">([^<]*)<', page)[1]
+    assert finding == (
+        "On memorized prompts plain guidance copies a training image in 67% of its images, delayed until t = 500 in 33% (95% "
+        "interval 0% to 100%), with the concept right in 100% (plain 67%), at 12 network calls an image (plain 12)."
+    )
+    with (tmp_path / "page.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["memorized: copies"]) for row in rows] == [0.6667, 0.3333]
+    assert [float(row["memorized: copies, high"]) for row in rows] == [1.0, 1.0]
+    latex = (tmp_path / "page.tex").read_text()
+    assert r"delayed until t = 500 & \textbf{33\%} (0\% to 100\%) & \textbf{100\%}" in latex and latex.count(r"\\") == 4
+    links = re.findall(r'download="run.(\w+)" href="data:text/plain;charset=utf-8,([^"]*)"', page)
+    assert {name: unquote(text) for name, text in links} == {
+        "csv": (tmp_path / "page.csv").read_text(),
+        "tex": latex,
+    }
 
 
-def test_without_training_images_and_curves_the_rest_is_shown(run, tmp_path):
+def test_what_a_guard_did_and_said_is_shown(run, tmp_path):
+    judged = {"a": (1, False), "b": (3, True), "c": (2, False), "g": (1, False)}
+    changed(
+        run,
+        attempts=lambda line: judged[line["id"]][0],
+        suspect=lambda line: judged[line["id"]][1],
+        method=lambda line: {"delayed-at": "guard"}.get(line["method"], line["method"]),
+    )
+    (run / "images" / "delayed-at").rename(run / "images" / "guard")
+    page = page_of(run, tmp_path)
+    ladder = "4 of 6 images began again (2 on attempt 1, 2 on attempt 2, 2 on attempt 3)"
+    assert f"Guard, memorized prompts: {ladder}; marked suspect: 2; copies that are not marked: 2." in page
+    assert page.count("<em>marked suspect</em>") == 2 and page.count("<em>not marked</em>") == 2
+    assert page.count('class=" suspect"') == 1  # the copy that is marked has a copy's frame
+    assert {"copies not marked", "marked suspect"} < set(re.findall(r"<button>([^<]*)</button>", page))
+
+
+def test_a_run_is_read_packed_and_from_another_folder(run, tmp_path, monkeypatch):
+    page = page_of(run, tmp_path)
+    with gzip.open(run / "results.jsonl.gz", "wb") as file:
+        file.write((run / "results.jsonl").read_bytes())
+    (run / "results.jsonl").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert page_of(run, tmp_path) == page
+
+
+def test_a_copy_of_another_training_image_is_shown_beside_it(run, tmp_path):
+    changed(
+        run, nearest=lambda line: "b" if line["id"] == "c" else line["id"], nearest_similarity=lambda line: line["similarity"]
+    )
+    page = page_of(run, tmp_path)
+    assert re.findall("what ([^<]*) copied: ([^<]*)<", page) == [("plain guidance", "b"), ("delayed until t = 500", "b")]
+    data = (tmp_path / "data" / "b.png").read_bytes()
+    assert embedded(page).count(data) == 3
+
+
+def test_without_images_and_curves_the_rest_is_shown(run, tmp_path):
     (tmp_path / "data" / "b.png").unlink()
-    lines = [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
-    kept = [line for line in lines if line["method"] != "cfg"]
-    (run / "results.jsonl").write_text("\n".join(map(json.dumps, kept)))
+    shutil.rmtree(run / "images" / "cfg")
+    changed(run, **dict.fromkeys(("similarity", "memorized", "noise_gap"), lambda line: None))
+    lines = [line for line in (run / "results.jsonl").read_text().splitlines() if json.loads(line)["method"] != "cfg"]
+    (run / "results.jsonl").write_text("\n".join(lines))
     page = page_of(run, tmp_path)
-    assert embedded(page) == [(run / "images" / "delayed-at" / f"{name}-0.png").read_bytes() for name in "cab"]
-    assert "<svg" not in page
+    assert embedded(page) == [(run / "images" / "delayed-at" / f"{name}-0.png").read_bytes() for name in "abc"]
+    assert "<svg" not in page and "Copies were not counted" in page
+    shutil.rmtree(run / "images")
+    assert "images are not in its folder" in page_of(run, tmp_path)
 
 
 def test_large_images_are_shrunk_and_figures_are_not(run, tmp_path):
@@ -93,7 +185,7 @@ def test_large_images_are_shrunk_and_figures_are_not(run, tmp_path):
     Image.new("RGB", (600, 400)).save(run / "onset <1>.png")
     page = page_of(run, tmp_path)
     assert len(re.findall(r'src="data:image/webp;base64,', page)) == 1
-    assert embedded(page)[0] == (run / "onset <1>.png").read_bytes()
+    assert embedded(page)[-1] == (run / "onset <1>.png").read_bytes()
     assert "<figcaption>onset &lt;1&gt;.png</figcaption>" in page
 
 

@@ -1,207 +1,33 @@
 """Basins made visible: where guidance may start, how trajectories converge, how wide a basin is, does a rule find its edge.
 
 `analyze` runs a scenario with the sampler's own step, opened up where a trajectory is looked at or pushed, and writes
-onset.csv, convergence.csv, returns.csv, curves.json and summary.json, with a figure for each of the first four.
+onset.csv, convergence.csv, returns.csv, curves.json and summary.json, with a figure for each of the first four. What needs
+training images, concepts or general prompts that the scenario has not is left out.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from basinescape import FirstMinimum, Guidance, Sampler, Settled
+from basinescape import FirstMinimum, Sampler, Settled
 from basinescape.folder import settings_of
 from basinescape.kernels import definition
-from basinescape.kernels.state import State
-from basinescape.loop import Plan, fused_step
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
 
 from ..scenario import Prompt, Scenario, limited, prompts
 from . import figures
+from .detection import anisotropy, detection, usual
 from .evaluate import write_csv
 from .measure import Measure
-from .metrics import roc
+from .trajectories import Laboratory, convergence, curves, edges, onset_sweep, returns, starting_at
 
-Look = Callable[[State, Tensor, Tensor], None]  # sees the state and both predictions, (B, ...), before a step is taken
-Push = Callable[[int, State, Tensor], None]  # sees the step, the state and the table, and may put other latents into the state
-WATCHED = (1, 5, 10)  # first steps whose statistics are tried as a score of memorization
+__all__ = ["Laboratory", "analyze", "curves", "edges", "starting_at"]
 
-
-@dataclass
-class Laboratory:
-    """A scenario's sampler and measure, and runs whose every step can be looked at."""
-
-    scenario: Scenario
-    sampler: Sampler
-    measure: Measure
-    batch_size: int = 16
-
-    @torch.inference_mode()
-    def run(
-        self,
-        found: Sequence[Prompt],
-        seeds: Sequence[int],
-        guidance: Guidance,
-        look: Look | None = None,
-        push: Push | None = None,
-    ) -> list[Image.Image]:
-        """An image for each prompt and its seed; both branches run in every step."""
-        model, steps = self.sampler.model, self.scenario.steps
-        solver = self.sampler.solver(steps)
-        plan = Plan.make(solver, guidance, model.device)
-        height, width = self.sampler.size()
-        network = model.network(model.encode([prompt.text for prompt in found], height, width), plain=True)
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        noise = self.sampler.noise(generators, height, width) * solver.init_sigma
-        state = plan.state(noise.to(model.device, model.dtype))
-
-        def seen(latents: Tensor, timesteps: Tensor, branch: str) -> Tensor:
-            predictions = network(latents, timesteps, branch)
-            if look:
-                look(state, *predictions.chunk(2))
-            return predictions
-
-        take = fused_step(seen, plan, state)
-        for k in range(len(plan.branches)):
-            if push:
-                push(k, state, plan.table)
-            take("both")
-        return model.decode(state.latents.x, "pil").images
-
-    def batches(self, found: Sequence[Prompt], seeds: Sequence[int]) -> list[tuple[list[Prompt], list[int]]]:
-        """Every prompt with every seed, in batches."""
-        pairs = [(prompt, seed) for seed in seeds for prompt in found]
-        chunks = [pairs[i : i + self.batch_size] for i in range(0, len(pairs), self.batch_size)]
-        return [([prompt for prompt, _ in chunk], [seed for _, seed in chunk]) for chunk in chunks]
-
-    def outcomes(self, found: Sequence[Prompt], seeds: Sequence[int], guidance: Guidance, push: Push | None = None):
-        """(id, seed, measured) of every prompt and seed under `guidance`."""
-        for batch, drawn in self.batches(found, seeds):
-            images = self.run(batch, drawn, guidance, push=push)
-            for prompt, seed, measured in zip(batch, drawn, self.measure(images, batch), strict=True):
-                yield prompt.id, seed, measured
-
-
-def starting_at(step: int, scale: float, steps: int) -> Guidance:
-    """No guidance before `step`, `scale` from there on."""
-    return Guidance.cfg(scale, shape=tuple(float(k >= step) for k in range(steps)))
-
-
-def onset_sweep(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], onsets: Sequence[int]) -> list[dict[str, Any]]:
-    """What becomes of every prompt and seed if guidance starts at each of `onsets`."""
-    return [
-        {"id": id, "seed": seed, "onset": onset, **measured}
-        for onset in tqdm(onsets, desc="onsets")
-        for id, seed, measured in lab.outcomes(found, seeds, starting_at(onset, lab.scenario.scale, lab.scenario.steps))
-    ]
-
-
-def edges(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], int]:
-    """The basin's edge of each (id, seed): the first onset of the sweep from which on no image is memorized.
-
-    One past the last onset where even that is memorized.
-    """
-    onsets = sorted({row["onset"] for row in rows})
-    inside: dict[tuple[str, int], list[int]] = {(row["id"], row["seed"]): [] for row in rows}
-    for row in rows:
-        if row["memorized"]:
-            inside[row["id"], row["seed"]].append(row["onset"])
-    return {
-        key: next((onset for onset in onsets if onset > max(found, default=-1)), onsets[-1] + 1)
-        for key, found in inside.items()
-    }
-
-
-class Curves:
-    """Statistics of every step of a batch: {name: (steps, B)}.
-
-    gap: ||cond - uncond||. relative: the gap over ||uncond||. alignment: the cosine of cond - uncond and uncond (Asthana &
-    Belagiannis, ICLR 2026). update: ||x_(k+1) - x_k|| (Huang et al., KDD 2026).
-    """
-
-    def __init__(self) -> None:
-        self.series: dict[str, list[list[float]]] = {"gap": [], "relative": [], "alignment": [], "update": []}
-        self._latents: Tensor | None = None
-
-    def __call__(self, state: State, uncond: Tensor, cond: Tensor) -> None:
-        u = uncond.float().flatten(1)
-        d = cond.float().flatten(1) - u
-        latents = state.latents.x.float().flatten(1).clone()
-        if self._latents is not None:
-            self.series["update"].append((latents - self._latents).norm(dim=1).tolist())
-        self._latents = latents
-        gap = d.norm(dim=1)
-        self.series["gap"].append(gap.tolist())
-        self.series["relative"].append((gap / u.norm(dim=1)).tolist())
-        self.series["alignment"].append(torch.cosine_similarity(d, u, dim=1).tolist())
-
-
-def curves(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], weight: float) -> list[dict[str, Any]]:
-    """`Curves` along trajectories under a constant `weight`, a line for each prompt and seed."""
-    lines = []
-    constant = Guidance.cfg(1.0, shape=(weight,) * lab.scenario.steps)
-    for batch, drawn in lab.batches(found, seeds):
-        look = Curves()
-        lab.run(batch, drawn, constant, look)
-        for i, (prompt, seed) in enumerate(zip(batch, drawn, strict=True)):
-            own = {name: [round(step[i], 5) for step in series] for name, series in look.series.items()}
-            lines.append({"id": prompt.id, "seed": seed, **own})
-    return lines
-
-
-class Spread:
-    """Root mean square distance of a batch's latents to their mean, a number a step."""
-
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def __call__(self, state: State, uncond: Tensor, cond: Tensor) -> None:
-        latents = state.latents.x.float().flatten(1)
-        self.values.append((latents - latents.mean(dim=0)).square().mean().sqrt().item())
-
-
-def convergence(lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """How far apart the plainly guided trajectories of one prompt's seeds are, over time."""
-    rows = []
-    for group, found in groups.items():
-        for prompt in tqdm(found, desc=f"convergence, {group}"):
-            look = Spread()
-            lab.run([prompt] * len(seeds), seeds, Guidance.cfg(lab.scenario.scale), look)
-            rows += [{"group": group, "id": prompt.id, "step": k, "spread": round(v, 5)} for k, v in enumerate(look.values)]
-    return rows
-
-
-def pushed(at: int, size: float) -> Push:
-    """Noise on the latents before step `at`, `size` times their standard deviation."""
-
-    def push(k: int, state: State, table: Tensor) -> None:
-        if k == at:
-            latents = state.latents.x.float()
-            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(at)).to(latents.device)
-            deviation = latents.flatten(1).std(dim=1).view(-1, *[1] * (latents.ndim - 1))
-            state.put((latents + size * deviation * noise).to(state.latents.x.dtype), table)
-
-    return push
-
-
-def returns(
-    lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], steps: Sequence[int], sizes: Sequence[float]
-) -> list[dict[str, Any]]:
-    """Whether a plainly guided trajectory that is pushed still ends in the memorized image: the basin's width."""
-    plain = Guidance.cfg(lab.scenario.scale)
-    return [
-        {"step": at, "size": size, "id": id, "seed": seed, "returned": measured["memorized"]}
-        for at in tqdm(steps, desc="returns")
-        for size in sizes
-        for id, seed, measured in lab.outcomes(found, seeds, plain, pushed(at, size))
-    ]
+log = logging.getLogger(__name__)
 
 
 def transition(gaps: Sequence[float], until: FirstMinimum | Settled) -> int | None:
@@ -234,39 +60,38 @@ def agreement(
     }
 
 
-def _share(values: Sequence[float]) -> float | None:
-    return round(float(np.mean(values)), 3) if len(values) else None
+def _share(values: Sequence[float | None]) -> float | None:
+    """The mean of those that are known."""
+    known = [value for value in values if value is not None]
+    return round(float(np.mean(known)), 3) if known else None
 
 
-def rules(ordinary: Sequence[float]) -> dict[str, Callable[[dict[str, Any]], int | None]]:
+def at(step: int, steps: int) -> int:
+    """The step, of `steps`, that is as far along as `step` of 50 is."""
+    return round(step * steps / 50)
+
+
+def rules(ordinary: Sequence[float], steps: int) -> dict[str, Callable[[dict[str, Any]], int | None]]:
     """The rules that are compared: the paper's, its options, this project's, and a step that is the same for all."""
-    minima = {"first minimum": FirstMinimum(), "first minimum, earliest 8": FirstMinimum(earliest=8)}
+    earliest = max(2, at(8, steps))
+    minima = {"first minimum": FirstMinimum(), f"first minimum, earliest {earliest}": FirstMinimum(earliest=earliest)}
     minima |= {f"first minimum, drop {drop}": FirstMinimum(drop=drop) for drop in (0.1, 0.3)}
     waits = {
-        f"settled {factor}, wait {wait}": Settled(tuple(ordinary), factor, wait, latest=24)
+        f"settled {factor}, wait {wait}": Settled(tuple(ordinary), factor, wait, latest=at(24, steps))
         for factor in (1.2, 1.5, 1.8)
-        for wait in (4, 6, 8)
+        for wait in (at(4, steps), at(6, steps), at(8, steps))
+        if ordinary
     }
     found = {name: lambda line, until=until: transition(line["gap"], until) for name, until in (minima | waits).items()}
-    return found | {f"step {step}": lambda line, step=step: step for step in (8, 10, 12, 14, 16)}
+    fixed = dict.fromkeys(at(step, steps) for step in (8, 10, 12, 14, 16))
+    return found | {f"step {step}": lambda line, step=step: step for step in fixed}
 
 
 def halves(found: Sequence[Prompt]) -> dict[str, set[str]]:
-    """Prompts to choose a rule's numbers on, and prompts held out."""
+    """Prompts to choose a rule's numbers on, and prompts held out; a single prompt is held out."""
     middle = len(found) // 2
-    return {"chosen on": {p.id for p in found[:middle]}, "held out": {p.id for p in found[middle:]}}
-
-
-def detection(memorized: Sequence[dict[str, Any]], general: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How well the mean of each statistic over the first steps of plain guidance tells memorized prompts from general ones."""
-    positive = [True] * len(memorized) + [False] * len(general)
-    rows = []
-    for name in ("gap", "relative", "alignment", "update"):
-        for steps in WATCHED:
-            scores = [float(np.mean(line[name][:steps])) for line in [*memorized, *general]]
-            area, hits = roc(scores, positive)
-            rows.append({"statistic": name, "steps": steps, "auc": round(area, 4), "tpr_at_1pct_fpr": round(hits, 4)})
-    return rows
+    parts = {"chosen on": {p.id for p in found[:middle]}, "held out": {p.id for p in found[middle:]}}
+    return {name: ids for name, ids in parts.items() if ids}
 
 
 def analyze(
@@ -274,19 +99,37 @@ def analyze(
     out: str | Path,
     seeds: int = 2,
     limit: int | None = None,
-    onsets: Sequence[int] = tuple(range(0, 34, 2)),
+    onsets: Sequence[int] | None = None,
     dtype: str = "float32",
     device: str | None = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
-    """Run every analysis on `scenario` into the folder `out`, which must be new or empty; returns the summary."""
-    out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"output folder {str(out)!r} is not empty: choose another")
-    groups = limited(prompts(scenario), limit)
-    if "general" not in groups:
-        raise ValueError(f"scenario {scenario.name!r} has no general prompts to compare with")
-    model = Sampler.model_path("tiny") if scenario.model == "tiny" else scenario.model
-    lab = Laboratory(scenario, Sampler.from_pretrained(model, device, dtype, scenario.scheduler), Measure(scenario, groups))
+    """Run every analysis on `scenario` into the folder `out`, which must be new or empty; returns the summary.
+
+    onsets: steps at which guidance starts in the sweep; None: every other one (of 50) in the first two thirds.
+
+    Raises ValueError, before any work, for a bad number or folder.
+    """
+    out, steps = Path(out), scenario.steps
+    if out.is_file() or (out.exists() and any(out.iterdir())):
+        raise ValueError(f"output folder {str(out)!r} is {'a file' if out.is_file() else 'not empty'}: choose another")
+    for name, value in (("seeds", seeds), ("limit", 1 if limit is None else limit)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    onsets = range(0, 2 * steps // 3 + 1, max(1, steps // 25)) if onsets is None else onsets
+    whole = prompts(scenario)
+    measure, groups = Measure(scenario, whole), limited(whole, limit)
+    general, copies = "general" in groups, measure.likeness
+    shown = copies or measure.knows_concepts(groups["memorized"])
+    for there, what, without in (
+        (general, "general prompts", "what tells memorized prompts apart, and what is ordinary"),
+        (copies, "training images", "where copying ends, and how wide a basin is"),
+    ):
+        if not there:
+            log.warning("the scenario has no %s: left out is %s", what, without)
+    sampler = Sampler.from_pretrained(scenario.source, device, dtype, scenario.scheduler)
+    lab = Laboratory(scenario, sampler, measure, progress=progress)
+    sampler.solver(steps)  # raises for steps that the scheduler cannot take
     out.mkdir(parents=True, exist_ok=True)
     drawn, few = range(seeds), {name: found[:8] for name, found in groups.items()}
 
@@ -294,39 +137,48 @@ def analyze(
     free = curves(lab, groups["memorized"], drawn, 0.0)
     opposed = curves(lab, groups["memorized"], drawn, -scenario.scale)
     (out / "curves.json").write_text(json.dumps({"plain": plain, "unguided": free, "opposed": opposed}))
-    sweep = onset_sweep(lab, groups["memorized"], drawn, onsets)
-    write_csv(out / "onset.csv", sweep)
+    figures.curves(plain, out / "curves.png")
+    detected, ordinary = [], []
+    if general:
+        noise = tuple(anisotropy(lab, groups[name], drawn) for name in ("memorized", "general"))
+        detected = detection(plain["memorized"], plain["general"], noise, usual(lab, plain["general"]))
+        ordinary = np.median([line["gap"] for line in curves(lab, groups["general"], drawn, 0.0)], axis=0).tolist()
+    sweep = onset_sweep(lab, groups["memorized"], drawn, onsets) if shown else []
+    if sweep:
+        write_csv(out / "onset.csv", sweep)
     converging = convergence(lab, few, range(8))
     write_csv(out / "convergence.csv", converging)
-    returning = returns(lab, groups["memorized"][:16], [0], (0, 5, 10, 15, 20, 30), (0.4, 0.8, 1.6, 3.2))
-    write_csv(out / "returns.csv", returning)
+    figures.convergence(converging, out / "convergence.png")
+    if copies:
+        pushes = dict.fromkeys(at(step, steps) for step in (0, 5, 10, 15, 20, 30))
+        returning = returns(lab, groups["memorized"][:16], [0], list(pushes), (0.4, 0.8, 1.6, 3.2))
+        write_csv(out / "returns.csv", returning)
+        figures.returns(returning, out / "returns.png")
 
-    ordinary = np.median([line["gap"] for line in curves(lab, groups["general"], drawn, 0.0)], axis=0).tolist()
     summary = {
         "scenario": scenario.name,
         "seeds": seeds,
         **settings_of(lab.sampler),
         "prompts": {name: len(part) for name, part in groups.items()},
         "onset": [
-            {
-                "onset": onset,
-                "memorized": _share([row["memorized"] for row in sweep if row["onset"] == onset]),
-                "similarity": _share([row["similarity"] for row in sweep if row["onset"] == onset]),
-                "concept": _share([row["concept_ok"] for row in sweep if row["onset"] == onset]),
+            {"onset": onset}
+            | {
+                name: _share([row[field] for row in sweep if row["onset"] == onset])
+                for name, field in (("memorized", "memorized"), ("similarity", "similarity"), ("concept", "concept_ok"))
             }
             for onset in onsets
+            if sweep
         ],
-        "detection": detection(plain["memorized"], plain["general"]),
+        "detection": detected,
         "ordinary": [round(gap, 4) for gap in ordinary],
         "agreement": [
             {"rule": name, "prompts": half, **agreement([line for line in free if line["id"] in ids], sweep, rule)}
-            for name, rule in rules(ordinary).items()
+            for name, rule in rules(ordinary, steps).items()
             for half, ids in halves(groups["memorized"]).items()
+            if copies
         ],
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    figures.onset(summary["onset"], out / "onset.png")
-    figures.convergence(converging, out / "convergence.png")
-    figures.returns(returning, out / "returns.png")
-    figures.curves(plain, out / "curves.png")
+    if sweep:
+        figures.onset(summary["onset"], out / "onset.png")
     return summary

@@ -8,7 +8,9 @@ goes on where it was.
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,13 +22,23 @@ from basinescape import Output, Sampler
 from basinescape.folder import Journal, open_folder, read_lines, read_settings, save_image, settings_of, whole
 from tqdm import tqdm
 
-from ..methods import DryRun, Method
-from ..methods import table as method_table
+from ..methods import Sampling, chosen
 from ..scenario import Prompt, Scenario, limited, prompts
 from .measure import Measure
 from .metrics import interval
 
-RECORDED = "cfg"  # the method whose noise gaps are kept, for detection
+log = logging.getLogger(__name__)
+
+RECORDED = "cfg"  # the method whose noise gaps are kept, for detection; those of a user's own methods are, too
+Key = tuple[str, str, str]  # of an image: method, group, id and seed
+
+
+class Incomplete(RuntimeError):
+    """Some images failed. rows: of the others."""
+
+    def __init__(self, failed: int, why: str, rows: list[dict[str, Any]]):
+        super().__init__(f"{failed} images failed, the last of them: {why}. The same command tries them again")
+        self.rows = rows
 
 
 @dataclass(frozen=True)
@@ -39,13 +51,13 @@ class Task:
     seed: int
 
     @property
-    def id(self) -> str:
-        return f"{self.prompt.id}-{self.seed}"
+    def key(self) -> Key:
+        return self.method, self.group, f"{self.prompt.id}-{self.seed}"
 
 
 def evaluate(
     scenario: Scenario,
-    methods: Sequence[str],
+    methods: Sequence[str] | None,
     out: str | Path,
     seeds: int = 4,
     limit: int | None = None,
@@ -57,22 +69,22 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Run `methods` on `scenario` into the folder `out`; returns the rows of `table.csv`.
 
+    methods: as for `methods.chosen`; of those that None stands for, what does not suit the sampler is left out.
     seeds: images a prompt, their seeds counted up from `first_seed`.
 
-    Raises ValueError for an unknown method, a bad number, or a folder that holds another run, before any work.
+    A batch that fails is tried again in halves, and costs no other image; `Incomplete` is raised at the end. Raises
+    ValueError, before any work, for an unknown method, one that does not suit the sampler, a bad number, or a folder that
+    holds another run.
     """
-    known = method_table(scenario)
-    for name in methods:
-        if name not in known:
-            raise ValueError(f"methods must be among {', '.join(known)}; got {name!r}")
+    known = chosen(scenario, methods)
     for name, value in (("seeds", seeds), ("batch_size", batch_size), ("limit", 1 if limit is None else limit)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    groups = limited(prompts(scenario), limit)
-    measure = Measure(scenario, groups)
-    model = Sampler.model_path("tiny") if scenario.model == "tiny" else scenario.model
-    sampler = Sampler.from_pretrained(model, device, dtype, scenario.scheduler)
-    out = Path(out)
+    whole_groups = prompts(scenario)
+    measure = Measure(scenario, whole_groups)
+    sampler = Sampler.from_pretrained(scenario.source, device, dtype, scenario.scheduler)
+    known = _suitable(known, sampler, scenario.steps, strict=methods is not None)
+    groups, out = limited(whole_groups, limit), Path(out)
     run = {
         "scenario": json.loads(json.dumps(asdict(scenario))),
         "seeds": seeds,
@@ -83,40 +95,70 @@ def evaluate(
     }
     open_folder(out, run)
 
-    def finished(line: dict[str, Any]) -> tuple[str, str, str] | None:
-        return (line["method"], line["group"], f"{line['id']}-{line['seed']}") if image_path(out, line).is_file() else None
+    def finished(line: dict[str, Any]) -> Key | None:
+        same = line["method"] not in known or line.get("digest") == getattr(known[line["method"]], "digest", None)
+        there = same and image_path(out, line).is_file()
+        return (line["method"], line["group"], f"{line['id']}-{line['seed']}") if there else None
 
     tasks = [
         Task(method, group, prompt, seed)
-        for method in methods
+        for method in known
         for group, found in groups.items()
         for seed in range(first_seed, first_seed + seeds)
         for prompt in found
     ]
+    failed, why = 0, ""
     with Journal(out / "results.jsonl", finished) as journal:
         lines = list(journal.lines.values())
-        waiting = [task for task in tasks if (task.method, task.group, task.id) not in journal.lines]
+        waiting = [task for task in tasks if task.key not in journal.lines]
         with tqdm(total=len(tasks), initial=len(tasks) - len(waiting), unit="image", disable=not progress) as bar:
             for batch in _batches(waiting, batch_size):
                 bar.set_description(batch[0].method)
                 for line in _run(sampler, known[batch[0].method], batch, scenario.steps, measure, out):
-                    journal.append(line)
-                    lines.append(line)
+                    if isinstance(line, Exception):
+                        failed, why = failed + 1, f"{type(line).__name__}: {line}"
+                    else:
+                        journal.append(line)
+                        lines.append(line)
                     bar.update()
     rows = table(lines)
-    write_csv(out / "table.csv", rows)
+    if rows:
+        write_csv(out / "table.csv", rows)
+    if failed:
+        raise Incomplete(failed, why, rows)
     return rows
 
 
+def _suitable(methods: dict[str, Sampling], sampler: Sampler, steps: int, strict: bool) -> dict[str, Sampling]:
+    """Those of `methods` that suit the sampler; strict: raises ValueError for another, naming it."""
+    found = {}
+    for name, method in methods.items():
+        try:
+            getattr(method, "check", lambda *_: None)(sampler, steps)
+        except ValueError as error:
+            if strict:
+                raise ValueError(f"method {name!r}: {error}") from error
+            log.warning("without the method %s: %s", name, error)
+        else:
+            found[name] = method
+    return found
+
+
 def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The settings and the lines of a folder that `evaluate` wrote.
+    """The settings and the lines of a folder that `evaluate` wrote; its results.jsonl may be compressed, results.jsonl.gz.
 
     Raises FileNotFoundError or ValueError, naming the folder, where it holds no evaluation or no image yet.
     """
+    packed = folder / "results.jsonl.gz"
     for name in ("run.json", "results.jsonl"):
-        if not (folder / name).is_file():
+        if not (folder / name).is_file() and not (name == "results.jsonl" and packed.is_file()):
             raise FileNotFoundError(f"run folder {str(folder)!r} has no {name}")
-    run, lines = read_settings(folder), list(read_lines(folder / "results.jsonl"))
+    run = read_settings(folder)
+    if (folder / "results.jsonl").is_file():
+        lines = list(read_lines(folder / "results.jsonl"))
+    else:
+        with gzip.open(packed, "rt", encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file]
     if "scenario" not in run:
         raise ValueError(f"run folder {str(folder)!r} holds no evaluation: its run.json names no scenario")
     if not lines:
@@ -142,7 +184,26 @@ def _batches(tasks: Sequence[Task], size: int) -> Iterator[list[Task]]:
 
 
 def _run(
-    sampler: Sampler, method: Method | DryRun, batch: Sequence[Task], steps: int, measure: Measure, out: Path
+    sampler: Sampler, method: Sampling, batch: Sequence[Task], steps: int, measure: Measure, out: Path
+) -> Iterator[dict[str, Any] | Exception]:
+    """The lines of a batch, or what went wrong with a task; a batch that fails is halved down to its fault."""
+    try:
+        lines = _made(sampler, method, batch, steps, measure, out)
+    except Exception as error:  # out of memory, or what a user's method raises: nobody can list them
+        log.debug("%s", batch[0].method, exc_info=error)
+        if len(batch) == 1:
+            yield error
+            return
+    else:
+        yield from lines
+        return
+    middle = len(batch) // 2
+    for half in (batch[:middle], batch[middle:]):
+        yield from _run(sampler, method, half, steps, measure, out)
+
+
+def _made(
+    sampler: Sampler, method: Sampling, batch: Sequence[Task], steps: int, measure: Measure, out: Path
 ) -> list[dict[str, Any]]:
     """Make, save and measure one batch."""
     calls = 0
@@ -158,6 +219,7 @@ def _run(
     finally:
         hook.remove()
     seconds = (time.perf_counter() - start) / len(batch)
+    digest = getattr(method, "digest", None)
     lines = []
     for i, (task, measured) in enumerate(zip(batch, measure(made.images, [task.prompt for task in batch]), strict=True)):
         line = {
@@ -172,8 +234,10 @@ def _run(
             "network_calls": calls / len(batch),
             "seconds": round(seconds, 4),
         }
-        if task.method == RECORDED:
+        if task.method == RECORDED or digest is not None:
             line["noise_gap"] = [round(gap, 4) for gap in made.noise_gap[i].tolist()]
+        if digest is not None:
+            line["digest"] = digest
         path = image_path(out, line)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_image(made.images[i], path)
@@ -182,34 +246,50 @@ def _run(
 
 
 def table(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each method and group, from the lines of results.jsonl; intervals are 95% bootstraps over prompts."""
+    """A row for each method and group, from the lines of results.jsonl; intervals are 95% bootstraps over prompts.
+
+    A column is None where its lines do not say it: the similarity without training images, the concept without a classifier.
+    """
     rows = []
     for method, group in dict.fromkeys((line["method"], line["group"]) for line in lines):
         part = [line for line in lines if (line["method"], line["group"]) == (method, group)]
-        ids = [line["id"] for line in part]
-        similar = np.array([line["similarity"] for line in part])
-        right = [line["concept_ok"] for line in part if line["concept_ok"] is not None]
-        low, high = interval([line["memorized"] for line in part], ids)
+        similar = [line["similarity"] for line in part if line["similarity"] is not None]
+        copies, low, high = _share(part, "memorized")
+        right, least, most = _share(part, "concept_ok")
+        unmarked = [line["memorized"] and not line.get("suspect", False) for line in part if line["memorized"] is not None]
         rows.append(
             {
                 "method": method,
                 "group": group,
                 "n": len(part),
-                "memorized_share": round(float(np.mean([line["memorized"] for line in part])), 4),
-                "memorized_low": round(low, 4),
-                "memorized_high": round(high, 4),
-                "similarity_mean": round(float(similar.mean()), 4),
-                "similarity_p95": round(float(np.quantile(similar, 0.95)), 4),
-                "concept_share": round(float(np.mean(right)), 4) if right else None,
-                "suspect_share": round(float(np.mean([line.get("suspect", False) for line in part])), 4),
-                "unmarked_copies": round(
-                    float(np.mean([line["memorized"] and not line.get("suspect", False) for line in part])), 4
-                ),
+                "memorized_share": copies,
+                "memorized_low": low,
+                "memorized_high": high,
+                "similarity_mean": _rounded(np.mean(similar)) if similar else None,
+                "similarity_p95": _rounded(np.quantile(similar, 0.95)) if similar else None,
+                "concept_share": right,
+                "concept_low": least,
+                "concept_high": most,
+                "suspect_share": _rounded(np.mean([line.get("suspect", False) for line in part])),
+                "unmarked_copies": _rounded(np.mean(unmarked)) if unmarked else None,
                 "network_calls": round(float(np.mean([line["network_calls"] for line in part])), 2),
-                "seconds": round(float(np.median([line["seconds"] for line in part])), 4),
+                "seconds": _rounded(np.median([line["seconds"] for line in part])),
             }
         )
     return rows
+
+
+def _share(lines: Sequence[dict[str, Any]], name: str) -> tuple[float, float, float] | tuple[None, None, None]:
+    """How many of the lines that say it say yes, and the 95% interval of that share."""
+    known = [line for line in lines if line[name] is not None]
+    if not known:
+        return None, None, None
+    values = [float(line[name]) for line in known]
+    return tuple(map(_rounded, (np.mean(values), *interval(values, [line["id"] for line in known]))))
+
+
+def _rounded(value: float) -> float:
+    return round(float(value), 4)
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from matplotlib.ticker import PercentFormatter
+from matplotlib.transforms import Bbox
 
 COLORS = {"memorized": "C3", "general": "C0"}
+SIDES = [(6, 5), (6, -5), (-6, 5), (-6, -5), (0, 9), (0, -9), (9, 0), (-9, 0)]  # where a label may be of its point, in points
 
 
 def single(**labels: str) -> tuple[Figure, Axes]:
@@ -50,9 +56,9 @@ def onset(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = single(xlabel="step at which guidance starts", ylabel="share", title="the basin's edge")
     at = [row["onset"] for row in rows]
     for name, color in (("memorized", "C3"), ("concept", "C2"), ("similarity", "C7")):
-        axes.plot(
-            at, [row[name] for row in rows], color=color, marker=".", label="mean similarity" if name == "similarity" else name
-        )
+        if any(row[name] is not None for row in rows):
+            label = "mean similarity" if name == "similarity" else name
+            axes.plot(at, [row[name] for row in rows], color=color, marker=".", label=label)
     save(figure, path)
 
 
@@ -63,7 +69,8 @@ def convergence(rows: Sequence[dict[str, Any]], path: Path) -> None:
         for row in rows:
             if row["group"] == group:
                 by_id.setdefault(row["id"], []).append(row["spread"])
-        band(axes, list(by_id.values()), group)
+        if by_id:
+            band(axes, list(by_id.values()), group)
     save(figure, path)
 
 
@@ -82,3 +89,92 @@ def curves(plain: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
     for group, lines in plain.items():
         band(axes, [line["gap"] for line in lines], group)
     save(figure, path)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method in `tradeoff`: a share of copies and one of concepts, each with the bounds of its interval; None: not known."""
+
+    label: str
+    copies: tuple[float, float, float]
+    concept: tuple[float, float, float] | None
+    color: str = "C7"
+
+
+def tradeoff(points: Sequence[Point]) -> Figure:
+    """Copies against the concept, a point a method, with intervals; where no concept is known, the copies alone, in rows."""
+    if all(point.concept is None for point in points):
+        return _in_rows(points)
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    points = [point for point in points if point.concept is not None]
+    for point in points:
+        x, y = point.concept[0], point.copies[0]
+        axes.errorbar(x, y, _bars(point.copies), _bars(point.concept), "o", color=point.color, markersize=5, elinewidth=0.8)
+    best = [p for p in points if not any(_beats(other, p) for other in points)]
+    front = sorted((p.concept[0], p.copies[0]) for p in best)
+    axes.plot(*zip(*front, strict=True), color="C7", linewidth=0.8, linestyle=":", zorder=0)
+    axes.set(xlabel="concept right, memorized prompts", ylabel="copies of a training image")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.margins(0.12)
+    _name(figure, axes, sorted(points, key=lambda point: (point.color == "C7", point not in best)))
+    return figure
+
+
+def _in_rows(points: Sequence[Point]) -> Figure:
+    figure = Figure(figsize=(5, 0.8 + 0.3 * len(points)), layout="constrained")
+    axes = figure.subplots()
+    for row, point in enumerate(points):
+        axes.errorbar(point.copies[0], row, xerr=_bars(point.copies), fmt="o", color=point.color, markersize=5, elinewidth=0.8)
+    axes.set_yticks(range(len(points)), [point.label for point in points])
+    axes.invert_yaxis()
+    axes.set(xlabel="copies of a training image", xlim=(-0.02, 1.02))
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    return figure
+
+
+def _bars(share: tuple[float, float, float]) -> list[list[float]]:
+    value, low, high = share
+    return [[max(value - low, 0)], [max(high - value, 0)]]
+
+
+def _beats(one: Point, other: Point) -> bool:
+    """No more copies and no less concept, and not the same."""
+    ours, theirs = ((p.copies[0], -p.concept[0]) for p in (one, other))
+    return ours != theirs and ours[0] <= theirs[0] and ours[1] <= theirs[1]
+
+
+def _name(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
+    """The label of each point beside it, first come, first served: where there is no room left there is none."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
+    taken = [_around(axes, point) for point in points]
+    for point in points:
+        for dx, dy in SIDES:
+            text = _beside(axes, point, dx, dy)
+            box = text.get_window_extent(renderer).expanded(1.1, 1.1)  # a page's own font may be wider
+            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 and axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
+
+
+def _beside(axes: Axes, point: Point, dx: float, dy: float) -> Annotation:
+    return axes.annotate(
+        point.label,
+        (point.concept[0], point.copies[0]),
+        (dx, dy),
+        textcoords="offset points",
+        fontsize=7.5,
+        ha={1: "left", -1: "right", 0: "center"}[(dx > 0) - (dx < 0)],
+        va={1: "bottom", -1: "top", 0: "center"}[(dy > 0) - (dy < 0)],
+        color=None if point.color == "C7" else point.color,
+    )
+
+
+def _around(axes: Axes, point: Point) -> Bbox:
+    """The point's dot, in the figure's pixels."""
+    x, y = axes.transData.transform((point.concept[0], point.copies[0]))
+    return Bbox.from_extents(x - 4, y - 4, x + 4, y + 4)

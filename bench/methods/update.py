@@ -33,14 +33,19 @@ After = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (step, x, x0, x') -> 
 
 
 def method(scale: float, stable: Stable) -> Method:
-    def wrap(network: GuidedUNet, batch: Batch) -> Network:
-        region = torch.tensor([stable[name] for name in NORMS], device=batch.sampler.pipe.device)
-        if region.shape != (len(NORMS), batch.steps - 1, 2):
-            raise ValueError(f"stable is measured over {region.shape[1] + 1} steps, but the sampler takes {batch.steps}")
-        signal = alphas(batch.sampler, batch.steps)
-        return watched(network, batch, scale, Correction(region, signal, len(batch.seeds)))
+    region = torch.tensor([stable[name] for name in NORMS])
 
-    return Method(Guidance.cfg(scale), wrap=wrap)
+    def suits(sampler: Sampler, steps: int) -> None:
+        if region.shape != (len(NORMS), steps - 1, 2):
+            raise ValueError(f"stable is measured over {region.shape[1] + 1} steps, but the sampler takes {steps}")
+        alphas(sampler, steps)
+
+    def wrap(network: GuidedUNet, batch: Batch) -> Network:
+        suits(batch.sampler, batch.steps)
+        correct = Correction(region.to(batch.sampler.pipe.device), alphas(batch.sampler, batch.steps), len(batch.seeds))
+        return watched(network, batch, scale, correct)
+
+    return Method(Guidance.cfg(scale), wrap=wrap, suits=suits)
 
 
 def measured(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int, scale: float) -> Tensor:

@@ -1,0 +1,178 @@
+"""Trajectories that are looked at and pushed: what becomes of them, how they converge, where the basin's edge is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from basinescape import Guidance, Sampler
+from basinescape.kernels.state import State
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ..methods import stepwise
+from ..scenario import Prompt, Scenario
+from .measure import Measure
+
+
+@dataclass
+class Laboratory:
+    """A scenario's sampler and measure, and runs whose every step can be looked at."""
+
+    scenario: Scenario
+    sampler: Sampler
+    measure: Measure
+    batch_size: int = 16
+    progress: bool = True
+
+    def run(
+        self,
+        found: Sequence[Prompt],
+        seeds: Sequence[int],
+        guidance: Guidance,
+        look: stepwise.Look | None = None,
+        push: stepwise.Push | None = None,
+    ) -> list[Image.Image]:
+        """An image for each prompt and its seed."""
+        texts = [prompt.text for prompt in found]
+        return stepwise.sample(self.sampler, texts, seeds, self.scenario.steps, guidance, look=look, push=push).images
+
+    def bar(self, turns: Sequence[Any], what: str) -> tqdm:
+        """The same, with a bar of progress."""
+        return tqdm(turns, desc=what, disable=not self.progress)
+
+    def batches(self, found: Sequence[Prompt], seeds: Sequence[int]) -> list[tuple[list[Prompt], list[int]]]:
+        """Every prompt with every seed, in batches."""
+        pairs = [(prompt, seed) for seed in seeds for prompt in found]
+        chunks = [pairs[i : i + self.batch_size] for i in range(0, len(pairs), self.batch_size)]
+        return [([prompt for prompt, _ in chunk], [seed for _, seed in chunk]) for chunk in chunks]
+
+    def outcomes(
+        self, found: Sequence[Prompt], seeds: Sequence[int], guidance: Guidance, push: stepwise.Push | None = None
+    ) -> Iterator[tuple[str, int, dict[str, Any]]]:
+        """(id, seed, measured) of every prompt and seed under `guidance`."""
+        for batch, drawn in self.batches(found, seeds):
+            images = self.run(batch, drawn, guidance, push=push)
+            for prompt, seed, measured in zip(batch, drawn, self.measure(images, batch), strict=True):
+                yield prompt.id, seed, measured
+
+
+def starting_at(step: int, scale: float, steps: int) -> Guidance:
+    """No guidance before `step`, `scale` from there on."""
+    return Guidance.cfg(scale, shape=tuple(float(k >= step) for k in range(steps)))
+
+
+def onset_sweep(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], onsets: Sequence[int]) -> list[dict[str, Any]]:
+    """What becomes of every prompt and seed if guidance starts at each of `onsets`."""
+    return [
+        {"id": id, "seed": seed, "onset": onset, **measured}
+        for onset in lab.bar(onsets, "onsets")
+        for id, seed, measured in lab.outcomes(found, seeds, starting_at(onset, lab.scenario.scale, lab.scenario.steps))
+    ]
+
+
+def edges(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], int]:
+    """The basin's edge of each (id, seed): the first onset of the sweep from which on no image is memorized.
+
+    One past the last onset where even that is memorized.
+    """
+    onsets = sorted({row["onset"] for row in rows})
+    inside: dict[tuple[str, int], list[int]] = {(row["id"], row["seed"]): [] for row in rows}
+    for row in rows:
+        if row["memorized"]:
+            inside[row["id"], row["seed"]].append(row["onset"])
+    return {
+        key: next((onset for onset in onsets if onset > max(found, default=-1)), onsets[-1] + 1)
+        for key, found in inside.items()
+    }
+
+
+class Curves:
+    """Statistics of every step of a batch: {name: (steps, B)}.
+
+    gap: ||cond - uncond||. relative: the gap over ||uncond||. alignment: the cosine of cond - uncond and uncond (Asthana &
+    Belagiannis, ICLR 2026). update: ||x_(k+1) - x_k|| (Huang et al., KDD 2026).
+    """
+
+    def __init__(self) -> None:
+        self.series: dict[str, list[list[float]]] = {"gap": [], "relative": [], "alignment": [], "update": []}
+        self._latents: Tensor | None = None
+
+    def __call__(self, state: State, uncond: Tensor, cond: Tensor) -> None:
+        u = uncond.float().flatten(1)
+        d = cond.float().flatten(1) - u
+        latents = state.latents.x.float().flatten(1).clone()
+        if self._latents is not None:
+            self.series["update"].append((latents - self._latents).norm(dim=1).tolist())
+        self._latents = latents
+        gap = d.norm(dim=1)
+        self.series["gap"].append(gap.tolist())
+        self.series["relative"].append((gap / u.norm(dim=1)).tolist())
+        self.series["alignment"].append(torch.cosine_similarity(d, u, dim=1).tolist())
+
+
+def curves(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], weight: float) -> list[dict[str, Any]]:
+    """`Curves` along trajectories under a constant `weight`, a line for each prompt and seed; a step's first call counts."""
+    lines, steps = [], lab.scenario.steps
+    constant, first = Guidance.cfg(1.0, shape=(weight,) * steps), lab.sampler.solver(steps).first_calls.tolist()
+    for batch, drawn in lab.bar(lab.batches(found, seeds), f"curves at weight {weight:g}"):
+        look = Curves()
+        lab.run(batch, drawn, constant, look)
+        for i, (prompt, seed) in enumerate(zip(batch, drawn, strict=True)):
+            own = {
+                name: [round(series[call][i], 5) for call in first if call < len(series)]
+                for name, series in look.series.items()
+            }
+            lines.append({"id": prompt.id, "seed": seed, **own})
+    return lines
+
+
+class Spread:
+    """Root mean square distance of a batch's latents to their mean, a number a step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def __call__(self, state: State, uncond: Tensor, cond: Tensor) -> None:
+        latents = state.latents.x.float().flatten(1)
+        self.values.append((latents - latents.mean(dim=0)).square().mean().sqrt().item())
+
+
+def convergence(lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """How far apart the plainly guided trajectories of one prompt's seeds are, over time."""
+    rows = []
+    for group, found in groups.items():
+        for prompt in lab.bar(found, f"convergence, {group}"):
+            look = Spread()
+            lab.run([prompt] * len(seeds), seeds, Guidance.cfg(lab.scenario.scale), look)
+            rows += [{"group": group, "id": prompt.id, "step": k, "spread": round(v, 5)} for k, v in enumerate(look.values)]
+    return rows
+
+
+def pushed(at: int, size: float) -> stepwise.Push:
+    """Noise on the latents before step `at`, `size` times their standard deviation."""
+
+    def push(k: int, state: State, table: Tensor) -> None:
+        if k == at:
+            latents = state.latents.x.float()
+            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(at)).to(latents.device)
+            deviation = latents.flatten(1).std(dim=1).view(-1, *[1] * (latents.ndim - 1))
+            state.put((latents + size * deviation * noise).to(state.latents.x.dtype), table)
+
+    return push
+
+
+def returns(
+    lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], steps: Sequence[int], sizes: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Whether a plainly guided trajectory that is pushed still ends in the memorized image: the basin's width."""
+    plain = Guidance.cfg(lab.scenario.scale)
+    return [
+        {"step": at, "size": size, "id": id, "seed": seed, "returned": measured["memorized"]}
+        for at in lab.bar(steps, "returns")
+        for size in sizes
+        for id, seed, measured in lab.outcomes(found, seeds, plain, pushed(at, size))
+    ]
