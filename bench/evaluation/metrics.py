@@ -42,7 +42,7 @@ class Similarity:
             self._references = pixels(references)
         else:
             self._embed = EMBEDDINGS[name]()
-            self._references = torch.from_numpy(_unit(self._embed(references)))
+            self._references = torch.from_numpy(unit(self._embed(references)))
         self.name = name
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
@@ -50,10 +50,11 @@ class Similarity:
         if self.name == "pixels":
             size = self._references.shape[-1], self._references.shape[-2]
             return pixel_similarity(pixels(fitted(images, size)), self._references)
-        return torch.from_numpy(_unit(self._embed(images))) @ self._references.T
+        return torch.from_numpy(unit(self._embed(images))) @ self._references.T
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Each row (N, D) at length 1, float32."""
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
@@ -107,10 +108,10 @@ def vision(model: str) -> Callable[[], Embedding]:
     return load
 
 
+MODELS = {"clip": "openai/clip-vit-base-patch32", "dino": "facebook/dinov2-base"}
 EMBEDDINGS: dict[str, Callable[[], Embedding]] = {
     "sscd": sscd,
-    "clip": vision("openai/clip-vit-base-patch32"),
-    "dino": vision("facebook/dinov2-base"),
+    **{name: vision(model) for name, model in MODELS.items()},
 }
 
 

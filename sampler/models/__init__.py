@@ -5,12 +5,12 @@ from __future__ import annotations
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from .base import Decoded, Encoded, Model
-from .loading import load
+from .loading import load, located, shipped
 from .sd import StableDiffusion
 from .sdxl import StableDiffusionXL
 from .unet import GuidedUNet
 
-__all__ = ["Decoded", "Encoded", "GuidedUNet", "Model", "adapt", "load"]
+__all__ = ["Decoded", "Encoded", "GuidedUNet", "Model", "adapt", "load", "located", "shipped"]
 
 FAMILIES: dict[type[DiffusionPipeline], type[StableDiffusion]] = {
     StableDiffusionPipeline: StableDiffusion,

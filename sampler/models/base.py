@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..loop import Network
+from .unet import rows_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,12 @@ class Encoded:
     inputs: dict[str, Any]
     shared: dict[str, Any] = field(default_factory=dict)
     truncated: Sequence[str] = ()
+
+    def part(self, samples: range) -> Encoded:
+        """The same for some samples."""
+        own = list(samples)
+        both = torch.tensor(own + [len(self.truncated) + i for i in own])
+        return replace(self, inputs=rows_of(self.inputs, both), truncated=[self.truncated[i] for i in own])
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class GuidedUNet:
         self.shared, self.version = shared or {}, version
         batch = len(inputs["encoder_hidden_states"]) // 2
         halves = {"uncond": slice(0, batch), "cond": slice(batch, None), "both": slice(None)}
-        self.inputs = {branch: _rows(inputs, rows) for branch, rows in halves.items()}
+        self.inputs = {branch: rows_of(inputs, rows) for branch, rows in halves.items()}
 
     @property
     def form(self) -> tuple:
@@ -136,7 +136,7 @@ class GuidedUNet:
     def select(self, index: Tensor) -> GuidedUNet:
         """The same for some samples of the batch, `index` (N,) int64."""
         batch = len(self.inputs["cond"]["encoder_hidden_states"])
-        inputs = _rows(self.inputs["both"], torch.cat([index, index + batch]))
+        inputs = rows_of(self.inputs["both"], torch.cat([index, index + batch]))
         return GuidedUNet(self.unet, inputs, self.both, self.shared, self.version)
 
     def load(self, inputs: dict[str, Any]) -> None:
@@ -149,9 +149,10 @@ class GuidedUNet:
         return unet(latents, timesteps, **self.inputs[branch], **self.shared, return_dict=False)[0]
 
 
-def _rows(value: Any, rows: slice | Tensor) -> Any:
+def rows_of(value: Any, rows: slice | Tensor) -> Any:
+    """Some rows of every tensor in nested dicts and lists."""
     if isinstance(value, dict):
-        return {name: _rows(inner, rows) for name, inner in value.items()}
+        return {name: rows_of(inner, rows) for name, inner in value.items()}
     return [inner[rows] for inner in value] if isinstance(value, list) else value[rows]
 
 
