@@ -83,6 +83,8 @@ class Calibration:
         Raises ValueError for bad arguments, and for guidance that leaves the first or the last steps without a noise gap.
         """
         prompts = arguments.texts("prompts", prompts)
+        if len(prompts) < 2:
+            raise ValueError(f"prompts must be two at least, and a hundred for thresholds that are known well; got {prompts}")
         for name, given in (("rate", rate), ("strict", strict)):
             if not 0 < arguments.share(name, given) < 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {given!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -101,15 +102,27 @@ def generate(
     sampler = Sampler.from_pretrained(model, device, dtype, scheduler, attention, **loading)
     size = options.batch_size(sampler, batch_size, height, width)
     chosen = guidance or (Method.delayed if until or restart else Method.guard)  # delayed, where options of it are given
+    planned = partial(
+        _plan,
+        sampler=sampler,
+        calibration=known,
+        steps=steps,
+        scale=scale,
+        before=before,
+        opposite_scale=opposite_scale,
+        until=until,
+        minimum={"earliest": earliest, "latest": latest},
+        given=given,
+    )
     try:
-        plan = _plan(chosen, sampler, known, steps, scale, before, opposite_scale, until, earliest, latest, given)
+        plan = planned(chosen)
     except ValueError as error:
         if guidance or calibration or chosen != Method.guard:
             raise
-        plan = _plan(Method.delayed, sampler, known, steps, scale, before, opposite_scale, until, earliest, latest, given)
+        plan = planned(Method.delayed)
         typer.echo(
-            f"{error}. So no prompt is guided until {plan.until!r}, which copies less and costs ordinary prompts content; once "
-            f"calibrated (basinescape calibrate --model {model}), only what looks memorized is held back",
+            f"{error}. So no prompt is guided until timestep {plan.until.timestep:g}, which copies less and costs ordinary "
+            f"prompts content; once calibrated (basinescape calibrate --model {model}), only what looks memorized is held back",
             err=True,
         )
     pixels = {"height": height, "width": width}
@@ -131,8 +144,7 @@ def _plan(
     before: float,
     opposite_scale: float,
     until: str | None,
-    earliest: int,
-    latest: int | None,
+    minimum: dict[str, int | None],
     given: dict[str, Any],
 ) -> Guidance:
     """The guidance that was asked for. Raises ValueError where it does not fit the rest."""
@@ -142,7 +154,7 @@ def _plan(
         return Guidance.cfg(scale, **given)
     if method == Method.guard:
         return _guard(sampler, calibration, steps, scale, until, given)
-    transition = _transition(until, earliest, latest, sampler, calibration, steps)
+    transition = _transition(until, minimum, sampler, calibration, steps)
     if method == Method.delayed:
         return Guidance.delayed(scale, until=transition, before=before, **given)
     return Guidance.opposite(opposite_scale, scale=scale, until=transition, **given)
@@ -168,13 +180,13 @@ def _guard(
 
 
 def _transition(
-    until: str | None, earliest: int, latest: int | None, sampler: Sampler, calibration: Calibration | None, steps: int
+    until: str | None, minimum: dict[str, int | None], sampler: Sampler, calibration: Calibration | None, steps: int
 ) -> Rule:
     """Where guidance starts: as asked for, else where the calibration says, else the paper's timestep."""
     from basinescape import At, FirstMinimum
 
     if until == "auto":
-        return FirstMinimum(earliest=earliest, latest=latest)
+        return FirstMinimum(**minimum)
     if until == "settled":
         if calibration is None:
             raise ValueError("until 'settled' needs a calibration, which `basinescape calibrate` makes, and the model has none")
