@@ -15,6 +15,7 @@ setup(
         "basinescape.kernels",
         "basinescape.models",
         "basinescape.bench",
+        "basinescape.bench.commands",
         "basinescape.bench.evaluation",
         "basinescape.bench.gpu",
         "basinescape.bench.methods",
@@ -22,7 +23,10 @@ setup(
         "basinescape.bench.testbed",
     ],
     package_dir={"basinescape": "sampler", "basinescape.kernels": "kernels", "basinescape.bench": "bench"},
-    package_data={"basinescape.bench": ["tiny/**/*", "tiny/*"], "basinescape.bench.evaluation": ["report.html.jinja"]},
+    package_data={
+        "basinescape.bench": ["captions.jsonl", "tiny/**/*", "tiny/*"],
+        "basinescape.bench.evaluation": ["*.html.jinja"],
+    },
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

@@ -13,7 +13,7 @@ from typing import Any
 from basinescape.prompts import SAFE_ID
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
-TEXT, IMAGE = ("caption", "prompt", "text"), ("image", "file_name")  # columns, the first that is there counts
+TEXT, IMAGE = ("caption", "prompt", "text"), ("image", "file_name", "path")  # columns, the first that is there counts
 METADATA = ("metadata.jsonl", "metadata.csv")  # in a folder of images, as Hugging Face's datasets has it
 LAYOUTS = "a .jsonl, .json, .csv or .parquet file, or a folder of images"
 
@@ -28,7 +28,7 @@ class Prompt:
     concept: str | None = None
 
 
-def read_prompts(source: str | Path, where: str = "", images: str | Path | None = None) -> list[Prompt]:
+def read_prompts(source: str | Path, where: str = "", images: str | Path | None = None, every: bool = False) -> list[Prompt]:
     """Prompts and their training images.
 
     source: JSON Lines, CSV or Parquet of caption (or prompt, or text) and perhaps image (or file_name), id, concept; JSON, a
@@ -36,6 +36,7 @@ def read_prompts(source: str | Path, where: str = "", images: str | Path | None 
             images, each with its caption in metadata.jsonl, in a .txt file beside it or, without one, in its folder's name.
     where:  where to get what is missing. images: the folder that image paths are in, by default that of `source`; a prompt
             without one belongs to the image there that has its id for a name, if any.
+    every:  all captions of an image that has several, not the first one alone.
 
     Raises FileNotFoundError for what is missing, ValueError for another layout, naming the file and the entry.
     """
@@ -48,7 +49,7 @@ def read_prompts(source: str | Path, where: str = "", images: str | Path | None 
         found = [_pair(path, file) for file in images_in(path)]
     else:
         folder = Path(images) if images is not None else listed.parent
-        found = [_prompt(f"{listed}, {entry}", row, number, folder) for number, (entry, row) in enumerate(_rows(listed))]
+        found = [_prompt(f"{listed}, {entry}", row, number, folder) for number, (entry, row) in enumerate(_rows(listed, every))]
         if images is not None:
             by_name = {file.stem: file for file in images_in(folder)}
             found = [Prompt(p.id, p.text, p.image or by_name.get(p.id), p.concept) for p in found]
@@ -79,7 +80,7 @@ def _pair(folder: Path, image: Path) -> Prompt:
     return Prompt(_id(str(image.relative_to(folder).with_suffix(""))), caption, image)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _rows(path: Path, every: bool) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The entries of a file, and where each stands."""
     if path.suffix == ".jsonl":
         for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
@@ -96,13 +97,20 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     elif path.suffix == ".json":
         content = _object(str(path), path.read_text(encoding="utf-8-sig"), dict | list)
         if isinstance(content, dict):
-            first = {image: texts if isinstance(texts, str) else next(iter(texts or [""])) for image, texts in content.items()}
             content = [
-                {"id": _id(str(Path(image).with_suffix(""))), "image": image, "caption": t} for image, t in first.items()
+                {"id": _id(str(Path(image).with_suffix(""))) + (f"-{k}" if k > 1 else ""), "image": image, "caption": caption}
+                for image, texts in content.items()
+                for k, caption in enumerate(_captions(texts, every), 1)
             ]
         yield from ((f"entry {number}", row) for number, row in enumerate(content, 1))
     else:
         raise ValueError(f"prompts {str(path)!r} must be {LAYOUTS}")
+
+
+def _captions(texts: Any, every: bool) -> list[Any]:
+    """An image's captions, one or a list."""
+    listed = texts if isinstance(texts, list) and texts else [texts]
+    return listed if every else listed[:1]
 
 
 def _object(where: str, text: str, kind: Any = dict) -> Any:

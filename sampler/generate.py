@@ -10,16 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 from . import arguments, guard
+from .batches import FORMAT, moving
 from .folder import Journal, intact, open_folder, save_image, settings_of, sha256
 from .guidance import Guidance
 from .output import Output
@@ -27,6 +29,14 @@ from .prompts import Job
 from .sampler import Sampler
 
 log = logging.getLogger(__name__)
+
+
+class Copies(Protocol):
+    """What a run's images are compared with: `settings`, for run.json, and what a manifest line says of an image."""
+
+    settings: Mapping[str, Any]
+
+    def __call__(self, image: Image.Image) -> dict[str, Any]: ...
 
 
 def describe(
@@ -58,6 +68,7 @@ def generate(
     width: int | None = None,
     clip_skip: int | None = None,
     progress: bool = True,
+    copies: Copies | None = None,
 ) -> list[dict[str, Any]]:
     """Make every job's image in the folder `out`; returns the manifest lines this call wrote, in the order it wrote them.
 
@@ -65,6 +76,7 @@ def generate(
     negative_prompt: of the jobs that have none of their own.
     height, width: pixels; default the model's own size.
     clip_skip: how many of the text encoder's last layers are left out, as in diffusers.
+    copies: what else a manifest line says of its image, as how near it is to which training image.
 
     A manifest line says what was asked (id, prompt, seed, negative_prompt where there is one), `transition_step`,
     `transition_timestep`, `noise_gap`, and `status`: "ok" where the image is there and its pixels were finite, with the file's
@@ -84,7 +96,8 @@ def generate(
     with torch.inference_mode():  # raises for what the model's text encoders cannot do
         sampler.model.encode([""], height, width, clip_skip=clip_skip)
     settings = {"steps": steps, "guidance": guidance, "height": height, "width": width, "clip_skip": clip_skip}
-    open_folder(out, describe(sampler, model, jobs, negative_prompt, settings))
+    run = describe(sampler, model, jobs, negative_prompt, settings)
+    open_folder(out, run if copies is None else run | {"training_images": dict(copies.settings)})
     images = Path(out) / "images"
 
     def finished(line: dict[str, Any]) -> str | None:
@@ -97,13 +110,13 @@ def generate(
         if negative_prompt is not None:
             waiting = [replace(job, negative_prompt=negative_prompt) if job.negative_prompt is None else job for job in waiting]
         done = len(jobs) - len(waiting)
-        with tqdm(total=len(jobs), initial=done, desc="images", unit="image", disable=not progress) as bar:
+        with tqdm(total=len(jobs), initial=done, desc="images", bar_format=FORMAT, disable=not progress) as bar:
             for batch in _batches(waiting, batch_size):
-                for line, image in _make(sampler, batch, settings):
+                for line, image in _make(sampler, batch, settings, partial(moving, bar)):
                     if image is not None:
                         path = images / f"{line['id']}.png"
                         save_image(image, path)
-                        line |= {"status": "ok", "sha256": sha256(path)}
+                        line |= {"status": "ok", "sha256": sha256(path)} | (copies(image) if copies else {})
                     journal.append(line)
                     written.append(line)
                     bar.update()
@@ -118,13 +131,14 @@ def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
             yield alike[start : start + size]
 
 
+Tell = Callable[[int], Callable[[float], None]]  # how many images are sampled -> what is told of their steps
 Made = tuple[dict[str, Any], Image.Image | None]  # a manifest line, and the image where there is one to save
 
 
-def _make(sampler: Sampler, batch: Sequence[Job], settings: dict[str, Any]) -> Iterator[Made]:
+def _make(sampler: Sampler, batch: Sequence[Job], settings: dict[str, Any], tell: Tell) -> Iterator[Made]:
     """Sample a batch; one that fails is halved down to its fault, and what is not finite is sampled again in float32."""
     try:
-        made = _sample(sampler, batch, settings)
+        made = _sample(sampler, batch, settings, tell)
     except Exception as error:  # out of memory, or what a prompt does to a tokenizer: nobody can list them
         if len(batch) == 1:
             yield _failed(batch[0], error), None
@@ -133,25 +147,26 @@ def _make(sampler: Sampler, batch: Sequence[Job], settings: dict[str, Any]) -> I
     else:
         lower = sampler.model.half
         for i, job in enumerate(batch):
-            yield _again(sampler, job, settings) if lower and not made.finite[i] else _taken(job, made, i)
+            yield _again(sampler, job, settings, tell) if lower and not made.finite[i] else _taken(job, made, i)
         return
     middle = len(batch) // 2
     for half in (batch[:middle], batch[middle:]):
-        yield from _make(sampler, half, settings)
+        yield from _make(sampler, half, settings, tell)
 
 
-def _sample(sampler: Sampler, batch: Sequence[Job], settings: dict[str, Any]) -> Output:
+def _sample(sampler: Sampler, batch: Sequence[Job], settings: dict[str, Any], tell: Tell) -> Output:
     negative = None if batch[0].negative_prompt is None else [job.negative_prompt for job in batch]
     prompts, seeds = [job.prompt for job in batch], [job.seed for job in batch]
-    return sampler(prompts, seeds, negative_prompt=negative, progress=False, **settings)
+    size = len(batch)
+    return sampler(prompts, seeds, negative_prompt=negative, progress=tell(size), batch_size=size, **settings)
 
 
-def _again(sampler: Sampler, job: Job, settings: dict[str, Any]) -> Made:
+def _again(sampler: Sampler, job: Job, settings: dict[str, Any], tell: Tell) -> Made:
     """What float32 makes of a sample that was not finite."""
     retried = {"retried": "float32"}
     try:
         with sampler.in_float32():
-            made = _sample(sampler, [job], settings)
+            made = _sample(sampler, [job], settings, tell)
     except Exception as error:
         return _failed(job, error, "the sample is not finite, and in float32: ") | retried, None
     line, image = _taken(job, made, 0)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .loop import Run
+    from .models import Decoded, Encoded
+    from .solver import Solver
 
 
 @dataclass
@@ -44,3 +52,38 @@ class Output:
         if self.attempts is None:
             return {}
         return {name: getattr(self, name)[i].item() for name in ("attempts", "score", "suspect")}
+
+    @classmethod
+    def of(cls, run: Run, encoded: Encoded, solver: Solver, output: str, decode: Callable[[Tensor, str], Decoded]) -> Output:
+        """What a call returns of a run; its pictures are decoded here. In inference mode, whose tensors it does not return."""
+        latents = run.latents.clone()  # a captured step's memory is used again
+        finite = latents.isfinite().flatten(1).all(dim=1).cpu()
+        images, flagged = latents, None
+        if output != "latent":
+            decoded = decode(latents, output)
+            images, flagged, finite = decoded.images, decoded.flagged, finite & decoded.finite
+        transition = run.transition.cpu()
+        transition[transition >= solver.steps] = -1  # settled too late to wait
+        judged = run.attempts, run.score, run.suspect
+        made = images, latents, transition, run.gaps.cpu(), solver.timesteps[solver.first_calls], *judged, finite
+        with torch.inference_mode(False):
+            return cls(*(value.clone() if isinstance(value, Tensor) else value for value in made), flagged, encoded.truncated)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Output]) -> Output:
+        """The samples of several calls that differ in nothing else, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(cls)}
+        return cls(
+            **{name: _joined(values) for name, values in columns.items() if name != "timesteps"}, timesteps=parts[0].timesteps
+        )
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return torch.cat(list(values))
+    return np.concatenate(values) if isinstance(first, np.ndarray) else list(chain.from_iterable(values))

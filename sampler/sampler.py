@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
-from tqdm import tqdm
 
-from . import arguments, guard, models
+from . import arguments, batches, guard, models
 from .graphs import Graphs
 from .guidance import Guidance
 from .kernels.state import State
@@ -98,7 +96,7 @@ class Sampler:
         capture: bool = False,
         **loading: Any,
     ) -> Sampler:
-        """Load a pipeline from a folder in diffusers' format, a single file of weights, or a hub id.
+        """Load a pipeline from a folder in diffusers' format, a single file of weights, a hub id, or one that ships, by name.
 
         device: default "cuda" where there is a GPU, else "cpu".
         dtype:  default float16 on a GPU, float32 elsewhere.
@@ -119,14 +117,14 @@ class Sampler:
 
     @staticmethod
     def model_path(name: str) -> Path:
-        """The folder of a pipeline that ships with the project ("tiny"), in diffusers' own format.
+        """The folder of a pipeline that ships with the project, in diffusers' own format.
 
         Raises ValueError for another name.
         """
-        if name != "tiny":
-            raise ValueError(f"name must be 'tiny', got {name!r}")
-        bench = find_spec(f"{__package__}.bench")  # found without being imported: bench imports the sampler
-        return Path(bench.submodule_search_locations[0]) / name
+        ships = models.shipped()
+        if name not in ships:
+            raise ValueError(f"name must be {' or '.join(map(repr, ships))}, got {name!r}")
+        return ships[name]
 
     def __call__(
         self,
@@ -138,7 +136,7 @@ class Sampler:
         height: int | None = None,
         width: int | None = None,
         output: str = "pil",
-        progress: bool = True,
+        progress: bool | Callable[[float], None] = True,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         eta: float = 0.0,
@@ -149,21 +147,27 @@ class Sampler:
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
+        batch_size: int | None = None,
+        stop_after: int | None = None,
         **options: Any,
     ) -> Output:
-        """Sample `num_images_per_prompt` images a prompt, all in one batch, those of one prompt after each other.
+        """Sample `num_images_per_prompt` images a prompt, those of one prompt after each other.
 
         seeds:  one an image, or one for the first image, counted up from there. An image depends on (model, prompt, seed,
                 settings) alone, never on the batch it is made in.
         negative_prompt: one for all prompts, or one or None for each.
         height, width: pixels; default the model's own size.
         output: "pil", "np", "pt" or "latent", with diffusers' meaning.
+        progress: whether to show a bar, or a function that is told after every step what share of all work is done.
         timesteps, sigmas, eta, denoising_end, mu: see `Schedule`; with diffusers' meaning, as are those that follow.
         guidance_rescale: above 0, the guidance's rule is "rescale" with this phi; not beside another rule.
         callback_on_step_end: called after every network call with (pipeline, index, timestep, {"latents": latents}); latents
                 that it returns are gone on with. Not under a guard.
         latents: (B, C, h, w), or whatever shape the model's latents have: initial noise of standard deviation 1, in place of
                 that drawn from the seeds.
+        batch_size: how many samples are denoised together; None: as many as a GPU's free memory holds, 16 on a CPU, and all
+                under a callback or a wrapped network, which see the batch.
+        stop_after: only so many of the steps are taken, for their noise gaps: the latents are noisy still. Not under a guard.
         options: arguments of the pipeline's own call, by its names and with its meaning: clip_skip, prompt_embeds (in place of
                 prompts), negative_prompt_embeds, cross_attention_kwargs (such as LoRA's "scale"; with them the network is
                 neither compiled nor captured), ip_adapter_image, ip_adapter_image_embeds; SDXL's also pooled_prompt_embeds,
@@ -193,56 +197,73 @@ class Sampler:
             guidance = guidance.rescaled(guidance_rescale)
             schedule = Schedule(steps, timesteps, sigmas, eta, denoising_end, mu)
             solver = self.solver(schedule, height, width, **options)
-            linear = solver.coefficients is not None
             if list(callback_on_step_end_tensor_inputs) != ["latents"]:
                 raise ValueError(
                     f"callback_on_step_end_tensor_inputs must be ['latents'], got {callback_on_step_end_tensor_inputs!r}"
                 )
-            if guidance.rungs and not (self._wrap is None and callback_on_step_end is None):
-                raise ValueError("a guard takes neither a wrapped network nor callback_on_step_end")
-            device = self.model.device
-            plan = guard.planned(solver, guidance, device, self.model.settle)
+            seen = self._wrap is not None or callback_on_step_end is not None
+            if guidance.rungs and (seen or stop_after is not None):
+                raise ValueError("a guard takes neither a wrapped network nor callback_on_step_end nor stop_after")
+            plan = guard.planned(solver, guidance, self.model.device, self.model.settle)
+            if stop_after is not None:
+                if not 1 <= arguments.at_least_one("stop_after", stop_after) <= plan.steps:
+                    raise ValueError(f"stop_after must be 1 to {plan.steps}, the steps; got {stop_after}")
+                plan = replace(plan, branches=plan.branches[: plan.calls(stop_after)])
+            total = len(seeds)
+            if batch_size is not None and arguments.at_least_one("batch_size", batch_size) < total and self._wrap is not None:
+                raise ValueError(f"batch_size must be at least {total}, all samples of a wrapped network; got {batch_size}")
+            size = batch_size or (total if seen else batches.size(self.model, height, width))
 
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
             encoded = self.model.encode(prompts, height, width, count, negative_prompt, **options)
-            noise = self.noise(generators, height, width, **options) if latents is None else latents.cpu().float()
-            noise = (noise * solver.init_sigma).to(device, self.model.dtype)
-            bar = partial(tqdm, desc="sampling", unit="step", disable=not progress, file=sys.stderr)
-            if guidance.rungs:
-                run = self._guarded(encoded, plan, noise, solver.init_sigma, generators, bar)
-            else:
 
-                def after(state: State, row: int) -> None:
-                    renoise(state, plan, row + 1, generators)
-                    if callback_on_step_end is not None:
-                        self._call_back(callback_on_step_end, solver, plan, state, row)
+            def sampled(part: range, bar: batches.Bar) -> Output:
+                own = [generators[i] for i in part]
+                given = None if latents is None else latents[part.start : part.stop].cpu().float()
+                noise = self.noise(own, height, width, **options) if given is None else given
+                texts = encoded if len(part) == total else encoded.part(part)
+                run = self._run(texts, plan, noise, solver, own, bar, callback_on_step_end)
+                decode = partial(self.model.decode, generators=own, height=height, width=width, **options)
+                return Output.of(run, texts, solver, output, decode)
 
-                own = partial(scheduler_step, solver, self.scheduler, generators)
-                run = self._run(encoded, plan, noise, None if linear else own, bar, after)
-            latents = run.latents.clone()  # a captured step's memory is used again
-            finite = latents.isfinite().flatten(1).all(dim=1).cpu()
-            images, flagged = latents, None
-            if output != "latent":
-                decoded = self.model.decode(latents, output, generators, height, width, **options)
-                images, flagged, finite = decoded.images, decoded.flagged, finite & decoded.finite
+            parts = batches.parts(total, size)
+            made = [sampled(part, batches.bar(progress, i, len(parts))) for i, part in enumerate(parts)]
             self.pipe.maybe_free_model_hooks()
-            transition = run.transition.cpu()
-            transition[transition >= solver.steps] = -1  # settled too late to wait
-            gaps = run.gaps.cpu()
-        judged = run.attempts, run.score, run.suspect
-        made = images, latents, transition, gaps, solver.timesteps[solver.first_calls], *judged, finite
-        return Output(*map(_normal, made), flagged, encoded.truncated)
+        return Output.joined(made)
 
     def _run(
+        self,
+        encoded: models.Encoded,
+        plan: Plan | guard.Ladder,
+        noise: Tensor,
+        solver: Solver,
+        generators: list[torch.Generator],
+        bar: batches.Bar,
+        callback: Callable[..., dict[str, Tensor]] | None,
+    ) -> Run:
+        """All steps of `plan` from `noise`, float32 of standard deviation 1."""
+        noise = (noise * solver.init_sigma).to(self.model.device, self.model.dtype)
+        if isinstance(plan, guard.Ladder):
+            return self._guarded(encoded, plan, noise, solver.init_sigma, generators, bar)
+
+        def after(state: State, row: int) -> None:
+            renoise(state, plan, row + 1, generators)
+            if callback is not None:
+                self._call_back(callback, solver, plan, state, row)
+
+        own = None if solver.coefficients is not None else partial(scheduler_step, solver, self.scheduler, generators)
+        return self._plainly(encoded, plan, noise, own, bar, after)
+
+    def _plainly(
         self,
         encoded: models.Encoded,
         plan: Plan,
         noise: Tensor,
         own: Callable[..., Step] | None,
-        bar: Callable[..., Iterable],
+        bar: batches.Bar,
         after: Callable[[State, int], None],
     ) -> Run:
-        """All steps of `plan`, by the fastest way that there is, or by `own`, the scheduler's own step."""
+        """The steps by the fastest way that there is, or by `own`, the scheduler's own step."""
         network = self.model.network(encoded, plain=self._wrap is not None)
         if own is None and self._wrap is None and self._captures(network):
             take, state = self._graphs.step(network, plan, noise, self.model.memory_format)
@@ -268,7 +289,7 @@ class Sampler:
         noise: Tensor,
         scale: float,
         generators: Sequence[torch.Generator],
-        bar: Callable[..., Iterable],
+        bar: batches.Bar,
     ) -> Run:
         def begin(network: models.Guided, plan: Plan, noise: Tensor) -> tuple[Step, State]:
             if self._captures(network):
@@ -328,8 +349,3 @@ class Sampler:
 def _configured(scheduler: SchedulerMixin) -> tuple:
     """What makes a scheduler's coefficients what they are."""
     return scheduler, dict(scheduler.config), getattr(scheduler, "shift", None)
-
-
-def _normal(value: Any) -> Any:
-    """Tensors made in inference mode as ordinary ones, with memory of their own."""
-    return value.clone() if isinstance(value, Tensor) else value

@@ -143,3 +143,13 @@ def drawn(monkeypatch):
     drawn = Drawn()
     monkeypatch.setattr(Sampler, "__call__", lambda self, *arguments, **options: drawn(self, *arguments, **options))
     return drawn
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """A copy of the small pipeline under another name, without a calibration."""
+    from basinescape import Sampler
+
+    folder = tmp_path / "my-model"
+    shutil.copytree(Sampler.model_path("tiny"), folder, ignore=shutil.ignore_patterns("calibration.json", "memorized*"))
+    return folder

@@ -1,14 +1,24 @@
 """The command line: options that reach the sampler, and one clear line for each bad input."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
-from basinescape import Calibration, Guidance, Sampler
+from basinescape import At, Calibration, FirstMinimum, Guidance, Rung, Sampler, Settled
 from basinescape.bench import cli
+from basinescape.bench.quiet import quieten
+from basinescape.bench.scenario import tiny_prompts
+from basinescape.ordinary import Ordinary
+from PIL import Image
 from runs import QUICK, run, sound, write
+from tqdm import tqdm
+from typer.main import get_command
+
+COMMANDS = tuple(get_command(cli.app).commands)
 
 
 @pytest.mark.parametrize(
@@ -20,6 +30,15 @@ from runs import QUICK, run, sound, write
         ('{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "X"}', (), "already used in line 1"),
         ('{"prompt": "a"}', ("--scheduler", "nope"), "scheduler"),
         ('{"prompt": "a"}', ("--until", "soon"), "until"),
+        ('{"prompt": "a"}', ("--until", "settled", "--steps", "4"), "until 'settled' needs"),
+        ('{"prompt": "a"}', ("--guidance", "guard", "--until", "500"), "but a guard has the guidance"),
+        ('{"prompt": "a"}', ("--restart", "300"), "restart must be LOW,HIGH,TIMES"),
+        ('{"prompt": "a"}', ("--restart", "500,300,1"), "restart must go back"),
+        ('{"prompt": "a"}', ("--rule", "rescale", "--rule-option", "phi"), "rule_option must be a name and a number"),
+        ('{"prompt": "a"}', ("--rule", "rescale", "--rule-option", "phi=9"), "phi must be a finite number"),
+        ('{"prompt": "a"}', ("--rule-option", "phi=0.5"), "has no option 'phi'"),
+        ('{"prompt": "a"}', ("--training-images", "/nowhere"), "does not exist"),
+        ('{"prompt": "a"}', ("--capture", "--device", "cpu"), "capture records CUDA graphs"),
         ('{"prompt": "a"}', ("--dtype", "int3"), "dtype"),
         ('{"prompt": "a"}', ("--device", "abacus"), "device"),
         ('{"prompt": "a"}', ("--scale", "nan"), "scale"),
@@ -72,20 +91,27 @@ def test_an_error_nobody_foresaw_is_one_line_unless_asked_for_more(tmp_path, mon
         cli.main()
 
 
-@pytest.mark.parametrize("command", [(), ("generate",), ("evaluate",), ("bench",)])
-def test_help_is_quick_and_fits(command, monkeypatch, tmp_path):
-    """It loads neither torch nor diffusers, and nothing is cut off at 80 columns."""
+HEAVY = {"torch", "diffusers", "transformers", "triton", "numpy", "PIL", "matplotlib", "jinja2"}
+
+
+def test_help_is_quick_and_fits(monkeypatch, tmp_path):
+    """Of every command: it loads nothing heavy, and no option's name is cut off at 80 columns."""
     code = (
-        f"import sys; sys.argv = ['basinescape', *{command}, '--help']\n"
+        "import sys\n"
         "from basinescape.bench import cli\n"
-        "try: cli.main()\n"
-        "finally: print({'torch', 'diffusers', 'numpy'} & set(sys.modules), file=sys.stderr)"
+        f"for name in ('', {', '.join(map(repr, COMMANDS))}):\n"
+        "    sys.argv = ['basinescape', *name.split(), '--help']\n"
+        "    try: cli.main()\n"
+        "    except SystemExit: pass\n"
+        f"print({HEAVY} & set(sys.modules), file=sys.stderr)"
     )
     monkeypatch.setenv("COLUMNS", "80")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stderr == "set()\n" and done.stdout.startswith("Usage: basinescape")
-    assert max(map(len, done.stdout.splitlines())) <= 80
-    assert "…" not in done.stdout and (command or done.stdout.count("...") == 1)  # COMMAND [ARGS]...
+    assert done.stderr == "set()\n" and done.stdout.count("Usage: basinescape") == 1 + len(COMMANDS)
+    assert max(map(len, done.stdout.splitlines())) <= 80 and "…" not in done.stdout
+    for command in get_command(cli.app).commands.values():
+        for option in command.params:
+            assert option.param_type_name == "argument" or any(f"{name} " in done.stdout for name in option.opts)
 
 
 def test_pickled_weights_are_refused_with_one_line(pipe, tmp_path, monkeypatch, capsys):
@@ -121,21 +147,13 @@ def test_the_commands_options_reach_the_sampler(tmp_path, monkeypatch, capsys, d
     assert (stored["height"], stored["width"], stored["clip_skip"], stored["negative_prompt"]) == (128, 192, 1, "ugly")
 
 
-@pytest.fixture
-def mine(tmp_path):
-    """A copy of the small pipeline under another name, without a calibration."""
-    folder = tmp_path / "my-model"
-    shutil.copytree(Sampler.model_path("tiny"), folder, ignore=shutil.ignore_patterns("calibration.json", "memorized*"))
-    return folder
-
-
 def test_a_model_is_calibrated_and_then_guarded(tmp_path, monkeypatch, capsys, mine):
     """Without a calibration a line says what is done instead; with one beside the model, or given, the guard is the default."""
     prompts, made = tmp_path / "prompts.jsonl", mine / "calibration.json"
     write(prompts, 3)
     asked = ("--prompts", prompts, "--model", mine, "--steps", 5, "--device", "cpu")
     code, error = run(monkeypatch, capsys, *asked, "--out", tmp_path / "before")
-    assert code == 0 and "the model has none: every prompt is delayed until 500 instead" in error
+    assert code == 0 and "the model has none. So no prompt is guided until timestep 500" in error
     code, error = run(monkeypatch, capsys, *asked, "--out", tmp_path / "none", "--guidance", "guard")
     assert code == 2 and "a guard needs a calibration" in error and not (tmp_path / "none").exists()
     arguments = ["basinescape", "calibrate", "--out", made, *asked, "--no-progress", "--rate", 0.5]
@@ -152,9 +170,9 @@ def test_a_model_is_calibrated_and_then_guarded(tmp_path, monkeypatch, capsys, m
     moved = made.rename(tmp_path / "elsewhere.json")
     assert run(monkeypatch, capsys, *asked, "--out", tmp_path / "after", "--calibration", moved)[0] == 0
     for options, says in (
-        (("--steps", 4), "calibrated for 5 steps at timesteps"),
+        (("--steps", 2), "calibrated for 5 steps at timesteps"),
         (("--scale", 3), "scale is 3.0, but the calibration was made at 7.5"),
-        (("--rule", "apg", "--guidance", "guard"), "a guard has the rule"),
+        (("--rule", "apg", "--guidance", "guard"), "but a guard has the guidance that it was calibrated with"),
         (("--calibration", tmp_path / "missing.json"), "missing.json"),
     ):
         code, error = run(monkeypatch, capsys, *asked, "--calibration", moved, *options, "--out", tmp_path / "bad")
@@ -177,3 +195,82 @@ def test_a_calibration_that_cannot_be_written_is_refused_before_any_work(tmp_pat
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2 and "in a folder that exists" in capsys.readouterr().err
+
+
+def test_more_options_reach_the_sampler(tmp_path, monkeypatch, capsys, drawn, mine):
+    write(tmp_path / "p.jsonl", 3)
+    base = ("--prompts", tmp_path / "p.jsonl", "--model", mine, "--steps", 4, "--device", "cpu")
+    given = {
+        ("--until", "auto", "--latest", 3): Guidance.delayed(7.5, until=FirstMinimum(latest=3)),
+        ("--restart", "300,500,2", "--until", 600): Guidance.delayed(7.5, until=At(600), restart=(300, 500, 2)),
+        ("--guidance", "cfg", "--rule", "rescale", "--rule-option", "phi=0.5"): Guidance.cfg(7.5, rule="rescale", phi=0.5),
+        ("--guidance", "opposite", "--until", 600): Guidance.opposite(2.0, scale=7.5, until=At(600)),
+    }
+    for i, (options, guidance) in enumerate(given.items()):
+        assert run(monkeypatch, capsys, *base, "--out", tmp_path / str(i), "--batch-size", 2, *options) == (0, "")
+        assert {asked["guidance"] for asked in drawn.asked} == {guidance}
+        assert [asked["batch_size"] for asked in drawn.asked] == [2, 1]
+        drawn.asked.clear()
+
+
+def test_settled_and_the_transition_come_from_the_calibration(tmp_path, monkeypatch, capsys, drawn, mine):
+    write(tmp_path / "p.jsonl", 1)
+    ordinary = Ordinary((1.0,) * 5, (2.0,) * 5, (0.5, 0.6, 0.7, 0.8, 0.9), ((0.0, 0.1),), 640.0)
+    rung = Rung(Guidance.cfg(7.5), (1.0,) * 5, 1, 2.0, 1, 1, 2.0, (801.0, 641.0, 481.0, 321.0, 161.0))
+    Calibration({}, 5, 7.5, 9, 0.1, 0.2, (rung,), {}, ordinary).save(mine / "calibration.json")
+    base = ("--prompts", tmp_path / "p.jsonl", "--model", mine, "--steps", 5, "--device", "cpu", "--scheduler", "ddim")
+    until = {(): At(640.0), ("--until", "settled"): Settled(ordinary.unguided, 1.5, 1, 2), ("--until", 500): At(500)}
+    for i, (options, rule) in enumerate(until.items()):
+        code, error = run(monkeypatch, capsys, *base, "--out", tmp_path / str(i), "--guidance", "delayed", *options)
+        assert (code, error, drawn.asked[-1]["guidance"].until) == (0, "", rule)
+
+
+def test_copies_of_training_images_are_marked(tmp_path, monkeypatch, capsys, drawn):
+    """Drawn pictures are of one colour each: like one another, and like the picture that has a mark of its own least of all."""
+    write(tmp_path / "p.jsonl", 2)
+    folder = tmp_path / "training" / "deep"
+    folder.mkdir(parents=True)
+    for i, prompt in enumerate(tiny_prompts()["memorized"][:2]):
+        shutil.copy(prompt.image, folder / f"{i}.png")
+    own = Image.open(folder / "1.png").convert("RGB")
+    draw = type(drawn).__call__
+
+    def with_a_copy(self, sampler, prompts, seeds, steps, **options):
+        made = draw(self, sampler, prompts, seeds, steps, **options)
+        made.images[1] = own
+        return made
+
+    monkeypatch.setattr(type(drawn), "__call__", with_a_copy)
+    asked = ("--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "out", "--training-images", folder.parent, *QUICK)
+    code, error = run(monkeypatch, capsys, *asked, "--similarity", "pixels")
+    plain, copied = sound(tmp_path / "out")
+    assert code == 0 and error == "1 are copies of training images (p1): see copy and nearest in manifest.jsonl\n"
+    assert (copied["copy"], copied["nearest"], copied["measure"]) == (True, "deep/1.png", "pixels")
+    assert copied["similarity"] == pytest.approx(1) and not plain["copy"] and plain["similarity"] < 0.5
+    stored = json.loads((tmp_path / "out" / "run.json").read_text())["training_images"]
+    assert stored == {"images": 2, "thresholds": {"pixels": 0.81}}
+    code, error = run(monkeypatch, capsys, *asked, "--similarity", "pixels", "--threshold", 0.9)
+    assert code == 2 and "its training_images differ" in error
+
+
+def test_the_bar_moves_with_the_steps(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "p.jsonl", 2)
+    shares, tell = [], tqdm.update
+    monkeypatch.setattr(tqdm, "update", lambda self, n=1: (tell(self, n), shares.append(round(self.n, 2)))[0])
+    asked = ("generate", "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "out", "--batch-size", 2, *QUICK)
+    monkeypatch.setattr(sys, "argv", ["basinescape", *map(str, asked)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert shares == [1.0, 0.0, 1.0, 2.0]  # half of two images, both to be counted, counted one by one
+    capsys.readouterr()
+
+
+def test_libraries_are_silent_and_others_are_not():
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        quieten()
+        for module in ("torchsde._brownian.brownian_interval", "diffusers.schedulers", "transformers", "mine.transformers"):
+            warnings.warn_explicit("something", UserWarning, "a.py", 1, module)
+    assert len(heard) == 1
+    for library in ("diffusers", "transformers"):
+        assert os.environ[f"{library.upper()}_VERBOSITY"] == "error"  # for what they say on import

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from basinescape import Calibration, Guidance, Sampler
 from basinescape.bench import cli
 from basinescape.bench import scenario as scenarios
+from basinescape.bench.commands.evaluation import FIELDS
 from basinescape.bench.evaluation.analyze import analyze
-from basinescape.bench.evaluation.commands import FIELDS
 from basinescape.bench.evaluation.detection import SIZE, anisotropy, detection
 from basinescape.bench.evaluation.evaluate import evaluate, table
 from basinescape.bench.evaluation.measure import Likeness, Measure

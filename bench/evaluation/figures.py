@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,6 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import Bbox
+
+if TYPE_CHECKING:
+    from basinescape import Calibration
 
 COLORS = {"memorized": "C3", "general": "C0"}
 SIDES = [(6, 5), (6, -5), (-6, 5), (-6, -5), (0, 9), (0, -9), (9, 0), (-9, 0)]  # where a label may be of its point, in points
@@ -88,6 +91,22 @@ def curves(plain: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
     figure, axes = single(xlabel="step", ylabel="noise gap  ||cond - uncond||", title="plain guidance")
     for group, lines in plain.items():
         band(axes, [line["gap"] for line in lines], group)
+    save(figure, path)
+
+
+def calibration(found: Calibration, path: Path) -> None:
+    """What is ordinary under plain guidance and without any, and under a guard's later attempts."""
+    figure, axes = single(xlabel="timestep", ylabel="noise gap  ||cond - uncond||", title=f"ordinary prompts ({found.images})")
+    plain, ordinary = found.rungs[0], found.ordinary
+    axes.fill_between(plain.levels, ordinary.low, ordinary.high, color="C0", alpha=0.2, linewidth=0, label="plain: 5% to 95%")
+    axes.plot(plain.levels, plain.gap, color="C0", label="plain guidance, median")
+    axes.plot(plain.levels, ordinary.unguided, color="C7", label="no guidance, median")
+    for rung in found.rungs[1:]:
+        at, gap = zip(*((t, g) for t, g in zip(rung.levels, rung.gap, strict=True) if g > 0), strict=True)
+        axes.plot(at, gap, color="C2", linewidth=0.8, label="a guard's later attempts, median")
+    axes.axvline(ordinary.transition, color="C3", linestyle=":", label="static transition, a first guess")
+    axes.invert_xaxis()
+    axes.set_yscale("log")
     save(figure, path)
 
 

@@ -59,7 +59,7 @@ class Similarity:
 
     def _read(self, images: Sequence[Image.Image]) -> Tensor:
         """What is compared: pixels (N, 3, SIDE, SIDE), or embeddings (N, D) of length 1."""
-        return torch.from_numpy(_unit(self._embed(images))) if self._embed else pixels(fitted(images, (SIDE, SIDE)))
+        return torch.from_numpy(unit(self._embed(images))) if self._embed else pixels(fitted(images, (SIDE, SIDE)))
 
 
 def installed(name: str) -> bool:
@@ -67,7 +67,8 @@ def installed(name: str) -> bool:
     return all(find_spec(package) for package in NEEDS.get(name, ()))
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Each row (N, D) at length 1, float32."""
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
@@ -121,10 +122,10 @@ def vision(model: str) -> Callable[[], Embedding]:
     return load
 
 
+MODELS = {"clip": "openai/clip-vit-base-patch32", "dino": "facebook/dinov2-base"}
 EMBEDDINGS: dict[str, Callable[[], Embedding]] = {
     "sscd": sscd,
-    "clip": vision("openai/clip-vit-base-patch32"),
-    "dino": vision("facebook/dinov2-base"),
+    **{name: vision(model) for name, model in MODELS.items()},
 }
 
 

@@ -14,12 +14,20 @@ def similarity(images: Tensor, references: Tensor) -> Tensor:
 
     images: (N, 3, H, W), references: (M, 3, H, W), both float32.
     """
-    references = F.avg_pool2d(references, 2)[..., SHIFT:-SHIFT, SHIFT:-SHIFT]
-    height, width = references.shape[-2:]
+    return (shifted(images) @ cores(references).T).amax(dim=0)
+
+
+def cores(references: Tensor) -> Tensor:
+    """The middles of pictures at half size, as vectors of mean 0 and length 1: (M, D)."""
+    return _standard(F.avg_pool2d(references, 2)[..., SHIFT:-SHIFT, SHIFT:-SHIFT])
+
+
+def shifted(images: Tensor) -> Tensor:
+    """What may lie where a reference has its middle, for every small shift, as the same kind of vectors: (shifts, N, D)."""
     small = F.avg_pool2d(images, 2)
+    height, width = (side - 2 * SHIFT for side in small.shape[-2:])
     shifts = [(y, x) for y in range(2 * SHIFT + 1) for x in range(2 * SHIFT + 1)]
-    shifted = torch.stack([_standard(small[..., y : y + height, x : x + width]) for y, x in shifts])
-    return (shifted @ _standard(references).T).amax(dim=0)
+    return torch.stack([_standard(small[..., y : y + height, x : x + width]) for y, x in shifts])
 
 
 def _standard(images: Tensor) -> Tensor:

@@ -6,11 +6,11 @@ from diffusers import DiffusionPipeline
 
 from .base import Decoded, Encoded, Model
 from .families import FAMILIES
-from .loading import load
+from .loading import load, located, shipped
 from .network import Guided
 from .unet import GuidedUNet
 
-__all__ = ["FAMILIES", "Decoded", "Encoded", "Guided", "GuidedUNet", "Model", "adapt", "load"]
+__all__ = ["FAMILIES", "Decoded", "Encoded", "Guided", "GuidedUNet", "Model", "adapt", "load", "located", "shipped"]
 
 REPLACED = ("__call__", "prepare_latents")  # what the loop does in a pipeline's place
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..loop import Network, Settle
 from ..schedulers import Schedule
+from .network import rows_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,12 @@ class Encoded:
     shared: dict[str, Any] = field(default_factory=dict)
     own: dict[str, Any] = field(default_factory=dict)
     truncated: Sequence[str] = ()
+
+    def part(self, samples: range) -> Encoded:
+        """The same for some samples."""
+        own = list(samples)
+        both = torch.tensor(own + [len(self.truncated) + i for i in own])
+        return replace(self, inputs=rows_of(self.inputs, both), truncated=[self.truncated[i] for i in own])
 
 
 @dataclass(frozen=True)

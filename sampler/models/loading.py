@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,20 @@ OPTIONS = frozenset(
 )
 
 
+def shipped() -> dict[str, Path]:
+    """The folders of the pipelines that ship with the project, by name."""
+    bench = find_spec(f"{__package__.rpartition('.')[0]}.bench")  # found without being imported: bench imports the sampler
+    rooms = bench.submodule_search_locations if bench else ()
+    return {index.parent.name: index.parent for room in rooms for index in sorted(Path(room).glob("*/model_index.json"))}
+
+
+def located(path_or_id: str | Path) -> str | Path:
+    """The folder of a pipeline that ships where one is named so and nothing here is, else what was given."""
+    return path_or_id if Path(path_or_id).exists() else shipped().get(str(path_or_id), path_or_id)
+
+
 def load(path_or_id: str | Path, dtype: torch.dtype, allow_pickle: bool = False, **options: Any) -> DiffusionPipeline:
-    """A pipeline from a folder in diffusers' format, a single file of weights, or a hub id.
+    """A pipeline from a folder in diffusers' format, a single file of weights, a hub id, or one that ships, by its name.
 
     A string is a path if it is absolute, begins with "." or "~", ends with "/", names weights (.safetensors, .ckpt), or is not
     of the form 'owner/name'.
@@ -43,6 +56,7 @@ def load(path_or_id: str | Path, dtype: torch.dtype, allow_pickle: bool = False,
             raise ValueError(f"{', '.join(unknown)}: no option of loading; there are {', '.join(sorted(OPTIONS | parts))}")
     name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
     options[name] = dtype
+    path_or_id = located(path_or_id)
     path = Path(path_or_id).expanduser()
     pickle_refused = "and pickle can run code when it is loaded: allow it explicitly (allow_pickle) if you trust the source"
     if path.is_file():

@@ -67,7 +67,7 @@ class Guided:
     def _give(self, inputs: dict[str, Any]) -> None:
         batch = len(next(_tensors(inputs))) // 2
         halves = {"uncond": slice(0, batch), "cond": slice(batch, None), "both": slice(None)}
-        self.inputs = {branch: _rows(inputs, rows) for branch, rows in halves.items()}
+        self.inputs = {branch: rows_of(inputs, rows) for branch, rows in halves.items()}
 
     @property
     def form(self) -> tuple:
@@ -79,7 +79,7 @@ class Guided:
         """The same for some samples of the batch, `index` (N,) int64."""
         batch = len(next(_tensors(self.inputs["cond"])))
         other = copy.copy(self)
-        other._give(_rows(self.inputs["both"], torch.cat([index, index + batch])))
+        other._give(rows_of(self.inputs["both"], torch.cat([index, index + batch])))
         return other
 
     def load(self, other: Guided) -> None:
@@ -167,9 +167,10 @@ def _hooked(module: nn.Module) -> bool:
     return "_hf_hook" in vars(module) or bool(registry is not None and registry.hooks)
 
 
-def _rows(value: Any, rows: slice | Tensor) -> Any:
+def rows_of(value: Any, rows: slice | Tensor) -> Any:
+    """Some rows of every tensor in nested dicts and lists."""
     if isinstance(value, dict):
-        return {name: _rows(inner, rows) for name, inner in value.items()}
+        return {name: rows_of(inner, rows) for name, inner in value.items()}
     return [inner[rows] for inner in value] if isinstance(value, list) else value[rows]
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..quiet import quieten
 from ..tables import aligned
 
 if TYPE_CHECKING:
@@ -80,9 +81,9 @@ def evaluate(
 ) -> None:
     """Measure memorization. Methods run on captions that may be memorized and on ordinary prompts."""
     quieten()
+    from ..evaluation.comparison import Comparison
+    from ..evaluation.evaluate import Incomplete, evaluate
     from ..methods import chosen as methods_of
-    from .comparison import Comparison
-    from .evaluate import Incomplete, evaluate
 
     fields = {"steps": steps, "scheduler": scheduler, "scale": scale, "transition": until}
     fields |= {"similarity": similarity, "threshold": threshold, "calibration": calibration}
@@ -115,7 +116,7 @@ def quality(
 ) -> None:
     """Measure the images of an evaluation. Text alignment, distance from ordinary images, similarity to training images."""
     quieten()
-    from .quality import quality
+    from ..evaluation.quality import quality
 
     typer.echo(aligned(quality(run, clip, None if features == "none" else features, references, similarity, progress)))
 
@@ -126,7 +127,7 @@ def report(
 ) -> None:
     """Make a page about evaluations. The finding, copies against concept, the table, and what became of each caption."""
     quieten()
-    from .report import report
+    from ..evaluation.report import report
 
     files = report(runs, out)
     typer.echo(f"{len(runs)} run{'s' if len(runs) > 1 else ''} in {', '.join(map(str, files))}")
@@ -153,7 +154,7 @@ def analyze(
 ) -> None:
     """Make basins visible. Where guidance may start, how wide a basin is, and what tells memorized prompts from others."""
     quieten()
-    from .analyze import analyze
+    from ..evaluation.analyze import analyze
 
     fields = {"steps": steps, "scheduler": scheduler, "scale": scale}
     fields |= {"similarity": similarity, "threshold": threshold, "calibration": calibration}
@@ -172,10 +173,3 @@ def _scenario(
 
     paths = {"memorized": prompts, "general": general, "images": images}
     return load(name, model=model, **{field: None if path is None else str(path) for field, path in paths.items()}, **fields)
-
-
-def quieten() -> None:
-    """As the command line's own: late, so that its help needs none of what this imports."""
-    from ..cli import _quieten
-
-    _quieten()

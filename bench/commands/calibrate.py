@@ -1,0 +1,59 @@
+"""`basinescape calibrate`: what is ordinary on a model?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..quiet import quieten
+from . import options
+
+
+def calibrate(
+    model: options.Model = "tiny",
+    out: Annotated[
+        Path | None, typer.Option(help="file to write; default calibration.json in the model's folder, where it is found")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="ordinary ones, none of them memorized, a hundred or more, as for generate; default 200 that ship"),
+    ] = None,
+    scale: options.Scale = 7.5,
+    steps: Annotated[int, typer.Option(help="denoising steps")] = 50,
+    scheduler: options.Scheduler = "own",
+    rate: Annotated[float, typer.Option(help="share of ordinary images that the guard may begin again")] = 0.025,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = None,
+    attention: options.Attention = "sdpa",
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    allow_pickle: options.AllowPickle = False,
+    compile: options.Compile = False,
+    capture: options.Capture = False,
+    progress: options.Progress = True,
+) -> None:
+    """Measure what is ordinary on a model, for guard, audit and more. A run that was stopped goes on where it was."""
+    quieten()
+    from basinescape import Sampler, models
+    from basinescape.calibration import FILE
+    from basinescape.prompts import read_prompts
+
+    from ..evaluation.calibrate import calibrate, prompts_for
+
+    jobs = read_prompts(prompts or prompts_for(model), seed)
+    if out is None:
+        folder = Path(models.located(model))
+        if not folder.is_dir():
+            raise ValueError(f"out must be given: model {model!r} is no folder here that {FILE} could lie in")
+        out = folder / FILE
+    if not out.resolve().parent.is_dir() or out.is_dir():
+        raise ValueError(f"out {str(out)!r} must be a file in a folder that exists")
+    loading = {"allow_pickle": allow_pickle, "compile": compile, "capture": capture}
+    sampler = Sampler.from_pretrained(model, device, dtype, scheduler, attention, **loading)
+    size = options.batch_size(sampler, batch_size)
+    texts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
+    made = calibrate(sampler, texts, seeds, out, steps, scale, rate, size, progress)
+    typer.echo(f"{len(jobs)} prompts, {steps} steps: {out}, {out.with_suffix('.png').name}")
+    typer.echo(f"static transition, a first guess: {made.ordinary.transition:g}")

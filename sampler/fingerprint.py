@@ -1,0 +1,71 @@
+"""Which model something was measured on: a fingerprint that is cheap to take of any loaded pipeline, from a folder or not.
+
+For each part that decides the predictions, the denoiser and the text encoders:
+
+    form:   SHA-256 of its tensors' names and shapes, what the headers of its safetensors files list, and of those settings of
+            its configuration that are not its class's defaults (a newer diffusers adds settings, with defaults).
+    sample: one number from the middle of each of up to SAMPLED tensors, spread evenly over the part.
+    dtype:  of the tensors. Two samples of one dtype must be equal, others equal as far as the coarser dtype tells.
+
+So a fine-tuned model differs from its base, and one with a LoRA from the same without; a copy under another name, or on another
+device or in another dtype, is the same model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+SAMPLED = 48
+
+
+def fingerprint(pipe: DiffusionPipeline) -> dict[str, dict[str, Any]]:
+    """The fingerprint of a pipeline as it is now, by part; plain data that json can write."""
+    return {name: _part(part) for name in PARTS if isinstance(part := getattr(pipe, name, None), nn.Module)}
+
+
+def differing(one: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The parts in which two fingerprints differ; none for the same model."""
+    return [name for name in PARTS if not _same(one.get(name), other.get(name))]
+
+
+def _part(part: nn.Module) -> dict[str, Any]:
+    # "text_model" and "_orig_mod": the same weights under another version of transformers, and compiled
+    tensors = {name.removeprefix("_orig_mod.").removeprefix("text_model."): x for name, x in part.named_parameters()}
+    form = json.dumps(
+        [_chosen(part), {name: list(x.shape) for name, x in sorted(tensors.items())}], sort_keys=True, default=str
+    )
+    names = sorted(tensors)
+    picked = [tensors[names[i * len(names) // SAMPLED]] for i in range(SAMPLED)] if len(names) > SAMPLED else tensors.values()
+    return {
+        "form": hashlib.sha256(form.encode()).hexdigest(),
+        "sample": [float(x.detach().reshape(-1)[x.numel() // 2]) for x in picked if not x.is_meta],  # meta: offloaded to disk
+        "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
+    }
+
+
+def _chosen(part: nn.Module) -> dict[str, Any]:
+    """The settings of a diffusers model that are not defaults; nothing for a part of transformers."""
+    known = inspect.signature(type(part).__init__).parameters
+    config = part.config if isinstance(part.config, Mapping) else {}
+    return {name: value for name, value in config.items() if name in known and value != known[name].default}
+
+
+def _same(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    if one["form"] != other["form"] or len(one["sample"]) != len(other["sample"]):
+        return False
+    dtypes = [getattr(torch, part["dtype"]) for part in (one, other)]
+    coarsest = 0.0 if dtypes[0] == dtypes[1] else max(torch.finfo(dtype).eps for dtype in dtypes)
+    least = max(torch.finfo(dtype).smallest_subnormal for dtype in dtypes)
+    samples = [torch.tensor(part["sample"], dtype=torch.float64) for part in (one, other)]
+    return torch.allclose(*samples, rtol=coarsest, atol=least)
