@@ -55,7 +55,7 @@ class Laboratory:
         """An image for each prompt and its seed; both branches run in every step."""
         model, steps = self.sampler.model, self.scenario.steps
         solver = self.sampler.solver(steps)
-        plan = Plan.make(solver, guidance, model.device)
+        plan = Plan.make(solver, guidance, model.device, model.settle)
         height, width = self.sampler.size()
         network = model.network(model.encode([prompt.text for prompt in found], height, width), plain=True)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
