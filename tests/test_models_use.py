@@ -181,11 +181,11 @@ def test_the_compiler_takes_a_network_of_videos_whole_and_once(pipes, monkeypatc
     sampler = Sampler.from_pipeline(pipe, compile=True)
 
     def plain():
-        return call("wan", Sampler.from_pipeline(pipe)).latents
+        return call("wan", Sampler.from_pipeline(pipe), Guidance.cfg(4.0)).latents
 
-    assert_same_but_for_rounding(call("wan", sampler).latents, plain(), pipe, plain)
+    assert_same_but_for_rounding(call("wan", sampler, Guidance.cfg(4.0)).latents, plain(), pipe, plain)
     made = sampler.model._networks._made
-    call("wan", sampler)
+    call("wan", sampler, Guidance.cfg(4.0))
     assert sampler.model._networks._made is made
 
 
