@@ -55,7 +55,7 @@ class Scenario:
     calibration: str | None = None
     similarity: str | None = None
     threshold: float | None = None
-    where: str = DATA
+    where: str = ""
 
     def __post_init__(self) -> None:
         if self.similarity is None:
@@ -79,11 +79,12 @@ class Scenario:
 _measured = Sampler.model_path("tiny") / "ordinary.json"  # of the pipeline that lies beside it: see `evaluation.ordinary`
 ORDINARY = json.loads(_measured.read_text()) if _measured.is_file() else {"gap": (), "stable": None}
 
+PAPER = {"similarity": "sscd", "where": DATA}
 PRESETS = {
-    "1": Scenario("1", "sd-finetuned-laion10k", "laion_10k_random/captions.json", transition=500.0, similarity="sscd"),
-    "2": Scenario("2", "sd-finetuned-imagenette", "imagenette2-train", transition=600.0, similarity="sscd"),
-    "3": Scenario("3", "sd14-finetuned-200-duplicates", "memorized_images", transition=500.0, similarity="sscd"),
-    "4": Scenario("4", "CompVis/stable-diffusion-v1-4", "sdv1_500_memorized.jsonl", transition=500.0, similarity="sscd"),
+    "1": Scenario("1", "sd-finetuned-laion10k", "laion_10k_random/captions.json", transition=500.0, **PAPER),
+    "2": Scenario("2", "sd-finetuned-imagenette", "imagenette2-train", transition=600.0, **PAPER),
+    "3": Scenario("3", "sd14-finetuned-200-duplicates", "memorized_images", transition=500.0, **PAPER),
+    "4": Scenario("4", "CompVis/stable-diffusion-v1-4", "sdv1_500_memorized.jsonl", transition=500.0, **PAPER),
     "tiny": Scenario(
         "tiny",
         "tiny",
@@ -114,13 +115,8 @@ def load(name: str | None = None, **given: Any) -> Scenario:
     """
     given = {field: value for field, value in given.items() if value is not None} | _absolute(given, Path())
     if name is None and ("model" in given or "memorized" in given):
-        missing = {"model", "memorized"} - given.keys()
-        if missing:
-            asked = {"model": "a model", "memorized": "prompts"}
-            raise ValueError(
-                f"{' and '.join(asked[field] for field in sorted(given.keys() & asked.keys()))} without "
-                f"{asked[missing.pop()]}: give both, or a scenario"
-            )
+        if not {"model", "memorized"} <= given.keys():
+            raise ValueError("model and prompts must be given together, or beside a scenario")
         return _calibrated(Scenario(**{"name": Path(given["model"]).name, **given}))
     base = PRESETS.get(name or "tiny") or _from_yaml(name)
     if SAMPLED & given.keys():
@@ -144,9 +140,10 @@ def _from_yaml(name: str) -> Scenario:
         raise ValueError(f"scenario file {name!r} is not YAML: {error}") from error
     known = {field.name for field in fields(Scenario)}
     if not isinstance(given, dict) or not {"model", "memorized"} <= given.keys() <= known:
-        wrong = f"has {', '.join(sorted(given.keys() - known)) or 'neither'}" if isinstance(given, dict) else "holds no fields"
+        has = ", ".join(map(str, given)) if isinstance(given, dict) else repr(given)
         raise ValueError(
-            f"scenario file {name!r} must give model and memorized, and of the rest only {', '.join(sorted(known))}; it {wrong}"
+            f"scenario file {name!r} must give model and memorized, and of the rest only {', '.join(sorted(known))}; "
+            f"it has {has}"
         )
     return Scenario(**{"name": path.stem, **given, **_absolute(given, path.parent)})
 
@@ -168,16 +165,19 @@ def prompts(scenario: Scenario) -> dict[str, list[Prompt]]:
 
     Raises FileNotFoundError, with where to get it, for what is missing.
     """
-    if scenario.memorized == "tiny":
-        return tiny_prompts()
-    groups = {"memorized": read_prompts(scenario.memorized, scenario.where, scenario.images)}
+    groups = {"memorized": _group(scenario, "memorized")}
     if scenario.general:
         taken = {prompt.id.casefold() for prompt in groups["memorized"]}  # ids name files
         groups["general"] = [
             replace(prompt, image=None, id=f"general-{prompt.id}" if prompt.id.casefold() in taken else prompt.id)
-            for prompt in read_prompts(scenario.general, scenario.where)
+            for prompt in _group(scenario, "general")
         ]
     return groups
+
+
+def _group(scenario: Scenario, group: str) -> list[Prompt]:
+    source, images = getattr(scenario, group), scenario.images if group == "memorized" else None
+    return tiny_prompts()[group] if source == "tiny" else read_prompts(source, scenario.where, images)
 
 
 # Captions beside those of training, made of its own words. Captions with a word that it never saw are no general prompts: the

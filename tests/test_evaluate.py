@@ -82,7 +82,7 @@ def test_a_scenario_of_ones_own(tmp_path):
     assert scenarios.load(str(tmp_path / "mine.yaml")) == expected
     assert all(re.search(rf"\b{field.name}\b", FIELDS) for field in fields(Scenario))
     for text, says in (
-        ("model: owner/name\nmemorized: list.jsonl\nstep: 7\n", "it has step"),
+        ("model: owner/name\nmemorized: list.jsonl\nstep: 7\n", "it has model, memorized, step$"),
         ("model: owner/name\n", "must give model and memorized"),
         ("a: [", "is not YAML"),
         ("model: m\nmemorized: p\nsimilarity: dino\n", "threshold must be given for similarity 'dino'"),
@@ -102,9 +102,13 @@ def test_options_make_a_scenario_or_change_one(tmp_path, monkeypatch):
     (tmp_path / "model" / "calibration.json").write_text("{}")
     assert scenarios.load(model="model", memorized="p.jsonl").calibration == str(tmp_path / "model" / "calibration.json")
     tiny = scenarios.load()
+    assert len(prompts(scenarios.load("tiny", memorized="p.jsonl"))["memorized"]) == 1
     assert tiny == PRESETS["tiny"] and scenarios.load("tiny", transition=560.0) == replace(tiny, transition=560.0)
     assert scenarios.load(steps=20).stable is None and scenarios.load(similarity="sscd").threshold == 0.5
-    with pytest.raises(ValueError, match="a model without prompts"):
+    for there, name in ((True, "sscd"), (False, "pixels")):
+        monkeypatch.setattr(scenarios, "installed", lambda measure, there=there: there)
+        assert scenarios.load(model="model", memorized="p.jsonl").similarity == name
+    with pytest.raises(ValueError, match="model and prompts must be given together"):
         scenarios.load(model="model")
 
 

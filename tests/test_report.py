@@ -75,7 +75,7 @@ def test_captions_come_worst_first_with_their_training_image(run, tmp_path):
     rows = [[tmp_path / "data" / f"{name}.png", *(run / "images" / m / f"{name}-1.png" for m in SIMILARITY)] for name in "cba"]
     page = page_of(run, tmp_path)
     assert embedded(page) == [path.read_bytes() for row in rows for path in row]
-    assert re.findall(r'<figure class="copy">.*?</b> ([0-9.]+)', page) == ["0.70", "0.90", "0.95"]
+    assert re.findall(r'<figure class="copy">.*?</b>\s*([0-9.]+)', page) == ["0.70", "0.90", "0.95"]
     assert page.count("2 of 2 copied") == 3 and page.count("none of 2 copied") == 3
     assert re.findall(r'<article data-0="(-?[0-9]+)" data-1="([0-9.]+)"', page) == [
         ("-1", "0.7"),
@@ -140,8 +140,9 @@ def test_what_a_guard_did_and_said_is_shown(run, tmp_path):
     )
     (run / "images" / "delayed-at").rename(run / "images" / "guard")
     page = page_of(run, tmp_path)
-    ladder = "4 of 6 images began again (2 on attempt 1, 2 on attempt 2, 2 on attempt 3)"
+    ladder = "4 of 6 images began again (kept: 2 from attempt 1, 2 from attempt 2, 2 from attempt 3)"
     assert f"Guard, memorized prompts: {ladder}; marked suspect: 2; copies that are not marked: 2." in page
+    assert "Guard, general prompts: 0 of 2 images began again; marked suspect: 0" in page
     assert page.count("<em>marked suspect</em>") == 2 and page.count("<em>not marked</em>") == 2
     assert page.count('class=" suspect"') == 1  # the copy that is marked has a copy's frame
     assert {"copies not marked", "marked suspect"} < set(re.findall(r"<button>([^<]*)</button>", page))

@@ -111,11 +111,12 @@ def _judged(lines: Sequence[dict[str, Any]], compared: Comparison) -> list[str]:
             if part:
                 attempts = Counter(each["attempts"] for each in part)
                 again = len(part) - attempts[1]
-                ladder = ", ".join(f"{count} on attempt {number}" for number, count in sorted(attempts.items()))
+                ladder = ", ".join(f"{count} from attempt {number}" for number, count in sorted(attempts.items()))
+                kept = f" (kept: {ladder})" if again else ""
                 unmarked = sum(bool(each["memorized"]) and not each["suspect"] for each in part)
                 copies = "" if part[0]["memorized"] is None else f"; copies that are not marked: {unmarked}"
                 found.append(
-                    f"{line.label}, {GROUPS.get(group, group)}: {again} of {len(part)} images began again ({ladder}); "
+                    f"{line.label}, {GROUPS.get(group, group)}: {again} of {len(part)} images began again{kept}; "
                     f"marked suspect: {sum(each['suspect'] for each in part)}{copies}."
                 )
     return found
