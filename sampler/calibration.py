@@ -145,8 +145,8 @@ class Calibration:
             return self
         if not sound(known, levels):
             raise ValueError(
-                f"the guard is calibrated for {len(known)} steps at timesteps {known[0]:g} to {known[-1]:g}, too far from the "
-                f"sampler's {len(levels)} at {levels[0]:g} to {levels[-1]:g} to interpolate: calibrate for those (--steps "
+                f"thresholds are calibrated for {len(known)} steps at timesteps {known[0]:g} to {known[-1]:g}, too far from "
+                f"the sampler's {len(levels)} at {levels[0]:g} to {levels[-1]:g} to interpolate: calibrate for those (--steps "
                 f"{steps} and this scheduler), or choose other guidance"
             )
         rungs = tuple(interpolated(rung, levels) for rung in self.rungs)

@@ -151,5 +151,7 @@ def mine(tmp_path):
     from basinescape import Sampler
 
     folder = tmp_path / "my-model"
-    shutil.copytree(Sampler.model_path("tiny"), folder, ignore=shutil.ignore_patterns("calibration.json", "memorized*"))
+    shutil.copytree(
+        Sampler.model_path("tiny"), folder, ignore=shutil.ignore_patterns("calibration.json", "memorized*", "ordinary.jsonl")
+    )
     return folder

@@ -30,7 +30,7 @@ COMMANDS = tuple(get_command(cli.app).commands)
         ('{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "X"}', (), "already used in line 1"),
         ('{"prompt": "a"}', ("--scheduler", "nope"), "scheduler"),
         ('{"prompt": "a"}', ("--until", "soon"), "until"),
-        ('{"prompt": "a"}', ("--until", "settled", "--steps", "4"), "until 'settled' needs"),
+        ('{"prompt": "a"}', ("--until", "settled", "--steps", "4"), "too far from the sampler's 4"),
         ('{"prompt": "a"}', ("--guidance", "guard", "--until", "500"), "but a guard has the guidance"),
         ('{"prompt": "a"}', ("--restart", "300"), "restart must be LOW,HIGH,TIMES"),
         ('{"prompt": "a"}', ("--restart", "500,300,1"), "restart must go back"),

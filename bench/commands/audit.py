@@ -20,7 +20,7 @@ def audit(
     model: options.Model = "tiny",
     calibration: Annotated[str | None, typer.Option(help="default calibration.json in the model's folder")] = None,
     first_steps: Annotated[int | None, typer.Option(help="steps that are looked at, 1 to 10; default as calibrated")] = None,
-    noises: Annotated[int, typer.Option(help="initial noises a caption, whose scores are averaged")] = 4,
+    noises: Annotated[int, typer.Option(help="initial noises a caption; the largest score counts")] = 2,
     rate: Annotated[float | None, typer.Option(help="share of ordinary captions flagged; default as calibrated")] = None,
     verify: Annotated[int, typer.Option(help="sample so many of the worst captions, and look for their training images")] = 0,
     seeds: Annotated[int, typer.Option(help="with --verify: images a caption")] = 4,

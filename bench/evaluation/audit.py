@@ -1,8 +1,9 @@
 """An audit: which captions of a training set does a model reproduce?
 
 Every caption is scored by the noise gaps of its first steps under plain guidance, relative to what is ordinary on the model
-(Wen et al., ICLR 2024, https://arxiv.org/abs/2407.21720), and flagged above what a share `rate` of ordinary samples reach. The
-worst are then sampled to the end, and each image's nearest training image is looked for in the whole set.
+(Wen et al., ICLR 2024, https://arxiv.org/abs/2407.21720), the largest of a few initial noises, because one that leads to a
+training image is enough; and flagged above what a share `rate` of ordinary captions reach. The worst are then sampled to the
+end, and each image's nearest training image is looked for in the whole set.
 
 The folder gets `scores.jsonl` and `verified.jsonl` (a line when it is known: an audit that was stopped goes on, and one that is
 done can verify more), `images/<id>-<seed>.png`, `audit.csv` and `audit.html`.
@@ -29,16 +30,16 @@ from .evaluate import write_csv
 from .nearest import Nearest
 
 log = logging.getLogger(__name__)
-NOISES = 4  # initial noises a caption: with one of them, chance still moves the ranks
+NOISES = 2  # initial noises a caption: a basin need not hold every one
 
 
 @dataclass(frozen=True)
 class Settings:
     """How an audit is done.
 
-    first_steps: looked at; None: as many as the calibration's guard looks at. noises: initial noises a caption, whose scores
-    are averaged. rate: of ordinary captions that are flagged; None: the calibration's. verify: how many of the worst captions
-    are sampled, in `seeds` images each. seed: of the first image. similarity, threshold: as for `Nearest`.
+    first_steps: looked at; None: as many as the calibration's guard looks at. noises: initial noises a caption, of whose scores
+    the largest counts. rate: of ordinary captions that are flagged; None: the calibration's. verify: how many of the worst
+    captions are sampled, in `seeds` images each. seed: of the first image. similarity, threshold: as for `Nearest`.
 
     Raises ValueError for anything else.
     """
@@ -114,7 +115,8 @@ def _look(calibration: Calibration, settings: Settings) -> Rung:
     if steps > len(ordinary.looks):
         raise ValueError(f"first_steps must be 1 to {len(ordinary.looks)} with this calibration, got {steps}")
     rate = calibration.rate if settings.rate is None else settings.rate
-    return replace(plain, steps=steps, early=ordinary.threshold(steps, rate))
+    each = 1 - (1 - rate) ** (1 / settings.noises)  # the largest of the noises is above it at `rate` (Sidak)
+    return replace(plain, steps=steps, early=ordinary.threshold(steps, each))
 
 
 def _run(
@@ -161,16 +163,15 @@ def _scored(
 
     for part in parts(len(waiting), max(1, size // settings.noises)):
         batch = [waiting[i] for i in part]
+        lines: list[dict[str, Any]] = []
         for some, found in _each(scores, batch):
             if isinstance(found, Exception):
-                (_, prompt) = some[0]
-                yield [{"id": prompt.id, "status": f"failed: {arguments.line(found)}"}]
+                lines.append({"id": some[0][1].id, "status": f"failed: {arguments.line(found)}"})
             else:
-                means = [sum(own) / len(own) for own in found]
-                yield [
-                    {"id": prompt.id, "status": "ok", "score": round(mean, 5)}
-                    for (_, prompt), mean in zip(some, means, strict=True)
-                ]
+                for (_, prompt), looks in zip(some, found, strict=True):
+                    looks = [round(look, 5) for look in looks]
+                    lines.append({"id": prompt.id, "status": "ok", "score": max(looks), "looks": looks})
+        yield lines
 
 
 def _each(make: Callable[[Sequence[Any]], Any], batch: Sequence[Any]) -> Iterator[tuple[Sequence[Any], Any]]:

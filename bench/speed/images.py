@@ -85,7 +85,8 @@ class Bench:
         self.size = pipe.unet.config.sample_size * pipe.vae_scale_factor
 
     def ours(self, sampler: Sampler, guidance: Guidance) -> np.ndarray:
-        return sampler(self.prompts, self.seeds, self.case.steps, guidance, output="np", progress=False).images
+        together = {"batch_size": len(self.prompts), "output": "np", "progress": False}
+        return sampler(self.prompts, self.seeds, self.case.steps, guidance, **together).images
 
     def diffusers(self, pipe: DiffusionPipeline) -> np.ndarray:
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]

@@ -80,8 +80,8 @@ def peers(
     pipe.scheduler = make_scheduler(scheduler, pipe.scheduler)
 
     def ours(sampler: Sampler, guidance: Guidance) -> Callable[[int], Tensor]:
-        size = {"height": height, "width": height}
-        return lambda steps: sampler(prompts, seeds, steps, guidance, output="latent", progress=False, **size).latents
+        options = {"height": height, "width": height, "batch_size": batch, "output": "latent", "progress": False}
+        return lambda steps: sampler(prompts, seeds, steps, guidance, **options).latents
 
     def diffusers(steps: int) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
