@@ -11,7 +11,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from .guidance import Guidance
+from .guidance import Guidance, looks
 from .kernels import backend, guide_step, step
 from .kernels.lockstep import Lockstep
 from .kernels.state import State
@@ -72,14 +72,10 @@ class Plan:
         call, coefficients, jumps = _restarted(solver, guidance.restart)
         step = solver.step[call]
         first = torch.cat([torch.ones(1), solver.step.diff().clamp(max=1).float()])[call]
-        columns = {column: values[step] for column, values in guidance.rows(solver.levels).items()}
-        for column, nothing in ((Column.KEEP, -torch.inf), (Column.LIMIT, -torch.inf), (Column.FALL, 0.0)):
-            columns[column] = columns[column].where(first > 0, torch.tensor(nothing))  # a step shows in its first call alone
+        columns = guidance.calls(solver.levels, step, first)
         columns |= dict(zip((Column.A, Column.B, Column.P, Column.Q), coefficients.unbind(1), strict=True))
         columns |= {Column.INPUT_SCALE: solver.input_scale[call], Column.TIMESTEP: solver.timesteps[call]}
-        columns |= {Column.STEP: step.float(), Column.FIRST: first}
-        keep, limit, fall = columns[Column.KEEP], columns[Column.LIMIT], columns[Column.FALL]
-        finds = bool(((keep > -torch.inf) | (limit.abs() < torch.inf) | (fall > 0)).any())
+        finds = looks(columns)
         return cls(
             table=torch.stack([columns[column] for column in Column], dim=1).to(device),
             step=tuple(step.tolist()),
