@@ -13,6 +13,7 @@ setup(
     packages=[
         "basinescape",
         "basinescape.kernels",
+        "basinescape.hosts",
         "basinescape.models",
         "basinescape.bench",
         "basinescape.bench.evaluation",

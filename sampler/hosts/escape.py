@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import arguments
-from .guidance import Guidance, Rung, looks
-from .kernels import guide_step
-from .kernels.operands import is_dense
-from .kernels.state import Latents, State, Transition, Workspace
-from .kernels.table import Column
+from .. import arguments
+from ..guidance import Guidance, Rung, looks
+from ..kernels import guide_step
+from ..kernels.operands import is_dense
+from ..kernels.state import Latents, State, Transition, Workspace
+from ..kernels.table import Column
 
 if TYPE_CHECKING:
-    from .calibration import Calibration
+    from ..calibration import Calibration
 
 
 class Escape:
