@@ -47,7 +47,8 @@ def escape(
         raise ValueError(f"pipe must be a diffusers pipeline, got {type(pipe).__name__}: in another loop use Escape")
     if isinstance(pipe, _Escaping):
         raise ValueError("pipe is inside another escape: leave that first, or give a list of one guidance a sample")
-    return _escaped(pipe, family_of(pipe), each(guidance) if not isinstance(guidance, Guidance) else guidance, calibration)
+    family, checked = family_of(pipe), each(guidance)
+    return _escaped(pipe, family, checked[0] if isinstance(guidance, Guidance) else checked, calibration)
 
 
 class EscapeRun:
