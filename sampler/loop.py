@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from .guidance import Guidance, looks
+from .guidance import Branch, Guidance, branches, looks
 from .kernels import backend, guide_step, step
 from .kernels.lockstep import Lockstep
 from .kernels.state import State
@@ -19,7 +18,6 @@ from .kernels.table import Column
 from .schedulers import own_step, prepared
 from .solver import Solver
 
-Branch = Literal["both", "uncond", "cond"]
 Step = Callable[[Branch], None]
 
 
@@ -80,7 +78,7 @@ class Plan:
             table=torch.stack([columns[column] for column in Column], dim=1).to(device),
             step=tuple(step.tolist()),
             last=len(call) - 1,
-            branches=_branches(columns, finds),
+            branches=branches(columns, finds),
             finds=finds,
             multistep=bool(coefficients[:, 2:].any()),
             scaled=bool((solver.input_scale != 1).any()),
@@ -125,19 +123,6 @@ def _restarted(
         coefficients[row - 1, 2:] = 0
         coefficients[row, :2] = torch.tensor(solver.first(high))
     return call, coefficients, jumps
-
-
-def _branches(columns: dict[Column, Tensor], finds: bool) -> tuple[Branch, ...]:
-    """The one branch that each row needs, or both: a sample still looking for its transition needs its noise gap."""
-    transition, branches = math.inf, []
-    names = (Column.STEP, Column.LIMIT, Column.WAIT, Column.BEFORE, Column.AFTER)
-    for k, limit, wait, before, after in zip(*(columns[name].tolist() for name in names), strict=True):
-        if limit == math.inf:  # by then every sample has left
-            transition = min(transition, k + wait)
-        left = k >= transition
-        weight = after if left else before
-        branches.append("both" if finds and not left else {0.0: "uncond", 1.0: "cond"}.get(weight, "both"))
-    return tuple(branches)
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,29 @@ def test_timesteps_may_be_told_one_by_one(guidance):
     assert torch.equal(known.transition_step, told.transition_step)
 
 
+@pytest.mark.parametrize(
+    ("guidance", "branches"),
+    [
+        (GUIDANCES[0], ["both"] * STEPS),
+        (GUIDANCES[2], ["uncond"] * 3 + ["both"] * 5),
+        (Guidance.delayed(1.0, until=At(400)), ["uncond"] * 5 + ["cond"] * 3),
+        (GUIDANCES[6], ["both"] * STEPS),
+        ([GUIDANCES[2], GUIDANCES[2], Guidance.delayed(7.5, until=At(850))], ["uncond"] + ["both"] * 7),
+    ],
+    ids=repr,
+)
+def test_a_prediction_that_nobody_needs_is_not_asked_for(guidance, branches):
+    whole, state = Escape(guidance, LEVELS, BATCH), Escape(guidance, STEPS, BATCH)
+    for (uncond, cond), level, branch in zip(predictions(STEPS), LEVELS, branches, strict=True):
+        assert whole.branch() == state.branch(level) == branch
+        given = {"both": (uncond, cond), "uncond": (uncond, None), "cond": (cond, None)}[branch]
+        assert torch.allclose(state(*given, timestep=level), whole(uncond, cond), atol=1e-6)
+    assert torch.equal(state.transition_step, whole.transition_step)
+    assert state.noise_gap.isnan()[0].tolist() == [branch != "both" for branch in branches]
+    with pytest.raises(ValueError, match="this call needs both predictions"):
+        Escape(GUIDANCES[0], LEVELS, BATCH)(uncond, None)
+
+
 def test_predictions_may_lie_in_memory_as_they_like_and_the_result_have_another_dtype():
     uncond, cond = (x.to(torch.bfloat16) for x in predictions(1)[0])
     plain = Escape(Guidance.cfg(3.0), [500.0], BATCH)(uncond, cond)

@@ -99,15 +99,18 @@ def test_samples_of_a_batch_go_their_own_ways(doubles, name):
         assert run.transition_step == transitions[i] and close(together[rows], alone, own)
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "euler", "heun", "dpmsolver++"])
-@pytest.mark.parametrize("guidance", METHODS, ids=repr)
-def test_stable_diffusion_gives_the_samplers_images(pipe, scheduler, guidance):
+@pytest.mark.parametrize(
+    ("guidance", "scheduler"),
+    [*zip(METHODS, ["ddim", "euler", "dpmsolver++", "unipc"], strict=True), (METHODS[2], "heun")],
+    ids=repr,
+)
+def test_stable_diffusion_gives_the_samplers_images(pipe, guidance, scheduler):
     own = StableDiffusionPipeline(**{**pipe.components, "scheduler": make_scheduler(scheduler, pipe.scheduler)})
     own.set_progress_bar_config(disable=True)
     assert_the_samplers(own, guidance)
 
 
-@pytest.mark.parametrize("guidance", METHODS, ids=repr)
+@pytest.mark.parametrize("guidance", METHODS[1:3], ids=repr)
 def test_stable_diffusion_xl_gives_the_samplers_images(random_pipeline, guidance):
     assert_the_samplers(random_pipeline("sdxl", 8, "epsilon"), guidance)
 
@@ -364,10 +367,16 @@ def test_what_cannot_be_is_refused_in_a_line(random_pipeline, doubles):
             run.gap  # noqa: B018
     with escape(sd, [FOUR]), pytest.raises(ValueError, match="guidance has 1 entries for 2 samples"):
         latents(sd)
+    handle = flux.transformer.register_forward_pre_hook(copying)
     with escape(flux, FOUR), pytest.raises(ValueError, match="did not step with the guided prediction"):
-        flux.transformer.register_forward_hook(lambda m, given, out: (out[0] * 1.0, *out[1:]))  # copies what it is given
         call("FluxPipeline", flux)
+    handle.remove()
     flux.transformer._forward_hooks.clear()
+
+
+def copying(network, given):
+    """Whoever called the network gets a copy of what `escape` returned."""
+    network.register_forward_hook(lambda _, given, output: (output[0].clone(), *output[1:]))
 
 
 def other(pipe):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments
-from ..guidance import Guidance, Rung, looks
+from ..guidance import Branch, Guidance, Rung, branches, looks
 from ..kernels import guide_step
 from ..kernels.operands import is_dense
 from ..kernels.state import Latents, State, Transition, Workspace
@@ -89,16 +89,31 @@ class Escape:
             raise ValueError(f"the run has {self.calls} calls of the network, and all are done: make another Escape")
         if len(uncond) != self.batch:
             raise ValueError(f"uncond has {len(uncond)} samples; the run was made for {self.batch}")
+        if cond is None and self.branch(timestep) == "both":
+            raise ValueError("cond is None, and this call needs both predictions")
         if self._told:
             self._tell(timestep)
-        if not (is_dense(uncond) and is_dense(cond) and uncond.stride()[1:] == cond.stride()[1:]):
-            uncond, cond = uncond.contiguous(), cond.contiguous()
+        if not (is_dense(uncond) and (cond is None or (is_dense(cond) and uncond.stride()[1:] == cond.stride()[1:]))):
+            uncond, cond = uncond.contiguous(), None if cond is None else cond.contiguous()
         if self._state is None:
             self._state = self._beside(uncond, dtype or uncond.dtype)
         guided = guide_step(uncond, cond, self._table, self._state, self._finds, self.guidance[0].rule)
         self._way.advance()
         self.calls += 1
         return guided
+
+    def branch(self, timestep: float | None = None) -> Branch:
+        """Which predictions the next call needs: "both", or one alone that all samples are known to be guided by beforehand.
+
+        timestep: as in that call. Raises ValueError where it is missing.
+        """
+        if self._told:
+            self._tell(timestep)
+        if self._rungs is not None:
+            return "both"
+        columns = [one.calls(self.timesteps, self._step, self._first) for one in self._distinct]
+        needed = {branches(laid, looks(laid))[self.calls] for laid in columns}
+        return needed.pop() if len(needed) == 1 else "both"
 
     @property
     def weight(self) -> Tensor:
@@ -138,12 +153,13 @@ class Escape:
         return torch.cat([torch.stack([columns.get(name, nothing) for name in Column], dim=1) for columns in laid])
 
     def _tell(self, timestep: float | None) -> None:
-        """Lay the guidance over the timestep of this call, if it is the first of its step."""
-        if not self._first[self.calls]:
+        """Lay the guidance over the timestep of this call, if it is the first of its step and not known yet."""
+        k = int(self._step[self.calls])
+        if not self._first[self.calls] or self.timesteps[k] == timestep:
             return
-        level = math.nan if timestep is None else float(timestep)
+        level = math.nan if timestep is None else _levels([float(timestep)])[0]
         self._check_known([level])
-        self.timesteps[self._step[self.calls]] = level
+        self.timesteps[k] = level
         if any(one.timed for one in self._distinct):
             self._table.copy_(self._laid())
 
