@@ -14,6 +14,7 @@ setup(
         "basinescape",
         "basinescape.kernels",
         "basinescape.hosts",
+        "basinescape.hosts.comfyui",
         "basinescape.models",
         "basinescape.bench",
         "basinescape.bench.evaluation",
@@ -23,7 +24,11 @@ setup(
         "basinescape.bench.testbed",
     ],
     package_dir={"basinescape": "sampler", "basinescape.kernels": "kernels", "basinescape.bench": "bench"},
-    package_data={"basinescape.bench": ["tiny/**/*", "tiny/*"], "basinescape.bench.evaluation": ["report.html.jinja"]},
+    package_data={
+        "basinescape.bench": ["tiny/**/*", "tiny/*"],
+        "basinescape.bench.evaluation": ["report.html.jinja"],
+        "basinescape.hosts.comfyui": ["example_workflows/*.json"],
+    },
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
@@ -43,6 +48,7 @@ setup(
     extras_require={
         "test": ["peft", "pyarrow", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "torchsde"],
         "evaluate": ["faiss-cpu", "onnxruntime", "pyyaml", "scikit-learn", "torchmetrics"],
+        "kdiffusion": ["k-diffusion"],
         "xformers": ["xformers"],
     },
     entry_points={"console_scripts": ["basinescape=basinescape.bench.cli:main"]},

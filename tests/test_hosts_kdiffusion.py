@@ -30,7 +30,7 @@ class Toy(torch.nn.Module):
 
     def forward(self, x, t, cond):
         self.calls.append((len(x), cond.clone()))
-        return torch.sin(2 * x + cond) + 0.3 * torch.cos(t / 100)[:, None] * cond
+        return 0.3 * x + 0.1 * torch.sin(x + cond) + 0.3 * torch.cos(t / 100)[:, None] * cond
 
     apply_model = forward
 
@@ -115,11 +115,12 @@ def test_the_first_call_of_a_step_decides(kd, name, wrapper):
             assert abs(share[i] - wanted) < 1e-2
 
 
-@pytest.mark.parametrize(("name", "scheduler"), [("euler", "euler"), ("heun", "heun"), ("lms", "lms")])
-@pytest.mark.parametrize("guidance", [Guidance.delayed(7.5, until=At(650)), MINIMUM], ids=repr)
-def test_it_gives_the_samplers_images(kd, pipe, name, scheduler, guidance):
-    out = Sampler.from_pipeline(pipe, scheduler)(PROMPTS, [3, 1], STEPS, guidance, output="np", progress=False)
-    own = make_scheduler(scheduler, pipe.scheduler)
+@pytest.mark.parametrize(
+    ("name", "guidance"), [("euler", Guidance.delayed(7.5, until=At(650))), ("heun", MINIMUM), ("lms", MINIMUM)], ids=str
+)
+def test_it_gives_the_samplers_images(kd, pipe, name, guidance):
+    out = Sampler.from_pipeline(pipe, name)(PROMPTS, [3, 1], STEPS, guidance, output="np", progress=False)
+    own = make_scheduler(name, pipe.scheduler)
     own.set_timesteps(STEPS)
     sigmas = torch.cat([own.sigmas[:-1].unique(sorted=True).flip(0), own.sigmas[-1:]]).float()
     noise = torch.cat([torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(seed)) for seed in (3, 1)])

@@ -115,6 +115,20 @@ class Escape:
         needed = {branches(laid, looks(laid))[self.calls] for laid in columns}
         return needed.pop() if len(needed) == 1 else "both"
 
+    def seek(self, call: int) -> None:
+        """Stand before another call, with all that was noted so far: for hosts that say which call it is."""
+        self.calls = call
+        self._way.row.copy_(self._starts + call)
+
+    def mark(self) -> Transition:
+        """What has been noted so far, for `forget`."""
+        return self._way.select(torch.arange(self.batch, device=self.device))
+
+    def forget(self, mark: Transition) -> None:
+        """Undo what was noted since."""
+        for name, noted in vars(mark).items():
+            getattr(self._way, name).copy_(noted)
+
     @property
     def weight(self) -> Tensor:
         """(B,) float32 on the device: each sample's weight in the last call."""

@@ -69,7 +69,8 @@ class EscapeDenoiser:
         if self.run is None or high > self._sigma or self.run.batch != len(x):
             step = [k // self.order for k in range(self.steps * self.order)]
             self.run = Escape(self.guidance, self.steps, len(x), x.device, step)
-        self._sigma = high
+        if self.run.calls % self.order == 0:  # a step's other calls may lie anywhere below
+            self._sigma = high
         level = self._level(sigma)
         branch = self.run.branch(level)
         if branch == "both":
