@@ -15,10 +15,12 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     WanTransformer3DModel,
 )
 from PIL import Image
 from rounding import LEEWAY, NEAR
+from test_ip_adapter import WIDTH, load_adapter
 
 STEPS = 6
 PROMPTS = ["a picture of a cat signed by arno", "a picture of a frog"]
@@ -64,6 +66,14 @@ def test_plain_cfg_is_the_pipelines_own(doubles, name):
     assert close(found, stock) if PIPELINES[name].shift else torch.equal(found, stock)
     assert run.transition_step.tolist() == [0, 0] and run.calls == 3 and run.noise_gap.isfinite().all()
     assert torch.equal(call(name, pipe, 4.0), stock)
+
+
+@pytest.mark.parametrize("name", ["SanaPipeline", "LTXPipeline", "CogVideoXPipeline"])
+def test_predictions_in_half_are_combined_in_the_pipelines_dtype(name):
+    pipe = build(name).to(torch.bfloat16)
+    expected = call(name, pipe, 4.0)
+    with escape(pipe, FOUR):
+        assert torch.equal(call(name, pipe), expected)
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -198,6 +208,12 @@ def adapted(pipe):
     return pipe, {"cross_attention_kwargs": {"scale": 0.5}}
 
 
+def with_an_image(pipe):
+    load_adapter(pipe.unet)
+    embeds = torch.randn((2, 1, WIDTH), generator=torch.Generator().manual_seed(1))
+    return pipe, {"ip_adapter_image_embeds": [embeds]}
+
+
 def compiled(pipe):
     pipe.unet.compile(backend="eager")
     return pipe, {}
@@ -225,6 +241,7 @@ def hooked(pipe):
         (controlled, "ddim"),
         (guessing, "euler"),
         (adapted, "ddim"),
+        (with_an_image, "ddim"),
         (compiled, "ddim"),
         (compiled_otherwise, "euler"),
         (hooked, "euler"),
@@ -242,6 +259,21 @@ def test_what_the_pipeline_can_do_it_still_does(random_pipeline, variant, schedu
     taken = pipe.scheduler.timesteps[-run.calls :: pipe.scheduler.order].tolist()
     assert run.timesteps == taken and run.noise_gap.shape == (2, len(taken)) and run.noise_gap.isfinite().all()
     assert torch.equal(latents(pipe, 4.0, **options), expected)
+
+
+def test_a_run_may_be_shared_by_two_pipelines(random_pipeline):
+    """SDXL and a refiner: each takes its part of the schedule, and its steps count from its own first."""
+    base = random_pipeline("sdxl", 8, "epsilon")
+    refiner = StableDiffusionXLImg2ImgPipeline(**base.components, add_watermarker=False)
+    refiner.set_progress_bar_config(disable=True)
+    noisy = latents(base, 4.0, denoising_end=0.6)
+    with escape(base, FOUR) as run:
+        assert torch.equal(latents(base, denoising_end=0.6), noisy)
+    first = run.timesteps
+    expected = latents(refiner, 4.0, denoising_start=0.6, image=noisy)
+    with escape(refiner, FOUR) as run:
+        assert torch.equal(latents(refiner, denoising_start=0.6, image=noisy), expected)
+    assert first + run.timesteps == base.scheduler.timesteps.tolist() and run.calls == len(run.timesteps)
 
 
 def test_rescaled_guidance_is_the_pipelines(random_pipeline):

@@ -92,8 +92,15 @@ def family_of(pipe: DiffusionPipeline) -> Family:
             f"pipe is a {names[0]}, which is not among those whose two predictions are known ({', '.join(FAMILIES)}): "
             f"{guided or 'guide in a loop of your own with Escape'}"
         )
-    network = getattr(pipe, family.networks[0])
+    network = network_of(pipe, family)
     distilled = getattr(network.config, "time_cond_proj_dim", None) is not None or pipe.config.get("is_distilled", False)
     if distilled:
-        raise ValueError(f"pipe's {family.networks[0]} is distilled and makes one prediction: there is nothing to guide with")
+        raise ValueError(
+            f"pipe's {type(network).__name__} is distilled and makes one prediction: there is nothing to guide with"
+        )
     return family
+
+
+def network_of(pipe: DiffusionPipeline, family: Family) -> torch.nn.Module:
+    """The first of its networks."""
+    return next(getattr(pipe, name) for name in family.networks if getattr(pipe, name, None) is not None)

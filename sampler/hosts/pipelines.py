@@ -22,7 +22,7 @@ from ..guidance import Guidance
 from ..kernels.state import per_sample
 from ..schedulers import levels, step_of_calls
 from .escape import Escape, each
-from .families import Family, family_of
+from .families import Family, family_of, network_of
 
 ON = 2.0  # a scale at which every pipeline asks for both predictions; it multiplies zero
 
@@ -149,7 +149,7 @@ class _Call:
                 "else): escape cannot follow"
             )
         channels = doubled.shape[1]
-        if self.family.variance and channels == 2 * self._network.config.in_channels:
+        if self.family.variance and channels == 2 * network_of(self.pipe, self.family).config.in_channels:
             channels //= 2
         m = self._guide(given, named, *doubled[:, :channels].chunk(2))
         both = torch.cat([m, m])
@@ -208,10 +208,6 @@ class _Call:
     @property
     def _name(self) -> str:
         return type(self.pipe).__name__
-
-    @property
-    def _network(self) -> torch.nn.Module:
-        return getattr(self.pipe, self.family.networks[0])
 
 
 def _followed(guidance: Guidance, family: Family, arguments: dict[str, Any]) -> Guidance:
@@ -280,8 +276,11 @@ def _stepping(scheduler: SchedulerMixin, see: Callable[[Tensor], None]) -> Itera
         see(model_output)
         return step(model_output, *given, **named)
 
+    own = vars(scheduler).get("step")
     scheduler.step = seen
     try:
         yield
     finally:
         del scheduler.step
+        if own is not None:
+            scheduler.step = own
