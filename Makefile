@@ -9,6 +9,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel torch triton
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,evaluate]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps k-diffusion  # its samplers alone are tested with
 	touch $@
 
 demo: install

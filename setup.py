@@ -13,6 +13,8 @@ setup(
     packages=[
         "basinescape",
         "basinescape.kernels",
+        "basinescape.hosts",
+        "basinescape.hosts.comfyui",
         "basinescape.models",
         "basinescape.bench",
         "basinescape.bench.commands",
@@ -26,6 +28,7 @@ setup(
     package_data={
         "basinescape.bench": ["captions.jsonl", "tiny/**/*", "tiny/*"],
         "basinescape.bench.evaluation": ["*.html.jinja"],
+        "basinescape.hosts.comfyui": ["example_workflows/*.json"],
     },
     install_requires=[
         "torch>=2.11",
@@ -46,6 +49,7 @@ setup(
     extras_require={
         "test": ["peft", "pyarrow", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "torchsde"],
         "evaluate": ["faiss-cpu", "onnxruntime", "pyyaml", "scikit-learn", "torchmetrics"],
+        "kdiffusion": ["k-diffusion"],
         "xformers": ["xformers"],
     },
     entry_points={"console_scripts": ["basinescape=basinescape.bench.cli:main"]},

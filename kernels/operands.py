@@ -41,7 +41,8 @@ def arranged(prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return prediction if same_layout(prediction, like) else torch.empty_like(like, dtype=prediction.dtype).copy_(prediction)
 
 
-def _is_dense(x: torch.Tensor) -> bool:
+def is_dense(x: torch.Tensor) -> bool:
+    """Whether each sample is dense in memory, with nothing skipped."""
     expected = 1
     for stride, size in sorted(_layout(x)):
         if stride != expected:
@@ -65,7 +66,7 @@ def check_predictions(uncond: torch.Tensor, cond: torch.Tensor) -> None:
         raise ValueError("uncond has no dimension; it must be (B, ...)")
     if uncond.dtype not in DTYPES:
         raise ValueError(f"uncond has dtype {uncond.dtype}; allowed are float32, float16, bfloat16")
-    if uncond.numel() and not _is_dense(uncond):
+    if uncond.numel() and not is_dense(uncond):
         raise ValueError(
             f"uncond has strides {uncond.stride()} for shape {tuple(uncond.shape)}; each sample must be dense in memory "
             "(contiguous, channels-last or another permutation, with nothing skipped)"

@@ -63,11 +63,11 @@ def step(uncond: Tensor, cond: Tensor | None, table: Tensor, state: State, finds
     torch.ops.basinescape.step(uncond, cond, table, finds, None, *buffers_of(state), rule=rule)
 
 
-def guide_step(uncond: Tensor, cond: Tensor, table: Tensor, state: State, finds: bool = True, rule: str = "cfg") -> Tensor:
+def guide_step(
+    uncond: Tensor, cond: Tensor | None, table: Tensor, state: State, finds: bool = True, rule: str = "cfg"
+) -> Tensor:
     """The guided prediction of every sample's step, (B, ...) like the latents, for a scheduler that takes its own steps.
-
-    Arguments and errors are those of `step`. Gaps and transitions are recorded; latents and rows are left alone.
-    """
+    Arguments and errors are those of `step`. Gaps and transitions are recorded; latents and rows are left alone."""
     _check(uncond, cond, table, state, rule)
     guided = torch.empty_like(state.latents.x)
     torch.ops.basinescape.step(uncond, cond, table, finds, guided, *buffers_of(state), rule=rule)

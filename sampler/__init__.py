@@ -8,8 +8,9 @@ __version__ = "0.1.0"
 # Loaded when first asked for: `basinescape.kernels` needs torch and triton alone, the sampler needs diffusers.
 _HOMES = {"Calibration": "calibration", "Guidance": "guidance", "Rung": "guidance"}
 _HOMES |= dict.fromkeys(("At", "Fallen", "FirstMinimum", "Settled"), "transitions")
-_HOMES |= {"Output": "output", "Sampler": "sampler"}
-__all__ = ["At", "Calibration", "Fallen", "FirstMinimum", "Guidance", "Output", "Rung", "Sampler", "Settled"]
+_HOMES |= {"Escape": "hosts.escape", "escape": "hosts.pipelines", "Output": "output", "Sampler": "sampler"}
+__all__ = ["At", "Calibration", "Escape", "Fallen", "FirstMinimum", "Guidance", "Output", "Rung", "Sampler", "Settled"]
+__all__ += ["escape"]
 
 
 def __getattr__(name: str) -> Any:

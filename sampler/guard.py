@@ -48,13 +48,7 @@ class Ladder:
             starts.append(starts[-1] + len(plan.table))
         checks = []
         for i, (rung, plan) in enumerate(zip(guidance.rungs, plans, strict=True)):
-            known = rung.levels or solver.levels
-            if len(rung.gap) != plan.steps or any(abs(a - b) > 1 for a, b in zip(known, solver.levels, strict=False)):
-                raise ValueError(
-                    f"the guard is calibrated for {len(rung.gap)} steps{_at(rung.levels)}, but the sampler takes "
-                    f"{plan.steps} steps{_at(solver.levels)}: "
-                    "calibrate for those, or choose other guidance"
-                )
+            rung.check(solver.levels)
             last = rung.computed[rung.steps - 1]
             checks.append(next((row for row, step in enumerate(plan.step) if step > last), len(plan.step)))
             needed = [plan.branches[row] for row, step in enumerate(plan.step) if step in rung.computed]
@@ -79,10 +73,6 @@ def planned(solver: Solver, guidance: Guidance, device: torch.device, settle: Se
     if guidance.rungs and solver.coefficients is None:
         raise ValueError(f"a guard needs a linear scheduler, and {type(solver.scheduler).__name__} is not")
     return (Ladder if guidance.rungs else Plan).make(solver, guidance, device, settle)
-
-
-def _at(levels: Sequence[float]) -> str:
-    return f" at timesteps {levels[0]:g} to {levels[-1]:g}" if levels else ""
 
 
 @dataclass

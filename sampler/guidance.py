@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from .transitions import LEAVES, RULES, At, Rule
 
 if TYPE_CHECKING:
     from .calibration import Calibration
+
+Branch = Literal["both", "uncond", "cond"]  # which predictions a call of the network makes
 
 # Factors on the scale over u = t / num_train_timesteps in 0..1, as carried by the authors' scripts.
 SHAPES: dict[str, Callable[[float], float]] = {
@@ -226,6 +228,33 @@ class Guidance:
             columns[name] = [option] * len(levels)
         return {name: torch.tensor(column, dtype=torch.float32) for name, column in columns.items()}
 
+    def calls(self, levels: Sequence[float], step: Tensor, first: Tensor) -> dict[Column, Tensor]:
+        """`rows`, STEP and FIRST for each call of the network. step: (K,) int64, the step it belongs to; first: (K,), 1 for the
+        first of its step, which alone may show a transition, 0 for the others."""
+        columns = {column: values[step] for column, values in self.rows(levels).items()}
+        for column, nothing in ((Column.KEEP, -torch.inf), (Column.LIMIT, -torch.inf), (Column.FALL, 0.0)):
+            columns[column] = columns[column].where(first > 0, torch.tensor(nothing))
+        return columns | {Column.STEP: step.float(), Column.FIRST: first.float()}
+
+
+def looks(columns: dict[Column, Tensor]) -> bool:
+    """Whether samples look for their transition in their noise gaps; False where the table says beforehand where it is."""
+    keep, limit, fall = columns[Column.KEEP], columns[Column.LIMIT], columns[Column.FALL]
+    return bool(((keep > -torch.inf) | (limit.abs() < torch.inf) | (fall > 0)).any())
+
+
+def branches(columns: dict[Column, Tensor], finds: bool) -> tuple[Branch, ...]:
+    """The one branch that each row needs, or both: a sample still looking for its transition needs its noise gap."""
+    transition, needed = math.inf, []
+    names = (Column.STEP, Column.LIMIT, Column.WAIT, Column.BEFORE, Column.AFTER)
+    for k, limit, wait, before, after in zip(*(columns[name].tolist() for name in names), strict=True):
+        if limit == math.inf:  # by then every sample has left
+            transition = min(transition, k + wait)
+        left = k >= transition
+        weight = after if left else before
+        needed.append("both" if finds and not left else {0.0: "uncond", 1.0: "cond"}.get(weight, "both"))
+    return tuple(needed)
+
 
 @dataclass(frozen=True)
 class Rung:
@@ -266,6 +295,15 @@ class Rung:
         """The steps that have a gap."""
         return [k for k, gap in enumerate(self.gap) if gap > 0]
 
+    def check(self, levels: Sequence[float]) -> None:
+        """ValueError unless steps at these timesteps are those that it was measured on."""
+        known = self.levels or levels
+        if len(self.gap) != len(levels) or any(abs(a - b) > 1 for a, b in zip(known, levels, strict=False)):
+            raise ValueError(
+                f"the guard is calibrated for {len(self.gap)} steps{_at(self.levels)}, but the sampler takes "
+                f"{len(levels)} steps{_at(levels)}: calibrate for those, or choose other guidance"
+            )
+
     def look(self, gaps: Tensor) -> Tensor:
         """The mean of the first gaps of (..., steps), relative to what is usual."""
         return self._relative(gaps, self.computed[: self.steps]).mean(dim=-1)
@@ -282,3 +320,7 @@ class Rung:
 
     def _relative(self, gaps: Tensor, steps: list[int]) -> Tensor:
         return gaps[..., steps] / torch.tensor([self.gap[k] for k in steps])
+
+
+def _at(levels: Sequence[float]) -> str:
+    return f" at timesteps {levels[0]:g} to {levels[-1]:g}" if levels else ""

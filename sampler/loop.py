@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from .guidance import Guidance
+from .guidance import Branch, Guidance, branches, looks
 from .kernels import backend, guide_step, step
 from .kernels.lockstep import Lockstep
 from .kernels.state import State
@@ -19,7 +18,6 @@ from .kernels.table import Column
 from .schedulers import own_step, prepared
 from .solver import Solver
 
-Branch = Literal["both", "uncond", "cond"]
 Step = Callable[[Branch], None]
 Settle = Callable[[Tensor, Tensor, Tensor], Tensor]  # guided (B, ...), cond (B, ...), weight (B,) -> guided
 
@@ -75,19 +73,15 @@ class Plan:
         call, coefficients, jumps = _restarted(solver, guidance.restart)
         step = solver.step[call]
         first = torch.cat([torch.ones(1), solver.step.diff().clamp(max=1).float()])[call]
-        columns = {column: values[step] for column, values in guidance.rows(solver.levels).items()}
-        for column, nothing in ((Column.KEEP, -torch.inf), (Column.LIMIT, -torch.inf), (Column.FALL, 0.0)):
-            columns[column] = columns[column].where(first > 0, torch.tensor(nothing))  # a step shows in its first call alone
+        columns = guidance.calls(solver.levels, step, first)
         columns |= dict(zip((Column.A, Column.B, Column.P, Column.Q), coefficients.unbind(1), strict=True))
         columns |= {Column.INPUT_SCALE: solver.input_scale[call], Column.TIMESTEP: solver.timesteps[call]}
-        columns |= {Column.STEP: step.float(), Column.FIRST: first}
-        keep, limit, fall = columns[Column.KEEP], columns[Column.LIMIT], columns[Column.FALL]
-        finds = bool(((keep > -torch.inf) | (limit.abs() < torch.inf) | (fall > 0)).any())
+        finds = looks(columns)
         return cls(
             table=torch.stack([columns[column] for column in Column], dim=1).to(device),
             step=tuple(step.tolist()),
             last=len(call) - 1,
-            branches=_branches(columns, finds),
+            branches=branches(columns, finds),
             finds=finds,
             multistep=bool(coefficients[:, 2:].any()),
             scaled=bool((solver.input_scale != 1).any()),
@@ -133,19 +127,6 @@ def _restarted(
         coefficients[row - 1, 2:] = 0
         coefficients[row, :2] = torch.tensor(solver.first(high))
     return call, coefficients, jumps
-
-
-def _branches(columns: dict[Column, Tensor], finds: bool) -> tuple[Branch, ...]:
-    """The one branch that each row needs, or both: a sample still looking for its transition needs its noise gap."""
-    transition, branches = math.inf, []
-    names = (Column.STEP, Column.LIMIT, Column.WAIT, Column.BEFORE, Column.AFTER)
-    for k, limit, wait, before, after in zip(*(columns[name].tolist() for name in names), strict=True):
-        if limit == math.inf:  # by then every sample has left
-            transition = min(transition, k + wait)
-        left = k >= transition
-        weight = after if left else before
-        branches.append("both" if finds and not left else {0.0: "uncond", 1.0: "cond"}.get(weight, "both"))
-    return tuple(branches)
 
 
 @dataclass(frozen=True)

@@ -233,17 +233,19 @@ def levels(scheduler: SchedulerMixin) -> Tensor | None:
     if formulation == "flow":
         return 1000 * sigmas[:calls].float().cpu()
     if formulation == "edm":
-        stable = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
-        return _timestep_of_ratio(sigmas[:calls] / own["sigma_data"], (1 - stable).cumprod(0))
+        return timestep_of_ratio(sigmas[:calls] / own["sigma_data"])
     if not hasattr(scheduler, "alphas_cumprod"):
         return None
     if own.get("timestep_type") == "continuous":
-        return _timestep_of_ratio(sigmas[:calls], scheduler.alphas_cumprod)
+        return timestep_of_ratio(sigmas[:calls], scheduler.alphas_cumprod)
     return timesteps.float() * (1000 / own["num_train_timesteps"])
 
 
-def _timestep_of_ratio(ratio: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """The timesteps in 0..1000 at which a variance-preserving schedule has these ratios of noise to data."""
+def timestep_of_ratio(ratio: Tensor, alphas_cumprod: Tensor | None = None) -> Tensor:
+    """The timesteps in 0..1000 at which a variance-preserving schedule, Stable Diffusion's by default, has these ratios of
+    noise to data."""
+    if alphas_cumprod is None:
+        alphas_cumprod = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()).cumprod(0)
     alphas = alphas_cumprod.double().numpy()
     known = 0.5 * np.log((1 - alphas) / np.maximum(alphas, 1e-20))
     wanted = np.log(np.maximum(ratio.double().cpu().numpy(), 1e-20))

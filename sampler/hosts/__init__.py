@@ -1,0 +1,1 @@
+"""Where people sample already: basinescape inside other packages' pipelines, one file a host."""

@@ -1,0 +1,234 @@
+"""Guidance for anybody's own loop: what picks each sample's weight, without a solver and without a model.
+
+state = Escape(Guidance.delayed(7.5, until=FirstMinimum()), timesteps, batch=2, device="cuda")
+for t in timesteps:
+    uncond, cond = network(latents, t)
+    latents = anything(latents, t, state(uncond, cond))
+state.transition_step, state.noise_gap
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import arguments
+from ..guidance import Branch, Guidance, Rung, branches, looks
+from ..kernels import guide_step
+from ..kernels.operands import is_dense
+from ..kernels.state import Latents, State, Transition, Workspace
+from ..kernels.table import Column
+
+if TYPE_CHECKING:
+    from ..calibration import Calibration
+
+
+class Escape:
+    """The guidance of one run: call it once for each call of the network, in order.
+
+    guidance:    of all samples, or a list of one a sample, all of one rule.
+    timesteps:   of each step, in 0..1000 of the training schedule and falling; NaN where that is not known, for guidance that
+                 does not ask for it. Or their number, if each is told in its call.
+    batch:       B, the number of samples.
+    device:      of the predictions.
+    step:        the step that each call of the network belongs to, counted from 0, for solvers that call it more than once a
+                 step: the first call of a step alone may show a transition. None: one call a step.
+    calibration: of the guidance, scheduler and number of steps: then `score` and `suspect` say how memorized each sample looks.
+
+    Raises ValueError for arguments that are not as described, for timesteps that the guidance or the calibration is not made
+    for, and for a guard or restart sampling, which need a loop that can go back.
+    """
+
+    @torch.inference_mode(False)
+    def __init__(
+        self,
+        guidance: Guidance | Sequence[Guidance],
+        timesteps: Sequence[float] | Tensor | int,
+        batch: int,
+        device: torch.device | str = "cpu",
+        step: Sequence[int] | Tensor | None = None,
+        calibration: Calibration | None = None,
+    ):
+        self.batch = arguments.at_least_one("batch", batch)
+        self.guidance = each(guidance, self.batch)
+        self.device = torch.device(device)
+        self.calls = 0
+        count = arguments.whole(timesteps)
+        self._told = count is not None
+        self.timesteps = [math.nan] * arguments.at_least_one("timesteps", count) if self._told else _levels(timesteps)
+        self._step = torch.arange(len(self.timesteps)) if step is None else torch.as_tensor(step, dtype=torch.int64).cpu()
+        if not set(self._step.tolist()) <= set(range(len(self.timesteps))):
+            raise ValueError(f"step must count the {len(self.timesteps)} timesteps from 0, got {self._step.tolist()}")
+        self._first = torch.cat([torch.ones(1), self._step.diff().clamp(max=1)])
+        if not self._told:
+            self._check_known(self.timesteps)
+        self._rungs = [_rung(calibration, one, self.timesteps) for one in self.guidance] if calibration else None
+        self._distinct = list(dict.fromkeys(self.guidance))
+        table = self._laid()
+        self._finds = any(looks(one.calls(self.timesteps, self._step, self._first)) for one in self._distinct)
+        self._table = table.to(self.device)
+        self._starts = torch.tensor([self._distinct.index(one) * len(self._step) for one in self.guidance], device=self.device)
+        self._way = Transition.empty(self.batch, len(self.timesteps), self.device)
+        self._way.restart(slice(None), self._starts, self._starts + len(self._step) - 1)
+        self._state: State | None = None
+
+    @torch.no_grad()
+    def __call__(self, uncond: Tensor, cond: Tensor, timestep: float | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The guided prediction of the next call, (B, ...), in memory of its own.
+
+        uncond, cond: (B, ...) float32, float16 or bfloat16, what the network itself returned.
+        timestep: of this step, where timesteps were not given. dtype: of the result; None: that of the predictions.
+
+        Raises ValueError for predictions that do not match, a call too many, and a timestep that is missing.
+        """
+        if self.calls == len(self._step):
+            raise ValueError(f"the run has {self.calls} calls of the network, and all are done: make another Escape")
+        if len(uncond) != self.batch:
+            raise ValueError(f"uncond has {len(uncond)} samples; the run was made for {self.batch}")
+        if cond is None and self.branch(timestep) == "both":
+            raise ValueError("cond is None, and this call needs both predictions")
+        if self._told:
+            self._tell(timestep)
+        if not (is_dense(uncond) and (cond is None or (is_dense(cond) and uncond.stride()[1:] == cond.stride()[1:]))):
+            uncond, cond = uncond.contiguous(), None if cond is None else cond.contiguous()
+        if self._state is None:
+            self._state = self._beside(uncond, dtype or uncond.dtype)
+        guided = guide_step(uncond, cond, self._table, self._state, self._finds, self.guidance[0].rule)
+        self._way.advance()
+        self.calls += 1
+        return guided
+
+    def branch(self, timestep: float | None = None) -> Branch:
+        """Which predictions the next call needs: "both", or one alone that all samples are known to be guided by beforehand.
+
+        timestep: as in that call. Raises ValueError where it is missing.
+        """
+        if self._told:
+            self._tell(timestep)
+        if self._rungs is not None:
+            return "both"
+        columns = [one.calls(self.timesteps, self._step, self._first) for one in self._distinct]
+        needed = {branches(laid, looks(laid))[self.calls] for laid in columns}
+        return needed.pop() if len(needed) == 1 else "both"
+
+    def seek(self, call: int) -> None:
+        """Stand before another call, with all that was noted so far: for hosts that say which call it is."""
+        self.calls = call
+        self._way.row.copy_(self._starts + call)
+
+    def mark(self) -> Transition:
+        """What has been noted so far, for `forget`."""
+        return self._way.select(torch.arange(self.batch, device=self.device))
+
+    def forget(self, mark: Transition) -> None:
+        """Undo what was noted since."""
+        for name, noted in vars(mark).items():
+            getattr(self._way, name).copy_(noted)
+
+    @property
+    def weight(self) -> Tensor:
+        """(B,) float32 on the device: each sample's weight in the last call."""
+        rows = self._table[self._starts + max(self.calls - 1, 0)]
+        left = (self._way.at >= 0) & (self._way.at <= rows[:, Column.STEP])
+        return torch.where(left, rows[:, Column.AFTER], rows[:, Column.BEFORE])
+
+    @property
+    def transition_step(self) -> Tensor:
+        """(B,) int64 on the CPU: the step at which each sample's guidance changed; -1 for none yet, 0 for plain guidance."""
+        at = self._way.at.cpu()
+        return at.where(at < len(self.timesteps), -1)
+
+    @property
+    def noise_gap(self) -> Tensor:
+        """(B, steps) float32 on the CPU: ||cond - uncond||_2 at each step, NaN where it has not been yet."""
+        return self._way.gaps.cpu()
+
+    @property
+    def score(self) -> Tensor | None:
+        """(B,) float32 on the CPU: how memorized each sample looks by its gaps, 1 where they are as usual, NaN before the last
+        step; see `Rung.score`. None without a calibration."""
+        if self._rungs is None:
+            return None
+        return torch.stack([rung.score(gap) for rung, gap in zip(self._rungs, self.noise_gap, strict=True)])
+
+    @property
+    def suspect(self) -> Tensor | None:
+        """(B,) bool on the CPU: the samples that look memorized. None without a calibration."""
+        return None if self._rungs is None else self.score > torch.tensor([rung.verdict for rung in self._rungs])
+
+    def _laid(self) -> Tensor:
+        """The rows of each distinct guidance, one after another: (K * distinct, len(Column)) float32 on the CPU."""
+        nothing = torch.zeros(len(self._step))
+        laid = [one.calls(self.timesteps, self._step, self._first) for one in self._distinct]
+        return torch.cat([torch.stack([columns.get(name, nothing) for name in Column], dim=1) for columns in laid])
+
+    def _tell(self, timestep: float | None) -> None:
+        """Lay the guidance over the timestep of this call, if it is the first of its step and not known yet."""
+        k = int(self._step[self.calls])
+        if not self._first[self.calls] or self.timesteps[k] == timestep:
+            return
+        level = math.nan if timestep is None else _levels([float(timestep)])[0]
+        self._check_known([level])
+        self.timesteps[k] = level
+        if any(one.timed for one in self._distinct):
+            self._table.copy_(self._laid())
+
+    def _check_known(self, levels: Sequence[float]) -> None:
+        for one in self.guidance:
+            if one.timed and any(map(math.isnan, levels)):
+                raise ValueError(
+                    f"guidance {one!r} asks for timesteps in 0..1000, and they are not known: give them, or use "
+                    "FirstMinimum(), or a factor for each step"
+                )
+
+    def _beside(self, uncond: Tensor, dtype: torch.dtype) -> State:
+        """The buffers that a step works in, of the predictions' shape and layout."""
+        with torch.inference_mode(False):
+            doubled = torch.cat([torch.empty_like(uncond, dtype=dtype, device=self.device)] * 2)
+            latents = Latents(doubled, torch.empty(2 * self.batch, device=self.device), None, None)
+            return State(self._way, latents, Workspace.beside(latents))
+
+
+def each(guidance: Guidance | Sequence[Guidance], batch: int | None = None) -> list[Guidance]:
+    """One guidance for each of `batch` samples, as a host can follow it; ValueError for anything else.
+
+    Without `batch` the list as it is given, of one where there is one for all.
+    """
+    shared = isinstance(guidance, Guidance)
+    found = [guidance] * (batch or 1) if shared else list(guidance) if isinstance(guidance, Sequence) else []
+    if not found or not all(isinstance(one, Guidance) for one in found):
+        raise ValueError(f"guidance must be a Guidance, or a list of one a sample, got {guidance!r}")
+    if batch is not None and len(found) != batch:
+        raise ValueError(f"guidance has {len(found)} entries for {batch} samples")
+    for one in found:
+        if one.rungs:
+            raise ValueError(
+                "a guard begins samples again, which needs a loop that can go back: use Sampler, or plain guidance here with "
+                "its calibration, which says what looks memorized"
+            )
+        if one.restart:
+            raise ValueError(f"restart={one.restart} goes back in the steps, which needs a loop that can: use Sampler")
+        if one.rule != found[0].rule:
+            raise ValueError(f"guidance must have one rule in a batch, got {one.rule!r} beside {found[0].rule!r}")
+    return found
+
+
+def _levels(timesteps: Sequence[float] | Tensor) -> list[float]:
+    """As numbers; ValueError where they are none, or out of range."""
+    found = torch.as_tensor(timesteps, dtype=torch.float64).cpu()
+    if found.ndim != 1 or not len(found) or bool(((found < -1) | (found > 1001)).any()):
+        raise ValueError(f"timesteps must be one or more numbers in 0..1000, or how many there are; got {timesteps!r}")
+    return found.tolist()
+
+
+def _rung(calibration: Calibration, guidance: Guidance, levels: Sequence[float]) -> Rung:
+    """What is usual under a guidance. Raises ValueError where that was not calibrated, or for other steps."""
+    for rung in calibration.rungs:
+        if rung.guidance == guidance:
+            rung.check(levels)
+            return rung
+    raise ValueError(f"calibration is of {[rung.guidance for rung in calibration.rungs]}, not of {guidance!r}")

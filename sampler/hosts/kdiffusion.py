@@ -1,0 +1,114 @@
+"""k-diffusion: a denoiser for its samplers, `sample_euler(EscapeDenoiser(model, guidance), x, sigmas, extra_args=...)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .. import arguments
+from ..guidance import Guidance
+from ..kernels.state import per_sample
+from ..schedulers import timestep_of_ratio
+from ..transitions import Settled
+from .escape import Escape, each
+
+MOST_STEPS = 1000  # of a run whose number of steps is not given
+
+Scalings = Callable[[Tensor], Sequence[Tensor]]
+
+
+class EscapeDenoiser:
+    """`denoiser(x, sigma, cond=..., uncond=...) -> denoised`, guided as `Guidance` says.
+
+    model:    (x (B, ...), sigma (B,), cond=...) -> denoised (B, ...), such as k-diffusion's own wrappers of a network.
+    guidance: of all samples, or a list of one a sample, all of one rule.
+    steps:    of a run; needed by guidance that counts them (`Settled`, a factor for each step).
+    order:    how often the sampler calls the model in a step: 2 for heun, dpm_2, dpmpp_2s_ancestral and dpmpp_sde, else 1.
+    scalings: sigma (B,) -> (c_skip, c_out), (B,) each, of denoised = c_skip x + c_out * (what the network returned). None: the
+              model's own `get_scalings`, and without one those of a noise prediction, (1, -sigma).
+
+    Guidance combines what the network returned, so that noise gaps and thresholds are those of every other host; timesteps are
+    the model's own (`sigma_to_t`), or those at which Stable Diffusion has the same ratio of noise to data. A run begins with
+    the first call and wherever sigma rises. Samplers whose steps differ in their number of calls (dpm_fast, dpm_adaptive) are
+    not for it. `run` is the last run's `Escape`.
+
+    Raises ValueError for arguments that are not as described, and for guidance that needs a loop that can go back.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        guidance: Guidance | Sequence[Guidance],
+        steps: int | None = None,
+        order: int = 1,
+        scalings: Scalings | None = None,
+    ):
+        counted = [one for one in each(guidance) if isinstance(one.shape, tuple) or isinstance(one.until, Settled)]
+        if steps is None and counted:
+            raise ValueError(f"guidance {counted[0]!r} counts the steps of a run: give steps")
+        self.inner_model, self.guidance, self.scalings = model, guidance, scalings
+        self.order = arguments.at_least_one("order", order)
+        self.steps = MOST_STEPS if steps is None else arguments.at_least_one("steps", steps)
+        self.run: Escape | None = None
+        self._sigma = 0.0
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Any, uncond: Any, **model_kwargs: Any) -> Tensor:
+        """The denoised prediction (B, ...) of x (B, ...) at sigma (B,), the same for all samples.
+
+        cond, uncond: what the model takes as `cond`: a tensor (B, ...), or lists or dicts of such. Where both are of one shape
+                      and nothing else is passed, the model is called once, on both.
+        """
+        low, high = torch.stack(sigma.aminmax()).tolist()
+        if low != high:
+            raise ValueError(f"sigma must be the same for all samples, got {low:g} to {high:g}")
+        if self.run is None or high > self._sigma or self.run.batch != len(x):
+            step = [k // self.order for k in range(self.steps * self.order)]
+            self.run = Escape(self.guidance, self.steps, len(x), x.device, step)
+        if self.run.calls % self.order == 0:  # a step's other calls may lie anywhere below
+            self._sigma = high
+        level = self._level(sigma)
+        branch = self.run.branch(level)
+        if branch == "both":
+            both = self._both(x, sigma, uncond, cond, model_kwargs)
+        else:
+            both = self.inner_model(x, sigma, cond=cond if branch == "cond" else uncond, **model_kwargs), None
+        skip, out = (per_sample(scale.expand(len(x)), x) for scale in self._scalings(sigma))
+        raw = [None if denoised is None else (denoised - skip * x) / out for denoised in both]
+        return skip * x + out * self.run(*raw, timestep=level)
+
+    @property
+    def transition_step(self) -> Tensor:
+        """(B,) int64 on the CPU, as `Escape` has it."""
+        return self.run.transition_step
+
+    @property
+    def noise_gap(self) -> Tensor:
+        """(B, steps taken) float32 on the CPU, as `Escape` has it."""
+        return self.run.noise_gap[:, : -(-self.run.calls // self.order)]
+
+    def _both(self, x: Tensor, sigma: Tensor, uncond: Any, cond: Any, model_kwargs: dict[str, Any]) -> Sequence[Tensor]:
+        """(unconditional, conditional) denoised predictions."""
+        (first, form), (second, other) = tree_flatten(uncond), tree_flatten(cond)
+        if model_kwargs or form != other or any(a.shape != b.shape for a, b in zip(first, second, strict=True)):
+            return [self.inner_model(x, sigma, cond=one, **model_kwargs) for one in (uncond, cond)]
+        doubled = tree_unflatten([torch.cat(pair) for pair in zip(first, second, strict=True)], form)
+        return self.inner_model(torch.cat([x, x]), torch.cat([sigma, sigma]), cond=doubled).chunk(2)
+
+    def _scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """(c_skip, c_out), (B,) each."""
+        if self.scalings is not None:
+            return tuple(torch.as_tensor(scale).to(sigma) for scale in self.scalings(sigma))
+        *skip, out, _ = self.inner_model.get_scalings(sigma) if hasattr(self.inner_model, "get_scalings") else (-sigma, None)
+        return skip[0] if skip else torch.ones_like(sigma), out
+
+    def _level(self, sigma: Tensor) -> float:
+        """The timestep in 0..1000 of a noise level."""
+        model = self.inner_model
+        if not hasattr(model, "sigma_to_t"):
+            return float(timestep_of_ratio(sigma[:1] / getattr(model, "sigma_data", 1.0)))
+        return float(model.sigma_to_t(sigma[:1])) * 1000 / (len(model.sigmas) if hasattr(model, "sigmas") else 1)

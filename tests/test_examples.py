@@ -1,0 +1,31 @@
+"""Every example runs as it stands, and says where guidance began."""
+
+import re
+import runpy
+from pathlib import Path
+
+import kdiffusion
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "small")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_example_runs(name, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    if name == "kdiffusion":
+        kdiffusion.package()
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    (steps,) = re.findall(r"guided from step \[([-\d, ]+)\] on", capsys.readouterr().out)
+    assert all(0 < int(step) < 20 for step in steps.split(","))
+    assert len(Image.open(tmp_path / f"{name}.png").getcolors(1 << 16)) > 1
+
+
+def test_the_table_names_every_example():
+    table = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert all(f"({name}.py)" in table for name in SCRIPTS)
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", table) if not link.startswith("http")]
+    assert all((EXAMPLES / link).exists() for link in links)
