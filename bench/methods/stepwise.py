@@ -69,7 +69,7 @@ def sample(
     """
     check(guidance)
     model, solver = sampler.model, sampler.solver(steps)
-    plan = Plan.make(solver, guidance, model.device)
+    plan = Plan.make(solver, guidance, model.device, model.settle)
     height, width = sampler.size()
     encoded = model.encode(list(prompts), height, width)
     network = Remembered(model.network(encoded, plain=True))
