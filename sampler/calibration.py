@@ -28,7 +28,7 @@ from .transitions import At, Settled
 
 log = logging.getLogger(__name__)
 FILE = "calibration.json"  # beside the model_index.json of the model it belongs to
-LADDER = (780.0, 780.0, 780.0, 720.0, 720.0, 720.0, 680.0, 680.0, 640.0)  # delays of the attempts after the plain one
+LADDER = (720.0,) * 5 + (680.0, 680.0, 640.0)  # delays of the attempts after the plain one
 
 
 def ladder(scale: float) -> list[Guidance]:
@@ -67,7 +67,7 @@ class Calibration:
         scale: float = 7.5,
         rungs: Sequence[Guidance] | None = None,
         rate: float = 0.04,
-        strict: float = 0.3,
+        strict: float = 0.4,
         lost: float = 0.05,
         batch_size: int = 16,
         progress: bool = True,
@@ -79,7 +79,8 @@ class Calibration:
         seeds:   one a prompt, or one for the first prompt, counted up from there.
         rungs:   the attempts after the plain one, delayed or opposite; None: `ladder`.
         rate:    the share of ordinary samples that a guard begins again, a quarter of it by their first gaps.
-        strict:  the share of ordinary later attempts that are judged suspect: what was begun again is looked at more closely.
+        strict:  the share of ordinary attempts after the plain one that are judged suspect: what was begun again is looked at
+                 more closely. It falls evenly to half of it at the last, which is the least likely to be a copy.
         lost:    the share of ordinary later attempts that are begun again for gaps that are too small.
         resume:  a file that keeps every sample's gaps when they are known, and from which a run that was stopped goes on.
 
@@ -109,7 +110,7 @@ class Calibration:
         plain, *later = attempts
         found = [
             _rung(plain, measured[plain], levels, rate, 0.0),
-            *(_rung(g, measured[g], levels, strict, lost) for g in later),
+            *(_rung(g, measured[g], levels, strict * (1 - i / (2 * len(later))), lost) for i, g in enumerate(later)),
         ]
         ordinary = Ordinary.of(measured[plain], measured[free], levels)
         shares = float(rate), float(strict), float(lost)
