@@ -122,7 +122,7 @@ class Calibration:
             raise ValueError(f"scale is {scale!r}, but the calibration was made at {self.scale:g}: measure another")
         if rungs is None:
             return self.rungs
-        known = {rung.guidance: rung for rung in self.rungs[1:]}
+        known = {rung.guidance: rung for rung in reversed(self.rungs[1:])}  # the strictest of each
         missing = [guidance for guidance in rungs if guidance not in known]
         if missing:
             raise ValueError(f"rungs must be among {list(known)}, which were calibrated; got {missing}")
