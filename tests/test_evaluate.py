@@ -18,7 +18,8 @@ from basinescape.bench.evaluation.analyze import analyze
 from basinescape.bench.evaluation.detection import SIZE, anisotropy, detection
 from basinescape.bench.evaluation.evaluate import evaluate, table
 from basinescape.bench.evaluation.measure import Likeness, Measure
-from basinescape.bench.evaluation.trajectories import Laboratory, edges, starting_at
+from basinescape.bench.evaluation.trajectories import Laboratory, edges
+from basinescape.bench.methods.method import starting_at
 from basinescape.bench.scenario import PRESETS, Prompt, Scenario, prompts, read_prompts
 from basinescape.guidance import Rung
 from PIL import Image

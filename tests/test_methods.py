@@ -144,8 +144,8 @@ def test_noise_is_moved_along_the_change_of_the_difference():
 
 def test_adjusted_noise_is_the_samplers_own_moved(random_pipeline):
     sampler, found = Sampler.from_pipeline(random_pipeline("sd", 8, "epsilon"), "euler"), [MEMORIZED, GENERAL]
-    made = noise.method(7.5).sample(sampler, found, [0, 1], 10)
-    assert made.transition_step.tolist() == [1, 1] and made.noise_gap[:, 0].isnan().all()
+    made = noise.method(7.5, 10).sample(sampler, found, [0, 1], 10)
+    assert made.noise_gap.isnan().tolist() == [[True] + 9 * [False]] * 2
     begun = []
 
     def kept(predict, drawn):
@@ -153,7 +153,7 @@ def test_adjusted_noise_is_the_samplers_own_moved(random_pipeline):
         return begun[-1]
 
     Method(Guidance.cfg(7.5), noise=kept).sample(sampler, found, [0, 1], 10)
-    again = sampler(found, [0, 1], 10, noise.method(7.5).guidance, latents=begun[0], progress=False)
+    again = sampler(found, [0, 1], 10, noise.method(7.5, 10).guidance, latents=begun[0], progress=False)
     torch.testing.assert_close(again.latents, made.latents, rtol=1e-4, atol=1e-4)
 
 

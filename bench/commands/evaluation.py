@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -100,7 +101,7 @@ def evaluate(
         failed, rows = error, error.rows
     if rows:
         compared = Comparison.of(rows, chosen.transition)
-        typer.echo(f"{aligned(compared.text_rows())}\n\n{compared.finding()}")
+        typer.echo(f"{aligned(compared.text_rows())}\n\n{fill(compared.finding(), 80)}")
     if failed:
         typer.echo(f"basinescape: {failed}", err=True)
         raise typer.Exit(1)

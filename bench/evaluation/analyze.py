@@ -23,9 +23,9 @@ from . import figures
 from .detection import anisotropy, detection, usual
 from .evaluate import write_csv
 from .measure import Measure
-from .trajectories import Laboratory, convergence, curves, edges, onset_sweep, returns, starting_at
+from .trajectories import Laboratory, convergence, curves, edges, onset_sweep, returns
 
-__all__ = ["Laboratory", "analyze", "curves", "edges", "starting_at"]
+__all__ = ["Laboratory", "analyze", "curves", "edges"]
 
 log = logging.getLogger(__name__)
 

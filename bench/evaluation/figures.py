@@ -129,7 +129,8 @@ def tradeoff(points: Sequence[Point]) -> Figure:
     points = [point for point in points if point.concept is not None]
     for point in points:
         x, y = point.concept[0], point.copies[0]
-        axes.errorbar(x, y, _bars(point.copies), _bars(point.concept), "o", color=point.color, markersize=5, elinewidth=0.8)
+        style = {"color": point.color, "zorder": 2 if point.color == "C7" else 3}
+        axes.errorbar(x, y, _bars(point.copies), _bars(point.concept), "o", markersize=5, elinewidth=0.8, **style)
     best = [p for p in points if not any(_beats(other, p) for other in points)]
     front = sorted((p.concept[0], p.copies[0]) for p in best)
     axes.plot(*zip(*front, strict=True), color="C7", linewidth=0.8, linestyle=":", zorder=0)

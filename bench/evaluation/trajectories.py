@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..methods import stepwise
+from ..methods.method import starting_at
 from ..scenario import Prompt, Scenario
 from .measure import Measure
 
@@ -58,11 +59,6 @@ class Laboratory:
             images = self.run(batch, drawn, guidance, push=push)
             for prompt, seed, measured in zip(batch, drawn, self.measure(images, batch), strict=True):
                 yield prompt.id, seed, measured
-
-
-def starting_at(step: int, scale: float, steps: int) -> Guidance:
-    """No guidance before `step`, `scale` from there on."""
-    return Guidance.cfg(scale, shape=tuple(float(k >= step) for k in range(steps)))
 
 
 def onset_sweep(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], onsets: Sequence[int]) -> list[dict[str, Any]]:

@@ -80,7 +80,7 @@ def table(scenario: Scenario) -> dict[str, Sampling]:
         "embedding": embedding.method(plain, scenario.ordinary[0] if scenario.ordinary else None),
         "attention": attention.method(plain),
         "padding": padding.method(plain),
-        "noise": noise.method(scale),
+        "noise": noise.method(scale, scenario.steps),
         **measured,
     }
 

@@ -15,6 +15,11 @@ from basinescape.models import GuidedUNet
 from . import stepwise
 
 
+def starting_at(step: int, scale: float, steps: int) -> Guidance:
+    """No guidance before `step`, `scale` from there on."""
+    return Guidance.cfg(scale, shape=tuple(float(k >= step) for k in range(steps)))
+
+
 @dataclass(frozen=True)
 class Batch:
     """One call, as a method sees it: B prompts and their seeds, sampled together in so many steps."""

@@ -12,16 +12,14 @@ latents of 4 x 64 x 64 numbers; for others it is as large beside the noise, whos
 
 from __future__ import annotations
 
-from basinescape import At, Guidance
 from basinescape.kernels.state import per_sample
 from torch import Tensor
 
-from .method import Method
+from .method import Method, starting_at
 from .stepwise import Predict
 
 RHO, RATE, ITERATIONS = 50.0, 0.7, 2
 SIZE = 4 * 64 * 64  # numbers in the latents that RHO is for
-GUIDED_FROM = 900.0  # timestep: no guidance in the first tenth of the schedule
 
 
 def adjusted(predict: Predict, noise: Tensor) -> Tensor:
@@ -39,5 +37,5 @@ def adjusted(predict: Predict, noise: Tensor) -> Tensor:
     return noise
 
 
-def method(scale: float) -> Method:
-    return Method(Guidance.delayed(scale, until=At(GUIDED_FROM)), noise=adjusted)
+def method(scale: float, steps: int) -> Method:
+    return Method(starting_at(max(1, steps // 10), scale, steps), noise=adjusted)
