@@ -64,8 +64,9 @@ def _same(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> boo
         return one is other
     if one["form"] != other["form"] or len(one["sample"]) != len(other["sample"]):
         return False
-    dtypes = [getattr(torch, part["dtype"]) for part in (one, other)]
-    coarsest = 0.0 if dtypes[0] == dtypes[1] else max(torch.finfo(dtype).eps for dtype in dtypes)
-    least = max(torch.finfo(dtype).smallest_subnormal for dtype in dtypes)
     samples = [torch.tensor(part["sample"], dtype=torch.float64) for part in (one, other)]
+    if one["dtype"] == other["dtype"]:
+        return torch.equal(*samples)
+    kinds = [torch.finfo(getattr(torch, part["dtype"])) for part in (one, other)]
+    coarsest, least = max(kind.eps for kind in kinds), max(kind.smallest_normal * kind.eps for kind in kinds)
     return torch.allclose(*samples, rtol=coarsest, atol=least)

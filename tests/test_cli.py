@@ -76,7 +76,7 @@ def test_a_wrong_command_line_is_one_line(monkeypatch, capsys, options, says):
 
 
 def test_an_error_nobody_foresaw_is_one_line_unless_asked_for_more(tmp_path, monkeypatch, capsys):
-    def broken(*_):
+    def broken(*_, **__):
         raise KeyError("sample_size")
 
     monkeypatch.setattr(Sampler, "from_pretrained", broken)
@@ -202,7 +202,7 @@ def test_more_options_reach_the_sampler(tmp_path, monkeypatch, capsys, drawn, mi
     base = ("--prompts", tmp_path / "p.jsonl", "--model", mine, "--steps", 4, "--device", "cpu")
     given = {
         ("--until", "auto", "--latest", 3): Guidance.delayed(7.5, until=FirstMinimum(latest=3)),
-        ("--restart", "300,500,2", "--until", 600): Guidance.delayed(7.5, until=At(600), restart=(300, 500, 2)),
+        ("--restart", "300,600,2", "--until", 600): Guidance.delayed(7.5, until=At(600), restart=(300, 600, 2)),
         ("--guidance", "cfg", "--rule", "rescale", "--rule-option", "phi=0.5"): Guidance.cfg(7.5, rule="rescale", phi=0.5),
         ("--guidance", "opposite", "--until", 600): Guidance.opposite(2.0, scale=7.5, until=At(600)),
     }
@@ -216,7 +216,7 @@ def test_more_options_reach_the_sampler(tmp_path, monkeypatch, capsys, drawn, mi
 def test_settled_and_the_transition_come_from_the_calibration(tmp_path, monkeypatch, capsys, drawn, mine):
     write(tmp_path / "p.jsonl", 1)
     ordinary = Ordinary((1.0,) * 5, (2.0,) * 5, (0.5, 0.6, 0.7, 0.8, 0.9), ((0.0, 0.1),), 640.0)
-    rung = Rung(Guidance.cfg(7.5), (1.0,) * 5, 1, 2.0, 1, 1, 2.0, (801.0, 641.0, 481.0, 321.0, 161.0))
+    rung = Rung(Guidance.cfg(7.5), (1.0,) * 5, 1, 2.0, 1, 1, 2.0, (801.0, 601.0, 401.0, 201.0, 1.0))
     Calibration({}, 5, 7.5, 9, 0.1, 0.2, (rung,), {}, ordinary).save(mine / "calibration.json")
     base = ("--prompts", tmp_path / "p.jsonl", "--model", mine, "--steps", 5, "--device", "cpu", "--scheduler", "ddim")
     until = {(): At(640.0), ("--until", "settled"): Settled(ordinary.unguided, 1.5, 1, 2), ("--until", 500): At(500)}
