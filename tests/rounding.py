@@ -57,3 +57,8 @@ def assert_same_but_for_rounding(found, expected, pipe, sample):
         if off > NEAR:
             apart = spread(pipe.unet, lambda i=i: again()[i], other)
             assert off <= LEEWAY * apart, f"{off:.2g} apart, where rounding accounts for {apart:.2g}"
+
+
+def close(found, expected, own=0.0):
+    """Whether they are equal but for the rounding of a few operations, or of what was compared with, `own`."""
+    return (found - expected).abs().max() <= LEEWAY * max(own, NEAR * expected.abs().max())
