@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 pipe = StableDiffusionPipeline.from_pretrained(Sampler.model_path("tiny"), use_safetensors=True)
 cond, uncond = pipe.encode_prompt("a picture of a cat signed by arno", "cpu", 1, True)
 solver = DDIMScheduler.from_config(pipe.scheduler.config)
-solver.set_timesteps(20)
+solver.set_timesteps(10)
 
 latents = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(3))
 state = Escape(Guidance.delayed(7.5, until=At(timestep=680)), solver.timesteps, batch=1)

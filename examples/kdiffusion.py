@@ -16,7 +16,7 @@ def network(x, t, cond):
 
 
 denoiser = DiscreteEpsDDPMDenoiser(network, pipe.scheduler.alphas_cumprod, quantize=False)
-sigmas = get_sigmas_karras(20, denoiser.sigma_min.item(), denoiser.sigma_max.item())
+sigmas = get_sigmas_karras(10, denoiser.sigma_min.item(), denoiser.sigma_max.item())
 guided = EscapeDenoiser(denoiser, Guidance.delayed(7.5, until=At(timestep=680)))
 noise = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(3)) * sigmas[0]
 with torch.no_grad():

@@ -5,12 +5,12 @@ from basinescape import FirstMinimum, Guidance, Sampler, escape
 from diffusers import StableDiffusionPipeline
 
 pipe = StableDiffusionPipeline.from_pretrained(Sampler.model_path("tiny"), use_safetensors=True)
-guidance = Guidance.opposite(2.0, scale=7.5, until=FirstMinimum(latest=12))
+guidance = Guidance.opposite(2.0, scale=7.5, until=FirstMinimum(latest=6))
 
 with escape(pipe, guidance) as run:
     prompts = ["a picture of a cat signed by arno", "a picture of a frog"]
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 1)]
-    images = pipe(prompts, num_inference_steps=20, generator=generators).images
+    images = pipe(prompts, num_inference_steps=10, generator=generators).images
 
 print("guided from step", run.transition_step.tolist(), "on; noise gaps of the first steps", run.noise_gap[:, :3])
 images[0].save("pipelines.png")

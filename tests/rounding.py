@@ -58,3 +58,8 @@ def assert_same_but_for_rounding(found, expected, pipe, sample):
             network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
             apart = spread(network, lambda i=i: again()[i], other)
             assert off <= LEEWAY * apart, f"{off:.2g} apart, where rounding accounts for {apart:.2g}"
+
+
+def close(found, expected, own=0.0):
+    """Whether they are equal but for the rounding of a few operations, or of what was compared with, `own`."""
+    return (found - expected).abs().max() <= LEEWAY * max(own, NEAR * expected.abs().max())

@@ -45,12 +45,10 @@ def patched(sampling=comfy.EPS, **widgets):
     return node.patched(comfy.Patcher(network, sampling()), **DEFAULTS | widgets)
 
 
-@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "heun"])
 @pytest.mark.parametrize("sampling", [comfy.EPS, comfy.V, comfy.CONST])
 def test_plain_guidance_is_what_the_sampler_would_do(kd, name, sampling):
     sigmas = FLOW if sampling is comfy.CONST else SIGMAS
-    if sampling is comfy.CONST and name in ("lms", "dpmpp_2s_ancestral"):
-        sigmas = sigmas.clamp(max=0.99)
     for cfg in (CFG, 1.0):
         found = sampled(kd, name, patched(sampling, timestep=1000.0), sigmas, cfg)
         assert torch.allclose(found, sampled(kd, name, comfy.Patcher(network, sampling()), sigmas, cfg), rtol=1e-3, atol=1e-3)

@@ -118,12 +118,13 @@ def test_the_first_call_of_a_step_decides(kd, name, wrapper):
 @pytest.mark.parametrize(
     ("name", "guidance"), [("euler", Guidance.delayed(7.5, until=At(650))), ("heun", MINIMUM), ("lms", MINIMUM)], ids=str
 )
-def test_it_gives_the_samplers_images(kd, pipe, name, guidance):
+def test_it_gives_the_samplers_images(kd, random_pipeline, name, guidance):
+    pipe = random_pipeline("sd", 8, "epsilon")
     out = Sampler.from_pipeline(pipe, name)(PROMPTS, [3, 1], STEPS, guidance, output="np", progress=False)
     own = make_scheduler(name, pipe.scheduler)
     own.set_timesteps(STEPS)
     sigmas = torch.cat([own.sigmas[:-1].unique(sorted=True).flip(0), own.sigmas[-1:]]).float()
-    noise = torch.cat([torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(seed)) for seed in (3, 1)])
+    noise = torch.cat([torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(seed)) for seed in (3, 1)])
     cond, uncond = pipe.encode_prompt(PROMPTS, "cpu", 1, True)
 
     class Network(torch.nn.Module):
@@ -199,6 +200,8 @@ def test_what_it_cannot_do_is_one_line(kd):
         with pytest.raises(ValueError, match="counts the steps of a run: give steps"):
             EscapeDenoiser(model, guidance)
         sampled(kd, "euler", model, EscapeDenoiser(model, guidance, steps=STEPS))
+    with pytest.raises(ValueError, match="transition_step is known when the denoiser has been called"):
+        EscapeDenoiser(model, MINIMUM).transition_step  # noqa: B018
     with pytest.raises(ValueError, match="order must be a whole number"):
         EscapeDenoiser(model, Guidance.cfg(4.0), order=0)
     with pytest.raises(ValueError, match="needs a loop that can: use Sampler"):

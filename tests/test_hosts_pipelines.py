@@ -1,37 +1,18 @@
-"""`escape` in stock diffusers pipelines: against the pipelines themselves, and against our own sampler."""
+"""`escape` in stock diffusers pipelines of all families, against the pipelines themselves."""
 
 import copy
 
 import numpy as np
 import pytest
 import torch
-from basinescape import At, Calibration, FirstMinimum, Guidance, Rung, Sampler, escape
-from basinescape.schedulers import make_scheduler
-from components import PIPELINES, build, call, prompts
-from diffusers import (
-    ControlNetModel,
-    DDIMPipeline,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLImg2ImgPipeline,
-    WanTransformer3DModel,
-)
+from basinescape import At, FirstMinimum, Guidance, Rung, escape
+from components import PIPELINES, build, call, prompts, stable_diffusion
+from diffusers import DDIMPipeline, WanTransformer3DModel
 from PIL import Image
-from rounding import LEEWAY, NEAR
-from test_ip_adapter import WIDTH, load_adapter
+from rounding import close
 
-STEPS = 6
-PROMPTS = ["a picture of a cat signed by arno", "a picture of a frog"]
-SEEDS = [3, 1]
 FOUR = Guidance.cfg(4.0)
-METHODS = [
-    Guidance.delayed(7.5, until=At(500)),
-    Guidance.opposite(2.0, scale=7.5, until=At(650)),
-    Guidance.delayed(7.5, until=FirstMinimum(), before=1.0),
-    Guidance.opposite(7.5, scale=7.5, until=FirstMinimum(latest=4), rule="rescale"),
-]
+PICTURE = Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +20,6 @@ def doubles():
     """Each pipeline of the matrix, made once."""
     made = {}
     return lambda name: made[name] if name in made else made.setdefault(name, build(name))
-
-
-def close(found, expected, own=0.0):
-    """Equal but for rounding: of a few operations, or that of the pipeline itself, `own`."""
-    return (found - expected).abs().max() <= LEEWAY * max(own, NEAR * expected.abs().max())
-
-
-def generators(seeds=SEEDS):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def latents(pipe, scale=7.5, given=PROMPTS, seeds=SEEDS, **options):
-    options = {"num_inference_steps": STEPS, "output_type": "latent"} | options
-    return pipe(given, guidance_scale=scale, generator=generators(seeds), **options).images
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -74,6 +41,28 @@ def test_predictions_in_half_are_combined_in_the_pipelines_dtype(name):
     expected = call(name, pipe, 4.0)
     with escape(pipe, FOUR):
         assert torch.equal(call(name, pipe), expected)
+
+
+def test_a_compiled_network_stays_compiled():
+    """By the module's own `compile`, and by torch's, which wraps it."""
+    name = "StableDiffusion3Pipeline"
+    pipe, graphs = build(name), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    expected = call(name, pipe, 4.0)
+    for outside in (False, True):
+        if outside:
+            pipe.transformer = torch.compile(pipe.transformer, backend=backend)
+        else:
+            pipe.transformer.compile(backend=backend)
+        assert torch.equal(call(name, pipe, 4.0), expected)
+        before = len(graphs)
+        with escape(pipe, FOUR):
+            assert torch.equal(call(name, pipe), expected)
+        assert len(graphs) == before > 0
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -107,182 +96,6 @@ def test_samples_of_a_batch_go_their_own_ways(doubles, name):
         with escape(pipe, one) as run:
             alone = call(name, pipe, rows=rows)
         assert run.transition_step == transitions[i] and close(together[rows], alone, own)
-
-
-@pytest.mark.parametrize(
-    ("guidance", "scheduler"),
-    [*zip(METHODS, ["ddim", "euler", "dpmsolver++", "unipc"], strict=True), (METHODS[2], "heun")],
-    ids=repr,
-)
-def test_stable_diffusion_gives_the_samplers_images(pipe, guidance, scheduler):
-    own = StableDiffusionPipeline(**{**pipe.components, "scheduler": make_scheduler(scheduler, pipe.scheduler)})
-    own.set_progress_bar_config(disable=True)
-    assert_the_samplers(own, guidance)
-
-
-@pytest.mark.parametrize("guidance", METHODS[1:3], ids=repr)
-def test_stable_diffusion_xl_gives_the_samplers_images(random_pipeline, guidance):
-    assert_the_samplers(random_pipeline("sdxl", 8, "epsilon"), guidance)
-
-
-def assert_the_samplers(pipe, guidance):
-    out = Sampler.from_pipeline(pipe)(PROMPTS, SEEDS, STEPS, guidance, output="np", progress=False)
-    with escape(pipe, guidance) as run:
-        images = latents(pipe, output_type="np")
-    assert torch.equal(run.transition_step, out.transition_step)
-    known = out.noise_gap.isfinite()
-    assert torch.allclose(run.noise_gap[known], out.noise_gap[known], rtol=1e-3)
-    assert np.abs(images - out.images).max() <= 1 / 255
-
-
-@pytest.mark.parametrize("scheduler", ["heun", "pndm", "euler-ancestral", "unipc", "ddpm"])
-def test_every_kind_of_scheduler_takes_its_own_steps(random_pipeline, scheduler):
-    pipe = random_pipeline("sd", 8, "epsilon")
-    pipe.scheduler = make_scheduler(scheduler, pipe.scheduler)
-    expected = latents(pipe, 4.0)
-    with escape(pipe, FOUR) as run:
-        assert torch.equal(latents(pipe), expected)
-    assert run.noise_gap.shape == (2, STEPS) and run.noise_gap.isfinite().all()
-
-
-def test_the_second_call_of_a_step_has_its_weight(random_pipeline):
-    """Heun: the steps before the transition are the unconditional ones, both calls of each."""
-    pipe = random_pipeline("sd", 8, "epsilon")
-    pipe.scheduler = make_scheduler("heun", pipe.scheduler)
-    seen = []
-
-    def keep(pipe, i, t, given):
-        seen.append(given["latents"].clone())
-        return given
-
-    latents(pipe, 4.0, ["", ""], callback_on_step_end=keep)
-    plain, seen = seen, []
-    levels = pipe.scheduler.timesteps[::2].tolist()
-    with escape(pipe, Guidance.delayed(4.0, until=At(levels[2]))) as run:
-        latents(pipe, callback_on_step_end=keep)
-    assert run.transition_step.tolist() == [2, 2] and run.timesteps == levels
-    assert all(close(seen[call], plain[call]) for call in range(4)) and not close(seen[4], plain[4])
-
-
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
-MASK = Image.fromarray(np.pad(np.full((32, 64), 255, dtype=np.uint8), ((0, 32), (0, 0))))
-
-
-def img2img(pipe):
-    return StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False), {
-        "image": PICTURE,
-        "strength": 0.5,
-        "num_inference_steps": 8,
-    }
-
-
-def inpaint(pipe):
-    return StableDiffusionInpaintPipeline(**pipe.components, requires_safety_checker=False), {
-        "image": PICTURE,
-        "mask_image": MASK,
-        "height": 64,
-        "width": 64,
-        "strength": 0.8,
-    }
-
-
-def controlled(pipe):
-    torch.manual_seed(1)
-    network = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 8, 8))
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return StableDiffusionControlNetPipeline(**pipe.components, controlnet=network, requires_safety_checker=False), {
-        "image": [PICTURE] * 2
-    }
-
-
-def guessing(pipe):
-    made, options = controlled(pipe)
-    return made, {**options, "guess_mode": True}
-
-
-def adapted(pipe):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=["to_q", "to_v"])
-    pipe.unet.add_adapter(config, "x")
-    return pipe, {"cross_attention_kwargs": {"scale": 0.5}}
-
-
-def with_an_image(pipe):
-    load_adapter(pipe.unet)
-    embeds = torch.randn((2, 1, WIDTH), generator=torch.Generator().manual_seed(1))
-    return pipe, {"ip_adapter_image_embeds": [embeds]}
-
-
-def compiled(pipe):
-    pipe.unet.compile(backend="eager")
-    return pipe, {}
-
-
-def compiled_otherwise(pipe):
-    pipe.unet = torch.compile(pipe.unet, backend="eager")
-    return pipe, {}
-
-
-def hooked(pipe):
-    """As offload has it: what moves weights and inputs sits in the network's forward."""
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-
-    add_hook_to_module(pipe.unet, AlignDevicesHook("cpu", offload=True, io_same_device=True))
-    return pipe, {}
-
-
-@pytest.mark.parametrize(
-    ("variant", "scheduler"),
-    [
-        (img2img, "ddim"),
-        (img2img, "heun"),
-        (inpaint, "euler"),
-        (controlled, "ddim"),
-        (guessing, "euler"),
-        (adapted, "ddim"),
-        (with_an_image, "ddim"),
-        (compiled, "ddim"),
-        (compiled_otherwise, "euler"),
-        (hooked, "euler"),
-    ],
-    ids=lambda value: getattr(value, "__name__", value),
-)
-def test_what_the_pipeline_can_do_it_still_does(random_pipeline, variant, scheduler):
-    pipe = random_pipeline("sd", 8, "epsilon")
-    pipe.scheduler = make_scheduler(scheduler, pipe.scheduler)
-    pipe, options = variant(pipe)
-    pipe.set_progress_bar_config(disable=True)
-    expected = latents(pipe, 4.0, **options)
-    with escape(pipe, FOUR) as run:
-        assert torch.equal(latents(pipe, **options), expected)
-    taken = pipe.scheduler.timesteps[-run.calls :: pipe.scheduler.order].tolist()
-    assert run.timesteps == taken and run.noise_gap.shape == (2, len(taken)) and run.noise_gap.isfinite().all()
-    assert torch.equal(latents(pipe, 4.0, **options), expected)
-
-
-def test_a_run_may_be_shared_by_two_pipelines(random_pipeline):
-    """SDXL and a refiner: each takes its part of the schedule, and its steps count from its own first."""
-    base = random_pipeline("sdxl", 8, "epsilon")
-    refiner = StableDiffusionXLImg2ImgPipeline(**base.components, add_watermarker=False)
-    refiner.set_progress_bar_config(disable=True)
-    noisy = latents(base, 4.0, denoising_end=0.6)
-    with escape(base, FOUR) as run:
-        assert torch.equal(latents(base, denoising_end=0.6), noisy)
-    first = run.timesteps
-    expected = latents(refiner, 4.0, denoising_start=0.6, image=noisy)
-    with escape(refiner, FOUR) as run:
-        assert torch.equal(latents(refiner, denoising_start=0.6, image=noisy), expected)
-    assert first + run.timesteps == base.scheduler.timesteps.tolist() and run.calls == len(run.timesteps)
-
-
-def test_rescaled_guidance_is_the_pipelines(random_pipeline):
-    pipe = random_pipeline("sd", 8, "epsilon")
-    expected = latents(pipe, 4.0, guidance_rescale=0.6)
-    with escape(pipe, FOUR):
-        assert close(latents(pipe, guidance_rescale=0.6), expected)
-    with escape(pipe, Guidance.cfg(4.0, rule="apg")), pytest.raises(ValueError, match="the guidance has the rule 'apg'"):
-        latents(pipe, guidance_rescale=0.6)
 
 
 def test_the_norm_is_capped_as_the_pipeline_does(doubles):
@@ -326,20 +139,11 @@ def test_a_negative_prompt_is_given_where_guidance_needs_one(doubles):
     assert torch.equal(found, expected) and asked == [None, None, None, ""]
 
 
-def test_what_looks_memorized_is_said(pipe):
-    pipe.scheduler.set_timesteps(STEPS)
-    levels = tuple(pipe.scheduler.timesteps.float().tolist())
-    usual = Rung(FOUR, (2.0,) * STEPS, 1, 1.0, 2, 1, 1.2, levels)
-    with escape(pipe, FOUR, Calibration({}, STEPS, 4.0, 1, 0.1, 0.1, (usual,))) as run:
-        latents(pipe)
-    assert torch.equal(run.score, usual.score(run.noise_gap)) and torch.equal(run.suspect, run.score > 1.2)
-
-
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "SanaPipeline", "QwenImagePipeline", "WanPipeline"])
 def test_an_exception_leaves_the_pipeline_as_it_was(doubles, random_pipeline, name):
     sd = name == "StableDiffusionPipeline"
     pipe = random_pipeline("sd", 8, "epsilon") if sd else doubles(name)
-    network, take = (pipe.unet, latents) if sd else (pipe.transformer, lambda pipe, **more: call(name, pipe, **more))
+    network, take = (pipe.unet, stable_diffusion) if sd else (pipe.transformer, lambda pipe, **more: call(name, pipe, **more))
     expected = take(pipe)
     before = what_it_is(pipe, network)
 
@@ -373,7 +177,7 @@ def what_it_is(pipe, network):
     )
 
 
-GUARD = Guidance.ladder([Rung(FOUR, (1.0,) * STEPS, 1, 1.0, 1, 0, 1.0)])
+GUARD = Guidance.ladder([Rung(FOUR, (1.0,) * 6, 1, 1.0, 1, 0, 1.0)])
 
 
 def test_what_cannot_be_is_refused_in_a_line(random_pipeline, doubles):
@@ -384,7 +188,7 @@ def test_what_cannot_be_is_refused_in_a_line(random_pipeline, doubles):
         "guidance must be a Guidance": lambda: escape(sd, [7.5]),
         "a guard begins samples again.*use Sampler": lambda: escape(sd, GUARD),
         "restart.*use Sampler": lambda: escape(sd, Guidance.cfg(4.0, restart=(300, 500, 1))),
-        "is distilled and makes one prediction": lambda: escape(distilled(sd), FOUR),
+        "is distilled": lambda: escape(distilled(sd), FOUR),
     }
     for message, ask in refused.items():
         with pytest.raises(ValueError, match=message) as error:
@@ -398,7 +202,7 @@ def test_what_cannot_be_is_refused_in_a_line(random_pipeline, doubles):
         with pytest.raises(AttributeError, match="no attribute 'gap'"):
             run.gap  # noqa: B018
     with escape(sd, [FOUR]), pytest.raises(ValueError, match="guidance has 1 entries for 2 samples"):
-        latents(sd)
+        stable_diffusion(sd)
     handle = flux.transformer.register_forward_pre_hook(copying)
     with escape(flux, FOUR), pytest.raises(ValueError, match="did not step with the guided prediction"):
         call("FluxPipeline", flux)

@@ -95,9 +95,7 @@ def family_of(pipe: DiffusionPipeline) -> Family:
     network = network_of(pipe, family)
     distilled = getattr(network.config, "time_cond_proj_dim", None) is not None or pipe.config.get("is_distilled", False)
     if distilled:
-        raise ValueError(
-            f"pipe's {type(network).__name__} is distilled and makes one prediction: there is nothing to guide with"
-        )
+        raise ValueError(f"pipe's {type(network).__name__} is distilled: it makes one prediction, guidance needs two")
     return family
 
 

@@ -84,12 +84,18 @@ class EscapeDenoiser:
     @property
     def transition_step(self) -> Tensor:
         """(B,) int64 on the CPU, as `Escape` has it."""
-        return self.run.transition_step
+        return self._known("transition_step").transition_step
 
     @property
     def noise_gap(self) -> Tensor:
         """(B, steps taken) float32 on the CPU, as `Escape` has it."""
-        return self.run.noise_gap[:, : -(-self.run.calls // self.order)]
+        run = self._known("noise_gap")
+        return run.noise_gap[:, : -(-run.calls // self.order)]
+
+    def _known(self, name: str) -> Escape:
+        if self.run is None:
+            raise ValueError(f"{name} is known when the denoiser has been called")
+        return self.run
 
     def _both(self, x: Tensor, sigma: Tensor, uncond: Any, cond: Any, model_kwargs: dict[str, Any]) -> Sequence[Tensor]:
         """(unconditional, conditional) denoised predictions."""

@@ -325,3 +325,13 @@ def call(name, pipe, scale=4.0, batch=2, steps=3, rows=slice(None), **more):
     options = {"num_inference_steps": steps, double.scale: scale - double.shift, "generator": generators}
     options |= {"output_type": "latent", "return_dict": False, **double.call, **given}
     return pipe(**(options | more))[0]
+
+
+WORDS, SEEDS = ["a picture of a cat signed by arno", "a picture of a frog"], [3, 1]
+
+
+def stable_diffusion(pipe, scale=7.5, words=WORDS, **options):
+    """The images of a Stable Diffusion pipeline, by default latents, with a seed for each."""
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    options = {"num_inference_steps": 6, "output_type": "latent"} | options
+    return pipe(words, guidance_scale=scale, generator=generators, **options).images

@@ -60,7 +60,9 @@ class CFGFunction:
     @torch.no_grad()
     def __call__(self, args: dict[str, Any]) -> Tensor:
         """x - denoised, (B, ...), from ComfyUI's arguments of a CFG function."""
-        x, sigmas = args["input"], args["model_options"]["transformer_options"]["sample_sigmas"]
+        x, sigmas = args["input"], args["model_options"]["transformer_options"].get("sample_sigmas")
+        if sigmas is None:
+            raise ValueError("this ComfyUI does not tell a model the sampler's sigmas (sample_sigmas): update it")
         model, sigma = args["model"].model_sampling, args["sigma"].reshape(-1)
         level = float(sigma[0])
         taken = sigmas[:-1].tolist()
