@@ -238,7 +238,7 @@ def _parquet(path: Path) -> Rows:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
+            for batch in file.iter_batches(batch_size=64):
                 for row in batch.to_pylist():
                     number += 1
                     yield Row(f"row {number}", row)
