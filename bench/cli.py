@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .runs import conclude, merge, shard_of, verify
 from .tables import aligned, tables
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # the plain help fits into 80 columns
 )
+
+
+for command in (verify, merge):
+    app.command()(command)
 
 
 class Method(StrEnum):
@@ -43,14 +48,15 @@ class Bench(StrEnum):
     kernel = "kernel"
     step = "step"
     images = "images"
+    engine = "engine"
     all = "all"
 
 
 @app.command()
 def generate(
     prompts: Annotated[
-        Path,
-        typer.Option(help='JSON Lines {"prompt", "id"?, "seed"?, "negative_prompt"?}, .csv, .parquet, or - for standard input'),
+        str,
+        typer.Option(help='JSON Lines {"prompt", "id"?, "seed"?, "negative_prompt"?}, .csv, .parquet, hf:DATASET, or -'),
     ],
     out: Annotated[Path, typer.Option(help="folder for images, manifest.jsonl and run.json")],
     model: Annotated[str, typer.Option(help="a folder in diffusers' format, a hub id, or 'tiny'")] = "tiny",
@@ -70,7 +76,7 @@ def generate(
     steps: Annotated[int, typer.Option(help="denoising steps")] = 50,
     scheduler: Annotated[str, typer.Option(help="own (the model's), ddim, dpmsolver++, euler, unipc, ...")] = "own",
     seed: Annotated[int, typer.Option(help="seed of the first prompt, counted up from there")] = 0,
-    batch_size: Annotated[int, typer.Option(help="images sampled together")] = 8,
+    batch_size: Annotated[int, typer.Option(help="images sampled together; a free place is filled at once")] = 8,
     height: Annotated[int | None, typer.Option(help="pixels; default the model's own")] = None,
     width: Annotated[int | None, typer.Option(help="pixels; default the model's own")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="of the prompts that have none of their own")] = None,
@@ -79,12 +85,19 @@ def generate(
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default float16 on a GPU")] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda where there is a GPU")] = None,
     allow_pickle: Annotated[bool, typer.Option(help="load weights that are not safetensors; they can run code")] = False,
-    progress: Annotated[bool, typer.Option(help="show a progress bar")] = True,
+    format: Annotated[str, typer.Option(help="png, jpg, webp, latents, or many a file: parquet, webdataset")] = "png",
+    on_error: Annotated[str, typer.Option(help="what a row of the prompts that is wrong does: stop or skip")] = "stop",
+    shard: Annotated[str | None, typer.Option(help="i/n: the i-th of n parts, from 0, in OUT/shard-i-of-n; see merge")] = None,
+    log: Annotated[str, typer.Option(help="auto (a bar in a terminal, else lines), plain, json or none")] = "auto",
+    metrics: Annotated[int | None, typer.Option(help="port on which Prometheus finds the same numbers")] = None,
+    progress: Annotated[bool, typer.Option(help="--no-progress is --log none")] = True,
 ) -> None:
-    """Make an image for every prompt of a file."""
-    from basinescape.prompts import read_prompts
+    """Make an image for every prompt of a file. The same command goes on where it was stopped."""
+    from basinescape.progress import Progress
+    from basinescape.prompts import Prompts
 
-    jobs = read_prompts(prompts, seed)
+    part, shown = shard_of(shard), Progress(log if progress else "none", metrics)
+    jobs = Prompts(prompts, seed, on_error)
     _quieten()
     from basinescape import At, Calibration, FirstMinimum, Guidance, Sampler
     from basinescape.generate import generate
@@ -112,26 +125,16 @@ def generate(
         plan = Guidance.delayed(scale, until=transition, before=before, rule=rule)
     elif guidance == Method.opposite:
         plan = Guidance.opposite(opposite_scale, scale=scale, until=transition, rule=rule)
-    written = generate(sampler, jobs, out, plan, model, steps, batch_size, negative_prompt, height, width, clip_skip, progress)
-    failed = [line["id"] for line in written if line["status"] != "ok"]
-    typer.echo(f"{len(jobs) - len(failed)} images in {out / 'images'} ({len(written) - len(failed)} new)")
-    _note([line["id"] for line in written if "truncated" in line], "cut at the text encoder's limit", "truncated")
-    _note(
-        [line["id"] for line in written if line.get("nsfw_content_detected")],
-        "flagged and blacked out",
-        "nsfw_content_detected",
-    )
-    _note([line["id"] for line in written if line.get("suspect")], "may still be copies of training images", "suspect")
-    _note(failed, "failed", "status")
-    if failed:
-        raise typer.Exit(1)
+    size = (height, width, clip_skip)
+    summary = generate(sampler, jobs, out, plan, model, steps, batch_size, negative_prompt, *size, shown, format, part)
+    conclude(summary, out)
 
 
 def _guarded(sampler: Sampler, calibration: str | Path | None, steps: int, scale: float, rule: str) -> Guidance:
     """The guard of a calibration. Raises ValueError where there is none, or it is not for this."""
     import torch
     from basinescape import Calibration, Guidance
-    from basinescape.guard import planned
+    from basinescape.guard import Ladder
 
     solver = sampler.solver(steps)
     if calibration is None:
@@ -139,17 +142,8 @@ def _guarded(sampler: Sampler, calibration: str | Path | None, steps: int, scale
     if rule != "cfg":
         raise ValueError(f"rule is {rule!r}, but a guard has the rule that it was calibrated with")
     found = Guidance.guard(scale, Calibration.load(calibration))
-    planned(solver, found, torch.device("cpu"))
+    Ladder.make(solver, found, torch.device("cpu"))
     return found
-
-
-def _note(ids: list[str], what: str, field: str) -> None:
-    """A line on standard error about the images it is true of, if any; `field` of the manifest says more."""
-    if ids:
-        typer.echo(
-            f"{len(ids)} {what} ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''}): see {field} in manifest.jsonl",
-            err=True,
-        )
 
 
 @app.command()
@@ -285,7 +279,7 @@ def aot(
 
 @app.command()
 def bench(
-    what: Annotated[Bench, typer.Argument(help="the launch, a step without its network, whole images, or all of them")],
+    what: Annotated[Bench, typer.Argument(help="the launch, a step without network, whole images, in-flight batching, or all")],
     json: Annotated[Path | None, typer.Option(help="also write device, date, versions and the rows as JSON")] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda where there is a GPU")] = None,
 ) -> None:

@@ -11,13 +11,15 @@ import json
 import math
 import os
 from array import array
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import nn
 
 try:
     import fcntl
@@ -41,8 +43,24 @@ def settings_of(sampler: Sampler) -> dict[str, Any]:
     }
 
 
-def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+def weights_sha256(sampler: Sampler) -> str:
+    """Of the pipeline as it is: every tensor of its modules, by name, what they are made of, and its vocabularies."""
+    digest = hashlib.sha256()
+    for name, part in sorted(sampler.pipe.components.items()):
+        if isinstance(part, nn.Module):
+            digest.update(f"{name} {json.dumps(_public(getattr(part, 'config', {})), sort_keys=True)}".encode())
+            for key, tensor in sorted(part.state_dict().items()):
+                digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                if tensor.device.type != "meta":  # weights that come and go have no contents here
+                    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        elif hasattr(part, "get_vocab"):
+            digest.update(f"{name} {sorted(part.get_vocab().items())}".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _public(config: Any) -> dict[str, Any]:
     """A scheduler's settings as json reads them back, without diffusers' own notes, whose order differs from run to run."""
+    config = config.to_dict() if hasattr(config, "to_dict") else config
     return json.loads(json.dumps({name: value for name, value in config.items() if name[0] != "_"}, default=str))
 
 
@@ -139,9 +157,9 @@ class Journal:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def append(self, line: dict[str, Any]) -> None:
-        """Add a line; it is on the disk when this returns."""
-        text = memoryview(_text(line).encode())
+    def append(self, *lines: dict[str, Any]) -> None:
+        """Add lines; they are on the disk when this returns."""
+        text = memoryview("".join(map(_text, lines)).encode())
         while text:
             text = text[os.write(self._file, text) :]
         os.fsync(self._file)
@@ -197,15 +215,15 @@ def _unlock(lock: int | None) -> None:
 
 
 def _text(line: dict[str, Any]) -> str:
-    return json.dumps(_finite(line), allow_nan=False) + "\n"
+    return json.dumps(finite(line), allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same with None for NaN and infinities, which JSON has not."""
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import astuple, dataclass, fields
 from functools import partial
@@ -76,7 +76,7 @@ class Prompts:
 
     source:   JSON Lines, `{"prompt": "...", "id"?, "seed"?, "negative_prompt"?}`, a .csv or .parquet file with those columns;
               "-", JSON Lines on standard input, or a pipe, which is first copied to a temporary file; a folder that the
-              `datasets` library saved, or "hf:NAME" or "hf:NAME:SPLIT", a dataset of its hub (split "train").
+              `datasets` library saved, or "hf:NAME" or "hf:NAME:SPLIT", a dataset of its hub (split "train"); a list of jobs.
     seed:     a prompt without an id gets its position, zero-padded; one without a seed gets `seed` plus its position.
     on_error: "stop": a row that is wrong ends everything before any work; "skip": it is passed over with a warning.
 
@@ -86,11 +86,11 @@ class Prompts:
     ImportError for a format whose library is missing.
     """
 
-    def __init__(self, source: str | Path, seed: int = 0, on_error: str = "stop"):
+    def __init__(self, source: str | Path | Sequence[Job], seed: int = 0, on_error: str = "stop"):
         if on_error not in ON_ERROR:
             raise ValueError(f"on_error must be one of {', '.join(ON_ERROR)}, got {on_error!r}")
         self.seed, self.on_error, self.skipped = seed, on_error, 0
-        self.name, self._read = opened(str(source))
+        self.name, self._read = opened(str(source)) if isinstance(source, str | Path) else ("jobs", partial(_listed, source))
         self._digits = max(4, len(str(sum(1 for _ in self._rows()) - 1)))
         self._repeated: frozenset[int] = frozenset()
         digest, ids, positions = hashlib.sha256(), array("Q"), array("Q")
@@ -112,6 +112,11 @@ class Prompts:
 
     def __iter__(self) -> Iterator[tuple[int, Job]]:
         return ((position, job) for position, _, job in self._jobs(lambda error: None))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a run's settings say of its prompts."""
+        return {"prompts": self.count, "prompts_sha256": self.sha256}
 
     def _rows(self) -> Rows:
         try:
@@ -181,6 +186,10 @@ def opened(source: str) -> tuple[str, Callable[[], Rows]]:
 def _unreadable(text: str) -> bool:
     """Whether text that was read with "surrogateescape" holds bytes that are not UTF-8."""
     return not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text)
+
+
+def _listed(jobs: Sequence[Job]) -> Rows:
+    return (Row(f"job {number}", vars(job)) for number, job in enumerate(jobs, 1))
 
 
 def _json_lines(path: Path) -> Rows:

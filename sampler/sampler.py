@@ -16,11 +16,13 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 from tqdm import tqdm
 
-from . import arguments, guard, models
+from . import arguments, models
+from .engine import Engine, Sample, gathered
 from .graphs import Graphs
+from .guard import Ladder
 from .guidance import Guidance
 from .kernels.state import State
-from .loop import Network, Plan, Run, Step, denoise, draw, fused_step, lockstep, renoise, scheduler_step
+from .loop import Lane, Network, Plan, Run, Step, denoise, draw, fused_step, lockstep, renoise, scheduler_step
 from .output import Output
 from .schedulers import Schedule, make_scheduler
 from .solver import Solver
@@ -197,7 +199,8 @@ class Sampler:
             if guidance.rungs and not (self._wrap is None and callback_on_step_end is None):
                 raise ValueError("a guard takes neither a wrapped network nor callback_on_step_end")
             device = self.model.device
-            plan = guard.planned(solver, guidance, device)
+            ladder = Ladder.make(solver, guidance, device)
+            plan = ladder.whole
 
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
             encoded = self.model.encode(prompts, height, width, count, negative_prompt, **options)
@@ -205,7 +208,7 @@ class Sampler:
             noise = (noise * solver.init_sigma).to(device, self.model.dtype)
             bar = partial(tqdm, desc="sampling", unit="step", disable=not progress, file=sys.stderr)
             if guidance.rungs:
-                run = self._guarded(encoded, plan, noise, solver.init_sigma, generators, bar)
+                run = self._guarded(encoded, ladder, noise, generators, bar)
             else:
 
                 def after(state: State, row: int) -> None:
@@ -241,7 +244,8 @@ class Sampler:
         """All steps of `plan`, by the fastest way that there is, or by `own`, the scheduler's own step."""
         network = self.model.network(encoded, plain=self._wrap is not None)
         if own is None and self._wrap is None and self._captures(network):
-            take, state = self._graphs.step(network, plan, noise, self.model.memory_format)
+            lane = self._graphs.lane(network, plan, noise, self.model.memory_format)
+            take, state = lane.take, lane.state
         else:
             state = plan.state(noise, self.model.memory_format)
             take = (own or lockstep)(network if self._wrap is None else self._wrap(network), plan, state)
@@ -260,20 +264,36 @@ class Sampler:
     def _guarded(
         self,
         encoded: models.Encoded,
-        ladder: guard.Ladder,
+        ladder: Ladder,
         noise: Tensor,
-        scale: float,
         generators: Sequence[torch.Generator],
         bar: Callable[..., Iterable],
     ) -> Run:
-        def begin(network: models.GuidedUNet, plan: Plan, noise: Tensor) -> tuple[Step, State]:
-            if self._captures(network):
-                return self._graphs.step(network, plan, noise, self.model.memory_format)
-            state = plan.state(noise, self.model.memory_format)
-            return fused_step(network, plan, state), state
+        network, turns = self.model.network(encoded), iter(bar(ladder.whole.branches[: ladder.starts[1]]))
+        work = [
+            Sample(i, ladder, tuple(start.shape), network, i, generator=generator, noise=start)
+            for i, (start, generator) in enumerate(zip(noise, generators, strict=True))
+        ]
+        engine = Engine(self.lane, len(work), fixed=network.version is not None)
+        return gathered(engine.run(work, tick=lambda: next(turns, None)))
 
-        rows = bar(ladder.whole.branches[: ladder.starts[1]])
-        return guard.denoise(self.model.network(encoded), ladder, noise, scale, generators, begin, rows)
+    def lane(
+        self,
+        ladder: Ladder,
+        network: models.GuidedUNet,
+        plan: Plan,
+        noise: Tensor,
+        generators: Sequence[torch.Generator],
+    ) -> Lane:
+        """A batch from `noise` (B, C, h, w) for the engine: captured, or by the scheduler's own step, or fused."""
+        if ladder.stepwise:
+            state = plan.state(noise, self.model.memory_format)
+            take = scheduler_step(ladder.solver, self.scheduler, generators, network, plan, state)
+            return Lane(network, state, take, plan.table)
+        if self._captures(network):
+            return self._graphs.lane(network, plan, noise, self.model.memory_format)
+        state = plan.state(noise, self.model.memory_format)
+        return Lane(network, state, fused_step(network, plan, state))
 
     def _captures(self, network: models.GuidedUNet) -> bool:
         return self._graphs is not None and network.version is not None

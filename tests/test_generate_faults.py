@@ -1,15 +1,14 @@
 """Runs that are killed, interrupted or fail: no image is lost but its own, and what is missing is made again."""
 
 import io
-import json
 import shutil
 import sys
 
 import pytest
 import torch
-from basinescape import Sampler
+from basinescape import Sampler, writers
 from basinescape.bench import cli
-from PIL import Image
+from basinescape.models.sd import StableDiffusion
 from runs import QUICK, jobs, make, run, sound, write
 
 
@@ -34,14 +33,14 @@ def test_a_killed_run_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsys
 
 
 def test_a_sample_that_fails_loses_no_other(tmp_path, monkeypatch, capsys):
-    made = Sampler.__call__
+    decode = StableDiffusion.decode
 
-    def failing(self, prompts, *arguments, **options):
-        if "a picture of a cat 1" in prompts:
+    def failing(self, latents, output, generators):
+        if generators[0].initial_seed() == 1:
             raise RuntimeError("out of memory")
-        return made(self, prompts, *arguments, **options)
+        return decode(self, latents, output, generators)
 
-    monkeypatch.setattr(Sampler, "__call__", failing)
+    monkeypatch.setattr(StableDiffusion, "decode", failing)
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     write(prompts, 4)
     code, error = run(monkeypatch, capsys, "--prompts", prompts, "--out", out, *QUICK, "--guidance", "cfg")
@@ -112,13 +111,14 @@ def test_a_lone_surrogate_costs_its_line_and_no_other(tmp_path, monkeypatch, cap
 )
 def test_any_fault_of_one_sample_costs_that_one_and_is_tried_once_a_run(sampler, drawn, tmp_path, error):
     drawn.faults["a picture of a cat 2"] = error
-    written = make(sampler, jobs(5), tmp_path / "out")
-    assert [line["status"] == "ok" for line in written] == [True, True, False, True, True]
-    assert written[2]["status"].startswith("failed: ") and str(error) in written[2]["status"]
-    assert sum(call["prompts"] == ["a picture of a cat 2"] for call in drawn.asked) == 1
-    assert [line["id"] for line in make(sampler, jobs(5), tmp_path / "out")] == ["p2"]
+    summary = make(sampler, jobs(5), tmp_path / "out")
+    assert summary.counts["ok"] == 4 and summary.ids["failed"] == ["p2"]
+    (line,) = [line for line in sound(tmp_path / "out") if line["status"] != "ok"]
+    assert line["status"].startswith("failed: ") and str(error) in line["status"]
+    again = make(sampler, jobs(5), tmp_path / "out")
+    assert again.before == 4 and again.ids == {"failed": ["p2"]}
     drawn.faults.clear()
-    assert [line["status"] for line in make(sampler, jobs(5), tmp_path / "out")] == ["ok"]
+    assert make(sampler, jobs(5), tmp_path / "out").ids == {"ok": ["p2"]}
     assert {line["status"] for line in sound(tmp_path / "out")} == {"ok"}
 
 
@@ -144,17 +144,17 @@ def test_a_run_that_is_interrupted_stops_quietly_and_goes_on(tmp_path, monkeypat
 
 
 def test_a_full_disk_ends_the_run_and_leaves_it_to_be_gone_on_with(sampler, drawn, tmp_path, monkeypatch):
-    def full(image, *_, **__):
-        if image.getpixel((0, 0))[0] == 1:
+    def full(data, path):
+        if path.stem == "p1":
             raise OSError(28, "No space left on device")
-        saved(image, *_, **__)
+        saved(data, path)
 
-    saved = Image.Image.save
-    monkeypatch.setattr(Image.Image, "save", full)
+    saved = writers.save_bytes
+    monkeypatch.setattr(writers, "save_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         make(sampler, jobs(3), tmp_path / "out")
     assert [line["id"] for line in sound(tmp_path / "out")] == ["p0"]
-    monkeypatch.setattr(Image.Image, "save", saved)
+    monkeypatch.setattr(writers, "save_bytes", saved)
     make(sampler, jobs(3), tmp_path / "out")
     assert [line["id"] for line in sound(tmp_path / "out")] == ["p0", "p1", "p2"]
 
@@ -162,11 +162,12 @@ def test_a_full_disk_ends_the_run_and_leaves_it_to_be_gone_on_with(sampler, draw
 def test_what_is_not_finite_is_tried_once_in_float32(random_pipeline, drawn, tmp_path):
     sampler = Sampler.from_pipeline(random_pipeline("sd", 8, "epsilon").to(torch.bfloat16))
     drawn.infinite = {"a picture of a cat 1": {"bfloat16"}, "a picture of a cat 2": {"bfloat16", "float32"}}
-    written = make(sampler, jobs(4), tmp_path / "out", batch_size=3)
-    assert sound(tmp_path / "out") == json.loads(json.dumps(written).replace("NaN", "null"))
-    assert [line["status"] for line in written] == ["ok", "ok", "failed: the sample is not finite", "ok"]
-    assert [line.get("retried") for line in written] == [None, "float32", "float32", None]
-    assert [len(call["prompts"]) for call in drawn.asked] == [3, 1, 1, 1]
+    make(sampler, jobs(4), tmp_path / "out", batch_size=3)
+    written = {line["id"]: line for line in sound(tmp_path / "out")}
+    failed = "failed: the sample is not finite"
+    assert {id: line["status"] for id, line in written.items()} == {"p0": "ok", "p1": "ok", "p2": failed, "p3": "ok"}
+    assert {id for id, line in written.items() if line.get("retried") == "float32"} == {"p1", "p2"}
+    assert [call["prompts"] for call in drawn.asked][1:] == [["a picture of a cat 1", "a picture of a cat 2"]]
     assert sorted(path.stem for path in (tmp_path / "out" / "images").iterdir()) == ["p0", "p1", "p3"]
     assert sampler.pipe.unet.dtype == torch.bfloat16
 
@@ -178,16 +179,17 @@ def test_a_fault_in_float32_is_that_samples_own(random_pipeline, drawn, tmp_path
     sampler = Sampler.from_pipeline(random_pipeline("sd", 8, "epsilon").to(torch.bfloat16))
     monkeypatch.setattr(Sampler, "in_float32", full)
     drawn.infinite = {"a picture of a cat 0": {"bfloat16"}}
-    written = make(sampler, jobs(2), tmp_path / "out")
-    assert [line["status"] for line in written] == [
-        "failed: the sample is not finite, and in float32: no memory for float32",
-        "ok",
-    ]
+    make(sampler, jobs(2), tmp_path / "out")
+    assert {line["id"]: line["status"] for line in sound(tmp_path / "out")} == {
+        "p0": "failed: the sample is not finite, and in float32: no memory for float32",
+        "p1": "ok",
+    }
 
 
 def test_a_network_that_gives_nan_is_marked_and_saves_no_image(random_pipeline, tmp_path):
     pipe = random_pipeline("sd", 8, "epsilon")
     torch.nn.init.constant_(pipe.unet.conv_out.bias, float("nan"))
-    (line,) = make(Sampler.from_pipeline(pipe), jobs(1), tmp_path / "out")
+    make(Sampler.from_pipeline(pipe), jobs(1), tmp_path / "out")
+    (line,) = sound(tmp_path / "out")
     assert line["status"] == "failed: the sample is not finite" and "retried" not in line  # it was float32
-    assert sound(tmp_path / "out")[0]["noise_gap"] == [None, None] and not list((tmp_path / "out" / "images").iterdir())
+    assert line["noise_gap"] == [None, None] and not list((tmp_path / "out" / "images").iterdir())

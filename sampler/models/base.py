@@ -27,6 +27,28 @@ class Encoded:
     shared: dict[str, Any] = field(default_factory=dict)
     truncated: Sequence[str] = ()
 
+    def select(self, samples: Sequence[int]) -> Encoded:
+        """Some samples alone."""
+        rows = [*samples, *(i + len(self.truncated) for i in samples)]
+        return Encoded(_joined([self.inputs], [rows]), self.shared, [self.truncated[i] for i in samples])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Encoded]) -> Encoded:
+        """The samples of several after each other."""
+        rows = [range(len(part.truncated)) for part in parts]
+        conditional = [range(len(part.truncated), 2 * len(part.truncated)) for part in parts]
+        inputs = _joined([part.inputs for part in (*parts, *parts)], [*rows, *conditional])
+        return cls(inputs, parts[0].shared, [text for part in parts for text in part.truncated])
+
+
+def _joined(values: Sequence[Any], rows: Sequence[Sequence[int]]) -> Any:
+    """Rows of each of several values, tensors or alike containers of tensors, after each other."""
+    if isinstance(values[0], dict):
+        return {name: _joined([value[name] for value in values], rows) for name in values[0]}
+    if isinstance(values[0], list):
+        return [_joined(inner, rows) for inner in zip(*values, strict=True)]
+    return torch.cat([value[list(some)] for value, some in zip(values, rows, strict=True)])
+
 
 @dataclass(frozen=True)
 class Decoded:

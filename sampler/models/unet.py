@@ -133,6 +133,26 @@ class GuidedUNet:
         """Shapes and dtypes of the inputs."""
         return tuple((tuple(x.shape), x.dtype) for x in _tensors(self.inputs["both"]))
 
+    @property
+    def row_form(self) -> tuple:
+        """Shapes and dtypes of what the inputs are for one sample."""
+        return tuple((tuple(x.shape[1:]), x.dtype) for x in _tensors(self.inputs["both"]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its inputs, as of the latents."""
+        return self.inputs["both"]["encoder_hidden_states"].dtype
+
+    def blank(self, batch: int) -> GuidedUNet:
+        """The same for `batch` samples, which `put` gives their prompts."""
+        inputs = _mapped(lambda x: x.new_zeros((2 * batch, *x.shape[1:])), self.inputs["both"])
+        return GuidedUNet(self.unet, inputs, self.both, self.shared, self.version)
+
+    def put(self, place: int, other: GuidedUNet, row: int) -> None:
+        """Put a sample's prompt in the place of another, in the same memory."""
+        for old, new in zip(_tensors(self.inputs["both"]), _tensors(other.inputs["both"]), strict=True):
+            old[place :: len(old) // 2].copy_(new[row :: len(new) // 2])
+
     def select(self, index: Tensor) -> GuidedUNet:
         """The same for some samples of the batch, `index` (N,) int64."""
         batch = len(self.inputs["cond"]["encoder_hidden_states"])
@@ -150,9 +170,13 @@ class GuidedUNet:
 
 
 def _rows(value: Any, rows: slice | Tensor) -> Any:
+    return _mapped(lambda x: x[rows], value)
+
+
+def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _rows(inner, rows) for name, inner in value.items()}
-    return [inner[rows] for inner in value] if isinstance(value, list) else value[rows]
+        return {name: _mapped(change, inner) for name, inner in value.items()}
+    return [change(inner) for inner in value] if isinstance(value, list) else change(value)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
