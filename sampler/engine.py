@@ -51,7 +51,7 @@ class Sample:
     def form(self) -> tuple:
         """What samples of one batch have in common."""
         plan = self.ladder.whole
-        return self.shape, self.network.row_form, id(self.network.version), plan.rule, plan.scaled, plan.multistep
+        return self.shape, self.network.row_form, id(self.network.version), plan.rule, plan.scaled
 
     def begin(self) -> Tensor:
         """The initial noise (C, h, w)."""
@@ -121,6 +121,7 @@ class Engine:
         self._begin, self._fixed, self._local = begin, fixed, local
         self._most = self._size = slots
         self._lane: Lane | None = None
+        self._multistep = False
         self._live: list[Slot] = []
         self._waiting: deque[tuple[int, Sample]] = deque()
         self.calls: Counter[str] = Counter()  # network calls of samples by branch; "spared": those that were not needed
@@ -186,9 +187,9 @@ class Engine:
             return False
         if sample.ladder.stepwise:  # its scheduler knows one step for all: they begin together
             return not self._begun and sample.ladder is self._ladders[0]
-        known = any(sample.ladder is ladder for ladder in self._ladders)
-        plan = sample.ladder.whole
-        return known or (len(self._plan.table) + len(plan.table) <= ROWS and plan.steps <= STEPS)
+        plan, rows = sample.ladder.whole, len(self._plan.table)
+        room = rows + len(plan.table) <= ROWS and plan.steps <= STEPS and plan.multistep <= self._multistep
+        return room or any(sample.ladder is ladder for ladder in self._ladders)
 
     def _open(self, sample: Sample) -> None:
         """A batch of free slots that the sample can go into."""
@@ -198,8 +199,10 @@ class Engine:
         device = self._plan.table.device
         nothing = torch.zeros((self._size, *sample.shape), dtype=sample.network.dtype, device=device)
         network = sample.network.blank(self._size)
+        self._multistep |= self._plan.multistep  # one step alone has no history: once others were there, there is room for it
+        plan = replace(self._plan.roomy(ROWS, STEPS), multistep=self._multistep)
         self._lane = None  # gives its memory back first
-        self._lane = self._begin(sample.ladder, network, self._plan.roomy(ROWS, STEPS), nothing, self._generators)
+        self._lane = self._begin(sample.ladder, network, plan, nothing, self._generators)
         self._lane.follow(self._plan)
         self._lane.state.transition.row.fill_(1)  # past the last: no step changes them
         self._lane.state.transition.last.fill_(0)

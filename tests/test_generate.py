@@ -60,7 +60,7 @@ def test_negative_prompts_are_the_lines_own_before_the_runs(sampler, drawn, tmp_
     make(sampler, asked, tmp_path / "one", negative_prompt="ugly")
     assert [call["negative_prompt"] for call in drawn.asked] == [["ugly", "blurry", "ugly", ""]]
     assert [line["negative_prompt"] for line in sound(tmp_path / "one")] == ["ugly", "blurry", "ugly", ""]
-    assert all("negative_prompt" not in line for line in sound(tmp_path / "none")[:2])
+    assert all("negative_prompt" not in line for line in sound(tmp_path / "none")[::2])
 
 
 def test_an_image_is_that_of_the_sampler_alone(random_pipeline, tmp_path):
