@@ -48,7 +48,7 @@ class Made:
 def encoded(image: Image.Image | Tensor, format: str, line: dict[str, Any]) -> bytes:
     """An image as a file of its format; latents as safetensors, the line of the manifest being their metadata."""
     if format == "latents":
-        text = {name: json.dumps(finite(value)) for name, value in line.items()}
+        text = {"line": json.dumps(finite(line))}  # one entry: several come in any order
         return safetensors.torch.save({"latents": image.contiguous().cpu()}, text)
     image.save(file := io.BytesIO(), **PICTURES.get(format, PICTURES["png"]))
     return file.getvalue()

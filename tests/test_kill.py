@@ -5,14 +5,14 @@ import signal
 import time
 
 import pytest
-from basinescape import Guidance, folder, writers
+from basinescape import Guidance, folder
 from basinescape.bench.speed.standin import stand_in
 from basinescape.generate import generate
 from basinescape.prompts import Job
 from basinescape.writers import verify
 
 JOBS = [Job(f"p{i}", f"cat {i}", i) for i in range(5)]
-FORMATS = ["png", "latents", "parquet", "webdataset"]
+FORMATS = {"png": 2, "latents": 5, "parquet": 1, "webdataset": 2}  # every so manieth point: some are written alike
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_a_run_killed_at_any_point_ends_as_if_it_had_not_been(sampler, tmp_path,
     make(sampler, tmp_path / "whole", format)
     expected, points = contents(tmp_path / "whole"), 10**6 - counting.left
     assert points > 12
-    for point in range(points):
+    for point in range(FORMATS[format] - 1, points, FORMATS[format]):
         out = tmp_path / f"out-{point}"
         for left in (point, point // 2):  # and once more on the way
             monkeypatch.setattr(folder, "os", Dying(left))
@@ -106,4 +106,4 @@ def test_a_process_that_is_killed_goes_on(sampler, tmp_path, format):
     sampler.model.seconds = 0.0
     make(sampler, out, format)
     assert contents(out) == contents(tmp_path / "whole")
-    assert writers.verify and list(verify(out)) == []
+    assert list(verify(out)) == []
