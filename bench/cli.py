@@ -230,13 +230,16 @@ def quality(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR", help="folders written by evaluate")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR", help="folders written by evaluate, or one by generate")],
     out: Annotated[Path, typer.Option(help="the page to write, one HTML file that needs no network")],
 ) -> None:
     """Make a page about evaluations. Tables, the noise gap's curves, and training images beside what was made of them."""
-    from .evaluation.report import report
+    from .evaluation import report as page
+    from .evaluation import sheet
 
-    report(runs, out)
+    if len(runs) == 1 and sheet.is_run(runs[0]):
+        return typer.echo(f"{sheet.sheet(runs[0], out)} images in {out}")
+    page.report(runs, out)
     typer.echo(f"{len(runs)} run{'s' if len(runs) > 1 else ''} in {out}")
 
 

@@ -68,8 +68,8 @@ class Writer(Protocol):
     def holds(self, line: dict[str, Any]) -> bool:
         """Whether the file of a line of the manifest is there, by its size."""
 
-    def digests(self, file: Path) -> dict[str, str]:
-        """The SHA-256 of each image in a file, by id."""
+    def contents(self, file: Path) -> Iterator[tuple[str, bytes]]:
+        """The images in a file, with their ids."""
 
 
 class Files:
@@ -94,8 +94,8 @@ class Files:
         path = self.out / line["file"]
         return path.is_file() and path.stat().st_size == line["bytes"]
 
-    def digests(self, file: Path) -> dict[str, str]:
-        return {file.name.removesuffix(f".{self.suffix}"): hashlib.sha256(file.read_bytes()).hexdigest()}
+    def contents(self, file: Path) -> Iterator[tuple[str, bytes]]:
+        yield file.name.removesuffix(f".{self.suffix}"), file.read_bytes()
 
 
 class Shards:
@@ -128,8 +128,8 @@ class Shards:
     def holds(self, line: dict[str, Any]) -> bool:
         return self._there(line["file"])
 
-    def digests(self, file: Path) -> dict[str, str]:
-        return {row.line["id"]: hashlib.sha256(row.data).hexdigest() for row in self.kind.read(file)}
+    def contents(self, file: Path) -> Iterator[tuple[str, bytes]]:
+        return ((row.line["id"], row.data) for row in self.kind.read(file))
 
 
 class Parquet:
@@ -223,7 +223,7 @@ def verify(out: str | Path) -> Iterator[tuple[str, str]]:
         if line["file"] != file:
             file, digests = line["file"], None
             try:
-                digests = writes.digests(out / file)
+                digests = {id: hashlib.sha256(data).hexdigest() for id, data in writes.contents(out / file)}
             except FileNotFoundError:
                 yield file, "is missing"
             except Exception as error:  # whatever a library makes of a file that is damaged

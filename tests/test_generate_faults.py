@@ -1,8 +1,11 @@
 """Runs that are killed, interrupted or fail: no image is lost but its own, and what is missing is made again."""
 
 import io
+import os
 import shutil
+import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -80,18 +83,20 @@ def test_images_that_are_gone_or_changed_are_made_again_and_counted(tmp_path, mo
         with pytest.raises(SystemExit) as stop:
             cli.main()
         assert stop.value.code == 0
-        return capsys.readouterr().out
+        first, rest = capsys.readouterr().out.split("\n", 1)
+        assert ("attempts in" in rest) == (not first.endswith("(0 new)"))
+        return first + "\n"
 
-    assert said() == f"4 images in {out / 'images'} (4 new)\n"
+    assert said() == f"4 images in {out} (4 new)\n"
     before = {path.name: path.read_bytes() for path in (out / "images").iterdir()}
     (out / "images" / "p0.png").unlink()
     (out / "images" / "p2.png").write_bytes(b"")
-    assert said() == f"4 images in {out / 'images'} (2 new)\n"
+    assert said() == f"4 images in {out} (2 new)\n"
     assert {path.name: path.read_bytes() for path in (out / "images").iterdir()} == before
     assert sorted(line["id"] for line in sound(out)) == ["p0", "p1", "p2", "p3"]
     shutil.rmtree(out / "images")
-    assert said() == f"4 images in {out / 'images'} (4 new)\n" and len(sound(out)) == 4
-    assert said() == f"4 images in {out / 'images'} (0 new)\n"
+    assert said() == f"4 images in {out} (4 new)\n" and len(sound(out)) == 4
+    assert said() == f"4 images in {out} (0 new)\n"
 
 
 def test_a_lone_surrogate_costs_its_line_and_no_other(tmp_path, monkeypatch, capsys):
@@ -132,15 +137,58 @@ def test_a_bug_that_hits_every_sample_is_no_success(tmp_path, monkeypatch, capsy
     assert {line["status"] for line in sound(tmp_path / "out")} == {"failed: AttributeError: no attribute 'ravel'"}
 
 
-def test_a_run_that_is_interrupted_stops_quietly_and_goes_on(tmp_path, monkeypatch, capsys, drawn):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_what_is_in_flight_be_finished(tmp_path, monkeypatch, capsys, drawn, number):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    write(prompts, 6)
+
+    def told():
+        drawn.faults.clear()
+        os.kill(os.getpid(), number)
+        time.sleep(0.2)
+
+    drawn.faults["a picture of a cat 2"] = told
+    arguments = ("--prompts", prompts, "--out", out, "--batch-size", 2, *QUICK)
+    assert run(monkeypatch, capsys, *arguments)[0] == 128 + number
+    assert [line["id"] for line in sound(out)] == ["p0", "p1", "p2", "p3"]
+    assert run(monkeypatch, capsys, *arguments)[0] == 0 and len(sound(out)) == 6
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_signal_ends_it_now(tmp_path, monkeypatch, capsys, drawn):
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     write(prompts, 3)
-    drawn.faults["a picture of a cat 1"] = KeyboardInterrupt()
+
+    def told():
+        drawn.faults.clear()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)  # as long as a step that is under way
+
+    drawn.faults["a picture of a cat 1"] = told
     arguments = ("--prompts", prompts, "--out", out, "--batch-size", 1, *QUICK)
-    assert run(monkeypatch, capsys, *arguments) == (130, "")
+    assert run(monkeypatch, capsys, *arguments)[0] == 130
     assert [line["id"] for line in sound(out)] == ["p0"]
-    drawn.faults.clear()
-    assert run(monkeypatch, capsys, *arguments)[0] == 0 and [line["id"] for line in sound(out)] == ["p0", "p1", "p2"]
+    assert run(monkeypatch, capsys, *arguments)[0] == 0 and len(sound(out)) == 3
+
+
+def test_a_decoder_that_dies_is_asked_again(sampler, drawn, tmp_path, monkeypatch):
+    """Once; what ends its thread twice over one sample has ended that sample alone."""
+    decode, deaths = StableDiffusion.decode, {1: 1, 3: 5}
+
+    def dying(self, latents, output, generators):
+        seed = generators[0].initial_seed()
+        if deaths.get(seed, 0):
+            deaths[seed] -= 1
+            raise SystemExit(1)
+        return decode(self, latents, output, generators)
+
+    monkeypatch.setattr(StableDiffusion, "decode", dying)
+    make(sampler, jobs(5), tmp_path / "out", batch_size=2)
+    assert {line["id"]: line["status"] for line in sound(tmp_path / "out")} == {
+        **{f"p{i}": "ok" for i in (0, 1, 2, 4)},
+        "p3": "failed: SystemExit: 1",
+    }
 
 
 def test_a_full_disk_ends_the_run_and_leaves_it_to_be_gone_on_with(sampler, drawn, tmp_path, monkeypatch):
