@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .runs import conclude, merge, shard_of, verify
+from .runs import conclude, looked_at, merge, shard_of, verify
 from .tables import aligned, tables
 
 if TYPE_CHECKING:
@@ -93,10 +93,9 @@ def generate(
     progress: Annotated[bool, typer.Option(help="--no-progress is --log none")] = True,
 ) -> None:
     """Make an image for every prompt of a file. The same command goes on where it was stopped."""
-    from basinescape.progress import Progress
     from basinescape.prompts import Prompts
 
-    part, shown = shard_of(shard), Progress(log if progress else "none", metrics)
+    part, shown = shard_of(shard), looked_at(log, metrics, progress)
     jobs = Prompts(prompts, seed, on_error)
     _quieten()
     from basinescape import At, Calibration, FirstMinimum, Guidance, Sampler

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from basinescape.progress import Summary
+    from basinescape.progress import Progress, Summary
 
 NOTES = {  # kinds of images -> (what is said of them, the field of the manifest that says more)
     "truncated": ("cut at the text encoder's limit", "truncated"),
@@ -47,6 +48,19 @@ def shard_of(text: str | None) -> tuple[int, int] | None:
     if not (slash and i.isdigit() and n.isdigit() and int(i) < int(n)):
         raise ValueError(f"shard must be i/n with i from 0 to n - 1, such as 0/8, got {text!r}")
     return int(i), int(n)
+
+
+def looked_at(log: str, metrics: int | None, progress: bool) -> Progress:
+    """What shows how far a run is; with "json", warnings and errors are JSON too."""
+    from basinescape.progress import JsonFormatter, Progress
+
+    shown = Progress(log, metrics)
+    if shown.kind == "json":
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonFormatter())
+    if not progress:
+        shown.kind = "none"
+    return shown
 
 
 def verify(out: Annotated[Path, typer.Argument(metavar="DIR", help="folder written by generate")]) -> None:
