@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .runs import conclude, looked_at, merge, shard_of, verify
+from .runs import conclude, looked_at, merge, shard_of, spread, verify
 from .tables import aligned, tables
 
 if TYPE_CHECKING:
@@ -40,6 +40,13 @@ class Method(StrEnum):
     delayed = "delayed"
     opposite = "opposite"
     guard = "guard"
+
+
+class Where(StrEnum):
+    """Where samples are made."""
+
+    local = "local"
+    ray = "ray"
 
 
 class Bench(StrEnum):
@@ -87,6 +94,8 @@ def generate(
     allow_pickle: Annotated[bool, typer.Option(help="load weights that are not safetensors; they can run code")] = False,
     format: Annotated[str, typer.Option(help="png, jpg, webp, latents, or many a file: parquet, webdataset")] = "png",
     on_error: Annotated[str, typer.Option(help="what a row of the prompts that is wrong does: stop or skip")] = "stop",
+    engine: Annotated[Where, typer.Option(help="local, or ray: a worker on every GPU of the cluster")] = "local",
+    workers: Annotated[int | None, typer.Option(help="with --engine ray; default one a GPU")] = None,
     shard: Annotated[str | None, typer.Option(help="i/n: the i-th of n parts, from 0, in OUT/shard-i-of-n; see merge")] = None,
     log: Annotated[str, typer.Option(help="auto (a bar in a terminal, else lines), plain, json or none")] = "auto",
     metrics: Annotated[int | None, typer.Option(help="port on which Prometheus finds the same numbers")] = None,
@@ -109,6 +118,9 @@ def generate(
         except ValueError as error:
             raise ValueError(f"until must be a timestep or 'auto', got {until!r}") from error
     source = Sampler.model_path(model) if model == "tiny" else model
+    load = None
+    if engine == Where.ray:
+        load, device, dtype = spread((source, device, dtype, scheduler, attention, allow_pickle), workers)
     sampler = Sampler.from_pretrained(source, device, dtype, scheduler, attention, allow_pickle)
     if guidance in (Method.guard, None):
         try:
@@ -125,7 +137,9 @@ def generate(
     elif guidance == Method.opposite:
         plan = Guidance.opposite(opposite_scale, scale=scale, until=transition, rule=rule)
     size = (height, width, clip_skip)
-    summary = generate(sampler, jobs, out, plan, model, steps, batch_size, negative_prompt, *size, shown, format, part)
+    summary = generate(
+        sampler, jobs, out, plan, model, steps, batch_size, negative_prompt, *size, shown, format, part, load, workers
+    )
     conclude(summary, out)
 
 

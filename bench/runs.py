@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from basinescape import Sampler
     from basinescape.progress import Progress, Summary
 
 NOTES = {  # kinds of images -> (what is said of them, the field of the manifest that says more)
@@ -48,6 +51,18 @@ def shard_of(text: str | None) -> tuple[int, int] | None:
     if not (slash and i.isdigit() and n.isdigit() and int(i) < int(n)):
         raise ValueError(f"shard must be i/n with i from 0 to n - 1, such as 0/8, got {text!r}")
     return int(i), int(n)
+
+
+def spread(arguments: tuple, workers: int | None) -> tuple[Callable[[], Sampler], str, str]:
+    """How the workers of a cluster load their samplers, and the device and dtype of this process's, which is looked at alone."""
+    from basinescape import Sampler
+    from basinescape.arguments import at_least_one
+    from basinescape.ray import cluster
+
+    _, gpu = cluster(None if workers is None else at_least_one("workers", workers))
+    source, device, dtype, *rest = arguments
+    device, dtype = device or ("cuda" if gpu else "cpu"), dtype or ("float16" if gpu else "float32")
+    return partial(Sampler.from_pretrained, source, device, dtype, *rest), "cpu", dtype
 
 
 def looked_at(log: str, metrics: int | None, progress: bool) -> Progress:

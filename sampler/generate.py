@@ -11,13 +11,14 @@ import logging
 import math
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Self
 
 import torch
@@ -53,6 +54,8 @@ def generate(
     progress: bool | Progress = True,
     format: str = "png",
     shard: tuple[int, int] | None = None,
+    load: Callable[[], Sampler] | None = None,
+    workers: int | None = None,
 ) -> Summary:
     """Make every job's image in the folder `out`; returns what came out.
 
@@ -62,6 +65,8 @@ def generate(
     height, width: pixels; default the model's own size.
     clip_skip: how many of the text encoder's last layers are left out, as in diffusers.
     format: "png", "jpg" or "webp" pictures, "latents" in safetensors, or shards of many, "parquet" or "webdataset".
+    load, workers: have the work done on a Ray cluster, by so many workers (default: one a GPU), each of which calls `load` for
+        its sampler; `sampler` is looked at alone. See `ray`.
     shard: (i, n): of n parts of the run, which may be made elsewhere, the i-th, in the folder `out`/shard-i-of-n; see `merge`.
 
     A manifest line says what was asked (id, prompt, seed, negative_prompt where there is one), `transition_step`,
@@ -89,7 +94,8 @@ def generate(
     open_folder(
         out, {"model": model, **settings, **prompts.settings, "weights": weights_sha256(sampler), **settings_of(sampler)}
     )
-    run = Run(sampler, ladder, slots, height, width, clip_skip, format)
+    options = (slots, height, width, clip_skip, format)
+    run = Run(sampler, ladder, *options) if load is None else _ray().RayRun(load, workers, steps, guidance, *options)
     shown = progress if isinstance(progress, Progress) else Progress("auto" if progress else "none")
 
     def finished(line: dict[str, Any]) -> str | None:
@@ -112,14 +118,21 @@ def generate(
         def keep(lines: Sequence[dict[str, Any]]) -> None:
             journal.append(*lines)
             for line in lines:
-                shown.update(line, run.engine.calls)
+                shown.update(line, run.calls)
 
         shown.begin(len(mine), len(journal), prompts.skipped)
         again: list[tuple[int, Job]] = []
         take(run.made(waiting(), stop, again.append if sampler.model.half else None))
         take(run.in_float32(again, stop))
         shown.summary.signal = stop.signal
+        run.close()
     return shown.summary
+
+
+def _ray() -> ModuleType:
+    from . import ray  # which imports this
+
+    return ray
 
 
 def balanced(most: int, jobs: int) -> int:
@@ -181,6 +194,14 @@ class Run:
         self.text = {"height": height, "width": width, "clip_skip": clip_skip}
         self.engine = Engine(sampler.lane, slots, fixed=True, local=True)
 
+    @property
+    def calls(self) -> Counter[str]:
+        """The network's calls so far, see `Engine`."""
+        return self.engine.calls
+
+    def close(self) -> None:
+        """What a run elsewhere has to give back."""
+
     def made(
         self, jobs: Iterable[tuple[int, Job]], stop: Stop, again: Callable[[tuple[int, Job]], None] | None = None
     ) -> Iterator[Made]:
@@ -238,6 +259,7 @@ class Run:
                     yield Made(position, Request(position, job).asked() | status | retried)
                 return
             self.engine = Engine(self.sampler.lane, 1, fixed=True, local=True)
+            self.engine.calls = engine.calls
             for one in self.made(jobs, stop):
                 yield replace(one, line=one.line | retried)
             self.engine = engine
