@@ -54,7 +54,7 @@ def shard_of(text: str | None) -> tuple[int, int] | None:
 
 
 def spread(arguments: tuple, workers: int | None) -> tuple[Callable[[], Sampler], str, str]:
-    """How the workers of a cluster load their samplers, and the device and dtype of this process's, which is looked at alone."""
+    """How a cluster's workers load their samplers; device and dtype of this process's, which is looked at alone."""
     from basinescape import Sampler
     from basinescape.arguments import at_least_one
     from basinescape.ray import cluster
