@@ -47,10 +47,22 @@ setup(
         "packaging",
     ],
     extras_require={
-        "test": ["peft", "pyarrow", "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "torchsde"],
+        "test": [
+            "peft",
+            "pyarrow",
+            "pytest",
+            "pytest-benchmark",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "torchsde",
+            "webdataset",
+        ],
         "evaluate": ["faiss-cpu", "onnxruntime", "pyyaml", "scikit-learn", "torchmetrics"],
         "kdiffusion": ["k-diffusion"],
         "xformers": ["xformers"],
+        "ray": ["ray"],
+        "formats": ["datasets", "prometheus_client", "pyarrow", "webdataset"],
     },
     entry_points={"console_scripts": ["basinescape=basinescape.bench.cli:main"]},
 )

@@ -16,6 +16,7 @@ from .commands import evaluation
 from .commands.audit import audit
 from .commands.calibrate import calibrate
 from .commands.generate import generate
+from .commands.runs import merge, verify
 from .quiet import quieten
 from .tables import aligned, tables
 
@@ -36,10 +37,11 @@ class Bench(StrEnum):
     kernel = "kernel"
     step = "step"
     images = "images"
+    engine = "engine"
     all = "all"
 
 
-for command in (generate, calibrate, audit):
+for command in (generate, verify, merge, calibrate, audit):
     app.command()(command)
 
 
@@ -75,7 +77,7 @@ def aot(
 
 @app.command()
 def bench(
-    what: Annotated[Bench, typer.Argument(help="the launch, a step without its network, whole images, or all of them")],
+    what: Annotated[Bench, typer.Argument(help="the launch, a step without network, whole images, in-flight batching, or all")],
     json: Annotated[Path | None, typer.Option(help="also write device, date, versions and the rows as JSON")] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda where there is a GPU")] = None,
 ) -> None:

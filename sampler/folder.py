@@ -5,16 +5,26 @@ A run that was stopped goes on where it was when it is started again with the sa
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from array import array
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+import torch
 from PIL import Image
+from torch import nn
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from .environment import environment
 
@@ -33,8 +43,24 @@ def settings_of(sampler: Sampler) -> dict[str, Any]:
     }
 
 
-def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+def weights_sha256(sampler: Sampler) -> str:
+    """Of the pipeline as it is: every tensor of its modules, by name, what they are made of, and its vocabularies."""
+    digest = hashlib.sha256()
+    for name, part in sorted(sampler.pipe.components.items()):
+        if isinstance(part, nn.Module):
+            digest.update(f"{name} {json.dumps(_public(getattr(part, 'config', {})), sort_keys=True)}".encode())
+            for key, tensor in sorted(part.state_dict().items()):
+                digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                if tensor.device.type != "meta":  # weights that come and go have no contents here
+                    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        elif hasattr(part, "get_vocab"):
+            digest.update(f"{name} {sorted(part.get_vocab().items())}".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _public(config: Any) -> dict[str, Any]:
     """A scheduler's settings as json reads them back, without diffusers' own notes, whose order differs from run to run."""
+    config = config.to_dict() if hasattr(config, "to_dict") else config
     return json.loads(json.dumps({name: value for name, value in config.items() if name[0] != "_"}, default=str))
 
 
@@ -73,53 +99,141 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
+class Keys:
+    """A set of keys that takes 8 bytes a key: a digest of each, so that a million cost no memory worth speaking of.
+
+    Two keys are taken for one with a probability of 3e-8 among a million.
+    """
+
+    def __init__(self) -> None:
+        self._added, self._sorted = array("Q"), np.empty(0, np.uint64)
+
+    def add(self, key: Hashable) -> None:
+        self._added.append(self.digest(key))
+
+    @staticmethod
+    def digest(key: Hashable) -> int:
+        return int.from_bytes(hashlib.blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+    def _settled(self) -> np.ndarray:
+        if self._added:
+            self._sorted = np.union1d(self._sorted, np.frombuffer(self._added, np.uint64))
+            self._added = array("Q")
+        return self._sorted
+
+    def __contains__(self, key: Hashable) -> bool:
+        found, digest = self._settled(), np.uint64(self.digest(key))
+        place = np.searchsorted(found, digest)
+        return bool(place < len(found) and found[place] == digest)
+
+    def __len__(self) -> int:
+        return len(self._settled())
+
+
 class Journal:
     """A JSON Lines file of what is done, to which a line is added for each image once that is there.
 
     Opening it repairs it: what is no JSON object (the line that a killed run left half written, blank lines) goes, and so does
     every line that does not count, an older one about the same image among them. So each line is an object, and each image has
-    at most one.
+    at most one. Lines are read one by one and not kept: `key in journal` says whether there was one.
 
     key: what a line is about, or None where the line does not count because its image is to be made again.
-    lines: those that were there, by their keys.
+
+    Raises ValueError where another process has the folder's journal open.
     """
 
     def __init__(self, path: Path, key: Callable[[dict[str, Any]], Hashable | None]):
-        self.lines = {name: line for line in read_lines(path) if (name := key(line)) is not None}
-        text = "".join(map(_text, self.lines.values())).encode()
-        if not path.exists() or path.read_bytes() != text:
-            with whole(path) as part:
-                part.write_bytes(text)
-        self._file = path.open("ab")
+        self._lock = _lock(path.parent)
+        try:
+            self._keys = _repair(path, key)
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        except BaseException:
+            _unlock(self._lock)
+            raise
 
-    def append(self, line: dict[str, Any]) -> None:
-        """Add a line; it is on the disk when this returns."""
-        self._file.write(_text(line).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def append(self, *lines: dict[str, Any]) -> None:
+        """Add lines; they are on the disk when this returns."""
+        text = memoryview("".join(map(_text, lines)).encode())
+        while text:
+            text = text[os.write(self._file, text) :]
+        os.fsync(self._file)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        os.close(self._file)
+        _unlock(self._lock)
+
+
+def _repair(path: Path, key: Callable[[dict[str, Any]], Hashable | None]) -> Keys:
+    """The keys of the lines that count, which are all that is left in the file. Nothing holds all lines at a time."""
+    digests, numbers, sound = array("Q"), array("Q"), path.exists()  # of lines that count: what about, and where they stand
+    for number, (text, line) in enumerate(_texts(path)):
+        name = None if line is None else key(line)
+        sound = sound and name is not None and text == _text(line).encode()
+        if name is not None:
+            digests.append(Keys.digest(name))
+            numbers.append(number)
+    keys = Keys()
+    keys._sorted, last = np.unique(np.frombuffer(digests, np.uint64)[::-1], return_index=True)
+    if sound and len(keys) == len(numbers):  # one that is sound is not written again
+        return keys
+    wanted = iter(np.sort(np.frombuffer(numbers, np.uint64)[::-1][last]).tolist())
+    following = next(wanted, None)
+    with whole(path) as part, part.open("wb") as file:
+        for number, (_, line) in enumerate(_texts(path)):
+            if number == following:
+                file.write(_text(line).encode())
+                following = next(wanted, None)
+    return keys
+
+
+def _lock(folder: Path) -> int | None:
+    """Hold the folder against other processes, where the file system can; a process that dies lets go of it."""
+    if fcntl is None:
+        return None
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            os.close(lock)
+            raise ValueError(f"another process is at work in {str(folder)!r}: wait for it, or choose another folder") from error
+    return lock
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
 
 
 def _text(line: dict[str, Any]) -> str:
-    return json.dumps(_finite(line), allow_nan=False) + "\n"
+    return json.dumps(finite(line), allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same with None for NaN and infinities, which JSON has not."""
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON Lines file, none where there is no file; what is no object is passed over."""
+    return (line for _, line in _texts(path) if line is not None)
+
+
+def _texts(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """The lines of a file with the objects they are; None for what is none."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -127,9 +241,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 line = json.loads(text)
             except (ValueError, RecursionError):  # cut off by a kill, blank, or not ours
-                continue
-            if isinstance(line, dict):
-                yield line
+                line = None
+            yield text, line if isinstance(line, dict) else None
 
 
 @contextmanager
@@ -140,20 +253,22 @@ def whole(path: Path) -> Iterator[Path]:
         yield part
         with part.open("rb+") as file:
             os.fsync(file.fileno())  # before its name is: after a power cut there would be an empty file else
-        part.replace(path)
+        os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(part)
 
 
-FRAMES_A_SECOND = 16  # of a video, which Wan was trained for
-
-
-def save_image(image: Image.Image | Sequence[Image.Image], path: Path) -> None:
-    """The image, or the frames of a video, as a PNG, or an animated one, that is there whole or not at all."""
-    first, *others = image if isinstance(image, Sequence) else [image]
-    moving = {"save_all": True, "append_images": others, "duration": 1000 / FRAMES_A_SECOND, "loop": 0} if others else {}
+def save_image(image: Image.Image, path: Path) -> None:
+    """The image as a PNG that is there whole or not at all."""
     with whole(path) as part:
-        first.save(part, format="PNG", **moving)
+        image.save(part, format="PNG")
+
+
+def save_bytes(data: bytes, path: Path) -> None:
+    """The bytes as a file that is there whole or not at all."""
+    with whole(path) as part:
+        part.write_bytes(data)
 
 
 def sha256(path: Path) -> str:

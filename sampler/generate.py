@@ -1,34 +1,43 @@
-"""A run: a file of prompts in, a folder of images out, with a manifest that grows as images are finished.
+"""A run: prompts in, a folder of images out, with a manifest that grows as images are finished.
 
-The folder gets `images/<id>.png`, `manifest.jsonl` (a line an image) and `run.json` (all that is needed to make it again).
-A run that was stopped goes on where it was when it is started again with the same settings; images that are gone or changed
-since, and those that failed, are made again.
+The folder gets the images (see `writers`), `manifest.jsonl` (a line an image) and `run.json` (all that is needed to make it
+again). A run that was stopped goes on where it was when it is started again with the same settings; images that are gone or
+changed since, and those that failed, are made again. Nothing holds all of the prompts, lines or images.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+import math
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Any, Protocol, Self
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
-from tqdm import tqdm
 
-from . import arguments, guard
-from .batches import FORMAT, moving
-from .folder import Journal, intact, open_folder, save_image, settings_of, sha256
+from . import arguments
+from .engine import Engine
+from .folder import Journal, open_folder, settings_of, weights_sha256
+from .guard import Ladder
 from .guidance import Guidance
-from .output import Output
-from .prompts import Job
+from .progress import Progress, Summary
+from .prompts import Job, Prompts
 from .sampler import Sampler
+from .stages import TEXTS, Picture, Request, Stages, decoded, encoded, said
+from .writers import Made, writer
 
 log = logging.getLogger(__name__)
+PRESSES = 2  # threads that turn pictures into files: most of that is compression, which runs beside Python
 
 
 class Copies(Protocol):
@@ -39,25 +48,9 @@ class Copies(Protocol):
     def __call__(self, image: Image.Image) -> dict[str, Any]: ...
 
 
-def describe(
-    sampler: Sampler, model: str, jobs: Sequence[Job], negative_prompt: str | None, settings: dict[str, Any]
-) -> dict[str, Any]:
-    """Every setting and version that is needed to make a run again: the contents of run.json."""
-    prompts = json.dumps([asdict(job) for job in jobs]).encode()
-    return {
-        "model": model,
-        **settings,
-        "guidance": settings["guidance"].to_dict(),
-        "negative_prompt": negative_prompt,
-        "prompts": len(jobs),
-        "prompts_sha256": hashlib.sha256(prompts).hexdigest(),
-        **settings_of(sampler),
-    }
-
-
 def generate(
     sampler: Sampler,
-    jobs: Sequence[Job],
+    prompts: Prompts | Sequence[Job],
     out: str | Path,
     guidance: Guidance,
     model: str,
@@ -67,141 +60,239 @@ def generate(
     height: int | None = None,
     width: int | None = None,
     clip_skip: int | None = None,
-    progress: bool = True,
+    progress: bool | Progress = True,
+    format: str = "png",
+    shard: tuple[int, int] | None = None,
+    load: Callable[[], Sampler] | None = None,
+    workers: int | None = None,
     copies: Copies | None = None,
-) -> list[dict[str, Any]]:
-    """Make every job's image in the folder `out`; returns the manifest lines this call wrote, in the order it wrote them.
+) -> Summary:
+    """Make every job's image in the folder `out`; returns what came out.
 
     model: what run.json calls the sampler's model.
+    batch_size: the slots of the engine; fewer where that spares padding, or where memory is short.
     negative_prompt: of the jobs that have none of their own.
     height, width: pixels; default the model's own size.
     clip_skip: how many of the text encoder's last layers are left out, as in diffusers.
-    copies: what else a manifest line says of its image, as how near it is to which training image.
+    format: "png", "jpg" or "webp" pictures, "latents" in safetensors, or shards of many, "parquet" or "webdataset".
+    load, workers: have the work done on a Ray cluster, by so many workers (default: one a GPU), each of which calls `load` for
+        its sampler; `sampler` is looked at alone. See `ray`.
+    copies: what else a manifest line says of its image, as how near it is to which training image; not on a cluster.
+    shard: (i, n): of n parts of the run, which may be made elsewhere, the i-th, in the folder `out`/shard-i-of-n; see `merge`.
 
     A manifest line says what was asked (id, prompt, seed, negative_prompt where there is one), `transition_step`,
-    `transition_timestep`, `noise_gap`, and `status`: "ok" where the image is there and its pixels were finite, with the file's
-    `sha256`, else "failed: " and why. Under a guard it has `attempts`, `score` and `suspect`. `nsfw_content_detected` is there
-    where the pipeline has a safety checker, `truncated` where a prompt was cut at the text encoder's limit (the text that was
-    left out), `retried` where the sample was not finite and was made again in float32.
+    `transition_timestep`, `noise_gap`, and `status`: "ok" where the image is there and its pixels were finite, with its `file`
+    and `sha256`, else "failed: " and why. Under a guard it has `attempts`, `score` and `suspect`. `nsfw_content_detected` is
+    there where the pipeline has a safety checker, `truncated` where a prompt was cut at the text encoder's limit (the text that
+    was left out), `retried` where the sample was not finite and was made again in float32.
 
-    A batch that fails is tried again sample by sample, so that a fault costs no other sample; a failing one is not tried twice.
+    A fault of one sample costs that one: it is marked, and made again when the run is started again. After SIGINT or SIGTERM
+    what is in flight is finished and no more begun; a second one ends the run at once.
 
-    Raises ValueError, before any sampling, for bad settings and for a folder that holds something else.
+    Raises ValueError, before any sampling, for bad settings and for a folder that holds something else; ImportError for a
+    format whose library is missing; OSError where the disk is full, and the run goes on when it is started again.
     """
-    batch_size = arguments.at_least_one("batch_size", batch_size)
-    if len({job.id.casefold() for job in jobs}) < len(jobs):
-        raise ValueError("jobs must have ids that differ, in more than upper and lower case")
+    prompts = prompts if isinstance(prompts, Prompts) else Prompts(prompts)
+    slots = balanced(arguments.at_least_one("batch_size", batch_size), len(prompts))
+    if copies is not None and (load is not None or format == "latents"):
+        raise ValueError("copies are looked for among pictures that this process makes: neither on a cluster nor in latents")
     height, width = sampler.size(height, width)
-    guard.planned(sampler.solver(steps, height, width), guidance, torch.device("cpu"))  # raises for steps that it does not fit
+    ladder = laid(sampler, steps, guidance, height, width)  # raises for steps that the guidance does not fit
     with torch.inference_mode():  # raises for what the model's text encoders cannot do
         sampler.model.encode([""], height, width, clip_skip=clip_skip)
-    settings = {"steps": steps, "guidance": guidance, "height": height, "width": width, "clip_skip": clip_skip}
-    run = describe(sampler, model, jobs, negative_prompt, settings)
-    open_folder(out, run if copies is None else run | {"training_images": dict(copies.settings)})
-    images = Path(out) / "images"
+    out = Path(out) / f"shard-{shard[0]}-of-{shard[1]}" if shard else Path(out)
+    writes = writer(out, format)
+    settings = {"steps": steps, "guidance": guidance.to_dict(), "height": height, "width": width, "clip_skip": clip_skip}
+    settings |= {"negative_prompt": negative_prompt, "format": format, "shard": shard and list(shard)}
+    settings |= {} if copies is None else {"training_images": dict(copies.settings)}
+    open_folder(
+        out, {"model": model, **settings, **prompts.settings, "weights": weights_sha256(sampler), **settings_of(sampler)}
+    )
+    options = (slots, height, width, clip_skip, format)
+    run = Run(sampler, ladder, *options, copies) if load is None else _ray().RayRun(load, workers, steps, guidance, *options)
+    shown = progress if isinstance(progress, Progress) else Progress("auto" if progress else "none")
 
     def finished(line: dict[str, Any]) -> str | None:
-        ok = line.get("status") == "ok" and intact(images / f"{line['id']}.png", line.get("sha256"))
-        return line["id"] if ok else None
+        return line["id"] if line.get("status") == "ok" and writes.holds(line) else None
 
-    written = []
-    with Journal(Path(out) / "manifest.jsonl", finished) as journal:
-        waiting = [job for job in jobs if job.id not in journal.lines]
-        if negative_prompt is not None:
-            waiting = [replace(job, negative_prompt=negative_prompt) if job.negative_prompt is None else job for job in waiting]
-        done = len(jobs) - len(waiting)
-        with tqdm(total=len(jobs), initial=done, desc="images", bar_format=FORMAT, disable=not progress) as bar:
-            for batch in _batches(waiting, batch_size):
-                for line, image in _make(sampler, batch, settings, partial(moving, bar)):
-                    if image is not None:
-                        path = images / f"{line['id']}.png"
-                        save_image(image, path)
-                        line |= {"status": "ok", "sha256": sha256(path)} | (copies(image) if copies else {})
-                    journal.append(line)
-                    written.append(line)
-                    bar.update()
-    return written
+    with Journal(out / "manifest.jsonl", finished) as journal, shown, Stop() as stop:
+        mine = Part(prompts, writes.block, shard)
 
+        def waiting() -> Iterator[tuple[int, Job]]:
+            for position, job in mine:
+                if job.id not in journal:
+                    negative = negative_prompt if job.negative_prompt is None else job.negative_prompt
+                    yield position, replace(job, negative_prompt=negative)
 
-def _batches(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
-    """Jobs without a negative prompt apart: beside one that has it they would get "", which is another thing to SDXL."""
-    for without in (True, False):
-        alike = [job for job in jobs if (job.negative_prompt is None) == without]
-        for start in range(0, len(alike), size):
-            yield alike[start : start + size]
+        def take(made: Iterable[Made]) -> None:
+            for one in made:
+                keep(writes.add(one))
+            keep(writes.flush())
 
+        def keep(lines: Sequence[dict[str, Any]]) -> None:
+            journal.append(*lines)
+            for line in lines:
+                shown.update(line, run.calls)
 
-Tell = Callable[[int], Callable[[float], None]]  # how many images are sampled -> what is told of their steps
-Made = tuple[dict[str, Any], Image.Image | None]  # a manifest line, and the image where there is one to save
+        shown.begin(len(mine), len(journal), prompts.skipped)
+        again: list[tuple[int, Job]] = []
+        take(run.made(waiting(), stop, again.append if sampler.model.half else None))
+        take(run.in_float32(again, stop))
+        shown.summary.signal = stop.signal
+        run.close()
+    return shown.summary
 
 
-def _make(sampler: Sampler, batch: Sequence[Job], settings: dict[str, Any], tell: Tell) -> Iterator[Made]:
-    """Sample a batch; one that fails is halved down to its fault, and what is not finite is sampled again in float32."""
-    try:
-        made = _sample(sampler, batch, settings, tell)
-    except Exception as error:  # out of memory, or what a prompt does to a tokenizer: nobody can list them
-        if len(batch) == 1:
-            yield _failed(batch[0], error), None
+def laid(sampler: Sampler, steps: int, guidance: Guidance, height: int, width: int) -> Ladder:
+    """The guidance over the sampler's steps, for pictures of so many pixels."""
+    return Ladder.make(sampler.solver(steps, height, width), guidance, sampler.model.device, sampler.model.settle)
+
+
+def _ray() -> ModuleType:
+    from . import ray  # which imports this
+
+    return ray
+
+
+def balanced(most: int, jobs: int) -> int:
+    """So many slots, at most `most`, that the jobs fill them evenly: 9 jobs take 5 slots twice, not 8 twice."""
+    return math.ceil(jobs / math.ceil(jobs / most)) if jobs else most
+
+
+class Part:
+    """What is to be done of the jobs: all of them, or a shard, whole files of `block` positions."""
+
+    def __init__(self, prompts: Prompts, block: int, shard: tuple[int, int] | None):
+        self.prompts, self.block, self.shard = prompts, block, shard
+        self.count = len(prompts) if shard is None else sum(1 for _ in self)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[int, Job]]:
+        i, n = self.shard or (0, 1)
+        return ((position, job) for position, job in self.prompts if position // self.block % n == i)
+
+
+class Stop:
+    """Whether no more is to be begun: set by SIGINT and SIGTERM, the second of which raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # nobody else is told of signals
+            self._before = {number: signal.signal(number, self._told) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _told(self, number: int, frame: Any) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        log.warning("what is in flight is finished, then the run stops; once more to stop at once")
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def until(self, items: Iterable[Any]) -> Iterator[Any]:
+        for item in items:
+            if self.signal is not None:
+                return
+            yield item
+
+
+class Run:
+    """How jobs become files: prompts encoded, samples denoised, latents decoded and pictures compressed, all at a time."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        ladder: Ladder,
+        slots: int,
+        height: int,
+        width: int,
+        clip_skip: int | None,
+        format: str,
+        copies: Copies | None = None,
+    ):
+        self.sampler, self.ladder, self.format, self.slots, self.copies = sampler, ladder, format, slots, copies
+        self.text = {"height": height, "width": width, "clip_skip": clip_skip}
+        self.engine = Engine(sampler.lane, slots, fixed=True, local=True)
+
+    @property
+    def calls(self) -> Counter[str]:
+        """The network's calls so far, see `Engine`."""
+        return self.engine.calls
+
+    def close(self) -> None:
+        """What a run elsewhere has to give back."""
+
+    def made(
+        self, jobs: Iterable[tuple[int, Job]], stop: Stop, again: Callable[[tuple[int, Job]], None] | None = None
+    ) -> Iterator[Made]:
+        """What comes of the jobs, in their order; `again` is told of those that are not finite, which are left out then."""
+        model, order = self.sampler.model, deque()
+
+        def noted() -> Iterator[tuple[int, Job]]:
+            for position, job in stop.until(jobs):
+                order.append(position)
+                yield position, job
+
+        stages = Stages(threads=not offloaded(self.sampler.pipe))
+        try:
+            with ThreadPoolExecutor(PRESSES) as pool:
+                samples = stages.ahead(encoded(model, noted(), self.ladder, **self.text), TEXTS)
+                results = stages.ahead(self.engine.run(stop.until(samples), stages.check), self.slots)
+                pictures = decoded(model, results, self.format == "latents", self.text["height"], self.text["width"])
+                press = partial(pool.submit, self._press, retried=again is not None)
+                yield from self._in_order(stages.ahead(map(press, pictures), self.slots), order, again)
+        finally:
+            stages.halt()
+
+    def _in_order(
+        self, pressed: Iterable[Future], order: deque[int], again: Callable[[tuple[int, Job]], None] | None
+    ) -> Iterator[Made]:
+        kept: dict[int, Made | Picture] = {}
+        for future in pressed:
+            one = future.result()
+            kept[one.position] = one
+            while order and order[0] in kept:
+                one = kept.pop(order.popleft())
+                if isinstance(one, Made):
+                    yield one
+                else:
+                    again((one.position, one.job))
+
+    def _press(self, picture: Picture, retried: bool) -> Made | Picture:
+        if retried and not picture.finite:
+            return picture
+        if picture.image is None:
+            return Made(picture.position, picture.line)
+        near = self.copies(picture.image) if self.copies else {}
+        return Made.of(picture.position, picture.line | near, picture.image, self.format)
+
+    def in_float32(self, jobs: Sequence[tuple[int, Job]], stop: Stop) -> Iterator[Made]:
+        """What float32 makes of samples that were not finite, one at a time."""
+        retried, engine = {"retried": "float32"}, self.engine
+        if not jobs or stop.signal is not None:
             return
-        log.warning("a batch of %d failed (%s); trying its halves", len(batch), _said(error))
-    else:
-        lower = sampler.model.half
-        for i, job in enumerate(batch):
-            yield _again(sampler, job, settings, tell) if lower and not made.finite[i] else _taken(job, made, i)
-        return
-    middle = len(batch) // 2
-    for half in (batch[:middle], batch[middle:]):
-        yield from _make(sampler, half, settings, tell)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self.sampler.in_float32())
+            except Exception as error:
+                for position, job in jobs:
+                    status = {"status": f"failed: the sample is not finite, and in float32: {said(error)}"}
+                    yield Made(position, Request(position, job).asked() | status | retried)
+                return
+            self.engine = Engine(self.sampler.lane, 1, fixed=True, local=True)
+            self.engine.calls = engine.calls
+            for one in self.made(jobs, stop):
+                yield replace(one, line=one.line | retried)
+            self.engine = engine
 
 
-def _sample(sampler: Sampler, batch: Sequence[Job], settings: dict[str, Any], tell: Tell) -> Output:
-    negative = None if batch[0].negative_prompt is None else [job.negative_prompt for job in batch]
-    prompts, seeds = [job.prompt for job in batch], [job.seed for job in batch]
-    size = len(batch)
-    return sampler(prompts, seeds, negative_prompt=negative, progress=tell(size), batch_size=size, **settings)
-
-
-def _again(sampler: Sampler, job: Job, settings: dict[str, Any], tell: Tell) -> Made:
-    """What float32 makes of a sample that was not finite."""
-    retried = {"retried": "float32"}
-    try:
-        with sampler.in_float32():
-            made = _sample(sampler, [job], settings, tell)
-    except Exception as error:
-        return _failed(job, error, "the sample is not finite, and in float32: ") | retried, None
-    line, image = _taken(job, made, 0)
-    return line | retried, image
-
-
-def _taken(job: Job, made: Output, i: int) -> Made:
-    """Sample `i` of `made` as a manifest line, without the status where the image is still to be saved."""
-    step = made.transition_step[i].item()
-    line = _asked(job) | {
-        "transition_step": step,
-        "transition_timestep": made.timesteps[step].item() if step >= 0 else None,
-        "noise_gap": made.noise_gap[i].tolist(),
-    }
-    line |= made.judged(i)
-    if made.nsfw_content_detected is not None:
-        line["nsfw_content_detected"] = bool(made.nsfw_content_detected[i])
-    if made.truncated[i]:
-        line["truncated"] = made.truncated[i]
-    if made.finite[i]:
-        return line, made.images[i]
-    log.error("%s: the sample is not finite", job.id)
-    return line | {"status": "failed: the sample is not finite"}, None
-
-
-def _failed(job: Job, error: Exception, where: str = "") -> dict[str, Any]:
-    log.error("%s: %s%s", job.id, where, _said(error))
-    log.debug("%s", job.id, exc_info=error)
-    return _asked(job) | {"status": f"failed: {where}{_said(error)}"}
-
-
-def _said(error: Exception) -> str:
-    """The error's text, with its kind where that is one nobody foresaw."""
-    return str(error) if isinstance(error, RuntimeError | ValueError) else f"{type(error).__name__}: {error}"
-
-
-def _asked(job: Job) -> dict[str, Any]:
-    return {name: value for name, value in asdict(job).items() if value is not None}
+def offloaded(pipe: DiffusionPipeline) -> bool:
+    """Whether its parts come and go between the devices, so that only one can be used at a time."""
+    return any(hasattr(part, "_hf_hook") for part in pipe.components.values())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .kernels.state import State
-from .loop import Branch, Plan, Step, fused_step
+from .loop import Branch, Lane, Plan, fused_step
 from .models import Guided
 
 log = logging.getLogger(__name__)
@@ -29,8 +29,8 @@ class Graphs:
         self._failed = False
         self._version: object | None = None
 
-    def step(self, network: Guided, plan: Plan, noise: Tensor, memory_format: torch.memory_format) -> tuple[Step, State]:
-        """A step to take from `noise` under `plan`, captured where that works, and the state it updates.
+    def lane(self, network: Guided, plan: Plan, noise: Tensor, memory_format: torch.memory_format) -> Lane:
+        """A step to take from `noise` under `plan`, captured where that works, and what it reads and updates.
 
         What was captured of an earlier version of the network is given back.
         """
@@ -50,7 +50,8 @@ class Graphs:
             except RuntimeError as error:
                 self._failed = True
                 log.warning("the step cannot be captured (%s); it runs uncaptured", error)
-        return (session.take if self._failed else session.replay), session.start(noise, plan)
+        take = session.take if self._failed else session.replay
+        return Lane(session.network, session.start(noise, plan), take, session.table)
 
     def _capture(self, session: Session, branches: dict[Branch, None]) -> None:
         if self._pool is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -93,12 +94,33 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """The number of solver steps."""
-        return self.step[-1] + 1
+        """The number of solver steps; of several runs' rows, the most of one."""
+        return max(self.step) + 1
 
     def calls(self, steps: int) -> int:
         """How many rows the first `steps` solver steps have."""
         return sum(k < steps for k in self.step)
+
+    @classmethod
+    def joined(cls, plans: Sequence[Plan]) -> Plan:
+        """The rows of several plans after each other, for samples that each go their own way."""
+        starts = [0, *accumulate(len(plan.table) for plan in plans)]
+        return replace(
+            plans[0],
+            table=torch.cat([plan.table for plan in plans]),
+            step=tuple(step for plan in plans for step in plan.step),
+            call=tuple(call for plan in plans for call in plan.call),
+            branches=tuple(branch for plan in plans for branch in plan.branches),
+            jumps={start + row: jump for start, plan in zip(starts, plans, strict=False) for row, jump in plan.jumps.items()},
+            finds=any(plan.finds for plan in plans),
+        )
+
+    def roomy(self, rows: int, steps: int) -> Plan:
+        """The same with room for `rows` rows and `steps` steps, if those are more."""
+        room = self.table.new_zeros((max(0, rows - len(self.table)), len(Column)))
+        return replace(
+            self, table=torch.cat([self.table, room]), step=(*self.step, steps - 1), branches=("both", "uncond", "cond")
+        )
 
     def state(self, noise: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> State:
         """The state of a run that starts from `noise` (B, ...), in the network's dtype and on its device."""
@@ -147,6 +169,26 @@ class Run:
     @classmethod
     def of(cls, state: State) -> Run:
         return cls(state.latents.x, state.transition.at, state.transition.gaps)
+
+
+@dataclass
+class Lane:
+    """A batch in which each sample goes its own way: what its steps read and update.
+
+    table: of steps that read one of their own, which rows are copied into; None where `take` reads the plan's.
+    """
+
+    network: Network
+    state: State
+    take: Step
+    table: Tensor | None = None
+
+    def follow(self, plan: Plan) -> None:
+        """Go on under a plan with more rows."""
+        if self.table is None:
+            self.take = fused_step(self.network, plan, self.state)
+        else:
+            self.table[: len(plan.table)].copy_(plan.table)
 
 
 def fused_step(network: Network, plan: Plan, state: State) -> Step:

@@ -1,19 +1,32 @@
-"""Files of prompts: JSON Lines, CSV or Parquet, as the jobs they ask for."""
+"""Prompts: JSON Lines, CSV, Parquet, a dataset of Hugging Face or standard input, as a stream of the jobs they ask for."""
 
 from __future__ import annotations
 
 import csv
-import io
+import hashlib
 import json
+import logging
 import numbers
 import re
+import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+import tempfile
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import astuple, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from .folder import Keys
+
+log = logging.getLogger(__name__)
 SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+HUB = "hf:"
+ON_ERROR = ("stop", "skip")
 
 
 @dataclass(frozen=True)
@@ -46,98 +59,220 @@ class Job:
 
 
 ALLOWED = tuple(field.name for field in fields(Job))
-Rows = Iterator[tuple[str, Mapping[str, Any]]]  # where a row stands, as "line 3", and what it says
+
+
+class Row(NamedTuple):
+    """Where it stands, as "line 3", and what it says, or what is wrong with it."""
+
+    where: str
+    said: Mapping[str, Any] | str
+
+
+Rows = Iterator[Row]
+
+
+class Prompts:
+    """The jobs of a source that may be larger than memory: each iteration reads it anew, as (position, job).
+
+    source:   JSON Lines, `{"prompt": "...", "id"?, "seed"?, "negative_prompt"?}`, a .csv or .parquet file with those columns;
+              "-", JSON Lines on standard input, or a pipe, which is first copied to a temporary file; a folder that the
+              `datasets` library saved, or "hf:NAME" or "hf:NAME:SPLIT", a dataset of its hub (split "train"); a list of jobs.
+    seed:     a prompt without an id gets its position, zero-padded; one without a seed gets `seed` plus its position.
+    on_error: "stop": a row that is wrong ends everything before any work; "skip": it is passed over with a warning.
+
+    The source is read once to look at every row, and again for the work.
+
+    Raises ValueError naming the line for malformed, duplicate or unsafe entries; FileNotFoundError for a missing file,
+    ImportError for a format whose library is missing.
+    """
+
+    def __init__(self, source: str | Path | Sequence[Job], seed: int = 0, on_error: str = "stop"):
+        if on_error not in ON_ERROR:
+            raise ValueError(f"on_error must be one of {', '.join(ON_ERROR)}, got {on_error!r}")
+        self.seed, self.on_error, self.skipped = seed, on_error, 0
+        self.name, self._read = opened(str(source)) if isinstance(source, str | Path) else ("jobs", partial(_listed, source))
+        self._digits = max(4, len(str(sum(1 for _ in self._rows()) - 1)))
+        self._repeated: frozenset[int] = frozenset()
+        digest, ids, positions = hashlib.sha256(), array("Q"), array("Q")
+        for position, _, job in self._jobs(self._refuse):
+            digest.update(repr((position, *astuple(job))).encode("utf-8", "surrogatepass"))
+            ids.append(Keys.digest(job.id.casefold()))  # some file systems do not tell A.png from a.png
+            positions.append(position)
+        _, first = np.unique(np.frombuffer(ids, np.uint64), return_index=True)
+        if len(first) < len(ids):
+            again = frozenset(np.delete(np.frombuffer(positions, np.uint64), first).tolist())
+            self._refuse_repeated(again)
+            self._repeated = again
+        if not len(first):
+            raise ValueError(f"{self.name} holds no prompts")
+        self.count, self.sha256 = len(first), digest.hexdigest()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[int, Job]]:
+        return ((position, job) for position, _, job in self._jobs(lambda error: None))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a run's settings say of its prompts."""
+        return {"prompts": self.count, "prompts_sha256": self.sha256}
+
+    def _rows(self) -> Rows:
+        try:
+            yield from self._read()
+        except ValueError as error:
+            raise ValueError(f"{self.name}, {error}") from error
+
+    def _jobs(self, refuse: Callable[[str], None]) -> Iterator[tuple[int, str, Job]]:
+        """(position, where it stands, job); `refuse` is told what is wrong with the others."""
+        for position, (where, said) in enumerate(self._rows()):
+            if position in self._repeated:
+                continue
+            try:
+                yield position, where, self._job(position, said)
+            except ValueError as error:
+                refuse(f"{where}: {error}")
+
+    def _job(self, position: int, said: Mapping[str, Any] | str) -> Job:
+        if isinstance(said, str):
+            raise ValueError(said)
+        given = {name: value for name, value in said.items() if value is not None}
+        unknown = given.keys() - set(ALLOWED)
+        if unknown:
+            raise ValueError(f"unknown key {min(unknown)!r}; allowed are {', '.join(ALLOWED)}")
+        return Job(**{"id": f"{position:0{self._digits}d}", "prompt": None, "seed": self.seed + position} | given)
+
+    def _refuse(self, said: str) -> None:
+        if self.on_error == "stop":
+            raise ValueError(f"{self.name}, {said}")
+        self.skipped += 1
+        log.warning("%s, %s: skipped", self.name, said)
+
+    def _refuse_repeated(self, again: frozenset[int]) -> None:
+        ids = {job.id.casefold() for position, _, job in self._jobs(lambda error: None) if position in again}
+        first: dict[str, str] = {}
+        for position, where, job in self._jobs(lambda error: None):
+            if job.id.casefold() in ids:
+                earlier = first.setdefault(job.id.casefold(), where)
+                if position in again:
+                    self._refuse(f"{where}: id {job.id!r} is already used in {earlier}")
 
 
 def read_prompts(path: str | Path, seed: int = 0) -> list[Job]:
-    """Read JSON Lines, `{"prompt": "...", "id"?, "seed"?, "negative_prompt"?}`, or a .csv or .parquet file with those columns.
+    """All jobs of a source that fits into memory; see `Prompts`."""
+    return [job for _, job in Prompts(path, seed)]
 
-    path: "-" reads JSON Lines from standard input; a pipe is read once.
 
-    A prompt without an id gets its position, zero-padded; one without a seed gets `seed` plus its position.
-
-    Raises ValueError naming the line for malformed, duplicate or unsafe entries; FileNotFoundError for a missing file,
-    ImportError for a .parquet file without pyarrow.
-    """
-    path = Path(path)
-    name = "standard input" if str(path) == "-" else f"prompts file {str(path)!r}"
-    if str(path) != "-" and not path.exists():
+def opened(source: str) -> tuple[str, Callable[[], Rows]]:
+    """What messages call a source, and what reads its rows anew each time."""
+    path = Path(source)
+    if source.startswith(HUB):
+        return f"dataset {source!r}", partial(_dataset, source)
+    name = "standard input" if source == "-" else f"prompts file {source!r}"
+    if source != "-" and not path.exists():
         raise FileNotFoundError(f"{name} does not exist")
-    data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    if path.is_dir():
+        return f"dataset {source!r}", partial(_dataset, source)
+    if source == "-" or not path.is_file():  # can be read once only: copied to where it can be read again
+        kept = tempfile.NamedTemporaryFile(prefix="prompts-")  # noqa: SIM115 (gone with the last that refers to it)
+        with nullcontext(sys.stdin.buffer) if source == "-" else path.open("rb") as stream:
+            shutil.copyfileobj(stream, kept)
+        kept.flush()
+        return name, lambda: _json_lines(Path(kept.name))
+    return name, partial(READERS.get(path.suffix.lower(), _json_lines), path)
+
+
+def _unreadable(text: str) -> bool:
+    """Whether text that was read with "surrogateescape" holds bytes that are not UTF-8."""
+    return not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text)
+
+
+def _listed(jobs: Sequence[Job]) -> Rows:
+    return (Row(f"job {number}", vars(job)) for number, job in enumerate(jobs, 1))
+
+
+def _json_lines(path: Path) -> Rows:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield Row(f"line {number}", _object(line))
+
+
+def _object(line: str) -> dict[str, Any] | str:
+    if _unreadable(line):
+        return "not UTF-8 text"
     try:
-        rows = list(READERS.get(path.suffix.lower(), _json_lines)(data))
-        digits = max(4, len(str(len(rows) - 1)))
-        jobs = [_job(where, row, f"{i:0{digits}d}", seed + i) for i, (where, row) in enumerate(rows)]
-        first: dict[str, str] = {}
-        for (where, _), job in zip(rows, jobs, strict=True):
-            if first.setdefault(job.id.casefold(), where) != where:  # some file systems do not tell A.png from a.png
-                raise ValueError(f"{where}: id {job.id!r} is already used in {first[job.id.casefold()]}")
-    except ValueError as error:
-        raise ValueError(f"{name}, {error}") from error
-    if not jobs:
-        raise ValueError(f"{name} holds no prompts")
-    return jobs
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return f"not JSON: {error}"
+    return row if isinstance(row, dict) else f'must be an object such as {{"prompt": "a cat"}}, got {line.strip()[:60]}'
 
 
-def _job(where: str, row: Mapping[str, Any], id: str, seed: int) -> Job:
-    given = {name: value for name, value in row.items() if value is not None}
-    unknown = given.keys() - set(ALLOWED)
-    if unknown:
-        raise ValueError(f"{where}: unknown key {min(unknown)!r}; allowed are {', '.join(ALLOWED)}")
-    try:
-        return Job(**{"id": id, "prompt": None, "seed": seed} | given)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _text(data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start}: not UTF-8 text") from error
-
-
-def _json_lines(data: bytes) -> Rows:
-    for number, line in enumerate(_text(data).replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
-        if not line.strip():
-            continue
+def _csv(path: Path) -> Rows:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"line {number}: not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f'line {number}: must be an object such as {{"prompt": "a cat"}}, got {line.strip()[:60]}')
-        yield f"line {number}", row
-
-
-def _csv(data: bytes) -> Rows:
-    reader = csv.DictReader(io.StringIO(_text(data), newline=""), strict=True)
-    try:
-        columns = reader.fieldnames or []
+            columns = reader.fieldnames or []
+        except csv.Error as error:
+            raise ValueError(f"line 1: not CSV: {error}") from error
         if columns and ("prompt" not in columns or len(set(columns)) < len(columns)):
             raise ValueError(f"line 1: must name the column prompt, and each column once; got {', '.join(columns)}")
-        for row in reader:
-            where = f"line {reader.line_num}"
-            if None in row:
-                raise ValueError(f"{where}: more cells than columns; quote a cell that holds a comma")
-            seed = row.get("seed")
-            number = {"seed": int(seed)} if seed and seed.isascii() and seed.isdigit() else {}
-            yield where, {name: cell or None for name, cell in row.items()} | number
-    except csv.Error as error:
-        raise ValueError(f"line {reader.line_num}: not CSV: {error}") from error
+        while True:
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                yield Row(f"line {reader.line_num}", f"not CSV: {error}")
+                continue
+            if row is None:
+                return
+            yield Row(f"line {reader.line_num}", _cells(row))
 
 
-def _parquet(data: bytes) -> Rows:
+def _cells(row: dict[str | None, Any]) -> dict[str, Any] | str:
+    if None in row:
+        return "more cells than columns; quote a cell that holds a comma"
+    if any(cell and _unreadable(cell) for cell in row.values()):
+        return "not UTF-8 text"
+    seed = row.get("seed")
+    number = {"seed": int(seed)} if seed and seed.isascii() and seed.isdigit() else {}
+    return {name: cell or None for name, cell in row.items()} | number
+
+
+def _parquet(path: Path) -> Rows:
     try:
-        from pyarrow import BufferReader, parquet
+        from pyarrow import parquet
     except ImportError as error:
         raise ImportError("a .parquet file of prompts needs the package pyarrow: pip install pyarrow") from error
+    number = 0
     try:
-        rows = parquet.read_table(BufferReader(data)).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=64):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Row(f"row {number}", row)
     except (ValueError, OSError) as error:  # pyarrow's own are kinds of these
         raise ValueError(f"which is no Parquet file: {error}") from error
-    for number, row in enumerate(rows, 1):
-        yield f"row {number}", row
+
+
+def _dataset(source: str) -> Rows:
+    """The rows of a dataset, of which other columns are left alone."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"{source!r} is a dataset, which needs the package datasets: pip install datasets") from error
+    name, _, split = source.removeprefix(HUB).partition(":")
+    if source.startswith(HUB):
+        data = datasets.load_dataset(name, split=split or "train", streaming=True)
+    else:
+        data = datasets.load_from_disk(source)
+        if isinstance(data, dict):
+            raise ValueError(f"which holds the splits {', '.join(data)}: give the folder of one")
+    if "prompt" not in (columns := data.column_names or []):
+        raise ValueError(f"must have the column prompt; got {', '.join(columns)}")
+    data = data.select_columns([column for column in columns if column in ALLOWED])
+    for number, row in enumerate(data, 1):
+        yield Row(f"row {number}", row)
 
 
 READERS = {".csv": _csv, ".parquet": _parquet}

@@ -14,11 +14,12 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
-from . import arguments, batches, guard, models
+from . import arguments, batches, models
+from .engine import Engine, Sample, gathered
 from .graphs import Graphs
+from .guard import Ladder
 from .guidance import Guidance
-from .kernels.state import State
-from .loop import Network, Plan, Run, Step, denoise, fused_step, lockstep, renoise, scheduler_step
+from .loop import Lane, Network, Plan, Run, denoise, fused_step, lockstep, renoise, scheduler_step
 from .output import Output
 from .schedulers import Schedule, make_scheduler
 from .solver import Solver
@@ -204,11 +205,12 @@ class Sampler:
             seen = self._wrap is not None or callback_on_step_end is not None
             if guidance.rungs and (seen or stop_after is not None):
                 raise ValueError("a guard takes neither a wrapped network nor callback_on_step_end nor stop_after")
-            plan = guard.planned(solver, guidance, self.model.device, self.model.settle)
+            ladder = Ladder.make(solver, guidance, self.model.device, self.model.settle)
             if stop_after is not None:
+                plan = ladder.whole
                 if not 1 <= arguments.at_least_one("stop_after", stop_after) <= plan.steps:
                     raise ValueError(f"stop_after must be 1 to {plan.steps}, the steps; got {stop_after}")
-                plan = replace(plan, branches=plan.branches[: plan.calls(stop_after)])
+                ladder = replace(ladder, whole=replace(plan, branches=plan.branches[: plan.calls(stop_after)]))
             total = len(seeds)
             if batch_size is not None and arguments.at_least_one("batch_size", batch_size) < total and self._wrap is not None:
                 raise ValueError(f"batch_size must be at least {total}, all samples of a wrapped network; got {batch_size}")
@@ -221,8 +223,8 @@ class Sampler:
                 own = [generators[i] for i in part]
                 given = None if latents is None else latents[part.start : part.stop].cpu().float()
                 noise = self.noise(own, height, width, **options) if given is None else given
-                texts = encoded if len(part) == total else encoded.part(part)
-                run = self._run(texts, plan, noise, solver, own, bar, callback_on_step_end)
+                texts = encoded if len(part) == total else encoded.select(part)
+                run = self._run(texts, ladder, noise, own, bar, callback_on_step_end)
                 decode = partial(self.model.decode, generators=own, height=height, width=width, **options)
                 return Output.of(run, texts, solver, output, decode)
 
@@ -234,71 +236,70 @@ class Sampler:
     def _run(
         self,
         encoded: models.Encoded,
-        plan: Plan | guard.Ladder,
+        ladder: Ladder,
         noise: Tensor,
-        solver: Solver,
         generators: list[torch.Generator],
         bar: batches.Bar,
         callback: Callable[..., dict[str, Tensor]] | None,
     ) -> Run:
-        """All steps of `plan` from `noise`, float32 of standard deviation 1."""
-        noise = (noise * solver.init_sigma).to(self.model.device, self.model.dtype)
-        if isinstance(plan, guard.Ladder):
-            return self._guarded(encoded, plan, noise, solver.init_sigma, generators, bar)
+        """All steps from `noise`, float32 of standard deviation 1, by the fastest way that there is."""
+        plan, form = ladder.whole, self.model.memory_format
+        noise = (noise * ladder.solver.init_sigma).to(self.model.device, self.model.dtype)
+        network = self.model.network(encoded, plain=self._wrap is not None)
+        if ladder.rungs:
+            return self._guarded(network, ladder, noise, generators, bar)
+        if self._wrap is None and not ladder.stepwise and self._captures(network):
+            lane = self._graphs.lane(network, plan, noise, form)
+            take, state = lane.take, lane.state
+        else:
+            network, state = network if self._wrap is None else self._wrap(network), plan.state(noise, form)
+            own = partial(scheduler_step, ladder.solver, self.scheduler, generators)
+            take = (own if ladder.stepwise else lockstep)(network, plan, state)
 
-        def after(state: State, row: int) -> None:
+        def after(row: int) -> None:
             renoise(state, plan, row + 1, generators)
             if callback is not None:
-                self._call_back(callback, solver, plan, state, row)
+                latents = state.latents.x.clone()
+                told = callback(self.pipe, row, ladder.solver.timesteps[plan.call[row]], {"latents": latents})
+                state.put(told.get("latents", latents), plan.table)
 
-        own = None if solver.coefficients is not None else partial(scheduler_step, solver, self.scheduler, generators)
-        return self._plainly(encoded, plan, noise, own, bar, after)
-
-    def _plainly(
-        self,
-        encoded: models.Encoded,
-        plan: Plan,
-        noise: Tensor,
-        own: Callable[..., Step] | None,
-        bar: batches.Bar,
-        after: Callable[[State, int], None],
-    ) -> Run:
-        """The steps by the fastest way that there is, or by `own`, the scheduler's own step."""
-        network = self.model.network(encoded, plain=self._wrap is not None)
-        if own is None and self._wrap is None and self._captures(network):
-            take, state = self._graphs.step(network, plan, noise, self.model.memory_format)
-        else:
-            state = plan.state(noise, self.model.memory_format)
-            take = (own or lockstep)(network if self._wrap is None else self._wrap(network), plan, state)
-        denoise(take, bar(plan.branches), partial(after, state))
+        denoise(take, bar(plan.branches), after)
         return Run.of(state)
-
-    def _call_back(
-        self, callback: Callable[..., dict[str, Tensor]], solver: Solver, plan: Plan, state: State, row: int
-    ) -> None:
-        """Tell `callback` of the call of a row, and go on with the latents it returns."""
-        latents = state.latents.x.clone()
-        told = callback(self.pipe, row, solver.timesteps[plan.call[row]], {"latents": latents})
-        returned = told.get("latents", latents)
-        state.put(returned, plan.table)
 
     def _guarded(
         self,
-        encoded: models.Encoded,
-        ladder: guard.Ladder,
+        network: models.Guided,
+        ladder: Ladder,
         noise: Tensor,
-        scale: float,
         generators: Sequence[torch.Generator],
         bar: batches.Bar,
     ) -> Run:
-        def begin(network: models.Guided, plan: Plan, noise: Tensor) -> tuple[Step, State]:
-            if self._captures(network):
-                return self._graphs.step(network, plan, noise, self.model.memory_format)
-            state = plan.state(noise, self.model.memory_format)
-            return fused_step(network, plan, state), state
+        turns = iter(bar(ladder.whole.branches[: ladder.starts[1]]))
+        work = [
+            Sample(i, ladder, tuple(start.shape), network, i, generator=generator, noise=start)
+            for i, (start, generator) in enumerate(zip(noise, generators, strict=True))
+        ]
+        engine = Engine(self.lane, len(work), fixed=network.version is not None)
+        return gathered(engine.run(work, tick=lambda: next(turns, None)))
 
-        rows = bar(ladder.whole.branches[: ladder.starts[1]])
-        return guard.denoise(self.model.network(encoded), ladder, noise, scale, generators, begin, rows)
+    def lane(
+        self,
+        ladder: Ladder,
+        network: models.Guided,
+        plan: Plan,
+        noise: Tensor,
+        generators: Sequence[torch.Generator],
+    ) -> Lane:
+        """A batch from `noise` (B, ...) for the engine: captured, or by the scheduler's own step, or fused."""
+        noise = noise.to(self.model.dtype)
+        if ladder.stepwise:
+            state = plan.state(noise, self.model.memory_format)
+            take = scheduler_step(ladder.solver, self.scheduler, generators, network, plan, state)
+            return Lane(network, state, take, plan.table)
+        if self._captures(network):
+            return self._graphs.lane(network, plan, noise, self.model.memory_format)
+        state = plan.state(noise, self.model.memory_format)
+        return Lane(network, state, fused_step(network, plan, state))
 
     def _captures(self, network: models.Guided) -> bool:
         return self._graphs is not None and network.version is not None

@@ -137,11 +137,13 @@ def random_pipeline(tiny):
 @pytest.fixture
 def drawn(monkeypatch):
     """A `Drawn`: every sampler's pictures are drawn without a network."""
-    from basinescape import Sampler
+    from basinescape.models.sd import StableDiffusion
     from runs import Drawn
 
     drawn = Drawn()
-    monkeypatch.setattr(Sampler, "__call__", lambda self, *arguments, **options: drawn(self, *arguments, **options))
+    for name in ("encode", "network", "decode"):
+        own = getattr(drawn, name)
+        monkeypatch.setattr(StableDiffusion, name, lambda model, *given, own=own, **named: own(model, *given, **named))
     return drawn
 
 

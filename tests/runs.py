@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
-from basinescape import Guidance, Output
+from basinescape import Guidance, arguments
 from basinescape.bench import cli
 from basinescape.generate import generate
+from basinescape.models import Decoded, Encoded, GuidedUNet
 from basinescape.prompts import Job
 from PIL import Image
 
@@ -35,7 +36,7 @@ def sound(out):
     assert len({line["id"] for line in found}) == len(found)
     for line in found:
         if line["status"] == "ok":
-            assert hashlib.sha256((out / "images" / f"{line['id']}.png").read_bytes()).hexdigest() == line["sha256"]
+            assert hashlib.sha256((out / line["file"]).read_bytes()).hexdigest() == line["sha256"]
     return found
 
 
@@ -48,25 +49,44 @@ def make(sampler, jobs, out, **options):
 
 
 class Drawn:
-    """Pictures drawn without a network, in the place of `Sampler.__call__`: what it was asked, and what befalls a prompt."""
+    """Pictures of one colour, the seed's, drawn without a network: what was asked, and what befalls a prompt.
+
+    asked: what each batch of prompts was encoded with. faults: of the network, while a prompt is in its batch. infinite: in
+    which dtypes a prompt's sample is not finite. cut: what the text encoder's limit cut off. flagged: seeds of unsafe pictures.
+    """
 
     def __init__(self):
-        self.asked = []  # options of each call
-        self.faults, self.flagged, self.cut, self.infinite = {}, set(), {}, {}  # of prompts; infinite: in which dtypes
+        self.asked, self.calls = [], 0
+        self.faults, self.flagged, self.cut, self.infinite = {}, set(), {}, {}
+        self._prompts = [""]
 
-    def __call__(self, sampler, prompts, seeds, steps, **options):
-        self.asked.append({"prompts": prompts, "seeds": seeds, **options})
-        for prompt in prompts:
-            if prompt in self.faults:
-                raise self.faults[prompt]
-        dtype = str(sampler.pipe.unet.dtype).removeprefix("torch.")
-        return Output(
-            images=[Image.new("RGB", (8, 8), (seed % 256, 0, 0)) for seed in seeds],
-            latents=torch.zeros(len(prompts), 4, 8, 8),
-            transition_step=torch.ones(len(prompts), dtype=torch.int64),
-            noise_gap=torch.tensor([[float("nan"), seed + 0.1] for seed in seeds]),
-            timesteps=torch.tensor([999.0, 334.0]),
-            finite=torch.tensor([dtype not in self.infinite.get(prompt, ()) for prompt in prompts]),
-            nsfw_content_detected=[prompt in self.flagged for prompt in prompts] if self.flagged else None,
-            truncated=[self.cut.get(prompt, "") for prompt in prompts],
-        )
+    def encode(self, model, prompts, height, width, count=1, negative_prompt=None, **options):
+        arguments.texts("prompts", prompts)
+        whole = [text for text in prompts if text]
+        if whole:
+            negative = [n for n, text in zip(negative_prompt, prompts, strict=True) if text]
+            self.asked.append({"prompts": whole, "negative_prompt": negative, "height": height, "width": width, **options})
+        self._prompts += [text for text in whole if text not in self._prompts]
+        numbers = torch.tensor([self._prompts.index(text) for text in prompts] * 2, dtype=model.dtype)
+        return Encoded({"encoder_hidden_states": numbers.view(-1, 1, 1)}, {}, [self.cut.get(text, "") for text in prompts])
+
+    def network(self, model, encoded, plain=False):
+        dtype = str(model.dtype).removeprefix("torch.")
+
+        def predict(latents, timesteps, encoder_hidden_states, return_dict):
+            self.calls += 1
+            there = [self._prompts[int(number)] for number in encoder_hidden_states.flatten()]
+            for fault in [self.faults[prompt] for prompt in there if prompt in self.faults][:1]:
+                if isinstance(fault, Exception):
+                    raise fault
+                fault()
+            bad = torch.tensor([dtype in self.infinite.get(prompt, ()) for prompt in there])
+            return (torch.where(bad.view(-1, 1, 1, 1), torch.nan, latents * 0.5),)
+
+        return GuidedUNet(predict, encoded.inputs)
+
+    def decode(self, model, latents, output, generators):
+        (seed,) = (generator.initial_seed() for generator in generators)
+        finite = latents.isfinite().flatten(1).all(dim=1)
+        image = Image.new("RGB", (8, 8), (seed % 256, 0, 0))
+        return Decoded([image], finite, [seed in self.flagged] if self.flagged else None)

@@ -65,12 +65,12 @@ def test_a_journal_is_repaired_when_it_is_opened(tmp_path):
         b'{"id": "a", "status": "ok", "n": 2}\n{"id": "d", "sta'
     )
     with Journal(path, by_id) as journal:
-        assert list(journal.lines) == ["a", "c"]
+        assert len(journal) == 2 and "a" in journal and "c" in journal and "b" not in journal
         journal.append({"id": "d", "status": "ok", "gap": [math.nan, math.inf, 0.1]})
     strict = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().split("\n")[:-1]]
     assert strict == [
-        {"id": "a", "status": "ok", "n": 2},
         {"id": "c", "status": "ok", "gap": [None, None, 0.1]},
+        {"id": "a", "status": "ok", "n": 2},
         {"id": "d", "status": "ok", "gap": [None, None, 0.1]},
     ]
     assert path.read_bytes().endswith(b"\n")
@@ -89,11 +89,23 @@ LINES = b'{"id": "a", "status": "ok"}\n{"id": "b", "status": "ok", "prompt": "\\
 def test_whatever_a_journal_holds_each_line_is_an_object_afterwards(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("journal") / "manifest.jsonl"
     path.write_bytes(content)
+    counting = [line for line in read_lines(path) if by_id(line) is not None]
     with Journal(path, by_id) as journal:
         journal.append({"id": "z", "status": "ok"})
     *lines, last = path.read_bytes().split(b"\n")
-    assert last == b"" and [json.loads(line)["id"] for line in lines] == [*journal.lines, "z"]
-    assert list(read_lines(path)) == [*journal.lines.values(), {"id": "z", "status": "ok"}]
+    ids = [json.loads(line)["id"] for line in lines]
+    assert last == b"" and ids[-1] == "z" and sorted(map(repr, ids[:-1])) == sorted({repr(line["id"]) for line in counting})
+    assert len(journal) == len(ids) - 1 and all(id in journal for id in ids[:-1])
+    assert list(read_lines(path)) == [json.loads(line) for line in lines]
+
+
+def test_two_processes_do_not_write_into_one_folder(tmp_path):
+    with (
+        Journal(tmp_path / "manifest.jsonl", by_id),
+        pytest.raises(ValueError, match="another process is at work"),
+    ):
+        Journal(tmp_path / "manifest.jsonl", by_id)
+    Journal(tmp_path / "manifest.jsonl", by_id).__exit__()
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):

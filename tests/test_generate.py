@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from basinescape import Guidance, Sampler
 from basinescape.prompts import Job
@@ -40,7 +41,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, monkeypatch, capsys)
 def test_what_was_cut_and_flagged_is_in_the_manifest_and_said_in_a_line(tmp_path, monkeypatch, capsys, drawn):
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     write(prompts, 3)
-    drawn.flagged, drawn.cut = {"a picture of a cat 1"}, {"a picture of a cat 0": "of 1", "a picture of a cat 2": "by night"}
+    drawn.flagged, drawn.cut = {1}, {"a picture of a cat 0": "of 1", "a picture of a cat 2": "by night"}
     code, error = run(monkeypatch, capsys, "--prompts", prompts, "--out", out, *QUICK)
     assert code == 0
     assert [line["nsfw_content_detected"] for line in sound(out)] == [False, True, False]
@@ -52,16 +53,15 @@ def test_what_was_cut_and_flagged_is_in_the_manifest_and_said_in_a_line(tmp_path
 def test_negative_prompts_are_the_lines_own_before_the_runs(sampler, drawn, tmp_path):
     asked = [Job("a", "a", 0), Job("b", "b", 1, "blurry"), Job("c", "c", 2), Job("d", "d", 3, "")]
     make(sampler, asked, tmp_path / "none", height=64, width=128, clip_skip=1)
-    assert [(call["prompts"], call["negative_prompt"]) for call in drawn.asked] == [
-        (["a", "c"], None),  # for SDXL none is not the same as an empty one
-        (["b", "d"], ["blurry", ""]),
-    ]
+    (call,) = drawn.asked
+    assert call["prompts"] == ["a", "b", "c", "d"]
+    assert call["negative_prompt"] == [None, "blurry", None, ""]  # for SDXL none is not the same as an empty one
     assert {(call["height"], call["width"], call["clip_skip"]) for call in drawn.asked} == {(64, 128, 1)}
     drawn.asked.clear()
     make(sampler, asked, tmp_path / "one", negative_prompt="ugly")
     assert [call["negative_prompt"] for call in drawn.asked] == [["ugly", "blurry", "ugly", ""]]
     assert [line["negative_prompt"] for line in sound(tmp_path / "one")] == ["ugly", "blurry", "ugly", ""]
-    assert all("negative_prompt" not in line for line in sound(tmp_path / "none")[:2])
+    assert all("negative_prompt" not in line for line in sound(tmp_path / "none")[::2])
 
 
 def test_an_image_is_that_of_the_sampler_alone(random_pipeline, tmp_path):
@@ -73,7 +73,8 @@ def test_an_image_is_that_of_the_sampler_alone(random_pipeline, tmp_path):
             0
         ]
         with Image.open(tmp_path / "out" / "images" / f"{job.id}.png") as image:
-            assert image.tobytes() == alone.tobytes() and image.size == (32, 40)
+            off = np.abs(np.asarray(image, dtype=int) - np.asarray(alone, dtype=int))
+            assert off.max() <= 1 and image.size == (32, 40)  # a text is encoded beside others: rounding
 
 
 @pytest.mark.parametrize(
@@ -94,6 +95,6 @@ def test_other_settings_are_another_run(sampler, drawn, tmp_path, change, differ
 
 
 def test_jobs_of_one_id_are_refused(sampler, tmp_path):
-    with pytest.raises(ValueError, match="ids that differ"):
+    with pytest.raises(ValueError, match="jobs, job 2: id 'A' is already used in job 1"):
         make(sampler, [Job("a", "a cat", 0), Job("A", "a dog", 1)], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,15 +1,18 @@
 """Runs that are killed, interrupted or fail: no image is lost but its own, and what is missing is made again."""
 
 import io
-import json
+import os
 import shutil
+import signal
 import sys
+import time
 
 import pytest
 import torch
-from basinescape import Sampler
+from basinescape import Sampler, writers
 from basinescape.bench import cli
-from PIL import Image
+from basinescape.folder import read_lines
+from basinescape.models.sd import StableDiffusion
 from runs import QUICK, jobs, make, run, sound, write
 
 
@@ -34,14 +37,14 @@ def test_a_killed_run_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsys
 
 
 def test_a_sample_that_fails_loses_no_other(tmp_path, monkeypatch, capsys):
-    made = Sampler.__call__
+    decode = StableDiffusion.decode
 
-    def failing(self, prompts, *arguments, **options):
-        if "a picture of a cat 1" in prompts:
+    def failing(self, latents, output, generators):
+        if generators[0].initial_seed() == 1:
             raise RuntimeError("out of memory")
-        return made(self, prompts, *arguments, **options)
+        return decode(self, latents, output, generators)
 
-    monkeypatch.setattr(Sampler, "__call__", failing)
+    monkeypatch.setattr(StableDiffusion, "decode", failing)
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     write(prompts, 4)
     code, error = run(monkeypatch, capsys, "--prompts", prompts, "--out", out, *QUICK, "--guidance", "cfg")
@@ -60,7 +63,7 @@ def test_a_run_killed_at_any_byte_of_its_manifest_ends_as_if_it_had_not_been(sam
     make(sampler, jobs(5), whole, batch_size=2)
     expected, text = sound(whole), (whole / "manifest.jsonl").read_bytes()
     ends = [i for i, byte in enumerate(text) if byte == ord("\n")]
-    for cut in sorted({0, len(text), *range(5, len(text), 61), *(end + k for end in ends for k in (-1, 0, 1))}):
+    for cut in sorted({0, len(text), *range(5, len(text), 181), *(end + k for end in ends for k in (-1, 0, 1))}):
         shutil.copytree(whole, out)
         (out / "manifest.jsonl").write_bytes(text[:cut])
         if cut % 2:  # images of lines that were not written yet
@@ -81,18 +84,20 @@ def test_images_that_are_gone_or_changed_are_made_again_and_counted(tmp_path, mo
         with pytest.raises(SystemExit) as stop:
             cli.main()
         assert stop.value.code == 0
-        return capsys.readouterr().out
+        first, rest = capsys.readouterr().out.split("\n", 1)
+        assert ("attempts in" in rest) == (not first.endswith("(0 new)"))
+        return first + "\n"
 
-    assert said() == f"4 images in {out / 'images'} (4 new)\n"
+    assert said() == f"4 images in {out} (4 new)\n"
     before = {path.name: path.read_bytes() for path in (out / "images").iterdir()}
     (out / "images" / "p0.png").unlink()
     (out / "images" / "p2.png").write_bytes(b"")
-    assert said() == f"4 images in {out / 'images'} (2 new)\n"
+    assert said() == f"4 images in {out} (2 new)\n"
     assert {path.name: path.read_bytes() for path in (out / "images").iterdir()} == before
     assert sorted(line["id"] for line in sound(out)) == ["p0", "p1", "p2", "p3"]
     shutil.rmtree(out / "images")
-    assert said() == f"4 images in {out / 'images'} (4 new)\n" and len(sound(out)) == 4
-    assert said() == f"4 images in {out / 'images'} (0 new)\n"
+    assert said() == f"4 images in {out} (4 new)\n" and len(sound(out)) == 4
+    assert said() == f"4 images in {out} (0 new)\n"
 
 
 def test_a_lone_surrogate_costs_its_line_and_no_other(tmp_path, monkeypatch, capsys):
@@ -112,13 +117,14 @@ def test_a_lone_surrogate_costs_its_line_and_no_other(tmp_path, monkeypatch, cap
 )
 def test_any_fault_of_one_sample_costs_that_one_and_is_tried_once_a_run(sampler, drawn, tmp_path, error):
     drawn.faults["a picture of a cat 2"] = error
-    written = make(sampler, jobs(5), tmp_path / "out")
-    assert [line["status"] == "ok" for line in written] == [True, True, False, True, True]
-    assert written[2]["status"].startswith("failed: ") and str(error) in written[2]["status"]
-    assert sum(call["prompts"] == ["a picture of a cat 2"] for call in drawn.asked) == 1
-    assert [line["id"] for line in make(sampler, jobs(5), tmp_path / "out")] == ["p2"]
+    summary = make(sampler, jobs(5), tmp_path / "out")
+    assert summary.counts["ok"] == 4 and summary.ids["failed"] == ["p2"]
+    (line,) = [line for line in sound(tmp_path / "out") if line["status"] != "ok"]
+    assert line["status"].startswith("failed: ") and str(error) in line["status"]
+    again = make(sampler, jobs(5), tmp_path / "out")
+    assert again.before == 4 and again.ids == {"failed": ["p2"]}
     drawn.faults.clear()
-    assert [line["status"] for line in make(sampler, jobs(5), tmp_path / "out")] == ["ok"]
+    assert make(sampler, jobs(5), tmp_path / "out").ids == {"ok": ["p2"]}
     assert {line["status"] for line in sound(tmp_path / "out")} == {"ok"}
 
 
@@ -132,29 +138,72 @@ def test_a_bug_that_hits_every_sample_is_no_success(tmp_path, monkeypatch, capsy
     assert {line["status"] for line in sound(tmp_path / "out")} == {"failed: AttributeError: no attribute 'ravel'"}
 
 
-def test_a_run_that_is_interrupted_stops_quietly_and_goes_on(tmp_path, monkeypatch, capsys, drawn):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_what_is_in_flight_be_finished(tmp_path, monkeypatch, capsys, drawn, number):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    write(prompts, 6)
+
+    def told():
+        drawn.faults.clear()
+        os.kill(os.getpid(), number)
+        time.sleep(0.2)
+
+    drawn.faults["a picture of a cat 2"] = told
+    arguments = ("--prompts", prompts, "--out", out, "--batch-size", 2, *QUICK)
+    assert run(monkeypatch, capsys, *arguments)[0] == 128 + number
+    assert [line["id"] for line in sound(out)] == ["p0", "p1", "p2", "p3"]
+    assert run(monkeypatch, capsys, *arguments)[0] == 0 and len(sound(out)) == 6
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_signal_ends_it_now(tmp_path, monkeypatch, capsys, drawn):
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     write(prompts, 3)
-    drawn.faults["a picture of a cat 1"] = KeyboardInterrupt()
+
+    def told():
+        drawn.faults.clear()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)  # as long as a step that is under way
+
+    drawn.faults["a picture of a cat 1"] = told
     arguments = ("--prompts", prompts, "--out", out, "--batch-size", 1, *QUICK)
-    assert run(monkeypatch, capsys, *arguments) == (130, "")
-    assert [line["id"] for line in sound(out)] == ["p0"]
-    drawn.faults.clear()
-    assert run(monkeypatch, capsys, *arguments)[0] == 0 and [line["id"] for line in sound(out)] == ["p0", "p1", "p2"]
+    assert run(monkeypatch, capsys, *arguments)[0] == 130
+    assert {line["id"] for line in read_lines(out / "manifest.jsonl")} <= {"p0"}
+    assert run(monkeypatch, capsys, *arguments)[0] == 0 and len(sound(out)) == 3
+
+
+def test_a_decoder_that_dies_is_asked_again(sampler, drawn, tmp_path, monkeypatch):
+    """Once; what ends its thread twice over one sample has ended that sample alone."""
+    decode, deaths = StableDiffusion.decode, {1: 1, 3: 5}
+
+    def dying(self, latents, output, generators):
+        seed = generators[0].initial_seed()
+        if deaths.get(seed, 0):
+            deaths[seed] -= 1
+            raise SystemExit(1)
+        return decode(self, latents, output, generators)
+
+    monkeypatch.setattr(StableDiffusion, "decode", dying)
+    make(sampler, jobs(5), tmp_path / "out", batch_size=2)
+    assert {line["id"]: line["status"] for line in sound(tmp_path / "out")} == {
+        **{f"p{i}": "ok" for i in (0, 1, 2, 4)},
+        "p3": "failed: SystemExit: 1",
+    }
 
 
 def test_a_full_disk_ends_the_run_and_leaves_it_to_be_gone_on_with(sampler, drawn, tmp_path, monkeypatch):
-    def full(image, *_, **__):
-        if image.getpixel((0, 0))[0] == 1:
+    def full(data, path):
+        if path.stem == "p1":
             raise OSError(28, "No space left on device")
-        saved(image, *_, **__)
+        saved(data, path)
 
-    saved = Image.Image.save
-    monkeypatch.setattr(Image.Image, "save", full)
+    saved = writers.save_bytes
+    monkeypatch.setattr(writers, "save_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         make(sampler, jobs(3), tmp_path / "out")
     assert [line["id"] for line in sound(tmp_path / "out")] == ["p0"]
-    monkeypatch.setattr(Image.Image, "save", saved)
+    monkeypatch.setattr(writers, "save_bytes", saved)
     make(sampler, jobs(3), tmp_path / "out")
     assert [line["id"] for line in sound(tmp_path / "out")] == ["p0", "p1", "p2"]
 
@@ -162,11 +211,12 @@ def test_a_full_disk_ends_the_run_and_leaves_it_to_be_gone_on_with(sampler, draw
 def test_what_is_not_finite_is_tried_once_in_float32(random_pipeline, drawn, tmp_path):
     sampler = Sampler.from_pipeline(random_pipeline("sd", 8, "epsilon").to(torch.bfloat16))
     drawn.infinite = {"a picture of a cat 1": {"bfloat16"}, "a picture of a cat 2": {"bfloat16", "float32"}}
-    written = make(sampler, jobs(4), tmp_path / "out", batch_size=3)
-    assert sound(tmp_path / "out") == json.loads(json.dumps(written).replace("NaN", "null"))
-    assert [line["status"] for line in written] == ["ok", "ok", "failed: the sample is not finite", "ok"]
-    assert [line.get("retried") for line in written] == [None, "float32", "float32", None]
-    assert [len(call["prompts"]) for call in drawn.asked] == [3, 1, 1, 1]
+    make(sampler, jobs(4), tmp_path / "out", batch_size=3)
+    written = {line["id"]: line for line in sound(tmp_path / "out")}
+    failed = "failed: the sample is not finite"
+    assert {id: line["status"] for id, line in written.items()} == {"p0": "ok", "p1": "ok", "p2": failed, "p3": "ok"}
+    assert {id for id, line in written.items() if line.get("retried") == "float32"} == {"p1", "p2"}
+    assert [call["prompts"] for call in drawn.asked][1:] == [["a picture of a cat 1", "a picture of a cat 2"]]
     assert sorted(path.stem for path in (tmp_path / "out" / "images").iterdir()) == ["p0", "p1", "p3"]
     assert sampler.pipe.unet.dtype == torch.bfloat16
 
@@ -178,16 +228,17 @@ def test_a_fault_in_float32_is_that_samples_own(random_pipeline, drawn, tmp_path
     sampler = Sampler.from_pipeline(random_pipeline("sd", 8, "epsilon").to(torch.bfloat16))
     monkeypatch.setattr(Sampler, "in_float32", full)
     drawn.infinite = {"a picture of a cat 0": {"bfloat16"}}
-    written = make(sampler, jobs(2), tmp_path / "out")
-    assert [line["status"] for line in written] == [
-        "failed: the sample is not finite, and in float32: no memory for float32",
-        "ok",
-    ]
+    make(sampler, jobs(2), tmp_path / "out")
+    assert {line["id"]: line["status"] for line in sound(tmp_path / "out")} == {
+        "p0": "failed: the sample is not finite, and in float32: no memory for float32",
+        "p1": "ok",
+    }
 
 
 def test_a_network_that_gives_nan_is_marked_and_saves_no_image(random_pipeline, tmp_path):
     pipe = random_pipeline("sd", 8, "epsilon")
     torch.nn.init.constant_(pipe.unet.conv_out.bias, float("nan"))
-    (line,) = make(Sampler.from_pipeline(pipe), jobs(1), tmp_path / "out")
+    make(Sampler.from_pipeline(pipe), jobs(1), tmp_path / "out")
+    (line,) = sound(tmp_path / "out")
     assert line["status"] == "failed: the sample is not finite" and "retried" not in line  # it was float32
-    assert sound(tmp_path / "out")[0]["noise_gap"] == [None, None] and not list((tmp_path / "out" / "images").iterdir())
+    assert line["noise_gap"] == [None, None] and not list((tmp_path / "out" / "images").iterdir())

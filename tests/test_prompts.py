@@ -5,10 +5,11 @@ import json
 import os
 import sys
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
-from basinescape.prompts import Job, read_prompts
+from basinescape.prompts import Job, Prompts, read_prompts
 
 ROWS = [
     {"prompt": 'a "cat", and\nmore'},
@@ -91,7 +92,7 @@ def test_standard_input_and_pipes_are_read_once(tmp_path, monkeypatch):
         ("p.jsonl", b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "line 1: not JSON"),
         ("p.jsonl", b"[" * 100_000, "line 1: not JSON"),
         ("p.jsonl", b'"a cat"', "line 1: must be an object"),
-        ("p.jsonl", '{"prompt": "a"}'.encode("utf-16"), "byte 0: not UTF-8"),
+        ("p.jsonl", '{"prompt": "a"}'.encode("utf-16"), "line 1: not UTF-8"),
         ("p.jsonl", b"\n \n", "holds no prompts"),
         ("p.csv", b"", "holds no prompts"),
         ("p.csv", b"prompt,seed\n", "holds no prompts"),
@@ -100,7 +101,7 @@ def test_standard_input_and_pipes_are_read_once(tmp_path, monkeypatch):
         ("p.csv", b"prompt,id\na cat\na, dog, small\n", "line 3: more cells than columns"),
         ("p.csv", b"prompt,seed\na cat,1.5\n", "line 2: seed must be a whole number from 0 to 2..63 - 1, got '1.5'"),
         ("p.csv", b"prompt,mood\na cat,\na dog,sad\n", "line 3: unknown key 'mood'"),
-        ("p.csv", b'prompt,seed\na cat,1\n"a dog,2\na bird,3\n', "not CSV"),
+        ("p.csv", b'prompt,seed\na cat,1\n"a dog,2\na bird,3\n', "line 2: not CSV"),
         ("p.csv", b"prompt,id\na cat,x\na dog,X\n", "line 3: id 'X' is already used in line 2"),
     ],
 )
@@ -121,3 +122,66 @@ def test_a_job_of_ones_own_keeps_the_same_rules():
     for wrong in ({"id": "../x"}, {"id": 3}, {"prompt": " "}, {"seed": -1}, {"seed": 3.0}, {"negative_prompt": 0}):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must be"):
             Job(**{"id": "a", "prompt": "a cat", "seed": 0} | wrong)
+
+
+def test_rows_that_are_wrong_are_skipped_on_request(tmp_path, caplog):
+    """Each with its line; those that are right keep the places that they have beside them."""
+    lines = [
+        '{"prompt": "a"}',
+        "{",
+        '{"prompt": "b", "id": "A"}',
+        '{"prompt": "c", "id": "a"}',
+        '{"prompt": " "}',
+        '{"prompt": "d"}',
+    ]
+    (tmp_path / "p.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"prompt": "\xff"}')
+    found = Prompts(tmp_path / "p.jsonl", 10, on_error="skip")
+    right = [(0, Job("0000", "a", 10)), (2, Job("A", "b", 12)), (5, Job("0005", "d", 15))]
+    assert list(found) == right and list(found) == right and (len(found), found.skipped) == (3, 4)
+    said = [record.getMessage() for record in caplog.records]
+    for line, why in ((2, "not JSON"), (4, "id 'a' is already used in line 3"), (5, "non-empty"), (7, "not UTF-8")):
+        assert sum(f"line {line}: " in text and why in text for text in said) == 1
+    (tmp_path / "p.csv").write_text('prompt,seed\na cat,1\na dog,2,3\n"a" bird,4\na fish,5\n')
+    assert [job.prompt for _, job in Prompts(tmp_path / "p.csv", on_error="skip")] == ["a cat", "a fish"]
+    with pytest.raises(ValueError, match="on_error must be one of stop, skip"):
+        Prompts(tmp_path / "p.jsonl", on_error="ignore")
+
+
+def test_a_dataset_gives_its_prompts(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    rows = [{"prompt": "a cat", "id": None, "likes": 3}, {"prompt": "a dog", "id": "dog", "likes": 4}]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "set")
+    assert read_prompts(tmp_path / "set", 3) == [Job("0000", "a cat", 3), Job("dog", "a dog", 4)]
+    datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "other")
+    with pytest.raises(ValueError, match="must have the column prompt; got text"):
+        read_prompts(tmp_path / "other")
+
+
+def test_a_dataset_without_its_library_names_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for source in ("hf:some/prompts", str(tmp_path)):
+        with pytest.raises(ImportError, match="needs the package datasets: pip install datasets"):
+            Prompts(source)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_a_source_is_not_held_in_memory(tmp_path, suffix):
+    path, text = tmp_path / f"p.{suffix}", "a cat " * 2_000
+
+    def most(count):
+        if suffix == "jsonl":
+            path.write_text("".join(f'{{"prompt": "{text}{i}"}}\n' for i in range(count)))
+        elif suffix == "csv":
+            path.write_text("prompt,id\n" + "".join(f"{text}{i},p{i}\n" for i in range(count)))
+        else:
+            pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+            parquet.write_table(pyarrow.table({"prompt": [f"{text}{i}" for i in range(count)]}), path, row_group_size=16)
+        tracemalloc.start()
+        jobs = Prompts(path)
+        assert sum(1 for _ in jobs) == len(jobs) == count
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    most(1)
+    assert most(600) - most(100) < 50 * len(text)

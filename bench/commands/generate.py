@@ -12,6 +12,7 @@ import typer
 
 from ..quiet import quieten
 from . import options
+from .runs import conclude, looked_at, shard_of, spread
 
 if TYPE_CHECKING:
     from basinescape import Calibration, Guidance, Sampler
@@ -27,10 +28,17 @@ class Method(StrEnum):
     guard = "guard"
 
 
+class Where(StrEnum):
+    """Where samples are made."""
+
+    local = "local"
+    ray = "ray"
+
+
 def generate(
     prompts: Annotated[
-        Path,
-        typer.Option(help='JSON Lines {"prompt", "id"?, "seed"?, "negative_prompt"?}, .csv, .parquet, or - for standard input'),
+        str,
+        typer.Option(help='JSON Lines {"prompt", "id"?, "seed"?, "negative_prompt"?}, .csv, .parquet, hf:DATASET, or -'),
     ],
     out: Annotated[Path, typer.Option(help="folder for images, manifest.jsonl and run.json")],
     model: options.Model = "tiny",
@@ -76,12 +84,20 @@ def generate(
     allow_pickle: options.AllowPickle = False,
     compile: options.Compile = False,
     capture: options.Capture = False,
-    progress: options.Progress = True,
+    format: Annotated[str, typer.Option(help="png, jpg, webp, latents, or many a file: parquet, webdataset")] = "png",
+    on_error: Annotated[str, typer.Option(help="what a row of the prompts that is wrong does: stop or skip")] = "stop",
+    engine: Annotated[Where, typer.Option(help="local, or ray: a worker on every GPU of the cluster")] = "local",
+    workers: Annotated[int | None, typer.Option(help="with --engine ray; default one a GPU")] = None,
+    shard: Annotated[str | None, typer.Option(help="i/n: the i-th of n parts, from 0, in OUT/shard-i-of-n; see merge")] = None,
+    log: Annotated[str, typer.Option(help="auto (a bar in a terminal, else lines), plain, json or none")] = "auto",
+    metrics: Annotated[int | None, typer.Option(help="port on which Prometheus finds the same numbers")] = None,
+    progress: Annotated[bool, typer.Option(help="--no-progress is --log none")] = True,
 ) -> None:
-    """Make an image for every prompt of a file."""
-    from basinescape.prompts import read_prompts
+    """Make an image for every prompt of a file. The same command goes on where it was stopped."""
+    from basinescape.prompts import Prompts
 
-    jobs = read_prompts(prompts, seed)
+    part, shown = shard_of(shard), looked_at(log, metrics, progress)
+    jobs = Prompts(prompts, seed, on_error)
     quieten()
     from basinescape import Calibration, Guidance, Sampler
     from basinescape.generate import generate
@@ -99,6 +115,9 @@ def generate(
     found = options.found(model, calibration)
     known = None if found is None else Calibration.load(found)
     loading = {"allow_pickle": allow_pickle, "compile": compile, "capture": capture}
+    load = None
+    if engine == Where.ray:
+        load, device, dtype = spread((model, device, dtype, scheduler, attention), loading, workers)
     sampler = Sampler.from_pretrained(model, device, dtype, scheduler, attention, **loading)
     size = options.batch_size(sampler, batch_size, height, width)
     chosen = guidance or (Method.delayed if until or restart else Method.guard)  # delayed, where options of it are given
@@ -125,14 +144,9 @@ def generate(
             f"prompts content; once calibrated (basinescape calibrate --model {model}), only what looks memorized is held back",
             err=True,
         )
-    pixels = {"height": height, "width": width}
-    more = {"negative_prompt": negative_prompt, "clip_skip": clip_skip, "progress": progress, "copies": copies}
-    written = generate(sampler, jobs, out, plan, model, steps, size, **pixels, **more)
-    failed = [line["id"] for line in written if line["status"] != "ok"]
-    typer.echo(f"{len(jobs) - len(failed)} images in {out / 'images'} ({len(written) - len(failed)} new)")
-    _report(written)
-    if failed:
-        raise typer.Exit(1)
+    pixels = {"height": height, "width": width, "clip_skip": clip_skip, "negative_prompt": negative_prompt}
+    more = {"progress": shown, "format": format, "shard": part, "load": load, "workers": workers, "copies": copies}
+    conclude(generate(sampler, jobs, out, plan, model, steps, size, **pixels, **more), out)
 
 
 def _plan(
@@ -166,7 +180,7 @@ def _guard(
     """The guard of a calibration. Raises ValueError where there is none, or it is not for this."""
     import torch
     from basinescape import Guidance
-    from basinescape.guard import planned
+    from basinescape.guard import Ladder
 
     solver = sampler.solver(steps)
     if calibration is None:
@@ -175,7 +189,7 @@ def _guard(
         if value != own:
             raise ValueError(f"{name} is {value!r}, but a guard has the guidance that it was calibrated with")
     found = Guidance.guard(scale, calibration.fitted(sampler, steps))
-    planned(solver, found, torch.device("cpu"))
+    Ladder.make(solver, found, torch.device("cpu"))
     return found
 
 
@@ -221,22 +235,3 @@ def _options(given: Sequence[str] | None) -> dict[str, float]:
         except ValueError as error:
             raise ValueError(f"rule_option must be a name and a number, as phi=0.5; got {text!r}") from error
     return found
-
-
-def _report(written: Sequence[dict[str, Any]]) -> None:
-    """What the user should know of the images of this run, a line each on standard error."""
-    again = [line["id"] for line in written if (line.get("attempts") or 1) > 1]
-    _note(again, "looked memorized and began again", "attempts")
-    _note([line["id"] for line in written if line.get("suspect")], "may still be copies of training images", "suspect")
-    _note([line["id"] for line in written if line.get("copy")], "are copies of training images", "copy and nearest")
-    _note([line["id"] for line in written if "truncated" in line], "cut at the text encoder's limit", "truncated")
-    flagged = [line["id"] for line in written if line.get("nsfw_content_detected")]
-    _note(flagged, "flagged and blacked out", "nsfw_content_detected")
-    _note([line["id"] for line in written if line["status"] != "ok"], "failed", "status")
-
-
-def _note(ids: Sequence[str], what: str, field: str) -> None:
-    """A line about the images that it is true of, if any; `field` of the manifest says more."""
-    if ids:
-        some = ", ".join(ids[:5]) + ", ..." * (len(ids) > 5)
-        typer.echo(f"{len(ids)} {what} ({some}): see {field} in manifest.jsonl", err=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from basinescape import Calibration, Guidance
-from basinescape.guard import planned
+from basinescape.guard import Ladder
 from basinescape.guidance import Rung
 from torch import Tensor
 
@@ -63,7 +63,7 @@ def usual(lab: Laboratory, general: Sequence[dict[str, Any]]) -> Rung:
     if scenario.calibration:
         try:
             guard = Guidance.guard(scenario.scale, Calibration.load(scenario.calibration))
-            planned(lab.sampler.solver(scenario.steps), guard, torch.device("cpu"))
+            Ladder.make(lab.sampler.solver(scenario.steps), guard, torch.device("cpu"))
             return guard.rungs[0]
         except ValueError:  # of other steps, or another scale
             pass

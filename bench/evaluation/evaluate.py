@@ -109,8 +109,8 @@ def evaluate(
     ]
     failed, why = 0, ""
     with Journal(out / "results.jsonl", finished) as journal:
-        lines = list(journal.lines.values())
-        waiting = [task for task in tasks if task.key not in journal.lines]
+        lines = list(read_lines(out / "results.jsonl"))
+        waiting = [task for task in tasks if task.key not in journal]
         with tqdm(total=len(tasks), initial=len(tasks) - len(waiting), unit="image", disable=not progress) as bar:
             for batch in _batches(waiting, batch_size):
                 bar.set_description(batch[0].method)

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 from basinescape import Guidance, Output, Sampler
-from basinescape.guard import planned
+from basinescape.guard import Ladder
 from basinescape.loop import Network
 from basinescape.models import GuidedUNet
 
@@ -49,7 +49,7 @@ class Method:
 
     def check(self, sampler: Sampler, steps: int) -> None:
         """Raises ValueError, before any work, for a sampler or steps that the method does not suit."""
-        planned(sampler.solver(steps), self.guidance, torch.device("cpu"))
+        Ladder.make(sampler.solver(steps), self.guidance, torch.device("cpu"))
         if self.wrap is not None or self.noise is not None:
             stepwise.check(self.guidance)
         if self.suits is not None:

@@ -10,7 +10,7 @@ from basinescape import arguments
 
 from ..tables import Row
 
-BENCHES = ("kernel", "step", "images")
+BENCHES = ("kernel", "step", "images", "engine")
 
 
 def run(names: Sequence[str], device: torch.device | str | None = None, preset: str | None = None) -> Iterator[Row]:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..loop import Network, Settle
 from ..schedulers import Schedule
-from .network import rows_of
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,27 @@ class Encoded:
     own: dict[str, Any] = field(default_factory=dict)
     truncated: Sequence[str] = ()
 
-    def part(self, samples: range) -> Encoded:
-        """The same for some samples."""
-        own = list(samples)
-        both = torch.tensor(own + [len(self.truncated) + i for i in own])
-        return replace(self, inputs=rows_of(self.inputs, both), truncated=[self.truncated[i] for i in own])
+    def select(self, samples: Sequence[int]) -> Encoded:
+        """Some samples alone."""
+        rows = [*samples, *(i + len(self.truncated) for i in samples)]
+        return replace(self, inputs=_joined([self.inputs], [rows]), truncated=[self.truncated[i] for i in samples])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Encoded]) -> Encoded:
+        """The samples of several after each other."""
+        rows = [range(len(part.truncated)) for part in parts]
+        conditional = [range(len(part.truncated), 2 * len(part.truncated)) for part in parts]
+        inputs = _joined([part.inputs for part in (*parts, *parts)], [*rows, *conditional])
+        return replace(parts[0], inputs=inputs, truncated=[text for part in parts for text in part.truncated])
+
+
+def _joined(values: Sequence[Any], rows: Sequence[Sequence[int]]) -> Any:
+    """Rows of each of several values, tensors or alike containers of tensors, after each other."""
+    if isinstance(values[0], dict):
+        return {name: _joined([value[name] for value in values], rows) for name in values[0]}
+    if isinstance(values[0], list):
+        return [_joined(inner, rows) for inner in zip(*values, strict=True)]
+    return torch.cat([value[list(some)] for value, some in zip(values, rows, strict=True)])
 
 
 @dataclass(frozen=True)

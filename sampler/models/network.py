@@ -75,6 +75,22 @@ class Guided:
         tensors = tuple((tuple(x.shape), x.dtype) for x in (*_tensors(self.inputs["both"]), *_tensors(self.shared)))
         return tensors + tuple((name, str(value)) for name, value in self.shared.items() if not isinstance(value, Tensor))
 
+    @property
+    def row_form(self) -> tuple:
+        """Shapes and dtypes of what the inputs are for one sample."""
+        return tuple((tuple(x.shape[1:]), x.dtype) for x in _tensors(self.inputs["both"]))
+
+    def blank(self, batch: int) -> Self:
+        """The same for `batch` samples, which `put` gives their prompts."""
+        other = copy.copy(self)
+        other._give(_mapped(lambda x: x.new_zeros((2 * batch, *x.shape[1:])), self.inputs["both"]))
+        return other
+
+    def put(self, place: int, other: Guided, row: int) -> None:
+        """Put a sample's prompt in the place of another, in the same memory."""
+        for old, new in zip(_tensors(self.inputs["both"]), _tensors(other.inputs["both"]), strict=True):
+            old[place :: len(old) // 2].copy_(new[row :: len(new) // 2])
+
     def select(self, index: Tensor) -> Self:
         """The same for some samples of the batch, `index` (N,) int64."""
         batch = len(next(_tensors(self.inputs["cond"])))
@@ -169,9 +185,13 @@ def _hooked(module: nn.Module) -> bool:
 
 def rows_of(value: Any, rows: slice | Tensor) -> Any:
     """Some rows of every tensor in nested dicts and lists."""
+    return _mapped(lambda x: x[rows], value)
+
+
+def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: rows_of(inner, rows) for name, inner in value.items()}
-    return [inner[rows] for inner in value] if isinstance(value, list) else value[rows]
+        return {name: _mapped(change, inner) for name, inner in value.items()}
+    return [_mapped(change, inner) for inner in value] if isinstance(value, list) else change(value)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

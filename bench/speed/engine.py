@@ -1,0 +1,191 @@
+"""In-flight batching beside static batches, on mixed work and on uniform work; memory, and how busy the network is.
+
+Static batches begin together, and the next one begins when all of one are done; "shrinking" ones leave out what is done once
+half of them are. The stand-in's network waits for so long whatever its batch, as a GPU that is not full: there the number
+of calls decides, which is a figure without noise.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from basinescape import At, Guidance, Rung, Sampler
+from basinescape.engine import Engine, Sample
+from basinescape.generate import generate
+from basinescape.guard import Ladder
+from basinescape.prompts import Job
+
+from ..tables import Row
+from .shapes import pipeline
+from .standin import stand_in
+from .timing import interleaved, summary
+
+SCALE = 7.5
+SLOTS = 8
+SECONDS = 0.01  # of a call of the stand-in's network
+ROUNDS = {"cpu": 3, "cuda": 5, "quick": 3}
+
+
+def guarded(steps: int, limit: float, gap: float) -> Guidance:
+    """A guard whose attempts pass while their first gaps are at most `limit`, the last one in any case."""
+    guidances = (
+        Guidance.cfg(SCALE),
+        Guidance.delayed(SCALE, until=At(900), before=2.0),
+        Guidance.opposite(1.0, SCALE, At(300)),
+    )
+    limits = (limit, limit, math.inf)
+    return Guidance.ladder(
+        [Rung(g, (gap,) * steps, 2, early, 2, 0, math.inf) for g, early in zip(guidances, limits, strict=True)]
+    )
+
+
+def works(sampler: Sampler, jobs: int, most: int, gaps: Sequence[float]) -> dict[str, list[Guidance | tuple[int, Guidance]]]:
+    """(steps, guidance) of every job, by the kind of work. most: the largest number of steps; gaps: of plain samples."""
+    plain, middle, rng = Guidance.cfg(SCALE), 3 * most // 5, torch.Generator().manual_seed(0)
+    counts = torch.randint(most // 5, most + 1, (jobs,), generator=rng).tolist()
+    limit = sorted(gaps)[3 * len(gaps) // 4]
+    guard, again = guarded(middle, limit, 1.0), Guidance.cfg(SCALE, restart=(300, 600, 2))
+    return {
+        "uniform": [(middle, plain)] * jobs,
+        f"{most // 5} to {most} steps": [(count, plain) for count in counts],
+        "guard, a quarter begins again": [(middle, guard)] * jobs,
+        "all of these, and restarts": [
+            ((counts[i], plain), (middle, guard), (middle, again), (middle, plain))[i % 4] for i in range(jobs)
+        ],
+    }
+
+
+class Case:
+    """One sampler and the work it is given."""
+
+    def __init__(self, sampler: Sampler, prompts: Sequence[str]):
+        self.sampler, self.prompts = sampler, prompts
+        size = sampler.size()
+        self.shape, self.ladders = sampler.model.shape(*size), {}
+        with torch.inference_mode():
+            self.network = sampler.model.network(sampler.model.encode(list(prompts), *size))
+
+    def samples(self, work: Sequence[tuple[int, Guidance]]) -> list[Sample]:
+        for kind in work:
+            if kind not in self.ladders:
+                self.ladders[kind] = Ladder.make(self.sampler.solver(kind[0]), kind[1], self.sampler.model.device)
+        return [Sample(i, self.ladders[kind], self.shape, self.network, i, seed=i) for i, kind in enumerate(work)]
+
+    @torch.inference_mode()
+    def in_flight(self, work: Sequence[tuple[int, Guidance]]) -> int:
+        """Samples all; returns how many were sampled."""
+        return sum(1 for _ in Engine(self.sampler.lane, SLOTS, fixed=True).run(self.samples(work)))
+
+    @torch.inference_mode()
+    def static(self, work: Sequence[tuple[int, Guidance]], shrinking: bool) -> int:
+        samples = self.samples(work)
+        groups = (samples[i : i + SLOTS] for i in range(0, len(samples), SLOTS))
+        return sum(1 for group in groups for _ in Engine(self.sampler.lane, len(group), fixed=not shrinking).run(group))
+
+    def peers(self, work: Sequence[tuple[int, Guidance]]) -> dict[str, Callable[[], int]]:
+        return {
+            "static batches": lambda: self.static(work, False),
+            "static batches, shrinking": lambda: self.static(work, True),
+            "in-flight": lambda: self.in_flight(work),
+        }
+
+
+def engine(device: torch.device, preset: str) -> Iterator[Row]:
+    """Rows in images a second, with the network's calls where they are counted; then memory, and how busy the network is."""
+    pipe = pipeline("tiny", torch.float32, device)
+    prompts = [f"a picture of a {i}" for i in range(64)]
+    waiting, real = stand_in(pipe, seconds=SECONDS), Sampler.from_pipeline(pipe, "dpmsolver++")
+    for name, sampler, jobs, most in (("stand-in", waiting, 64, 50), ("tiny", real, 24, 20)):
+        case = Case(sampler, prompts[:jobs])
+        first = [
+            sampler([prompts[i]], [i], 3 * most // 5, Guidance.cfg(SCALE), output="latent", progress=False) for i in range(16)
+        ]
+        gaps = [out.noise_gap[0, :2].mean().item() for out in first]
+        for kind, work in works(sampler, jobs, most, gaps).items():
+            peers, calls = case.peers(work), {}
+            for peer, call in peers.items():
+                before = getattr(sampler.model, "calls", 0)
+                call()
+                calls[peer] = getattr(sampler.model, "calls", 0) - before
+            times = interleaved(peers, device, ROUNDS[preset])
+            for peer in peers:
+                rates, row = summary([jobs / t for t in times[peer]], None), summary(times[peer], times["static batches"])
+                what = {"bench": "engine", "what": f"{name}, {kind}", "peer": peer, "unit": "images/s"}
+                yield {**what, **rates, "ratio": row["ratio"], "calls": calls[peer] or None}
+    yield from busy(real)
+    for count in (1_000, 10_000):
+        yield memory(count)
+
+
+def busy(sampler: Sampler, jobs: int = 16, slots: int = 8, steps: int = 20) -> Iterator[Row]:
+    """The share of a run's time in which the network runs, prompts to PNG, on the small pipeline."""
+    network, spent = sampler.model.network, [0.0]
+
+    def timed(*given: object, **named: object):
+        made = network(*given, **named)
+        for name in ("unet", "both"):
+            setattr(made, name, _clocked(getattr(made, name), spent))
+        return made
+
+    sampler.model.network = timed
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            work = [Job(f"{i}", f"a picture of a {i}", i) for i in range(jobs)]
+            start = time.perf_counter()
+            generate(sampler, work, folder, Guidance.cfg(SCALE), "tiny", steps, slots, progress=False)
+            share = spent[0] / (time.perf_counter() - start)
+    finally:
+        del sampler.model.network
+    yield {
+        "bench": "engine",
+        "what": f"tiny, batch {slots}, prompts to PNG",
+        "peer": "in-flight",
+        "unit": "busy",
+        "median": share,
+    }
+
+
+def _clocked(call: Callable[..., object], spent: list[float]) -> Callable[..., object]:
+    def clocked(*given: object, **named: object) -> object:
+        start = time.perf_counter()
+        made = call(*given, **named)
+        spent[0] += time.perf_counter() - start
+        return made
+
+    return clocked
+
+
+def memory(count: int) -> Row:
+    """Peak memory of a process that makes `count` images with the stand-in, into Parquet."""
+    done = subprocess.run([sys.executable, "-m", __name__, str(count)], capture_output=True, text=True, check=True)
+    what = {"bench": "engine", "what": f"stand-in, {count:,} prompts", "peer": "in-flight"}
+    return {**what, "unit": "MB at most", "median": float(done.stdout.split()[-1])}
+
+
+def _measured(count: int) -> float:
+    import resource
+
+    torch.set_num_threads(1)
+    sampler = stand_in(pipeline("tiny", torch.float32, torch.device("cpu")))
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = Path(folder) / "prompts.jsonl"
+        with prompts.open("w") as file:
+            file.writelines(f'{{"prompt": "a picture of a cat {i}"}}\n' for i in range(count))
+        from basinescape.prompts import Prompts
+
+        options = {"steps": 1, "batch_size": 16, "progress": False, "format": "parquet"}
+        summary = generate(sampler, Prompts(prompts), Path(folder) / "out", Guidance.cfg(SCALE), "tiny", **options)
+        if summary.done != count:
+            raise RuntimeError(f"{summary.done} of {count} images were made")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    print(_measured(int(sys.argv[1])))

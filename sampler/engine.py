@@ -1,0 +1,312 @@
+"""In-flight batching: a batch of slots in which each sample goes its own way, and a slot that is free is filled at once.
+
+Samples of one batch stand at different rows of one table of steps, so they may have different guidance, different numbers of
+steps and, under a guard, different attempts. A sample that is done leaves its slot, and the next one in line begins there; one
+that a guard sends back begins its next attempt where it is. Both branches of the network run while any slot needs both; where
+all need the same one, that one runs alone. Nothing is read back from the device but a guard's noise gaps between attempts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .guard import Ladder
+from .loop import Lane, Plan, Run, draw, fused_step
+from .models import Guided
+
+log = logging.getLogger(__name__)
+ROWS, STEPS = 1024, 128  # room of a batch for the rows of all its samples' plans, and for the noise gaps of one
+AHEAD = 16  # a sample begins at most so many times the slots ahead of the oldest that is not done: what waits for it is bounded
+
+Begin = Callable[[Ladder, Guided, Plan, Tensor, Sequence[torch.Generator]], Lane]
+
+
+@dataclass(eq=False)
+class Sample:
+    """What is to be sampled, under the caller's `key`.
+
+    ladder:  its attempts; a plain one has one that nobody judges. shape: of its latents (C, h, w).
+    network, row: its encoded prompt is this row of that network's.
+    seed:    of a generator of its own, from which all its noise comes.
+    generator, noise: where it is gone on with: that generator, and the noise (C, h, w) that it has drawn already.
+    """
+
+    key: Any
+    ladder: Ladder
+    shape: tuple[int, ...]
+    network: Guided
+    row: int
+    seed: int = 0
+    generator: torch.Generator | None = None
+    noise: Tensor | None = None
+
+    @property
+    def form(self) -> tuple:
+        """What samples of one batch have in common."""
+        plan = self.ladder.whole
+        return self.shape, self.network.row_form, id(self.network.version), plan.rule, plan.scaled
+
+    def begin(self) -> Tensor:
+        """The initial noise (C, h, w)."""
+        if self.noise is not None:
+            return self.noise
+        self.generator = torch.Generator("cpu").manual_seed(self.seed)
+        return self.draw()
+
+    def draw(self) -> Tensor:
+        return draw(self.shape, [self.generator])[0] * self.ladder.solver.init_sigma
+
+
+@dataclass(eq=False)
+class Result:
+    """What came of a sample: latents (C, h, w), transition () int64 and gaps (steps,) float32, NaN where none was needed.
+
+    attempts, score, suspect: a guard's; None without one. error: why it failed; the rest is None then.
+    """
+
+    sample: Sample
+    latents: Tensor | None = None
+    transition: Tensor | None = None
+    gaps: Tensor | None = None
+    attempts: int | None = None
+    score: float | None = None
+    suspect: bool | None = None
+    error: Exception | None = None
+
+
+@dataclass
+class Slot:
+    """A place in the batch: its sample, the `number`th that came; where that one's rows begin, its attempt, its row."""
+
+    place: int
+    sample: Sample
+    number: int
+    offset: int
+    rung: int = 0
+    row: int = 0
+
+    def enter(self, rung: int) -> None:
+        self.rung, self.row = rung, self.offset + self.sample.ladder.starts[rung]
+
+    @property
+    def end(self) -> int:
+        """The row after the attempt's last."""
+        return self.offset + self.sample.ladder.starts[self.rung + 1]
+
+    @property
+    def judged(self) -> bool:
+        """Whether the attempt is done, or a guard looks at its first gaps here."""
+        checks = self.sample.ladder.checks
+        return self.row == self.end or (bool(checks) and self.row == self.offset + checks[self.rung])
+
+
+class Engine:
+    """Samples one after another, in `slots` slots.
+
+    begin:  opens a batch.
+    fixed:  the batch always has that many rows, those that nobody needs being padding. It costs a few rows at the end of the
+            work; a compiler sees one shape, and images keep their bits whatever is beside them. Without it, the batch shrinks
+            once there is nothing to fill it with.
+    local:  a fault costs the sample that has it: those in flight begin again in fewer slots, down to one. Else it is raised.
+    """
+
+    def __init__(self, begin: Begin, slots: int, fixed: bool = False, local: bool = False):
+        self._begin, self._fixed, self._local = begin, fixed, local
+        self._most = self._size = slots
+        self._lane: Lane | None = None
+        self._multistep = False
+        self._live: list[Slot] = []
+        self._waiting: deque[tuple[int, Sample]] = deque()
+        self.calls: Counter[str] = Counter()  # network calls of samples by branch; "spared": those that were not needed
+
+    def run(self, work: Iterable[Sample | Result], tick: Callable[[], Any] = lambda: None) -> Iterator[Result]:
+        """The results in the order in which they are done; what is one already is passed on. `tick` is told of every step."""
+        self._work, self._spoiled = enumerate(work), []
+        while self._fill() or self._spoiled:
+            done, self._spoiled = self._spoiled, []
+            yield from done
+            if not self._live:
+                continue
+            tick()
+            try:
+                self._step()
+                done = self._settle()
+            except Exception as error:
+                if not self._local:
+                    raise
+                done = self._retreat(error)
+            yield from done
+
+    def _fill(self) -> bool:
+        """Give free slots the next samples; whether any slot has one."""
+        fresh: list[Slot] = []
+        while len(self._live) < self._size and (following := self._peek()) is not None:
+            number, sample = following
+            if not self._live:
+                if not self._suits(sample):
+                    self._open(sample)
+            elif not self._suits(sample) or number - min(slot.number for slot in self._live) >= AHEAD * self._size:
+                break
+            self._waiting.popleft()
+            taken = {slot.place for slot in self._live}
+            place = next(place for place in range(self._size) if place not in taken)
+            slot = Slot(place, sample, number, self._offset(sample.ladder))
+            slot.enter(0)
+            self._live.append(slot)
+            fresh.append(slot)
+        if fresh:
+            for slot in fresh:
+                self._lane.network.put(slot.place, slot.sample.network, slot.sample.row)
+            self._send(fresh, [slot.sample.begin() for slot in fresh])
+        elif not self._fixed and 0 < 2 * len(self._live) <= self._size:
+            self._shrink()
+        return bool(self._live)
+
+    def _peek(self) -> tuple[int, Sample] | None:
+        """The next sample in line, with its number."""
+        while not self._waiting:
+            following = next(self._work, None)
+            if following is None:
+                return None
+            if isinstance(following[1], Result):
+                self._spoiled.append(following[1])
+            else:
+                self._waiting.append(following)
+        return self._waiting[0]
+
+    def _suits(self, sample: Sample) -> bool:
+        """Whether the batch that is open can take the sample beside those that are in it."""
+        if self._lane is None or self._form != (self._size, *sample.form):
+            return False
+        if sample.ladder.stepwise:  # its scheduler knows one step for all: they begin together
+            return not self._begun and sample.ladder is self._ladders[0]
+        plan, rows = sample.ladder.whole, len(self._plan.table)
+        room = rows + len(plan.table) <= ROWS and plan.steps <= STEPS and plan.multistep <= self._multistep
+        return room or any(sample.ladder is ladder for ladder in self._ladders)
+
+    def _open(self, sample: Sample) -> None:
+        """A batch of free slots that the sample can go into."""
+        self._form, self._begun = (self._size, *sample.form), False
+        self._ladders, self._plan = [sample.ladder], sample.ladder.whole
+        self._generators = [torch.Generator() for _ in range(self._size)]
+        device = self._plan.table.device
+        nothing = torch.zeros((self._size, *sample.shape), device=device)
+        network = sample.network.blank(self._size)
+        self._multistep |= self._plan.multistep  # one step alone has no history: once others were there, there is room for it
+        plan = replace(self._plan.roomy(ROWS, STEPS), multistep=self._multistep)
+        self._lane = None  # gives its memory back first
+        self._lane = self._begin(sample.ladder, network, plan, nothing, self._generators)
+        self._lane.follow(self._plan)
+        self._lane.state.transition.row.fill_(1)  # past the last: no step changes them
+        self._lane.state.transition.last.fill_(0)
+
+    def _offset(self, ladder: Ladder) -> int:
+        """Where the ladder's rows begin in the batch's table, which they are added to where they are not there yet."""
+        for i, known in enumerate(self._ladders):
+            if known is ladder:
+                return sum(len(earlier.whole.table) for earlier in self._ladders[:i])
+        offset = len(self._plan.table)
+        self._ladders.append(ladder)
+        self._plan = Plan.joined([self._plan, ladder.whole])
+        self._lane.follow(self._plan)
+        return offset
+
+    def _send(self, slots: Sequence[Slot], noise: Sequence[Tensor]) -> None:
+        """Begin the attempts that the slots are to make, each from its noise (C, h, w)."""
+        state = self._lane.state
+        place, row, last = torch.tensor([(s.place, s.row, s.end - 1) for s in slots]).to(state.latents.x.device).unbind(1)
+        for slot in slots:
+            self._generators[slot.place] = slot.sample.generator
+        state.restart(place, torch.stack(list(noise)).to(state.latents.x), self._plan.table, row, last)
+
+    def _step(self) -> None:
+        needed = {self._plan.branches[slot.row] for slot in self._live}
+        branch = needed.pop() if len(needed) == 1 else "both"
+        self._lane.take(branch)
+        self._begun = True
+        self.calls[branch] += len(self._live) * (2 if branch == "both" else 1)
+        self.calls["spared"] += len(self._live) * (branch != "both")
+        for slot in self._live:
+            slot.row += 1
+        self._renoise()
+
+    def _renoise(self) -> None:
+        """Bring the slots back to a higher noise level that stand before such a row."""
+        back = [slot for slot in self._live if slot.row in self._plan.jumps and slot.row < slot.end]
+        if not back:
+            return
+        latents = self._lane.state.latents.x.clone()
+        for slot in back:
+            factor, sigma = self._plan.jumps[slot.row]
+            fresh = draw(slot.sample.shape, [slot.sample.generator])[0].to(latents.device)
+            latents[slot.place] = (factor * latents[slot.place].float() + sigma * fresh).to(latents.dtype)
+        self._lane.state.put(latents, self._plan.table)
+
+    def _settle(self) -> list[Result]:
+        """What becomes of slots whose first gaps are known, or that are done: they go on, are free, or begin again."""
+        ends, done, again = [slot for slot in self._live if slot.judged], [], []
+        gaps = self._lane.state.transition.gaps
+        if any(slot.sample.ladder.rungs for slot in ends):
+            gaps = gaps.cpu()  # a read by the host
+        for slot in ends:
+            ladder, whole = slot.sample.ladder, slot.row == slot.end
+            gap = gaps[slot.place, : ladder.whole.steps]
+            suspect = bool(ladder.rungs) and ladder.suspects(slot.rung, gap, whole)
+            if slot.rung + 1 < len(ladder.rungs) and (suspect or ladder.loses(slot.rung, gap, whole)):
+                slot.enter(slot.rung + 1)
+                again.append(slot)
+            elif whole:
+                done.append(self._result(slot, gap, suspect))
+                self._live.remove(slot)
+        if again:
+            self._send(again, [slot.sample.draw() for slot in again])
+        return done
+
+    def _result(self, slot: Slot, gap: Tensor, suspect: bool) -> Result:
+        state, ladder = self._lane.state, slot.sample.ladder
+        own = ladder.computed(slot.rung).to(gap.device)  # a step may have run both branches for another's sake
+        gap = gap.where(own, torch.full_like(gap, torch.nan))
+        made = Result(slot.sample, state.latents.x[slot.place].clone(), state.transition.at[slot.place].clone(), gap)
+        if not ladder.rungs:
+            return made
+        return replace(made, attempts=slot.rung + 1, score=ladder.rungs[slot.rung].score(gap).item(), suspect=suspect)
+
+    def _shrink(self) -> None:
+        """The slots that are in use alone, once nothing is left to fill the others with."""
+        index = torch.tensor([slot.place for slot in self._live], device=self._plan.table.device)
+        lane = self._lane
+        network, state = lane.network.select(index), lane.state.select(index)
+        self._lane = Lane(network, state, fused_step(network, self._plan, state))
+        self._size, self._form = len(index), None
+        for place, slot in enumerate(self._live):
+            slot.place = place
+
+    def _retreat(self, error: Exception) -> list[Result]:
+        """After a fault of all slots together: those in flight begin again in half as many, one alone has failed."""
+        lost = sorted(self._live, key=lambda slot: slot.number)
+        self._live, self._lane = [], None
+        if len(lost) == 1:
+            self._size = self._most
+            return [Result(lost[0].sample, error=error)]
+        self._waiting.extendleft((slot.number, slot.sample) for slot in reversed(lost))
+        self._size = max(1, self._size // 2)
+        if isinstance(error, torch.OutOfMemoryError):
+            self._most = self._size
+            torch.cuda.empty_cache()
+        log.warning("%d samples failed together (%s): they begin again, %d at a time", len(lost), error, self._size)
+        return []
+
+
+def gathered(results: Iterable[Result]) -> Run:
+    """The results of samples whose keys are 0, 1, ... as those of one call."""
+    ordered = sorted(results, key=lambda result: result.sample.key)
+    latents, transition, gaps = (torch.stack([getattr(r, name) for r in ordered]) for name in ("latents", "transition", "gaps"))
+    judged = (torch.tensor([getattr(result, name) for result in ordered]) for name in ("attempts", "score", "suspect"))
+    return Run(latents, transition, gaps, *judged)
