@@ -228,7 +228,7 @@ def _report(written: Sequence[dict[str, Any]]) -> None:
     again = [line["id"] for line in written if (line.get("attempts") or 1) > 1]
     _note(again, "looked memorized and began again", "attempts")
     _note([line["id"] for line in written if line.get("suspect")], "may still be copies of training images", "suspect")
-    _note([line["id"] for line in written if line.get("copy")], "are copies of training images", "copy and nearest")
+    _note([line["id"] for line in written if line.get("copy")], "marked as copies of training images", "copy and nearest")
     _note([line["id"] for line in written if "truncated" in line], "cut at the text encoder's limit", "truncated")
     flagged = [line["id"] for line in written if line.get("nsfw_content_detected")]
     _note(flagged, "flagged and blacked out", "nsfw_content_detected")
