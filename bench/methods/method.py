@@ -41,4 +41,4 @@ class Method:
             batch = replace(batch, prompts=self.prompts(batch))
         if self.wrap is not None:
             sampler = sampler.wrapped(partial(self.wrap, batch=batch))
-        return sampler(batch.prompts, seeds, steps, self.guidance, output=output, progress=False)
+        return sampler(batch.prompts, seeds, steps, self.guidance, output=output, progress=False, batch_size=len(seeds))
