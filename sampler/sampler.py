@@ -118,10 +118,7 @@ class Sampler:
 
     @staticmethod
     def model_path(name: str) -> Path:
-        """The folder of a pipeline that ships with the project, in diffusers' own format.
-
-        Raises ValueError for another name.
-        """
+        """The folder of a pipeline that ships with the project, in diffusers' format. Raises ValueError for another name."""
         ships = models.shipped()
         if name not in ships:
             raise ValueError(f"name must be {' or '.join(map(repr, ships))}, got {name!r}")
@@ -207,11 +204,11 @@ class Sampler:
                 raise ValueError("a guard takes neither a wrapped network nor callback_on_step_end nor stop_after")
             ladder = Ladder.make(solver, guidance, self.model.device, self.model.settle)
             if stop_after is not None:
+                if not 1 <= arguments.at_least_one("stop_after", stop_after) <= solver.steps:
+                    raise ValueError(f"stop_after must be 1 to {solver.steps}, the steps; got {stop_after}")
                 plan = ladder.whole
-                if not 1 <= arguments.at_least_one("stop_after", stop_after) <= plan.steps:
-                    raise ValueError(f"stop_after must be 1 to {plan.steps}, the steps; got {stop_after}")
                 ladder = replace(ladder, whole=replace(plan, branches=plan.branches[: plan.calls(stop_after)]))
-            total = len(seeds)
+            total = shape[0]
             if batch_size is not None and arguments.at_least_one("batch_size", batch_size) < total and self._wrap is not None:
                 raise ValueError(f"batch_size must be at least {total}, all samples of a wrapped network; got {batch_size}")
             size = batch_size or (total if seen else batches.size(self.model, height, width))
@@ -221,8 +218,7 @@ class Sampler:
 
             def sampled(part: range, bar: batches.Bar) -> Output:
                 own = [generators[i] for i in part]
-                given = None if latents is None else latents[part.start : part.stop].cpu().float()
-                noise = self.noise(own, height, width, **options) if given is None else given
+                noise = self.noise(own, height, width, **options) if latents is None else latents[list(part)].cpu().float()
                 texts = encoded if len(part) == total else encoded.select(part)
                 run = self._run(texts, ladder, noise, own, bar, callback_on_step_end)
                 decode = partial(self.model.decode, generators=own, height=height, width=width, **options)
@@ -305,7 +301,7 @@ class Sampler:
         return self._graphs is not None and network.version is not None
 
     def wrapped(self, wrap: Wrap) -> Sampler:
-        """The same sampler, that samples from what `wrap` makes of the UNet and each call's encoded prompts.
+        """The same sampler, that samples from what `wrap` makes of the network and each call's encoded prompts.
 
         For methods that change either. Such a network is not captured, and takes no guard.
         """

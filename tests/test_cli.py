@@ -8,6 +8,7 @@ import sys
 import warnings
 
 import pytest
+import torch
 from basinescape import At, Calibration, FirstMinimum, Guidance, Rung, Sampler, Settled
 from basinescape.bench import cli
 from basinescape.bench.quiet import quieten
@@ -238,13 +239,19 @@ def test_copies_of_training_images_are_marked(tmp_path, monkeypatch, capsys, dra
     def with_a_copy(self, sampler, prompts, seeds, steps, **options):
         made = draw(self, sampler, prompts, seeds, steps, **options)
         made.images[1] = own
+        made.attempts, made.score, made.suspect = torch.tensor([2, 1]), torch.tensor([1.5, 1.0]), torch.tensor([True, False])
         return made
 
     monkeypatch.setattr(type(drawn), "__call__", with_a_copy)
     asked = ("--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "out", "--training-images", folder.parent, *QUICK)
     code, error = run(monkeypatch, capsys, *asked, "--similarity", "pixels")
     plain, copied = sound(tmp_path / "out")
-    assert code == 0 and error == "1 are copies of training images (p1): see copy and nearest in manifest.jsonl\n"
+    assert code == 0 and error.splitlines() == [
+        "1 looked memorized and began again (p0): see attempts in manifest.jsonl",
+        "1 may still be copies of training images (p0): see suspect in manifest.jsonl",
+        "1 marked as copies of training images (p1): see copy and nearest in manifest.jsonl",
+    ]
+    assert (plain["attempts"], plain["score"], plain["suspect"]) == (2, 1.5, True)
     assert (copied["copy"], copied["nearest"], copied["measure"]) == (True, "deep/1.png", "pixels")
     assert copied["similarity"] == pytest.approx(1) and not plain["copy"] and plain["similarity"] < 0.5
     stored = json.loads((tmp_path / "out" / "run.json").read_text())["training_images"]

@@ -214,7 +214,7 @@ class Drawn(Sampler):
         self.__dict__ = Sampler.from_pipeline(pipe, "dpmsolver++").__dict__
         self.random = torch.Generator().manual_seed(0)
 
-    def __call__(self, prompts, seeds, steps, guidance, output, progress):
+    def __call__(self, prompts, seeds, steps, guidance, **options):
         wide, own = (torch.randn(len(prompts), n, generator=self.random, dtype=torch.float64) for n in (1, steps))
         side = torch.where(wide < 0, 0.6, 0.2)
         return SimpleNamespace(noise_gap=(side * wide + 0.01 * own).exp().float() * torch.arange(1.0, steps + 1))
@@ -227,7 +227,7 @@ def test_so_many_ordinary_samples_pass_each_threshold_as_were_asked_for(pipe):
     found = Calibration.measure(
         drawn, prompts, 0, STEPS, SCALE, RUNGS[:1], rate, strict, lost, batch_size=count, progress=False
     )
-    gaps = drawn(prompts, [], STEPS, PLAIN, "latent", False).noise_gap
+    gaps = drawn(prompts, [], STEPS, PLAIN).noise_gap
     for rung, above, below in zip(found.rungs, (rate, strict), (0.0, lost), strict=True):
         shares = [(rung.look(gaps) > rung.early), (rung.score(gaps) > rung.verdict), (rung.score(gaps) < rung.lost)]
         for share, asked in zip(shares, (above / 4, above * 3 / 4, below), strict=True):

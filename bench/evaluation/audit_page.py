@@ -29,7 +29,7 @@ def page(
     checked = [row for row in rows if row["copies"] is not None]
     # What is known to be reproduced comes first; the rest as it is ranked.
     shown = [i for i, row in enumerate(rows) if row["copies"] is not None or i < SHOWN]
-    shown.sort(key=lambda i: (-(rows[i]["copies"] or 0), -(rows[i]["similarity"] or 0) if rows[i]["copies"] else 0))
+    shown.sort(key=lambda i: -(rows[i]["copies"] or 0))
     entries = [
         {
             **rows[i],

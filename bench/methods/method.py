@@ -61,6 +61,6 @@ class Method:
         if self.prompts is not None:
             batch = replace(batch, prompts=self.prompts(batch))
         if self.wrap is None and self.noise is None:
-            return sampler(batch.prompts, seeds, steps, self.guidance, output=output, progress=False)
+            return sampler(batch.prompts, seeds, steps, self.guidance, output=output, progress=False, batch_size=len(seeds))
         wrap = None if self.wrap is None else partial(self.wrap, batch=batch)
         return stepwise.sample(sampler, batch.prompts, seeds, steps, self.guidance, wrap, self.noise, output=output)
