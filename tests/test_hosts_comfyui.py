@@ -139,6 +139,9 @@ def test_the_folder_can_be_put_into_custom_nodes(monkeypatch, schema):
 def test_what_does_not_go_together_is_refused():
     with pytest.raises(ValueError, match="latest must be a whole number of at least 2"):
         patched(until=node.MINIMUM, latest_step=1)
+    function = patched().model_options["sampler_cfg_function"]
+    with pytest.raises(ValueError, match="does not tell a model the sampler's sigmas"):
+        function({"input": torch.zeros(BATCH, 12), "model_options": {"transformer_options": {}}})
 
 
 def test_the_example_workflow_holds_together():
