@@ -142,10 +142,12 @@ def test_the_commands_options_reach_the_sampler(tmp_path, monkeypatch, capsys, d
     )
     assert run(monkeypatch, capsys, "--prompts", prompts, "--out", tmp_path / "out", *QUICK, *options)[0] == 0
     (asked,) = drawn.asked
-    assert (asked["prompts"], asked["seeds"], asked["negative_prompt"]) == (["a cat", "a dog"], [7, 8], ["ugly", "blurry"])
-    assert (asked["height"], asked["width"], asked["clip_skip"], asked["guidance"]) == (128, 192, 1, Guidance.cfg(3))
+    assert (asked["prompts"], asked["negative_prompt"]) == (["a cat", "a dog"], ["ugly", "blurry"])
+    assert (asked["height"], asked["width"], asked["clip_skip"]) == (128, 192, 1)
+    assert [line["seed"] for line in sound(tmp_path / "out")] == [7, 8]
     stored = json.loads((tmp_path / "out" / "run.json").read_text())
     assert (stored["height"], stored["width"], stored["clip_skip"], stored["negative_prompt"]) == (128, 192, 1, "ugly")
+    assert Guidance.from_dict(stored["guidance"]) == Guidance.cfg(3)
 
 
 def test_a_model_is_calibrated_and_then_guarded(tmp_path, monkeypatch, capsys, mine):
@@ -184,7 +186,7 @@ def test_a_rule_reaches_the_sampler(tmp_path, monkeypatch, capsys, drawn):
     write(tmp_path / "p.jsonl", 1)
     options = ("--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "out", *QUICK, "--rule", "cfg-zero")
     assert run(monkeypatch, capsys, *options)[0] == 0
-    assert drawn.asked[0]["guidance"].rule == "cfg-zero"
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["guidance"]["rule"] == "cfg-zero"
     code, error = run(monkeypatch, capsys, *options[:-1], "nope")
     assert code == 2 and "rule must be one of cfg, rescale" in error
 

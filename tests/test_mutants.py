@@ -100,8 +100,8 @@ def captured(pipe):
 @pytest.mark.parametrize(
     ("owner", "name", "old"),
     [
-        ("Graphs", "step", "session.table[: len(plan.table)].copy_(plan.table)"),
-        ("Graphs", "step", 'session.network.load(network.inputs["both"])'),
+        ("Graphs", "lane", "session.table[: len(plan.table)].copy_(plan.table)"),
+        ("Graphs", "lane", 'session.network.load(network.inputs["both"])'),
         ("Session", "start", "self.state.start(noise, self.table, last=plan.last)"),
     ],
 )

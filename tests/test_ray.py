@@ -17,6 +17,7 @@ JOBS = [Job(f"p{i}", f"cat {i}", i) for i in range(9)]
 
 @pytest.fixture(scope="module")
 def cluster():
+    os.environ.setdefault("RAY_worker_niceness", "0")  # by itself Ray's workers yield to whatever else there is
     ray = pytest.importorskip("ray", reason="ray is not installed")
     paths = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})

@@ -33,25 +33,25 @@ SECONDS = 0.01  # of a call of the stand-in's network
 ROUNDS = {"cpu": 3, "cuda": 5, "quick": 3}
 
 
-def guarded(steps: int, limit: float, gap: float) -> Guidance:
-    """A guard whose attempts pass while their first gaps are at most `limit`, the last one in any case."""
+def guarded(steps: int, limit: float) -> Guidance:
+    """A guard whose attempts pass while their scores, of gaps as they are, are at most `limit`, the last one in any case."""
     guidances = (
         Guidance.cfg(SCALE),
         Guidance.delayed(SCALE, until=At(900), before=2.0),
         Guidance.opposite(1.0, SCALE, At(300)),
     )
-    limits = (limit, limit, math.inf)
-    return Guidance.ladder(
-        [Rung(g, (gap,) * steps, 2, early, 2, 0, math.inf) for g, early in zip(guidances, limits, strict=True)]
-    )
+    limits = zip(guidances, (limit, limit, math.inf), strict=True)
+    return Guidance.ladder([Rung(one, (1.0,) * steps, 2, math.inf, 2, 0, verdict) for one, verdict in limits])
 
 
-def works(sampler: Sampler, jobs: int, most: int, gaps: Sequence[float]) -> dict[str, list[Guidance | tuple[int, Guidance]]]:
-    """(steps, guidance) of every job, by the kind of work. most: the largest number of steps; gaps: of plain samples."""
+def works(sampler: Sampler, jobs: int, most: int, prompts: Sequence[str]) -> dict[str, list[tuple[int, Guidance]]]:
+    """(steps, guidance) of every job, by the kind of work. most: the largest number of steps."""
     plain, middle, rng = Guidance.cfg(SCALE), 3 * most // 5, torch.Generator().manual_seed(0)
     counts = torch.randint(most // 5, most + 1, (jobs,), generator=rng).tolist()
-    limit = sorted(gaps)[3 * len(gaps) // 4]
-    guard, again = guarded(middle, limit, 1.0), Guidance.cfg(SCALE, restart=(300, 600, 2))
+    rung = guarded(middle, math.inf).rungs[0]
+    outs = (sampler([text], [i], middle, plain, output="latent", progress=False) for i, text in enumerate(prompts))
+    scores = sorted(rung.score(out.noise_gap[0]).item() for out in outs)
+    guard, again = guarded(middle, scores[3 * len(scores) // 4]), Guidance.cfg(SCALE, restart=(300, 600, 2))
     return {
         "uniform": [(middle, plain)] * jobs,
         f"{most // 5} to {most} steps": [(count, plain) for count in counts],
@@ -104,11 +104,7 @@ def engine(device: torch.device, preset: str) -> Iterator[Row]:
     waiting, real = stand_in(pipe, seconds=SECONDS), Sampler.from_pipeline(pipe, "dpmsolver++")
     for name, sampler, jobs, most in (("stand-in", waiting, 64, 50), ("tiny", real, 24, 20)):
         case = Case(sampler, prompts[:jobs])
-        first = [
-            sampler([prompts[i]], [i], 3 * most // 5, Guidance.cfg(SCALE), output="latent", progress=False) for i in range(16)
-        ]
-        gaps = [out.noise_gap[0, :2].mean().item() for out in first]
-        for kind, work in works(sampler, jobs, most, gaps).items():
+        for kind, work in works(sampler, jobs, most, prompts[:16]).items():
             peers, calls = case.peers(work), {}
             for peer, call in peers.items():
                 before = getattr(sampler.model, "calls", 0)
