@@ -4,7 +4,7 @@ import re
 import runpy
 from pathlib import Path
 
-import kdiffusion
+import kd_package
 import pytest
 from PIL import Image
 
@@ -17,7 +17,7 @@ def test_an_example_runs(name, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(EXAMPLES))
     if name == "kdiffusion":
-        kdiffusion.package()
+        kd_package.package()
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     (steps,) = re.findall(r"guided from step \[([-\d, ]+)\] on", capsys.readouterr().out)
     assert all(0 < int(step) < 20 for step in steps.split(","))

@@ -11,7 +11,7 @@ from basinescape.hosts import comfyui
 from basinescape.hosts.comfyui import node
 from basinescape.hosts.comfyui.guided import Steps
 from basinescape.hosts.kdiffusion import EscapeDenoiser
-from kdiffusion import package
+from kd_package import package
 
 FOLDER = Path(comfyui.__file__).parent
 STEPS, BATCH, CFG = 8, 2, 4.0

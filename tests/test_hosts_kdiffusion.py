@@ -7,7 +7,7 @@ from basinescape import At, Fallen, FirstMinimum, Guidance, Sampler, Settled
 from basinescape.hosts.kdiffusion import EscapeDenoiser
 from basinescape.kernels import definition
 from basinescape.schedulers import make_scheduler
-from kdiffusion import package
+from kd_package import package
 
 STEPS, BATCH = 8, 2
 PROMPTS = ["a picture of a cat signed by arno", "a picture of a frog"]

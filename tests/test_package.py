@@ -30,6 +30,7 @@ def test_a_wheel_holds_the_pipeline_and_all_packages(tmp_path):
         expected = {f"basinescape/{package}{path.relative_to(source / folder)}" for path in (source / folder).rglob("*.py")}
         assert expected <= names
     tiny = {f"basinescape/bench/tiny/{path.relative_to(ROOT / 'bench/tiny')}" for path in (ROOT / "bench/tiny").rglob("*.*")}
+    assert "basinescape/hosts/comfyui/example_workflows/delayed_guidance.json" in names
     assert tiny <= names and any(name.endswith("unet/diffusion_pytorch_model.safetensors") for name in tiny)
 
 
