@@ -121,7 +121,8 @@ class Engine:
         self._begin, self._fixed, self._local = begin, fixed, local
         self._most = self._size = slots
         self._lane: Lane | None = None
-        self._multistep = False
+        self._form: tuple | None = None  # of the batch that is open; None where none is
+        self._multistep, self._lost = False, -1
         self._live: list[Slot] = []
         self._waiting: deque[tuple[int, Sample]] = deque()
         self.calls: Counter[str] = Counter()  # network calls of samples by branch; "spared": those that were not needed
@@ -129,13 +130,17 @@ class Engine:
     def run(self, work: Iterable[Sample | Result], tick: Callable[[], Any] = lambda: None) -> Iterator[Result]:
         """The results in the order in which they are done; what is one already is passed on. `tick` is told of every step."""
         self._work, self._spoiled = enumerate(work), []
-        while self._fill() or self._spoiled:
+        while True:
+            fresh = self._admit()
             done, self._spoiled = self._spoiled, []
             yield from done
             if not self._live:
-                continue
+                if done:
+                    continue
+                return
             tick()
             try:
+                self._begin_in(fresh)
                 self._step()
                 done = self._settle()
             except Exception as error:
@@ -144,11 +149,15 @@ class Engine:
                 done = self._retreat(error)
             yield from done
 
-    def _fill(self) -> bool:
-        """Give free slots the next samples; whether any slot has one."""
+    def _admit(self) -> list[Slot]:
+        """Give free slots the next samples; returns those slots."""
         fresh: list[Slot] = []
         while len(self._live) < self._size and (following := self._peek()) is not None:
             number, sample = following
+            if number > self._lost and self._size < self._most:  # those that a fault sent back are through
+                if self._live:
+                    break
+                self._size = self._most
             if not self._live:
                 if not self._suits(sample):
                     self._open(sample)
@@ -161,13 +170,19 @@ class Engine:
             slot.enter(0)
             self._live.append(slot)
             fresh.append(slot)
+        return fresh
+
+    def _begin_in(self, fresh: Sequence[Slot]) -> None:
+        """Begin the samples of slots that were free; where there are none, leave out those that will stay so."""
+        if self._lane is None:
+            self._make_lane(fresh[0].sample)
         if fresh:
+            self._lane.follow(self._plan)
             for slot in fresh:
                 self._lane.network.put(slot.place, slot.sample.network, slot.sample.row)
             self._send(fresh, [slot.sample.begin() for slot in fresh])
-        elif not self._fixed and 0 < 2 * len(self._live) <= self._size:
+        elif not self._fixed and 2 * len(self._live) <= self._size:
             self._shrink()
-        return bool(self._live)
 
     def _peek(self) -> tuple[int, Sample] | None:
         """The next sample in line, with its number."""
@@ -183,7 +198,7 @@ class Engine:
 
     def _suits(self, sample: Sample) -> bool:
         """Whether the batch that is open can take the sample beside those that are in it."""
-        if self._lane is None or self._form != (self._size, *sample.form):
+        if self._form != (self._size, *sample.form):
             return False
         if sample.ladder.stepwise:  # its scheduler knows one step for all: they begin together
             return not self._begun and sample.ladder is self._ladders[0]
@@ -192,18 +207,17 @@ class Engine:
         return room or any(sample.ladder is ladder for ladder in self._ladders)
 
     def _open(self, sample: Sample) -> None:
-        """A batch of free slots that the sample can go into."""
-        self._form, self._begun = (self._size, *sample.form), False
+        """A batch of free slots that the sample can go into; `_make_lane` gives it its memory."""
+        self._form, self._lane, self._begun = (self._size, *sample.form), None, False
         self._ladders, self._plan = [sample.ladder], sample.ladder.whole
-        self._generators = [torch.Generator() for _ in range(self._size)]
-        device = self._plan.table.device
-        nothing = torch.zeros((self._size, *sample.shape), device=device)
-        network = sample.network.blank(self._size)
         self._multistep |= self._plan.multistep  # one step alone has no history: once others were there, there is room for it
+
+    def _make_lane(self, sample: Sample) -> None:
+        self._generators = [torch.Generator() for _ in range(self._size)]
+        device, network = self._plan.table.device, sample.network.blank(self._size)
+        nothing = torch.zeros((self._size, *sample.shape), device=device)
         plan = replace(self._plan.roomy(ROWS, STEPS), multistep=self._multistep)
-        self._lane = None  # gives its memory back first
         self._lane = self._begin(sample.ladder, network, plan, nothing, self._generators)
-        self._lane.follow(self._plan)
         self._lane.state.transition.row.fill_(1)  # past the last: no step changes them
         self._lane.state.transition.last.fill_(0)
 
@@ -215,7 +229,6 @@ class Engine:
         offset = len(self._plan.table)
         self._ladders.append(ladder)
         self._plan = Plan.joined([self._plan, ladder.whole])
-        self._lane.follow(self._plan)
         return offset
 
     def _send(self, slots: Sequence[Slot], noise: Sequence[Tensor]) -> None:
@@ -291,13 +304,12 @@ class Engine:
     def _retreat(self, error: Exception) -> list[Result]:
         """After a fault of all slots together: those in flight begin again in half as many, one alone has failed."""
         lost = sorted(self._live, key=lambda slot: slot.number)
-        self._live, self._lane = [], None
+        self._live, self._lane, self._form, short = [], None, None, isinstance(error, torch.OutOfMemoryError)
         if len(lost) == 1:
-            self._size = self._most
             return [Result(lost[0].sample, error=error)]
         self._waiting.extendleft((slot.number, slot.sample) for slot in reversed(lost))
-        self._size = max(1, self._size // 2)
-        if isinstance(error, torch.OutOfMemoryError):
+        self._lost, self._size = max(self._lost, lost[-1].number), max(1, min(self._size, len(lost)) // 2)
+        if short:
             self._most = self._size
             torch.cuda.empty_cache()
         log.warning("%d samples failed together (%s): they begin again, %d at a time", len(lost), error, self._size)

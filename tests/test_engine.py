@@ -206,6 +206,38 @@ def test_a_fault_costs_one_sample_and_no_slots(sampler):
         run(sampler, samples(sampler, [ladder(sampler, 3)] * 8), 4, local=False)
 
 
+def test_a_fault_that_passes_costs_nothing(sampler, caplog):
+    """Also one in giving the batch its memory; afterwards there are as many slots as before."""
+    faults, sizes, lane = ["step", "lane"], [], sampler.lane
+
+    def opened(*given):
+        if faults[-1:] == ["lane"]:
+            faults.pop()
+            raise RuntimeError("passes")
+        return lane(*given)
+
+    def fault(latents, there):
+        sizes.append(len(latents))
+        if len(sizes) == 2:
+            faults.pop()
+            raise RuntimeError("passes")
+
+    sampler.lane = opened
+    failing(sampler, fault)
+    found = run(sampler, samples(sampler, [ladder(sampler, 3)] * 16), 4)
+    assert not faults and len(found) == 16 and all(result.error is None for result in found.values())
+    assert sizes[0] == 4 and sizes[-1] == 8 and len(caplog.records) == 2
+
+
+def test_a_source_that_fails_ends_the_work(sampler):
+    def work():
+        yield samples(sampler, [ladder(sampler, 3)])[0]
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        run(sampler, work(), 2)
+
+
 def test_what_has_failed_already_is_passed_on(sampler):
     work = samples(sampler, [ladder(sampler, 3)] * 3)
     work[1] = Result(work[1], error=ValueError("no prompt"))
