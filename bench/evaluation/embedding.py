@@ -11,12 +11,12 @@ from PIL import Image
 SIDE = 256  # pixels: larger images are embedded at this size
 
 
-def embedded(path: Path, side: int = SIDE) -> str:
-    """The image as a data URI, shrunk to fit `side` pixels; empty where it cannot be read."""
+def embedded(path: Path, side: int | None = SIDE) -> str:
+    """The image as a data URI, shrunk to fit `side` pixels (None: as it is); empty where it cannot be read."""
     try:
         with Image.open(path) as image:
             data, kind = path.read_bytes(), Image.MIME[image.format]
-            if max(image.size) > side:
+            if side is not None and max(image.size) > side:
                 small = image.convert("RGB")
                 small.thumbnail((side, side))
                 small.save(file := io.BytesIO(), format="WEBP", quality=85)

@@ -6,7 +6,6 @@ as LaTeX.
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 from collections import Counter
@@ -20,14 +19,13 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from PIL import Image
 
 from ..scenario import Prompt, Scenario, prompts
 from .comparison import GROUPS, Comparison
+from .embedding import embedded
 from .evaluate import RECORDED, image_path, read_run, table
 from .figures import COLORS, Point, band, tradeoff
 
-SIDE = 256  # larger images are embedded at this size: a scenario's have half a megabyte each
 SHOWN = 64  # captions on the page, the worst ones: a set of thousands would make it too large to open
 INK = "#010203"  # stands for the page's own text colour, which a light and a dark page do not share
 
@@ -78,7 +76,7 @@ def _section(folder: Path, run: dict[str, Any], lines: list[dict[str, Any]]) -> 
         "judged": _judged(lines, compared),
         "quality": _quality(folder / "quality.csv"),
         "curves": _curves(lines),
-        "figures": [(path.name, _uri(path)) for path in sorted(folder.glob("*.png"))],
+        "figures": [(path.name, embedded(path, None)) for path in sorted(folder.glob("*.png"))],
         "captions": (captions := _captions(folder, lines, training)),
         "pictures": any(made["uri"] for caption in captions for made in caption["made"].values()),
         "count": len({line["id"] for line in lines if line["group"] == "memorized"}),
@@ -259,19 +257,4 @@ def _training(run: dict[str, Any], asked: dict[str, str]) -> dict[str, Path]:
 
 def _picture(path: Path | None) -> str | None:
     """A picture to look at; None where there is none that can be read."""
-    try:
-        return None if path is None else _uri(path, SIDE)
-    except OSError:
-        return None
-
-
-def _uri(path: Path, side: int | None = None) -> str:
-    """The image as a data URI, shrunk to fit `side` pixels."""
-    with Image.open(path) as image:
-        data, kind = path.read_bytes(), Image.MIME[image.format]
-        if side and max(image.size) > side:
-            small = image.convert("RGB")
-            small.thumbnail((side, side))
-            small.save(file := io.BytesIO(), format="WEBP", quality=85)
-            data, kind = file.getvalue(), "image/webp"
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    return None if path is None else embedded(path) or None
