@@ -5,6 +5,7 @@ import signal
 from functools import partial
 
 import pytest
+import torch
 from basinescape import Guidance, Sampler
 from basinescape import ray as spread
 from basinescape.bench.speed.standin import stand_in
@@ -29,6 +30,7 @@ def load(marker=None, always=False):
     """The stand-in; where there is a file `marker`, the first to see it takes it away and dies in the midst of its work."""
     from diffusers import StableDiffusionPipeline
 
+    torch.set_num_threads(1)  # as in this process: a sum over a sample has other bits with more
     sampler = stand_in(StableDiffusionPipeline.from_pretrained(Sampler.model_path("tiny"), use_safetensors=True))
     predict = sampler.model._predict
 
