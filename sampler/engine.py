@@ -114,11 +114,12 @@ class Engine:
     fixed:  the batch always has that many rows, those that nobody needs being padding. It costs a few rows at the end of the
             work; a compiler sees one shape, and images keep their bits whatever is beside them. Without it, the batch shrinks
             once there is nothing to fill it with.
+    room:   samples may come that have other plans than the first; else the batch is made for that one.
     local:  a fault costs the sample that has it: those in flight begin again in fewer slots, down to one. Else it is raised.
     """
 
-    def __init__(self, begin: Begin, slots: int, fixed: bool = False, local: bool = False):
-        self._begin, self._fixed, self._local = begin, fixed, local
+    def __init__(self, begin: Begin, slots: int, fixed: bool = False, local: bool = False, room: bool = True):
+        self._begin, self._fixed, self._local, self._room = begin, fixed, local, room
         self._most = self._size = slots
         self._lane: Lane | None = None
         self._form: tuple | None = None  # of the batch that is open; None where none is
@@ -216,7 +217,7 @@ class Engine:
         self._generators = [torch.Generator() for _ in range(self._size)]
         device, network = self._plan.table.device, sample.network.blank(self._size)
         nothing = torch.zeros((self._size, *sample.shape), device=device)
-        plan = replace(self._plan.roomy(ROWS, STEPS), multistep=self._multistep)
+        plan = replace(self._plan.roomy(ROWS, STEPS) if self._room else self._plan, multistep=self._multistep)
         self._lane = self._begin(sample.ladder, network, plan, nothing, self._generators)
         self._lane.state.transition.row.fill_(1)  # past the last: no step changes them
         self._lane.state.transition.last.fill_(0)

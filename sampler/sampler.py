@@ -275,7 +275,7 @@ class Sampler:
             Sample(i, ladder, tuple(start.shape), network, i, generator=generator, noise=start)
             for i, (start, generator) in enumerate(zip(noise, generators, strict=True))
         ]
-        engine = Engine(self.lane, len(work), fixed=network.version is not None)
+        engine = Engine(self.lane, len(work), fixed=network.version is not None, room=False)
         return gathered(engine.run(work, tick=lambda: next(turns, None)))
 
     def lane(
