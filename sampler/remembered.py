@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .batches import parts
-from .folder import Journal
+from .folder import Journal, read_lines
 
 
 class Remembered:
@@ -27,6 +27,7 @@ class Remembered:
         self.path = None if path is None else Path(path)
         self._run = hashlib.sha256(json.dumps(run, sort_keys=True, default=str).encode()).hexdigest()
         self._journal = None if self.path is None else Journal(self.path, self._key)
+        self._lines = {} if self.path is None else {self._key(line): line for line in read_lines(self.path)}
 
     def _key(self, line: dict[str, Any]) -> tuple[str, int] | None:
         whole = line.get("run") == self._run and {"what", "index", "values"} <= line.keys()
@@ -34,11 +35,10 @@ class Remembered:
 
     def __call__(self, what: str, count: int, size: int, make: Callable[[Sequence[int]], Tensor], bar: tqdm) -> Tensor:
         """(count, ...) float32: `make` measures the samples of some indices, at most `size` of them at a time."""
-        lines = {} if self._journal is None else self._journal.lines
         found = []
         for part in parts(count, size):  # the same batches as ever, so that rounding is the same too
-            if all((what, i) in lines for i in part):
-                found.append(_tensor([lines[what, i]["values"] for i in part]))
+            if all((what, i) in self._lines for i in part):
+                found.append(_tensor([self._lines[what, i]["values"] for i in part]))
             else:
                 found.append(values := make(part).float().cpu())
                 for i, row in zip(part, values, strict=True):

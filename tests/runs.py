@@ -68,7 +68,8 @@ class Drawn:
             self.asked.append({"prompts": whole, "negative_prompt": negative, "height": height, "width": width, **options})
         self._prompts += [text for text in whole if text not in self._prompts]
         numbers = torch.tensor([self._prompts.index(text) for text in prompts] * 2, dtype=model.dtype)
-        return Encoded({"encoder_hidden_states": numbers.view(-1, 1, 1)}, {}, [self.cut.get(text, "") for text in prompts])
+        truncated = [self.cut.get(text, "") for text in prompts]
+        return Encoded({"encoder_hidden_states": numbers.view(-1, 1, 1)}, truncated=truncated)
 
     def network(self, model, encoded, plain=False):
         dtype = str(model.dtype).removeprefix("torch.")
@@ -85,7 +86,7 @@ class Drawn:
 
         return GuidedUNet(predict, encoded.inputs)
 
-    def decode(self, model, latents, output, generators):
+    def decode(self, model, latents, output, generators, **options):
         (seed,) = (generator.initial_seed() for generator in generators)
         finite = latents.isfinite().flatten(1).all(dim=1)
         image = Image.new("RGB", (8, 8), (seed % 256, 0, 0))

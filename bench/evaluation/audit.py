@@ -21,7 +21,7 @@ from typing import Any
 
 from basinescape import Calibration, Output, Rung, Sampler, arguments
 from basinescape.batches import FORMAT, moving, parts
-from basinescape.folder import Journal, open_folder, save_image, settings_of
+from basinescape.folder import Journal, open_folder, read_lines, save_image, settings_of
 from tqdm import tqdm
 
 from ..scenario import Prompt
@@ -87,7 +87,7 @@ def audit(
     nearest = Nearest(images, settings.similarity, settings.threshold) if settings.verify else None
     open_folder(out, _run(sampler, model, captions, look, steps, settings))
     with Journal(out / "scores.jsonl", lambda line: line["id"] if line.get("status") == "ok" else None) as journal:
-        scored = dict(journal.lines)
+        scored = {line["id"]: line for line in read_lines(out / "scores.jsonl")}
         waiting = [(i, prompt) for i, prompt in enumerate(captions) if prompt.id not in scored]
         with _bar("scoring", len(captions), len(captions) - len(waiting), progress) as bar:
             for lines in _scored(sampler, waiting, len(captions), look, steps, settings, batch_size, bar):
@@ -218,7 +218,7 @@ def _verified(
         return sampler(texts, seeds, steps, calibration.rungs[0].guidance, batch_size=size, progress=moving(bar, len(batch)))
 
     with Journal(out / "verified.jsonl", known) as journal:
-        lines = dict(journal.lines)
+        lines = {(line["id"], line["seed"]): line for line in read_lines(out / "verified.jsonl")}
         waiting = [task for task in tasks if (task[0].id, task[1]) not in lines]
         with _bar("verifying", len(tasks), len(tasks) - len(waiting), progress) as bar:
             for part in parts(len(waiting), size):
