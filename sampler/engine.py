@@ -150,6 +150,12 @@ class Engine:
                 done = self._retreat(error)
             yield from done
 
+    @property
+    def under_way(self) -> float:
+        """The steps that samples in the slots have taken of their attempts, as so many samples' worth."""
+        starts = ((slot, slot.offset + slot.sample.ladder.starts[slot.rung]) for slot in list(self._live))
+        return sum((slot.row - start) / (slot.end - start) for slot, start in starts)
+
     def _admit(self) -> list[Slot]:
         """Give free slots the next samples; returns those slots."""
         fresh: list[Slot] = []

@@ -135,6 +135,7 @@ def generate(
                 shown.update(line, run.calls)
 
         shown.begin(len(mine), len(journal), prompts.skipped)
+        run.moved = shown.moved
         again: list[tuple[int, Job]] = []
         take(run.made(waiting(), stop, again.append if sampler.model.half else None))
         take(run.in_float32(again, stop))
@@ -220,6 +221,7 @@ class Run:
         self.sampler, self.ladder, self.format, self.slots, self.copies = sampler, ladder, format, slots, copies
         self.text = {"height": height, "width": width, "clip_skip": clip_skip}
         self.engine = Engine(sampler.lane, slots, fixed=True, local=True)
+        self.moved: Callable[[float], None] = lambda under_way: None  # is told of every step
 
     @property
     def calls(self) -> Counter[str]:
@@ -241,10 +243,15 @@ class Run:
                 yield position, job
 
         stages = Stages(threads=not offloaded(self.sampler.pipe))
+
+        def tick() -> None:
+            stages.check()
+            self.moved(self.engine.under_way)
+
         try:
             with ThreadPoolExecutor(PRESSES) as pool:
                 samples = stages.ahead(encoded(model, noted(), self.ladder, **self.text), TEXTS)
-                results = stages.ahead(self.engine.run(stop.until(samples), stages.check), self.slots)
+                results = stages.ahead(self.engine.run(stop.until(samples), tick), self.slots)
                 pictures = decoded(model, results, self.format == "latents", self.text["height"], self.text["width"])
                 press = partial(pool.submit, self._press, retried=again is not None)
                 yield from self._in_order(stages.ahead(map(press, pictures), self.slots), order, again)

@@ -13,6 +13,8 @@ from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
+from .batches import FORMAT
+
 LOGS = ("auto", "plain", "json", "none")
 EVERY = 10.0  # seconds between lines where there is no terminal
 NAMED = 5  # ids that are named of each kind
@@ -117,7 +119,7 @@ class Progress:
         self.summary, self._start = Summary(total, before, skipped), time.monotonic()
         self._shown = self._start
         if self.kind == "bar":
-            self._bar = tqdm(total=total, initial=before, desc="images", unit="image", file=self.stream)
+            self._bar = tqdm(total=total, initial=before, desc="images", unit="image", bar_format=FORMAT, file=self.stream)
         self._tell("begin", due=self.kind == "json")
 
     def update(self, line: dict[str, Any], calls: Counter[str]) -> None:
@@ -127,8 +129,14 @@ class Progress:
         if self._bar is not None:
             kinds = ("suspect", "failed")
             self._bar.set_postfix({kind: self.summary.counts[kind] for kind in kinds if self.summary.counts[kind]}, False)
-            self._bar.update()
+            self.moved(0.0)
         self._tell("progress", due=time.monotonic() - self._shown >= EVERY)
+
+    def moved(self, under_way: float) -> None:
+        """Tell of steps taken, as so many images' worth that are not yet done; the bar moves with them."""
+        if self._bar is not None:
+            counts = self.summary.counts
+            self._bar.update(self.summary.before + counts["ok"] + counts["failed"] + under_way - self._bar.n)
 
     def _tell(self, event: str, due: bool) -> None:
         for name, value in self.summary.facts().items() if self._gauges else ():

@@ -134,6 +134,12 @@ def random_pipeline(tiny):
     return make
 
 
+@pytest.fixture(scope="session")
+def small(random_pipeline):
+    """A pipeline with random weights and latents of the small pipeline's size, four times as fast as that."""
+    return random_pipeline("sd", 16, "epsilon")
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """A `Drawn`: every sampler's pictures are drawn without a network."""

@@ -156,8 +156,11 @@ def test_a_loop_of_ones_own_is_the_sampler(pipe, guidance):
 def test_a_calibration_says_what_looks_memorized():
     plain, late = Guidance.cfg(4.0), Guidance.delayed(4.0, until=At(650))
     given, gaps = predictions(STEPS), (7.0,) * STEPS
-    rungs = [Rung(plain, gaps, 1, math.inf, 2, 2, 1.0, tuple(LEVELS)), Rung(late, gaps, 1, math.inf, 3, 1, 1.5, tuple(LEVELS))]
-    calibration = Calibration({}, STEPS, 4.0, 1, 0.1, 0.1, tuple(rungs))
+    rungs = [
+        Rung(plain, gaps, 1, math.inf, 2, 2, 1.0, levels=tuple(LEVELS)),
+        Rung(late, gaps, 1, math.inf, 3, 1, 1.5, levels=tuple(LEVELS)),
+    ]
+    calibration = Calibration({}, STEPS, 4.0, 1, 0.1, 0.1, 0.1, tuple(rungs))
     for guidance, rung in zip((plain, late), rungs, strict=True):
         state = Escape(guidance, LEVELS, BATCH, calibration=calibration)
         for uncond, cond in given[:-1]:

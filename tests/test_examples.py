@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import kd_package
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "small")
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in ("small", "bulk"))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -22,6 +23,17 @@ def test_an_example_runs(name, monkeypatch, tmp_path, capsys):
     (steps,) = re.findall(r"guided from step \[([-\d, ]+)\] on", capsys.readouterr().out)
     assert all(0 < int(step) < 20 for step in steps.split(","))
     assert len(Image.open(tmp_path / f"{name}.png").getcolors(1 << 16)) > 1
+
+
+def test_the_large_run_makes_its_files(monkeypatch, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "a picture of a cat", "id": "cat"}\nnot JSON\n{"prompt": "a picture of a dog"}\n'
+    )
+    argv = ["bulk.py", tmp_path / "p.jsonl", tmp_path / "out", "--steps", 50, "--batch-size", 2]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    runpy.run_path(str(EXAMPLES / "bulk.py"), run_name="__main__")
+    assert "2 of 2 images" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out" / "images").iterdir()} == {"cat.png", "2.png"}
 
 
 def test_the_table_names_every_example():

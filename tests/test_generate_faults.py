@@ -39,10 +39,10 @@ def test_a_killed_run_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsys
 def test_a_sample_that_fails_loses_no_other(tmp_path, monkeypatch, capsys):
     decode = StableDiffusion.decode
 
-    def failing(self, latents, output, generators):
+    def failing(self, latents, output, generators, **size):
         if generators[0].initial_seed() == 1:
             raise RuntimeError("out of memory")
-        return decode(self, latents, output, generators)
+        return decode(self, latents, output, generators, **size)
 
     monkeypatch.setattr(StableDiffusion, "decode", failing)
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
@@ -177,12 +177,12 @@ def test_a_decoder_that_dies_is_asked_again(sampler, drawn, tmp_path, monkeypatc
     """Once; what ends its thread twice over one sample has ended that sample alone."""
     decode, deaths = StableDiffusion.decode, {1: 1, 3: 5}
 
-    def dying(self, latents, output, generators):
+    def dying(self, latents, output, generators, **size):
         seed = generators[0].initial_seed()
         if deaths.get(seed, 0):
             deaths[seed] -= 1
             raise SystemExit(1)
-        return decode(self, latents, output, generators)
+        return decode(self, latents, output, generators, **size)
 
     monkeypatch.setattr(StableDiffusion, "decode", dying)
     make(sampler, jobs(5), tmp_path / "out", batch_size=2)

@@ -27,8 +27,8 @@ CALLS = [
 
 
 @pytest.fixture(scope="module")
-def pipe(random_pipeline):
-    return random_pipeline("sd", 16, "epsilon")
+def pipe(small):
+    return small
 
 
 def call(sampler, prompts, guidance, seeds=7, steps=STEPS):

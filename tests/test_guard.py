@@ -29,8 +29,8 @@ NEVER = -math.inf  # a verdict that no attempt passes: scores are above 0
 
 
 @pytest.fixture(scope="module")
-def pipe(random_pipeline):
-    return random_pipeline("sd", 16, "epsilon")
+def pipe(small):
+    return small
 
 
 def sample(pipe, guidance, prompts=PROMPTS, seeds=SEEDS, scheduler="dpmsolver++", **options):

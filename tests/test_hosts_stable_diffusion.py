@@ -198,7 +198,7 @@ def test_rescaled_guidance_is_the_pipelines(random_pipeline):
 def test_what_looks_memorized_is_said(pipe):
     pipe.scheduler.set_timesteps(STEPS)
     levels = tuple(pipe.scheduler.timesteps.float().tolist())
-    usual = Rung(FOUR, (2.0,) * STEPS, 1, 1.0, 2, 1, 1.2, levels)
-    with escape(pipe, FOUR, Calibration({}, STEPS, 4.0, 1, 0.1, 0.1, (usual,))) as run:
+    usual = Rung(FOUR, (2.0,) * STEPS, 1, 1.0, 2, 1, 1.2, levels=levels)
+    with escape(pipe, FOUR, Calibration({}, STEPS, 4.0, 1, 0.1, 0.1, 0.1, (usual,))) as run:
         stable_diffusion(pipe)
     assert torch.equal(run.score, usual.score(run.noise_gap)) and torch.equal(run.suspect, run.score > 1.2)

@@ -46,6 +46,11 @@ class Operators(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
+@pytest.fixture(scope="module")
+def pipe(small):
+    return small
+
+
 def start(pipe, guidance, scheduler="euler"):
     model = adapt(pipe)
     plan = Plan.make(Solver.of(make_scheduler(scheduler, pipe.scheduler), Schedule(STEPS)), guidance, torch.device("cpu"))

@@ -167,7 +167,7 @@ def test_every_method_makes_an_image_and_plain_guidance_is_left_as_it_was(pipe, 
     monkeypatch.setattr(embedding, "ITERATIONS", 2)
     found = ["a picture of a cat signed by arno", "a picture of a frog"]
     measured = {"ordinary": (1.0,) * 4, "stable": region(4, 1.0, 0.01), "calibration": None}
-    methods = method_table(replace(PRESETS["tiny"], transition=500.0, **measured))
+    methods = method_table(replace(PRESETS["tiny"], transition=500.0, steps=4, **measured))
     plain = methods["cfg"].sample(sampler, found, [0, 1], 4)
     for name, method in methods.items():
         out = method.sample(sampler, found, [0, 1], 4)

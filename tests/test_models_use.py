@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from basinescape import At, Calibration, FirstMinimum, Guidance, Sampler
+from basinescape.folder import read_lines
 from basinescape.generate import generate
 from basinescape.models import adapt
 from basinescape.prompts import Job
@@ -146,7 +147,8 @@ def test_a_saved_pipeline_is_loaded_calibrated_and_makes_files(pipes, name, tmp_
         calibration = Calibration.measure(sampler, PROMPTS, steps=STEPS, scale=3.0, rungs=rungs, progress=False)
         guidance = Guidance.guard(3.0, calibration)
     jobs = [Job("a", "a cat", 1), Job("b", "a frog", 2, "fog")]
-    lines = generate(sampler, jobs, tmp_path / "out", guidance, "m", steps=STEPS, height=16, width=32, progress=False)
+    generate(sampler, jobs, tmp_path / "out", guidance, "m", steps=STEPS, height=16, width=32, progress=False)
+    lines = list(read_lines(tmp_path / "out" / "manifest.jsonl"))
     assert [line["status"] for line in lines] == ["ok", "ok"] and all(("score" in line) == (name == "sd3") for line in lines)
     with Image.open(tmp_path / "out" / "images" / "a.png") as image:
         assert image.size == (32, 16) and getattr(image, "n_frames", 1) == (5 if name == "wan" else 1)

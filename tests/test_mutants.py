@@ -101,7 +101,7 @@ def captured(pipe):
     ("owner", "name", "old"),
     [
         ("Graphs", "lane", "session.table[: len(plan.table)].copy_(plan.table)"),
-        ("Graphs", "lane", 'session.network.load(network.inputs["both"])'),
+        ("Graphs", "lane", "session.network.load(network)"),
         ("Session", "start", "self.state.start(noise, self.table, last=plan.last)"),
     ],
 )

@@ -15,8 +15,8 @@ RESTART = (300, 600, 2)
 
 
 @pytest.fixture(scope="module")
-def pipe(random_pipeline):
-    return random_pipeline("sd", 16, "epsilon")
+def pipe(small):
+    return small
 
 
 def sample(pipe, scheduler, guidance, prompts=PROMPTS, seeds=SEEDS, steps=STEPS, **options):

@@ -46,6 +46,11 @@ def exact(pipe):
     return copy.deepcopy(pipe).to(torch.float64)
 
 
+@pytest.fixture(scope="module")
+def small_exact(small):
+    return copy.deepcopy(small).to(torch.float64)
+
+
 def plain_loop(pipe, scheduler, guidance, prompt, seed):
     """One sample in the pipeline's dtype, straight from the method's definitions: latents and transition step."""
     scheduler = make_scheduler(scheduler, pipe.scheduler)
@@ -79,15 +84,15 @@ def plain_loop(pipe, scheduler, guidance, prompt, seed):
     ids=repr,
 )
 @torch.inference_mode()
-def test_a_batch_is_the_plain_loop_of_each_sample(pipe, exact, scheduler, guidance):
-    out = sample(pipe, scheduler, guidance)
+def test_a_batch_is_the_plain_loop_of_each_sample(small, small_exact, scheduler, guidance):
+    out = sample(small, scheduler, guidance)
     for i, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True)):
-        latents, transition = plain_loop(exact, scheduler, guidance, prompt, seed)
+        latents, transition = plain_loop(small_exact, scheduler, guidance, prompt, seed)
         assert out.transition_step[i] == transition
         off = (out.latents[i : i + 1] - latents).abs().max()
         if off > NEAR:  # what float32 does to a plain loop, which guidance amplifies
             assert off <= LEEWAY * spread(
-                pipe.unet, lambda p=prompt, s=seed: plain_loop(pipe, scheduler, guidance, p, s)[0], latents
+                small.unet, lambda p=prompt, s=seed: plain_loop(small, scheduler, guidance, p, s)[0], latents
             )
 
 
@@ -125,17 +130,17 @@ def test_samples_leave_where_their_gaps_have_fallen(pipe, scheduler, share, late
 
 
 @pytest.mark.parametrize("scheduler", ["dpmsolver++", "euler-ancestral"])
-def test_a_sample_is_the_same_alone_in_seven_and_in_another_order(pipe, scheduler):
+def test_a_sample_is_the_same_alone_in_seven_and_in_another_order(small, scheduler):
     guidance = METHODS[1]
     prompts, seeds = [PROMPTS[i % 3] for i in range(7)], list(range(7))
     order = [4, 0, 6, 2, 5, 1, 3]
-    seven = sample(pipe, scheduler, guidance, prompts, seeds)
-    turned = sample(pipe, scheduler, guidance, [prompts[i] for i in order], [seeds[i] for i in order])
-    alone = sample(pipe, scheduler, guidance, prompts[2:3], seeds[2:3])
+    seven = sample(small, scheduler, guidance, prompts, seeds)
+    turned = sample(small, scheduler, guidance, [prompts[i] for i in order], [seeds[i] for i in order])
+    alone = sample(small, scheduler, guidance, prompts[2:3], seeds[2:3])
     for found, expected, chosen in ((turned, seven.latents[order], order), (alone, seven.latents[2:3], [2])):
         given = [prompts[i] for i in chosen], [seeds[i] for i in chosen]
         assert_same_but_for_rounding(
-            found.latents, expected, pipe, lambda given=given: sample(pipe, scheduler, guidance, *given).latents
+            found.latents, expected, small, lambda given=given: sample(small, scheduler, guidance, *given).latents
         )
     assert turned.transition_step.tolist() == seven.transition_step[order].tolist()
     assert alone.transition_step[0] == seven.transition_step[2]
@@ -157,8 +162,8 @@ def one_by_one(network):
 
 
 @pytest.mark.parametrize("scheduler", ["dpmsolver++", "euler"])
-def test_the_loop_adds_nothing_of_the_batch(pipe, scheduler):
-    sampler = Sampler.from_pipeline(pipe, scheduler).wrapped(one_by_one)
+def test_the_loop_adds_nothing_of_the_batch(small, scheduler):
+    sampler = Sampler.from_pipeline(small, scheduler).wrapped(one_by_one)
     settings = {"steps": STEPS, "guidance": METHODS[1], "output": "latent", "progress": False}
     batch, alone = sampler(PROMPTS, SEEDS, **settings), sampler(PROMPTS[2], SEEDS[2], **settings)
     assert torch.equal(alone.latents[0], batch.latents[2]) and alone.transition_step[0] == batch.transition_step[2]

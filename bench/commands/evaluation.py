@@ -123,13 +123,16 @@ def quality(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR", help="folders written by evaluate")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR", help="folders written by evaluate, or one by generate")],
     out: Annotated[Path, typer.Option(help="the page to write, one HTML file that needs no network; .csv and .tex beside it")],
 ) -> None:
     """Make a page about evaluations. The finding, copies against concept, the table, and what became of each caption."""
     quieten()
+    from ..evaluation import sheet
     from ..evaluation.report import report
 
+    if len(runs) == 1 and sheet.is_run(runs[0]):
+        return typer.echo(f"{sheet.sheet(runs[0], out)} images in {out}")
     files = report(runs, out)
     typer.echo(f"{len(runs)} run{'s' if len(runs) > 1 else ''} in {', '.join(map(str, files))}")
 

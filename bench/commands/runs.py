@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 NOTES = {  # kinds of images -> (what is said of them, the field of the manifest that says more)
     "again": ("looked memorized and began again", "attempts"),
     "suspect": ("may still be copies of training images", "suspect"),
-    "copies": ("are copies of training images", "copy and nearest"),
+    "copies": ("marked as copies of training images", "copy and nearest"),
     "truncated": ("cut at the text encoder's limit", "truncated"),
     "flagged": ("flagged and blacked out", "nsfw_content_detected"),
     "failed": ("failed", "status"),

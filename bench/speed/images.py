@@ -13,7 +13,7 @@ import torch
 from basinescape import At, FirstMinimum, Guidance, Sampler
 from basinescape.loop import Plan
 from basinescape.models import adapt
-from basinescape.models.unet import PACKED, traced
+from basinescape.models.network import PACKED, traced
 from basinescape.schedulers import make_scheduler
 from diffusers import DiffusionPipeline
 from torch.utils.flop_counter import FlopCounterMode

@@ -49,9 +49,7 @@ class StandIn:
             time.sleep(self.seconds)
         return (latents * 0.25 + encoder_hidden_states[..., None],)
 
-    def decode(
-        self, latents: Tensor, output: str, generators: Sequence[torch.Generator] | None = None, **size: int
-    ) -> Decoded:
+    def decode(self, latents: Tensor, output: str, generators: Sequence[torch.Generator] | None = None, **size: int) -> Decoded:
         pixels = (latents[:, :3].float() * 32 + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
         return Decoded([Image.fromarray(image) for image in pixels], latents.isfinite().flatten(1).all(dim=1), None)
 
