@@ -26,14 +26,13 @@ def test_an_example_runs(name, monkeypatch, tmp_path, capsys):
 
 
 def test_the_large_run_makes_its_files(monkeypatch, tmp_path, capsys):
-    (tmp_path / "p.jsonl").write_text(
-        '{"prompt": "a picture of a cat", "id": "cat"}\nnot JSON\n{"prompt": "a picture of a dog"}\n'
-    )
+    lines = '{"prompt": "a picture of a cat", "id": "cat"}', "not JSON", '{"prompt": "a picture of a dog"}'
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
     argv = ["bulk.py", tmp_path / "p.jsonl", tmp_path / "out", "--steps", 50, "--batch-size", 2]
     monkeypatch.setattr(sys, "argv", list(map(str, argv)))
     runpy.run_path(str(EXAMPLES / "bulk.py"), run_name="__main__")
     assert "2 of 2 images" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "out" / "images").iterdir()} == {"cat.png", "2.png"}
+    assert {path.name for path in (tmp_path / "out" / "images").iterdir()} == {"cat.png", "0002.png"}
 
 
 def test_the_table_names_every_example():
