@@ -76,8 +76,7 @@ class Scenario:
         return cls(**{field.name: stored[field.name] for field in fields(cls) if field.name in stored})
 
 
-_measured = Sampler.model_path("tiny") / "ordinary.json"  # of the pipeline that lies beside it: see `evaluation.ordinary`
-ORDINARY = json.loads(_measured.read_text()) if _measured.is_file() else {"gap": (), "stable": None}
+_ordinary = Calibration.load("tiny").ordinary if Calibration.beside(Sampler.model_path("tiny")) else None
 
 PAPER = {"similarity": "sscd", "where": DATA}
 PRESETS = {
@@ -92,10 +91,10 @@ PRESETS = {
         "tiny",
         transition=680.0,
         similarity="pixels",
-        # Both from general prompts with seeds of their own, from 100 on.
-        ordinary=tuple(ORDINARY["gap"]),
-        stable=ORDINARY["stable"],
-        calibration="tiny" if Calibration.beside(Sampler.model_path("tiny")) else None,
+        # From general prompts with seeds of their own, from 100 on.
+        ordinary=_ordinary.unguided if _ordinary else (),
+        stable=_ordinary.stable if _ordinary else None,
+        calibration="tiny" if _ordinary else None,
     ),
 }
 

@@ -1,6 +1,5 @@
 """Each method against its definition."""
 
-import json
 import textwrap
 from dataclasses import replace
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from basinescape import At, FirstMinimum, Guidance, Sampler
-from basinescape.bench.evaluation import ordinary
 from basinescape.bench.methods import Batch, Method, augment, cads, chosen, dryrun, embedding, noise, own, stepwise, update
 from basinescape.bench.methods import table as method_table
 from basinescape.bench.methods.padding import words_mask
@@ -324,14 +322,3 @@ def test_clean_latents_are_those_of_the_scheduler(kind):
     expected = scheduler.step(guided, 500, latents).pred_original_sample
     alpha = scheduler.alphas_cumprod[500].sqrt().item()
     torch.testing.assert_close(update.denoised(latents, guided, alpha, kind), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_what_is_ordinary_is_written_as_the_scenario_reads_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(ordinary, "PRESETS", {"tiny": TINY})
-    found = json.loads(json.dumps(ordinary.ordinary("float32", 2)))
-    assert len(found["gap"]) == 4 and min(found["gap"]) > 0
-    scenario = replace(TINY, ordinary=tuple(found["gap"]), stable=found["stable"])
-    out = method_table(scenario)["update-norm"].sample(
-        Sampler.from_pretrained(Sampler.model_path("tiny"), "cpu"), [GENERAL], [0], 4
-    )
-    assert len(out.images) == 1

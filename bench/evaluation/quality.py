@@ -65,7 +65,7 @@ def quality(
     """
     folder = Path(run)
     settings, lines = read_run(folder)
-    scenario = Scenario(**settings["scenario"])
+    scenario = Scenario.read(settings["scenario"])
     if clip is None and features is None and similarity is None:
         raise ValueError("clip, features and similarity are all None: nothing to measure")
     paths = _check(scenario, features, references)
