@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from basinescape import At, FirstMinimum, Guidance, Sampler
+from basinescape import At, FirstMinimum, Guidance, Sampler, escape
 from basinescape.kernels import definition
 from families import CASES
 from rounding import assert_same_but_for_rounding
@@ -39,6 +39,25 @@ def test_plain_cfg_is_the_pipelines_own(pipes, name):
     found = torch.from_numpy(ours(name, pipe, Guidance.cfg(SCALE), output="np").images)
     assert found.std() > 0.01
     assert_same_but_for_rounding(found, stock(), pipe, stock)
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        Guidance.delayed(SCALE, until=At(800)),
+        Guidance.delayed(SCALE, until=FirstMinimum(latest=2)),
+        Guidance.opposite(1.0, scale=SCALE, until=At(800)),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("name", ["sd3", "pixart", "flux", "qwen", "wan"])
+def test_the_pipelines_own_call_inside_escape_gives_our_images(pipes, name, guidance):
+    pipe = pipes(name)
+    with escape(pipe, guidance) as run:
+        found = CASES[name].stock(pipe, PROMPTS, SEEDS, STEPS, 2.0, NEGATIVE)
+    expected = ours(name, pipe, guidance, output="np")
+    assert run.transition_step.tolist() == expected.transition_step.tolist() and min(run.transition_step) > 0
+    assert abs(found - expected.images).max() <= 1 / 255
 
 
 class Stock:
