@@ -31,7 +31,7 @@ def test_the_demo_shows_every_method(tmp_path, monkeypatch):
     assert all(-1 <= row["similarity"] <= 1 for row in rows)
     assert rows[0]["median transition step"] == 0
     with Image.open(tmp_path / "out" / "grid.png") as grid:
-        assert grid.size == (2 * 66 * (1 + len(rows)), 2 * 66 * 2)
+        assert grid.size == (2 * 66 * (1 + len(rows)), demo.HEADER + 2 * 66)
     with Image.open(tmp_path / "out" / "noise_gap.png") as plot:
         assert np.asarray(plot.convert("L")).std() > 5
 

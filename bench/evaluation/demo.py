@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from basinescape import At, FirstMinimum, Guidance, Output, Sampler
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from ..scenario import PRESETS, Prompt, prompts
@@ -27,6 +27,8 @@ METHODS = {
     "opposite -7.5, first minimum": Guidance.opposite(7.5, scale=TINY.scale, until=FirstMinimum()),
 }
 PROMPTS, SEEDS = 12, 2  # seeds a prompt; no two images of a method start from the same noise
+SHOWN = 2  # one prompt in so many has a row of the grid: as they come, none of them chosen
+HEADER, FONT = 44, 15  # pixels
 
 
 def demo(out: Path) -> str:
@@ -38,13 +40,13 @@ def demo(out: Path) -> str:
     out.mkdir(parents=True, exist_ok=True)
 
     rows, made = [], {}
-    columns = [[Image.open(prompt.image) for prompt in found]]
+    columns = {"training image": [Image.open(prompt.image) for prompt in found]}
     with tqdm(total=len(METHODS) + 1, desc="methods", unit="method") as bar:
         for name, guidance in METHODS.items():
             start = time.perf_counter()
             made[name] = _sample(sampler, found, guidance)
             rows.append({"method": name, **_row(measure, found, made[name], time.perf_counter() - start)})
-            columns.append(made[name].images[: len(found)])
+            columns[name] = made[name].images[: len(found)]
             bar.update()
         general = _sample(sampler, groups["general"][:PROMPTS], METHODS["plain cfg"])
         bar.update()
@@ -76,14 +78,19 @@ def _mean(measured: list[dict[str, Any]], name: str) -> float:
     return round(float(np.mean([entry[name] for entry in measured])), 3)
 
 
-def _grid(columns: list[list[Image.Image]]) -> Image.Image:
-    """A row a prompt: the training image, then each method's image."""
-    side = columns[0][0].width + 2
-    grid = Image.new("RGB", (side * len(columns), side * len(columns[0])), "white")
-    for x, column in enumerate(columns):
+def _grid(columns: dict[str, list[Image.Image]]) -> Image.Image:
+    """A row for one prompt in SHOWN, a column a method under its name, the training image first."""
+    shown = {name: column[::SHOWN] for name, column in columns.items()}
+    first = next(iter(shown.values()))
+    side = 2 * first[0].width + 4
+    grid = Image.new("RGB", (side * len(shown), HEADER + side * len(first)), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(FONT)
+    for x, (name, column) in enumerate(shown.items()):
+        place = side * (x + 0.5), HEADER / 2
+        draw.multiline_text(place, name.replace(", ", "\n"), "black", font, anchor="mm", align="center")
         for y, image in enumerate(column):
-            grid.paste(image, (side * x, side * y))
-    return grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.NEAREST)
+            grid.paste(image.resize((side - 4, side - 4), Image.Resampling.NEAREST), (side * x, HEADER + side * y))
+    return grid
 
 
 def _gap_plot(memorized: Output, general: Output, free: Output, path: Path) -> None:
