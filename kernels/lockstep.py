@@ -107,9 +107,11 @@ class Group:
 
     def _look(self, k: int, gap: Tensor | None, row: Row) -> None:
         """Note who leaves the basin at step k."""
+        if self.latest < math.inf:
+            return
         keep, limit, fall, wait = row[Column.KEEP : Column.WAIT + 1]
         one = not any(isinstance(value, Tensor) for value in (keep, limit, fall, wait))
-        if self.latest < math.inf or (one and keep == limit == -math.inf and not fall):
+        if one and keep == limit == -math.inf and not fall:
             return
         waiting = self.at < 0
         if one and limit == math.inf:
