@@ -62,17 +62,3 @@ def bar(progress: bool | Callable[[float], None], part: int, parts: int) -> Bar:
             progress((part + k / len(rows)) / parts)
 
     return told
-
-
-# Of a bar over samples that moves with the steps of those in the making.
-FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
-
-
-def moving(bar: tqdm, count: int) -> Callable[[float], None]:
-    """What moves `bar`, of FORMAT, while `count` of its items are in the making; done, they are to be counted by `update`."""
-    done = bar.n
-
-    def tell(share: float) -> None:
-        bar.update((done if share >= 1 else done + share * count) - bar.n)
-
-    return tell

@@ -15,13 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import arguments
-from .batches import FORMAT, moving
 from .fingerprint import differing, fingerprint
 from .folder import settings_of, whole
 from .guidance import Guidance, Rung
 from .interpolation import curve, interpolated, sound
 from .models import located
 from .ordinary import Ordinary, unguided
+from .progress import FORMAT, moving
 from .remembered import Remembered
 from .sampler import Sampler
 from .transitions import At, Settled

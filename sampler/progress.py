@@ -7,17 +7,18 @@ import logging
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
-from .batches import FORMAT
-
 LOGS = ("auto", "plain", "json", "none")
 EVERY = 10.0  # seconds between lines where there is no terminal
 NAMED = 5  # ids that are named of each kind
+# Of a bar over samples that moves with the steps of those in the making.
+FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 @dataclass
@@ -162,3 +163,13 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return json.dumps({"event": "log", "level": record.levelname, "message": record.getMessage()})
+
+
+def moving(bar: tqdm, count: int) -> Callable[[float], None]:
+    """What moves `bar`, of FORMAT, while `count` of its items are in the making; done, they are to be counted by `update`."""
+    done = bar.n
+
+    def tell(share: float) -> None:
+        bar.update((done if share >= 1 else done + share * count) - bar.n)
+
+    return tell

@@ -283,3 +283,10 @@ def test_libraries_are_silent_and_others_are_not():
     assert len(heard) == 1
     for library in ("diffusers", "transformers"):
         assert os.environ[f"{library.upper()}_VERBOSITY"] == "error"  # for what they say on import
+
+
+def test_prompts_are_read_before_a_library_is_loaded_and_so_silenced(tmp_path):
+    loaded = "[m for m in ('diffusers', 'transformers') if m in sys.modules]"
+    code = f"import sys, basinescape.prompts, basinescape.progress; print({loaded})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert found.stdout.strip() == "[]"

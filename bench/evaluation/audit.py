@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from basinescape import Calibration, Output, Rung, Sampler, arguments
-from basinescape.batches import FORMAT, moving, parts
+from basinescape.batches import parts
 from basinescape.folder import Journal, open_folder, read_lines, save_image, settings_of
+from basinescape.progress import FORMAT, moving
 from tqdm import tqdm
 
 from ..scenario import Prompt

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from basinescape import Calibration, Sampler
-from basinescape.batches import FORMAT
 from basinescape.folder import settings_of
 from basinescape.models import located
+from basinescape.progress import FORMAT
 from basinescape.remembered import Remembered
 from torch import Tensor
 from tqdm import tqdm
