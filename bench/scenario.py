@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Scenario:
     model:      folder or hub id. A classifier of concepts beside the model, in `classifier/`, judges those of the prompts.
     memorized, general: captions that may be memorized, and ordinary ones, in any layout that `read_prompts` knows.
     images:     folder of training images, of the captions and others; None: those that the prompt files name, perhaps none.
+    options:    of the pipeline's own call, as height or max_sequence_length.
     transition: the timestep of the static transition point.
     ordinary:   the usual noise gap of each unguided step, for the rule `Settled`; empty: not measured, no such method.
     stable:     the stable region of plain guidance, for `methods.update`; None: not measured, no such method.
@@ -56,6 +57,7 @@ class Scenario:
     similarity: str | None = None
     threshold: float | None = None
     where: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.similarity is None:
@@ -101,7 +103,7 @@ PRESETS = {
 
 FILES = ("model", "memorized", "general", "images", "calibration")  # fields that may name a file or folder
 MEASURED = {"ordinary": (), "stable": None, "calibration": None}  # what belongs to one model and one way to sample from it
-SAMPLED = {"model", "steps", "scheduler", "scale"}  # fields that say how
+SAMPLED = {"model", "steps", "scheduler", "scale", "options"}  # fields that say how
 
 
 def load(name: str | None = None, **given: Any) -> Scenario:

@@ -97,6 +97,7 @@ class Calibration:
         attempts = [Guidance.cfg(scale), *(ladder(scale) if rungs is None else rungs)]
         free = unguided(sampler.solver(steps).steps)
         settings = {"model": Path(str(sampler.pipe.config.get("_name_or_path", ""))).name, **settings_of(sampler)}
+        settings |= {"size": list(sampler.size())} | ({"options": dict(sampler.options)} if sampler.options else {})
         model = fingerprint(sampler.pipe)
         runs = list(dict.fromkeys([attempts[0], free, *attempts[1:]]))
         with (
@@ -140,6 +141,15 @@ class Calibration:
                 "the calibration was made on another model (its %s differ): what is ordinary here may be something else; "
                 "calibrate this one",
                 ", ".join(other),
+            )
+        size = self.settings.get("size", list(sampler.size()))
+        if size != list(sampler.size()):
+            log.warning(
+                "the calibration was made for pictures of %d x %d pixels, and these have %d x %d: calibrate for those "
+                "(--option height=%d --option width=%d)",
+                *size,
+                *sampler.size(),
+                *sampler.size(),
             )
         levels, known = tuple(round(level, 3) for level in sampler.solver(steps).levels), self.rungs[0].levels
         if not known or (len(known) == len(levels) and all(abs(a - b) <= 1 for a, b in zip(known, levels, strict=True))):

@@ -23,7 +23,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-PARTS = ("unet", "text_encoder", "text_encoder_2")
+PARTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 SAMPLED = 48
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, Self
 
-import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
@@ -96,20 +95,24 @@ def generate(
     slots = balanced(arguments.at_least_one("batch_size", batch_size), len(prompts))
     if copies is not None and (load is not None or format == "latents"):
         raise ValueError("copies are looked for among pictures that this process makes: neither on a cluster nor in latents")
-    height, width = sampler.size(height, width)
-    ladder = laid(sampler, steps, guidance, height, width)  # raises for steps that the guidance does not fit
-    with torch.inference_mode():  # raises for what the model's text encoders cannot do
-        sampler.model.encode([""], height, width, clip_skip=clip_skip)
+    options = dict(sampler.options)
+    sampler = sampler.using(height, width, clip_skip=clip_skip)  # raises for what the model cannot do
+    height, width = sampler.size()
+    ladder = laid(sampler, steps, guidance)  # raises for steps that the guidance does not fit
     out = Path(out) / f"shard-{shard[0]}-of-{shard[1]}" if shard else Path(out)
     writes = writer(out, format)
     settings = {"steps": steps, "guidance": guidance.to_dict(), "height": height, "width": width, "clip_skip": clip_skip}
     settings |= {"negative_prompt": negative_prompt, "format": format, "shard": shard and list(shard)}
     settings |= {} if copies is None else {"training_images": dict(copies.settings)}
+    settings |= {"options": options} if options else {}
     open_folder(
         out, {"model": model, **settings, **prompts.settings, "weights": weights_sha256(sampler), **settings_of(sampler)}
     )
-    options = (slots, height, width, clip_skip, format)
-    run = Run(sampler, ladder, *options, copies) if load is None else _ray().RayRun(load, workers, steps, guidance, *options)
+    if load is None:
+        run = Run(sampler, ladder, slots, format, copies)
+    else:
+        pixels = {"height": height, "width": width, **sampler.options}
+        run = _ray().RayRun(load, workers, pixels, steps, guidance, slots, format)
     shown = progress if isinstance(progress, Progress) else Progress("auto" if progress else "none")
 
     def finished(line: dict[str, Any]) -> str | None:
@@ -144,9 +147,9 @@ def generate(
     return shown.summary
 
 
-def laid(sampler: Sampler, steps: int, guidance: Guidance, height: int, width: int) -> Ladder:
-    """The guidance over the sampler's steps, for pictures of so many pixels."""
-    return Ladder.make(sampler.solver(steps, height, width), guidance, sampler.model.device, sampler.model.settle)
+def laid(sampler: Sampler, steps: int, guidance: Guidance) -> Ladder:
+    """The guidance over the sampler's steps."""
+    return Ladder.make(sampler.solver(steps), guidance, sampler.model.device, sampler.model.settle)
 
 
 def _ray() -> ModuleType:
@@ -207,19 +210,8 @@ class Stop:
 class Run:
     """How jobs become files: prompts encoded, samples denoised, latents decoded and pictures compressed, all at a time."""
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        ladder: Ladder,
-        slots: int,
-        height: int,
-        width: int,
-        clip_skip: int | None,
-        format: str,
-        copies: Copies | None = None,
-    ):
+    def __init__(self, sampler: Sampler, ladder: Ladder, slots: int, format: str, copies: Copies | None = None):
         self.sampler, self.ladder, self.format, self.slots, self.copies = sampler, ladder, format, slots, copies
-        self.text = {"height": height, "width": width, "clip_skip": clip_skip}
         self.engine = Engine(sampler.lane, slots, fixed=True, local=True)
         self.moved: Callable[[float], None] = lambda under_way: None  # is told of every step
 
@@ -235,7 +227,7 @@ class Run:
         self, jobs: Iterable[tuple[int, Job]], stop: Stop, again: Callable[[tuple[int, Job]], None] | None = None
     ) -> Iterator[Made]:
         """What comes of the jobs, in their order; `again` is told of those that are not finite, which are left out then."""
-        model, order = self.sampler.model, deque()
+        model, size, options, order = self.sampler.model, self.sampler.size(), self.sampler.options, deque()
 
         def noted() -> Iterator[tuple[int, Job]]:
             for position, job in stop.until(jobs):
@@ -250,9 +242,9 @@ class Run:
 
         try:
             with ThreadPoolExecutor(PRESSES) as pool:
-                samples = stages.ahead(encoded(model, noted(), self.ladder, **self.text), TEXTS)
+                samples = stages.ahead(encoded(model, noted(), self.ladder, *size, **options), TEXTS)
                 results = stages.ahead(self.engine.run(stop.until(samples), tick), self.slots)
-                pictures = decoded(model, results, self.format == "latents", self.text["height"], self.text["width"])
+                pictures = decoded(model, results, self.format == "latents", *size, **options)
                 press = partial(pool.submit, self._press, retried=again is not None)
                 yield from self._in_order(stages.ahead(map(press, pictures), self.slots), order, again)
         finally:

@@ -42,10 +42,10 @@ class Worker:
     """An actor: a sampler and its engine."""
 
     def __init__(
-        self, load: Callable[[], Sampler], steps: int, guidance: Guidance, slots: int, height: int, width: int, *options: Any
+        self, load: Callable[[], Sampler], pixels: dict[str, Any], steps: int, guidance: Guidance, slots: int, format: str
     ):
-        sampler = load()
-        self.run = Run(sampler, laid(sampler, steps, guidance, height, width), slots, height, width, *options)
+        sampler = load().using(**pixels)
+        self.run = Run(sampler, laid(sampler, steps, guidance), slots, format)
 
     def make(self, jobs: list[tuple[int, Job]]) -> tuple[list[Made], Counter[str]]:
         """What comes of a block of jobs, in order, and the network calls that it took."""
@@ -56,18 +56,19 @@ class Worker:
 
 
 class RayRun:
-    """A `Run` by workers, each of which calls `load` for its sampler; the rest as for `Run`."""
+    """A `Run` by workers, each of which calls `load` for its sampler.
+
+    pixels: size and options, as `Sampler.using` takes them. The rest as for `Run`.
+    """
 
     def __init__(
         self,
         load: Callable[[], Sampler],
         workers: int | None,
+        pixels: dict[str, Any],
         steps: int,
         guidance: Guidance,
         slots: int,
-        height: int,
-        width: int,
-        clip_skip: int | None,
         format: str,
     ):
         import ray
@@ -75,7 +76,7 @@ class RayRun:
         count, gpu = cluster(workers)
         options = {"num_gpus": 1} if gpu else {"num_cpus": 1}
         actor = ray.remote(**options, max_restarts=-1, max_task_retries=RETRIES)(Worker)
-        self.workers = [actor.remote(load, steps, guidance, slots, height, width, clip_skip, format) for _ in range(count)]
+        self.workers = [actor.remote(load, pixels, steps, guidance, slots, format) for _ in range(count)]
         self.block, self.calls = ROUNDS * slots, Counter()
 
     def made(self, jobs: Iterable[tuple[int, Job]], stop: Stop, again: Any = None) -> Iterator[Made]:

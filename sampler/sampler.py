@@ -51,6 +51,8 @@ class Sampler:
         self._graphs = Graphs() if capture else None
         self._solvers: dict[tuple, Solver] = {}
         self._wrap: Wrap | None = None
+        self._size: tuple[int | None, int | None] = (None, None)
+        self.options: dict[str, Any] = {}  # of every call, see `using`
 
     @property
     def scheduler(self) -> SchedulerMixin:
@@ -189,6 +191,7 @@ class Sampler:
             if output not in OUTPUTS:
                 raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
             height, width = self.size(height, width)
+            options = {**self.options, **options}
             shape = (len(seeds), *self.model.shape(height, width, **options))
             if latents is not None and tuple(latents.shape) != shape:
                 raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
@@ -309,6 +312,18 @@ class Sampler:
         other._wrap = wrap
         return other
 
+    def using(self, height: int | None = None, width: int | None = None, **options: Any) -> Sampler:
+        """The same sampler, for pictures of this size and with these options where a call gives no others.
+
+        Raises ValueError for a size or options that the model cannot have.
+        """
+        other = copy.copy(self)
+        other._size = self._sized(height, width)
+        other.options = self.options | {name: value for name, value in options.items() if value is not None}
+        with torch.inference_mode():
+            self.model.encode([""], *other.size(), **other.options)
+        return other
+
     def close(self) -> None:
         """Give back the memory of captured graphs. The sampler can still be used, and captures again."""
         if self._graphs is not None:
@@ -321,7 +336,7 @@ class Sampler:
         """
         schedule = schedule if isinstance(schedule, Schedule) else Schedule(schedule)
         scheduler = self.scheduler
-        schedule = self.model.scheduled(schedule, scheduler, height, width, **options)
+        schedule = self.model.scheduled(schedule, scheduler, *self._sized(height, width), **{**self.options, **options})
         key = type(scheduler), str(scheduler.config), getattr(scheduler, "shift", None), schedule
         if key not in self._solvers:
             self._solvers[key] = Solver.of(scheduler, schedule)
@@ -329,11 +344,14 @@ class Sampler:
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """(height, width) in pixels, by default the model's own; raises ValueError unless the autoencoder can make them."""
-        return self.model.size(height, width)
+        return self.model.size(*self._sized(height, width))
+
+    def _sized(self, height: int | None, width: int | None) -> tuple[int | None, int | None]:
+        return self._size[0] if height is None else height, self._size[1] if width is None else width
 
     def noise(self, generators: Sequence[torch.Generator], height: int, width: int, **options: Any) -> Tensor:
         """The initial noise before its scale, each sample's from its own generator: (B, ...) float32 on the CPU."""
-        return self.model.noise(generators, height, width, **options)
+        return self.model.noise(generators, height, width, **{**self.options, **options})
 
     def in_float32(self) -> AbstractContextManager[None]:
         """Inside, every call computes in float32 with the network as it is: neither compiled nor captured.

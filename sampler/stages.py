@@ -112,7 +112,7 @@ def encoded(
     model: Model, jobs: Iterable[tuple[int, Job]], ladder: Ladder, height: int, width: int, **options: Any
 ) -> Iterator[Sample | Result]:
     """The samples of jobs, TEXTS prompts at a time; one that cannot be encoded is a result that failed."""
-    jobs, shape = iter(jobs), model.shape(height, width)
+    jobs, shape = iter(jobs), model.shape(height, width, **options)
     cache: OrderedDict[tuple[str, str | None], Encoded] = OrderedDict()
 
     def encode(texts: Sequence[tuple[str, str | None]]) -> None:
@@ -162,7 +162,9 @@ class Picture:
     finite: bool = True
 
 
-def decoded(model: Model, results: Iterable[Result], latents: bool, height: int, width: int) -> Iterator[Picture]:
+def decoded(
+    model: Model, results: Iterable[Result], latents: bool, height: int, width: int, **options: Any
+) -> Iterator[Picture]:
     """The pictures of results, one at a time: a fault costs one, and its bits are those of its latents alone.
 
     latents: undecoded.
@@ -171,7 +173,7 @@ def decoded(model: Model, results: Iterable[Result], latents: bool, height: int,
         error = result.error
         for _ in range(2 if error is None else 0):  # whatever ends a decoding, even the thread's end, is tried again once
             try:
-                picture = _picture(partial(model.decode, height=height, width=width), result, latents)
+                picture = _picture(partial(model.decode, height=height, width=width, **options), result, latents)
                 break
             except (Exception, SystemExit) as raised:
                 error = raised

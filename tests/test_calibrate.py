@@ -111,6 +111,11 @@ def test_a_fingerprint_knows_its_model_by_its_weights(pipe, tmp_path):
     assert differing(own, fingerprint(headed)) == ["unet"]
 
 
+def test_another_size_is_warned_of(calibration, sampler, caplog):
+    calibration.fitted(sampler.using(width=128), STEPS)
+    assert "made for pictures of 64 x 64 pixels, and these have 64 x 128: calibrate for those" in caplog.text
+
+
 def test_another_model_is_warned_of(calibration, random_pipeline, sampler, caplog):
     assert calibration.fitted(sampler, STEPS) is calibration and not caplog.messages
     other = Sampler.from_pipeline(random_pipeline("sd", 16, "epsilon"), "ddim")

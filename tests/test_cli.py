@@ -54,6 +54,9 @@ COMMANDS = tuple(get_command(cli.app).commands)
         ('{"prompt": "a"}', ("--height", "63"), "height must be a multiple of"),
         ('{"prompt": "a"}', ("--width", "0"), "width must be a multiple of"),
         ('{"prompt": "a"}', ("--clip-skip", "-1"), "clip_skip must be a whole number from 0 to"),
+        ('{"prompt": "a"}', ("--option", "height"), "option must be a name and a value, as height=768; got 'height'"),
+        ('{"prompt": "a"}', ("--option", "num_frames=9"), "num_frames: no option of StableDiffusionPipeline"),
+        ('{"prompt": "a"}', ("--option", "height=tall"), "height must be a multiple of"),
         ('{"prompt": "a"}', ("--clip-skip", "99"), "clip_skip must be a whole number from 0 to"),
     ],
 )

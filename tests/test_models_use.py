@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from basinescape import At, Calibration, FirstMinimum, Guidance, Sampler
+from basinescape.fingerprint import differing, fingerprint
 from basinescape.folder import read_lines
 from basinescape.generate import generate
 from basinescape.models import adapt
@@ -39,6 +40,35 @@ def pipes(pipe):
 def call(name, sampler, guidance=LATE, prompts=PROMPTS, seeds=SEEDS, **options):
     given = {"steps": STEPS, "output": "latent", "progress": False, **CASES[name].options, **options}
     return sampler(prompts, seeds, guidance=guidance, **given)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_samplers_own_options_hold_for_every_call_that_gives_no_others(pipes, name):
+    plain, options = Sampler.from_pipeline(pipes(name)), CASES[name].options
+    sampler = plain.using(**options)
+    given = {"steps": STEPS, "guidance": LATE, "output": "latent", "progress": False}
+    found = sampler(PROMPTS, SEEDS, **given).latents
+    assert torch.equal(found, plain(PROMPTS, SEEDS, **given, **options).latents)
+    assert sampler.solver(STEPS).timesteps.tolist() == plain.solver(STEPS, **options).timesteps.tolist()
+    smaller = {"height": 16, "width": 16}
+    if name != "pixart-binned":  # whose sizes are others
+        assert torch.equal(
+            sampler(PROMPTS, SEEDS, **given, **smaller).latents, plain(PROMPTS, SEEDS, **given, **options | smaller).latents
+        )
+    with pytest.raises(ValueError, match="nonsense: no option of"):
+        plain.using(nonsense=1)
+    with pytest.raises(ValueError, match="height must be a"):
+        plain.using(height=-1, width=16)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_fingerprint_knows_the_network_of_every_family(pipes, name):
+    pipe = pipes(name)
+    own = fingerprint(pipe)
+    with torch.no_grad():
+        for weight in Sampler.from_pipeline(pipe).model.net.parameters():
+            weight.mul_(1 + 1e-3)
+    assert differing(own, fingerprint(pipe)) == ["transformer"]
 
 
 @pytest.mark.parametrize("name", ["sd3", "pixart", "flux", "qwen", "wan"])

@@ -33,6 +33,7 @@ def audit(
     scheduler: options.Scheduler = "own",
     seed: options.Seed = 0,
     batch_size: options.BatchSize = None,
+    option: options.Option = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     allow_pickle: options.AllowPickle = False,
@@ -56,6 +57,7 @@ def audit(
         )
     calibrated = Calibration.load(beside)
     sampler = Sampler.from_pretrained(model, device, dtype, scheduler, allow_pickle=allow_pickle)
+    sampler = sampler.using(**options.of_call(option))
     size = options.batch_size(sampler, batch_size)
     rows = audit(sampler, model, found, out, calibrated, steps or calibrated.steps, settings, more, size, progress)
     flagged = sum(row["flagged"] for row in rows)

@@ -26,6 +26,7 @@ def calibrate(
     rate: Annotated[float, typer.Option(help="share of ordinary images that the guard may begin again")] = 0.04,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = None,
+    option: options.Option = None,
     attention: options.Attention = "sdpa",
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -52,6 +53,7 @@ def calibrate(
         raise ValueError(f"out {str(out)!r} must be a file in a folder that exists")
     loading = {"allow_pickle": allow_pickle, "compile": compile, "capture": capture}
     sampler = Sampler.from_pretrained(model, device, dtype, scheduler, attention, **loading)
+    sampler = sampler.using(**options.of_call(option))
     size = options.batch_size(sampler, batch_size)
     texts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
     made = calibrate(sampler, texts, seeds, out, steps, scale, rate, size, progress)

@@ -10,6 +10,7 @@ import typer
 
 from ..quiet import quieten
 from ..tables import aligned
+from . import options
 
 if TYPE_CHECKING:
     from ..scenario import Scenario
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 FIELDS = """A scenario of your own is a .yaml file. Fields: model (a folder or hub id) and memorized (captions that may be
 memorized), which it must have; general (ordinary prompts), images (a folder of training images), name, steps, scheduler,
 scale, transition (a timestep, 0 to 1000), similarity (pixels, sscd, clip, dino), threshold (of the similarity, above which an
-image is a copy), calibration (a file that calibrate wrote), ordinary, stable, where. Captions are .jsonl, .csv, .parquet
+image is a copy), calibration (a file that calibrate wrote), options (of the pipeline's own
+call, as height: 768), ordinary, stable, where. Captions are .jsonl, .csv, .parquet
 (caption or prompt or text; perhaps image or file_name, id, concept), .json, or a folder of images with .txt files or
 metadata.jsonl. Files are looked for beside the .yaml file."""
 OWN = f"--model and --prompts take the place of a scenario; other options change one. {FIELDS}"
@@ -75,6 +77,7 @@ def evaluate(
     similarity: Similarity = None,
     threshold: Threshold = None,
     calibration: Calibration = None,
+    option: options.Option = None,
     batch_size: BatchSize = 16,
     dtype: Dtype = "float32",
     device: Device = None,
@@ -88,6 +91,7 @@ def evaluate(
 
     fields = {"steps": steps, "scheduler": scheduler, "scale": scale, "transition": until}
     fields |= {"similarity": similarity, "threshold": threshold, "calibration": calibration}
+    fields |= {"options": options.of_call(option) or None}
     chosen = _scenario(scenario, model, prompts, general, images, **fields)
     names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
     if names is None:
@@ -152,6 +156,7 @@ def analyze(
     similarity: Similarity = None,
     threshold: Threshold = None,
     calibration: Calibration = None,
+    option: options.Option = None,
     dtype: Dtype = "float32",
     device: Device = None,
     progress: Progress = True,
@@ -162,6 +167,7 @@ def analyze(
 
     fields = {"steps": steps, "scheduler": scheduler, "scale": scale}
     fields |= {"similarity": similarity, "threshold": threshold, "calibration": calibration}
+    fields |= {"options": options.of_call(option) or None}
     chosen = _scenario(scenario, model, prompts, general, images, **fields)
     summary = analyze(chosen, out, seeds, limit, dtype=dtype, device=device, progress=progress)
     for what in ("onset", "detection", "agreement"):

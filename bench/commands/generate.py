@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -73,6 +72,7 @@ def generate(
     width: Annotated[int | None, typer.Option(help="pixels; default the model's own")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="of the prompts that have none of their own")] = None,
     clip_skip: Annotated[int | None, typer.Option(help="how many of the text encoder's last layers to leave out")] = None,
+    option: options.Option = None,
     training_images: Annotated[
         Path | None, typer.Option(help="folder: each image's nearest one there goes to the manifest, and copies are marked")
     ] = None,
@@ -102,7 +102,8 @@ def generate(
     from basinescape import Calibration, Guidance, Sampler
     from basinescape.generate import generate
 
-    given = {"rule": rule, **_options(rule_option)} | ({"restart": _restart(restart)} if restart else {})
+    given = {"rule": rule, **options.named("rule_option", rule_option, float)}
+    given |= {"restart": _restart(restart)} if restart else {}
     Guidance.cfg(scale, **given)  # raises for what no guidance can be
     if until not in (None, "auto", "settled"):
         _timestep(until)
@@ -119,7 +120,8 @@ def generate(
     if engine == Where.ray:
         load, device, dtype = spread((model, device, dtype, scheduler, attention), loading, workers)
     sampler = Sampler.from_pretrained(model, device, dtype, scheduler, attention, **loading)
-    size = options.batch_size(sampler, batch_size, height, width)
+    sampler = sampler.using(**{"height": height, "width": width, **options.of_call(option)})
+    size = options.batch_size(sampler, batch_size)
     chosen = guidance or (Method.delayed if until or restart else Method.guard)  # delayed, where options of it are given
     planned = partial(
         _plan,
@@ -144,9 +146,9 @@ def generate(
             f"prompts content; once calibrated (basinescape calibrate --model {model}), only what looks memorized is held back",
             err=True,
         )
-    pixels = {"height": height, "width": width, "clip_skip": clip_skip, "negative_prompt": negative_prompt}
+    texts = {"clip_skip": clip_skip, "negative_prompt": negative_prompt}
     more = {"progress": shown, "format": format, "shard": part, "load": load, "workers": workers, "copies": copies}
-    conclude(generate(sampler, jobs, out, plan, model, steps, size, **pixels, **more), out)
+    conclude(generate(sampler, jobs, out, plan, model, steps, size, **texts, **more), out)
 
 
 def _plan(
@@ -223,15 +225,3 @@ def _restart(text: str) -> tuple[float, float, int]:
         return float(low), float(high), int(times)
     except ValueError as error:
         raise ValueError(f"restart must be LOW,HIGH,TIMES, two timesteps and a number, as 300,500,2; got {text!r}") from error
-
-
-def _options(given: Sequence[str] | None) -> dict[str, float]:
-    """Options of a rule, given as name=number."""
-    found = {}
-    for text in given or ():
-        name, _, value = text.partition("=")
-        try:
-            found[name] = float(value)
-        except ValueError as error:
-            raise ValueError(f"rule_option must be a name and a number, as phi=0.5; got {text!r}") from error
-    return found

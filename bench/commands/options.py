@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,12 +25,17 @@ Device = Annotated[str | None, typer.Option(help="cuda or cpu; default cuda wher
 AllowPickle = Annotated[bool, typer.Option(help="load weights that are not safetensors; they can run code")]
 Compile = Annotated[bool, typer.Option(help="compile the network first; takes minutes, pays for many images")]
 Capture = Annotated[bool, typer.Option(help="record each step as a CUDA graph")]
+Option = Annotated[
+    list[str] | None,
+    typer.Option(help="of the pipeline's own call, as height=768 or max_sequence_length=128; may be repeated"),
+]
 Progress = Annotated[bool, typer.Option(help="show a progress bar")]
 Similarity = Annotated[
     list[str] | None,
     typer.Option(help="pixels, sscd, dino or clip; may be repeated; default all that are installed"),
 ]
 Threshold = Annotated[float | None, typer.Option(help="similarity above which an image is a copy; default each measure's own")]
+EXAMPLES = {"option": "height=768", "rule_option": "phi=0.5"}
 
 
 def found(model: str, calibration: str | None) -> str | Path | None:
@@ -38,9 +45,35 @@ def found(model: str, calibration: str | None) -> str | Path | None:
     return calibration or Calibration.beside(model)
 
 
-def batch_size(sampler: Sampler, given: int | None, height: int | None = None, width: int | None = None) -> int:
-    """The batch size that is given, or what the device holds of images of this size."""
+def named(option: str, given: Sequence[str] | None, read: Callable[[str], Any]) -> dict[str, Any]:
+    """What an option that may be repeated says, given as name=value. Raises ValueError for what is no such thing."""
+    found = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        try:
+            if not (name and equals):
+                raise ValueError
+            found[name] = read(value)
+        except ValueError as error:
+            kind = "a number" if read is float else "a value"
+            raise ValueError(f"{option} must be a name and {kind}, as {EXAMPLES[option]}; got {text!r}") from error
+    return found
+
+
+def of_call(given: Sequence[str] | None) -> dict[str, Any]:
+    """Options of the pipeline's call, given as name=value: JSON, or else text."""
+
+    def read(text: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+    return named("option", given, read)
+
+
+def batch_size(sampler: Sampler, given: int | None) -> int:
+    """The batch size that is given, or what the device holds of the sampler's images."""
     from basinescape import arguments, batches
 
-    pixels = sampler.size(height, width)
-    return batches.size(sampler.model, *pixels) if given is None else arguments.at_least_one("batch_size", given)
+    return batches.size(sampler.model, *sampler.size()) if given is None else arguments.at_least_one("batch_size", given)

@@ -127,7 +127,7 @@ def analyze(
     ):
         if not there:
             log.warning("the scenario has no %s: left out is %s", what, without)
-    sampler = Sampler.from_pretrained(scenario.source, device, dtype, scenario.scheduler)
+    sampler = Sampler.from_pretrained(scenario.source, device, dtype, scenario.scheduler).using(**scenario.options)
     lab = Laboratory(scenario, sampler, measure, progress=progress)
     sampler.solver(steps)  # raises for steps that the scheduler cannot take
     out.mkdir(parents=True, exist_ok=True)

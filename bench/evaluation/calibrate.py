@@ -84,6 +84,7 @@ def _stable(
         return update.measured(sampler, texts, own, steps, scale).permute(2, 0, 1)
 
     run = {"prompts": list(prompts), "seeds": list(seeds), "steps": steps, "scale": scale, **settings_of(sampler)}
+    run |= {"size": sampler.size(), "options": sampler.options}
     with (
         Remembered(_norms(out), run) as kept,
         tqdm(total=len(prompts), desc="stable region", bar_format=FORMAT, disable=not progress) as bar,

@@ -38,7 +38,7 @@ def anisotropy(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int]) -
     height, width = sampler.size()
     rows = []
     for batch, drawn in lab.bar(lab.batches(found, seeds), "noise alone"):
-        network = model.network(model.encode([prompt.text for prompt in batch], height, width), plain=True)
+        network = model.network(model.encode([prompt.text for prompt in batch], height, width, **sampler.options), plain=True)
         noise = sampler.noise([torch.Generator("cpu").manual_seed(seed) for seed in drawn], height, width) * solver.init_sigma
 
         def pair(call: int, noise: Tensor = noise, network: Any = network) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,7 @@ def evaluate(
             raise ValueError(f"{name} must be at least 1, got {value}")
     whole_groups = prompts(scenario)
     measure = Measure(scenario, whole_groups)
-    sampler = Sampler.from_pretrained(scenario.source, device, dtype, scenario.scheduler)
+    sampler = Sampler.from_pretrained(scenario.source, device, dtype, scenario.scheduler).using(**scenario.options)
     known = _suitable(known, sampler, scenario.steps, strict=methods is not None)
     groups, out = limited(whole_groups, limit), Path(out)
     run = {

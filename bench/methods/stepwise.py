@@ -71,7 +71,7 @@ def sample(
     model, solver = sampler.model, sampler.solver(steps)
     plan = Plan.make(solver, guidance, model.device, model.settle)
     height, width = sampler.size()
-    encoded = model.encode(list(prompts), height, width)
+    encoded = model.encode(list(prompts), height, width, **sampler.options)
     network = Remembered(model.network(encoded, plain=True))
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     drawn = sampler.noise(generators, height, width).to(model.device)
@@ -150,7 +150,7 @@ def _output(
     finite = latents.isfinite().flatten(1).all(dim=1).cpu()
     images, flagged = latents, None
     if output != "latent":
-        decoded = sampler.model.decode(latents, output, generators)
+        decoded = sampler.model.decode(latents, output, generators, *sampler.size(), **sampler.options)
         images, flagged, finite = decoded.images, decoded.flagged, finite & decoded.finite
     gaps, timesteps = state.transition.gaps.cpu(), solver.timesteps[solver.first_calls]
     return Output(images, latents, transition, gaps, timesteps, None, None, None, finite, flagged, truncated)
