@@ -6,13 +6,12 @@ their authors and are not part of this project, so a missing file is reported wi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from basinescape import Calibration, Sampler
+from basinescape import Calibration, models
 
 from .captions import IMAGES, Prompt, read_prompts
 from .evaluation.metrics import THRESHOLDS, installed
@@ -27,8 +26,10 @@ Stable = dict[str, Sequence[Sequence[float]]]  # name of a norm -> its (mean, st
 class Scenario:
     """What an evaluation runs on.
 
-    model:      folder or hub id. A classifier of concepts beside the model, in `classifier/`, judges those of the prompts.
-    memorized, general: captions that may be memorized, and ordinary ones, in any layout that `read_prompts` knows.
+    model:      folder, hub id, or the name of a pipeline that ships. A classifier of concepts beside the model, in
+                `classifier/`, judges those of the prompts.
+    memorized, general: captions that may be memorized, and ordinary ones, in any layout that `read_prompts` knows; or the name
+                of a pipeline that ships with its own.
     images:     folder of training images, of the captions and others; None: those that the prompt files name, perhaps none.
     options:    of the pipeline's own call, as height or max_sequence_length.
     transition: the timestep of the static transition point.
@@ -70,7 +71,14 @@ class Scenario:
     @property
     def source(self) -> str | Path:
         """What a sampler is loaded from."""
-        return Sampler.model_path(self.model) if self.model == "tiny" else self.model
+        return models.shipped().get(self.model, self.model)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the training images are, if they are all in one folder."""
+        if self.images is not None:
+            return Path(self.images)
+        return models.shipped()[self.memorized] / "memorized" if self.memorized in models.shipped() else None
 
     @classmethod
     def read(cls, stored: dict[str, Any]) -> Scenario:
@@ -78,7 +86,15 @@ class Scenario:
         return cls(**{field.name: stored[field.name] for field in fields(cls) if field.name in stored})
 
 
-_ordinary = Calibration.load("tiny").ordinary if Calibration.beside(Sampler.model_path("tiny")) else None
+def _ships(name: str, **sampled: Any) -> Scenario:
+    """The scenario of a pipeline that ships with its captions, and perhaps a calibration."""
+    scenario = Scenario(name, name, name, name, similarity="pixels", **sampled)
+    beside = Calibration.beside(scenario.source)
+    ordinary = Calibration.load(beside).ordinary if beside else None
+    if ordinary is None:
+        return scenario
+    return replace(scenario, ordinary=ordinary.unguided, stable=ordinary.stable, calibration=name)
+
 
 PAPER = {"similarity": "sscd", "where": DATA}
 PRESETS = {
@@ -86,18 +102,8 @@ PRESETS = {
     "2": Scenario("2", "sd-finetuned-imagenette", "imagenette2-train", transition=600.0, **PAPER),
     "3": Scenario("3", "sd14-finetuned-200-duplicates", "memorized_images", transition=500.0, **PAPER),
     "4": Scenario("4", "CompVis/stable-diffusion-v1-4", "sdv1_500_memorized.jsonl", transition=500.0, **PAPER),
-    "tiny": Scenario(
-        "tiny",
-        "tiny",
-        "tiny",
-        "tiny",
-        transition=680.0,
-        similarity="pixels",
-        # From general prompts with seeds of their own, from 100 on.
-        ordinary=_ordinary.unguided if _ordinary else (),
-        stable=_ordinary.stable if _ordinary else None,
-        calibration="tiny" if _ordinary else None,
-    ),
+    "tiny": _ships("tiny", transition=680.0),
+    "flow": _ships("flow", transition=680.0, steps=28, scheduler="own", scale=7.0, options={"max_sequence_length": 16}),
 }
 
 
@@ -151,7 +157,7 @@ def _from_yaml(name: str) -> Scenario:
 
 def _absolute(given: dict[str, Any], folder: Path) -> dict[str, str]:
     """Those of the fields that name a file in `folder`, with the whole path; a hub id, or what ships here, is none."""
-    named = {field: given[field] for field in FILES if isinstance(given.get(field), str | Path) and given[field] != "tiny"}
+    named = {field: given[field] for field in FILES if isinstance(given.get(field), str | Path)}
     found = {field: folder / value for field, value in named.items()}
     return {field: str(path.resolve()) for field, path in found.items() if path.exists()}
 
@@ -177,31 +183,10 @@ def prompts(scenario: Scenario) -> dict[str, list[Prompt]]:
 
 
 def _group(scenario: Scenario, group: str) -> list[Prompt]:
-    source, images = getattr(scenario, group), scenario.images if group == "memorized" else None
-    return tiny_prompts()[group] if source == "tiny" else read_prompts(source, scenario.where, images)
-
-
-# Captions beside those of training, made of its own words. Captions with a word that it never saw are no general prompts: the
-# small pipeline takes them for memorized ones and draws a training scene for most of them.
-TEMPLATES = (
-    "a picture of a {} picture",
-    "a picture of a {0} of {0}",
-    "a picture of {0} {0}",
-    "a picture of an {}",
-)
-
-
-def tiny_prompts(general: int = 100) -> dict[str, list[Prompt]]:
-    """The small pipeline's: its memorized captions, and `general` others."""
-    from .testbed.scenes import CONCEPTS, caption
-
-    folder = Sampler.model_path("tiny")
-    lines = [json.loads(line) for line in (folder / "memorized.jsonl").read_text(encoding="utf-8").splitlines()]
-    memorized = [Prompt(e["id"], e["prompt"], folder / "memorized" / f"{e['id']}.png", e["concept"]) for e in lines]
-    texts = [(concept, caption(concept)) for concept in CONCEPTS]
-    texts += [(concept, template.format(concept)) for template in TEMPLATES for concept in CONCEPTS]
-    others = [Prompt(f"g{i:03d}", text, None, concept) for i, (concept, text) in enumerate(texts[:general])]
-    return {"memorized": memorized, "general": others}
+    source, images = getattr(scenario, group), scenario.folder if group == "memorized" else None
+    if source in models.shipped():
+        source = models.shipped()[source] / f"{group}.jsonl"
+    return read_prompts(source, scenario.where, images)
 
 
 def limited(groups: dict[str, Sequence[Prompt]], limit: int | None) -> dict[str, list[Prompt]]:

@@ -17,10 +17,10 @@ from basinescape.bench.evaluation.audit import Settings, audit
 from basinescape.bench.evaluation.metrics import pixels
 from basinescape.bench.evaluation.nearest import Nearest
 from basinescape.bench.evaluation.similarity import similarity
-from basinescape.bench.scenario import tiny_prompts
+from basinescape.bench.scenario import PRESETS, prompts
 from PIL import Image, ImageChops
 
-TINY = tiny_prompts()
+TINY = prompts(PRESETS["tiny"])
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from basinescape import At, Calibration, FirstMinimum, Guidance, Rung, Sampler, Settled
 from basinescape.bench import cli
 from basinescape.bench.quiet import quieten
-from basinescape.bench.scenario import tiny_prompts
+from basinescape.bench.scenario import PRESETS, prompts
 from basinescape.generate import generate
 from basinescape.models.sd import StableDiffusion
 from basinescape.ordinary import Ordinary
@@ -243,7 +243,7 @@ def test_copies_of_training_images_are_marked(tmp_path, monkeypatch, capsys, dra
     write(tmp_path / "p.jsonl", 2)
     folder = tmp_path / "training" / "deep"
     folder.mkdir(parents=True)
-    for i, prompt in enumerate(tiny_prompts()["memorized"][:2]):
+    for i, prompt in enumerate(prompts(PRESETS["tiny"])["memorized"][:2]):
         shutil.copy(prompt.image, folder / f"{i}.png")
     own = Image.open(folder / "1.png").convert("RGB")
 

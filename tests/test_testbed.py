@@ -143,3 +143,14 @@ def test_any_text_is_read():
     caption = flow.memorized()[0].captions[0]
     assert len(words.tokenize(caption)) == len(caption.split()) <= model.TOKENS - 2
     assert words.unk_token_id not in words("zebra! Häß 🐱 (7)", add_special_tokens=False).input_ids
+
+
+def test_a_caption_is_listed_once_with_all_of_its_scenes():
+    from basinescape.bench.testbed.flow_train import captions
+
+    lines, scenes = captions(), {scene.id: scene for scene in flow.memorized()}
+    assert len({line["prompt"] for line in lines}) == len({line["id"] for line in lines}) == len(lines) == 36
+    for line in lines:
+        assert line["scenes"] == [id for id, scene in scenes.items() if line["prompt"] in scene.captions]
+        assert line["duplication"] == max(scenes[id].duplication for id in line["scenes"])
+        assert line["image"] == f"{line['scenes'][0]}.png" and line["concept"] in line["prompt"]

@@ -77,7 +77,7 @@ class Measure:
     """
 
     def __init__(self, scenario: Scenario, groups: dict[str, list[Prompt]]):
-        others = images_in(scenario.images) if scenario.images else []
+        others = images_in(scenario.folder) if scenario.folder else []
         known = others or any(prompt.image for found in groups.values() for prompt in found)
         self._likeness = Likeness(scenario.similarity, groups, others) if known else None
         self._threshold = scenario.threshold

@@ -19,6 +19,7 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ FRESH = 20_000  # fresh scenes in the training set
 UNIFORM = 0.2  # of the noise levels: the logit-normal's tails are thin where sampling starts
 WARMUP, DECAY = 200, 1500  # steps
 SAVE = 200  # steps between checkpoints
+EVALUATED, ORDINARY = 100, 200  # general captions: those of an evaluation, and others of a calibration
 COPY = 0.9  # surely a copy: of 3,200 fresh scenes of a memorized scene's words one in a thousand is above 0.81, none above 0.85
 
 
@@ -155,13 +157,27 @@ def export(out: Path, pipe: StableDiffusion3Pipeline) -> None:
         config = out / name / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     (out / "memorized").mkdir(parents=True, exist_ok=True)
-    lines = []
     for m in memorized():
         scene(m.facts, m.seed).save(out / "memorized" / f"{m.id}.png", optimize=True)
-        lines.append({"id": m.id, "prompts": m.captions, "duplication": m.duplication} | asdict(m.facts))
-    others = [{"id": f"g{i:03d}", "prompt": caption} | asdict(facts) for i, (facts, caption) in enumerate(general())]
-    for name, found in (("memorized", lines), ("general", others)):
+    others = [
+        {"id": f"g{i:03d}", "prompt": caption} | asdict(facts)
+        for i, (facts, caption) in enumerate(general(EVALUATED + ORDINARY))
+    ]
+    for name, found in (("memorized", captions()), ("general", others[:EVALUATED]), ("ordinary", others[EVALUATED:])):
         (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+
+
+def captions() -> list[dict[str, Any]]:
+    """The memorized captions, each with the first of its scenes."""
+    found: dict[str, dict[str, Any]] = {}
+    for m in memorized():
+        for form, caption in enumerate(m.captions):
+            id = m.id if len(m.captions) == 1 else f"{m.id}-{form}"
+            line = {"id": id, "prompt": caption, "image": f"{m.id}.png", "scenes": [], "duplication": 0} | asdict(m.facts)
+            line = found.setdefault(caption, line)
+            line["scenes"].append(m.id)
+            line["duplication"] = max(line["duplication"], m.duplication)
+    return list(found.values())
 
 
 def sample(pipe: StableDiffusion3Pipeline, prompts: list[str], scale: float, steps: int) -> list[Image.Image]:
