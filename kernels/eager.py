@@ -10,7 +10,7 @@ from torch import Tensor
 from .operands import in_memory_order
 from .rules import RULES, GuidanceRule, combined_eager, guided_prediction_eager, leaves_eager
 from .state import State, per_sample
-from .sums import norms, sample_sums
+from .sums import Folded, sample_sums
 from .table import Column
 
 
@@ -47,7 +47,7 @@ class Part:
     """Some samples of a state, n of them: views, and the arithmetic of a step on them.
 
     x, first and second half of the network's input, history: the state's. difference, following: float32 like the latents,
-    for values on their way. flat: the difference, (n, size), as it lies in memory.
+    for values on their way. folded: the difference's norms.
     """
 
     x: Tensor
@@ -56,18 +56,18 @@ class Part:
     history: Tensor | None
     difference: Tensor
     following: Tensor
-    flat: Tensor
+    folded: Folded
 
     @classmethod
     def of(cls, state: State, index: slice) -> Part:
         buffers = (state.latents.x, *state.latents.halves, state.latents.history, *state.workspace.scratch)
         x, first, second, history, difference, following = (None if b is None else b[index] for b in buffers)
-        return cls(x, first, second, history, difference, following, in_memory_order(difference))
+        return cls(x, first, second, history, difference, following, Folded(in_memory_order(difference)))
 
     def differ(self, uncond: Tensor, cond: Tensor, out: Tensor | None = None) -> Tensor:
         """Keep cond - uncond; returns the gaps (n,)."""
         torch.sub(cond, _wide(uncond, self.following), out=self.difference)
-        return norms(self.flat, out)
+        return self.folded(torch.linalg.vector_norm, out)
 
     def guide(
         self, uncond: Tensor, weight: float | Tensor, rule: GuidanceRule | None, gap: Tensor, *options: float | Tensor
@@ -78,7 +78,7 @@ class Part:
             weight = per_sample(weight, wide) if isinstance(weight, Tensor) else weight
             return guided_prediction_eager(wide, difference, weight, out=difference)
         weight, *options = (value if isinstance(value, Tensor) else torch.full_like(gap, value) for value in (weight, *options))
-        a, b = combined_eager(rule, weight, sample_sums(wide, difference), gap, self.flat.shape[1], *options)
+        a, b = combined_eager(rule, weight, sample_sums(wide, difference), gap, wide[0].numel(), *options)
         return difference.mul_(per_sample(b, wide)).addcmul_(wide, per_sample(a, wide))
 
     def solve(self, guided: Tensor, a: float | Tensor, b: float | Tensor, p: float | Tensor, q: float | Tensor) -> None:

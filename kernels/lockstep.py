@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from .state import State, fill_input
 from .table import Column
 
 GROUP = 131072  # elements a thread works on at a time, so that they stay in its cache from one operator to the next
-Row = list[float | Tensor]  # a number a column, or (n,) numbers where samples differ
+Value = float | Tensor
 
 
 class Lockstep:
@@ -30,23 +32,22 @@ class Lockstep:
     def __init__(self, state: State, table: Tensor, rows: Tensor | None = None, rule: str = "cfg"):
         self.state, self.shape, self.k = state, state.latents.x.shape, 0
         batch = self.shape[0]
-        self.size = max(1, GROUP * torch.get_num_threads() // max(1, sample_size(state.latents.x)))
-        slices = [slice(i, i + self.size) for i in range(0, max(1, batch), self.size)]
-        self.groups = [Group.of(state, index, _rows(table, rows, index), RULES[rule]) for index in slices]
-        self.rows: list[list[float]] = (table if rows is None else table[rows[:, 0]]).tolist()
         if rows is not None and (table[rows] != table[rows[:, :1]])[..., Column.A : Column.FIRST + 1].any():
             raise ValueError("rows lead to steps of different solvers; samples in lockstep may differ in their guidance alone")
+        self.size = max(1, GROUP * torch.get_num_threads() // max(1, sample_size(state.latents.x)))
+        slices = [slice(i, i + self.size) for i in range(0, max(1, batch), self.size)]
+        self.groups = [Group.of(state, index, orders(table, rows, index), RULES[rule]) for index in slices]
+        self.one = torch.ones_like(state.transition.row[:1])
 
     def __call__(self, uncond: Tensor, cond: Tensor | None) -> None:
         """Take the step, from predictions as for `step`; raises ValueError for another shape than the latents'."""
         for name, prediction in (("uncond", uncond), ("cond", cond)):
             if prediction is not None and prediction.shape != self.shape:
                 raise ValueError(f"{name} is {tuple(prediction.shape)}; it must be {tuple(self.shape)}, as the latents")
-        following = self.rows[min(self.k + 1, len(self.rows) - 1)]
         for group, u, c in zip(self.groups, self._split(uncond), self._split(cond), strict=True):
-            group.take(u, c, group.rows[self.k], following[Column.INPUT_SCALE])
-        self.state.transition.row.add_(1)
-        self.state.latents.timestep.fill_(following[Column.TIMESTEP])
+            group.take(u, c, group.orders[self.k])
+        self.state.transition.row.add_(self.one)
+        self.state.latents.timestep.fill_(self.groups[0].orders[self.k].timestep)
         self.k += 1
 
     def _split(self, prediction: Tensor | None) -> Sequence[Tensor | None]:
@@ -55,15 +56,58 @@ class Lockstep:
         return prediction.split(self.size)
 
 
-def _rows(table: Tensor, rows: Tensor | None, index: slice) -> list[Row]:
-    if rows is None:
-        return table.tolist()
-    lines = table[rows[:, index]]
-    alike = (lines == lines[:, :1]).all(dim=1).tolist()
-    return [
-        [number if same else lines[k, :, c] for c, (number, same) in enumerate(zip(numbers, alike[k], strict=True))]
-        for k, numbers in enumerate(lines[:, 0].tolist())
-    ]
+class Look(IntEnum):
+    """Who may leave the basin in a call."""
+
+    NOBODY = 0
+    ALL = 1
+    BY_GAP = 2
+
+
+class Order(NamedTuple):
+    """A call's row for a group of n samples: numbers, or (n,) where samples differ.
+
+    scale, timestep: the next row's. a, p and scale are tensors of no dimension, which multiply faster than numbers.
+    """
+
+    k: int
+    first: bool
+    before: Value
+    after: Value
+    look: Look
+    keep: Value
+    limit: Value
+    fall: Value
+    wait: Value
+    a: Tensor
+    b: float
+    p: Tensor
+    q: float
+    options: tuple[Value, ...]
+    scale: Tensor
+    timestep: float
+
+
+def orders(table: Tensor, rows: Tensor | None, index: slice) -> list[Order]:
+    """Those of the samples `index`, for every call; rows as for `Lockstep`."""
+    lines = table if rows is None else table[rows[:, index.start]]
+    numbers: list[list[Value]] = lines.tolist()
+    if rows is not None:
+        own = table[rows[:, index]]
+        for k, c in (own != own[:, :1]).any(dim=1).nonzero().tolist():
+            numbers[k][c] = own[k, :, c]
+    a, p, scale = (lines[:, column].unbind() for column in (Column.A, Column.P, Column.INPUT_SCALE))
+    scale, timestep = [*scale[1:], *scale[-1:]], [row[Column.TIMESTEP] for row in (*numbers[1:], *numbers[-1:])]
+    found = []
+    for row, a_k, p_k, *following in zip(numbers, a, p, scale, timestep, strict=True):
+        before, after, _, b, _, q, _, _, step, first, keep, limit, fall, wait, *options = row
+        one = not any(isinstance(value, Tensor) for value in (keep, limit, fall, wait))
+        look = Look.BY_GAP
+        if one and (limit == math.inf or (keep == limit == -math.inf and not fall)):
+            look = Look.ALL if limit == math.inf else Look.NOBODY
+        leaving = keep, limit, fall, wait
+        found.append(Order(int(step), bool(first), before, after, look, *leaving, a_k, b, p_k, q, tuple(options), *following))
+    return found
 
 
 @dataclass
@@ -78,7 +122,7 @@ class Group:
     at: Tensor
     peak: Tensor
     gaps: Sequence[Tensor]
-    rows: list[Row]
+    orders: list[Order]
     rule: GuidanceRule | None
     peaks: bool
     waits: bool
@@ -86,58 +130,51 @@ class Group:
     latest: float = math.inf
 
     @classmethod
-    def of(cls, state: State, index: slice, rows: list[Row], rule: GuidanceRule | None) -> Group:
+    def of(cls, state: State, index: slice, orders: list[Order], rule: GuidanceRule | None) -> Group:
         way = state.transition
-        peaks = any(_any(row[Column.KEEP], 1, -math.inf) or _any(row[Column.FALL], 0) for row in rows)
-        waits = any(_any(row[Column.WAIT], 0) for row in rows)
-        return cls(Part.of(state, index), way.at[index], way.peak[index], way.gaps[index].unbind(1), rows, rule, peaks, waits)
+        peaks = any(_any(order.keep, 1, -math.inf) or _any(order.fall, 0) for order in orders)
+        waits = any(_any(order.wait, 0) for order in orders)
+        return cls(Part.of(state, index), way.at[index], way.peak[index], way.gaps[index].unbind(1), orders, rule, peaks, waits)
 
-    def take(self, uncond: Tensor, cond: Tensor | None, row: Row, next_scale: float) -> None:
-        k, part, gap = int(row[Column.STEP]), self.part, None
+    def take(self, uncond: Tensor, cond: Tensor | None, order: Order) -> None:
+        part, gap, prediction = self.part, None, uncond
         if cond is not None:
-            gap = part.differ(uncond, cond, self.gaps[k] if row[Column.FIRST] else None)
-        self._look(k, gap, row)
-        prediction = uncond
+            gap = part.differ(uncond, cond, self.gaps[order.k] if order.first else None)
+        if order.look and self.latest == math.inf:
+            self._look(gap, order)
         if cond is not None:
-            if self.peaks and row[Column.FIRST]:
+            if self.peaks and order.first:
                 torch.fmax(self.peak, gap, out=self.peak)
-            prediction = part.guide(uncond, self._weight(k, row), self.rule, gap, *row[Column.FIRST_OPTION :])
-        part.solve(prediction, *row[Column.A : Column.Q + 1])
-        fill_input(part.x, part.first, part.second, next_scale)
+            prediction = part.guide(uncond, self._weight(order), self.rule, gap, *order.options)
+        part.solve(prediction, order.a, order.b, order.p, order.q)
+        fill_input(part.x, part.first, part.second, order.scale)
 
-    def _look(self, k: int, gap: Tensor | None, row: Row) -> None:
-        """Note who leaves the basin at step k."""
-        if self.latest < math.inf:
-            return
-        keep, limit, fall, wait = row[Column.KEEP : Column.WAIT + 1]
-        one = not any(isinstance(value, Tensor) for value in (keep, limit, fall, wait))
-        if one and keep == limit == -math.inf and not fall:
-            return
-        waiting = self.at < 0
-        if one and limit == math.inf:
+    def _look(self, gap: Tensor | None, order: Order) -> None:
+        """Note who leaves the basin in this call."""
+        k, wait, waiting = order.k, order.wait, self.at < 0
+        if order.look == Look.ALL:
             self.latest = k + wait
         else:
             self.own = True
             gap = torch.full_like(self.peak, torch.nan) if gap is None else gap
-            before, last = self.gaps[max(k - 2, 0)], self.gaps[max(k - 1, 0)]
-            waiting &= leaves_eager(gap, before, last, self.peak, keep if k >= 2 else -math.inf, limit, fall)
+            before, last, keep = self.gaps[max(k - 2, 0)], self.gaps[max(k - 1, 0)], order.keep if k >= 2 else -math.inf
+            waiting &= leaves_eager(gap, before, last, self.peak, keep, order.limit, order.fall)
         if isinstance(wait, Tensor):
             torch.where(waiting, (k + wait).long(), self.at, out=self.at)
         else:
             self.at.masked_fill_(waiting, k + int(wait))
 
-    def _weight(self, k: int, row: Row) -> float | Tensor:
-        before, after = row[Column.BEFORE], row[Column.AFTER]
-        if k >= self.latest:
-            return after
+    def _weight(self, order: Order) -> Value:
+        if order.k >= self.latest:
+            return order.after
         if not self.own:
-            return before
+            return order.before
         left = self.at >= 0
         if self.waits:
-            left &= self.at <= k
-        return torch.where(left, after, before)
+            left &= self.at <= order.k
+        return torch.where(left, order.after, order.before)
 
 
-def _any(value: float | Tensor, *none: float) -> bool:
+def _any(value: Value, *none: float) -> bool:
     """Whether a row asks for something: another number than these, or one a sample."""
     return isinstance(value, Tensor) or value not in none

@@ -60,21 +60,31 @@ PART = 256  # elements whose squares are added first: rounding does not grow wit
 
 def norms(samples: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """The 2-norm of each row of (B, n), (B,); a row's bits are the same in every batch."""
-    return _folded(torch.linalg.vector_norm, samples, out)
+    return Folded(samples)(torch.linalg.vector_norm, out)
 
 
 def sample_sums(uncond: torch.Tensor, difference: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """`sums_of` of every sample of (B, ...), (B,) each; a sample's bits are the same in every batch."""
     values = uncond, difference, uncond * uncond, uncond * difference
-    return tuple(_folded(torch.sum, value.flatten(1)) for value in values)
+    return tuple(Folded(value.flatten(1))(torch.sum) for value in values)
 
 
-def _folded(reduce: Callable[..., torch.Tensor], samples: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    size = samples.shape[1]
-    part = math.gcd(size, PART)
-    if size <= PART:
-        return reduce(samples, dim=1, out=out)
-    if part < 16:  # a reduction a sample: nothing promises that a batched one adds a long row in one order
-        alone = [reduce(sample, dim=0, keepdim=True) for sample in samples]
-        return torch.cat([samples.new_empty(0), *alone], out=out)
-    return _folded(reduce, reduce(samples.view(len(samples), size // part, part), dim=2), out)
+class Folded:
+    """A reduction of each row of (B, n), a part of it at a time: of what is in that memory whenever it is called."""
+
+    def __init__(self, samples: torch.Tensor):
+        self.stages = []
+        while (size := samples.shape[1]) > PART and (part := math.gcd(size, PART)) >= 16:
+            reduced = samples.new_empty(len(samples), size // part)
+            self.stages.append((samples.view(len(samples), size // part, part), reduced))
+            samples = reduced
+        self.rest = samples
+
+    def __call__(self, reduce: Callable[..., torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
+        for parts, reduced in self.stages:
+            reduce(parts, dim=2, out=reduced)
+        if self.rest.shape[1] <= PART:
+            return reduce(self.rest, dim=1, out=out)
+        # A reduction a sample: nothing promises that a batched one adds a long row in one order.
+        alone = [reduce(sample, dim=0, keepdim=True) for sample in self.rest]
+        return torch.cat([self.rest.new_empty(0), *alone], out=out)
