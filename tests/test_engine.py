@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from basinescape import At, FirstMinimum, Guidance, Rung, Sampler, engine
+from basinescape.bench.speed import engine as speed
 from basinescape.bench.speed.standin import stand_in
 from basinescape.engine import Engine, Result, Sample
 from basinescape.guard import Ladder
+from basinescape.schedulers import make_scheduler
 
 PLAIN = Guidance.cfg(7.5)
 DELAYED = Guidance.delayed(7.5, until=At(500))
@@ -270,3 +272,16 @@ def test_bits_do_not_depend_on_the_neighbours(pipe):
     others = [replace(sample) for sample in samples(sampler, [three, two, three, two, three]) if sample.key in (2, 3)]
     again = run(sampler, others)
     assert all(torch.equal(again[i].latents, together[i].latents) for i in (2, 3))
+
+
+def test_the_benchmarks_peers_sample_the_same_and_the_network_is_timed(small):
+    small.scheduler = make_scheduler("dpmsolver++", small.scheduler)
+    case = speed.Case(Sampler.from_pipeline(small), [f"a picture of a {i}" for i in range(5)])
+    work = [(steps, Guidance.cfg(speed.SCALE)) for steps in (3, 4, 3, 3, 4)]
+    made = {name: peer() for name, peer in case.peers(work, loop=True).items()}
+    speed.agree(*made.values())
+    assert set(made) >= {speed.LOOP, "in-flight"} and {tuple(sorted(found)) for found in made.values()} == {(0, 1, 2, 3, 4)}
+    with pytest.raises(RuntimeError, match="of their norm apart"):
+        speed.agree(made["in-flight"], {i: x + 1 for i, x in made["in-flight"].items()})
+    (row,) = speed.busy(case.sampler, jobs=3, slots=2, steps=2)
+    assert 0 < row["median"] < 1

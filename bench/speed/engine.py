@@ -1,5 +1,6 @@
-"""In-flight batching beside static batches, on mixed work and on uniform work; memory, and how busy the network is.
+"""In-flight batching beside static batches and a loop over diffusers' pipeline, on mixed work and on uniform work.
 
+And what a run costs beside its network: time a sample, peak memory, how busy the network is, how far Ray's workers scale.
 Static batches begin together, and the next one begins when all of one are done; "shrinking" ones leave out what is done once
 half of them are. The stand-in's network waits for so long whatever its batch, as a GPU that is not full: there the number
 of calls decides, which is a figure without noise.
@@ -13,14 +14,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from basinescape import At, Guidance, Rung, Sampler
 from basinescape.engine import Engine, Sample
-from basinescape.generate import generate
+from basinescape.generate import Stop, generate
 from basinescape.guard import Ladder
 from basinescape.prompts import Job
+from basinescape.schedulers import make_scheduler
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
 
 from ..tables import Row
 from .shapes import pipeline
@@ -29,8 +34,10 @@ from .timing import interleaved, summary
 
 SCALE = 7.5
 SLOTS = 8
+LOOP = "diffusers, plain guidance"
 SECONDS = 0.01  # of a call of the stand-in's network
 ROUNDS = {"cpu": 3, "cuda": 5, "quick": 3}
+MEMORY = {"cpu": (1_000, 10_000, 100_000), "cuda": (1_000, 10_000), "quick": (1_000,)}  # prompts
 
 
 def guarded(steps: int, limit: float) -> Guidance:
@@ -79,54 +86,120 @@ class Case:
         return [Sample(i, self.ladders[kind], self.shape, self.network, i, seed=i) for i, kind in enumerate(work)]
 
     @torch.inference_mode()
-    def in_flight(self, work: Sequence[tuple[int, Guidance]]) -> int:
-        """Samples all; returns how many were sampled."""
-        return sum(1 for _ in Engine(self.sampler.lane, SLOTS, fixed=True).run(self.samples(work)))
+    def in_flight(self, work: Sequence[tuple[int, Guidance]]) -> dict[int, Tensor]:
+        """The latents of every job."""
+        return {made.sample.key: made.latents for made in Engine(self.sampler.lane, SLOTS, fixed=True).run(self.samples(work))}
 
     @torch.inference_mode()
-    def static(self, work: Sequence[tuple[int, Guidance]], shrinking: bool) -> int:
+    def static(self, work: Sequence[tuple[int, Guidance]], shrinking: bool) -> dict[int, Tensor]:
         samples = self.samples(work)
-        groups = (samples[i : i + SLOTS] for i in range(0, len(samples), SLOTS))
-        return sum(1 for group in groups for _ in Engine(self.sampler.lane, len(group), fixed=not shrinking).run(group))
+        groups = [samples[i : i + SLOTS] for i in range(0, len(samples), SLOTS)]
+        engines = [(Engine(self.sampler.lane, len(group), fixed=not shrinking), group) for group in groups]
+        return {made.sample.key: made.latents for engine, group in engines for made in engine.run(group)}
 
-    def peers(self, work: Sequence[tuple[int, Guidance]]) -> dict[str, Callable[[], int]]:
-        return {
+    def peers(self, work: Sequence[tuple[int, Guidance]], loop: bool) -> dict[str, Callable[[], dict[int, Tensor]]]:
+        """loop: also diffusers' own."""
+        found = {
             "static batches": lambda: self.static(work, False),
             "static batches, shrinking": lambda: self.static(work, True),
             "in-flight": lambda: self.in_flight(work),
         }
+        return found | ({LOOP: lambda: looped(self.sampler.pipe, self.prompts, work)} if loop else {})
+
+
+def looped(pipe: StableDiffusionPipeline, prompts: Sequence[str], work: Sequence[tuple[int, Guidance]]) -> dict[int, Tensor]:
+    """The latents of every job, in batches, by diffusers' pipeline: one number of steps a call, plain guidance only."""
+    found = {}
+    for steps in dict.fromkeys(steps for steps, _ in work):
+        jobs = [i for i, (own, _) in enumerate(work) if own == steps]
+        for batch in (jobs[k : k + SLOTS] for k in range(0, len(jobs), SLOTS)):
+            noise = [torch.Generator().manual_seed(i) for i in batch]
+            options = {"num_inference_steps": steps, "guidance_scale": SCALE, "output_type": "latent"}
+            found |= zip(batch, pipe([prompts[i] for i in batch], generator=noise, **options).images, strict=True)
+    return found
 
 
 def engine(device: torch.device, preset: str) -> Iterator[Row]:
     """Rows in images a second, with the network's calls where they are counted; then memory, and how busy the network is."""
     pipe = pipeline("tiny", torch.float32, device)
     prompts = [f"a picture of a {i}" for i in range(64)]
-    waiting, real = stand_in(pipe, seconds=SECONDS), Sampler.from_pipeline(pipe, "dpmsolver++")
+    pipe.scheduler = make_scheduler("dpmsolver++", pipe.scheduler)
+    waiting, real = stand_in(pipe, seconds=SECONDS), Sampler.from_pipeline(pipe)
     for name, sampler, jobs, most in (("stand-in", waiting, 64, 50), ("tiny", real, 24, 20)):
         case = Case(sampler, prompts[:jobs])
         for kind, work in works(sampler, jobs, most, prompts[:16]).items():
-            peers, calls = case.peers(work), {}
+            peers, calls, made = case.peers(work, loop=sampler is real), {}, {}
             for peer, call in peers.items():
                 before = getattr(sampler.model, "calls", 0)
-                call()
+                made[peer] = call()
                 calls[peer] = getattr(sampler.model, "calls", 0) - before
+            known = [peer for peer in peers if peer != LOOP or all(guidance == Guidance.cfg(SCALE) for _, guidance in work)]
+            agree(*(made[peer] for peer in known))
             times = interleaved(peers, device, ROUNDS[preset])
             for peer in peers:
                 rates, row = summary([jobs / t for t in times[peer]], None), summary(times[peer], times["static batches"])
                 what = {"bench": "engine", "what": f"{name}, {kind}", "peer": peer, "unit": "images/s"}
                 yield {**what, **rates, "ratio": row["ratio"], "calls": calls[peer] or None}
+    yield overhead(Case(stand_in(pipe), prompts), device, ROUNDS[preset])
     yield from busy(real)
-    for count in (1_000, 10_000):
+    yield from scaling()
+    for count in MEMORY[preset]:
         yield memory(count)
 
 
-def busy(sampler: Sampler, jobs: int = 16, slots: int = 8, steps: int = 20) -> Iterator[Row]:
+def agree(first: dict[int, Tensor], *others: dict[int, Tensor]) -> None:
+    """Raises RuntimeError unless all have made the same latents."""
+    for other in others:
+        apart = max(((other[i] - x).norm() / x.norm()).item() for i, x in first.items())
+        if first.keys() != other.keys() or not apart <= 1e-3:
+            raise RuntimeError(f"the peers' latents are {apart:.2g} of their norm apart: they are not compared")
+
+
+def overhead(case: Case, device: torch.device, rounds: int, steps: int = 30) -> Row:
+    """What a sample costs beside its network, which answers at once."""
+    work = [(steps, Guidance.cfg(SCALE))] * len(case.prompts)
+    case.in_flight(work)
+    times = interleaved({"in-flight": lambda: case.in_flight(work)}, device, rounds)["in-flight"]
+    what = f"stand-in that does not wait, {SLOTS} slots, {steps} steps"
+    row = summary([1e3 * t / len(work) for t in times], None)
+    return {"bench": "engine", "what": what, "peer": "in-flight", "unit": "ms a sample", **row}
+
+
+def scaling(workers: Sequence[int] = (1, 2, 4), steps: int = 10) -> Iterator[Row]:
+    """Images a second of a local Ray's workers, each with a stand-in of its own; nothing where Ray is not installed."""
+    if find_spec("ray") is None:
+        return
+    import ray
+    from basinescape.ray import ROUNDS as blocks
+    from basinescape.ray import RayRun
+
+    ray.init(num_cpus=max(workers), include_dashboard=False, log_to_driver=False)
+    jobs = [(i, Job(f"{i}", f"a picture of a {i}", i)) for i in range(2 * max(workers) * blocks * SLOTS)]
+    rates: list[float] = []
+    for count in workers:
+        run = RayRun(worker, count, {}, steps, Guidance.cfg(SCALE), SLOTS, "png")
+        sum(1 for _ in run.made(iter(jobs[: count * blocks * SLOTS]), Stop()))  # until every worker is there
+        start = time.perf_counter()
+        rates.append(sum(1 for _ in run.made(iter(jobs), Stop())) / (time.perf_counter() - start))
+        run.close()
+        what = {"bench": "engine", "what": f"stand-in, Ray, workers: {count}", "peer": "in-flight", "unit": "images/s"}
+        yield {**what, "median": rates[-1], "ratio": rates[-1] / rates[0]}
+    ray.shutdown()
+
+
+def worker() -> Sampler:
+    """What one of Ray's samples with."""
+    torch.set_num_threads(1)
+    return stand_in(pipeline("tiny", torch.float32, torch.device("cpu")), seconds=SECONDS)
+
+
+def busy(sampler: Sampler, jobs: int = 32, slots: int = 16, steps: int = 20) -> Iterator[Row]:
     """The share of a run's time in which the network runs, prompts to PNG, on the small pipeline."""
     network, spent = sampler.model.network, [0.0]
 
     def timed(*given: object, **named: object):
         made = network(*given, **named)
-        for name in ("unet", "both"):
+        for name in ("net", "both"):
             setattr(made, name, _clocked(getattr(made, name), spent))
         return made
 

@@ -80,7 +80,8 @@ class Training(Checkpoint):
     """A run at a constant rate until its last DECAY steps, which more steps continue; saved every SAVE steps."""
 
     def __init__(self, path: Path, modules: nn.Module, rate: float, steps: int):
-        super().__init__(path, modules, rate, steps)
+        super().__init__(path, modules, rate, max(1, steps))
+        self.steps = steps  # none for a check
         self.scheduler.lr_lambdas = [lambda k: min(1.0, k / WARMUP, max(0.0, (steps - k) / DECAY))]
 
     def __iter__(self):
