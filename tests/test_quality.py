@@ -166,11 +166,11 @@ def test_the_figures_of_a_run_are_those_of_its_images(run, references, clip):
     training = [Image.open(path) for path in sorted((Sampler.model_path("tiny") / "memorized").glob("*.png"))]
     alike = Similarity("pixels", training)(images)
     own = np.array([alike[i, int(line["id"][1:])] for i, line in enumerate(lines)])
-    real = concept()([Image.open(path) for path in sorted(references.rglob("*.png"))])
+    real = concept(PRESETS["tiny"])([Image.open(path) for path in sorted(references.rglob("*.png"))])
     row = rows[0]
     assert row["pixels_mean"] == pytest.approx(own.mean(), abs=1e-4)
     assert row["pixels_p95"] == pytest.approx(np.quantile(own, 0.95), abs=1e-4)
-    assert row["fid"] == pytest.approx(fid(real, concept()(images)), rel=1e-4)
+    assert row["fid"] == pytest.approx(fid(real, concept(PRESETS["tiny"])(images)), rel=1e-4)
     assert row["clip_score"] == pytest.approx(np.mean(clip_scores(str(clip))(images, lines)), rel=1e-4)
     assert row["clip_low"] <= row["clip_score"] <= row["clip_high"]
     general = Similarity("pixels", training)([Image.open(run / "images" / "cfg" / f"g000-{seed}.png") for seed in range(4)])
@@ -245,7 +245,7 @@ def test_a_broken_reference_is_named(run, references):
 def test_features_and_references_must_fit_the_scenario(run):
     other = json.loads((run / "run.json").read_text()) | {"scenario": asdict(Scenario("small", "some/model", "gone.jsonl"))}
     (run / "run.json").write_text(json.dumps(other))
-    with pytest.raises(ValueError, match="'concept' read pictures of the small pipeline alone, not of 'some/model'"):
+    with pytest.raises(ValueError, match="need a classifier beside the model, and 'some/model' has none"):
         quality(run, progress=False)
     with pytest.raises(ValueError, match="references must be a folder of images for scenario 'small', got None"):
         quality(run, features="sscd", progress=False)
@@ -275,8 +275,8 @@ def test_a_missing_font_is_named(run, monkeypatch, tmp_path):
 
 @pytest.mark.skipif(not FONT.is_file(), reason="the font that scenes are drawn with is not installed")
 def test_other_fresh_scenes_are_nearer_to_the_reference_than_noise():
-    embed = concept()
-    scenes, noise = embed(list(fresh_scenes(96))), embed([noise_image(i) for i in range(48)])
+    embed = concept(PRESETS["tiny"])
+    scenes, noise = embed(list(fresh_scenes("tiny", 96))), embed([noise_image(i) for i in range(48)])
     assert fid(scenes[:48], scenes[48:]) < fid(scenes[:48], noise) / 4
 
 

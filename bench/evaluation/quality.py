@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from basinescape import Sampler
 from basinescape.folder import whole
 from PIL import Image
 from torch import Tensor, nn
@@ -27,8 +26,8 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm import tqdm
 
 from ..scenario import IMAGES, Scenario, limited, prompts
+from ..testbed import flow_scenes, scenes
 from ..testbed.classifier import ConceptClassifier
-from ..testbed.scenes import CONCEPTS, SIZE, scene
 from .evaluate import image_path, read_run, write_csv
 from .measure import Likeness
 from .metrics import EMBEDDINGS, Embedding, fitted, interval, pixels, projected
@@ -56,7 +55,7 @@ def quality(
     clip:       a CLIP model, folder or hub id, for `clip_score` with its 95% bootstrap over prompts; None: not computed.
     features:   one of FEATURES for `fid`, `kid_mean` and `kid_std`; None: not computed.
     references: the folder, searched through, of the images that FID and KID are the distance from; None: 2,000 fresh scenes,
-                for the small pipeline alone.
+                for a pipeline that ships alone.
     similarity: a name that `Similarity` knows, for its mean and 95th percentile; None: not computed.
 
     An image that is missing or broken is counted as such, logged and left out. Raises, before anything is measured or
@@ -74,8 +73,8 @@ def quality(
         measures[similarity] = _likeness(similarity, scenario, settings["limit"], lines)
     if clip is not None:
         measures["clip_score"] = clip_scores(clip)
-    embed = FEATURES[features]() if features is not None else None
-    real = _embedded(embed, map(_opened, paths) if references is not None else fresh_scenes()) if embed else None
+    embed = FEATURES[features](scenario) if features is not None else None
+    real = _embedded(embed, map(_opened, paths) if references is not None else fresh_scenes(scenario.model)) if embed else None
 
     rows, entries = [], []
     for method, group in tqdm(dict.fromkeys((line["method"], line["group"]) for line in lines), disable=not progress):
@@ -100,10 +99,10 @@ def _check(scenario: Scenario, features: str | None, references: str | Path | No
     """The reference images; raises for features and references that do not fit the run."""
     if features is not None and features not in FEATURES:
         raise ValueError(f"features must be one of {', '.join(FEATURES)}, or None; got {features!r}")
-    if features == "concept" and scenario.model != "tiny":
-        raise ValueError(f"features 'concept' read pictures of the small pipeline alone, not of {scenario.model!r}")
+    if features == "concept" and not (Path(scenario.source) / "classifier").is_dir():
+        raise ValueError(f"features 'concept' need a classifier beside the model, and {scenario.model!r} has none")
     if references is None:
-        if features is not None and scenario.model != "tiny":
+        if features is not None and scenario.model not in FRESH:
             raise ValueError(f"references must be a folder of images for scenario {scenario.name!r}, got None")
         return []
     if not Path(references).is_dir():
@@ -170,13 +169,24 @@ def _embedded(embed: Embedding, images: Iterable[Image.Image]) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def fresh_scenes(count: int = SCENES) -> Iterator[Image.Image]:
-    """What the small pipeline's ordinary pictures ought to look like: every concept equally often, always the same scenes.
+def fresh_scenes(model: str, count: int = SCENES) -> Iterator[Image.Image]:
+    """What ordinary pictures of a model of FRESH ought to look like: every concept equally often, always the same scenes.
 
     Raises FileNotFoundError where the font of the glyphs is missing.
     """
-    names = list(CONCEPTS)
-    return (scene(names[i % len(names)], FIRST + i) for i in range(count))
+    return (FRESH[model](i) for i in range(count))
+
+
+def _scene_of_tiny(i: int) -> Image.Image:
+    return scenes.scene(list(scenes.CONCEPTS)[i % len(scenes.CONCEPTS)], FIRST + i)
+
+
+def _scene_of_flow(i: int) -> Image.Image:
+    facts = flow_scenes.draw_facts(np.random.default_rng(FIRST + i), list(flow_scenes.CONCEPTS)[i % len(flow_scenes.CONCEPTS)])
+    return flow_scenes.scene(facts, FIRST + i)
+
+
+FRESH = {"tiny": _scene_of_tiny, "flow": _scene_of_flow}
 
 
 def _alignment(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -279,18 +289,18 @@ def _bytes(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def concept() -> Embedding:
-    """What the small pipeline's concept classifier sees before it decides: 128 numbers an image."""
-    network = ConceptClassifier.load(Sampler.model_path("tiny") / "classifier")
+def concept(scenario: Scenario) -> Embedding:
+    """What the concept classifier beside the model sees before it decides: 128 numbers an image."""
+    network = ConceptClassifier.load(Path(scenario.source) / "classifier")
 
     @torch.inference_mode()
     def embed(images: Sequence[Image.Image]) -> np.ndarray:
-        return network.pooled(pixels(fitted(images, (SIZE, SIZE)))).numpy()
+        return network.pooled(pixels(fitted(images, (scenes.SIZE, scenes.SIZE)))).numpy()
 
     return embed
 
 
-def inception() -> Embedding:
+def inception(scenario: Scenario) -> Embedding:
     """Inception-v3 as FID and KID were defined with: 2,048 numbers an image.
 
     Needs torch-fidelity, which needs torchvision and downloads the weights, a pickle. Raises ImportError without it.
@@ -304,4 +314,8 @@ def inception() -> Embedding:
     return embed
 
 
-FEATURES: dict[str, Callable[[], Embedding]] = {"concept": concept, "inception": inception, **EMBEDDINGS}
+FEATURES: dict[str, Callable[[Scenario], Embedding]] = {
+    "concept": concept,
+    "inception": inception,
+    **{name: lambda _, make=make: make() for name, make in EMBEDDINGS.items()},
+}
