@@ -30,7 +30,7 @@ from .folder import Journal, open_folder, settings_of, weights_sha256
 from .guard import Ladder
 from .guidance import Guidance
 from .progress import Progress, Summary
-from .prompts import Job, Prompts
+from .prompts import OWN, Job, Prompts
 from .sampler import Sampler
 from .stages import TEXTS, Picture, Request, Stages, decoded, encoded, said
 from .writers import Made, writer
@@ -98,7 +98,8 @@ def generate(
     options = dict(sampler.options)
     sampler = sampler.using(height, width, clip_skip=clip_skip)  # raises for what the model cannot do
     height, width = sampler.size()
-    ladder = laid(sampler, steps, guidance)  # raises for steps that the guidance does not fit
+    ladders = Ladders(sampler, steps, guidance)
+    ladders.check(prompts)
     out = Path(out) / f"shard-{shard[0]}-of-{shard[1]}" if shard else Path(out)
     writes = writer(out, format)
     settings = {"steps": steps, "guidance": guidance.to_dict(), "height": height, "width": width, "clip_skip": clip_skip}
@@ -109,7 +110,7 @@ def generate(
         out, {"model": model, **settings, **prompts.settings, "weights": weights_sha256(sampler), **settings_of(sampler)}
     )
     if load is None:
-        run = Run(sampler, ladder, slots, format, copies)
+        run = Run(sampler, ladders, slots, format, copies)
     else:
         pixels = {"height": height, "width": width, **sampler.options}
         run = _ray().RayRun(load, workers, pixels, steps, guidance, slots, format)
@@ -147,9 +148,33 @@ def generate(
     return shown.summary
 
 
-def laid(sampler: Sampler, steps: int, guidance: Guidance) -> Ladder:
-    """The guidance over the sampler's steps."""
-    return Ladder.make(sampler.solver(steps), guidance, sampler.model.device, sampler.model.settle)
+class Ladders:
+    """The guidance over the sampler's steps, for jobs of every kind, some of which have steps or a scale of their own."""
+
+    def __init__(self, sampler: Sampler, steps: int, guidance: Guidance):
+        self.sampler, self.steps, self.guidance = sampler, steps, guidance
+        self._made: dict[tuple[int | None, float | None], Ladder] = {}
+
+    def of(self, job: Job) -> Ladder:
+        """Raises ValueError for steps or a scale that the guidance does not fit."""
+        if job.kind not in self._made:
+            self._made[job.kind] = self._of(*job.kind)
+        return self._made[job.kind]
+
+    def _of(self, steps: int | None, scale: float | None) -> Ladder:
+        if self.guidance.rungs and (steps, scale) != OWN:
+            raise ValueError("steps and scale of a prompt's own do not go with a guard, which is calibrated for the run's")
+        guidance = self.guidance if scale is None else replace(self.guidance, scale=scale)
+        solver, model = self.sampler.solver(steps or self.steps), self.sampler.model
+        return Ladder.make(solver, guidance, model.device, model.settle)
+
+    def check(self, prompts: Prompts) -> None:
+        """Raises ValueError, naming the first of the prompts that the guidance does not fit."""
+        for kind, where in prompts.kinds.items():
+            try:
+                self._made[kind] = self._of(*kind)
+            except ValueError as error:
+                raise ValueError(str(error) if kind == OWN else f"{prompts.name}, {where}: {error}") from error
 
 
 def _ray() -> ModuleType:
@@ -210,8 +235,8 @@ class Stop:
 class Run:
     """How jobs become files: prompts encoded, samples denoised, latents decoded and pictures compressed, all at a time."""
 
-    def __init__(self, sampler: Sampler, ladder: Ladder, slots: int, format: str, copies: Copies | None = None):
-        self.sampler, self.ladder, self.format, self.slots, self.copies = sampler, ladder, format, slots, copies
+    def __init__(self, sampler: Sampler, ladders: Ladders, slots: int, format: str, copies: Copies | None = None):
+        self.sampler, self.ladders, self.format, self.slots, self.copies = sampler, ladders, format, slots, copies
         self.engine = Engine(sampler.lane, slots, fixed=True, local=True)
         self.moved: Callable[[float], None] = lambda under_way: None  # is told of every step
 
@@ -242,7 +267,7 @@ class Run:
 
         try:
             with ThreadPoolExecutor(PRESSES) as pool:
-                samples = stages.ahead(encoded(model, noted(), self.ladder, *size, **options), TEXTS)
+                samples = stages.ahead(encoded(model, noted(), self.ladders.of, *size, **options), TEXTS)
                 results = stages.ahead(self.engine.run(stop.until(samples), tick), self.slots)
                 pictures = decoded(model, results, self.format == "latents", *size, **options)
                 press = partial(pool.submit, self._press, retried=again is not None)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import arguments
 from .folder import Keys
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class Job:
     """One image to make.
 
     id: names its file; 1 to 128 letters, digits, '.', '_' or '-', not starting with '.' or '-'.
-    negative_prompt: None for the run's own.
+    negative_prompt, steps, scale: None for the run's own.
 
     Raises ValueError for anything that is not so.
     """
@@ -43,6 +44,8 @@ class Job:
     prompt: str
     seed: int
     negative_prompt: str | None = None
+    steps: int | None = None
+    scale: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
@@ -56,9 +59,20 @@ class Job:
         if not isinstance(self.negative_prompt, str | None):
             raise ValueError(f"negative_prompt must be a string, got {self.negative_prompt!r}")
         object.__setattr__(self, "seed", int(self.seed))  # of numpy's integers too
+        if self.steps is not None:
+            object.__setattr__(self, "steps", arguments.at_least_one("steps", self.steps))
+        if self.scale is not None:
+            object.__setattr__(self, "scale", arguments.finite("scale", self.scale))
+
+    @property
+    def kind(self) -> tuple[int | None, float | None]:
+        """(steps, scale), None for the run's own."""
+        return self.steps, self.scale
 
 
-ALLOWED = tuple(field.name for field in fields(Job))
+ALLOWED, NUMBERS = tuple(field.name for field in fields(Job)), ("seed", "steps", "scale")
+KINDS = 1000  # of jobs, by steps and scale: each takes some memory
+OWN = (None, None)  # the run's own steps and scale
 
 
 class Row(NamedTuple):
@@ -74,7 +88,8 @@ Rows = Iterator[Row]
 class Prompts:
     """The jobs of a source that may be larger than memory: each iteration reads it anew, as (position, job).
 
-    source:   JSON Lines, `{"prompt": "...", "id"?, "seed"?, "negative_prompt"?}`, a .csv or .parquet file with those columns;
+    source:   JSON Lines, `{"prompt": "...", "id"?, "seed"?, "negative_prompt"?, "steps"?, "scale"?}`, a .csv or .parquet file
+              with those columns;
               "-", JSON Lines on standard input, or a pipe, which is first copied to a temporary file; a folder that the
               `datasets` library saved, or "hf:NAME" or "hf:NAME:SPLIT", a dataset of its hub (split "train"); a list of jobs.
     seed:     a prompt without an id gets its position, zero-padded; one without a seed gets `seed` plus its position.
@@ -94,8 +109,13 @@ class Prompts:
         self._digits = max(4, len(str(sum(1 for _ in self._rows()) - 1)))
         self._repeated: frozenset[int] = frozenset()
         digest, ids, positions = hashlib.sha256(), array("Q"), array("Q")
-        for position, _, job in self._jobs(self._refuse):
-            digest.update(repr((position, *astuple(job))).encode("utf-8", "surrogatepass"))
+        self.kinds: dict[tuple[int | None, float | None], str] = {}  # of steps and scale; where the first of each stands
+        for position, where, job in self._jobs(self._refuse):
+            asked = astuple(job) if job.kind != OWN else astuple(job)[:4]  # whose digest is that of before there were kinds
+            digest.update(repr((position, *asked)).encode("utf-8", "surrogatepass"))
+            self.kinds.setdefault(job.kind, where)
+            if len(self.kinds) > KINDS:
+                raise ValueError(f"{self.name} asks for more than {KINDS} different pairs of steps and scale")
             ids.append(Keys.digest(job.id.casefold()))  # some file systems do not tell A.png from a.png
             positions.append(position)
         _, first = np.unique(np.frombuffer(ids, np.uint64), return_index=True)
@@ -234,9 +254,17 @@ def _cells(row: dict[str | None, Any]) -> dict[str, Any] | str:
         return "more cells than columns; quote a cell that holds a comma"
     if any(cell and _unreadable(cell) for cell in row.values()):
         return "not UTF-8 text"
-    seed = row.get("seed")
-    number = {"seed": int(seed)} if seed and seed.isascii() and seed.isdigit() else {}
-    return {name: cell or None for name, cell in row.items()} | number
+    return {name: _number(cell) if name in NUMBERS and cell else cell or None for name, cell in row.items()}
+
+
+def _number(cell: str) -> int | float | str:
+    """What a cell says, if that is a number."""
+    if cell.isascii() and cell.isdigit():
+        return int(cell)
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
 
 
 def _parquet(path: Path) -> Rows:

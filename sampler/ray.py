@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from .generate import Run, Stop, laid
+from .generate import Ladders, Run, Stop
 from .guidance import Guidance
 from .prompts import Job
 from .sampler import Sampler
@@ -45,7 +45,7 @@ class Worker:
         self, load: Callable[[], Sampler], pixels: dict[str, Any], steps: int, guidance: Guidance, slots: int, format: str
     ):
         sampler = load().using(**pixels)
-        self.run = Run(sampler, laid(sampler, steps, guidance), slots, format)
+        self.run = Run(sampler, Ladders(sampler, steps, guidance), slots, format)
 
     def make(self, jobs: list[tuple[int, Job]]) -> tuple[list[Made], Counter[str]]:
         """What comes of a block of jobs, in order, and the network calls that it took."""

@@ -109,7 +109,7 @@ class Request:
 
 
 def encoded(
-    model: Model, jobs: Iterable[tuple[int, Job]], ladder: Ladder, height: int, width: int, **options: Any
+    model: Model, jobs: Iterable[tuple[int, Job]], ladder: Callable[[Job], Ladder], height: int, width: int, **options: Any
 ) -> Iterator[Sample | Result]:
     """The samples of jobs, TEXTS prompts at a time; one that cannot be encoded is a result that failed."""
     jobs, shape = iter(jobs), model.shape(height, width, **options)
@@ -142,10 +142,10 @@ def encoded(
         for position, job in some:
             text = job.prompt, job.negative_prompt
             if text in errors:
-                yield Result(Sample(Request(position, job), ladder, shape, None, 0), error=errors[text])
+                yield Result(Sample(Request(position, job), ladder(job), shape, None, 0), error=errors[text])
             else:
                 row = next(fine)
-                yield Sample(Request(position, job, rows[row].truncated[0]), ladder, shape, network, row, job.seed)
+                yield Sample(Request(position, job, rows[row].truncated[0]), ladder(job), shape, network, row, job.seed)
                 cache.move_to_end(text)
         while len(cache) > CACHE:
             cache.popitem(last=False)

@@ -1,13 +1,17 @@
 """A run of generate: its folder, its manifest, and images that are those of the sampler alone."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
-from basinescape import Guidance, Sampler
+import torch
+from basinescape import At, Guidance, Rung, Sampler
+from basinescape.generate import generate
 from basinescape.prompts import Job
 from PIL import Image
 from runs import QUICK, jobs, make, run, sound, write
+from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +102,34 @@ def test_jobs_of_one_id_are_refused(sampler, tmp_path):
     with pytest.raises(ValueError, match="jobs, job 2: id 'A' is already used in job 1"):
         make(sampler, [Job("a", "a cat", 0), Job("A", "a dog", 1)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_jobs_of_other_steps_and_scales_are_as_in_runs_of_their_own(small, tmp_path):
+    sampler = Sampler.from_pipeline(small, "ddim")
+    asked = [Job("a", "a", 0), Job("b", "b", 1, steps=5), Job("c", "c", 2, scale=2), Job("d", "d", 3, None, 3, -1)]
+    options = {"model": "small", "steps": 4, "batch_size": 4, "progress": False, "format": "latents"}
+    delayed = partial(Guidance.delayed, until=At(600))
+    generate(sampler, asked, tmp_path / "all", delayed(5.0), **options)
+    lines = {line["id"]: line for line in sound(tmp_path / "all")}
+    for job in asked:
+        own = {**options, "steps": job.steps or 4}
+        guidance = delayed(5.0 if job.scale is None else job.scale)
+        generate(sampler, [Job(job.id, job.prompt, job.seed)], tmp_path / job.id, guidance, **own)
+        (alone,), together = sound(tmp_path / job.id), lines[job.id]
+        assert {k: together[k] for k in ("steps", "scale") if k in together} == {
+            k: v for k, v in (("steps", job.steps), ("scale", job.scale)) if v is not None
+        }
+        assert len(together["noise_gap"]) == own["steps"] and together["transition_step"] == alone["transition_step"]
+        found, expected = (load_file(tmp_path / run / together["file"])["latents"] for run in ("all", job.id))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)  # a text is encoded beside others: rounding
+
+
+def test_a_job_that_the_guidance_does_not_fit_is_named_before_any_work(small, tmp_path):
+    sampler, out = Sampler.from_pipeline(small, "ddim"), tmp_path / "out"
+    asked = [Job("a", "a", 0), Job("b", "b", 1, steps=5)]
+    options = {"model": "small", "steps": 4, "progress": False}
+    guard = Guidance.ladder([Rung(Guidance.cfg(5.0), (1.0,) * 4, 1, 2.0, 1, 0, 2.0)])
+    for guidance, says in ((guard, "do not go with a guard"), (Guidance.cfg(5.0, shape=(1.0,) * 4), "shape")):
+        with pytest.raises(ValueError, match=f"jobs, job 2: .*{says}"):
+            generate(sampler, asked, out, guidance, **options)
+    assert not out.exists()

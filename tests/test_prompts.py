@@ -99,7 +99,7 @@ def test_standard_input_and_pipes_are_read_once(tmp_path, monkeypatch):
         ("p.csv", b"a cat\na dog\n", "line 1: must name the column prompt, and each column once; got a cat"),
         ("p.csv", b"prompt,id,id\na,b,c\n", "line 1: must name the column prompt, and each column once"),
         ("p.csv", b"prompt,id\na cat\na, dog, small\n", "line 3: more cells than columns"),
-        ("p.csv", b"prompt,seed\na cat,1.5\n", "line 2: seed must be a whole number from 0 to 2..63 - 1, got '1.5'"),
+        ("p.csv", b"prompt,seed\na cat,1.5\n", "line 2: seed must be a whole number from 0 to 2..63 - 1, got 1.5"),
         ("p.csv", b"prompt,mood\na cat,\na dog,sad\n", "line 3: unknown key 'mood'"),
         ("p.csv", b'prompt,seed\na cat,1\n"a dog,2\na bird,3\n', "line 2: not CSV"),
         ("p.csv", b"prompt,id\na cat,x\na dog,X\n", "line 3: id 'X' is already used in line 2"),
@@ -185,3 +185,18 @@ def test_a_source_is_not_held_in_memory(tmp_path, suffix):
 
     most(1)
     assert most(600) - most(100) < 50 * len(text)
+
+
+def test_a_prompt_may_have_steps_and_a_scale_of_its_own(tmp_path):
+    rows = '{"prompt": "a"}\n{"prompt": "b", "steps": 3}\n{"prompt": "c", "steps": 3, "scale": 2}\n'
+    (tmp_path / "p.jsonl").write_text(rows)
+    (tmp_path / "p.csv").write_text("prompt,steps,scale\na,,\nb,3,\nc,3,2\n")
+    for name, place in (("p.jsonl", "line 3"), ("p.csv", "line 4")):
+        found = Prompts(tmp_path / name)
+        assert [job.kind for _, job in found] == [(None, None), (3, None), (3, 2.0)]
+        assert found.kinds[3, 2.0] == place
+    for wrong in ({"steps": 0}, {"steps": 2.5}, {"steps": "x"}, {"scale": "x"}, {"scale": float("nan")}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+            Job("a", "a", 0, **wrong)
+    with pytest.raises(ValueError, match="more than 1000 different pairs of steps and scale"):
+        Prompts([Job(f"{i}", "a", 0, scale=i) for i in range(1001)])

@@ -37,7 +37,10 @@ class Where(StrEnum):
 def generate(
     prompts: Annotated[
         str,
-        typer.Option(help='JSON Lines {"prompt", "id"?, "seed"?, "negative_prompt"?}, .csv, .parquet, hf:DATASET, or -'),
+        typer.Option(
+            help='JSON Lines {"prompt", "id"?, "seed"?, "negative_prompt"?, "steps"?, "scale"?}, .csv, .parquet, '
+            "hf:DATASET, or -"
+        ),
     ],
     out: Annotated[Path, typer.Option(help="folder for images, manifest.jsonl and run.json")],
     model: options.Model = "tiny",
