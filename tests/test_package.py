@@ -20,7 +20,7 @@ def python(code, cwd):
     ).stdout
 
 
-def test_a_wheel_holds_the_pipeline_and_all_packages(tmp_path):
+def test_a_wheel_holds_the_pipelines_and_all_packages(tmp_path):
     options = ["--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", str(tmp_path)]
     source = tmp_path / "source"  # built from a copy: a build leaves folders behind
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "out", "build", "*.egg-info"))
@@ -29,9 +29,10 @@ def test_a_wheel_holds_the_pipeline_and_all_packages(tmp_path):
     for folder, package in (("sampler", ""), ("kernels", "kernels/"), ("bench", "bench/")):
         expected = {f"basinescape/{package}{path.relative_to(source / folder)}" for path in (source / folder).rglob("*.py")}
         assert expected <= names
-    tiny = {f"basinescape/bench/tiny/{path.relative_to(ROOT / 'bench/tiny')}" for path in (ROOT / "bench/tiny").rglob("*.*")}
     assert "basinescape/hosts/comfyui/example_workflows/delayed_guidance.json" in names
-    assert tiny <= names and any(name.endswith("unet/diffusion_pytorch_model.safetensors") for name in tiny)
+    for name, network in (("tiny", "unet"), ("flow", "transformer")):
+        own = {f"basinescape/{path.relative_to(ROOT)}" for path in (ROOT / "bench" / name).rglob("*.*")}
+        assert own <= names and f"basinescape/bench/{name}/{network}/diffusion_pytorch_model.safetensors" in own
 
 
 @pytest.mark.parametrize("below, above", [("kernels", r"basinescape\.(?!kernels)"), ("sampler", r"basinescape\.bench")])
@@ -66,8 +67,9 @@ print([name for name in sys.modules if name.startswith("basinescape.bench")])
     assert python(f"import {', '.join(names)}" + code, tmp_path).strip() == "[]"
 
 
-def test_the_pipeline_that_ships_is_small():
-    assert sum(path.stat().st_size for path in (ROOT / "bench" / "tiny").rglob("*") if path.is_file()) <= 15_000_000
+@pytest.mark.parametrize("name", ["tiny", "flow"])
+def test_the_pipelines_that_ship_are_small(name):
+    assert sum(path.stat().st_size for path in (ROOT / "bench" / name).rglob("*") if path.is_file()) <= 15_000_000
 
 
 def test_the_kernels_need_torch_and_triton_alone(tmp_path):

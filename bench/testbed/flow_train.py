@@ -164,7 +164,8 @@ def export(out: Path, pipe: StableDiffusion3Pipeline) -> None:
         {"id": f"g{i:03d}", "prompt": caption} | asdict(facts)
         for i, (facts, caption) in enumerate(general(EVALUATED + ORDINARY))
     ]
-    for name, found in (("memorized", captions()), ("general", others[:EVALUATED]), ("ordinary", others[EVALUATED:])):
+    ordinary = [{"prompt": line["prompt"]} for line in others[EVALUATED:]]
+    for name, found in (("memorized", captions()), ("general", others[:EVALUATED]), ("ordinary", ordinary)):
         (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
 
 
@@ -242,7 +243,6 @@ def main() -> None:
     check(pipe, classifiers, args.check_steps)
     if not args.check:
         classifiers["concept"].save(args.out / "classifier")
-        classifiers["object"].save(args.out / "classifier" / "object")
         export(args.out, pipe)
         print(f"wrote {args.out}")
 
