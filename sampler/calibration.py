@@ -167,15 +167,14 @@ class Calibration:
             ordinary = replace(ordinary, low=low, high=high, unguided=free, stable=None)  # a norm is of its own steps alone
         return replace(self, steps=len(levels), rungs=rungs, ordinary=ordinary)
 
-    def settled(self, factor: float = 1.5, wait: float = 0.16, latest: float = 0.48) -> Settled:
-        """The rule `Settled` of this model; wait and latest are shares of the steps, as chosen in bench/RESULTS.md.
+    def settled(self, **given: float) -> Settled:
+        """The rule `Settled.over` what is usual without guidance on this model.
 
         Raises ValueError for a calibration that did not measure unguided gaps.
         """
         if self.ordinary is None:
             raise ValueError("the calibration has no unguided gaps, which 'settled' needs: calibrate again")
-        steps = len(self.ordinary.unguided)
-        return Settled(self.ordinary.unguided, factor, round(wait * steps), max(round(latest * steps), round(wait * steps)))
+        return Settled.over(self.ordinary.unguided, **given)
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""

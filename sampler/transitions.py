@@ -113,6 +113,12 @@ class Settled:
         if self.latest is not None:
             arguments.at_least("latest", self.latest, self.wait)
 
+    @classmethod
+    def over(cls, ordinary: Sequence[float], factor: float = 1.5, wait: float = 0.16, latest: float = 0.48) -> Settled:
+        """With wait and latest as shares of the steps, by default as chosen on a small pipeline in bench/RESULTS.md."""
+        steps = len(ordinary)
+        return cls(tuple(ordinary), factor, round(wait * steps), max(round(latest * steps), round(wait * steps)))
+
     def leaving(self, levels: Sequence[float]) -> list[Leaving]:
         """What makes a sample leave at each step. Raises ValueError if `ordinary` has another number of steps."""
         if len(self.ordinary) != len(levels):

@@ -20,8 +20,6 @@ from .own import Sampling, from_file
 
 __all__ = ["DEFAULT", "Batch", "DryRun", "Method", "Sampling", "chosen", "label", "table"]
 
-# The rule `Settled` as chosen on half of the small pipeline's memorized prompts: see `basinescape analyze`.
-SETTLED = {"factor": 1.5, "wait": 8, "latest": 24}
 DEFAULT = ("cfg", "delayed-at", "opposite-at", "guard")  # where nobody chooses; the guard where there is a calibration
 SHAPES = ("linear", "invlinear", "cosine", "sine", "v_shape", "a_shape")
 
@@ -59,8 +57,7 @@ def table(scenario: Scenario) -> dict[str, Sampling]:
     delayed = Guidance.delayed(scale, until=at)
     measured = {}
     if scenario.ordinary:
-        until = Settled(scenario.ordinary, **SETTLED)
-        measured["delayed-settled"] = Method(Guidance.delayed(scale, until=until))
+        measured["delayed-settled"] = Method(Guidance.delayed(scale, until=Settled.over(scenario.ordinary)))
     if scenario.stable:
         measured["update-norm"] = update.method(scale, scenario.stable)
     if scenario.calibration:
