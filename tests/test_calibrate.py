@@ -209,3 +209,10 @@ def test_bad_input_is_one_line_before_any_work(mine, tmp_path, monkeypatch, caps
     assert run(monkeypatch, *model, *options, "--device", "cpu") == 2
     error = capsys.readouterr().err
     assert says in error and len(error.splitlines()) == 1 and not drawn.asked and sorted(mine.iterdir()) == before
+
+
+def test_where_the_unguided_gap_does_not_rise_the_static_transition_is_the_papers():
+    plain, levels = torch.ones(2, 4), (900.0, 700.0, 300.0, 100.0)
+    rising, falling = torch.tensor([[1.0, 3.0, 4.0, 2.0]] * 2), torch.tensor([[4.0, 3.0, 2.0, 1.0]] * 2)
+    assert Ordinary.of(plain, rising, levels).transition == 700.0
+    assert Ordinary.of(plain, falling, levels).transition == 500.0

@@ -4,6 +4,7 @@ import pytest
 import torch
 from basinescape import Calibration, Guidance, Sampler
 from basinescape.bench.evaluation.measure import Measure
+from basinescape.bench.methods import update
 from basinescape.bench.scenario import PRESETS, prompts
 from rounding import assert_same_but_for_rounding
 
@@ -53,3 +54,8 @@ def test_it_copies_under_plain_guidance_and_the_guard_lets_no_copy_through_unmar
     out, copies = made(Guidance.guard(FLOW.scale, Calibration.load("flow")))
     assert not any(copy and not suspect for copy, suspect in zip(copies, out.suspect, strict=True))
     assert (out.attempts > 1).all()
+
+
+def test_a_method_for_noise_predictions_is_refused(sampler):
+    with pytest.raises(ValueError, match="update-norm needs a network that predicts epsilon or v_prediction, got 'a flow'"):
+        update.alphas(sampler, 4)

@@ -68,7 +68,7 @@ def alphas(sampler: Sampler, steps: int) -> list[float]:
     another prediction than epsilon or v.
     """
     solver, scheduler = sampler.solver(steps), sampler.scheduler
-    kind = scheduler.config.prediction_type
+    kind = scheduler.config.get("prediction_type", "a flow")
     if kind not in ("epsilon", "v_prediction"):
         raise ValueError(f"update-norm needs a network that predicts epsilon or v_prediction, got {kind!r}")
     if (solver.input_scale != 1).any() or not hasattr(scheduler, "alphas_cumprod"):
