@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ def read_prompts(source: str | Path, where: str = "", images: str | Path | None 
 
     source: JSON Lines, CSV or Parquet of caption (or prompt, or text) and perhaps image (or file_name), id, concept; JSON, a
             list of such objects, or an object of captions by image path, `{"images/1.jpg": ["a caption"]}`; or a folder of
-            images, each with its caption in metadata.jsonl, in a .txt file beside it or, without one, in its folder's name.
+            images, each with its caption in metadata.jsonl, in a .txt file beside it or, where there are none and the images
+            lie in folders of their own, in that folder's name.
     where:  where to get what is missing. images: the folder that image paths are in, by default that of `source`; a prompt
             without one belongs to the image there that has its id for a name, if any.
     every:  all captions of an image that has several, not the first one alone.
@@ -46,7 +47,7 @@ def read_prompts(source: str | Path, where: str = "", images: str | Path | None 
         raise FileNotFoundError(f"prompts {str(path)!r} do not exist{published}")
     listed = next((path / name for name in METADATA if (path / name).is_file()), None) if path.is_dir() else path
     if listed is None:
-        found = [_pair(path, file) for file in images_in(path)]
+        found = _pairs(path, images_in(path))
     else:
         folder = Path(images) if images is not None else listed.parent
         found = [_prompt(f"{listed}, {entry}", row, number, folder) for number, (entry, row) in enumerate(_rows(listed, every))]
@@ -74,10 +75,21 @@ def images_in(folder: str | Path) -> list[Path]:
     return [file for file in sorted(Path(folder).rglob("*")) if file.suffix.lower() in IMAGES]
 
 
-def _pair(folder: Path, image: Path) -> Prompt:
-    text = image.with_suffix(".txt")
-    caption = text.read_text(encoding="utf-8").strip() if text.is_file() else image.parent.name.replace("_", " ")
-    return Prompt(_id(str(image.relative_to(folder).with_suffix(""))), caption, image)
+def _pairs(folder: Path, images: Sequence[Path]) -> list[Prompt]:
+    without = [image for image in images if not image.with_suffix(".txt").is_file()]
+    named = len(without) == len(images) and all(image.parent != folder for image in images)
+    if without and not named:
+        first = without[0].with_suffix(".txt").name
+        raise FileNotFoundError(
+            f"prompts {str(folder)!r}: {len(without)} of {len(images)} images have no caption: put that of {without[0].name!r} "
+            f"into {first!r}, or all into metadata.jsonl (file_name, text)"
+        )
+    return [_pair(folder, image, named) for image in images]
+
+
+def _pair(folder: Path, image: Path, named: bool) -> Prompt:
+    text = image.parent.name.replace("_", " ") if named else image.with_suffix(".txt").read_text(encoding="utf-8").strip()
+    return Prompt(_id(str(image.relative_to(folder).with_suffix(""))), text, image)
 
 
 def _rows(path: Path, every: bool) -> Iterator[tuple[str, Mapping[str, Any]]]:

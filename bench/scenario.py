@@ -116,7 +116,7 @@ def load(name: str | None = None, **given: Any) -> Scenario:
     """A preset, or a scenario from a YAML file of the fields of `Scenario`, with the fields in `given` that are not None.
 
     name: None for a scenario of `given` alone, or "tiny" where that names neither model nor prompts. Files are made absolute;
-    a calibration that lies beside the model is found.
+    a calibration that lies beside the model is found, and says how to sample where a scenario of `given` alone does not.
 
     Raises ValueError for an unknown name or field, FileNotFoundError for a missing file.
     """
@@ -124,7 +124,8 @@ def load(name: str | None = None, **given: Any) -> Scenario:
     if name is None and ("model" in given or "memorized" in given):
         if not {"model", "memorized"} <= given.keys():
             raise ValueError("model and prompts must be given together, or beside a scenario")
-        return _calibrated(Scenario(**{"name": Path(given["model"]).name, **given}))
+        beside = given.get("calibration") or Calibration.beside(given["model"])
+        return _calibrated(Scenario(**{"name": Path(given["model"]).name, "scheduler": "own", **_measured(beside), **given}))
     base = PRESETS.get(name or "tiny") or _from_yaml(name)
     if SAMPLED & given.keys():
         base = replace(base, **MEASURED)
@@ -160,6 +161,14 @@ def _absolute(given: dict[str, Any], folder: Path) -> dict[str, str]:
     named = {field: given[field] for field in FILES if isinstance(given.get(field), str | Path)}
     found = {field: folder / value for field, value in named.items()}
     return {field: str(path.resolve()) for field, path in found.items() if path.exists()}
+
+
+def _measured(calibration: str | Path | None) -> dict[str, Any]:
+    """How a calibration, if there is one, was sampled, and the static transition that it guesses."""
+    if calibration is None:
+        return {}
+    found = Calibration.load(calibration)
+    return {"steps": found.steps, "scale": found.scale} | ({"transition": found.ordinary.transition} if found.ordinary else {})
 
 
 def _calibrated(scenario: Scenario) -> Scenario:

@@ -27,6 +27,7 @@ from .sampler import Sampler
 from .transitions import At, Settled
 
 log = logging.getLogger(__name__)
+FEW = 50  # prompts that thresholds cannot rest on
 FILE = "calibration.json"  # beside the model_index.json of the model it belongs to
 LADDER = (720.0,) * 5 + (680.0, 680.0, 640.0)  # delays of the attempts after the plain one
 
@@ -89,6 +90,10 @@ class Calibration:
         prompts = arguments.texts("prompts", prompts)
         if len(prompts) < 2:
             raise ValueError(f"prompts must be two at least, and a hundred for thresholds that are known well; got {prompts}")
+        if len(prompts) < FEW:
+            log.warning(
+                "%d prompts are few: the thresholds are guesses, and a hundred prompts make them known well", len(prompts)
+            )
         for name, given in (("rate", rate), ("strict", strict), ("lost", lost)):
             if not 0 < arguments.share(name, given) < 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {given!r}")

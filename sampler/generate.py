@@ -163,7 +163,7 @@ class Ladders:
 
     def _of(self, steps: int | None, scale: float | None) -> Ladder:
         if self.guidance.rungs and (steps, scale) != OWN:
-            raise ValueError("steps and scale of a prompt's own do not go with a guard, which is calibrated for the run's")
+            raise ValueError("a guard is calibrated for the run's steps and scale, and takes no others: choose other guidance")
         guidance = self.guidance if scale is None else replace(self.guidance, scale=scale)
         solver, model = self.sampler.solver(steps or self.steps), self.sampler.model
         return Ladder.make(solver, guidance, model.device, model.settle)

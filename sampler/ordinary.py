@@ -31,8 +31,8 @@ class Ordinary:
     low, high:  the 5th and the 95th percentile of each step's gap under plain guidance; its median is the plain rung's `gap`.
     unguided:   the median gap of each step without guidance, for `Settled`.
     looks:      mean and standard deviation of the logarithm of `Rung.look` over the first 1, 2, ... steps of plain guidance.
-    transition: the static transition, a timestep: where the unguided gap has risen to RISEN of its largest; 500, as in the paper,
-                where it does not rise, as under flow matching, so that it does not tell.
+    transition: the static transition, a timestep: where the unguided gap has risen to RISEN of its largest; 500, as in the
+                paper, where it does not rise, as under flow matching.
     stable:     the stable region of plain guidance: name of a norm -> its (mean, standard deviation) in every step but the last
                 (Huang et al., KDD 2026); None where it was not measured.
     """

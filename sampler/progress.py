@@ -70,6 +70,12 @@ class Summary:
         made = sum(count for kind, count in self.calls.items() if kind != "spared")
         return self.calls["spared"] / max(1, made + self.calls["spared"])
 
+    @property
+    def calls_an_image(self) -> float:
+        """The network's calls of a sample, one or two a step, for each image that was made."""
+        made = sum(count for kind, count in self.calls.items() if kind != "spared")
+        return made / max(1, self.counts["ok"] + self.counts["failed"])
+
     def facts(self) -> dict[str, Any]:
         """Numbers alone, as plain data."""
         counts = {kind: self.counts[kind] for kind in ("ok", "failed", "suspect", "copies", "flagged", "truncated", "attempts")}

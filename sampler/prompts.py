@@ -158,6 +158,8 @@ class Prompts:
         if isinstance(said, str):
             raise ValueError(said)
         given = {name: value for name, value in said.items() if value is not None}
+        if "prompt" not in said:
+            raise ValueError(f"has no prompt; it has {', '.join(map(str, given)) or 'nothing'}")
         unknown = given.keys() - set(ALLOWED)
         if unknown:
             raise ValueError(f"unknown key {min(unknown)!r}; allowed are {', '.join(ALLOWED)}")

@@ -33,13 +33,15 @@ class At:
     """The transition is the first step whose timestep is at or below `timestep` (the paper's static transition point).
 
     `timestep` is in 0..1000 of the training schedule; schedulers that count otherwise (EDM, flow) are mapped by noise level.
-    Raises ValueError if it is not finite.
+    Raises ValueError for any other.
     """
 
     timestep: float
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "timestep", arguments.finite("timestep", self.timestep))
+        if self.timestep > 1000:  # where every step would be past the transition
+            raise ValueError(f"timestep must be at most 1000, which is noise (0 is the image); got {self.timestep:g}")
 
     def leaving(self, levels: Sequence[float]) -> list[Leaving]:
         """What makes a sample leave at each step, by the steps' timesteps in 0..1000."""

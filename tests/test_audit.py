@@ -220,3 +220,16 @@ def test_without_a_calibration_it_says_how_to_make_one(mine, tmp_path, monkeypat
     (captions := tmp_path / "list.jsonl").write_text('{"text": "a"}')
     assert run(monkeypatch, "--model", mine, "--captions", captions, "--out", tmp_path / "out") == 2
     assert f"basinescape calibrate --model {mine}" in capsys.readouterr().err
+
+
+def test_an_image_without_a_caption_is_no_caption(tmp_path):
+    """The folder's name is one only where every folder of images is named for what they show."""
+    for name in ("tench/a.png", "golf_ball/b.png"):
+        (tmp_path / "named" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "named" / name)
+    assert [prompt.text for prompt in read_prompts(tmp_path / "named")] == ["golf ball", "tench"]
+    (tmp_path / "named" / "tench" / "a.txt").write_text("a tench")
+    with pytest.raises(FileNotFoundError, match=r"1 of 2 images have no caption: put that of 'b\.png' into 'b\.txt', or all"):
+        read_prompts(tmp_path / "named")
+    with pytest.raises(FileNotFoundError, match="1 of 1 images have no caption"):
+        read_prompts(tmp_path / "named" / "golf_ball")

@@ -99,9 +99,16 @@ def test_options_make_a_scenario_or_change_one(tmp_path, monkeypatch):
     (tmp_path / "p.jsonl").write_text('{"caption": "x"}')
     made = scenarios.load(model="model", memorized="p.jsonl", steps=9, similarity="sscd")
     paths = str(tmp_path / "model"), str(tmp_path / "p.jsonl")  # whole: a report finds them from anywhere
-    assert made == Scenario("model", *paths, steps=9, similarity="sscd", threshold=0.5) and made.calibration is None
-    (tmp_path / "model" / "calibration.json").write_text("{}")
-    assert scenarios.load(model="model", memorized="p.jsonl").calibration == str(tmp_path / "model" / "calibration.json")
+    assert (
+        made == Scenario("model", *paths, steps=9, scheduler="own", similarity="sscd", threshold=0.5)
+        and made.calibration is None
+    )
+    calibration = replace(Calibration.load("tiny"), steps=40, scale=6.0)
+    calibration.save(tmp_path / "model" / "calibration.json")
+    found = scenarios.load(model="model", memorized="p.jsonl")  # sampled as the guard was calibrated
+    assert found.calibration == str(tmp_path / "model" / "calibration.json")
+    assert (found.steps, found.scale, found.transition) == (40, 6.0, calibration.ordinary.transition)
+    assert scenarios.load(model="model", memorized="p.jsonl", steps=9).steps == 9
     tiny = scenarios.load()
     assert len(prompts(scenarios.load("tiny", memorized="p.jsonl"))["memorized"]) == 1
     assert tiny == PRESETS["tiny"] and scenarios.load("tiny", transition=560.0) == replace(tiny, transition=560.0)

@@ -129,7 +129,7 @@ def test_a_job_that_the_guidance_does_not_fit_is_named_before_any_work(small, tm
     asked = [Job("a", "a", 0), Job("b", "b", 1, steps=5)]
     options = {"model": "small", "steps": 4, "progress": False}
     guard = Guidance.ladder([Rung(Guidance.cfg(5.0), (1.0,) * 4, 1, 2.0, 1, 0, 2.0)])
-    for guidance, says in ((guard, "do not go with a guard"), (Guidance.cfg(5.0, shape=(1.0,) * 4), "shape")):
+    for guidance, says in ((guard, "takes no others"), (Guidance.cfg(5.0, shape=(1.0,) * 4), "shape")):
         with pytest.raises(ValueError, match=f"jobs, job 2: .*{says}"):
             generate(sampler, asked, out, guidance, **options)
     assert not out.exists()

@@ -62,6 +62,15 @@ def test_the_interval_is_scipys_where_every_prompt_has_one_seed():
     np.testing.assert_allclose(found, expected, atol=0.01)
 
 
+def test_the_interval_of_none_or_all_is_the_exact_one():
+    from scipy.stats import binomtest
+
+    for value in (0.0, 1.0):
+        found = interval([value] * 24, [str(i // 2) for i in range(24)])
+        exact = binomtest(int(12 * value), 12).proportion_ci(0.95, "exact")
+        np.testing.assert_allclose(found, (exact.low, exact.high), atol=1e-12)
+
+
 def test_the_interval_counts_prompts_not_seeds():
     """Ten seeds that agree are no more evidence than one."""
     values, ids = [0.0, 1.0] * 6, [str(i) for i in range(12)]

@@ -52,7 +52,9 @@ def generate(
     ] = None,
     rule: Annotated[str, typer.Option(help="how predictions combine: cfg, rescale, cfg-zero, apg, tcfg, ...")] = "cfg",
     rule_option: Annotated[list[str] | None, typer.Option(help="of the rule, as phi=0.5; may be repeated")] = None,
-    scale: Annotated[float, typer.Option(help="guidance scale (after the transition)")] = 7.5,
+    scale: Annotated[
+        float | None, typer.Option(help="guidance scale (after the transition); default as calibrated, else 7.5")
+    ] = None,
     before: Annotated[float, typer.Option(help="weight before the transition, with --guidance delayed")] = 0.0,
     opposite_scale: Annotated[float, typer.Option(help="with --guidance opposite: weight -N before the transition")] = 2.0,
     until: Annotated[
@@ -67,7 +69,7 @@ def generate(
     restart: Annotated[
         str | None, typer.Option(help="LOW,HIGH,TIMES: at timestep LOW go back to HIGH by new noise, so many times")
     ] = None,
-    steps: Annotated[int, typer.Option(help="denoising steps")] = 50,
+    steps: Annotated[int | None, typer.Option(help="denoising steps; default as calibrated, else 50")] = None,
     scheduler: options.Scheduler = "own",
     seed: options.Seed = 0,
     batch_size: options.BatchSize = None,
@@ -107,7 +109,7 @@ def generate(
 
     given = {"rule": rule, **options.named("rule_option", rule_option, float)}
     given |= {"restart": _restart(restart)} if restart else {}
-    Guidance.cfg(scale, **given)  # raises for what no guidance can be
+    Guidance.cfg(7.5 if scale is None else scale, **given)  # raises for what no guidance can be
     if until not in (None, "auto", "settled"):
         _timestep(until)
     copies = None
@@ -118,6 +120,8 @@ def generate(
         copies = Copies(training_images, images_in(training_images), similarity or None, threshold)
     found = options.found(model, calibration)
     known = None if found is None else Calibration.load(found)
+    steps = steps if steps is not None else known.steps if known else 50
+    scale = scale if scale is not None else known.scale if known else 7.5
     loading = {"allow_pickle": allow_pickle, "compile": compile, "capture": capture}
     load = None
     if engine == Where.ray:

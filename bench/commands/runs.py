@@ -31,7 +31,7 @@ def conclude(summary: Summary, out: Path) -> None:
     if counts["ok"] + counts["failed"]:
         typer.echo(
             f"{counts['attempts']} attempts in {summary.seconds:.1f} s, {summary.rate:.3g} images/s, "
-            f"{100 * summary.spared:.0f}% of the network's calls spared"
+            f"{summary.calls_an_image:.4g} network calls an image; one branch alone spared {100 * summary.spared:.0f}% of them"
         )
     for kind, (what, field) in NOTES.items():
         if counts[kind]:

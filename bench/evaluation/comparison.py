@@ -111,7 +111,7 @@ class Comparison:
         plain = next((line for line in self.lines if line.name == RECORDED), None)
         best = self.best
         if best is None and (plain is None or _memorized(plain, "memorized_share") is None):
-            return "Copies were not counted: there is no training image to compare with."
+            return "Copies were not counted: there is no training image to compare with (--images)."
         parts = []
         if plain is not None:
             parts.append(f"plain guidance copies a training image in {_share(plain, 'memorized_share')} of its images")

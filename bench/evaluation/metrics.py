@@ -150,7 +150,13 @@ def l2_ratio(images: np.ndarray, training: np.ndarray, neighbours: int = 50) -> 
 
 
 def interval(values: Sequence[float], groups: Sequence[str], level: float = 0.95, draws: int = 2000) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values`, drawing whole groups: a prompt's seeds are not independent."""
+    """Percentile bootstrap interval of the mean of `values`, drawing whole groups: a prompt's seeds are not independent.
+
+    Where all are 0, or all are 1, that would have no width: there it is the exact one of so many groups (Clopper & Pearson).
+    """
+    if set(values) in ({0.0}, {1.0}):
+        bound = ((1 - level) / 2) ** (1 / len(set(groups)))
+        return (bound, 1.0) if values[0] else (0.0, 1 - bound)
     names = sorted(set(groups))
     sums, counts = np.zeros(len(names)), np.zeros(len(names))
     index = {name: i for i, name in enumerate(names)}

@@ -169,7 +169,7 @@ class Family:
     def _check(self, prompts: list[str] | None, negative: Sequence[str | None] | None, options: dict[str, Any]) -> None:
         unknown = sorted(set(options) - self.options)
         if unknown:
-            takes = ", ".join(sorted(self.options))
+            takes = ", ".join(("height", "width", *sorted(self.options)))
             raise ValueError(f"{', '.join(unknown)}: no option of {type(self.pipe).__name__}, whose options are {takes}")
         side = 16 * self.multiple  # a size that is right: the run's own has been checked
         given = {"prompt": prompts, "negative_prompt": None if negative is None else list(negative)}
