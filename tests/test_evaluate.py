@@ -35,8 +35,9 @@ def test_prompts_are_read_in_the_layouts_their_authors_publish(tmp_path):
     (tmp_path / "list.jsonl").write_text('{"caption": "x", "image": "a.png"}\n\n{"prompt": "y", "id": "why"}\n')
     found = read_prompts(tmp_path / "list.jsonl")
     assert [(p.id, p.text, p.image) for p in found] == [("0000", "x", tmp_path / "a.png"), ("why", "y", None)]
-    (tmp_path / "a.txt").write_text("from a file\n")
-    assert [p.text for p in read_prompts(tmp_path)] == ["from a file", tmp_path.name.replace("_", " ")]
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"from {name}'s file\n")
+    assert [p.text for p in read_prompts(tmp_path)] == ["from a's file", "from b's file"]
     (tmp_path / "list.csv").write_text('id,text,image,concept\nb,"x, y",,cat\nz,w,a.png,\n')
     found = read_prompts(tmp_path / "list.csv")
     assert [(p.id, p.text, p.image, p.concept) for p in found] == [
