@@ -1,6 +1,7 @@
 """What a user installs: a wheel with the small pipeline, and kernels that stand alone."""
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -70,6 +71,12 @@ print([name for name in sys.modules if name.startswith("basinescape.bench")])
 @pytest.mark.parametrize("name", ["tiny", "flow"])
 def test_the_pipelines_that_ship_are_small(name):
     assert sum(path.stat().st_size for path in (ROOT / "bench" / name).rglob("*") if path.is_file()) <= 15_000_000
+
+
+@pytest.mark.parametrize("name", ["tiny", "flow"])
+def test_the_pipelines_that_ship_do_not_say_where_they_were_made(name):
+    said = [value for path in (ROOT / "bench" / name).rglob("*.json") for value in json.loads(path.read_text()).values()]
+    assert said and not [value for value in said if isinstance(value, str) and value.startswith(("/", "~"))]
 
 
 def test_the_kernels_need_torch_and_triton_alone(tmp_path):

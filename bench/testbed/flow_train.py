@@ -157,6 +157,9 @@ def export(out: Path, pipe: StableDiffusion3Pipeline) -> None:
     ):  # transformers would load the dtype named here, diffusers' models float32
         config = out / name / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    config = out / "vae" / "config.json"  # which would name the folder that it was loaded from
+    kept = {name: value for name, value in json.loads(config.read_text()).items() if name != "_name_or_path"}
+    config.write_text(json.dumps(kept, indent=2) + "\n")
     (out / "memorized").mkdir(parents=True, exist_ok=True)
     for m in memorized():
         scene(m.facts, m.seed).save(out / "memorized" / f"{m.id}.png", optimize=True)
