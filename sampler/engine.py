@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .guard import Ladder
-from .loop import Lane, Plan, Run, draw, fused_step
+from .loop import Branch, Lane, Plan, Run, draw, fused_step
 from .models import Guided
 
 log = logging.getLogger(__name__)
@@ -323,7 +323,23 @@ class Engine:
         return []
 
 
-def gathered(results: Iterable[Result]) -> Run:
+def guarded(
+    begin: Begin,
+    network: Guided,
+    ladder: Ladder,
+    noise: Tensor,
+    generators: Sequence[torch.Generator],
+    bar: Callable[[Sequence[Branch]], Iterable[Branch]],
+) -> Run:
+    """One batch under a guard, from its initial noise (B, ...); the bar is of the plain attempt's steps."""
+    turns = iter(bar(ladder.whole.branches[: ladder.starts[1]]))
+    given = enumerate(zip(noise, generators, strict=True))
+    work = [Sample(i, ladder, tuple(x.shape), network, i, generator=own, noise=x) for i, (x, own) in given]
+    engine = Engine(begin, len(work), fixed=network.version is not None, room=False)
+    return _gathered(engine.run(work, tick=lambda: next(turns, None)))
+
+
+def _gathered(results: Iterable[Result]) -> Run:
     """The results of samples whose keys are 0, 1, ... as those of one call."""
     ordered = sorted(results, key=lambda result: result.sample.key)
     latents, transition, gaps = (torch.stack([getattr(r, name) for r in ordered]) for name in ("latents", "transition", "gaps"))

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
 from . import arguments, batches, models
-from .engine import Engine, Sample, gathered
+from .engine import guarded
 from .graphs import Graphs
 from .guard import Ladder
 from .guidance import Guidance
@@ -246,7 +246,7 @@ class Sampler:
         noise = (noise * ladder.solver.init_sigma).to(self.model.device, self.model.dtype)
         network = self.model.network(encoded, plain=self._wrap is not None)
         if ladder.rungs:
-            return self._guarded(network, ladder, noise, generators, bar)
+            return guarded(self.lane, network, ladder, noise, generators, bar)
         if self._wrap is None and not ladder.stepwise and self._captures(network):
             lane = self._graphs.lane(network, plan, noise, form)
             take, state = lane.take, lane.state
@@ -264,22 +264,6 @@ class Sampler:
 
         denoise(take, bar(plan.branches), after)
         return Run.of(state)
-
-    def _guarded(
-        self,
-        network: models.Guided,
-        ladder: Ladder,
-        noise: Tensor,
-        generators: Sequence[torch.Generator],
-        bar: batches.Bar,
-    ) -> Run:
-        turns = iter(bar(ladder.whole.branches[: ladder.starts[1]]))
-        work = [
-            Sample(i, ladder, tuple(start.shape), network, i, generator=generator, noise=start)
-            for i, (start, generator) in enumerate(zip(noise, generators, strict=True))
-        ]
-        engine = Engine(self.lane, len(work), fixed=network.version is not None, room=False)
-        return gathered(engine.run(work, tick=lambda: next(turns, None)))
 
     def lane(
         self,
