@@ -72,7 +72,7 @@ class Ladder:
     def suspects(self, rung: int, gaps: Tensor, done: bool) -> bool:
         """Whether an attempt looks memorized by its gaps (steps,): all of them once it is done, else the first."""
         one = self.rungs[rung]
-        return bool(one.score(gaps) > one.verdict if done else one.look(gaps) > one.early)
+        return bool(one.suspect(gaps) if done else one.look(gaps) > one.early)
 
     def loses(self, rung: int, gaps: Tensor, done: bool) -> bool:
         """Whether an attempt that is done says too little of its prompt, by its gaps (steps,)."""

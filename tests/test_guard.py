@@ -228,10 +228,25 @@ def test_so_many_ordinary_samples_pass_each_threshold_as_were_asked_for(pipe):
         drawn, prompts, 0, STEPS, SCALE, RUNGS[:1], rate, strict, lost, batch_size=count, progress=False
     )
     gaps = drawn(prompts, [], STEPS, PLAIN).noise_gap
-    for rung, above, below in zip(found.rungs, (rate, strict), (0.0, lost), strict=True):
-        shares = [(rung.look(gaps) > rung.early), (rung.score(gaps) > rung.verdict), (rung.score(gaps) < rung.lost)]
-        for share, asked in zip(shares, (above / 4, above * 3 / 4, below), strict=True):
+    for rung, above, level, below in zip(found.rungs, (rate, strict), (rate / 8, 0.0), (0.0, lost), strict=True):
+        sustained = (rung.level(gaps) > rung.sustained) & (rung.sustained > 0)
+        shares = rung.look(gaps) > rung.early, sustained, rung.score(gaps) > rung.verdict, rung.score(gaps) < rung.lost
+        for share, asked in zip(shares, (above / 4, level, above * 3 / 4 - level, below), strict=True):
             assert share.double().mean().item() == pytest.approx(asked, abs=5 * math.sqrt(asked / count), rel=0.1)
+
+
+def test_gaps_that_stay_large_are_begun_again_whatever_their_contrast(pipe, ladder):
+    """The level is the geometric mean of the first three gaps, two of which the score contrasts with the third."""
+    plain = sample(pipe, PLAIN)
+    levels = plain.noise_gap[:, :3].double().prod(dim=1) ** (1 / 3)
+    watched = ladder((math.inf,) * 2, (math.inf,) * 2, RUNGS[:1]).rungs
+    for flagged in (1, 3):
+        guard = Guidance.ladder([replace(watched[0], sustained=between(levels, flagged)), watched[1]])
+        out = sample(pipe, guard)
+        again = levels > between(levels, flagged)
+        assert torch.equal(out.attempts, 1 + again.long()) and again.sum() == flagged and not out.suspect.any()
+        assert torch.equal(out.latents[~again], plain.latents[~again])
+    assert torch.equal(watched[0].suspect(plain.noise_gap), torch.zeros(4, dtype=torch.bool))
 
 
 def test_a_later_attempt_that_says_too_little_is_made_again(pipe, ladder):

@@ -158,7 +158,9 @@ class Escape:
     @property
     def suspect(self) -> Tensor | None:
         """(B,) bool on the CPU: the samples that look memorized. None without a calibration."""
-        return None if self._rungs is None else self.score > torch.tensor([rung.verdict for rung in self._rungs])
+        if self._rungs is None:
+            return None
+        return torch.stack([rung.suspect(gap) for rung, gap in zip(self._rungs, self.noise_gap, strict=True)])
 
     def _laid(self) -> Tensor:
         """The rows of each distinct guidance, one after another: (K * distinct, len(Column)) float32 on the CPU."""
