@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from basinescape.prompts import SAFE_ID
+from basinescape.prompts import COLUMN, IMAGE, SAFE_ID, TEXT
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
-TEXT, IMAGE = ("caption", "prompt", "text"), ("image", "file_name", "path")  # columns, the first that is there counts
 METADATA = ("metadata.jsonl", "metadata.csv")  # in a folder of images, as Hugging Face's datasets has it
 LAYOUTS = "a .jsonl, .json, .csv or .parquet file, or a folder of images"
 
@@ -31,7 +30,7 @@ class Prompt:
 def read_prompts(source: str | Path, where: str = "", images: str | Path | None = None, every: bool = False) -> list[Prompt]:
     """Prompts and their training images.
 
-    source: JSON Lines, CSV or Parquet of caption (or prompt, or text) and perhaps image (or file_name), id, concept; JSON, a
+    source: JSON Lines, CSV or Parquet of prompt (or caption, or text) and perhaps image (or file_name), id, concept; JSON, a
             list of such objects, or an object of captions by image path, `{"images/1.jpg": ["a caption"]}`; or a folder of
             images, each with its caption in metadata.jsonl, in a .txt file beside it or, where there are none and the images
             lie in folders of their own, in that folder's name.
@@ -140,7 +139,7 @@ def _prompt(where: str, entry: Mapping[str, Any], number: int, folder: Path) -> 
         raise ValueError(f"{where}: must be an object, got a {type(entry).__name__}")
     text = next((entry[name] for name in TEXT if entry.get(name) is not None), None)
     if not isinstance(text, str):
-        raise ValueError(f"{where}: has neither {' nor '.join(TEXT)}")
+        raise ValueError(f"{where}: needs {COLUMN}; it has {', '.join(map(str, entry)) or 'nothing'}")
     image = next((entry[name] for name in IMAGE if entry.get(name)), None)
     if image is not None and not (isinstance(image, str) and (folder / image).is_file()):
         raise FileNotFoundError(f"{where}: its image {str(image)[:80]!r} is not in {str(folder)!r}")

@@ -28,6 +28,10 @@ log = logging.getLogger(__name__)
 SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 HUB = "hf:"
 ON_ERROR = ("stop", "skip")
+TEXT, IMAGE = ("prompt", "caption", "text"), ("image", "file_name", "path")  # columns, the first that says something counts
+COLUMN = "prompt, caption or text"
+BESIDE = {*TEXT, *IMAGE, "concept"}  # what captions of training images have too, and a job needs no more of
+SAVED = ("state.json", "dataset_dict.json")  # one of them is in a folder that `datasets` saved
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class Prompts:
     """The jobs of a source that may be larger than memory: each iteration reads it anew, as (position, job).
 
     source:   JSON Lines, `{"prompt": "...", "id"?, "seed"?, "negative_prompt"?, "steps"?, "scale"?}`, a .csv or .parquet file
-              with those columns;
+              with those columns, "caption" or "text" in the place of "prompt"; images and concepts beside them do not count;
               "-", JSON Lines on standard input, or a pipe, which is first copied to a temporary file; a folder that the
               `datasets` library saved, or "hf:NAME" or "hf:NAME:SPLIT", a dataset of its hub (split "train"); a list of jobs.
     seed:     a prompt without an id gets its position, zero-padded; one without a seed gets `seed` plus its position.
@@ -157,13 +161,14 @@ class Prompts:
     def _job(self, position: int, said: Mapping[str, Any] | str) -> Job:
         if isinstance(said, str):
             raise ValueError(said)
-        given = {name: value for name, value in said.items() if value is not None}
-        if "prompt" not in said:
-            raise ValueError(f"has no prompt; it has {', '.join(map(str, given)) or 'nothing'}")
+        if not said.keys() & set(TEXT):
+            raise ValueError(f"needs {COLUMN}; it has {', '.join(map(str, said)) or 'nothing'}")
+        given = {name: value for name, value in said.items() if value is not None and name not in BESIDE}
+        prompt = next((said[name] for name in TEXT if said.get(name) is not None), None)
         unknown = given.keys() - set(ALLOWED)
         if unknown:
             raise ValueError(f"unknown key {min(unknown)!r}; allowed are {', '.join(ALLOWED)}")
-        return Job(**{"id": f"{position:0{self._digits}d}", "prompt": None, "seed": self.seed + position} | given)
+        return Job(**{"id": f"{position:0{self._digits}d}", "prompt": prompt, "seed": self.seed + position} | given)
 
     def _refuse(self, said: str) -> None:
         if self.on_error == "stop":
@@ -195,6 +200,8 @@ def opened(source: str) -> tuple[str, Callable[[], Rows]]:
     if source != "-" and not path.exists():
         raise FileNotFoundError(f"{name} does not exist")
     if path.is_dir():
+        if not any((path / name).is_file() for name in SAVED):
+            raise ValueError(f"{name} is a folder that the package datasets did not save: give a file, as its metadata.jsonl")
         return f"dataset {source!r}", partial(_dataset, source)
     if source == "-" or not path.is_file():  # can be read once only: copied to where it can be read again
         kept = tempfile.NamedTemporaryFile(prefix="prompts-")  # noqa: SIM115 (gone with the last that refers to it)
@@ -238,8 +245,8 @@ def _csv(path: Path) -> Rows:
             columns = reader.fieldnames or []
         except csv.Error as error:
             raise ValueError(f"line 1: not CSV: {error}") from error
-        if columns and ("prompt" not in columns or len(set(columns)) < len(columns)):
-            raise ValueError(f"line 1: must name the column prompt, and each column once; got {', '.join(columns)}")
+        if columns and (not set(TEXT) & set(columns) or len(set(columns)) < len(columns)):
+            raise ValueError(f"line 1: must name {COLUMN}, and each column once; got {', '.join(columns)}")
         while True:
             try:
                 row = next(reader, None)
@@ -298,9 +305,9 @@ def _dataset(source: str) -> Rows:
         data = datasets.load_from_disk(source)
         if isinstance(data, dict):
             raise ValueError(f"which holds the splits {', '.join(data)}: give the folder of one")
-    if "prompt" not in (columns := data.column_names or []):
-        raise ValueError(f"must have the column prompt; got {', '.join(columns)}")
-    data = data.select_columns([column for column in columns if column in ALLOWED])
+    if not set(TEXT) & set(columns := data.column_names or []):
+        raise ValueError(f"must have {COLUMN}; got {', '.join(columns)}")
+    data = data.select_columns([column for column in columns if column in (*ALLOWED, *TEXT)])
     for number, row in enumerate(data, 1):
         yield Row(f"row {number}", row)
 

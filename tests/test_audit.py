@@ -193,7 +193,7 @@ def test_a_caption_that_fails_costs_no_other(calibrated, monkeypatch, tmp_path):
     [
         ("", (), "hold no prompts"),
         ('{"text": "a"', (), "line 1: not JSON"),
-        ('{"captain": "a"}', (), "line 1: has neither caption nor prompt nor text"),
+        ('{"captain": "a"}', (), "line 1: needs prompt, caption or text; it has captain"),
         ('{"text": "a", "file_name": "gone.png"}', (), "'gone.png' is not in"),
         ('{"text": "a"}', ("--verify", 1), "no training images"),
         ('{"text": "a"}', ("--verify", -1), "verify must be"),

@@ -55,7 +55,7 @@ COMMANDS = tuple(get_command(cli.app).commands)
         ('{"prompt": "a"}', ("--width", "0"), "width must be a multiple of"),
         ('{"prompt": "a"}', ("--clip-skip", "-1"), "clip_skip must be a whole number from 0 to"),
         ('{"prompt": "a"}', ("--until", "6800"), "timestep must be at most 1000, which is noise (0 is the image); got 6800"),
-        ('{"text": "a"}', (), "line 1: has no prompt; it has text"),
+        ('{"txt": "a"}', (), "line 1: needs prompt, caption or text; it has txt"),
         ('{"prompt": "a"}', ("--option", "height"), "option must be a name and a value, as height=768; got 'height'"),
         (
             '{"prompt": "a"}',

@@ -54,7 +54,7 @@ def test_prompts_are_read_in_the_layouts_their_authors_publish(tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ('{"captain": "x"}', "neither caption nor prompt"),
+        ('{"captain": "x"}', "needs prompt, caption or text; it has captain"),
         ('{"caption": "x", "image": "gone.png"}', "gone.png"),
         ("", "no prompts"),
         ('{"caption": "x"}\n{"capt', "line 2: not JSON"),

@@ -96,8 +96,8 @@ def test_standard_input_and_pipes_are_read_once(tmp_path, monkeypatch):
         ("p.jsonl", b"\n \n", "holds no prompts"),
         ("p.csv", b"", "holds no prompts"),
         ("p.csv", b"prompt,seed\n", "holds no prompts"),
-        ("p.csv", b"a cat\na dog\n", "line 1: must name the column prompt, and each column once; got a cat"),
-        ("p.csv", b"prompt,id,id\na,b,c\n", "line 1: must name the column prompt, and each column once"),
+        ("p.csv", b"a cat\na dog\n", "line 1: must name prompt, caption or text, and each column once; got a cat"),
+        ("p.csv", b"prompt,id,id\na,b,c\n", "line 1: must name prompt, caption or text, and each column once"),
         ("p.csv", b"prompt,id\na cat\na, dog, small\n", "line 3: more cells than columns"),
         ("p.csv", b"prompt,seed\na cat,1.5\n", "line 2: seed must be a whole number from 0 to 2..63 - 1, got 1.5"),
         ("p.csv", b"prompt,mood\na cat,\na dog,sad\n", "line 3: unknown key 'mood'"),
@@ -110,6 +110,21 @@ def test_the_line_that_is_wrong_is_named(tmp_path, name, content, says):
     with pytest.raises(ValueError, match=says) as error:
         read_prompts(tmp_path / name)
     assert str(error.value).startswith(f"prompts file {str(tmp_path / name)!r}")
+
+
+def test_captions_of_training_images_are_prompts_too(tmp_path):
+    """What else they say is left alone; an empty cell says nothing."""
+    rows = [{"caption": "a cat", "image": "1.png", "concept": "cat"}, {"caption": "no", "prompt": "a dog", "seed": 9}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"text": "a bird", "file_name": "b.png"}])))
+    expected = [Job("0000", "a cat", 5), Job("0001", "a dog", 9), Job("0002", "a bird", 7)]
+    assert read_prompts(tmp_path / "p.jsonl", 5) == expected
+    (tmp_path / "p.csv").write_text("prompt,text,seed,image\n,a cat,,1.png\na dog,no,9,\n,a bird,,\n")
+    assert read_prompts(tmp_path / "p.csv", 5) == expected
+
+
+def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path}.* is a folder that the package datasets did not save: give a file"):
+        read_prompts(tmp_path)
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -152,13 +167,14 @@ def test_a_dataset_gives_its_prompts(tmp_path):
     rows = [{"prompt": "a cat", "id": None, "likes": 3}, {"prompt": "a dog", "id": "dog", "likes": 4}]
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "set")
     assert read_prompts(tmp_path / "set", 3) == [Job("0000", "a cat", 3), Job("dog", "a dog", 4)]
-    datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "other")
-    with pytest.raises(ValueError, match="must have the column prompt; got text"):
+    datasets.Dataset.from_list([{"words": "a"}]).save_to_disk(tmp_path / "other")
+    with pytest.raises(ValueError, match="must have prompt, caption or text; got words"):
         read_prompts(tmp_path / "other")
 
 
 def test_a_dataset_without_its_library_names_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "state.json").write_text("{}")
     for source in ("hf:some/prompts", str(tmp_path)):
         with pytest.raises(ImportError, match="needs the package datasets: pip install datasets"):
             Prompts(source)

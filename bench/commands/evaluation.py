@@ -20,7 +20,7 @@ memorized), which it must have; general (ordinary prompts), images (a folder of 
 scale, transition (a timestep, 0 to 1000), similarity (pixels, sscd, clip, dino), threshold (of the similarity, above which an
 image is a copy), calibration (a file that calibrate wrote), options (of the pipeline's own
 call, as height: 768), ordinary, stable, where. Captions are .jsonl, .csv, .parquet
-(caption or prompt or text; perhaps image or file_name, id, concept), .json, or a folder of images with .txt files or
+(prompt or caption or text; perhaps image or file_name, id, concept), .json, or a folder of images with .txt files or
 metadata.jsonl. Files are looked for beside the .yaml file."""
 OWN = f"--model and --prompts take the place of a scenario; other options change one. {FIELDS}"
 
