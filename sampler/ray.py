@@ -2,6 +2,9 @@
 
 Blocks of jobs go to the actors and come back as files, in order; few are under way at a time, so that nothing holds them all. A
 worker that dies is replaced and its block made again, by Ray. What is done is known from the manifest, as without Ray.
+
+These are actors and not Ray Data's `map_batches`: what that adds, reading and writing in blocks, this process has already for
+all of its sources and formats, and it needs pandas and pyarrow on every machine.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
+
+import torch
 
 from .generate import Ladders, Run, Stop
 from .guidance import Guidance
@@ -39,11 +44,19 @@ def cluster(workers: int | None = None) -> tuple[int, bool]:
 
 
 class Worker:
-    """An actor: a sampler and its engine."""
+    """An actor: a sampler and its engine. threads: for what runs on a CPU, whose last bits depend on their number."""
 
     def __init__(
-        self, load: Callable[[], Sampler], pixels: dict[str, Any], steps: int, guidance: Guidance, slots: int, format: str
+        self,
+        threads: int,
+        load: Callable[[], Sampler],
+        pixels: dict[str, Any],
+        steps: int,
+        guidance: Guidance,
+        slots: int,
+        format: str,
     ):
+        torch.set_num_threads(threads)
         sampler = load().using(**pixels)
         self.run = Run(sampler, Ladders(sampler, steps, guidance), slots, format)
 
@@ -76,7 +89,8 @@ class RayRun:
         count, gpu = cluster(workers)
         options = {"num_gpus": 1} if gpu else {"num_cpus": 1}
         actor = ray.remote(**options, max_restarts=-1, max_task_retries=RETRIES)(Worker)
-        self.workers = [actor.remote(load, pixels, steps, guidance, slots, format) for _ in range(count)]
+        given = torch.get_num_threads(), load, pixels, steps, guidance, slots, format
+        self.workers = [actor.remote(*given) for _ in range(count)]
         self.block, self.calls = ROUNDS * slots, Counter()
 
     def made(self, jobs: Iterable[tuple[int, Job]], stop: Stop, again: Any = None) -> Iterator[Made]:

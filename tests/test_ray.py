@@ -3,6 +3,7 @@
 import os
 import signal
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,11 +27,24 @@ def cluster():
     ray.shutdown()
 
 
-def load(marker=None, always=False):
-    """The stand-in; where there is a file `marker`, the first to see it takes it away and dies in the midst of its work."""
+@pytest.fixture
+def two_threads():
+    """Not as many as Ray gives a worker by itself."""
+    known = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(known)
+
+
+def load(marker=None, always=False, threads=None):
+    """The stand-in; where there is a file `marker`, the first to see it takes it away and dies in the midst of its work.
+
+    threads: a file that is told how many the worker has.
+    """
     from diffusers import StableDiffusionPipeline
 
-    torch.set_num_threads(1)  # as in this process: a sum over a sample has other bits with more
+    if threads:
+        Path(threads).write_text(str(torch.get_num_threads()))
     sampler = stand_in(StableDiffusionPipeline.from_pretrained(Sampler.model_path("tiny"), use_safetensors=True))
     predict = sampler.model._predict
 
@@ -54,12 +68,13 @@ def contents(out):
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
 
 
-def test_a_worker_that_is_killed_costs_nothing(pipe, tmp_path, monkeypatch, cluster):
+def test_a_worker_that_is_killed_costs_nothing(pipe, tmp_path, monkeypatch, cluster, two_threads):
     monkeypatch.setattr(spread, "ROUNDS", 1)
     sampler, marker = stand_in(pipe), tmp_path / "marker"
     make(sampler, tmp_path / "whole")
     marker.touch()
-    summary = make(sampler, tmp_path / "out", load=partial(load, str(marker)), workers=2)
+    summary = make(sampler, tmp_path / "out", load=partial(load, str(marker), threads=str(tmp_path / "threads")), workers=2)
+    assert (tmp_path / "threads").read_text() == "2"  # some bits depend on it
     assert not marker.exists() and summary.counts["ok"] == 9 and sum(summary.calls.values()) == 9 * 2 * 2
     files, expected = contents(tmp_path / "out"), contents(tmp_path / "whole")
     files.pop("manifest.jsonl"), expected.pop("manifest.jsonl")

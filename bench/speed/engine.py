@@ -122,10 +122,10 @@ def looped(pipe: StableDiffusionPipeline, prompts: Sequence[str], work: Sequence
 def engine(device: torch.device, preset: str) -> Iterator[Row]:
     """Rows in images a second, with the network's calls where they are counted; then memory, and how busy the network is."""
     pipe = pipeline("tiny", torch.float32, device)
-    prompts = [f"a picture of a {i}" for i in range(64)]
+    prompts = [f"a picture of a {i}" for i in range(128)]
     pipe.scheduler = make_scheduler("dpmsolver++", pipe.scheduler)
     waiting, real = stand_in(pipe, seconds=SECONDS), Sampler.from_pipeline(pipe)
-    for name, sampler, jobs, most in (("stand-in", waiting, 64, 50), ("tiny", real, 24, 20)):
+    for name, sampler, jobs, most in (("stand-in", waiting, 128, 50), ("tiny", real, 48, 20)):
         case = Case(sampler, prompts[:jobs])
         for kind, work in works(sampler, jobs, most, prompts[:16]).items():
             peers, calls, made = case.peers(work, loop=sampler is real), {}, {}
@@ -193,8 +193,8 @@ def worker() -> Sampler:
     return stand_in(pipeline("tiny", torch.float32, torch.device("cpu")), seconds=SECONDS)
 
 
-def busy(sampler: Sampler, jobs: int = 32, slots: int = 16, steps: int = 20) -> Iterator[Row]:
-    """The share of a run's time in which the network runs, prompts to PNG, on the small pipeline."""
+def busy(sampler: Sampler, jobs: int = 96, slots: int = 16, steps: int = 50) -> Iterator[Row]:
+    """The share of a run's time in which the network runs, prompts to PNG, on the small pipeline: start and end included."""
     network, spent = sampler.model.network, [0.0]
 
     def timed(*given: object, **named: object):
