@@ -67,7 +67,7 @@ class Calibration:
         steps: int = 50,
         scale: float = 7.5,
         rungs: Sequence[Guidance] | None = None,
-        rate: float = 0.04,
+        rate: float = 0.03,
         strict: float = 0.4,
         lost: float = 0.05,
         batch_size: int = 16,
@@ -79,8 +79,8 @@ class Calibration:
         prompts: that the model has not memorized; a hundred or more, so that the thresholds are known well.
         seeds:   one a prompt, or one for the first prompt, counted up from there.
         rungs:   the attempts after the plain one, delayed or opposite; None: `ladder`.
-        rate:    the share of ordinary samples that a guard begins again, a quarter of it by their first gaps, an eighth by the
-                 level of their gaps at the end, the rest by their score.
+        rate:    the share of ordinary samples that a guard begins again, a quarter of it by their first gaps, at the end a
+                 quarter by their peak and half by their score.
         strict:  the share of ordinary attempts after the plain one that are judged suspect: what was begun again is looked at
                  more closely. It falls evenly to half of it at the last, which is the least likely to be a copy.
         lost:    the share of ordinary later attempts that are begun again for gaps that are too small.
@@ -242,7 +242,7 @@ def _gaps(
 def _rung(guidance: Guidance, gaps: Tensor, levels: tuple[float, ...], share: float, lost: float) -> Rung:
     """A rung whose thresholds `share` of what these gaps, (n, steps), are a sample of pass, a quarter of it the early one.
 
-    Of the plain one an eighth passes that of the level. And `lost` of it stay below the least score.
+    Of the plain one another quarter passes its peak. And `lost` of it stay below the least score.
     """
     usual = gaps.nanmedian(dim=0).values.nan_to_num(0.0).tolist()
     usual = tuple(float(f"{gap:.5g}") for gap in usual)
@@ -250,12 +250,12 @@ def _rung(guidance: Guidance, gaps: Tensor, levels: tuple[float, ...], share: fl
     # After a transition the first gaps say less, and there is no basin in which they would have collapsed.
     steps, later, power = (fifth, 0, 0.25) if guidance.until else (max(1, fifth // 2), fifth, 1.0)
     rung = Rung(guidance, usual, steps, math.inf, fifth, later, math.inf, power=power, levels=levels)
-    score, eighth = rung.score(gaps), share / 8 if later else 0.0
+    score, quarter = rung.score(gaps), 0.0 if guidance.until else share / 4
     return replace(
         rung,
         early=_quantile(rung.look(gaps), 1 - share / 4),
-        verdict=_quantile(score, 1 - share * 3 / 4 + eighth),
-        sustained=_quantile(rung.level(gaps), 1 - eighth) if eighth else 0.0,
+        verdict=_quantile(score, 1 - share * 3 / 4 + quarter),
+        peak=_quantile(rung.largest(gaps), 1 - quarter) if quarter else 0.0,
         lost=_quantile(score, lost) if lost else 0.0,
     )
 

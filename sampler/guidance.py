@@ -266,7 +266,7 @@ class Rung:
     early:    their mean above which the attempt is given up.
     first, later: how many gaps the score looks at, from the first computed one on. power: of the first ones, in the score.
     verdict:  the score above which a finished attempt is suspect.
-    sustained: the geometric mean of those first and later gaps above which it is, too, whatever its score; 0: no such check.
+    peak:     the largest gap of all above which it is, too, whatever its score; 0: no such check.
     lost:     the score below which it says too little of its prompt, and is made again where a rung is left; 0: no such check.
     levels:   the timesteps, 0..1000, of the steps that all this was measured on; empty: any so many steps.
     """
@@ -278,7 +278,7 @@ class Rung:
     first: int
     later: int
     verdict: float
-    sustained: float = 0.0
+    peak: float = 0.0
     lost: float = 0.0
     power: float = 1.0
     levels: tuple[float, ...] = ()
@@ -320,14 +320,14 @@ class Rung:
         logs = self.power * self._relative(gaps, first).log().mean(dim=-1) + self._relative(gaps, [-1])[..., 0].log()
         return (logs - self._relative(gaps, later).log().mean(dim=-1) if later else logs).exp()
 
-    def level(self, gaps: Tensor) -> Tensor:
-        """The geometric mean of the gaps that the score contrasts, the first and the later: (..., steps) -> (...)."""
-        return self._relative(gaps, self.computed[: self.first + self.later]).log().mean(dim=-1).exp()
+    def largest(self, gaps: Tensor) -> Tensor:
+        """The largest gap, relative to what is usual: (..., steps) -> (...). It peaks where a sample enters its basin late."""
+        return self._relative(gaps, self.computed).amax(dim=-1)
 
     def suspect(self, gaps: Tensor) -> Tensor:
-        """Whether a finished attempt looks memorized, by its contrast or by its level: (..., steps) -> (...) bool."""
+        """Whether a finished attempt looks memorized, by its score or by its peak: (..., steps) -> (...) bool."""
         above = self.score(gaps) > self.verdict
-        return above | (self.level(gaps) > self.sustained) if self.sustained else above
+        return above | (self.largest(gaps) > self.peak) if self.peak else above
 
     def _relative(self, gaps: Tensor, steps: list[int]) -> Tensor:
         return gaps[..., steps] / torch.tensor([self.gap[k] for k in steps])

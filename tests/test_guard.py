@@ -228,22 +228,21 @@ def test_so_many_ordinary_samples_pass_each_threshold_as_were_asked_for(pipe):
         drawn, prompts, 0, STEPS, SCALE, RUNGS[:1], rate, strict, lost, batch_size=count, progress=False
     )
     gaps = drawn(prompts, [], STEPS, PLAIN).noise_gap
-    for rung, above, level, below in zip(found.rungs, (rate, strict), (rate / 8, 0.0), (0.0, lost), strict=True):
-        sustained = (rung.level(gaps) > rung.sustained) & (rung.sustained > 0)
-        shares = rung.look(gaps) > rung.early, sustained, rung.score(gaps) > rung.verdict, rung.score(gaps) < rung.lost
-        for share, asked in zip(shares, (above / 4, level, above * 3 / 4 - level, below), strict=True):
+    for rung, above, peak, below in zip(found.rungs, (rate, strict), (rate / 4, 0.0), (0.0, lost), strict=True):
+        peaks = (rung.largest(gaps) > rung.peak) & (rung.peak > 0)
+        shares = rung.look(gaps) > rung.early, peaks, rung.score(gaps) > rung.verdict, rung.score(gaps) < rung.lost
+        for share, asked in zip(shares, (above / 4, peak, above * 3 / 4 - peak, below), strict=True):
             assert share.double().mean().item() == pytest.approx(asked, abs=5 * math.sqrt(asked / count), rel=0.1)
 
 
-def test_gaps_that_stay_large_are_begun_again_whatever_their_contrast(pipe, ladder):
-    """The level is the geometric mean of the first three gaps, two of which the score contrasts with the third."""
+def test_a_peak_of_the_gaps_is_begun_again_whatever_the_score(pipe, ladder):
     plain = sample(pipe, PLAIN)
-    levels = plain.noise_gap[:, :3].double().prod(dim=1) ** (1 / 3)
+    peaks = plain.noise_gap.max(dim=1).values
     watched = ladder((math.inf,) * 2, (math.inf,) * 2, RUNGS[:1]).rungs
     for flagged in (1, 3):
-        guard = Guidance.ladder([replace(watched[0], sustained=between(levels, flagged)), watched[1]])
+        guard = Guidance.ladder([replace(watched[0], peak=between(peaks, flagged)), watched[1]])
         out = sample(pipe, guard)
-        again = levels > between(levels, flagged)
+        again = peaks > between(peaks, flagged)
         assert torch.equal(out.attempts, 1 + again.long()) and again.sum() == flagged and not out.suspect.any()
         assert torch.equal(out.latents[~again], plain.latents[~again])
     assert torch.equal(watched[0].suspect(plain.noise_gap), torch.zeros(4, dtype=torch.bool))

@@ -23,7 +23,7 @@ def calibrate(
     scale: options.Scale = 7.5,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 50,
     scheduler: options.Scheduler = "own",
-    rate: Annotated[float, typer.Option(help="share of ordinary images that the guard may begin again")] = 0.04,
+    rate: Annotated[float, typer.Option(help="share of ordinary images that the guard may begin again")] = 0.03,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = None,
     option: options.Option = None,

@@ -36,7 +36,7 @@ def calibrate(
     out: str | Path,
     steps: int = 50,
     scale: float = 7.5,
-    rate: float = 0.025,
+    rate: float = 0.03,
     batch_size: int = 16,
     progress: bool = True,
 ) -> Calibration:
