@@ -253,7 +253,7 @@ def test_the_noise_alone_is_scored_by_two_pairs_of_predictions(random_pipeline):
     assert row == pytest.approx({"norm": norm, "cosine": cosine, "both": norm + 2 * cosine}, rel=1e-3, abs=1e-4)
 
 
-def test_the_product_is_of_first_and_last_gaps_in_what_is_usual():
+def test_statistics_of_whole_runs_are_of_gaps_in_what_is_usual():
     usual = Rung(Guidance.cfg(7.5), (2.0,) * 10, 1, np.inf, 2, 2, np.inf)
     memorized, general = (
         [{**dict.fromkeys(("gap", "relative", "alignment", "update"), gaps)}]
@@ -270,6 +270,7 @@ def test_the_product_is_of_first_and_last_gaps_in_what_is_usual():
         ("alignment", 5): (1.0, 10),
         ("product", 10): (0.0, 20),  # 3 * 1 below 2 * 2
         ("score", 10): (0.0, 20),
+        ("largest", 10): (1.0, 20),  # 3 above 2
         ("noise alone, cosine", 1): (0.0, 2),
         ("noise alone, both", 1): (1.0, 4),
     }

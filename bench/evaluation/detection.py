@@ -83,7 +83,8 @@ def detection(
     memorized, general: lines of `curves` under plain guidance. noise: `anisotropy` of both. ordinary: what is usual.
 
     Statistics of `Curves` are their means over the first steps. product: the mean of the first tenth of the gaps times the last
-    one; score: the guard's. Both are of gaps relative to what is usual, and cost nothing where the image is made anyhow.
+    one; score: the guard's; largest: of all. They are of gaps relative to what is usual, and cost nothing where the image is
+    made anyhow.
     """
     lines = [*memorized, *general]
     steps = len(lines[0]["gap"])
@@ -95,7 +96,8 @@ def detection(
         if k < steps
     ]
     product = ordinary.look(gaps) * gaps[:, -1] / ordinary.gap[-1]
-    found += [("product", steps, 2 * steps, product.tolist()), ("score", steps, 2 * steps, ordinary.score(gaps).tolist())]
+    whole = {"product": product, "score": ordinary.score(gaps), "largest": ordinary.largest(gaps)}
+    found += [(name, steps, 2 * steps, values.tolist()) for name, values in whole.items()]
     alone = [*noise[0], *noise[1]]
     found += [(f"noise alone, {name}", 1, calls, [row[name] for row in alone]) for name, calls in (("cosine", 2), ("both", 4))]
     positive = [True] * len(memorized) + [False] * len(general)
