@@ -69,7 +69,7 @@ class Calibration:
         rungs: Sequence[Guidance] | None = None,
         rate: float = 0.03,
         strict: float = 0.4,
-        lost: float = 0.05,
+        lost: float = 0.15,
         batch_size: int = 16,
         progress: bool = True,
         resume: str | Path | None = None,
