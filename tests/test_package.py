@@ -1,6 +1,7 @@
 """What a user installs: a wheel with the small pipeline, and kernels that stand alone."""
 
 import ast
+import gzip
 import json
 import re
 import shutil
@@ -77,6 +78,12 @@ def test_the_pipelines_that_ship_are_small(name):
 def test_the_pipelines_that_ship_do_not_say_where_they_were_made(name):
     said = [value for path in (ROOT / "bench" / name).rglob("*.json") for value in json.loads(path.read_text()).values()]
     assert said and not [value for value in said if isinstance(value, str) and value.startswith(("/", "~"))]
+
+
+def test_results_name_files_and_not_where_they_lay():
+    written = sorted((ROOT / "bench" / "results").rglob("*.jsonl*"))
+    lines = [line for path in written for line in (gzip.open if path.suffix == ".gz" else open)(path, "rt")]
+    assert lines and not [line for line in lines if re.search(r'": "(/|~)', line)]
 
 
 def test_the_kernels_need_torch_and_triton_alone(tmp_path):
