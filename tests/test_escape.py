@@ -1,6 +1,7 @@
 """Escape, in a loop that knows nothing of ours: against the definition, against the sampler, alone and in a batch."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -169,6 +170,12 @@ def test_a_calibration_says_what_looks_memorized():
         state(*given[-1])
         assert torch.equal(state.score, rung.score(state.noise_gap))
         assert torch.equal(state.suspect, state.score > rung.verdict)
+        for peak in (0.99, 1.01):  # of the largest gap of all
+            watched = replace(rung, verdict=math.inf, peak=peak * rung.largest(state.noise_gap).max().item())
+            state = Escape(guidance, LEVELS, BATCH, calibration=replace(calibration, rungs=(watched,)))
+            for uncond, cond in given:
+                state(uncond, cond)
+            assert state.suspect.any() == (peak < 1)
     with pytest.raises(ValueError, match=r"not of Guidance\.cfg\(5\)"):
         Escape(Guidance.cfg(5.0), LEVELS, BATCH, calibration=calibration)
     with pytest.raises(ValueError, match="calibrated for 8 steps at timesteps 900 to 50, but the sampler takes 2"):

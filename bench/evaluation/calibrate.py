@@ -34,11 +34,11 @@ def calibrate(
     prompts: Sequence[str],
     seeds: Sequence[int],
     out: str | Path,
-    steps: int = 50,
-    scale: float = 7.5,
-    rate: float = 0.03,
-    batch_size: int = 16,
-    progress: bool = True,
+    steps: int,
+    scale: float,
+    rate: float,
+    batch_size: int,
+    progress: bool,
 ) -> Calibration:
     """Write the calibration of the sampler's model to `out`, and its plot beside it, as `.png`.
 
