@@ -209,7 +209,7 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
-        lines = (f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in asdict(self).items())
+        lines = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in asdict(self).items())
         text = "{\n" + ",\n".join(lines) + "\n}"
         with whole(Path(path)) as part:
             part.write_text(text + "\n", encoding="utf-8")

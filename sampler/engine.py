@@ -75,8 +75,7 @@ class Sample:
 class Result:
     """What came of a sample: latents (C, h, w), transition () int64 and gaps (steps,) float32, NaN where none was needed.
 
-    attempts, score, suspect: a guard's, the basin score and the verdict; None without one. error: why it failed; the rest is None
-    then.
+    attempts, score (the basin score), suspect: a guard's; None without one. error: why it failed; the rest is None then.
     """
 
     sample: Sample
@@ -213,7 +212,7 @@ class Engine:
             for slot in fresh:
                 self._lane.network.put(slot.place, slot.sample.network, slot.sample.row)
             self._send(fresh, [slot.sample.begin() for slot in fresh])
-        elif not self._fixed and 2 * len(self._live) <= self._size:
+        elif not self._fixed and not self._ladders[0].stepwise and 2 * len(self._live) <= self._size:
             self._shrink()
 
     def _peek(self) -> tuple[int, Sample] | None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .generate import Ladders, Run, Stop
-from .guidance import Guidance
+from .guidance import Guard, Guidance
 from .prompts import Job
 from .sampler import Sampler
 from .stages import Request
@@ -52,7 +52,7 @@ class Worker:
         load: Callable[[], Sampler],
         pixels: dict[str, Any],
         steps: int,
-        guidance: Guidance,
+        guidance: Guidance | Guard,
         slots: int,
         format: str,
     ):
@@ -80,7 +80,7 @@ class RayRun:
         workers: int | None,
         pixels: dict[str, Any],
         steps: int,
-        guidance: Guidance,
+        guidance: Guidance | Guard,
         slots: int,
         format: str,
     ):

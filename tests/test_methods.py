@@ -35,7 +35,7 @@ def test_a_method_is_its_guidance_its_prompts_and_its_network(pipe):
     assert torch.equal(latents(general), sampler([GENERAL], [5], 3, guidance, progress=False).latents)
     turned = latents(general, wrap)
     assert seen == [([GENERAL], [5], 3)] and not torch.equal(turned, latents(general))
-    both = Method(guarded(Guidance.delayed(3.0, until=At(500)), 3, 1.0), wrap=wrap)
+    both = Method(guarded(Guidance.delayed(3.0, until=At(500))), wrap=wrap)
     for use in (lambda: both.sample(sampler, [GENERAL], [0], 3), lambda: both.check(sampler, 3)):
         with pytest.raises(ValueError, match="neither a wrapped network"):
             use()

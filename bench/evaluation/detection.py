@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from basinescape import Calibration, Guidance
-from basinescape.guard import Ladder
-from basinescape.guidance import Rung
+from basinescape.guidance import PROBES
 from torch import Tensor
 
 from ..scenario import Prompt
@@ -57,50 +54,42 @@ def anisotropy(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int]) -
     return rows
 
 
-def usual(lab: Laboratory, general: Sequence[dict[str, Any]]) -> Rung:
-    """What is ordinary under plain guidance: the calibration says it, where one fits, else the median of these curves."""
-    scenario = lab.scenario
-    if scenario.calibration:
-        try:
-            guard = Guidance.guard(scenario.scale, Calibration.load(scenario.calibration))
-            Ladder.make(lab.sampler.solver(scenario.steps), guard, torch.device("cpu"))
-            return guard.rungs[0]
-        except ValueError:  # of other steps, or another scale
-            pass
-    gaps = torch.tensor([line["gap"] for line in general]).median(dim=0).values.tolist()
-    fifth = max(1, len(gaps) // 5)
-    return Rung(Guidance.cfg(scenario.scale), tuple(gaps), max(1, fifth // 2), math.inf, fifth, fifth, math.inf)
-
-
 def detection(
-    memorized: Sequence[dict[str, Any]],
-    general: Sequence[dict[str, Any]],
-    noise: tuple[Sequence[dict[str, float]], Sequence[dict[str, float]]],
-    ordinary: Rung,
+    lines: Sequence[dict[str, Any]],
+    positive: Sequence[bool],
+    usual: Sequence[float],
+    noise: Sequence[dict[str, float]] = (),
 ) -> list[dict[str, Any]]:
-    """How well each statistic tells memorized prompts from general ones, and the network calls that it takes a sample.
+    """How well each statistic tells the positive ones of `lines` from the others, and the network calls it takes a sample.
 
-    memorized, general: lines of `curves` under plain guidance. noise: `anisotropy` of both. ordinary: what is usual.
+    lines: of `curves`. usual: the noise gap of ordinary prompts at each step. noise: `anisotropy` of each line; () for none.
 
-    Statistics of `Curves` are their means over the first steps. product: the mean of the first tenth of the gaps times the last
-    one; score: the guard's; largest: of all. They are of gaps relative to what is usual, and cost nothing where the image is
-    made anyhow.
+    Statistics of `Curves` are their means over the first steps; they cost nothing where the picture is made anyhow. Of gaps
+    relative to what is usual: last: that of the last step; product: the mean of the first tenth times the last; collapse: the
+    geometric mean of the first fifth over that of the second, times the last; largest: of all. turn: how far the conditional
+    prediction moves from the first step to the second. basin score: see `basinescape.basin`.
     """
-    lines = [*memorized, *general]
-    steps = len(lines[0]["gap"])
-    gaps = torch.tensor([line["gap"] for line in lines])
+    gaps = torch.tensor([line["gap"] for line in lines]) / torch.tensor(usual)
+    steps, tenth, fifth = gaps.shape[1], max(1, gaps.shape[1] // 10), max(1, gaps.shape[1] // 5)
     found: list[tuple[str, int, int, Sequence[float]]] = [
         (name, k, 2 * k, [fmean(line[name][:k]) for line in lines])
         for name in ("gap", "relative", "alignment", "update")
         for k in WATCHED
         if k < steps
     ]
-    product = ordinary.look(gaps) * gaps[:, -1] / ordinary.gap[-1]
-    whole = {"product": product, "score": ordinary.score(gaps), "largest": ordinary.largest(gaps)}
+    logs = gaps.log()
+    whole = {
+        "last": gaps[:, -1],
+        "product": gaps[:, :tenth].mean(dim=1) * gaps[:, -1],
+        "collapse": logs[:, :fifth].mean(dim=1) - logs[:, fifth : 2 * fifth].mean(dim=1) + logs[:, -1],
+        "largest": gaps.amax(dim=1),
+    }
     found += [(name, steps, 2 * steps, values.tolist()) for name, values in whole.items()]
-    alone = [*noise[0], *noise[1]]
-    found += [(f"noise alone, {name}", 1, calls, [row[name] for row in alone]) for name, calls in (("cosine", 2), ("both", 4))]
-    positive = [True] * len(memorized) + [False] * len(general)
+    found += [("turn", 2, 4, [line["turn"] for line in lines])]
+    found += [("basin score", steps, 2 * (steps + PROBES), [line["score"] for line in lines])]
+    if noise:
+        of = (("norm", 2), ("cosine", 2), ("both", 4))
+        found += [(f"noise alone, {name}", 1, calls, [row[name] for row in noise]) for name, calls in of]
     rows = []
     for name, k, calls, scores in found:
         area, hits = roc(scores, positive)
