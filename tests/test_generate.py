@@ -131,7 +131,7 @@ def test_a_job_that_the_guidance_does_not_fit_is_named_before_any_work(small, tm
     sampler, out = Sampler.from_pipeline(small, "ddim"), tmp_path / "out"
     asked = [Job("a", "a", 0), Job("b", "b", 1, steps=5)]
     options = {"model": "small", "steps": 4, "progress": False}
-    with pytest.raises(ValueError, match="jobs, job 2: .*shape"):
+    with pytest.raises(ValueError, match=r"jobs, job 2: .*shape"):
         generate(sampler, asked, out, Guidance.cfg(5.0, shape=(1.0,) * 4), **options)
     assert not out.exists()
 

@@ -20,8 +20,8 @@ def calibrate(
         Path | None,
         typer.Option(help="ordinary ones, none of them memorized, a hundred or more, as for generate; default 200 that ship"),
     ] = None,
-    scale: options.Scale = 7.5,
-    steps: Annotated[int, typer.Option(help="denoising steps")] = 50,
+    scale: Annotated[float | None, typer.Option(help="guidance scale; default the model's own")] = None,
+    steps: Annotated[int | None, typer.Option(help="denoising steps; default the model's own")] = None,
     scheduler: options.Scheduler = "own",
     settled: Annotated[
         bool, typer.Option(help="also measure what --until settled and the static transition need; takes twice as long")
@@ -56,6 +56,7 @@ def calibrate(
     loading = {"allow_pickle": allow_pickle, "compile": compile, "capture": capture}
     sampler = Sampler.from_pretrained(model, device, dtype, scheduler, attention, **loading)
     sampler = sampler.using(**options.of_call(option))
+    steps, scale = options.steps_and_scale(sampler, None, steps, scale)
     size = options.batch_size(sampler, batch_size)
     texts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
     made = calibrate(sampler, texts, seeds, out, steps, scale, settled, size, progress)

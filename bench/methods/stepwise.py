@@ -153,4 +153,6 @@ def _output(
         decoded = sampler.model.decode(latents, output, generators, *sampler.size(), **sampler.options)
         images, flagged, finite = decoded.images, decoded.flagged, finite & decoded.finite
     gaps, timesteps = state.transition.gaps.cpu(), solver.timesteps[solver.first_calls]
-    return Output(images, latents, transition, gaps, timesteps, None, None, None, finite, flagged, truncated)
+    return Output(
+        images, latents, transition, gaps, timesteps, finite=finite, nsfw_content_detected=flagged, truncated=truncated
+    )
