@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from basinescape import At, Guidance, Sampler
+from basinescape.early import EarlyLook
 from basinescape.generate import generate
-from basinescape.guidance import EarlyLook
 from basinescape.prompts import Job
 from ladders import NONE, guarded
 from PIL import Image

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from basinescape import At, Calibration, FirstMinimum, Guard, Guidance, Sampler
-from basinescape.guidance import LATER, LATER_RATE, THRESHOLD, Attempt, EarlyLook
+from basinescape.early import EarlyLook
+from basinescape.guidance import LATER, LATER_RATE, THRESHOLD, Attempt
 from ladders import EVERY, NONE, guard
 from rounding import assert_same_but_for_rounding
 
