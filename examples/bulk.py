@@ -7,7 +7,7 @@ import argparse
 
 from basinescape import At, Calibration, Guidance, Sampler
 from basinescape.generate import generate
-from basinescape.prompts import Prompts
+from basinescape.data.prompts import Prompts
 from basinescape.writers import FORMATS, verify
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -18,7 +18,7 @@ import torch
 
 from .generate import Ladders, Run, Stop
 from .guidance import Guidance
-from .prompts import Job
+from .data.prompts import Job
 from .sampler import Sampler
 from .stages import Request
 from .writers import Made

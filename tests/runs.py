@@ -10,7 +10,7 @@ from basinescape import Guidance, arguments
 from basinescape.bench import cli
 from basinescape.generate import generate
 from basinescape.models import Decoded, Encoded, GuidedUNet
-from basinescape.prompts import Job
+from basinescape.data.prompts import Job
 from PIL import Image
 
 QUICK = ("--steps", 2, "--guidance", "delayed", "--until", 500, "--device", "cpu")

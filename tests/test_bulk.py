@@ -18,7 +18,7 @@ from basinescape.folder import read_lines
 from basinescape.generate import balanced, generate
 from basinescape.merge import merge
 from basinescape.progress import JsonFormatter, Progress
-from basinescape.prompts import Job
+from basinescape.data.prompts import Job
 from basinescape.writers import FORMATS, verify
 from PIL import Image
 from runs import QUICK, run, write

@@ -16,7 +16,7 @@ from basinescape.bench.evaluation.calibrate import CAPTIONS, prompts_for
 from basinescape.fingerprint import differing, fingerprint
 from basinescape.interpolation import curve, sound
 from basinescape.ordinary import Ordinary
-from basinescape.prompts import read_prompts
+from basinescape.data.prompts import read_prompts
 
 PROMPTS = [f"a picture of a {name}" for name in ("cat", "frog", "dog", "fish", "crab")]
 RUNGS = [Guidance.delayed(7.5, until=At(600))]

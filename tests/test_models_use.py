@@ -14,7 +14,7 @@ from basinescape.fingerprint import differing, fingerprint
 from basinescape.folder import read_lines
 from basinescape.generate import generate
 from basinescape.models import adapt
-from basinescape.prompts import Job
+from basinescape.data.prompts import Job
 from families import CASES
 from ladders import guarded
 from PIL import Image

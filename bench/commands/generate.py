@@ -99,7 +99,7 @@ def generate(
     progress: Annotated[bool, typer.Option(help="--no-progress is --log none")] = True,
 ) -> None:
     """Make an image for every prompt of a file. The same command goes on where it was stopped."""
-    from basinescape.prompts import Prompts
+    from basinescape.data.prompts import Prompts
 
     part, shown = shard_of(shard), looked_at(log, metrics, progress)
     jobs = Prompts(prompts, seed, on_error)
