@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .data.prompts import Job
 from .engine import Result, Sample
 from .guard import Ladder
 from .models import Decoded, Encoded, Model
-from .data.prompts import Job
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -14,11 +14,11 @@ from basinescape import At, Calibration, FirstMinimum, Guidance, Rung, Sampler, 
 from basinescape.bench import cli
 from basinescape.bench.quiet import quieten
 from basinescape.bench.scenario import PRESETS, prompts
+from basinescape.data.prompts import Job
 from basinescape.generate import generate
 from basinescape.models.sd import StableDiffusion
 from basinescape.ordinary import Ordinary
 from basinescape.progress import Progress
-from basinescape.data.prompts import Job
 from PIL import Image
 from runs import QUICK, run, sound, write
 from tqdm import tqdm

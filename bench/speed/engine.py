@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 from basinescape import At, Guidance, Rung, Sampler
+from basinescape.data.prompts import Job
 from basinescape.engine import Engine, Sample
 from basinescape.generate import Stop, generate
 from basinescape.guard import Ladder
-from basinescape.data.prompts import Job
 from basinescape.schedulers import make_scheduler
 from diffusers import StableDiffusionPipeline
 from torch import Tensor

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import json
+import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from basinescape.prompts import COLUMN, IMAGE, SAFE_ID, TEXT
+from .layout import METADATA, Layout, text_of, there
+from .names import COLUMN, IDS, IMAGE, SAFE_ID, TEXT, Ids, first
+from .rows import HUB, SAVED, Faults, opened
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")
-METADATA = ("metadata.jsonl", "metadata.csv")  # in a folder of images, as Hugging Face's datasets has it
-LAYOUTS = "a .jsonl, .json, .csv or .parquet file, or a folder of images"
+Find = Callable[[str], Path]  # the picture that a row names
+log = logging.getLogger(__name__)
+# Names of folders that say nothing of what the pictures in them show.
+NO_CAPTION = {"train", "test", "val", "valid", "validation", "images", "image", "img", "imgs", "data", "pictures", "photos"}
 
 
 @dataclass(frozen=True)
@@ -27,126 +30,154 @@ class Prompt:
     concept: str | None = None
 
 
-def read_prompts(source: str | Path, where: str = "", images: str | Path | None = None, every: bool = False) -> list[Prompt]:
-    """Prompts and their training images.
+def read_captions(
+    source: str | Path, where: str = "", images: str | Path | None = None, every: bool = False, on_error: str = "stop"
+) -> list[Prompt]:
+    """Captions and their training images.
 
-    source: JSON Lines, CSV or Parquet of prompt (or caption, or text) and perhaps image (or file_name), id, concept; JSON, a
-            list of such objects, or an object of captions by image path, `{"images/1.jpg": ["a caption"]}`; or a folder of
-            images, each with its caption in metadata.jsonl, in a .txt file beside it or, where there are none and the images
-            lie in folders of their own, in that folder's name.
-    where:  where to get what is missing. images: the folder that image paths are in, by default that of `source`; a prompt
+    source: a file, as for `rows.opened`, of prompt (caption, text) and perhaps image (file_name, path, file), id, concept;
+            or a folder of images, searched through, whose captions are, the first of these that there is:
+            in metadata.jsonl, .csv or .parquet, in that folder or below it, as the library `datasets` has them;
+            in .txt, .caption or .json files beside the images, named as they are;
+            in other tables of captions in the folder or below it, as captions.jsonl;
+            in the names of the folders that the images lie in, without kohya's "20_", which a warning tells.
+    where:  where to get what is missing. images: the folder that image paths are in, by default that of the file; a prompt
             without one belongs to the image there that has its id for a name, if any.
     every:  all captions of an image that has several, not the first one alone.
+    on_error: of a caption or an image that is wrong or missing; see `Faults`.
 
-    Raises FileNotFoundError for what is missing, ValueError for another layout, naming the file and the entry.
+    Raises FileNotFoundError where there is no `source` or `images`, ValueError, naming the file and what in it, for the rest.
     """
-    path = Path(source)
-    if not path.exists():
+    path, faults, name = Path(source), Faults(on_error), f"captions {str(source)!r}"
+    hub = str(source).startswith(HUB)
+    if not hub and not path.exists():
         published = f"; their authors publish them: {where}" if where else ""
-        raise FileNotFoundError(f"prompts {str(path)!r} do not exist{published}")
-    listed = next((path / name for name in METADATA if (path / name).is_file()), None) if path.is_dir() else path
-    if listed is None:
-        found = _pairs(path, images_in(path))
+        raise FileNotFoundError(f"{name} do not exist{published}")
+    if path.is_dir() and not any((path / saved).is_file() for saved in SAVED):
+        found = _folder(path, every, faults)
     else:
-        folder = Path(images) if images is not None else listed.parent
-        found = [_prompt(f"{listed}, {entry}", row, number, folder) for number, (entry, row) in enumerate(_rows(listed, every))]
-        if images is not None:
-            by_name = {file.stem: file for file in images_in(folder)}
-            found = [Prompt(p.id, p.text, p.image or by_name.get(p.id), p.concept) for p in found]
-    if not found:
-        raise ValueError(f"prompts {str(path)!r} hold no prompts")
+        layout = Layout(Path(images)) if images is not None else None
+        find = partial(there if layout is None else layout.find, home=path.parent if layout is None else layout.folder)
+        found = _with_images(_table(path, find, every, faults), layout.images if layout else ())
+    kept = list(_unlike(found, name, faults))
+    if not kept:
+        raise ValueError(f"{name} hold no prompts")
+    return kept
+
+
+def _with_images(found: Iterator[Prompt], images: Sequence[Path]) -> Iterator[Prompt]:
+    """A prompt without an image has the one that its id names, if any."""
+    named = {image.stem: image for image in images}
+    return (prompt if prompt.image else replace(prompt, image=named.get(prompt.id)) for prompt in found)
+
+
+def _unlike(found: Iterator[Prompt], name: str, faults: Faults) -> Iterator[Prompt]:
+    """Those that have text, and an id that can name a file and that no other has."""
     known: set[str] = set()
     for prompt in found:
         if not prompt.text.strip():
-            raise ValueError(f"prompts {str(path)!r}: {prompt.id} has an empty caption")
-        if not SAFE_ID.fullmatch(prompt.id):
-            raise ValueError(f"prompts {str(path)!r}: id must be 1 to 128 letters, digits, '.', '_' or '-', got {prompt.id!r}")
-        if prompt.id.casefold() in known:  # it names a file
-            raise ValueError(f"prompts {str(path)!r}: id {prompt.id!r} comes twice")
-        known.add(prompt.id.casefold())
-    return found
+            faults(f"{name}: {prompt.id} has an empty caption")
+        elif not SAFE_ID.fullmatch(prompt.id):
+            faults(f"{name}: id must be {IDS}; got {prompt.id!r}")
+        elif prompt.id.casefold() in known:
+            faults(f"{name}: id {prompt.id!r} comes twice")
+        else:
+            known.add(prompt.id.casefold())
+            yield prompt
 
 
-def images_in(folder: str | Path) -> list[Path]:
-    """The images of a folder and of those in it. Raises FileNotFoundError where there is no such folder."""
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"images folder {str(folder)!r} does not exist")
-    return [file for file in sorted(Path(folder).rglob("*")) if file.suffix.lower() in IMAGES]
-
-
-def _pairs(folder: Path, images: Sequence[Path]) -> list[Prompt]:
-    without = [image for image in images if not image.with_suffix(".txt").is_file()]
-    named = len(without) == len(images) and all(image.parent != folder for image in images)
-    if without and not named:
-        first = without[0].with_suffix(".txt").name
-        raise FileNotFoundError(
-            f"prompts {str(folder)!r}: {len(without)} of {len(images)} images have no caption: put that of {without[0].name!r} "
-            f"into {first!r}, or all into metadata.jsonl (file_name, text)"
-        )
-    return [_pair(folder, image, named) for image in images]
-
-
-def _pair(folder: Path, image: Path, named: bool) -> Prompt:
-    text = image.parent.name.replace("_", " ") if named else image.with_suffix(".txt").read_text(encoding="utf-8").strip()
-    return Prompt(_id(str(image.relative_to(folder).with_suffix(""))), text, image)
-
-
-def _rows(path: Path, every: bool) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The entries of a file, and where each stands."""
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-            if line.strip():
-                yield f"line {number}", _object(f"{path}, line {number}", line)
-    elif path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            yield from ((f"line {rows.line_num}", {name: cell or None for name, cell in row.items()}) for row in rows)
-    elif path.suffix == ".parquet":
-        from pyarrow import parquet
-
-        yield from ((f"row {number}", row) for number, row in enumerate(parquet.read_table(path).to_pylist(), 1))
-    elif path.suffix == ".json":
-        content = _object(str(path), path.read_text(encoding="utf-8-sig"), dict | list)
-        if isinstance(content, dict):
-            content = [
-                {"id": _id(str(Path(image).with_suffix(""))) + (f"-{k}" if k > 1 else ""), "image": image, "caption": caption}
-                for image, texts in content.items()
-                for k, caption in enumerate(_captions(texts, every), 1)
-            ]
-        yield from ((f"entry {number}", row) for number, row in enumerate(content, 1))
+def _folder(folder: Path, every: bool, faults: Faults) -> Iterator[Prompt]:
+    """The captions of a folder of images."""
+    layout = Layout(folder)
+    with_text = [image for image in layout.images if layout.beside(image)]
+    if layout.metadata or (layout.tables and not with_text):
+        yield from _tables(layout, every, faults)
+    elif with_text or not _named(layout):
+        yield from _beside(layout, every, faults)
     else:
-        raise ValueError(f"prompts {str(path)!r} must be {LAYOUTS}")
+        yield from _by_folder(layout)
 
 
-def _captions(texts: Any, every: bool) -> list[Any]:
-    """An image's captions, one or a list."""
-    listed = texts if isinstance(texts, list) and texts else [texts]
-    return listed if every else listed[:1]
+def _tables(layout: Layout, every: bool, faults: Faults) -> Iterator[Prompt]:
+    seen, count = set(), 0
+    for table in layout.tables:
+        found = _table(table, partial(layout.find, home=table.parent), every, faults, start=count)
+        for prompt in _with_images(found, layout.images):
+            count += 1
+            seen.add(prompt.image)
+            yield prompt
+    left = [image for image in layout.images if image not in seen]
+    if left:
+        names = ", ".join(table.name for table in layout.tables)
+        log.warning("%s: %d images are not in %s, first %r", layout.folder, len(left), names, left[0].name)
 
 
-def _object(where: str, text: str, kind: Any = dict) -> Any:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
-    if not isinstance(found, kind):
-        raise ValueError(f"{where}: must be an object of captions by image path, or objects, got a {type(found).__name__}")
-    return found
+def _table(path: Path, find: Find, every: bool, faults: Faults, start: int = 0) -> Iterator[Prompt]:
+    """The captions of a file; those without an id are counted from `start`."""
+    name, read = opened(str(path), "captions")
+    for number, (where, said) in enumerate(read(), start):
+        try:
+            yield from _prompts(said, number, find, every)
+        except ValueError as error:
+            faults(f"{name}, {where}: {error}")
 
 
-def _prompt(where: str, entry: Mapping[str, Any], number: int, folder: Path) -> Prompt:
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"{where}: must be an object, got a {type(entry).__name__}")
-    text = next((entry[name] for name in TEXT if entry.get(name) is not None), None)
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: needs {COLUMN}; it has {', '.join(map(str, entry)) or 'nothing'}")
-    image = next((entry[name] for name in IMAGE if entry.get(name)), None)
-    if image is not None and not (isinstance(image, str) and (folder / image).is_file()):
-        raise FileNotFoundError(f"{where}: its image {str(image)[:80]!r} is not in {str(folder)!r}")
-    id = entry.get("id")
-    return Prompt(f"{number:04d}" if id is None else str(id), text, folder / image if image else None, entry.get("concept"))
+def _prompts(said: Mapping[str, Any] | str, number: int, find: Find, every: bool) -> list[Prompt]:
+    """The prompts of a row: as many as it has captions. Raises ValueError for what is wrong with it."""
+    if isinstance(said, str):
+        raise ValueError(said)
+    text, image, id, concept = first(said, TEXT), first(said, IMAGE), said.get("id"), said.get("concept")
+    texts = text if isinstance(text, list) and text else [text]
+    if not all(isinstance(one, str) for one in texts):
+        raise ValueError(f"needs {COLUMN}; it has {', '.join(said) or 'nothing'}")
+    if image is not None and not isinstance(image, str):
+        raise ValueError(f"its image must be a file's name, got {str(image)[:80]!r}")
+    path = find(image) if image else None
+    own = f"{number:04d}" if id is None else str(id)
+    kept = texts if every else texts[:1]
+    return [Prompt(own if k == 1 else f"{own}-{k}", one, path, concept) for k, one in enumerate(kept, 1)]
 
 
-def _id(name: str) -> str:
-    """A file's name as a prompt's id."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", name.replace("/", "-")).lstrip(".-") or "_"
+def _beside(layout: Layout, every: bool, faults: Faults) -> Iterator[Prompt]:
+    """The captions in the files beside images."""
+    without, ids = [image for image in layout.images if not layout.beside(image)], Ids()
+    if without:
+        example = without[0]
+        above = [layout.folder.parent / name for name in METADATA]
+        other = layout.elsewhere or next((path for path in above if path.is_file()), None)
+        hint = f"; is it in {str(other)!r}? Then give that, or the folder it is in" if other else ""
+        faults(
+            f"captions {str(layout.folder)!r}: {len(without)} of {len(layout.images)} images have no caption: put that of "
+            f"{str(example.relative_to(layout.folder))!r} into {example.with_suffix('.txt').name!r}, "
+            f"or all into metadata.jsonl (file_name, text){hint}"
+        )
+    for image in layout.images:
+        texts: dict[str, None] = {}
+        for path in layout.beside(image):
+            try:
+                texts.setdefault(text_of(path))
+            except ValueError as error:
+                faults(str(error))
+        id = ids(str(image.relative_to(layout.folder).with_suffix(""))) if texts else ""
+        for k, text in enumerate(list(texts)[: None if every else 1], 1):
+            yield Prompt(id if k == 1 else f"{id}-{k}", text, image)
+
+
+def _named(layout: Layout) -> bool:
+    """Whether every image lies in a folder that may be named for what it shows."""
+    homes = {image.parent for image in layout.images}
+    told = layout.elsewhere is None and not layout.tables
+    return told and bool(homes) and all(home != layout.folder and home.name.casefold() not in NO_CAPTION for home in homes)
+
+
+def _by_folder(layout: Layout) -> Iterator[Prompt]:
+    """The names of the images' folders, without the repeats that kohya's trainer reads off their beginning."""
+    ids = Ids()
+    named = {
+        image: re.sub(r"^\d+_", "", image.parent.name).replace("_", " ").strip() or image.parent.name for image in layout.images
+    }
+    names = list(dict.fromkeys(named.values()))
+    said = ", ".join(map(repr, names[:3])) + (", ..." if names[3:] else "")
+    log.warning("%s: no file has captions, so that the names of its folders are taken for them: %s", layout.folder, said)
+    for image, text in named.items():
+        yield Prompt(ids(str(image.relative_to(layout.folder).with_suffix(""))), text, image)

@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from os.path import commonprefix
 from typing import Any
 
 SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
@@ -56,13 +55,14 @@ def _slip(name: str, known: str) -> bool:
     """Short words are too near others for more: "idx" is not "id", and "test" not "text"."""
     if len(known) < 4 or len(name) < 3 or name[0] != known[0]:
         return False
-    same = len(commonprefix([name, known]))
-    name, known, length = name[same:], known[same:], len(known)
-    same = len(commonprefix([name[::-1], known[::-1]]))
-    name, known = name[: len(name) - same], known[: len(known) - same]
-    if len(name) == len(known) == 1:
-        return length > 4 and not name.isdigit()
-    return len(name) + len(known) == 1 and not name.isdigit() or (len(name) == 2 and name == known[::-1])
+    same = next(
+        (i for i, (one, other) in enumerate(zip(name, known, strict=False)) if one != other), min(len(name), len(known))
+    )
+    one, other = name[same:], known[same:]
+    if one[:1].isdigit():  # "prompt2" is meant so
+        return False
+    exchanged = one[:2] == other[1::-1] and one[2:] == other[2:]
+    return one[1:] == other or one == other[1:] or exchanged or (len(known) > 4 and one[1:] == other[1:])
 
 
 def first(row: dict[str, Any], names: Sequence[str]) -> Any:

@@ -103,7 +103,7 @@ class Prompts:
     def __init__(self, source: str | Path | Sequence[Job], seed: int = 0, on_error: str = "stop"):
         self.seed, self._faults = seed, Faults(on_error)
         self.name, self._read = opened(str(source)) if isinstance(source, str | Path) else ("jobs", partial(_listed, source))
-        self._digits = max(4, len(str(sum(1 for _ in self._rows()) - 1)))
+        self._digits = max(4, len(str(sum(1 for _ in self._read()) - 1)))
         self._repeated: frozenset[int] = frozenset()
         self._others = Others()
         digest, ids, positions = hashlib.sha256(), array("Q"), array("Q")
@@ -143,15 +143,9 @@ class Prompts:
         """What a run's settings say of its prompts."""
         return {"prompts": self.count, "prompts_sha256": self.sha256}
 
-    def _rows(self) -> Rows:
-        try:
-            yield from self._read()
-        except ValueError as error:
-            raise ValueError(f"{self.name}, {error}") from error
-
     def _jobs(self, refuse: Callable[[str], None]) -> Iterator[tuple[int, str, Job]]:
         """(position, where it stands, job); `refuse` is told what is wrong with the others."""
-        for position, (where, said) in enumerate(self._rows()):
+        for position, (where, said) in enumerate(self._read()):
             if position in self._repeated:
                 continue
             try:

@@ -39,6 +39,10 @@ class Row(NamedTuple):
 Rows = Iterator[Row]
 
 
+class NoText(ValueError):
+    """Raised for a table none of whose columns holds prompts."""
+
+
 class Faults:
     """What is done about what is wrong in a source: "stop" raises ValueError, "skip" passes it over with a warning.
 
@@ -65,28 +69,42 @@ def opened(source: str, what: str = "prompts") -> tuple[str, Callable[[], Rows]]
             temporary file; a folder that the `datasets` library saved, or "hf:NAME" or "hf:NAME:SPLIT", a dataset of its hub.
     what:   is in it.
 
-    Reading raises ValueError for what makes the whole file unreadable. Raises FileNotFoundError for a missing file, ValueError
-    for another format; reading raises ImportError for one whose library is missing.
+    Raises FileNotFoundError for a missing file, ValueError for another format. Reading raises ValueError for what makes the
+    whole file unreadable, ImportError for a format whose library is missing.
     """
     path = Path(source)
     if source.startswith(HUB):
-        return f"dataset {source!r}", partial(_dataset, source)
+        return _told(f"dataset {source!r}", partial(_dataset, source))
     name = "standard input" if source == "-" else f"{what} file {source!r}"
     if source != "-" and not path.exists():
         raise FileNotFoundError(f"{name} does not exist")
     if path.is_dir():
         if not any((path / name).is_file() for name in SAVED):
             raise ValueError(f"{name} is a folder that the package datasets did not save: give a file, as its metadata.jsonl")
-        return f"dataset {source!r}", partial(_dataset, source)
+        return _told(f"dataset {source!r}", partial(_dataset, source))
     if source == "-" or not path.is_file():  # can be read once only: copied to where it can be read again
         kept = tempfile.NamedTemporaryFile(prefix="prompts-")  # noqa: SIM115 (gone with the last that refers to it)
         with nullcontext(sys.stdin.buffer) if source == "-" else path.open("rb") as stream:
             shutil.copyfileobj(stream, kept)
         kept.flush()
-        return name, lambda: _json_lines(Path(kept.name))
+        return _told(name, lambda: _json_lines(Path(kept.name)))
     if format_of(path) not in FORMATS:
         raise ValueError(f"{name} must end in {', '.join(filter(None, FORMATS))}, and perhaps .gz")
-    return name, partial(FORMATS[format_of(path)], path)
+    return _told(name, partial(FORMATS[format_of(path)], path))
+
+
+def _told(name: str, read: Callable[[], Rows]) -> tuple[str, Callable[[], Rows]]:
+    """Both, where what makes the whole file unreadable is raised with its name."""
+
+    def rows() -> Rows:
+        try:
+            yield from read()
+        except NoText as error:
+            raise NoText(f"{name}, {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{name}, {error}") from error
+
+    return name, rows
 
 
 def format_of(path: Path) -> str:
@@ -209,7 +227,7 @@ def _csv(path: Path, delimiters: str = ",;\t") -> Rows:
         except ValueError as error:
             raise ValueError(f"line 1: {error}") from error
         if given and not set(TEXT) & set(names.values()):
-            raise ValueError(f"line 1: must name {COLUMN}, and each column once; got {', '.join(given)}")
+            raise NoText(f"line 1: must name {COLUMN}, and each column once; got {', '.join(given)}")
         while True:
             try:
                 row = next(reader, None)
@@ -272,6 +290,8 @@ def parquet_rows(path: Path, wanted: Callable[[str, Any], bool], batch_size: int
         raise ValueError(f"which is no Parquet file: {error}") from error
     with file:
         names = columns(tuple(file.schema_arrow.names))
+        if not set(TEXT) & set(names.values()):
+            raise NoText(f"must have {COLUMN}; got {', '.join(names)}")
         chosen = [field.name for field in file.schema_arrow if wanted(field.name, field.type)]
         batches = file.iter_batches(batch_size=batch_size, columns=chosen)
         while (batch := _next(batches)) is not None:
@@ -303,7 +323,7 @@ def _dataset(source: str) -> Rows:
     given = tuple(data.column_names or [])
     names, kinds = columns(given), data.features or {}
     if not set(TEXT) & set(names.values()):
-        raise ValueError(f"must have {COLUMN}; got {', '.join(given)}")
+        raise NoText(f"must have {COLUMN}; got {', '.join(given)}")
     plain = [name for name in names if type(kinds.get(name)).__name__ == "Value" or (not kinds and names[name] in KNOWN)]
     for number, row in enumerate(data.select_columns(plain), 1):
         yield Row(f"row {number}", {names[name]: value for name, value in row.items()})
