@@ -14,11 +14,11 @@ from basinescape import At, Calibration, FirstMinimum, Guidance, Sampler, Settle
 from basinescape.bench import cli
 from basinescape.bench.quiet import quieten
 from basinescape.bench.scenario import PRESETS, prompts
+from basinescape.data.prompts import Job
 from basinescape.generate import generate
 from basinescape.models.sd import StableDiffusion
 from basinescape.ordinary import Ordinary
 from basinescape.progress import Progress
-from basinescape.prompts import Job
 from PIL import Image
 from runs import QUICK, run, sound, write
 from tqdm import tqdm
@@ -310,6 +310,6 @@ def test_libraries_are_silent_and_others_are_not():
 
 def test_prompts_are_read_before_a_library_is_loaded_and_so_silenced(tmp_path):
     loaded = "[m for m in ('diffusers', 'transformers') if m in sys.modules]"
-    code = f"import sys, basinescape.prompts, basinescape.progress; print({loaded})"
+    code = f"import sys, basinescape.data.prompts, basinescape.progress; print({loaded})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert found.stdout.strip() == "[]"

@@ -9,7 +9,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from basinescape.prompts import Job, Prompts, read_prompts
+from basinescape.data.prompts import Job, Prompts, read_prompts
 
 ROWS = [
     {"prompt": 'a "cat", and\nmore'},

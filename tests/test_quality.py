@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from basinescape import Sampler
+from basinescape.audit.measures import Similarity, vision
 from basinescape.bench import cli
 from basinescape.bench.evaluation import threshold
 from basinescape.bench.evaluation.evaluate import image_path
-from basinescape.bench.evaluation.metrics import Similarity, vision
 from basinescape.bench.evaluation.quality import clip_scores, concept, distances, fid, fresh_scenes, kid, quality
 from basinescape.bench.evaluation.report import report
 from basinescape.bench.scenario import PRESETS, Scenario

@@ -41,7 +41,7 @@ def calibrate(
     quieten()
     from basinescape import Sampler, models
     from basinescape.calibration import FILE
-    from basinescape.prompts import read_prompts
+    from basinescape.data.prompts import read_prompts
 
     from ..evaluation.calibrate import calibrate, prompts_for
 
