@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from ..scenario import Prompt, Scenario, prompts
 from .comparison import GROUPS, Comparison
-from .embedding import embedded
+from basinescape.audit.embedding import embedded
 from .evaluate import RECORDED, image_path, read_run, table
 from .figures import COLORS, Point, band, tradeoff
 
