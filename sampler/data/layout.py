@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .names import IMAGE, TEXT, first
 from .pictures import files_in, pictures_among, suffixes
-from .rows import NoText, fault_of, format_of, opened, row_of
+from .rows import ENCODING, NoText, fault_of, format_of, opened, row_of
 
 METADATA = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet"))  # as the library `datasets` has them
 BESIDE = (".txt", ".caption", ".json")  # suffixes of a picture's own text; the first there is counts
@@ -94,12 +94,16 @@ def _has_captions(path: Path) -> bool:
 
 def text_of(path: Path) -> str:
     """The caption in a text file beside a picture. Raises ValueError, naming the file, where there is none."""
-    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape").strip()
+    return decoded(path.read_bytes(), path.suffix.casefold(), f"caption file {str(path)!r}")
+
+
+def decoded(data: bytes, suffix: str, name: str) -> str:
+    """The caption in the bytes of a text file, which has a suffix of BESIDE. Raises ValueError where there is none."""
+    text = data.decode(**ENCODING).strip()
     fault = fault_of(text)
-    if fault is None and path.suffix.casefold() == ".json":
+    if fault is None and suffix == ".json":
         row = row_of(text)
-        fault = row if isinstance(row, str) else None
-        text = first(row, TEXT) if fault is None else None
+        fault, text = (row, None) if isinstance(row, str) else (None, first(row, TEXT))
     if fault is not None or not isinstance(text, str) or not text.strip():
-        raise ValueError(f"caption file {str(path)!r}: {fault or 'holds no caption'}")
+        raise ValueError(f"{name}: {fault or 'holds no caption'}")
     return text.strip()

@@ -290,9 +290,7 @@ def parquet_rows(path: Path, wanted: Callable[[str, Any], bool], batch_size: int
         raise ValueError(f"which is no Parquet file: {error}") from error
     with file:
         names = columns(tuple(file.schema_arrow.names))
-        if not set(TEXT) & set(names.values()):
-            raise NoText(f"must have {COLUMN}; got {', '.join(names)}")
-        chosen = [field.name for field in file.schema_arrow if wanted(field.name, field.type)]
+        chosen = [field.name for field in file.schema_arrow if wanted(names.get(field.name, ""), field.type)]
         batches = file.iter_batches(batch_size=batch_size, columns=chosen)
         while (batch := _next(batches)) is not None:
             for row in batch.to_pylist():
