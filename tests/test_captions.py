@@ -222,8 +222,10 @@ def test_ids_of_files_never_collide(tmp_path):
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r"])
 def test_no_spreadsheet_takes_a_caption_for_a_formula(start):
-    (file := io.StringIO(), csv.writer(file).writerow([cell(f'{start}HYPERLINK("http://x")'), cell(-1.5), cell("a cat")]))
-    assert list(csv.reader(io.StringIO(file.getvalue(), newline="")))[0] == [f'\'{start}HYPERLINK("http://x")', "-1.5", "a cat"]
+    text = f'{start}HYPERLINK("http://x")'
+    csv.writer(file := io.StringIO()).writerow([cell(text), cell(-1.5), cell("a cat")])
+    (row,) = csv.reader(io.StringIO(file.getvalue(), newline=""))
+    assert row == [f"'{text}", "-1.5", "a cat"]
 
 
 def test_half_a_surrogate_pair_costs_a_cell_its_letter_alone(tmp_path):

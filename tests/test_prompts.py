@@ -259,7 +259,7 @@ def test_other_columns_go_into_the_manifest(tmp_path, caplog):
             "mixed": "b",
             "prompt2": "c",
             "Test": "d",
-            "weight": 2**70,
+            "big": 2**70,
         },
     ]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -267,7 +267,7 @@ def test_other_columns_go_into_the_manifest(tmp_path, caplog):
     own = {"id": "0000", "prompt": "a cat", "seed": 0}
     assert first == own | {"index": 3, "url": "http://x/1.jpg", "scenes": ["s0"], "mixed": "1", "idx": True}
     own = {"id": "0001", "prompt": "a dog", "seed": 1}
-    more = {"index": 4.5, "scenes": [], "mixed": "b", "prompt2": "c", "Test": "d", "weight": 2**70}
+    more = {"index": 4.5, "scenes": [], "mixed": "b", "prompt2": "c", "Test": "d", "big": str(2**70)}
     assert second == own | more
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.endswith("not carried into the manifest, which says this of its own images: score")
@@ -302,7 +302,7 @@ def test_the_captions_that_ship_are_prompts(name):
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
 def test_what_looks_like_the_end_of_a_line_is_none(tmp_path, separator):
     text = f"a cat{separator}asleep"
-    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": text}, ensure_ascii=False) * 1 + '\n{"prompt": "b"}')
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": text}, ensure_ascii=False) + '\n{"prompt": "b"}')
     (tmp_path / "p.txt").write_text(f"{text}\r\nb\n", newline="")
     (tmp_path / "p.csv").write_text(f"prompt\n{text}\nb\n")
     for name in ("p.jsonl", "p.txt", "p.csv"):

@@ -154,21 +154,29 @@ def _rows(path: Path, find: Callable[[str], Path], ids: Ids, faults: Faults, see
 
 def _tar(path: Path, ids: Ids, faults: Faults) -> Iterator[Captioned]:
     """The samples of a WebDataset: members that follow one another and have one name but for what is behind its first dot."""
+    key, held = None, {}
     try:
-        with tarfile.open(path) as tar:
-            key, held = None, {}
-            for member in tar:
-                if not member.isfile():
-                    continue
-                home, _, file = member.name.rpartition("/")
-                stem, _, kind = file.partition(".")
-                if (home, stem) != key:
-                    yield from _sample(path, held, ids)
-                    key, held = (home, stem), {}
-                held[member.name] = (f".{kind.casefold()}", tar.extractfile(member).read())
-            yield from _sample(path, held, ids)
+        for name, data in _members(path):
+            home, _, file = name.rpartition("/")
+            stem, _, kind = file.partition(".")
+            if (home, stem) != key:
+                yield from _sample(path, held, ids)
+                key, held = (home, stem), {}
+            held[name] = (f".{kind.casefold()}", data)
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         faults(f"images file {str(path)!r} is no whole .tar file: {error}")
+    yield from _sample(path, held, ids)
+
+
+def _members(path: Path) -> Iterator[tuple[str, bytes]]:
+    """The files in a .tar, with their contents."""
+    with tarfile.open(path) as tar:
+        for member in tar:
+            if member.isfile():
+                yield member.name, tar.extractfile(member).read()
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # which tarfile takes for the end
+            raise tarfile.ReadError("it is cut off or broken behind its last member that can be read")
 
 
 def _sample(path: Path, members: Mapping[str, tuple[str, bytes]], ids: Ids) -> Iterator[Captioned]:
