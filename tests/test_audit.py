@@ -214,6 +214,23 @@ def test_bad_input_is_one_line_before_any_work(calibrated, images, tmp_path, mon
     assert says in error and len(error.splitlines()) == 1 and not drawn.asked and not (tmp_path / "out").exists()
 
 
+def test_captions_that_are_wrong_are_passed_over_on_request_and_no_caption_is_a_formula(
+    calibrated, images, tmp_path, monkeypatch
+):
+    lines = ['{"text": "=1+1", "file_name": "0.png"}', '{"text": "a \\ud83d"}', '{"text": "a cat", "file_name": "gone.png"}']
+    (images / "metadata.jsonl").write_text(
+        "\n".join([*lines, '{"text": "a dog\u2028", "file_name": "1.png"}']), encoding="utf-8"
+    )
+    (images / "2.tif").write_bytes(b"II*")
+    asked = ("--model", calibrated, "--captions", images, "--out", tmp_path / "out", "--scheduler", "dpmsolver++")
+    asked += ("--device", "cpu", "--verify", 1, "--seeds", 1, "--similarity", "pixels", "--training-images", images)
+    assert run(monkeypatch, *asked) == 2 and not (tmp_path / "out").exists()
+    assert run(monkeypatch, *asked, "--on-error", "skip") == 0
+    rows = list(csv.DictReader((tmp_path / "out" / "audit.csv").open(newline="")))
+    assert {row["caption"] for row in rows} == {"'=1+1", "a dog\u2028"}
+    assert (tmp_path / "out" / "audit.html").is_file()
+
+
 def test_without_a_calibration_it_says_how_to_make_one(mine, tmp_path, monkeypatch, capsys):
     (captions := tmp_path / "list.jsonl").write_text('{"text": "a"}')
     assert run(monkeypatch, "--model", mine, "--captions", captions, "--out", tmp_path / "out") == 2

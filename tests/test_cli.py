@@ -268,6 +268,10 @@ def test_copies_of_training_images_are_marked(tmp_path, monkeypatch, capsys, dra
     assert stored.pop("sha256") and stored == {"images": 2, "thresholds": {"pixels": 0.81}}
     code, error = run(monkeypatch, capsys, *asked, "--similarity", "pixels", "--threshold", 0.9)
     assert code == 2 and "its training_images differ" in error
+    (folder / "2.png").write_bytes((folder / "1.png").read_bytes()[:-99])
+    code, error = run(monkeypatch, capsys, *asked, "--similarity", "pixels")
+    assert code == 2 and "2.png' cannot be read" in error
+    assert run(monkeypatch, capsys, *asked, "--similarity", "pixels", "--on-error", "skip")[0] == 0
 
 
 class Terminal(StringIO):

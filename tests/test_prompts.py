@@ -8,6 +8,7 @@ import sys
 import threading
 import tracemalloc
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,10 +196,38 @@ def test_a_dataset_gives_its_prompts(tmp_path):
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     rows = [{"prompt": "a cat", "id": None, "likes": 3}, {"prompt": "a dog", "id": "dog", "likes": 4}]
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "set")
-    assert read_prompts(tmp_path / "set", 3) == [Job("0000", "a cat", 3), Job("dog", "a dog", 4)]
+    more = {"likes": 3}, {"likes": 4}
+    assert read_prompts(tmp_path / "set", 3) == [Job("0000", "a cat", 3, more=more[0]), Job("dog", "a dog", 4, more=more[1])]
     datasets.Dataset.from_list([{"words": "a"}]).save_to_disk(tmp_path / "other")
     with pytest.raises(ValueError, match="must have prompt, caption or text; got words"):
         read_prompts(tmp_path / "other")
+
+
+def test_a_dataset_gives_its_plain_columns_alone(tmp_path, monkeypatch):
+    """Pictures would be decoded one by one. A double of the library, for where that is not installed."""
+
+    class Value:
+        pass
+
+    class Picture:
+        pass
+
+    class Data(list):
+        column_names, features = ["TEXT", "url", "jpg"], {"TEXT": Value(), "url": Value(), "jpg": Picture()}
+
+        def select_columns(self, names):
+            return [{name: row[name] for name in names} for row in self]
+
+    rows = Data([{"TEXT": "a cat", "url": "u", "jpg": b""}, {"TEXT": "a dog", "url": None, "jpg": b""}])
+    double = SimpleNamespace(load_dataset=lambda name, split, streaming: rows)
+    monkeypatch.setitem(sys.modules, "datasets", double)
+    assert read_prompts("hf:some/prompts") == [Job("0000", "a cat", 0, more={"url": "u"}), Job("0001", "a dog", 1)]
+    rows.column_names = ["promt", "url"]
+    with pytest.raises(ValueError, match="dataset 'hf:some/prompts', unknown column 'promt': call it 'prompt'"):
+        read_prompts("hf:some/prompts")
+    rows.column_names = ["label"]
+    with pytest.raises(ValueError, match="must have prompt, caption or text; got label"):
+        read_prompts("hf:some/prompts")
 
 
 def test_a_dataset_without_its_library_names_the_package(tmp_path, monkeypatch):

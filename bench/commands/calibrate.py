@@ -33,6 +33,7 @@ def calibrate(
     allow_pickle: options.AllowPickle = False,
     compile: options.Compile = False,
     capture: options.Capture = False,
+    on_error: options.OnError = "stop",
     progress: options.Progress = True,
 ) -> None:
     """Measure what is ordinary on a model, for guard, audit and more. A run that was stopped goes on where it was."""
@@ -43,7 +44,7 @@ def calibrate(
 
     from ..evaluation.calibrate import calibrate, prompts_for
 
-    jobs = read_prompts(prompts or prompts_for(model), seed)
+    jobs = read_prompts(prompts or prompts_for(model), seed, on_error)
     if out is None:
         folder = Path(models.located(model))
         if not folder.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 from .names import IMAGE, TEXT, first
@@ -17,9 +18,9 @@ class Layout:
     """A folder of pictures, searched through with all below it.
 
     images: the pictures, in the order of their paths.
-    tables: the files that caption many: each folder's METADATA or, where there is none anywhere, others that have captions.
+    metadata: the files of METADATA, which caption many.
 
-    Raises FileNotFoundError where there is no such folder, ValueError where one folder has two of METADATA.
+    Raises FileNotFoundError where there is no such folder.
     """
 
     def __init__(self, folder: Path):
@@ -34,14 +35,22 @@ class Layout:
             if path not in chosen and path.suffix.casefold() in BESIDE:
                 self._texts.setdefault((path.parent, path.stem), {})[path.suffix.casefold()] = path
         self.metadata = [path for path in files if path.name.casefold() in METADATA]
+        own = {(path.parent, path.stem) for path in self.images}
+        rest = (path for path in files if path not in chosen and (path.parent, path.stem) not in own)
+        self._others = [path for path in rest if format_of(path) in TABLES]
+
+    @cached_property
+    def tables(self) -> list[Path]:
+        """The files that caption many: `metadata` or, where there is none, others that have captions.
+
+        Raises ValueError where one folder has two of METADATA.
+        """
         homes = [path.parent for path in self.metadata]
         twice = next((home for home in homes if homes.count(home) > 1), None)
         if twice:
             names = " and ".join(path.name for path in self.metadata if path.parent == twice)
             raise ValueError(f"folder {str(twice)!r} has {names}: give the one that counts, or take the other away")
-        own = {(path.parent, path.stem) for path in self.images}
-        rest = [p for p in files if p not in chosen and format_of(p) in TABLES and (p.parent, p.stem) not in own]
-        self.tables = self.metadata or [path for path in rest if _has_captions(path)]
+        return self.metadata or [path for path in self._others if _has_captions(path)]
 
     def beside(self, image: Path) -> list[Path]:
         """The text files that have a picture's name, the one that counts first."""

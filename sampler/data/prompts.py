@@ -198,7 +198,7 @@ class Others:
 
     def _value(self, name: str, value: Any) -> Any:
         """Once a column's values are known to be of several kinds, which no Parquet file holds, they are text."""
-        value = json.loads(json.dumps(value, default=str))
+        value = value if isinstance(value, str | int | float) else json.loads(json.dumps(value, default=str))
         kind = _kind(value)
         if kind == "large number" or self._kinds.setdefault(name, kind) != kind:
             self._kinds[name] = "text"

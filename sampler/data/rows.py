@@ -154,7 +154,7 @@ def _json_lines(path: Path) -> Rows:
 def parsed(text: str) -> Any:
     """What JSON text says; the ValueError, not raised, that it is none or names a key twice."""
     try:
-        return json.loads(text.lstrip("\ufeff"), object_pairs_hook=_once)
+        return _JSON.decode(text.lstrip("\ufeff"))
     except (ValueError, RecursionError) as error:
         return ValueError(f"not JSON: {error}")
 
@@ -165,6 +165,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} comes twice")
     return found
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def row_of(text: str) -> dict[str, Any] | str:
