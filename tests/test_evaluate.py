@@ -87,7 +87,7 @@ def test_a_scenario_of_ones_own(tmp_path):
         ("model: owner/name\nmemorized: list.jsonl\nstep: 7\n", "it has model, memorized, step$"),
         ("model: owner/name\n", "must give model and memorized"),
         ("a: [", "is not YAML"),
-        ("model: m\nmemorized: p\nsimilarity: dino\n", "threshold must be given for similarity 'dino'"),
+        ("model: m\nmemorized: p\nsimilarity: lpips\n", "similarity must be among pixels, sscd, dino, clip; got 'lpips'"),
     ):
         (tmp_path / "mine.yaml").write_text(text)
         with pytest.raises(ValueError, match=says):
@@ -208,7 +208,7 @@ def test_a_model_and_captions_of_ones_own(own_model, tmp_path, monkeypatch, caps
     for options, says in (
         (("--methods", "guard"), "got 'guard' without a calibration"),
         (("--methods", "shape-nope"), "must be all, FILE.py:NAME, or among cfg"),
-        (("--similarity", "dino"), "threshold must be given"),
+        (("--similarity", "lpips"), "similarity must be among"),
         (("--images", tmp_path / "none"), "does not exist"),
         (("--scheduler", "nope"), "scheduler must be own"),
     ):

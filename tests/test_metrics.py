@@ -40,7 +40,7 @@ def test_sscd_knows_a_mirrored_copy_from_another_scene():
 
 
 def test_an_unknown_similarity_is_named():
-    with pytest.raises(ValueError, match="similarity must be one of pixels, sscd, dino, clip"):
+    with pytest.raises(ValueError, match="similarity must be among pixels, sscd, dino, clip"):
         Similarity("lpips", [])
 
 

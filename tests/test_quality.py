@@ -218,7 +218,7 @@ def test_an_image_that_is_missing_or_broken_is_named_and_left_out(run, caplog):
     ("arguments", "says"),
     [
         ({"features": "vgg"}, "features must be one of concept, inception, sscd, clip, dino, or None; got 'vgg'"),
-        ({"similarity": "lpips"}, "similarity must be one of pixels, sscd, clip, dino; got 'lpips'"),
+        ({"similarity": "lpips"}, "similarity must be among pixels, sscd, dino, clip; got 'lpips'"),
         ({"features": None}, "nothing to measure"),
         ({"references": "gone"}, "references folder 'gone' does not exist"),
         ({"references": "empty"}, "must hold at least 4 images, has 0"),

@@ -35,6 +35,7 @@ def calibrate(
     allow_pickle: options.AllowPickle = False,
     compile: options.Compile = False,
     capture: options.Capture = False,
+    on_error: options.OnError = "stop",
     progress: options.Progress = True,
 ) -> None:
     """Measure what is ordinary on a model, for thresholds at a stated false-alarm rate. A run that was stopped goes on."""
@@ -45,7 +46,7 @@ def calibrate(
 
     from ..evaluation.calibrate import calibrate, prompts_for
 
-    jobs = read_prompts(prompts or prompts_for(model), seed)
+    jobs = read_prompts(prompts or prompts_for(model), seed, on_error)
     if out is None:
         folder = Path(models.located(model))
         if not folder.is_dir():

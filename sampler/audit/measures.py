@@ -39,7 +39,7 @@ class Similarity:
 
     def __init__(self, name: str, references: Iterable[Image.Image | Sequence[Image.Image]] = ()):
         if name not in THRESHOLDS:
-            raise ValueError(f"similarity must be one of {', '.join(THRESHOLDS)}; got {name!r}")
+            raise ValueError(f"similarity must be among {', '.join(THRESHOLDS)}; got {name!r}")
         self.name = name
         self._embed = None if name == "pixels" else EMBEDDINGS[name]()
         self._vectors, self._owners, self._count = [], [], 0  # of the references' squares; whose each is

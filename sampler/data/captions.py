@@ -153,11 +153,14 @@ def _beside(layout: Layout, every: bool, faults: Faults) -> Iterator[Prompt]:
         )
     for image in layout.images:
         texts: dict[str, None] = {}
+        wrong: list[str] = []
         for path in layout.beside(image):
             try:
                 texts.setdefault(text_of(path))
             except ValueError as error:
-                faults(str(error))
+                wrong.append(str(error))
+        if wrong and not texts:
+            faults(wrong[0])
         id = ids(str(image.relative_to(layout.folder).with_suffix(""))) if texts else ""
         for k, text in enumerate(list(texts)[: None if every else 1], 1):
             yield Prompt(id if k == 1 else f"{id}-{k}", text, image)

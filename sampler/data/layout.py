@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 from .names import IMAGE, TEXT, first
 from .pictures import files_in, pictures_among, suffixes
-from .rows import NoText, fault_of, format_of, opened, row_of
+from .rows import ENCODING, NoText, fault_of, format_of, opened, row_of
 
 METADATA = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet"))  # as the library `datasets` has them
 BESIDE = (".txt", ".caption", ".json")  # suffixes of a picture's own text; the first there is counts
@@ -17,9 +18,9 @@ class Layout:
     """A folder of pictures, searched through with all below it.
 
     images: the pictures, in the order of their paths.
-    tables: the files that caption many: each folder's METADATA or, where there is none anywhere, others that have captions.
+    metadata: the files of METADATA, which caption many.
 
-    Raises FileNotFoundError where there is no such folder, ValueError where one folder has two of METADATA.
+    Raises FileNotFoundError where there is no such folder.
     """
 
     def __init__(self, folder: Path):
@@ -34,14 +35,22 @@ class Layout:
             if path not in chosen and path.suffix.casefold() in BESIDE:
                 self._texts.setdefault((path.parent, path.stem), {})[path.suffix.casefold()] = path
         self.metadata = [path for path in files if path.name.casefold() in METADATA]
+        own = {(path.parent, path.stem) for path in self.images}
+        rest = (path for path in files if path not in chosen and (path.parent, path.stem) not in own)
+        self._others = [path for path in rest if format_of(path) in TABLES]
+
+    @cached_property
+    def tables(self) -> list[Path]:
+        """The files that caption many: `metadata` or, where there is none, others that have captions.
+
+        Raises ValueError where one folder has two of METADATA.
+        """
         homes = [path.parent for path in self.metadata]
         twice = next((home for home in homes if homes.count(home) > 1), None)
         if twice:
             names = " and ".join(path.name for path in self.metadata if path.parent == twice)
             raise ValueError(f"folder {str(twice)!r} has {names}: give the one that counts, or take the other away")
-        own = {(path.parent, path.stem) for path in self.images}
-        rest = [p for p in files if p not in chosen and format_of(p) in TABLES and (p.parent, p.stem) not in own]
-        self.tables = self.metadata or [path for path in rest if _has_captions(path)]
+        return self.metadata or [path for path in self._others if _has_captions(path)]
 
     def beside(self, image: Path) -> list[Path]:
         """The text files that have a picture's name, the one that counts first."""
@@ -94,12 +103,16 @@ def _has_captions(path: Path) -> bool:
 
 def text_of(path: Path) -> str:
     """The caption in a text file beside a picture. Raises ValueError, naming the file, where there is none."""
-    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape").strip()
+    return decoded(path.read_bytes(), path.suffix.casefold(), f"caption file {str(path)!r}")
+
+
+def decoded(data: bytes, suffix: str, name: str) -> str:
+    """The caption in the bytes of a text file, which has a suffix of BESIDE. Raises ValueError where there is none."""
+    text = data.decode(**ENCODING).strip()
     fault = fault_of(text)
-    if fault is None and path.suffix.casefold() == ".json":
+    if fault is None and suffix == ".json":
         row = row_of(text)
-        fault = row if isinstance(row, str) else None
-        text = first(row, TEXT) if fault is None else None
+        fault, text = (row, None) if isinstance(row, str) else (None, first(row, TEXT))
     if fault is not None or not isinstance(text, str) or not text.strip():
-        raise ValueError(f"caption file {str(path)!r}: {fault or 'holds no caption'}")
+        raise ValueError(f"{name}: {fault or 'holds no caption'}")
     return text.strip()

@@ -198,17 +198,17 @@ class Others:
 
     def _value(self, name: str, value: Any) -> Any:
         """Once a column's values are known to be of several kinds, which no Parquet file holds, they are text."""
-        value = json.loads(json.dumps(value, default=str))
-        kind = self._kind(value)
-        if self._kinds.setdefault(name, kind) != kind:
+        value = value if isinstance(value, str | int | float) else json.loads(json.dumps(value, default=str))
+        kind = _kind(value)
+        if kind == "large number" or self._kinds.setdefault(name, kind) != kind:
             self._kinds[name] = "text"
-        return value if self._kind(value) == self._kinds[name] else json.dumps(value)
+        return value if kind == self._kinds[name] else json.dumps(value)
 
-    @staticmethod
-    def _kind(value: Any) -> str:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return "number" if isinstance(value, float) or -(2**63) <= value < 2**63 else "large number"
-        return {str: "text", bool: "truth", type(None): "nothing"}.get(type(value), "several values")
+
+def _kind(value: Any) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return "number" if isinstance(value, float) or -(2**63) <= value < 2**63 else "large number"
+    return {str: "text", bool: "truth", type(None): "nothing"}.get(type(value), "several values")
 
 
 def read_prompts(path: str | Path, seed: int = 0, on_error: str = "stop") -> list[Job]:

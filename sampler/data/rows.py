@@ -154,7 +154,7 @@ def _json_lines(path: Path) -> Rows:
 def parsed(text: str) -> Any:
     """What JSON text says; the ValueError, not raised, that it is none or names a key twice."""
     try:
-        return json.loads(text.lstrip("\ufeff"), object_pairs_hook=_once)
+        return _JSON.decode(text.lstrip("\ufeff"))
     except (ValueError, RecursionError) as error:
         return ValueError(f"not JSON: {error}")
 
@@ -165,6 +165,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} comes twice")
     return found
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def row_of(text: str) -> dict[str, Any] | str:
@@ -290,9 +293,7 @@ def parquet_rows(path: Path, wanted: Callable[[str, Any], bool], batch_size: int
         raise ValueError(f"which is no Parquet file: {error}") from error
     with file:
         names = columns(tuple(file.schema_arrow.names))
-        if not set(TEXT) & set(names.values()):
-            raise NoText(f"must have {COLUMN}; got {', '.join(names)}")
-        chosen = [field.name for field in file.schema_arrow if wanted(field.name, field.type)]
+        chosen = [field.name for field in file.schema_arrow if wanted(names.get(field.name, ""), field.type)]
         batches = file.iter_batches(batch_size=batch_size, columns=chosen)
         while (batch := _next(batches)) is not None:
             for row in batch.to_pylist():
