@@ -24,9 +24,7 @@ def audit(
     calibration: Annotated[str | None, typer.Option(help="default calibration.json in the model's folder, if any")] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(
-            help="ordinary ones, none of them memorized, measured where no calibration has them; default 200 that ship"
-        ),
+        typer.Option(help="ordinary ones, not memorized, measured where no calibration has them; default 200 that ship"),
     ] = None,
     rate: Annotated[float, typer.Option(help="of the flagged captions, the share that may be ordinary")] = 0.1,
     noises: Annotated[int, typer.Option(help="initial noises a caption; above 1, ordinary prompts are measured too")] = 1,
