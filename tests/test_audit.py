@@ -87,7 +87,7 @@ def ordinary(tmp_path_factory):
 @pytest.fixture
 def asked(mine, ordinary, tmp_path):
     """A short audit of the small pipeline without a calibration."""
-    given = ("--model", mine, "--out", tmp_path / "out", "--prompts", ordinary, "--scheduler", "dpmsolver++", "--steps", 5)
+    given = ("--model", mine, "--out", tmp_path / "out", "--prompts", ordinary, "--scheduler", "dpmsolver++", "--steps", 12)
     return (*given, "--first-steps", 2, "--rate", 0.5, "--similarity", "pixels", "--threshold", 0.5)
 
 
@@ -114,7 +114,7 @@ def pretended(monkeypatch):
 
 def pretend(sampler, texts, out, **options):
     captions = [Prompt(f"c{i}", text) for i, text in enumerate(texts)]
-    ordinary = [f"{0.9 + k / 100:.2f}" for k in range(19)]
+    ordinary = [f"{0.91 + k / 100:.2f}" for k in range(19)]
     return audit(sampler, "m", captions, out, **{"ordinary": ordinary, "steps": 4, "progress": False} | options)
 
 
@@ -127,10 +127,10 @@ def calibration_of(sampler, **changed):
 def test_memorized_captions_come_first(sampler, tmp_path):
     """By the first five of fifty steps, among ordinary captions that are measured here."""
     captions = [prompt for prompt in TINY["memorized"] if prompt.id in ("m00", "m04", "m08")] + TINY["general"][:5]
-    ordinary = [prompt.text for prompt in TINY["general"][20:45]]
-    rows = audit(sampler, "m", captions, tmp_path / "out", ordinary, progress=False)
+    ordinary = [prompt.text for prompt in TINY["general"][20:35]]
+    rows = audit(sampler, "m", captions, tmp_path / "out", ordinary, settings=Settings(0.2), progress=False)
     assert {row["id"] for row in rows[:3]} == {"m00", "m04", "m08"} == {row["id"] for row in rows if row["flagged"]}
-    assert [row["p"] for row in rows[:3]] == [round(1 / 26, 6)] * 3 and all(row["copies"] is None for row in rows)
+    assert [row["p"] for row in rows[:3]] == [1 / 16] * 3 and all(row["copies"] is None for row in rows)
 
 
 def test_an_audit_without_training_images_judges_by_the_model_alone(asked, tmp_path, monkeypatch, capsys):
@@ -177,11 +177,10 @@ def test_with_training_images_two_verdicts_stand_side_by_side(asked, images, tmp
     shutil.copy(images / "3.png", images / "0.png")
     monkeypatch.setattr(Sampler, "__call__", lambda *given, **named: pytest.fail("sampled again"))
     assert not run(monkeypatch, *asked)
-    again = {row["id"]: row for row in rows_of(out)}
-    assert (
-        again["0000"]["copies"] == "0" and again["0001"]["copies"] == rows[[row["id"] for row in rows].index("0001")]["copies"]
-    )
-    assert json.loads((out / "audit.json").read_text())["compared"]["training_sha256"] != record["compared"]["training_sha256"]
+    copies, before = ({row["id"]: row["copies"] for row in found} for found in (rows_of(out), rows))
+    assert copies == {**before, "0000": "0"}
+    again = json.loads((out / "audit.json").read_text())
+    assert again["compared"]["training_sha256"] != record["compared"]["training_sha256"]
 
 
 def test_an_audit_that_was_stopped_goes_on_and_one_that_is_done_verifies_more(asked, tmp_path, monkeypatch):
@@ -189,16 +188,17 @@ def test_an_audit_that_was_stopped_goes_on_and_one_that_is_done_verifies_more(as
     (captions := tmp_path / "list.txt").write_text("\n".join(texts))
     asked, out = (*asked, "--captions", captions, "--seeds", 2), tmp_path / "out"
     assert not run(monkeypatch, *asked, "--verify", 1)
-    rows, pictures = rows_of(out), {path: path.read_bytes() for path in sorted(out.rglob("*.png"))}
-    (made := next(iter(pictures))).unlink()  # of the first picture's heat
+    rows, pictures = rows_of(out), {path: Image.open(path).copy() for path in sorted(out.rglob("*.png"))}
+    (gone := next((out / "heat").iterdir())).unlink()
     next((out / "predictions").iterdir()).unlink()
     lines = (out / "gaps.jsonl").read_text().splitlines(keepends=True)
     (out / "gaps.jsonl").write_text("".join([*lines[:3], lines[3][:9]]))
     calls, sample = [], Sampler.__call__
     monkeypatch.setattr(Sampler, "__call__", lambda self, *a, **o: (calls.append(a[0]), sample(self, *a, **o))[1])
     assert not run(monkeypatch, *asked, "--verify", 1)
-    assert [len(texts) for texts in calls] == [1, 1] and made.read_bytes() == pictures[made]
-    assert {path: path.read_bytes() for path in sorted(out.rglob("*.png"))} == pictures
+    assert [len(texts) for texts in calls] == [1, 1] and gone.is_file()
+    for path, picture in pictures.items():  # in another batch, rounded otherwise
+        assert abs(pixels([Image.open(path)]) - pixels([picture])).max() < 0.03
     assert [row["id"] for row in rows_of(out)] == [row["id"] for row in rows]
     calls.clear()
     assert not run(monkeypatch, *asked, "--verify", 2)
@@ -215,11 +215,11 @@ def test_a_folder_of_another_audit_is_refused(sampler, tmp_path, pretended, monk
         ({"settings": Settings(noises=2)}, "noises"),
         ({"calibration": calibration_of(sampler)}, "ordinary_sha256"),
     ):
-        with pytest.raises(ValueError, match=f"another run.*{says}"):
+        with pytest.raises(ValueError, match=f"its .*{says}"):
             pretend(sampler, **{"texts": ["1.0", "2.0"], "out": tmp_path / "out", **changed})
     bias = sampler.pipe.unet.conv_out.bias
     monkeypatch.setattr(bias, "data", bias.data + 1)
-    with pytest.raises(ValueError, match="another run.*weights_sha256"):
+    with pytest.raises(ValueError, match="weights_sha256 differ"):
         pretend(sampler, ["1.0", "2.0"], tmp_path / "out")
     assert len(pretended) == asked
 
@@ -281,9 +281,9 @@ def test_too_few_ordinary_prompts_are_told(sampler, tmp_path, pretended, caplog)
     assert "fewer than 15 captions" in (tmp_path / "out" / "audit.html").read_text()
 
 
-def test_half_of_the_flags_of_ordinary_captions_are_the_rates(sampler, tmp_path, pretended):
-    """All captions are ordinary: at the rate of 0.05 none is flagged, though half of them are above the median."""
-    rows = pretend(sampler, [f"{0.91 + k / 100:.2f}" for k in range(17)], tmp_path / "out", settings=Settings(rate=0.05))
+def test_ordinary_captions_are_not_flagged(sampler, tmp_path, pretended):
+    """Though half of them are above the median."""
+    rows = pretend(sampler, [f"{0.92 + k / 100:.2f}" for k in range(17)], tmp_path / "out", settings=Settings(rate=0.05))
     assert not any(row["flagged"] for row in rows)
 
 
