@@ -135,8 +135,11 @@ def audit(
 
 
 def _images(captions: Sequence[Prompt], more: Sequence[Path] = ()) -> list[Path]:
-    """The captions' own images, then the others."""
-    return list(dict.fromkeys([*(prompt.image for prompt in captions if prompt.image), *more]))
+    """The captions' own images, then the others; each file once."""
+    found: dict[Path, Path] = {}
+    for path in (*(prompt.image for prompt in captions if prompt.image), *more):
+        found.setdefault(path.resolve(), path)
+    return list(found.values())
 
 
 def _of_calibration(calibration: Calibration, sampler: Sampler, steps: int, scale: float, settings: Settings) -> Usual | None:
