@@ -136,13 +136,13 @@ def test_a_run_of_generate_is_read_back(tmp_path, monkeypatch, drawn, format):
 
     if format in ("parquet", "webdataset"):
         pytest.importorskip("pyarrow" if format == "parquet" else "webdataset")
-    rows = [{"prompt": f"a cat {i}", "id": f"p{i}", "colour": ["red", 3, None][i], "url": f"u{i}"} for i in range(3)]
+    rows = [{"prompt": f"a cat {i}", "id": f"p{i}", "colour": ["red", 3, None][i], "file_name": f"u{i}"} for i in range(3)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     drawn.faults["a cat 2"] = RuntimeError("lost")
     sampler = Sampler.from_pretrained("tiny", "cpu", scheduler="ddim")
     make(sampler, Prompts(tmp_path / "p.jsonl"), tmp_path / "out", format=format)
     lines = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").open()]
-    assert [(line["url"], line.get("colour")) for line in lines] == [("u0", "red"), ("u1", "3"), ("u2", None)]
+    assert [(line["file_name"], line.get("colour")) for line in lines] == [("u0", "red"), ("u1", "3"), ("u2", None)]
     found = list(captioned(tmp_path / "out"))
     assert [(one.id, one.prompt) for one in found] == [("p0", "a cat 0"), ("p1", "a cat 1")]
     assert [one.open().getpixel((0, 0))[0] for one in found] == [0, 1]

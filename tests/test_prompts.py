@@ -279,7 +279,16 @@ def test_a_prompt_may_have_steps_and_a_scale_of_its_own(tmp_path):
 def test_other_columns_go_into_the_manifest(tmp_path, caplog):
     """As they are where a column is of one kind, else as text; what a line says of its own image is not passed for it."""
     rows = [
-        {"index": 3, "caption": "a cat", "url": "http://x/1.jpg", "scenes": ["s0"], "mixed": 1, "idx": True, "score": 5.5},
+        {
+            "index": 3,
+            "caption": "a cat",
+            "url": "http://x/1.jpg",
+            "scenes": ["s0"],
+            "mixed": 1,
+            "idx": True,
+            "score": 5.5,
+            "deep": {},
+        },
         {
             "index": 4.5,
             "caption": "a dog",
@@ -294,7 +303,7 @@ def test_other_columns_go_into_the_manifest(tmp_path, caplog):
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     first, second = (job.asked() for _, job in Prompts(tmp_path / "p.jsonl"))
     own = {"id": "0000", "prompt": "a cat", "seed": 0}
-    assert first == own | {"index": 3, "url": "http://x/1.jpg", "scenes": ["s0"], "mixed": "1", "idx": True}
+    assert first == own | {"index": 3, "url": "http://x/1.jpg", "scenes": ["s0"], "mixed": "1", "idx": True, "deep": "{}"}
     own = {"id": "0001", "prompt": "a dog", "seed": 1}
     more = {"index": 4.5, "scenes": [], "mixed": "b", "prompt2": "c", "Test": "d", "big": str(2**70)}
     assert second == own | more

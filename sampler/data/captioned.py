@@ -13,11 +13,12 @@ from typing import Any
 
 from PIL import Image
 
+from .formats import ENCODING, parquet_rows, row_of
 from .layout import BESIDE, Layout, decoded, text_of, there
 from .names import COLUMN, IMAGE, TEXT, Ids, first
 from .pictures import opened, suffixes
 from .prompt_in_file import prompt_in
-from .rows import ENCODING, Faults, parquet_rows, row_of
+from .rows import Faults
 from .rows import opened as opened_rows
 
 SOURCES = "a folder, a file that names pictures and prompts, as manifest.jsonl, a .tar, a .parquet, or a picture"
@@ -131,15 +132,15 @@ def _table(path: Path, ids: Ids, faults: Faults) -> Iterator[Captioned]:
 
 
 def _rows(path: Path, find: Callable[[str], Path], ids: Ids, faults: Faults, seen: set[Path]) -> Iterator[Captioned]:
-    """The pictures that a table's rows name, which are added to `seen`. Images that a run failed to make have no file."""
+    """The pictures that a table's rows name, which are added to `seen`. Those that a run failed to make are left out."""
     name, read = opened_rows(str(path), "images")
     for where, said in read():
         try:
             if isinstance(said, str):
                 raise ValueError(said)
-            image, prompt = first(said, IMAGE), first(said, TEXT)
-            if image is None and str(said.get("status", "")).startswith("failed"):
+            if str(said.get("status")).startswith("failed"):
                 continue
+            image, prompt = first(said, IMAGE), first(said, TEXT)
             if not isinstance(image, str):
                 raise ValueError(f"needs {', '.join(IMAGE)}, the name of a picture; it has {', '.join(said) or 'nothing'}")
             found = find(image)
