@@ -125,6 +125,7 @@ def test_standard_input_and_pipes_are_read_once(tmp_path, monkeypatch):
         ("p.txt", "a cat\n".encode("utf-16"), "line 1: not UTF-8 text"),
         ("p.txt", "a cat\n".encode("utf-16-le"), "line 1: not UTF-8 text"),
         ("p.txt", b'{"prompt": "a"}', "line 1: is a JSON object, and a .txt file has a prompt a line"),
+        ("p.csv", b"prompt,url\na dog,u\na cat, asleep\n", "line 3: url starts with a space, as if a prompt went on"),
         ("p.csv", b"prompt;id\na cat;b;c\n", "line 2: more cells than columns"),
         ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}' * 50)[:-9], "which is no whole .gz file"),
         ("p.csv.gz", b"prompt\na\n", "which is no whole .gz file"),
@@ -345,6 +346,12 @@ def test_what_looks_like_the_end_of_a_line_is_none(tmp_path, separator):
     (tmp_path / "p.csv").write_text(f"prompt\n{text}\nb\n")
     for name in ("p.jsonl", "p.txt", "p.csv"):
         assert [job.prompt for job in read_prompts(tmp_path / name)] == [text, "b"]
+
+
+def test_spaces_behind_every_comma_and_in_other_columns_are_no_halves_of_prompts(tmp_path):
+    for text in ("prompt, url\na cat, u\n", 'prompt,url\n"a cat",u\n', "note,prompt,url,by\n x,a cat,u, y\n"):
+        (tmp_path / "p.csv").write_text(text)
+        assert [job.prompt for job in read_prompts(tmp_path / "p.csv")] == ["a cat"]
 
 
 def test_a_text_file_has_a_prompt_a_line(tmp_path):
