@@ -153,6 +153,11 @@ def test_a_folders_name_is_a_caption_only_where_nothing_else_is_and_is_said(tmp_
         ("captions/0.txt", b"a cat", "1 of 1 images have no caption.*is it in '.*captions/0.txt'"),
         ("metadata.jsonl", b'{"label": 3}', "metadata.jsonl', line 1: needs prompt, caption or text; it has label"),
         ("../metadata.csv", b"file_name,text\ndata/train/0.png,a\n", "have no caption.*is it in '.*metadata.csv'"),
+        (
+            "a.json",
+            b'{"images": [], "annotations": [{"image_id": 1}]}',
+            "a.json', must be laid out as COCO's captions are: KeyError",
+        ),
         ("nothing", b"", "1 of 1 images have no caption: put that of 'train/0.png'"),
     ],
 )
@@ -195,6 +200,13 @@ def test_on_request_what_is_wrong_is_passed_over_by_name(tmp_path, caplog):
     (tmp_path / "list.csv").write_text("text,image\na,0.png\nb, c,1.png\nd,gone.png\ne,5.png\n")
     found = read_captions(tmp_path / "list.csv", on_error="skip")
     assert [(prompt.id, prompt.text) for prompt in found] == [("0000", "a"), ("0003", "e")]
+
+
+def test_captions_of_several_lists_keep_apart_where_one_is_passed_over(tmp_path):
+    splits(tmp_path)
+    (path := tmp_path / "test" / "metadata.jsonl").write_text(path.read_text().replace("0.png", "gone.png"))
+    found = read_captions(tmp_path, on_error="skip")
+    assert [(prompt.id, prompt.text) for prompt in found] == [(f"000{i}", CAPTIONS[(i + 3) % 6]) for i in (1, 2, 3, 4, 5)]
 
 
 def test_every_caption_of_an_image_where_it_has_several(tmp_path):

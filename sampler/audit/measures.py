@@ -24,7 +24,7 @@ Embedding = Callable[[Sequence[Image.Image]], np.ndarray]
 # one: these are high enough for near duplicates alone. `threshold` measures them where they can run.
 THRESHOLDS = {"pixels": 0.81, "sscd": 0.5, "dino": 0.9, "clip": 0.95}
 SIDE = 64  # pixels: the size at which pictures are compared by their pixels, that of the threshold
-BATCH = 64  # images in memory at a time
+BATCH = 16  # images in memory at a time, as large as they are
 
 
 class Similarity:

@@ -7,12 +7,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from .formats import HUB
 from .layout import METADATA, Layout, text_of, there
 from .names import COLUMN, IDS, IMAGE, SAFE_ID, TEXT, Ids, first
-from .rows import HUB, SAVED, Faults, opened
+from .rows import SAVED, Faults, opened
 
 Find = Callable[[str], Path]  # the picture that a row names
 log = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ def read_captions(
     else:
         layout = Layout(Path(images)) if images is not None else None
         find = partial(there if layout is None else layout.find, home=path.parent if layout is None else layout.folder)
-        found = _with_images(_table(path, find, every, faults), layout.images if layout else ())
+        found = _with_images(_table(path, find, every, faults, count()), layout.images if layout else ())
     kept = list(_unlike(found, name, faults))
     if not kept:
         raise ValueError(f"{name} hold no prompts")
@@ -99,11 +101,10 @@ def _folder(folder: Path, every: bool, faults: Faults) -> Iterator[Prompt]:
 
 
 def _tables(layout: Layout, every: bool, faults: Faults) -> Iterator[Prompt]:
-    seen, count = set(), 0
+    seen, numbers = set(), count()
     for table in layout.tables:
-        found = _table(table, partial(layout.find, home=table.parent), every, faults, start=count)
+        found = _table(table, partial(layout.find, home=table.parent), every, faults, numbers)
         for prompt in _with_images(found, layout.images):
-            count += 1
             seen.add(prompt.image)
             yield prompt
     left = [image for image in layout.images if image not in seen]
@@ -112,10 +113,10 @@ def _tables(layout: Layout, every: bool, faults: Faults) -> Iterator[Prompt]:
         log.warning("%s: %d images are not in %s, first %r", layout.folder, len(left), names, left[0].name)
 
 
-def _table(path: Path, find: Find, every: bool, faults: Faults, start: int = 0) -> Iterator[Prompt]:
-    """The captions of a file; those without an id are counted from `start`."""
+def _table(path: Path, find: Find, every: bool, faults: Faults, numbers: Iterator[int]) -> Iterator[Prompt]:
+    """The captions of a file; numbers: the ids of those that have none."""
     name, read = opened(str(path), "captions")
-    for number, (where, said) in enumerate(read(), start):
+    for (where, said), number in zip(read(), numbers, strict=False):
         try:
             yield from _prompts(said, number, find, every)
         except ValueError as error:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
+from .formats import ENCODING, NoText, fault_of, row_of
 from .names import IMAGE, TEXT, first
 from .pictures import files_in, pictures_among, suffixes
-from .rows import ENCODING, NoText, fault_of, format_of, opened, row_of
+from .rows import format_of, opened
 
 METADATA = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet"))  # as the library `datasets` has them
 BESIDE = (".txt", ".caption", ".json")  # suffixes of a picture's own text; the first there is counts

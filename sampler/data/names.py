@@ -10,7 +10,8 @@ from typing import Any
 
 SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 IDS = "1 to 128 letters, digits, '.', '_' or '-', not starting with '.' or '-'"
-TEXT, IMAGE = ("prompt", "caption", "text"), ("image", "file_name", "path", "file")  # the first that says something counts
+# Columns of which the first that says something counts. "file" is a manifest's, whose rows may have carried others.
+TEXT, IMAGE = ("prompt", "caption", "text"), ("image", "file", "file_name", "path")
 COLUMN = "prompt, caption or text"
 KNOWN = (*TEXT, *IMAGE, "id", "seed", "negative_prompt", "steps", "scale", "concept", "height", "width", "count", "guidance")
 MEANT = {"negative": "negative_prompt", "guidance_scale": "scale", "cfg_scale": "scale", "num_inference_steps": "steps"}

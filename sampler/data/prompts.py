@@ -17,8 +17,9 @@ import numpy as np
 
 from .. import arguments
 from ..folder import Keys
+from .formats import Row, Rows
 from .names import COLUMN, IDS, IMAGE, SAFE_ID, TEXT
-from .rows import Faults, Row, Rows, opened
+from .rows import Faults, opened
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +78,9 @@ class Job:
 ALLOWED = tuple(field.name for field in fields(Job) if field.name != "more")
 LATER = ("height", "width", "count", "guidance")  # columns that a run has one value of
 MANIFEST = {  # fields of a manifest's line that say what came out, which a column of that name would pass for
-    *("transition_step", "transition_timestep", "noise_gap", "attempts", "score", "suspect", "nsfw_content_detected"),
-    *("truncated", "retried", "status", "sha256", "bytes", "file", "similarity", "measure", "nearest", "copy"),
-    *("position", "image"),
+    *("transition_step", "transition_timestep", "transition_log_snr", "noise_gap", "attempts", "score", "suspect"),
+    *("nsfw_content_detected", "truncated", "retried", "status", "sha256", "bytes", "file", "position", "image"),
+    *("similarity", "measure", "nearest", "copy"),
 }
 KINDS = 1000  # of jobs, by steps and scale: each takes some memory
 OWN = (None, None)  # the run's own steps and scale
@@ -199,16 +200,23 @@ class Others:
     def _value(self, name: str, value: Any) -> Any:
         """Once a column's values are known to be of several kinds, which no Parquet file holds, they are text."""
         value = value if isinstance(value, str | int | float) else json.loads(json.dumps(value, default=str))
+        if value == []:
+            return value
         kind = _kind(value)
-        if kind == "large number" or self._kinds.setdefault(name, kind) != kind:
+        if kind is None or self._kinds.setdefault(name, kind) != kind:
             self._kinds[name] = "text"
         return value if kind == self._kinds[name] else json.dumps(value)
 
 
-def _kind(value: Any) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return "number" if isinstance(value, float) or -(2**63) <= value < 2**63 else "large number"
-    return {str: "text", bool: "truth", type(None): "nothing"}.get(type(value), "several values")
+def _kind(value: Any) -> str | None:
+    """The kind of a value that a column of a table may have, a list of one kind among them; None for others."""
+    if isinstance(value, list):
+        kinds = {_kind(one) for one in value}
+        kind = kinds.pop() if len(kinds) == 1 else None
+        return kind and f"list, {kind}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return "number" if -(2**63) <= value < 2**63 else None
+    return {str: "text", bool: "truth", float: "number"}.get(type(value))
 
 
 def read_prompts(path: str | Path, seed: int = 0, on_error: str = "stop") -> list[Job]:
