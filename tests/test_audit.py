@@ -137,7 +137,7 @@ def test_an_audit_without_training_images_judges_by_the_model_alone(asked, tmp_p
     texts = [prompt.text for prompt in (*TINY["memorized"][:2], *TINY["general"][2:4])]
     (captions := tmp_path / "list.txt").write_text("\n".join(texts))
     assert not run(monkeypatch, *asked, "--captions", captions, "--verify", 2, "--seeds", 2)
-    assert "of the worst 2, 2 make suspect pictures" in capsys.readouterr().out
+    assert "of the worst 2, 2 made pictures that look like copies: " in capsys.readouterr().out
     rows, out = rows_of(tmp_path / "out"), tmp_path / "out"
     assert {row["caption"] for row in rows[:2]} == set(texts[:2]) and [row["flagged"] for row in rows[:2]] == ["True"] * 2
     for row in rows[:2]:
@@ -162,7 +162,8 @@ def test_with_training_images_two_verdicts_stand_side_by_side(asked, images, tmp
     asked = (*asked, "--captions", images, "--verify", 2, "--seeds", 2)
     asked += ("--training-images", images / ".." / images.name)  # the same files by another name count once
     assert not run(monkeypatch, *asked)
-    assert "2 of them reproduce a training image" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "of the worst 2, 2 made copies of training images: " in said and " of 4\n" in said
     rows, out = rows_of(tmp_path / "out"), tmp_path / "out"
     own = {"0000": "0.png", "0001": "1.png"}
     assert all(row["nearest"].endswith(own[row["id"]]) for row in rows[:2])
@@ -274,6 +275,28 @@ def test_what_was_measured_otherwise_is_measured_again(sampler, tmp_path, preten
     assert sum(len(one[0]) for one in pretended) == (2 + 19) * settings.noises
     assert len({seed for one in pretended for seed in one[1]}) == (2 + 19) * settings.noises
     assert {one[3] for one in pretended} == {2}
+
+
+def test_a_calibration_gives_the_threshold_of_the_basin_score(sampler, tmp_path, pretended):
+    """And pictures that fail, as all do here, cost no ranked caption."""
+    known = calibration_of(sampler, scores=[k / 100 for k in range(100)], looks=[(1.0,) * 4] * 100)
+    options = {"calibration": known, "settings": Settings(verify=1, seeds=3)}
+    rows = pretend(sampler, ["1.0", "2.0"], tmp_path / "out", **options)
+    record = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert record["threshold"] == known.threshold(0.01) and (record["verified"], record["pictures_failed"]) == (0, 3)
+    assert [(row["gap"], row["score"], row["n"]) for row in rows] == [(2.0, None, None), (1.0, None, None)]
+    assert "3 pictures failed" in (tmp_path / "out" / "audit.html").read_text()
+    few = {**options, "calibration": calibration_of(sampler)}
+    with pytest.raises(ValueError, match="19 ordinary pictures cannot tell"):
+        pretend(sampler, ["1.0", "2.0"], tmp_path / "few", **few)
+    assert not (tmp_path / "few").exists()
+
+
+def test_the_command_says_what_failed(asked, tmp_path, monkeypatch, capsys, pretended):
+    (captions := tmp_path / "list.jsonl").write_text('{"text": "bad"}\n{"text": "a"}')
+    assert run(monkeypatch, *asked, "--captions", captions, "--verify", 2) == 1
+    error = capsys.readouterr().err
+    assert "1 captions failed (0000)" in error and "4 pictures failed" in error
 
 
 def test_too_few_ordinary_prompts_are_told(sampler, tmp_path, pretended, caplog):
