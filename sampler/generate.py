@@ -25,13 +25,13 @@ from PIL import Image
 from torch import nn
 
 from . import arguments
+from .data.prompts import OWN, Job, Prompts
 from .engine import Engine
 from .folder import Journal, open_folder, settings_of, weights_sha256
 from .guard import Ladder
 from .guidance import Guard, Guidance
 from .models.network import hooked
 from .progress import Progress, Summary
-from .prompts import OWN, Job, Prompts
 from .sampler import Sampler
 from .stages import TEXTS, Picture, Request, Stages, decoded, encoded, said
 from .writers import Made, writer
@@ -80,11 +80,12 @@ def generate(
     copies: what else a manifest line says of its image, as how near it is to which training image; not on a cluster.
     shard: (i, n): of n parts of the run, which may be made elsewhere, the i-th, in the folder `out`/shard-i-of-n; see `merge`.
 
-    A manifest line says what was asked (id, prompt, seed, negative_prompt where there is one), `transition_step`,
-    `transition_timestep`, `transition_log_snr`, `noise_gap`, and `status`: "ok" where the image is there and its pixels were
-    finite, with its `file` and `sha256`, else "failed: " and why. Under a guard it has `attempts`, `score` and `suspect`.
-    `nsfw_content_detected` is there where the pipeline has a safety checker, `truncated` where a prompt was cut at the text
-    encoder's limit (the text that was left out), `retried` where the sample was not finite and was made again in float32.
+    A manifest line says what was asked (id, prompt, seed, negative_prompt where there is one, and what else the file of prompts
+    says of it), `transition_step`, `transition_timestep`, `transition_log_snr`, `noise_gap`, and `status`: "ok" where the image
+    is there and its pixels were finite, with its `file` and `sha256`, else "failed: " and why. Under a guard it has `attempts`,
+    `score` and `suspect`. `nsfw_content_detected` is there where the pipeline has a safety checker, `truncated` where a prompt
+    was cut at the text encoder's limit (the text that was left out), `retried` where the sample was not finite and was made
+    again in float32.
 
     A fault of one sample costs that one: it is marked, and made again when the run is started again. After SIGINT or SIGTERM
     what is in flight is finished and no more begun; a second one ends the run at once.

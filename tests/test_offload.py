@@ -6,8 +6,8 @@ from unittest.mock import patch
 import pytest
 import torch
 from basinescape import At, Guidance, Sampler
+from basinescape.data.prompts import Job
 from basinescape.generate import generate, threaded
-from basinescape.prompts import Job
 from ladders import EVERY, NONE, guard
 from runs import sound
 from safetensors.torch import load_file

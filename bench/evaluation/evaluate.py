@@ -7,7 +7,6 @@ goes on where it was.
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
 import logging
@@ -19,7 +18,8 @@ from typing import Any
 
 import numpy as np
 from basinescape import Output, Sampler
-from basinescape.folder import Journal, open_folder, read_lines, read_settings, save_image, settings_of, whole
+from basinescape.data.tables import write_csv
+from basinescape.folder import Journal, open_folder, read_lines, read_settings, save_image, settings_of
 from tqdm import tqdm
 
 from ..methods import Sampling, chosen
@@ -290,10 +290,3 @@ def _share(lines: Sequence[dict[str, Any]], name: str) -> tuple[float, float, fl
 
 def _rounded(value: float) -> float:
     return round(float(value), 4)
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)

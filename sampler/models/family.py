@@ -253,7 +253,7 @@ class Family:
         Where an autoencoder in half precision overflows, the picture is decoded again in float32.
         """
         pipe, vae = self.pipe, self.pipe.vae
-        unpacked = self._unpacked(latents, height, width, options)
+        unpacked = self.unpacked(latents, height, width, options)
         with in_float32([vae]) if self._upcast() else nullcontext():
             pixels = self._pixels(unpacked.to(vae.dtype), generators)
         finite = _finite(pixels)
@@ -274,7 +274,7 @@ class Family:
         images = self._pictures(self._cropped(pixels, height, width, options), output, flagged)
         return Decoded(images, finite.cpu(), None if flagged is None else [bool(flag) for flag in flagged])
 
-    def _unpacked(self, latents: Tensor, height: int | None, width: int | None, options: dict[str, Any]) -> Tensor:
+    def unpacked(self, latents: Tensor, height: int | None, width: int | None, options: dict[str, Any]) -> Tensor:
         """The latents (B, ...) as the autoencoder takes them, but for their scale."""
         return latents
 
