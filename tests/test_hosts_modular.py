@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from basinescape import At, FirstMinimum, Guidance, Rung, Sampler
+from basinescape import At, FirstMinimum, Guidance, Sampler
 from basinescape.hosts.modular import BasinEscapeGuidance
 from basinescape.schedulers import make_scheduler
 from components import PIPELINES, build, prompts
@@ -128,7 +128,7 @@ def test_it_is_saved_and_loaded(tmp_path):
 
 
 def test_what_it_cannot_follow_is_refused(xl):
-    guard = Guidance.ladder([Rung(Guidance.cfg(4.0), (1.0,), 1, 1.0, 1, 0, 1.0)])
+    guard = Guidance.guard(4.0)
     with pytest.raises(ValueError, match="use Sampler"):
         BasinEscapeGuidance(guard)
     scheduler = xl.pipe.scheduler

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from basinescape import At, Calibration, FirstMinimum, Guidance, Rung, Sampler, escape
+from basinescape import At, FirstMinimum, Guidance, Sampler, escape
 from basinescape.schedulers import make_scheduler
 from components import SEEDS, WORDS, stable_diffusion
 from diffusers import (
@@ -193,12 +193,3 @@ def test_rescaled_guidance_is_the_pipelines(random_pipeline):
         assert close(stable_diffusion(pipe, guidance_rescale=0.6), expected)
     with escape(pipe, Guidance.cfg(4.0, rule="apg")), pytest.raises(ValueError, match="the guidance has the rule 'apg'"):
         stable_diffusion(pipe, guidance_rescale=0.6)
-
-
-def test_what_looks_memorized_is_said(pipe):
-    pipe.scheduler.set_timesteps(STEPS)
-    levels = tuple(pipe.scheduler.timesteps.float().tolist())
-    usual = Rung(FOUR, (2.0,) * STEPS, 1, 1.0, 2, 1, 1.2, levels=levels)
-    with escape(pipe, FOUR, Calibration({}, STEPS, 4.0, 1, 0.1, 0.1, 0.1, (usual,))) as run:
-        stable_diffusion(pipe)
-    assert torch.equal(run.score, usual.score(run.noise_gap)) and torch.equal(run.suspect, run.score > 1.2)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -24,40 +23,42 @@ NEAR = 0.02  # how far that may be off what a network was told, relatively: half
 
 @dataclass(frozen=True)
 class Asked:
-    """A call of a network: its arguments, and how what it is told follows from the scheduler's timestep."""
+    """A call of a network: its arguments, and the scheduler's timestep there, of so many of the training schedule."""
 
     network: nn.Module
     given: tuple
     named: dict[str, Any]
-    telling: Told
-    counted: int  # timesteps of the training schedule
+    timestep: float
+    counted: int
 
     @classmethod
-    def kept(cls, network: nn.Module, given: tuple, named: dict[str, Any], timestep: float, scheduler: SchedulerMixin) -> Asked:
-        """A call at the scheduler's `timestep`, with copies of its tensors: a host may write into them later.
-
-        Raises ValueError where it is not known how a network so called is told the time.
-        """
-        counted = scheduler.config.get("num_train_timesteps", 1000)
-        told = float(torch.as_tensor(timestep_of(given, named)).flatten()[0])
-        off, telling = min(((_off(how(timestep, counted), told), how) for how in TELLING), key=lambda one: one[0])
-        if off > NEAR:
-            raise ValueError(
-                f"{type(network).__name__} is told {told:g} at the scheduler's timestep {timestep:g}: how it is told the time "
-                "is not known here, so pictures cannot be judged; use judge(...) with a function of your own"
-            )
+    def kept(cls, network: nn.Module, given: tuple, named: dict[str, Any], timestep: float, counted: int = 1000) -> Asked:
+        """A call with copies of its tensors: a host may write into them later."""
         given, named = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, (given, named))
-        return cls(network, given, named, telling, counted)
+        return cls(network, given, named, timestep, counted)
 
     def again(self, latents: Tensor, timestep: float) -> Tensor:
         """The prediction (rows, ...) for latents (B, ...) in the place of the call's, at a timestep of the scheduler.
 
-        Channels or tokens that the call had beyond those of the latents stay. Raises ValueError for latents of another shape.
+        Channels or tokens that the call had beyond those of the latents stay. Raises ValueError for latents of another shape,
+        and where it is not known how the network is told the time.
         """
-        given, named = _put(self.given, self.named, "timestep", lambda own: _retold(own, self.telling(timestep, self.counted)))
+        told = self._telling()(timestep, self.counted)
+        given, named = _put(self.given, self.named, "timestep", lambda own: _retold(own, told))
         given, named = _put(given, named, sample_name(given, named), lambda own: _replaced(own, latents))
         with uncached(self.network):
             return stacked(self.network(*given, **named)[0])
+
+    def _telling(self) -> Told:
+        """How what the network is told follows from the scheduler's timestep."""
+        told = float(torch.as_tensor(timestep_of(self.given, self.named)).flatten()[0])
+        off, telling = min(((_off(how(self.timestep, self.counted), told), how) for how in TELLING), key=lambda one: one[0])
+        if off > NEAR:
+            raise ValueError(
+                f"{type(self.network).__name__} is told {told:g} at the scheduler's timestep {self.timestep:g}: how it is told "
+                "the time is not known here, so pictures cannot be judged; use judge(...) with a function of your own"
+            )
+        return telling
 
 
 def sample_name(given: tuple, named: dict[str, Any]) -> str:

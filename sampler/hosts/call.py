@@ -234,7 +234,8 @@ class Call:
             return
         if self._first is None:
             self._asked = []
-        self._asked.append(Asked.kept(network, given, named, self._told[call], self.pipe.scheduler))
+        counted = self.pipe.scheduler.config.get("num_train_timesteps", 1000)
+        self._asked.append(Asked.kept(network, given, named, self._told[call], counted))
 
     def _step(self, step: Callable[..., Any], model_output: Tensor, *given: Any, **named: Any) -> Any:
         """A step of the scheduler with what the pipeline made of the predictions."""

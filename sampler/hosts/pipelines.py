@@ -69,7 +69,7 @@ class EscapeRun:
         self._taken: Tensor | None = None  # (B,) int64, which of the calls each sample is from
         self._latents: Tensor | None = None
         self._verdict: Verdict | None = None
-        scales = {"_" + name for name in (family.scale, family.capped, "guidance_rescale")}
+        scales = {f"_{name}" for name in (family.scale, family.capped, "guidance_rescale")}
         self._before = {name: value for name, value in vars(pipe).items() if name in scales}
 
         @functools.wraps(self._host.__call__)
