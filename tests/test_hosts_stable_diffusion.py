@@ -108,6 +108,13 @@ def inpaint(pipe):
     }
 
 
+def inpaint_of_nine(pipe):
+    """A network that is also given the mask, and the picture beneath it."""
+    torch.manual_seed(1)
+    pipe.register_modules(unet=type(pipe.unet).from_config(pipe.unet.config, in_channels=9))
+    return inpaint(pipe)
+
+
 def controlled(pipe):
     torch.manual_seed(1)
     network = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 8, 8))
@@ -144,12 +151,16 @@ def hooked(pipe):
     return pipe, {}
 
 
+VARIANTS = [img2img, inpaint, inpaint_of_nine, controlled, guessing, adapted, with_an_image, hooked]
+
+
 @pytest.mark.parametrize(
     ("variant", "scheduler"),
     [
         (img2img, "ddim"),
         (img2img, "heun"),
         (inpaint, "euler"),
+        (inpaint_of_nine, "ddim"),
         (controlled, "ddim"),
         (guessing, "euler"),
         (adapted, "ddim"),
