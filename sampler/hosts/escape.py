@@ -185,7 +185,7 @@ def each(guidance: Guidance | Sequence[Guidance], batch: int | None = None) -> l
     """
     if isinstance(guidance, Guard) or (isinstance(guidance, Sequence) and any(isinstance(one, Guard) for one in guidance)):
         raise ValueError(
-            "a guard begins samples again, which this loop cannot: use escape(pipe, guard) or Sampler, or plain guidance here, "
+            "a guard begins samples again, which this loop cannot: use Sampler or escape(pipe, guard), or plain guidance here "
             "and basinescape.hosts.escape.judge for the finished pictures"
         )
     shared = isinstance(guidance, Guidance)
