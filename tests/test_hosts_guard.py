@@ -2,6 +2,7 @@
 
 import json
 from itertools import islice
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -218,3 +219,21 @@ def test_pictures_that_cannot_be_judged_are_refused_before_work(random_pipeline)
     pipe.scheduler.register_to_config(prediction_type="epsilon")
     with escape(pipe, FOUR) as run, pytest.raises(ValueError, match="judge is known when the pipeline has been called"):
         run.judge()
+
+
+@pytest.mark.parametrize("name", ["sd3", "qwen"])
+def test_an_offloaded_pipeline_is_judged_where_it_runs(tiny, device, name):
+    """Parts that come and go: a verdict as without, and the network away again afterwards."""
+    case, plain = CASES[name], CASES[name].make(tiny.tokenizer)
+    given = WORDS, SEEDS, 2, 2.0, ["", ""], "latent"
+    with patch("basinescape.kernels.dispatch.INTERPRETED", False), escape(plain, guard(PASSES)) as run:
+        case.stock(plain, *given)
+    expected, pipe = run.score, CASES[name].make(tiny.tokenizer)
+    pipe.enable_model_cpu_offload(device="cuda")
+    with escape(pipe, guard(FAILS, PASSES)) as run:
+        case.stock(pipe, *given)
+        assert run.attempts.tolist() == [2, 2] and pipe.transformer.device.type == "cpu"
+    with escape(pipe, FOUR) as run:
+        case.stock(pipe, *given)
+        assert torch.allclose(run.judge().score, expected, rtol=1e-2, atol=1e-5) and pipe.transformer.device.type == "cpu"
+    assert run.score.device.type == run.suspect.device.type == "cpu"

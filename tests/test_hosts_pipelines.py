@@ -60,8 +60,9 @@ def test_a_compiled_network_stays_compiled():
             pipe.transformer.compile(backend=backend)
         assert torch.equal(call(name, pipe, 4.0), expected)
         before = len(graphs)
-        with escape(pipe, FOUR):
+        with escape(pipe, FOUR) as run:
             assert torch.equal(call(name, pipe), expected)
+            assert run.judge().score.isfinite().all()
         assert len(graphs) == before > 0
 
 

@@ -34,7 +34,9 @@ class Asked:
     @classmethod
     def kept(cls, network: nn.Module, given: tuple, named: dict[str, Any], timestep: float, counted: int = 1000) -> Asked:
         """A call with copies of its tensors: a host may write into them later."""
-        given, named = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, (given, named))
+        given, named = tree_map(
+            lambda value: _laid(value.clone(), value) if isinstance(value, Tensor) else value, (given, named)
+        )
         return cls(network, given, named, timestep, counted)
 
     def again(self, latents: Tensor, timestep: float) -> Tensor:
@@ -96,7 +98,13 @@ def _put(given: tuple, named: dict[str, Any], name: str, change: Callable[[Any],
 def _retold(own: Any, value: float) -> Any:
     if not isinstance(own, Tensor):
         return type(own)(value)
-    return torch.full_like(own, value if own.is_floating_point() else round(value))
+    return _laid(torch.full_like(own, value if own.is_floating_point() else round(value)), own)
+
+
+def _laid(made: Tensor, own: Tensor) -> Tensor:
+    """`made` as expanded in memory as `own` is: a compiled network would compile anew for another layout."""
+    first = tuple(slice(1) if stride == 0 else slice(None) for stride in own.stride())
+    return made[first].expand(own.shape)
 
 
 def _replaced(own: Tensor | list[Tensor], latents: Tensor) -> Tensor | list[Tensor]:

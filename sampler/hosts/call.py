@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ..basin import LOG_SNR
 from ..guidance import Guidance
-from ..kernels.operands import DTYPES
 from ..kernels.state import per_sample
 from ..output import Verdict
 from ..schedulers import levels, log_snrs, step_of_calls
@@ -35,15 +34,21 @@ SEEDS = 2**63 - 1
 class Call:
     """A call of `pipe` with these arguments under `guidance`, of all samples or one a sample.
 
-    state: the guidance's, None before the first step. latents: what the last step came to. The pipeline's own guidance is off.
+    state:   the guidance's, None before the first step. latents: what the last step came to.
+    judged:  its pictures will be, so that a run whose pictures cannot is refused at its first step.
 
     Raises ValueError for arguments that cannot be followed.
     """
 
     def __init__(
-        self, pipe: DiffusionPipeline, family: Family, guidance: Guidance | list[Guidance], arguments: Mapping[str, Any]
+        self,
+        pipe: DiffusionPipeline,
+        family: Family,
+        guidance: Guidance | list[Guidance],
+        arguments: Mapping[str, Any],
+        judged: bool,
     ):
-        self.pipe, self.family, self.arguments = pipe, family, dict(arguments)
+        self.pipe, self.family, self.arguments, self._judged = pipe, family, dict(arguments), judged
         for name, allowed in family.only:
             if self.arguments[name] != allowed:
                 raise ValueError(
@@ -51,7 +56,7 @@ class Call:
                     "varies over time is Guidance's shape and interval"
                 )
         network = network_of(pipe, family)
-        if network.dtype not in DTYPES and network.dtype.itemsize > 4:
+        if network.dtype == torch.float64:
             raise ValueError(
                 f"pipe's {type(network).__name__} is in {network.dtype}, and guidance computes in float32: use "
                 "pipe.to(torch.float32)"
@@ -63,7 +68,7 @@ class Call:
         self._sign = 1.0  # -1 where the pipeline steps with the opposite of what its network predicts
         self._first: Tensor | None = None  # of a pair, as the pipeline holds it
         self._guided: Tensor | None = None  # of the step that is being taken
-        self._verified = self._cut_off = False
+        self._verified = self._cut_off = self._unfinished = False
         self._changed: dict[str, tuple[Any, Any]] = {}  # arguments: as the pipeline gets them, as they were given
         self._guidance = self._followed(guidance)
         self._watch_callback()
@@ -96,16 +101,26 @@ class Call:
 
         Raises ValueError where the pictures cannot be judged.
         """
+        self._check_finished()
         if not self._asked:
-            raise ValueError(
-                f"{self._name} asked for both predictions in no step of its last call: its pictures cannot be judged"
-            )
+            raise ValueError(f"{self._name} never asked for both predictions in its last call: its pictures cannot be judged")
         given = self.arguments.get("generator")
         one_each = given if isinstance(given, Sequence) else [given] * self.state.batch
         seeds = [0 if one is None else one.initial_seed() & SEEDS for one in one_each]
         verdict = judge(self._asks, self.pipe.scheduler, self.latents if latents is None else latents, seeds, threshold, probes)
         self.pipe.maybe_free_model_hooks()
         return verdict
+
+    def forget(self) -> None:
+        """What only `judge` needs."""
+        self._asked, self.latents = [], None
+
+    def _check_finished(self) -> None:
+        if self._unfinished:
+            raise ValueError(
+                f"{self._name} leaves its last steps to another pipeline (denoising_end), and pictures are judged at the end: "
+                "use the guard, or judge, there"
+            )
 
     def _asks(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Both predictions for latents (B, ...), as the scheduler would be given them."""
@@ -216,6 +231,9 @@ class Call:
         calls = vars(self.pipe).get("_num_timesteps")
         start = _first_call(scheduler, timestep_of(given, named))
         taken = slice(start, None if calls is None else start + calls)
+        self._unfinished = calls is not None and start + calls < len(scheduler.timesteps)
+        if self._judged:
+            self._check_finished()
         step, level, noise = step_of_calls(scheduler)[taken], levels(scheduler), log_snrs(scheduler)
         step = step - step[0]
         first = torch.searchsorted(step, torch.arange(int(step[-1]) + 1))

@@ -180,7 +180,9 @@ class EscapeRun:
 
     def _attempt(self, guidance: Guidance | list[Guidance], arguments: Mapping[str, Any], again: Tensor | None = None) -> Any:
         """One call of the pipeline, of which the samples `again` (B,) are taken; None: all."""
-        call = Call(self._pipe, self._family, guidance, arguments)
+        for earlier in self._calls:
+            earlier.forget()
+        call = Call(self._pipe, self._family, guidance, arguments, judged=isinstance(self._guidance, Guard))
         self._calls.append(call)
         made = call.run(self._host.__call__)
         if again is None:
