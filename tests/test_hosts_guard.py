@@ -79,6 +79,18 @@ def test_verdicts_are_the_samplers(tiny, random_pipeline, name, again):
     assert torch.allclose(run.score, out.score, rtol=1e-2, atol=whole)
 
 
+@pytest.mark.parametrize("name", ["FluxPipeline", "ZImagePipeline", "Lumina2Pipeline", "SanaPipeline", "WanPipeline"])
+def test_half_precision_is_judged_nearly_alike(doubles, name):
+    """What a network is told of the time is rounded there, and still known."""
+    with escape(doubles(name), FOUR) as run:
+        call(name, doubles(name))
+    expected, pipe = run.judge().score, build(name).to(torch.bfloat16)
+    with escape(pipe, FOUR) as run:
+        stock = call(name, pipe)
+        found = run.judge().score
+    assert stock.isfinite().all() and found.dtype == torch.float32 and torch.allclose(found, expected, atol=0.05)
+
+
 @pytest.mark.parametrize("name", ["AuraFlowPipeline", "ZImagePipeline", "Lumina2Pipeline"])
 def test_what_a_pipeline_negates_is_judged_in_its_own_sign(doubles, name):
     """Networks that predict shares of what they are given: the scores follow from the noises alone."""
@@ -204,6 +216,8 @@ def test_a_stopped_run_is_not_begun_again(random_pipeline):
     with escape(pipe, guard(FAILS, PASSES)) as run:
         stable_diffusion(pipe, callback_on_step_end=stop)
     assert run.calls == 2 and run.score is None and run.attempts.tolist() == [1, 1]
+    with pytest.raises(ValueError, match="was stopped in its last call"):
+        run.judge()
 
 
 def test_pictures_that_cannot_be_judged_are_refused_before_work(random_pipeline):

@@ -119,6 +119,7 @@ def test_a_network_for_each_noise_level(doubles):
     assert not close(expected, call(name, first, 4.0))
     with escape(pipe, FOUR) as run:
         assert torch.equal(call(name, pipe), expected) and run.calls == 3
+        assert run.judge().score.isfinite().all()  # by the one that has the noise of a judged picture
         with pytest.raises(ValueError, match=r"guidance_scale_2 is 3\.0, which escape cannot follow"):
             call(name, pipe, guidance_scale_2=3.0)
 

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor, nn
 
-from ..basin import LOG_SNR
+from ..basin import LOG_SNR, Probe
 from ..guidance import Guidance
 from ..kernels.state import per_sample
 from ..output import Verdict
@@ -34,21 +34,15 @@ SEEDS = 2**63 - 1
 class Call:
     """A call of `pipe` with these arguments under `guidance`, of all samples or one a sample.
 
-    state:   the guidance's, None before the first step. latents: what the last step came to.
-    judged:  its pictures will be, so that a run whose pictures cannot is refused at its first step.
+    state: the guidance's, None before the first step. latents: what the last step came to.
 
     Raises ValueError for arguments that cannot be followed.
     """
 
     def __init__(
-        self,
-        pipe: DiffusionPipeline,
-        family: Family,
-        guidance: Guidance | list[Guidance],
-        arguments: Mapping[str, Any],
-        judged: bool,
+        self, pipe: DiffusionPipeline, family: Family, guidance: Guidance | list[Guidance], arguments: Mapping[str, Any]
     ):
-        self.pipe, self.family, self.arguments, self._judged = pipe, family, dict(arguments), judged
+        self.pipe, self.family, self.arguments = pipe, family, dict(arguments)
         for name, allowed in family.only:
             if self.arguments[name] != allowed:
                 raise ValueError(
@@ -68,7 +62,7 @@ class Call:
         self._sign = 1.0  # -1 where the pipeline steps with the opposite of what its network predicts
         self._first: Tensor | None = None  # of a pair, as the pipeline holds it
         self._guided: Tensor | None = None  # of the step that is being taken
-        self._verified = self._cut_off = self._unfinished = False
+        self._verified = self._cut_off = False
         self._changed: dict[str, tuple[Any, Any]] = {}  # arguments: as the pipeline gets them, as they were given
         self._guidance = self._followed(guidance)
         self._watch_callback()
@@ -101,9 +95,10 @@ class Call:
 
         Raises ValueError where the pictures cannot be judged.
         """
-        self._check_finished()
-        if not self._asked:
-            raise ValueError(f"{self._name} never asked for both predictions in its last call: its pictures cannot be judged")
+        self.check()
+        if self.interrupted or not self._asked:
+            what = "was stopped in" if self.interrupted else "never asked for both predictions in"
+            raise ValueError(f"{self._name} {what} its last call: its pictures cannot be judged")
         given = self.arguments.get("generator")
         one_each = given if isinstance(given, Sequence) else [given] * self.state.batch
         seeds = [0 if one is None else one.initial_seed() & SEEDS for one in one_each]
@@ -115,8 +110,10 @@ class Call:
         """What only `judge` needs."""
         self._asked, self.latents = [], None
 
-    def _check_finished(self) -> None:
-        if self._unfinished:
+    def check(self) -> None:
+        """Raises ValueError where the pictures of such a call cannot be judged."""
+        Probe.of(self.pipe.scheduler)
+        if 0 < (self.arguments.get("denoising_end") or 0) < 1:
             raise ValueError(
                 f"{self._name} leaves its last steps to another pipeline (denoising_end), and pictures are judged at the end: "
                 "use the guard, or judge, there"
@@ -231,9 +228,6 @@ class Call:
         calls = vars(self.pipe).get("_num_timesteps")
         start = _first_call(scheduler, timestep_of(given, named))
         taken = slice(start, None if calls is None else start + calls)
-        self._unfinished = calls is not None and start + calls < len(scheduler.timesteps)
-        if self._judged:
-            self._check_finished()
         step, level, noise = step_of_calls(scheduler)[taken], levels(scheduler), log_snrs(scheduler)
         step = step - step[0]
         first = torch.searchsorted(step, torch.arange(int(step[-1]) + 1))
@@ -301,7 +295,7 @@ def renormalised(guided: Tensor, cond: Tensor, weight: Tensor) -> Tensor:
 
 def _is_doubled(sample: Tensor) -> bool:
     """Whether the network's input is the same samples twice: other batches of two inputs are not the two predictions of one."""
-    halves = sample.chunk(2)
+    halves = sample.nan_to_num().chunk(2)
     return len(halves) == 2 and halves[0].shape == halves[1].shape and torch.equal(*halves)
 
 

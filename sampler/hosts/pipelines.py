@@ -19,7 +19,6 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from ..basin import Probe
 from ..guidance import PROBES, THRESHOLD, Guard, Guidance
 from ..output import Verdict
 from .call import Call
@@ -162,7 +161,6 @@ class EscapeRun:
         self._calls, self._taken, self._latents, self._verdict = [], None, None, None
         if not isinstance(self._guidance, Guard):
             return self._attempt(self._guidance, arguments)
-        Probe.of(self._pipe.scheduler)  # raises where pictures cannot be judged
         made = None
         for attempt in self._guidance.attempts:
             own = dict(arguments) | ({"latents": None} if self._calls and "latents" in arguments else {})
@@ -182,7 +180,9 @@ class EscapeRun:
         """One call of the pipeline, of which the samples `again` (B,) are taken; None: all."""
         for earlier in self._calls:
             earlier.forget()
-        call = Call(self._pipe, self._family, guidance, arguments, judged=isinstance(self._guidance, Guard))
+        call = Call(self._pipe, self._family, guidance, arguments)
+        if isinstance(self._guidance, Guard):
+            call.check()
         self._calls.append(call)
         made = call.run(self._host.__call__)
         if again is None:
