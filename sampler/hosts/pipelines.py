@@ -27,7 +27,7 @@ from .families import Family, family_of
 
 
 def escape(pipe: DiffusionPipeline, guidance: Guidance | Guard | Sequence[Guidance]) -> EscapeRun:
-    """From here on every call of `pipe` is guided by `guidance`, until `with escape(pipe, guidance) as run:` or `run.leave()`.
+    """From here on every call of `pipe` is guided by `guidance`: to the end of `with escape(...) as run:`, or to `run.leave()`.
 
     guidance: of all samples, or a list of one a sample, all of one rule; or a guard. Its scale counts, not that in the call.
 
@@ -37,7 +37,7 @@ def escape(pipe: DiffusionPipeline, guidance: Guidance | Guard | Sequence[Guidan
     A guard judges what the pipeline made, and calls it again for all samples while any is suspect: with the same arguments and
     the next noise of the call's generators, but without `latents`, which are the first attempt's alone. Each sample is returned
     from the attempt that it passed, else from the last. The noises that judge it are made from its generator's seed, or from 0.
-    A calibrated guard's early look is left out, since the samples of a batch go on together.
+    A calibrated guard's early look is left out, since the samples of a batch go on together. Callbacks are called in each.
 
     Raises ValueError for a pipeline that is not guided by two predictions, or is inside another `escape`, and for guidance that
     needs a loop of its own; when `pipe` is called, for arguments that cannot be followed and pictures that cannot be judged;
@@ -47,7 +47,10 @@ def escape(pipe: DiffusionPipeline, guidance: Guidance | Guard | Sequence[Guidan
     if not isinstance(pipe, DiffusionPipeline):
         raise ValueError(f"pipe must be a diffusers pipeline, got {type(pipe).__name__}: in another loop use Escape")
     if isinstance(pipe, _Escaping):
-        raise ValueError("pipe is inside another escape: leave that first, or give a list of one guidance a sample")
+        raise ValueError(
+            "pipe is inside another escape: leave that first (the end of its `with`, or run.leave()), or give a list of one "
+            "guidance a sample"
+        )
     family = family_of(pipe)
     for one in [attempt.guidance for attempt in guidance.attempts] if isinstance(guidance, Guard) else [guidance]:
         each(one)
