@@ -45,13 +45,10 @@ class Guided:
         """Of a run with this transition, at the sampler's scale."""
         return Guidance(scale, self.before, until, rule=self.rule)
 
-    def sampled(
-        self, executor: Any, noise: Tensor, latent: Tensor, sampler: Any, sigmas: Tensor, *more: Any, **named: Any
-    ) -> Any:
+    def sampled(self, executor: Any, noise: Tensor, latent: Tensor, sampler: Any, sigmas: Tensor, *rest: Any, **named: Any):
         """ComfyUI's wrapper `outer_sample`: a run begins here, whatever became of the last one. The log tells what it did."""
         guider, steps = executor.class_obj, Steps(sigmas[:-1].tolist(), evaluates_twice(sampler))
-        doubts = self.doubts(guider)
-        for doubt in doubts:
+        for doubt in self.doubts(guider):
             logger.warning(f"Basin Escape: {doubt}")
 
         def begin(args: dict[str, Any]) -> Run:
@@ -63,22 +60,20 @@ class Guided:
 
         self.run, self._begin, self._went, self._alone = None, begin, False, False
         try:
-            latents = executor(noise, latent, sampler, sigmas, *more, **named)
+            latents = executor(noise, latent, sampler, sigmas, *rest, **named)
         finally:
             self._begin = None
         if self.run is not None:
             self.run.report(finished=float(sigmas[-1]) == 0)
-        elif steps.sigmas and not doubts:
-            logger.warning(f"Basin Escape: nothing was guided: {type(guider).__name__} does not call a CFG function")
+        elif steps.sigmas:
+            logger.warning(f"Basin Escape: {type(guider).__name__} did not call it, and nothing was guided by it")
         return latents
 
     def doubts(self, guider: Any) -> list[str]:
         """What keeps a guider's run from being guided as a whole, a sentence each."""
         found, name = [], type(guider).__name__
         if guider.model_options.get(CFG_FUNCTION) is not self:
-            found.append(
-                "nothing is guided: another node behind it has set a CFG function. Connect that node before it, or not at all"
-            )
+            found.append("a node after it has set a CFG function of its own, which takes its place: use one of the two")
         if others := sorted(set(guider.conds) - PLAIN):
             found.append(f"{name} combines {', '.join(others)} by itself, and that is not held back: use CFGGuider")
         return found
@@ -108,11 +103,9 @@ class Guided:
     def _go(self, args: dict[str, Any], negative: Any) -> None:
         """Go to the next call of the model."""
         if negative is None:
-            raise ValueError(
-                "Basin Escape needs a negative conditioning, which may be empty, and this guider has none: use CFGGuider"
-            )
+            raise ValueError("Basin Escape needs a negative conditioning, which may be empty: use CFGGuider, not BasicGuider")
         if self._begin is None:
-            raise ValueError("Basin Escape follows runs of ComfyUI's guiders, and is called outside of one")
+            raise ValueError("Basin Escape was called outside the run of a guider, which it cannot follow")
         self.run = self.run or self._begin(args)
         self.run.go(args["sigma"])
         self._went = True

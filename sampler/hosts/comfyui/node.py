@@ -91,7 +91,7 @@ def transition(until: str, timestep: float, latest: float, timesteps: list[float
     """
     if until == TIMESTEP:
         return At(timestep)
-    earliest, rule = (2, FirstMinimum) if until == MINIMUM else (1, Fallen)
+    earliest, rule = {MINIMUM: (2, FirstMinimum), FALLEN: (1, Fallen)}[until]
     step = max(round(share("latest", latest) * len(timesteps)), earliest)
     return None if goes_on or timesteps[0] <= timestep else rule(latest=step)
 

@@ -37,10 +37,10 @@ class Steps:
             return False
         if lower and self._ahead and not self._between and found <= self.step + AHEAD:
             return False
-        if not lower:
-            looked = 0 <= self.step - found < AHEAD and found > 0 and math.isclose(self.sigmas[found], sigma, rel_tol=NEAR)
+        if not lower and found <= self.step:
+            looked = 0 < found > self.step - AHEAD and math.isclose(self.sigmas[found], sigma, rel_tol=NEAR)
             self._ahead |= looked
-            self.returns += not looked and self.step >= 0
+            self.returns += not looked
         self.step, self._between = found, False
         return True
 
