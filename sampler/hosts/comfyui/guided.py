@@ -36,6 +36,8 @@ class Guided:
         self.guidance(until([1000.0], False), 1.0)  # raises for what is not allowed
         self.run: Run | None = None
         self._begin: Callable[[dict[str, Any]], Run] | None = None  # while a sampler runs
+        self._went = False  # to the call whose predictions are to be combined next
+        self._alone = False  # the unconditional one was made alone
 
     def __deepcopy__(self, memo: dict) -> Guided:
         """Itself: the clone of a model has deep copies of its options, and the same wrappers around a run."""
