@@ -9,7 +9,21 @@ import torch
 from basinescape.hosts.comfyui import node
 from basinescape.hosts.comfyui.run import timestep
 from basinescape.hosts.comfyui.steps import Steps, evaluates_twice
-from comfy_runs import BATCH, CFG, DEFAULTS, SIGMAS, STEPS, function_of, given, patched, sampled, state_of, visits, weights_of
+from comfy_runs import (
+    BATCH,
+    CFG,
+    DEFAULTS,
+    SIGMAS,
+    STEPS,
+    function_of,
+    given,
+    network,
+    patched,
+    sampled,
+    state_of,
+    visits,
+    weights_of,
+)
 from kd_package import package
 
 
@@ -63,6 +77,19 @@ def test_a_sampler_that_evaluates_each_step_twice_is_known_by_its_name_or_option
 
 
 @pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ((0, 1, 1, 5, 6), [0, 1, 1, 5, None]),  # seemed to look ahead, and goes on much further
+        ((0, 1.5, 1.7, 1.5, 2.2, 3.1), [0, 1, None, 1, 2, 3]),  # came back off the schedule, to take a smaller step
+        ((0, 0.5, 0, 1, 2), [0, None, 0, 1, 2]),
+    ],
+)
+def test_a_sampler_that_comes_back_is_not_stuck(places, expected):
+    steps = Steps([8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+    assert [steps.step if steps.call(8 - place) else None for place in places] == expected
+
+
+@pytest.mark.parametrize(
     ("order", "expected"),
     [
         ((0, 0.5, 1.5, 2.2, 3.7, 4.5, 5.5, 6.5), [0, 0, 0, 0, 0, CFG, CFG, CFG]),  # dpm_fast
@@ -93,9 +120,16 @@ def test_samplers_with_steps_of_their_own_reach_full_guidance(kd, name, widgets)
     assert (state_of(patcher).transition_step > 0).all() and (state_of(patcher).weight == CFG).all()
 
 
-def test_what_a_sampler_noted_before_it_came_back_is_undone():
-    """The first four gaps have a minimum, those of the calls that count have none."""
-    gaps = [5.0, 3.0, 4.0, 4.5, 4.0, 3.0, 2.0]
+@pytest.mark.parametrize(
+    ("order", "gaps", "expected"),
+    [
+        ([0, 1, 2, 3, 1, 2, 3], [5, 3, 4, 4.5, 4, 3, 2], [-1, -1, 2, 2, -1, -1, -1]),
+        ([0, 1, 2, 2, 3], [5, 3, 4, 2.5, 2], [-1, -1, 2, -1, -1]),
+        ([0, 1, 2, 1, 2, 3], [5, 3, 4, 4, 9, 3], [-1, -1, 2, -1, -1, -1]),  # looks ahead: the second call at 2 is another of 1
+    ],
+)
+def test_what_a_sampler_noted_before_it_came_back_is_undone(order, gaps, expected):
+    """The gaps have a minimum, those of the calls that count have none."""
     made = iter(gaps)
     patcher = node.patched(
         comfy.Patcher(lambda x, t, prompt: torch.full_like(x, next(made) if prompt else 0.0), comfy.EPS()),
@@ -105,10 +139,9 @@ def test_what_a_sampler_noted_before_it_came_back_is_undone():
     seen = []
     guider = comfy.CFGGuider(patcher, CFG, positive=1, negative=0)
     called = lambda: seen.append(int(state_of(patcher).transition_step[0]))  # noqa: E731
-    guider.sample(visits([0, 1, 2, 3, 1, 2, 3]), SIGMAS[0] * x, SIGMAS, called=called)
-    assert seen == [-1, -1, 2, 2, -1, -1, -1] and function_of(patcher).run.steps.returns == 1
-    expected = x[0].numel() ** 0.5 * torch.tensor([gaps[0], *gaps[4:]])
-    assert torch.allclose(state_of(patcher).noise_gap[0, :4], expected, rtol=1e-3)
+    guider.sample(visits(order), SIGMAS[0] * x, SIGMAS, called=called)
+    assert seen == expected
+    assert torch.allclose(state_of(patcher).noise_gap[0, 3], x[0].numel() ** 0.5 * torch.tensor(float(gaps[-1])), rtol=1e-3)
 
 
 @pytest.mark.parametrize("until", [node.MINIMUM, node.FALLEN])

@@ -25,7 +25,7 @@ def sampled(kd, name, patcher, sigmas=SIGMAS, cfg=CFG, rows=slice(None), **optio
     return guider.sample(getattr(kd[0], f"sample_{name}"), sigmas[0] * x, sigmas, **options)
 
 
-def visits(order, sigmas=SIGMAS):
+def visits(order):
     """A sampler that calls the model at these places of the schedule: 2.5 is between its third sigma and its fourth."""
 
     def sampler(model, x, sigmas, extra_args, disable=None, called=lambda: None):
