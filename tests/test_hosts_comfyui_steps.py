@@ -15,7 +15,6 @@ from comfy_runs import (
     DEFAULTS,
     SIGMAS,
     STEPS,
-    function_of,
     given,
     network,
     patched,
@@ -124,8 +123,8 @@ def test_samplers_with_steps_of_their_own_reach_full_guidance(kd, name, widgets)
     ("order", "gaps", "expected"),
     [
         ([0, 1, 2, 3, 1, 2, 3], [5, 3, 4, 4.5, 4, 3, 2], [-1, -1, 2, 2, -1, -1, -1]),
-        ([0, 1, 2, 2, 3], [5, 3, 4, 2.5, 2], [-1, -1, 2, -1, -1]),
-        ([0, 1, 2, 1, 2, 3], [5, 3, 4, 4, 9, 3], [-1, -1, 2, -1, -1, -1]),  # looks ahead: the second call at 2 is another of 1
+        ([0, 1, 2, 2, 3, 3], [5, 3, 4, 2.5, 9, 2], [-1, -1, 2, -1, -1, -1]),  # looks one step ahead
+        ([0, 1, 2, 1, 2, 3, 2, 3, 4, 3], [5, 3, 4, 4, 9, 9, 3, 9, 9, 2], [-1, -1, 2, *[-1] * 7]),  # ... two
     ],
 )
 def test_what_a_sampler_noted_before_it_came_back_is_undone(order, gaps, expected):
