@@ -18,7 +18,8 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from .. import arguments, basin
-from ..guidance import PROBES, THRESHOLD, Branch, Guard, Guidance, branches, looks
+from ..branches import Branch, branches, looks
+from ..guidance import PROBES, THRESHOLD, Guard, Guidance
 from ..kernels import guide_step
 from ..kernels.operands import is_dense
 from ..kernels.state import Latents, State, Transition, Workspace

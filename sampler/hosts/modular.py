@@ -14,7 +14,8 @@ from diffusers.guiders.guider_utils import GuiderOutput
 from diffusers.modular_pipelines import BlockState
 from torch import Tensor, nn
 
-from ..guidance import PROBES, THRESHOLD, Branch, Guard, Guidance
+from ..branches import Branch
+from ..guidance import PROBES, THRESHOLD, Guard, Guidance
 from ..kernels.state import per_sample
 from ..output import Verdict
 from .asking import Asked, seen, stacked
