@@ -29,6 +29,7 @@ from .engine import Engine
 from .folder import Journal, open_folder, settings_of, weights_sha256
 from .guard import Ladder
 from .guidance import Guard, Guidance
+from .manifest import MANIFEST, belongs, write_jobs
 from .progress import Progress, Summary
 from .prompts import OWN, Job, Prompts
 from .sampler import Sampler
@@ -119,8 +120,9 @@ def generate(
     def finished(line: dict[str, Any]) -> str | None:
         return line["id"] if line.get("status") == "ok" and writes.holds(line) else None
 
-    with Journal(out / "manifest.jsonl", finished) as journal, shown, Stop() as stop:
-        mine = Part(prompts, writes.block, shard)
+    with Journal(out / MANIFEST, finished) as journal, shown, Stop() as stop:
+        mine = Part(prompts, shard)
+        write_jobs(out, ((position, job.id) for position, job in mine.asked()))
 
         def waiting() -> Iterator[tuple[int, Job]]:
             for position, job in mine:
@@ -145,6 +147,8 @@ def generate(
         take(run.in_float32(again, stop))
         shown.summary.signal = stop.signal
         run.close()
+    if mine.fault is not None:
+        raise mine.fault
     return shown.summary
 
 
@@ -192,18 +196,27 @@ def balanced(most: int, jobs: int) -> int:
 
 
 class Part:
-    """What is to be done of the jobs: all of them, or a shard, whole files of `block` positions."""
+    """What is to be done of the jobs: all of them, or a shard.
 
-    def __init__(self, prompts: Prompts, block: int, shard: tuple[int, int] | None):
-        self.prompts, self.block, self.shard = prompts, block, shard
+    fault: what broke their source, None where nothing did. The jobs before it are done all the same.
+    """
+
+    def __init__(self, prompts: Prompts, shard: tuple[int, int] | None):
+        self.prompts, self.shard, self.fault = prompts, shard, None
         self.count = len(prompts) if shard is None else sum(1 for _ in self)
+
+    def asked(self) -> Iterator[tuple[int, Job]]:
+        """The jobs of the whole run, as (position, job)."""
+        try:
+            yield from self.prompts
+        except Exception as error:  # whatever a source raises: nobody can list it
+            self.fault = error
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[tuple[int, Job]]:
-        i, n = self.shard or (0, 1)
-        return ((position, job) for position, job in self.prompts if position // self.block % n == i)
+        return ((position, job) for position, job in self.asked() if belongs(position, self.shard))
 
 
 class Stop:

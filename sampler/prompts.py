@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import numbers
-import re
 import shutil
 import sys
 import tempfile
@@ -22,10 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import arguments
-from .folder import Keys
+from .folder import SAFE_ID, Keys
 
 log = logging.getLogger(__name__)
-SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 HUB = "hf:"
 ON_ERROR = ("stop", "skip")
 TEXT, IMAGE = ("prompt", "caption", "text"), ("image", "file_name", "path")  # columns, the first that says something counts
@@ -38,7 +36,7 @@ SAVED = ("state.json", "dataset_dict.json")  # one of them is in a folder that `
 class Job:
     """One image to make.
 
-    id: names its file; 1 to 128 letters, digits, '.', '_' or '-', not starting with '.' or '-'.
+    id: names its file; 1 to 128 letters, digits, '.', '_' or '-', not starting with '.' or '-'; no device of Windows, as "con".
     negative_prompt, steps, scale: None for the run's own.
 
     Raises ValueError for anything that is not so.
@@ -56,7 +54,8 @@ class Job:
             raise ValueError(f"prompt must be a non-empty string, got {self.prompt!r}")
         if not isinstance(self.id, str) or not SAFE_ID.fullmatch(self.id):
             raise ValueError(
-                f"id must be 1 to 128 letters, digits, '.', '_' or '-', not starting with '.' or '-'; got {self.id!r}"
+                "id must be 1 to 128 letters, digits, '.', '_' or '-', not starting with '.' or '-' and no device of Windows, "
+                f"as con or nul; got {self.id!r}"
             )
         if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}")

@@ -19,7 +19,8 @@ from basinescape.generate import balanced, generate
 from basinescape.merge import merge
 from basinescape.progress import JsonFormatter, Progress
 from basinescape.prompts import Job
-from basinescape.writers import FORMATS, verify
+from basinescape.verify import verify
+from basinescape.writers import FORMATS
 from PIL import Image
 from runs import QUICK, run, write
 from safetensors import safe_open
@@ -35,8 +36,7 @@ def sampler(pipe):
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    for name in ("SHARD", "Shards.block"):
-        monkeypatch.setattr(f"basinescape.writers.{name}", 3)
+    monkeypatch.setattr("basinescape.writers.SHARD", 3)
 
 
 def make(sampler, out, jobs=JOBS, **options):

@@ -82,7 +82,7 @@ def looked_at(log: str, metrics: int | None, progress: bool) -> Progress:
 
 def verify(out: Annotated[Path, typer.Argument(metavar="DIR", help="folder written by generate")]) -> None:
     """Check every image of a run against its SHA-256. A line each that is missing or changed, and exit code 1 if any is."""
-    from basinescape.writers import verify
+    from basinescape.verify import verify
 
     wrong = 0
     for file, what in verify(out):
