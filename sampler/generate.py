@@ -1,8 +1,9 @@
 """A run: prompts in, a folder of images out, with a manifest that grows as images are finished.
 
-The folder gets the images (see `writers`), `manifest.jsonl` (a line an image) and `run.json` (all that is needed to make it
-again). A run that was stopped goes on where it was when it is started again with the same settings; images that are gone or
-changed since, and those that failed, are made again. Nothing holds all of the prompts, lines or images.
+The folder gets the images (see `writers`), `manifest.jsonl` (a line an image), `jobs.jsonl` (the ids of all that are to be
+made) and `run.json` (all that is needed to make it again). A run that was stopped goes on where it was when it is started again
+with the same settings; images that are missing or changed since, and those that failed, are made again: each that is there is
+read and compared with its SHA-256. Nothing holds all of the prompts, lines or images.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .engine import Engine
 from .folder import Journal, open_folder, settings_of, weights_sha256
 from .guard import Ladder
 from .guidance import Guard, Guidance
-from .manifest import MANIFEST, belongs, write_jobs
+from .manifest import MANIFEST, belongs, read_jobs, write_jobs
 from .progress import Progress, Summary
 from .prompts import OWN, Job, Prompts
 from .sampler import Sampler
@@ -86,8 +87,9 @@ def generate(
     `nsfw_content_detected` is there where the pipeline has a safety checker, `truncated` where a prompt was cut at the text
     encoder's limit (the text that was left out), `retried` where the sample was not finite and was made again in float32.
 
-    A fault of one sample costs that one: it is marked, and made again when the run is started again. After SIGINT or SIGTERM
-    what is in flight is finished and no more begun; a second one ends the run at once.
+    A fault of one sample costs that one: it is marked, and made again when the run is started again. Where the prompts cannot
+    be read to their end, the images of those before are finished, and the error is raised then. After SIGINT or SIGTERM what is
+    in flight is finished and no more begun; a second one ends the run at once.
 
     Raises ValueError, before any sampling, for bad settings and for a folder that holds something else; ImportError for a
     format whose library is missing; OSError where the disk is full, and the run goes on when it is started again.
@@ -122,7 +124,8 @@ def generate(
 
     with Journal(out / MANIFEST, finished) as journal, shown, Stop() as stop:
         mine = Part(prompts, shard)
-        write_jobs(out, ((position, job.id) for position, job in mine.asked()))
+        if sum(1 for _ in read_jobs(out)) != len(prompts):
+            write_jobs(out, ((position, job.id) for position, job in mine.asked()))
 
         def waiting() -> Iterator[tuple[int, Job]]:
             for position, job in mine:

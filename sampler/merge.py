@@ -20,11 +20,11 @@ OWN = ("shard", "device")  # settings in which the shards of a run may differ
 def merge(run: str | Path, out: str | Path) -> tuple[int, int]:
     """Make `out` of the folders shard-i-of-n in `run`; returns (images that are there, jobs of the run).
 
-    A merge that was stopped goes on when it is started again. An image that is missing or changed is named by a warning and left
-    out. What is missing, `generate` makes in `out`, given the same settings without a shard.
+    A merge that was stopped goes on when it is started again. A warning names each image that is missing or changed, and it is
+    left out. `generate` makes in `out` what is missing there, given the same settings without a shard.
 
-    Raises ValueError, before any work, where there are no shards, a shard is missing or of another run, or `out` holds something
-    else.
+    Raises ValueError, before any work, where there are no shards, a shard is missing or of another run, or `out` holds
+    something else.
     """
     parts, settings = _shards(Path(run))
     out = Path(out)
@@ -57,9 +57,7 @@ def _shards(run: Path) -> tuple[list[Path], dict[str, Any]]:
     for part in sorted(run.glob("shard-*-of-*")):
         name = NAME.fullmatch(part.name)
         if name is None:
-            raise ValueError(
-                f"{str(part)!r} is called like a shard but is none: its name must be shard-i-of-n, as shard-0-of-8"
-            )
+            raise ValueError(f"{str(part)!r} is no shard: its name must be shard-i-of-n, two numbers, as shard-0-of-8")
         found[int(name[1]), int(name[2])] = part
     if not found:
         raise ValueError(f"{str(run)!r} holds no folder shard-i-of-n: give the --out of a run made with --shard")

@@ -95,7 +95,7 @@ class Writer(ABC):
 
     @abstractmethod
     def names(self, file: str, id: str) -> bool:
-        """Whether the file of an image is one that this writer may have named; such a one is nowhere but in the run's folder."""
+        """Whether a file is one that this writer may put an image into; such a one is nowhere but in the run's folder."""
 
     def holds(self, line: dict[str, Any]) -> bool:
         """Whether the image of a line of the manifest is as it was made."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from basinescape.folder import files_sha256
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -96,7 +97,11 @@ class Copies:
         self, folder: Path, images: Sequence[Path], measures: Sequence[str] | None = None, threshold: float | None = None
     ):
         self._folder, self._nearest = folder, Nearest(images, measures, threshold)
-        self.settings = {"images": len(images), "thresholds": self._nearest.thresholds}
+        self.settings = {
+            "images": len(images),
+            "sha256": files_sha256(images),
+            "thresholds": self._nearest.thresholds,
+        }
 
     def __call__(self, image: Image.Image) -> dict[str, Any]:
         (found,) = self._nearest([image])
