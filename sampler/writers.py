@@ -245,10 +245,10 @@ class Parquet:
         ]
         names = dict.fromkeys((*types, *(name for row in found for name in row)))
         columns = {name: self.arrow.array([row.get(name) for row in found], types.get(name)) for name in names}
-        self.parquet.write_table(self.arrow.table(columns), path)
+        self.parquet.write_table(self.arrow.table(columns), path, write_page_checksum=True)
 
     def read(self, path: Path) -> Iterator[Made]:
-        for row in self.parquet.read_table(path).to_pylist():
+        for row in self.parquet.read_table(path, page_checksum_verification=True).to_pylist():
             line = {name: value for name, value in row.items() if value is not None}
             image, position = line.pop("image"), line.pop("position")
             yield Made(position, line, image["bytes"])
