@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 LEFTOVERS = (".DS_Store", "Thumbs.db", "desktop.ini", "*.part")  # of desktops, and of a run killed while it wrote a file
 # What names an image's file, and every file of that name with a suffix. Windows keeps some names for devices: con.png is one.
 SAFE_ID = re.compile(r"(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))[a-z0-9_][a-z0-9._-]{0,127}", re.IGNORECASE | re.ASCII)
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a disk that has no room
+FULL = (errno.ENOSPC, errno.EDQUOT)  # errors of a disk that has no room
 
 
 def settings_of(sampler: Sampler) -> dict[str, Any]:
