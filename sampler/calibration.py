@@ -213,9 +213,7 @@ class Calibration:
         Raises ValueError for a calibration that did not measure unguided gaps.
         """
         if self.ordinary is None or not self.ordinary.unguided:
-            raise ValueError(
-                "the calibration has no unguided gaps of these steps, which 'settled' needs: calibrate with --settled"
-            )
+            raise ValueError("the calibration has no unguided gaps of these steps, for 'settled': calibrate with --settled")
         return Settled.over(self.ordinary.unguided, **given)
 
     def save(self, path: str | Path) -> None:

@@ -15,15 +15,15 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, Self
 
-from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import nn
 
 from . import arguments
 from .engine import Engine
@@ -31,6 +31,7 @@ from .folder import Journal, open_folder, settings_of, weights_sha256
 from .guard import Ladder
 from .guidance import Guard, Guidance
 from .manifest import MANIFEST, belongs, read_jobs, write_jobs
+from .models.network import hooked
 from .progress import Progress, Summary
 from .prompts import OWN, Job, Prompts
 from .sampler import Sampler
@@ -38,7 +39,7 @@ from .stages import TEXTS, Picture, Request, Stages, decoded, encoded, said
 from .writers import Made, writer
 
 log = logging.getLogger(__name__)
-PRESSES = 2  # threads that turn pictures into files: most of that is compression, which runs beside Python
+PRESSES = 2  # threads that turn pictures into files
 
 
 class Copies(Protocol):
@@ -252,7 +253,7 @@ class Stop:
 
 
 class Run:
-    """How jobs become files: prompts encoded, samples denoised, latents decoded and pictures compressed, all at a time."""
+    """How jobs become files: prompts encoded, samples denoised, latents decoded and pictures compressed; see `stages`."""
 
     def __init__(self, sampler: Sampler, ladders: Ladders, slots: int, format: str, copies: Copies | None = None):
         self.sampler, self.ladders, self.format, self.slots, self.copies = sampler, ladders, format, slots, copies
@@ -278,28 +279,33 @@ class Run:
                 order.append(position)
                 yield position, job
 
-        stages = Stages(threads=not offloaded(self.sampler.pipe))
+        threads = threaded(self.sampler)
+        stages = Stages(threads)
 
         def tick() -> None:
             stages.check()
             self.moved(self.engine.under_way)
 
         try:
-            with ThreadPoolExecutor(PRESSES) as pool:
+            with ThreadPoolExecutor(PRESSES) if threads else nullcontext() as pool:
                 samples = stages.ahead(encoded(model, noted(), self.ladders.of, *size, **options), TEXTS)
                 results = stages.ahead(self.engine.run(stop.until(samples), tick), self.slots)
                 pictures = decoded(model, results, self.format == "latents", *size, **options)
-                press = partial(pool.submit, self._press, retried=again is not None)
-                yield from self._in_order(stages.ahead(map(press, pictures), self.slots), order, again)
+                press = partial(self._press, retried=again is not None)
+                if threads:  # most of this is compression, which runs beside Python
+                    under_way = stages.ahead((pool.submit(press, picture) for picture in pictures), self.slots)
+                    pressed = map(Future.result, under_way)
+                else:
+                    pressed = map(press, pictures)
+                yield from self._in_order(pressed, order, again)
         finally:
             stages.halt()
 
     def _in_order(
-        self, pressed: Iterable[Future], order: deque[int], again: Callable[[tuple[int, Job]], None] | None
+        self, pressed: Iterable[Made | Picture], order: deque[int], again: Callable[[tuple[int, Job]], None] | None
     ) -> Iterator[Made]:
         kept: dict[int, Made | Picture] = {}
-        for future in pressed:
-            one = future.result()
+        for one in pressed:
             kept[one.position] = one
             while order and order[0] in kept:
                 one = kept.pop(order.popleft())
@@ -336,6 +342,7 @@ class Run:
             self.engine = engine
 
 
-def offloaded(pipe: DiffusionPipeline) -> bool:
-    """Whether its parts come and go between the devices, so that only one can be used at a time."""
-    return any(hasattr(part, "_hf_hook") for part in pipe.components.values())
+def threaded(sampler: Sampler) -> bool:
+    """Whether its stages may run beside each other: beside a GPU, unless parts of the pipeline come and go between devices."""
+    parts = (part for part in sampler.pipe.components.values() if isinstance(part, nn.Module))
+    return sampler.model.device.type == "cuda" and not any(map(hooked, parts))

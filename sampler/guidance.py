@@ -27,7 +27,7 @@ PROBES = 2  # noises that a picture is judged by
 # The basin score above which a picture is suspect, of a plain attempt and of those after it, without a calibration.
 THRESHOLD, LATER = 0.3, 0.2
 # With one: the share of ordinary pictures above the threshold of a plain attempt, and of those after it.
-RATE, LATER_RATE = 0.01, 0.03
+RATE, LATER_RATE = 0.01, 0.05
 LADDER = (-2.8, -2.8, -2.8, -1.9, -1.9, -1.5, -0.8)  # log SNRs until which the attempts after the plain one are delayed
 
 Branch = Literal["both", "uncond", "cond"]  # which predictions a call of the network makes

@@ -161,7 +161,7 @@ def test_over_other_steps_a_guard_stays_one(sampler, calibration, caplog):
     far = calibration.fitted(sampler, 20)
     assert far.scores == calibration.scores and Guidance.guard(7.5, far, rate=0.4, later=0.2).early is None
     assert "too far from the sampler's 20" in caplog.text and "no attempt is given up early" in caplog.text
-    with pytest.raises(ValueError, match="which 'settled' needs: calibrate with --settled"):
+    with pytest.raises(ValueError, match="for 'settled': calibrate with --settled"):
         far.settled()
 
 

@@ -167,7 +167,7 @@ def planned_guard(out):
     return Guidance.from_dict(json.loads((out / "run.json").read_text())["guidance"])
 
 
-def test_a_model_is_guarded_and_with_a_calibration_as_that_was_made(tmp_path, monkeypatch, capsys, mine):
+def test_a_model_is_guarded_and_with_a_calibration_as_that_was_made(tmp_path, monkeypatch, capsys, caplog, mine):
     """Scheduler, steps and scale too, beside the model or given; what cannot be had of it is said."""
     prompts, made = tmp_path / "prompts.jsonl", mine / "calibration.json"
     write(prompts, 3)
@@ -203,7 +203,7 @@ def test_a_model_is_guarded_and_with_a_calibration_as_that_was_made(tmp_path, mo
         }.items()
     ):
         code, error = run(monkeypatch, capsys, *asked, "--calibration", moved, *options, "--out", tmp_path / str(i))
-        assert code == 0 and says in error and planned_guard(tmp_path / str(i)).early is None
+        assert code == 0 and says in error + caplog.text and planned_guard(tmp_path / str(i)).early is None
     code, error = run(monkeypatch, capsys, *asked, "--calibration", tmp_path / "missing.json", "--out", tmp_path / "bad")
     assert code == 2 and "missing.json" in error and len(error.splitlines()) == 1 and not (tmp_path / "bad").exists()
 

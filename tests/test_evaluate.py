@@ -183,9 +183,9 @@ def test_a_model_and_captions_of_ones_own(own_model, tmp_path, monkeypatch, caps
     (tmp_path / "mine.py").write_text(BROKEN)
     asked = ("evaluate", "--model", own_model, "--prompts", tmp_path / "p.jsonl", "--steps", 3, "--seeds", 1, "--no-progress")
     code, out, error = run(monkeypatch, capsys, *asked, "--out", tmp_path / "run")
-    assert code == 0 and [line.split()[0] for line in out.splitlines()[1:4]] == ["cfg", "delayed-at", "opposite-at"]
+    assert code == 0 and [line.split()[0] for line in out.splitlines()[1:5]] == ["cfg", "delayed-at", "opposite-at", "guard"]
     assert "Copies were not counted" in out and max(map(len, out.splitlines())) <= 80
-    assert "methods: cfg, delayed-at, opposite-at; no guard: the model has no calibration" in error
+    assert "methods: cfg, delayed-at, opposite-at, guard\n" in error
     lines = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").open()]
     assert {line["memorized"] for line in lines} == {line["concept_ok"] for line in lines} == {None}
     assert run(monkeypatch, capsys, "report", tmp_path / "run", "--out", tmp_path / "page.html")[0] == 0
@@ -205,7 +205,7 @@ def test_a_model_and_captions_of_ones_own(own_model, tmp_path, monkeypatch, caps
     assert len({line["digest"] for line in own}) == 1  # the image that the earlier file made is made again
     assert [len(line["noise_gap"]) for line in own] == [3, 3]
     for options, says in (
-        (("--methods", "guard"), "got 'guard' without a calibration"),
+        (("--methods", "guard-calibrated"), "got 'guard-calibrated' without a calibration"),
         (("--methods", "shape-nope"), "must be all, FILE.py:NAME, or among cfg"),
         (("--similarity", "dino"), "threshold must be given"),
         (("--images", tmp_path / "none"), "does not exist"),
@@ -217,8 +217,8 @@ def test_a_model_and_captions_of_ones_own(own_model, tmp_path, monkeypatch, caps
 
 def test_a_method_that_does_not_suit_is_named_before_any_work(tmp_path, caplog):
     scenario = replace(TINY, stable=None, ordinary=())
-    with pytest.raises(ValueError, match="method 'guard': the guard is calibrated for 50 steps"):
-        evaluate(scenario, ["cfg", "guard"], tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match="method 'guard-calibrated': the guard's early look is calibrated for 50 steps"):
+        evaluate(scenario, ["cfg", "guard-calibrated"], tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from basinescape import At, FirstMinimum, Guidance, Sampler, Settled
+from basinescape import FirstMinimum, Guidance, Sampler, Settled
 from basinescape.folder import settings_of
 from basinescape.kernels import definition
 
 from ..scenario import Prompt, Scenario, limited, prompts
 from . import figures
-from .detection import anisotropy, detection
+from .detection import captions_told, pictures_told
 from .evaluate import write_csv
 from .measure import Measure
 from .trajectories import Laboratory, constant, convergence, curves, edges, onset_sweep, returns
@@ -28,7 +28,6 @@ from .trajectories import Laboratory, constant, convergence, curves, edges, onse
 __all__ = ["Laboratory", "analyze", "curves", "edges"]
 
 log = logging.getLogger(__name__)
-DELAYS = (-3.5, -2.8, -1.9)  # log SNRs at which some of the pictures of memorized captions are copies
 
 
 def transition(gaps: Sequence[float], until: FirstMinimum | Settled) -> int | None:
@@ -59,17 +58,6 @@ def agreement(
         "memorized": _share([row["memorized"] for row in given]),
         "concept": _share([row["concept_ok"] for row in given]),
     }
-
-
-def _told(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], usual: Sequence[float]) -> list[dict[str, Any]]:
-    """`detection` of copies among delayed attempts at memorized captions: what tells the picture, where all captions are alike.
-
-    Nothing where all, or none, are copies.
-    """
-    delays = (Guidance.delayed(lab.scenario.scale, until=At(log_snr=log_snr)) for log_snr in DELAYS)
-    lines = [line for guidance in delays for line in curves(lab, found, seeds, guidance)]
-    positive = [line["memorized"] for line in lines]
-    return detection(lines, positive, usual) if len(set(positive)) == 2 else []
 
 
 def _share(values: Sequence[float | None]) -> float | None:
@@ -151,15 +139,9 @@ def analyze(
     figures.curves(plain, out / "curves.png")
     detected, ordinary, told = [], [], []
     if general:
-        usual = np.median([line["gap"] for line in plain["general"]], axis=0).tolist()
-        noise = [row for name in ("memorized", "general") for row in anisotropy(lab, groups[name], drawn)]
-        lines = [*plain["memorized"], *plain["general"]]
-        positive = [True] * len(plain["memorized"]) + [False] * len(plain["general"])
-        detected = detection(lines, positive, usual, noise)
+        detected, told = captions_told(lab, groups, drawn, plain), pictures_told(lab, groups, drawn, plain)
         free_general = curves(lab, groups["general"], drawn, constant(0.0, steps))
         ordinary = np.median([line["gap"] for line in free_general], axis=0).tolist()
-        if copies:
-            told = _told(lab, groups["memorized"], drawn, usual)
     sweep = onset_sweep(lab, groups["memorized"], drawn, onsets) if shown else []
     if sweep:
         write_csv(out / "onset.csv", sweep)

@@ -1,20 +1,32 @@
-"""What tells memorized prompts from others: statistics of the two predictions, how well each does, and what it costs."""
+"""What tells memorized captions from others, and copies from other pictures: statistics, how well each does, what it costs.
+
+python -m basinescape.bench.evaluation.detection --scenario flow --json FILE [--seeds 2] [--first-seed 0]
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from basinescape import At, Guidance, Sampler
+from basinescape.folder import settings_of
 from basinescape.guidance import PROBES
 from torch import Tensor
 
-from ..scenario import Prompt
+from ..scenario import Prompt, load, prompts
+from .measure import Measure
 from .metrics import roc
-from .trajectories import Laboratory
+from .trajectories import Laboratory, curves
 
+DELAYS = (-3.5, -2.8, -1.9)  # log SNRs at which some of the pictures of memorized captions are copies
 WATCHED = (1, 5, 10)  # first steps whose statistics are tried as a score of memorization
 ALIGNED = {"v_prediction": 0.1}  # weight of the cosine beside the norm, 2 for any other prediction: SD 2's and SD 1's
 SIZE = 4 * 64 * 64  # numbers in the latents that those weights are for; a norm grows with the root of their number
@@ -96,3 +108,58 @@ def detection(
         row = {"statistic": name, "steps": k, "network_calls": calls}
         rows.append(row | {"auc": round(area, 4), "tpr_at_1pct_fpr": round(hits, 4)})
     return rows
+
+
+Lines = list[dict[str, Any]]
+
+
+def captions_told(lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Sequence[int], plain: dict[str, Lines]) -> Lines:
+    """`detection` of memorized captions among all, under plain guidance. plain: lines of `curves` by group."""
+    noise = [row for name in ("memorized", "general") for row in anisotropy(lab, groups[name], seeds)]
+    lines = [*plain["memorized"], *plain["general"]]
+    positive = [True] * len(plain["memorized"]) + [False] * len(plain["general"])
+    return detection(lines, positive, _usual(plain), noise)
+
+
+def pictures_told(lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Sequence[int], plain: dict[str, Lines]) -> Lines:
+    """`detection` of copies among delayed attempts at memorized captions: what tells the picture, where all captions are alike.
+
+    Nothing where all, or none, are copies, or copies cannot be told.
+    """
+    if not lab.measure.likeness:
+        return []
+    delays = (Guidance.delayed(lab.scenario.scale, until=At(log_snr=log_snr)) for log_snr in DELAYS)
+    lines = [line for guidance in delays for line in curves(lab, groups["memorized"], seeds, guidance)]
+    positive = [line["memorized"] for line in lines]
+    return detection(lines, positive, _usual(plain)) if len(set(positive)) == 2 else []
+
+
+def _usual(plain: dict[str, Lines]) -> list[float]:
+    return np.median([line["gap"] for line in plain["general"]], axis=0).tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scenario", default="tiny")
+    parser.add_argument("--json", type=Path, required=True, help="the file to write")
+    parser.add_argument("--seeds", type=int, default=2, help="pictures a caption")
+    parser.add_argument("--first-seed", type=int, default=0)
+    args = parser.parse_args()
+    scenario = load(args.scenario)
+    groups, drawn = prompts(scenario), range(args.first_seed, args.first_seed + args.seeds)
+    sampler = Sampler.from_pretrained(scenario.source, scheduler=scenario.scheduler).using(**scenario.options)
+    lab = Laboratory(scenario, sampler, Measure(scenario, groups))
+    plain = {name: curves(lab, found, drawn, Guidance.cfg(scenario.scale)) for name, found in groups.items()}
+    found = {
+        "scenario": scenario.name,
+        "date": date.today().isoformat(),
+        "seeds": list(drawn),
+        **settings_of(sampler),
+        "captions": captions_told(lab, groups, drawn, plain),
+        "pictures": pictures_told(lab, groups, drawn, plain),
+    }
+    args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
