@@ -30,7 +30,7 @@ from .engine import Engine
 from .folder import Journal, open_folder, settings_of, weights_sha256
 from .guard import Ladder
 from .guidance import Guard, Guidance
-from .manifest import MANIFEST, belongs, read_jobs, write_jobs
+from .manifest import MANIFEST, Part
 from .models.network import hooked
 from .progress import Progress, Summary
 from .prompts import OWN, Job, Prompts
@@ -125,8 +125,7 @@ def generate(
 
     with Journal(out / MANIFEST, finished) as journal, shown, Stop() as stop:
         mine = Part(prompts, shard)
-        if sum(1 for _ in read_jobs(out)) != len(prompts):
-            write_jobs(out, ((position, job.id) for position, job in mine.asked()))
+        mine.record(out)
 
         def waiting() -> Iterator[tuple[int, Job]]:
             for position, job in mine:
@@ -197,30 +196,6 @@ def _ray() -> ModuleType:
 def balanced(most: int, jobs: int) -> int:
     """So many slots, at most `most`, that the jobs fill them evenly: 9 jobs take 5 slots twice, not 8 twice."""
     return math.ceil(jobs / math.ceil(jobs / most)) if jobs else most
-
-
-class Part:
-    """What is to be done of the jobs: all of them, or a shard.
-
-    fault: what broke their source, None where nothing did. The jobs before it are done all the same.
-    """
-
-    def __init__(self, prompts: Prompts, shard: tuple[int, int] | None):
-        self.prompts, self.shard, self.fault = prompts, shard, None
-        self.count = len(prompts) if shard is None else sum(1 for _ in self)
-
-    def asked(self) -> Iterator[tuple[int, Job]]:
-        """The jobs of the whole run, as (position, job)."""
-        try:
-            yield from self.prompts
-        except Exception as error:  # whatever a source raises: nobody can list it
-            self.fault = error
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[tuple[int, Job]]:
-        return ((position, job) for position, job in self.asked() if belongs(position, self.shard))
 
 
 class Stop:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .folder import read_lines, whole
+
+if TYPE_CHECKING:
+    from .prompts import Job, Prompts
 
 MANIFEST, JOBS = "manifest.jsonl", "jobs.jsonl"
 NEEDED = {"id": str, "prompt": str, "seed": int, "status": str}  # of every line of the manifest
@@ -30,15 +33,39 @@ def belongs(position: int, shard: tuple[int, int] | None) -> bool:
     return shard is None or position % shard[1] == shard[0]
 
 
-def write_jobs(out: Path, jobs: Iterable[tuple[int, str]]) -> None:
-    """Write positions and ids of all jobs of a run, so that what is missing can be named."""
-    with whole(out / JOBS) as part, part.open("w", encoding="utf-8") as file:
-        for position, id in jobs:
-            file.write(json.dumps({"position": position, "id": id}) + "\n")
-
-
 def read_jobs(out: Path) -> Iterator[tuple[int, str]]:
     """Positions and ids of all jobs of a run; none where the file is missing, and not those on lines that are damaged."""
     for line in read_lines(out / JOBS):
         if isinstance(line.get("position"), int) and isinstance(line.get("id"), str):
             yield line["position"], line["id"]
+
+
+class Part:
+    """What is to be done of the jobs of a run: all of them, or shard (i, n), as (position, job).
+
+    fault: what broke the source of the jobs, None where nothing did. Those before it are done all the same.
+    """
+
+    def __init__(self, prompts: Prompts, shard: tuple[int, int] | None):
+        self.prompts, self.shard, self.fault = prompts, shard, None
+        self.count = len(prompts) if shard is None else sum(1 for _ in self)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[int, Job]]:
+        return ((position, job) for position, job in self._asked() if belongs(position, self.shard))
+
+    def _asked(self) -> Iterator[tuple[int, Job]]:
+        try:
+            yield from self.prompts
+        except Exception as error:  # whatever a source raises: nobody can list it
+            self.fault = error
+
+    def record(self, out: Path) -> None:
+        """Write the ids of all jobs of the run into its folder, so that what is missing there can be named."""
+        if sum(1 for _ in read_jobs(out)) == len(self.prompts):
+            return
+        with whole(out / JOBS) as part, part.open("w", encoding="utf-8") as file:
+            for position, job in self._asked():
+                file.write(json.dumps({"position": position, "id": job.id}) + "\n")

@@ -40,10 +40,11 @@ def merge(run: str | Path, out: str | Path) -> tuple[int, int]:
                 shutil.copyfile(parts[0] / JOBS, part)
         writes.join(parts)
         for part in parts:
+            own = writer(part, settings["format"])
             for line in sound(part):
                 if line["id"] in journal:
                     continue
-                wrong = writes.wrong(line) if line["status"] == "ok" else None
+                wrong = own.wrong(line) if line["status"] == "ok" else None
                 if wrong is None:
                     journal.append(line)
                 else:
