@@ -80,7 +80,8 @@ def generate(
     load, workers: have the work done on a Ray cluster, by so many workers (default: one a GPU), each of which calls `load` for
         its sampler; `sampler` is looked at alone. See `ray`.
     copies: what else a manifest line says of its image, as how near it is to which training image; not on a cluster.
-    shard: (i, n): of n parts of the run, which may be made elsewhere, the i-th, in the folder `out`/shard-i-of-n; see `merge`.
+    shard: (i, n): every n-th job from the i-th on, in the folder `out`/shard-i-of-n; the other parts of the run may be made
+        elsewhere, see `merge`.
 
     A manifest line says what was asked (id, prompt, seed, negative_prompt where there is one), `transition_step`,
     `transition_timestep`, `transition_log_snr`, `noise_gap`, and `status`: "ok" where the image is there and its pixels were

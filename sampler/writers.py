@@ -1,7 +1,8 @@
 """What becomes of the images of a run: files of their own, or shards that hold many; each with its line of the manifest.
 
 A file is there whole before the manifest says so, and has the same bytes whether or not the run was stopped on the way: a shard
-holds the images of a fixed range of positions, in their order, and is written once all of them are made or have failed.
+holds the images of a fixed range of positions, in their order, and is written once all of them are made or have failed. In a
+part of a run that is each shard's share of its images; `join` makes whole ones of those.
 """
 
 from __future__ import annotations
