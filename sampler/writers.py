@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import re
 import tarfile
 from abc import ABC, abstractmethod
@@ -28,6 +29,7 @@ from . import arguments
 from .folder import SAFE_ID, finite, link, save_bytes, whole
 from .manifest import sound
 
+log = logging.getLogger(__name__)
 SHARD = 256  # positions a shard
 FRAMES_A_SECOND = 16  # of a video, which Wan was trained for
 Picture = Image.Image | Sequence[Image.Image] | Tensor  # a picture, the frames of a video, or latents
@@ -160,7 +162,7 @@ class Files(Writer):
         for part in parts:
             there = Files(part, self.suffix)
             for line in sound(part):
-                if line["status"] == "ok" and there.holds(line) and not self.holds(line):
+                if line["status"] == "ok" and not self.holds(line) and there.holds(line):
                     link(part / line["file"], self.out / line["file"])
         self._digests.cache_clear()
 
@@ -193,7 +195,7 @@ class Shards(Writer):
         return bool(re.fullmatch(rf"shards/[0-9]{{6,}}\.{self.kind.suffix}", file))
 
     def contents(self, file: Path) -> Iterator[tuple[str, bytes]]:
-        return ((row.line["id"], row.data) for row in self.kind.read(file))
+        return ((row.line["id"], row.data) for row in self.kind.read(file.read_bytes()))
 
     def join(self, parts: Sequence[Path]) -> None:
         found = {f"shards/{path.name}" for part in parts for path in (part / "shards").glob("*")}
@@ -208,10 +210,20 @@ class Shards(Writer):
         return f"{file}, image {id}"
 
     def _rows(self, path: Path) -> dict[int, Made]:
-        """What a file holds, by position: nothing where it is missing or damaged, for all of it is made again then."""
+        """What a file holds, by position: nothing where it is missing or damaged, for all of it is made again then.
+
+        Raises OSError where it is there and cannot be read for another reason, which may pass.
+        """
         try:
-            return {row.position: row for row in self.kind.read(path)}
-        except Exception:  # whatever a library makes of it
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return {}
+        try:
+            return {row.position: row for row in self.kind.read(data)}
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a library makes of a file that is damaged
+            log.warning("%s cannot be read, so its images are to be made again: %s", path, arguments.line(error))
             return {}
 
     def _write(self, name: str, rows: dict[int, Made]) -> None:
@@ -248,8 +260,8 @@ class Parquet:
         columns = {name: self.arrow.array([row.get(name) for row in found], types.get(name)) for name in names}
         self.parquet.write_table(self.arrow.table(columns), path, write_page_checksum=True)
 
-    def read(self, path: Path) -> Iterator[Made]:
-        for row in self.parquet.read_table(path, page_checksum_verification=True).to_pylist():
+    def read(self, data: bytes) -> Iterator[Made]:
+        for row in self.parquet.read_table(io.BytesIO(data), page_checksum_verification=True).to_pylist():
             line = {name: value for name, value in row.items() if value is not None}
             image, position = line.pop("image"), line.pop("position")
             yield Made(position, line, image["bytes"])
@@ -268,15 +280,15 @@ class WebDataset:
             for row in rows:
                 tar.write({"__key__": f"{row.position:012d}", "png": row.data, "json": json.dumps(finite(row.line)).encode()})
 
-    def read(self, path: Path) -> Iterator[Made]:
-        with tarfile.open(path) as tar:
-            data: dict[str, bytes] = {}
+    def read(self, data: bytes) -> Iterator[Made]:
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            found: dict[str, bytes] = {}
             for member in tar:
                 key, _, kind = member.name.partition(".")
-                data[kind] = tar.extractfile(member).read()
-                if len(data) == 2:
-                    yield Made(int(key), json.loads(data["json"]), data["png"])
-                    data = {}
+                found[kind] = tar.extractfile(member).read()
+                if len(found) == 2:
+                    yield Made(int(key), json.loads(found["json"]), found["png"])
+                    found = {}
 
 
 def library(name: str, package: str, format: str) -> Any:
