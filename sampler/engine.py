@@ -38,6 +38,7 @@ class Sample:
     ladder:  its attempts; a plain one has one that nobody judges. shape: of its latents (C, h, w).
     network, row: its encoded prompt is this row of that network's.
     seed:    of a generator of its own, from which all its noise comes.
+    initial: what draws initial noise from generators, (1, C, h, w); None: normal noise of its shape. Some models pack it.
     generator, noise: where it is gone on with: that generator, and the noise (C, h, w) that it has drawn already.
     attempt, calls: the one it begins with, and the predictions that those before it needed.
     """
@@ -48,6 +49,7 @@ class Sample:
     network: Guided
     row: int
     seed: int = 0
+    initial: Callable[[Sequence[torch.Generator]], Tensor] | None = None
     generator: torch.Generator | None = None
     noise: Tensor | None = None
     attempt: int = 0
@@ -69,7 +71,8 @@ class Sample:
         return self.draw()
 
     def draw(self) -> Tensor:
-        return draw(self.shape, [self.generator])[0] * self.ladder.solver.init_sigma
+        drawn = draw(self.shape, [self.generator]) if self.initial is None else self.initial([self.generator])
+        return drawn[0] * self.ladder.solver.init_sigma
 
 
 @dataclass(eq=False)
@@ -406,11 +409,15 @@ def guarded(
     noise: Tensor,
     generators: Sequence[torch.Generator],
     bar: Callable[[Sequence[Branch]], Iterable[Branch]],
+    initial: Callable[[Sequence[torch.Generator]], Tensor],
 ) -> Run:
-    """One batch under a guard, from its initial noise (B, ...); the bar is of the plain attempt's steps."""
+    """One batch under a guard, from its initial noise (B, ...); the bar is of the plain attempt's steps. initial: see `Sample`."""
     turns = iter(bar(ladder.whole.branches[: ladder.starts[1]]))
     given = enumerate(zip(noise, generators, strict=True))
-    work = [Sample(i, ladder, tuple(x.shape), network, i, own.initial_seed(), generator=own, noise=x) for i, (x, own) in given]
+    work = [
+        Sample(i, ladder, tuple(x.shape), network, i, own.initial_seed(), initial, generator=own, noise=x)
+        for i, (x, own) in given
+    ]
     engine = Engine(begin, len(work), fixed=network.version is not None, room=False)
     return _gathered(engine.run(work, tick=lambda: next(turns, None)))
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 PROBES = 2  # noises that a picture is judged by
 # The basin score above which a picture is suspect, of a plain attempt and of those after it, without a calibration.
 THRESHOLD, LATER = 0.3, 0.2
-# With one: the share of ordinary pictures above the threshold of a plain attempt, and of those after it.
-RATE, LATER_RATE = 0.01, 0.05
+# With one: the share of ordinary pictures that may begin again, and of those that are above the threshold of later attempts.
+RATE, LATER_RATE = 0.01, 0.1
 LADDER = (-2.8, -2.8, -2.8, -1.9, -1.9, -1.5, -0.8)  # log SNRs until which the attempts after the plain one are delayed
 
 Branch = Literal["both", "uncond", "cond"]  # which predictions a call of the network makes
@@ -156,9 +156,10 @@ class Guidance:
         """Plain guidance whose pictures are judged: what looks like a copy begins again, more carefully each time; see `Guard`.
 
         calibration: of this model; it replaces the thresholds, and gives up hopeless plain attempts by their first gaps.
-        threshold:   the basin score above which a plain picture is suspect; default 0.3, or the calibration's at `rate`.
+        threshold:   the basin score above which a plain picture is suspect; default 0.3, or by the calibration.
         later:       the same for the attempts after it, which are looked at more closely; default 0.2, or the calibration's.
-        rate:        with a calibration, the share of ordinary pictures that may be taken for copies.
+        rate:        with a calibration, the share of ordinary pictures that may begin again: half of it by their first gaps,
+                     half by their scores.
         attempts:    those after the plain one; None: delayed guidance, until the log SNRs of `LADDER`.
         given:       rule and its options, shape, interval or restart, of every attempt.
 
@@ -169,11 +170,11 @@ class Guidance:
         plain = cls.cfg(scale, **given)
         delays = [replace(plain, until=At(log_snr=log_snr)) for log_snr in LADDER] if attempts is None else list(attempts)
         if threshold is None:
-            threshold = THRESHOLD if calibration is None else calibration.threshold(rate)
+            threshold = THRESHOLD if calibration is None else calibration.threshold(rate / 2)
         if later is None:
             later = LATER if calibration is None else calibration.threshold(LATER_RATE)
         tried = (Attempt(plain, threshold), *(Attempt(one, later) for one in delays))
-        return Guard(tried, None if calibration is None else calibration.early(rate, scale))
+        return Guard(tried, None if calibration is None else calibration.early(rate / 2, scale))
 
     def __repr__(self) -> str:
         extra = "" if self.shape == "static" else f", shape={self.shape!r}"
