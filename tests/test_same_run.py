@@ -19,9 +19,8 @@ def scenario(tmp_path):
     """The small pipeline's, in a folder that a test may change."""
     folder = tmp_path / "my-model"
     shutil.copytree(Sampler.model_path("tiny"), folder)
-    names = {"memorized": "memorized.jsonl", "images": "memorized", "calibration": "calibration.json"}
-    files = {field: str(folder / name) for field, name in names.items()}
-    return replace(PRESETS["tiny"], model=str(folder), general=None, steps=2, **files)
+    files = {"model": str(folder), "memorized": str(folder / "memorized.jsonl"), "images": str(folder / "memorized")}
+    return replace(PRESETS["tiny"], general=None, calibration=None, steps=2, **files)
 
 
 def contents(out):
@@ -70,6 +69,8 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_evaluation_of_what_has_changed_under_its_name_is_another(scenario, tmp_path, change):
+    if change is calibration:
+        scenario = replace(scenario, calibration=str(tmp_path / "my-model" / "calibration.json"))
     asked = {"methods": ["cfg"], "out": tmp_path / "run", "seeds": 1, "limit": 1, "progress": False}
     rows = evaluate(scenario, **asked)
     assert evaluate(scenario, **asked) == rows  # nothing has changed
