@@ -8,7 +8,8 @@ import argparse
 from basinescape import At, Calibration, Guidance, Sampler
 from basinescape.data.prompts import Prompts
 from basinescape.generate import generate
-from basinescape.writers import FORMATS, verify
+from basinescape.verify import verify
+from basinescape.writers import FORMATS
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("prompts", help='JSON Lines {"prompt": "..."}, .csv, .parquet, hf:DATASET, or - for standard input')

@@ -1,8 +1,9 @@
 """A run: prompts in, a folder of images out, with a manifest that grows as images are finished.
 
-The folder gets the images (see `writers`), `manifest.jsonl` (a line an image) and `run.json` (all that is needed to make it
-again). A run that was stopped goes on where it was when it is started again with the same settings; images that are gone or
-changed since, and those that failed, are made again. Nothing holds all of the prompts, lines or images.
+The folder gets the images (see `writers`), `manifest.jsonl` (a line an image), `jobs.jsonl` (the ids of all that are to be
+made) and `run.json` (all that is needed to make it again). A run that was stopped goes on where it was when it is started again
+with the same settings; images that are missing or changed since, and those that failed, are made again: each that is there is
+read and compared with its SHA-256. Nothing holds all of the prompts, lines or images.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .engine import Engine
 from .folder import Journal, open_folder, settings_of, weights_sha256
 from .guard import Ladder
 from .guidance import Guard, Guidance
+from .manifest import MANIFEST, Part
 from .models.network import hooked
 from .progress import Progress, Summary
 from .sampler import Sampler
@@ -78,7 +80,8 @@ def generate(
     load, workers: have the work done on a Ray cluster, by so many workers (default: one a GPU), each of which calls `load` for
         its sampler; `sampler` is looked at alone. See `ray`.
     copies: what else a manifest line says of its image, as how near it is to which training image; not on a cluster.
-    shard: (i, n): of n parts of the run, which may be made elsewhere, the i-th, in the folder `out`/shard-i-of-n; see `merge`.
+    shard: (i, n): every n-th job from the i-th on, in the folder `out`/shard-i-of-n; the other parts of the run may be made
+        elsewhere, see `merge`.
 
     A manifest line says what was asked (id, prompt, seed, negative_prompt where there is one, and what else the file of prompts
     says of it), `transition_step`, `transition_timestep`, `transition_log_snr`, `noise_gap`, and `status`: "ok" where the image
@@ -87,8 +90,9 @@ def generate(
     was cut at the text encoder's limit (the text that was left out), `retried` where the sample was not finite and was made
     again in float32.
 
-    A fault of one sample costs that one: it is marked, and made again when the run is started again. After SIGINT or SIGTERM
-    what is in flight is finished and no more begun; a second one ends the run at once.
+    A fault of one sample costs that one: it is marked, and made again when the run is started again. Where the prompts cannot
+    be read to their end, the images of those before are finished, and the error is raised then. After SIGINT or SIGTERM what is
+    in flight is finished and no more begun; a second one ends the run at once.
 
     Raises ValueError, before any sampling, for bad settings and for a folder that holds something else; ImportError for a
     format whose library is missing; OSError where the disk is full, and the run goes on when it is started again.
@@ -121,8 +125,9 @@ def generate(
     def finished(line: dict[str, Any]) -> str | None:
         return line["id"] if line.get("status") == "ok" and writes.holds(line) else None
 
-    with Journal(out / "manifest.jsonl", finished) as journal, shown, Stop() as stop:
-        mine = Part(prompts, writes.block, shard)
+    with Journal(out / MANIFEST, finished) as journal, shown, Stop() as stop:
+        mine = Part(prompts, shard)
+        mine.record(out)
 
         def waiting() -> Iterator[tuple[int, Job]]:
             for position, job in mine:
@@ -147,6 +152,8 @@ def generate(
         take(run.in_float32(again, stop))
         shown.summary.signal = stop.signal
         run.close()
+    if mine.fault is not None:
+        raise mine.fault
     return shown.summary
 
 
@@ -191,21 +198,6 @@ def _ray() -> ModuleType:
 def balanced(most: int, jobs: int) -> int:
     """So many slots, at most `most`, that the jobs fill them evenly: 9 jobs take 5 slots twice, not 8 twice."""
     return math.ceil(jobs / math.ceil(jobs / most)) if jobs else most
-
-
-class Part:
-    """What is to be done of the jobs: all of them, or a shard, whole files of `block` positions."""
-
-    def __init__(self, prompts: Prompts, block: int, shard: tuple[int, int] | None):
-        self.prompts, self.block, self.shard = prompts, block, shard
-        self.count = len(prompts) if shard is None else sum(1 for _ in self)
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[tuple[int, Job]]:
-        i, n = self.shard or (0, 1)
-        return ((position, job) for position, job in self.prompts if position // self.block % n == i)
 
 
 class Stop:

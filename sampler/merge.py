@@ -2,60 +2,79 @@
 
 from __future__ import annotations
 
-import os
+import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from .folder import Journal, open_folder, read_lines, read_settings, whole
+from .folder import Journal, open_folder, read_settings, whole
+from .manifest import JOBS, MANIFEST, sound
+from .writers import writer
 
+log = logging.getLogger(__name__)
+NAME = re.compile(r"shard-(\d+)-of-(\d+)", re.ASCII)
 OWN = ("shard", "device")  # settings in which the shards of a run may differ
 
 
 def merge(run: str | Path, out: str | Path) -> tuple[int, int]:
     """Make `out` of the folders shard-i-of-n in `run`; returns (images that are there, jobs of the run).
 
-    A merge that was stopped goes on when it is started again. What is missing, `generate` makes in `out`, given the same
-    settings without a shard.
+    A merge that was stopped goes on when it is started again. A warning names each image that is missing or changed, and it is
+    left out. `generate` makes in `out` what is missing there, given the same settings without a shard.
 
-    Raises ValueError where there are no shards, a shard is missing or of another run, or `out` holds something else.
+    Raises ValueError, before any work, where there are no shards, a shard is missing or of another run, or `out` holds
+    something else.
     """
-    run, out = Path(run), Path(out)
-    parts = sorted(run.glob("shard-*-of-*"), key=lambda part: int(part.name.split("-")[1]))
-    if not parts:
-        raise ValueError(f"{str(run)!r} holds no folder shard-i-of-n: give the --out of a run made with --shard")
-    shards = [read_settings(part) for part in parts]
-    count = shards[0]["shard"][1]
-    missing = sorted(set(range(count)) - {settings["shard"][0] for settings in shards})
-    if missing or len(shards) != count:
-        raise ValueError(f"{str(run)!r} has {len(shards)} of {count} shards; missing are {missing}")
-    common = {name: value for name, value in shards[0].items() if name not in OWN}
-    for part, settings in zip(parts, shards, strict=True):
-        differs = [name for name in common if settings.get(name) != common[name]]
-        if differs:
-            raise ValueError(f"{part.name} is of another run than {parts[0].name} (its {', '.join(differs)} differ)")
-    open_folder(out, {**shards[0], "shard": None})
+    parts, settings = _shards(Path(run))
+    out = Path(out)
+    open_folder(out, settings | {"shard": None})
+    writes = writer(out, settings["format"])
 
     def there(line: dict[str, Any]) -> str | None:
-        return line["id"] if line.get("status") == "ok" and (out / line["file"]).is_file() else None
+        return line["id"] if line.get("status") == "ok" and writes.holds(line) else None
 
-    with Journal(out / "manifest.jsonl", there) as journal:
+    with Journal(out / MANIFEST, there) as journal:
+        if not (out / JOBS).is_file() and (parts[0] / JOBS).is_file():  # the same in all of them
+            with whole(out / JOBS) as part:
+                shutil.copyfile(parts[0] / JOBS, part)
+        writes.join(parts)
         for part in parts:
-            for line in read_lines(part / "manifest.jsonl"):
+            own = writer(part, settings["format"])
+            for line in sound(part):
                 if line["id"] in journal:
                     continue
-                if line["status"] == "ok" and not (out / line["file"]).exists():
-                    _link(part / line["file"], out / line["file"])
-                journal.append(line)
-    images = sum(line["status"] == "ok" for line in read_lines(out / "manifest.jsonl"))
-    return images, shards[0]["prompts"]
+                wrong = own.wrong(line) if line["status"] == "ok" else None
+                if wrong is None:
+                    journal.append(line)
+                else:
+                    log.warning("%s: %s %s: left out", part.name, *wrong)
+    return sum(line["status"] == "ok" for line in sound(out)), settings["prompts"]
 
 
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(exist_ok=True)
-    with whole(target) as part:
-        part.unlink(missing_ok=True)
-        try:
-            os.link(source, part)
-        except OSError:  # another file system
-            shutil.copyfile(source, part)
+def _shards(run: Path) -> tuple[list[Path], dict[str, Any]]:
+    """All shards of a run, in their order, and its settings."""
+    found: dict[tuple[int, int], Path] = {}
+    for part in sorted(run.glob("shard-*-of-*")):
+        name = NAME.fullmatch(part.name)
+        if name is None:
+            raise ValueError(f"{str(part)!r} is no shard: its name must be shard-i-of-n, two numbers, as shard-0-of-8")
+        found[int(name[1]), int(name[2])] = part
+    if not found:
+        raise ValueError(f"{str(run)!r} holds no folder shard-i-of-n: give the --out of a run made with --shard")
+    counts = sorted({n for _, n in found})
+    if len(counts) > 1:
+        raise ValueError(f"{str(run)!r} holds shards of {' and of '.join(map(str, counts))}: keep those of one run")
+    missing = sorted({(i, counts[0]) for i in range(counts[0])} - found.keys())
+    if missing or len(found) != counts[0]:
+        raise ValueError(f"{str(run)!r} has {len(found)} of {counts[0]} shards; missing are {[i for i, _ in missing]}")
+    parts = [part for _, part in sorted(found.items())]
+    settings = [read_settings(part) for part in parts]
+    common = {name: value for name, value in settings[0].items() if name not in OWN}
+    for shard, part, own in zip(sorted(found), parts, settings, strict=True):
+        if own.get("shard") != list(shard):
+            raise ValueError(f"{part.name} holds shard {own.get('shard')}, by its run.json: give it its name back")
+        differs = [name for name in common if own.get(name) != common[name]]
+        if differs:
+            raise ValueError(f"{part.name} is of another run than {parts[0].name} (its {', '.join(differs)} differ)")
+    return parts, settings[0]

@@ -98,11 +98,12 @@ class Progress:
     """A bar in a terminal, lines elsewhere ("auto"), lines ("plain"), JSON Lines ("json") or nothing ("none").
 
     metrics: a port to serve the same numbers on for Prometheus, with the package prometheus_client; None: not served.
+    host: the address that it is served on: this machine alone, unless another is given; "0.0.0.0" is every one that it has.
 
     Raises ValueError for another kind, ImportError without that package, OSError for a port that is taken.
     """
 
-    def __init__(self, log: str = "auto", metrics: int | None = None, stream: TextIO | None = None):
+    def __init__(self, log: str = "auto", metrics: int | None = None, stream: TextIO | None = None, host: str = "127.0.0.1"):
         if log not in LOGS:
             raise ValueError(f"log must be one of {', '.join(LOGS)}, got {log!r}")
         self.stream = sys.stderr if stream is None else stream
@@ -110,9 +111,9 @@ class Progress:
         self.kind = {"auto": "bar" if terminal else "plain"}.get(log, log)
         self.summary, self._bar, self._gauges = Summary(0), None, {}
         if metrics is not None:
-            self._serve(metrics)
+            self._serve(metrics, host)
 
-    def _serve(self, port: int) -> None:
+    def _serve(self, port: int, host: str) -> None:
         try:
             from prometheus_client import CollectorRegistry, Gauge, start_http_server
         except ImportError as error:
@@ -120,7 +121,7 @@ class Progress:
         registry = CollectorRegistry()
         for name in Summary(0).facts():
             self._gauges[name] = Gauge(f"basinescape_{name}", f"{name} of the run, as in its summary", registry=registry)
-        self.port = start_http_server(port, registry=registry)[0].server_port
+        self.port = start_http_server(port, host, registry)[0].server_port
 
     def begin(self, total: int, before: int, skipped: int) -> None:
         self.summary, self._start = Summary(total, before, skipped), time.monotonic()

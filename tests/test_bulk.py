@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import shutil
+import socket
 import sys
 import urllib.request
 import weakref
@@ -19,7 +20,8 @@ from basinescape.folder import read_lines
 from basinescape.generate import balanced, generate
 from basinescape.merge import merge
 from basinescape.progress import JsonFormatter, Progress
-from basinescape.writers import FORMATS, verify
+from basinescape.verify import verify
+from basinescape.writers import FORMATS
 from PIL import Image
 from runs import QUICK, run, write
 from safetensors import safe_open
@@ -35,8 +37,7 @@ def sampler(pipe):
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    for name in ("SHARD", "Shards.block"):
-        monkeypatch.setattr(f"basinescape.writers.{name}", 3)
+    monkeypatch.setattr("basinescape.writers.SHARD", 3)
 
 
 def make(sampler, out, jobs=JOBS, **options):
@@ -171,6 +172,9 @@ def test_slots_are_filled_evenly():
         (("--format", "gif"), "format must be one of png, jpg"),
         (("--shard", "3/3"), "shard must be i/n"),
         (("--shard", "x"), "shard must be i/n"),
+        (("--shard", "\u0660/\u0662"), "shard must be i/n"),
+        (("--shard", "\u00b2/3"), "shard must be i/n"),
+        (("--shard", "0/2/"), "shard must be i/n"),
         (("--log", "loud"), "log must be one of auto"),
         (("--on-error", "ignore"), "on_error must be one of stop"),
     ],
@@ -218,6 +222,20 @@ def test_prometheus_finds_the_numbers(sampler, tmp_path):
     make(sampler, tmp_path / "out", progress=shown)
     page = urllib.request.urlopen(f"http://127.0.0.1:{shown.port}/metrics").read().decode()
     assert "basinescape_ok 7.0" in page and "basinescape_failed 0.0" in page
+
+
+@pytest.mark.parametrize(("given", "reached"), [({}, False), ({"host": "0.0.0.0"}, True), ({"host": "127.0.0.2"}, False)])
+def test_the_numbers_are_served_on_the_address_that_was_chosen(given, reached):
+    """127.0.0.3 stands for an address by which others reach this machine."""
+    pytest.importorskip("prometheus_client")
+    shown = Progress("none", metrics=0, **given)
+    own = given.get("host", "127.0.0.1").replace("0.0.0.0", "127.0.0.1")
+    socket.create_connection((own, shown.port), timeout=5).close()
+    if reached:
+        socket.create_connection(("127.0.0.3", shown.port), timeout=5).close()
+    else:
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection(("127.0.0.3", shown.port), timeout=5)
 
 
 @pytest.mark.parametrize("format", ["png", "parquet"])

@@ -1,10 +1,26 @@
 """A run's folder: whom it admits, what its journal is after a kill, and files that are whole or not there."""
 
+import errno
 import json
 import math
+import os
+from pathlib import Path
+from threading import Barrier, Thread
 
 import pytest
-from basinescape.folder import Journal, intact, open_folder, read_lines, read_settings, sha256, whole
+from basinescape import folder
+from basinescape.data.prompts import Job
+from basinescape.folder import (
+    SAFE_ID,
+    Journal,
+    files_sha256,
+    locked,
+    open_folder,
+    read_lines,
+    read_settings,
+    save_bytes,
+    whole,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -50,6 +66,36 @@ def test_another_run_and_a_file_are_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
         open_folder(tmp_path / "file", RUN)
+
+
+def test_nothing_is_written_where_another_process_is_at_work(tmp_path):
+    with locked(tmp_path), pytest.raises(ValueError, match="another process is at work"):
+        open_folder(tmp_path, RUN)
+    assert not list(tmp_path.iterdir())
+    open_folder(tmp_path, RUN)
+    with Journal(tmp_path / "manifest.jsonl", by_id), pytest.raises(ValueError, match="another process is at work"):
+        open_folder(tmp_path, RUN)
+
+
+def test_of_two_runs_that_begin_at_once_one_is_refused_and_the_other_has_its_settings(tmp_path):
+    """The one that is let in may write its images: nobody else's settings lie beside them."""
+    for trial in range(30):
+        out, begun, admitted = tmp_path / str(trial), Barrier(2), []
+
+        def begin(steps, out=out, begun=begun, admitted=admitted):
+            begun.wait()
+            try:
+                open_folder(out, RUN | {"steps": steps})
+            except ValueError:
+                return
+            admitted.append(steps)
+
+        threads = [Thread(target=begin, args=(steps,)) for steps in (1, 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert admitted == [read_settings(out)["steps"]]
 
 
 def by_id(line):
@@ -117,7 +163,108 @@ def test_a_file_is_whole_or_not_there(tmp_path):
         part.write_bytes(b"all of it")
         assert not (tmp_path / "a.png").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-    digest = sha256(tmp_path / "a.png")
-    assert intact(tmp_path / "a.png", digest)
-    (tmp_path / "a.png").write_bytes(b"all of iT")
-    assert not intact(tmp_path / "a.png", digest) and not intact(tmp_path / "b.png", None)
+
+
+@pytest.mark.parametrize("target", ["a file", "a new file", "a folder"])
+def test_a_link_in_the_way_of_a_file_is_not_followed(tmp_path, target):
+    theirs, out = tmp_path / "theirs", tmp_path / "out"
+    out.mkdir()
+    if target == "a file":
+        theirs.write_bytes(b"precious")
+    elif target == "a folder":
+        theirs.mkdir()
+    (out / "a.png.part").symlink_to(theirs)
+    save_bytes(b"mine", out / "a.png")
+    assert [path.name for path in out.iterdir()] == ["a.png"] and (out / "a.png").read_bytes() == b"mine"
+    assert not (out / "a.png").is_symlink()
+    if target == "a file":
+        assert theirs.read_bytes() == b"precious"
+    else:
+        assert theirs.exists() == (target == "a folder")
+
+
+def test_a_link_where_a_file_is_to_be_is_replaced(tmp_path):
+    (tmp_path / "theirs").write_bytes(b"precious")
+    (tmp_path / "a.png").symlink_to(tmp_path / "theirs")
+    save_bytes(b"mine", tmp_path / "a.png")
+    assert (tmp_path / "theirs").read_bytes() == b"precious" and (tmp_path / "a.png").read_bytes() == b"mine"
+
+
+class Full:
+    """`os` on a disk without room for one kind of call."""
+
+    def __init__(self, name, number):
+        self.name, self.number = name, number
+
+    def __getattr__(self, name):
+        return self._fail if name == self.name else getattr(os, name)
+
+    def _fail(self, *given):
+        raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["open", "fsync", "replace", "write"])
+def test_a_full_disk_says_what_to_do(tmp_path, monkeypatch, call, number):
+    with Journal(tmp_path / "manifest.jsonl", by_id) as journal:
+        monkeypatch.setattr(folder, "os", Full(call, number))
+        with pytest.raises(OSError, match="make room, then the same command goes on where it was") as stop:
+            if call != "write":
+                save_bytes(b"data", tmp_path / "a.png")
+            journal.append({"id": "a", "status": "ok"})
+        monkeypatch.setattr(folder, "os", os)
+    assert stop.value.errno == number
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.jsonl"}
+
+
+def test_other_errors_keep_their_words(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*gone"):
+        save_bytes(b"data", tmp_path / "gone" / "a.png")
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.with_name("new").replace(path)])
+def test_a_journal_that_is_removed_or_replaced_is_missed(tmp_path, change):
+    path = tmp_path / "manifest.jsonl"
+    with Journal(path, by_id) as journal:
+        journal.append({"id": "a", "status": "ok"})
+        (tmp_path / "new").write_text("")
+        change(path)
+        with pytest.raises(FileNotFoundError, match="was removed or replaced while the run went on; the same command"):
+            journal.append({"id": "b", "status": "ok"})
+
+
+@pytest.mark.parametrize("line", ["{}", '{"id": "a"}', '{"file": 3, "id": "a"}', '{"file": null, "id": "a"}'])
+def test_a_line_that_lacks_what_is_looked_for_does_not_count(tmp_path, line):
+    path = tmp_path / "results.jsonl"
+    path.write_text(line + '\n{"id": "b", "file": "b.png"}\n')
+    with Journal(path, lambda line: (line["id"], line["file"] + "")) as journal:
+        assert len(journal) == 1 and ("b", "b.png") in journal
+    assert path.read_text() == '{"id": "b", "file": "b.png"}\n'
+
+
+def test_files_are_told_by_their_names_and_contents(tmp_path):
+    for name, text in (("a", "1"), ("b", "2")):
+        (tmp_path / name).write_text(text)
+    digest = files_sha256([tmp_path / "b", tmp_path / "a"])
+    assert digest == files_sha256(path for path in tmp_path.iterdir())
+    (tmp_path / "there").mkdir()
+    for name in "ab":
+        (tmp_path / "there" / name).write_bytes((tmp_path / name).read_bytes())
+    assert files_sha256((tmp_path / "there").iterdir()) == digest  # wherever they lie
+    (tmp_path / "b").write_text("3")
+    changed = files_sha256([tmp_path / "a", tmp_path / "b"])
+    (tmp_path / "b").rename(tmp_path / "c")
+    renamed = files_sha256([tmp_path / "a", tmp_path / "c"])
+    assert len({digest, changed, renamed, files_sha256([tmp_path / "a"]), files_sha256([])}) == 5
+
+
+@pytest.mark.parametrize("id", ["con", "nul", "NUL", "Con.png", "aux.tar.gz", "com1", "LPT9.x", "prn", "con.", "", ".a", "-a"])
+def test_ids_that_can_name_no_file_are_refused(id):
+    assert not SAFE_ID.fullmatch(id)
+    with pytest.raises(ValueError, match="id must be 1 to 128 letters"):
+        Job(id, "a cat", 0)
+
+
+@pytest.mark.parametrize("id", ["cons", "icon", "con-1", "com", "com10", "_nul", "console.log", "A.b-c_9", "a" * 128])
+def test_ids_that_only_look_like_devices_are_taken(id):
+    assert Job(id, "a cat", 0).id == id

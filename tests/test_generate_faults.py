@@ -11,8 +11,10 @@ import pytest
 import torch
 from basinescape import Sampler, writers
 from basinescape.bench import cli
+from basinescape.data.prompts import Prompts
 from basinescape.folder import read_lines
 from basinescape.models.sd import StableDiffusion
+from basinescape.verify import verify
 from runs import QUICK, jobs, make, run, sound, write
 
 
@@ -208,6 +210,35 @@ def test_a_full_disk_ends_the_run_and_leaves_it_to_be_gone_on_with(sampler, draw
     monkeypatch.setattr(writers, "save_bytes", saved)
     make(sampler, jobs(3), tmp_path / "out")
     assert [line["id"] for line in sound(tmp_path / "out")] == ["p0", "p1", "p2"]
+
+
+class Breaking(Prompts):
+    """Prompts of which row `row` cannot be read from the `time`th reading on."""
+
+    def __init__(self, jobs, row, time):
+        super().__init__(jobs)
+        self.row, self.left = row, time
+
+    def __iter__(self):
+        self.left -= 1
+        for position, job in super().__iter__():
+            if position == self.row and self.left <= 0:
+                raise ConnectionError("the source is gone")
+            yield position, job
+
+
+@pytest.mark.parametrize("format", ["png", "parquet"])
+@pytest.mark.parametrize("threads", [True, False])
+@pytest.mark.parametrize(("row", "time"), [(5, 2), (5, 1), (0, 1)])
+def test_a_source_that_breaks_keeps_what_came_before(sampler, drawn, tmp_path, monkeypatch, format, threads, row, time):
+    if format == "parquet":
+        pytest.importorskip("pyarrow")
+    monkeypatch.setattr("basinescape.generate.threaded", lambda sampler: threads)
+    with pytest.raises(ConnectionError, match="the source is gone"):
+        make(sampler, Breaking(jobs(8), row, time), tmp_path / "out", format=format, batch_size=3)
+    assert [line["id"] for line in read_lines(tmp_path / "out" / "manifest.jsonl")] == [f"p{i}" for i in range(row)]
+    assert make(sampler, jobs(8), tmp_path / "out", format=format, batch_size=3).counts["ok"] == 8 - row
+    assert list(verify(tmp_path / "out")) == []
 
 
 def test_what_is_not_finite_is_tried_once_in_float32(random_pipeline, drawn, tmp_path):

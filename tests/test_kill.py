@@ -9,7 +9,8 @@ from basinescape import Guidance, folder
 from basinescape.bench.speed.standin import stand_in
 from basinescape.data.prompts import Job
 from basinescape.generate import generate
-from basinescape.writers import verify
+from basinescape.merge import merge
+from basinescape.verify import verify
 
 JOBS = [Job(f"p{i}", f"cat {i}", i) for i in range(5)]
 FORMATS = {"png": 2, "latents": 5, "parquet": 1, "webdataset": 2}  # every so manieth point: some are written alike
@@ -19,8 +20,7 @@ FORMATS = {"png": 2, "latents": 5, "parquet": 1, "webdataset": 2}  # every so ma
 def libraries(request, monkeypatch):
     for library in {"parquet": ["pyarrow"], "webdataset": ["webdataset"]}.get(request.node.callspec.params["format"], []):
         pytest.importorskip(library)
-    for name in ("SHARD", "Shards.block"):
-        monkeypatch.setattr(f"basinescape.writers.{name}", 2)
+    monkeypatch.setattr("basinescape.writers.SHARD", 2)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ class Dying:
             self.dead = True
             if name == "write":
                 real(given[0], given[1][: len(given[1]) // 2])
-            if name == "replace":  # what was not flushed is perhaps not there
+            if name == "replace" and os.stat(given[0]).st_nlink == 1:  # what is new and was not flushed is perhaps not there
                 os.truncate(given[0], os.path.getsize(given[0]) // 2)
         if self.dead:
             raise Killed
@@ -82,6 +82,26 @@ def test_a_run_killed_at_any_point_ends_as_if_it_had_not_been(sampler, tmp_path,
         monkeypatch.setattr(folder, "os", os)
         make(sampler, out, format)
         assert contents(out) == expected, point
+    assert list(verify(tmp_path / "whole")) == []
+
+
+@pytest.mark.parametrize("format", ["png", "webdataset"])
+def test_a_merge_killed_at_any_point_ends_as_if_it_had_not_been(sampler, tmp_path, monkeypatch, format):
+    for i in range(2):
+        generate(
+            sampler, JOBS, tmp_path / "parts", Guidance.cfg(2.0), "tiny", 1, 3, progress=False, format=format, shard=(i, 2)
+        )
+    monkeypatch.setattr(folder, "os", counting := Dying(10**6))
+    merge(tmp_path / "parts", tmp_path / "whole")
+    expected, points = contents(tmp_path / "whole"), 10**6 - counting.left
+    assert points > 20
+    for point in range(0, points, 2):
+        out = tmp_path / f"out-{point}"
+        monkeypatch.setattr(folder, "os", Dying(point))
+        with pytest.raises(Killed):
+            merge(tmp_path / "parts", out)
+        monkeypatch.setattr(folder, "os", os)
+        assert merge(tmp_path / "parts", out) == (5, 5) and contents(out) == expected, point
     assert list(verify(tmp_path / "whole")) == []
 
 

@@ -93,12 +93,13 @@ def generate(
     shard: Annotated[str | None, typer.Option(help="i/n: the i-th of n parts, from 0, in OUT/shard-i-of-n; see merge")] = None,
     log: Annotated[str, typer.Option(help="auto (a bar in a terminal, else lines), plain, json or none")] = "auto",
     metrics: Annotated[int | None, typer.Option(help="port on which Prometheus finds the same numbers")] = None,
+    metrics_host: Annotated[str, typer.Option(help="address of that port; 0.0.0.0: reached from other machines")] = "127.0.0.1",
     progress: Annotated[bool, typer.Option(help="--no-progress is --log none")] = True,
 ) -> None:
     """Make an image for every prompt of a file. The same command goes on where it was stopped."""
     from basinescape.data.prompts import Prompts
 
-    part, shown = shard_of(shard), looked_at(log, metrics, progress)
+    part, shown = shard_of(shard), looked_at(log, metrics, metrics_host, progress)
     jobs = Prompts(prompts, seed, on_error)
     quieten()
     from basinescape import Guidance

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -49,10 +50,10 @@ def shard_of(text: str | None) -> tuple[int, int] | None:
     """(i, n) of "i/n". Raises ValueError for anything else."""
     if text is None:
         return None
-    i, slash, n = text.partition("/")
-    if not (slash and i.isdigit() and n.isdigit() and int(i) < int(n)):
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
+    if found is None or not int(found[1]) < int(found[2]):
         raise ValueError(f"shard must be i/n with i from 0 to n - 1, such as 0/8, got {text!r}")
-    return int(i), int(n)
+    return int(found[1]), int(found[2])
 
 
 def spread(arguments: tuple, loading: dict[str, bool], workers: int | None) -> tuple[Callable[[], Sampler], str, str]:
@@ -67,11 +68,11 @@ def spread(arguments: tuple, loading: dict[str, bool], workers: int | None) -> t
     return partial(Sampler.from_pretrained, source, device, dtype, *rest, **loading), "cpu", dtype
 
 
-def looked_at(log: str, metrics: int | None, progress: bool) -> Progress:
+def looked_at(log: str, metrics: int | None, host: str, progress: bool) -> Progress:
     """What shows how far a run is; with "json", warnings and errors are JSON too."""
     from basinescape.progress import JsonFormatter, Progress
 
-    shown = Progress(log, metrics)
+    shown = Progress(log, metrics, host=host)
     if shown.kind == "json":
         for handler in logging.getLogger().handlers:
             handler.setFormatter(JsonFormatter())
@@ -81,8 +82,12 @@ def looked_at(log: str, metrics: int | None, progress: bool) -> Progress:
 
 
 def verify(out: Annotated[Path, typer.Argument(metavar="DIR", help="folder written by generate")]) -> None:
-    """Check every image of a run against its SHA-256. A line each that is missing or changed, and exit code 1 if any is."""
-    from basinescape.writers import verify
+    """Check that a run's folder holds all its images as they were made, and nothing else.
+
+    Exit code 1, and a line each, for images that are missing, changed or failed, damaged lines of manifest.jsonl, and files
+    that are none of the run's.
+    """
+    from basinescape.verify import verify
 
     wrong = 0
     for file, what in verify(out):
@@ -90,15 +95,20 @@ def verify(out: Annotated[Path, typer.Argument(metavar="DIR", help="folder writt
         wrong += 1
     if wrong:
         raise typer.Exit(1)
-    typer.echo(f"all images of {out} are as they were made")
+    typer.echo(f"all images of {out} are there as they were made")
 
 
 def merge(
     run: Annotated[Path, typer.Argument(metavar="DIR", help="the --out of a run that was made with --shard")],
     out: Annotated[Path, typer.Option(help="folder for the run as if made in one, which generate can go on with")],
 ) -> None:
-    """Make one run of a run's shards. Images are linked where the file system can, else copied."""
+    """Make one run of a run's shards. Files of an image are linked where the file system can, else copied.
+
+    Exit code 1 where images are missing: `verify` names them.
+    """
     from basinescape.merge import merge
 
     images, total = merge(run, out)
     typer.echo(f"{images} of {total} images in {out}")
+    if images < total:
+        raise typer.Exit(1)

@@ -8,6 +8,7 @@ goes on where it was.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import logging
 import time
@@ -17,9 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from basinescape import Output, Sampler
+from basinescape import Calibration, Output, Sampler
+from basinescape.data.pictures import images_in
 from basinescape.data.tables import write_csv
-from basinescape.folder import Journal, open_folder, read_lines, read_settings, save_image, settings_of
+from basinescape.folder import (
+    Journal,
+    files_sha256,
+    open_folder,
+    read_lines,
+    read_settings,
+    save_image,
+    settings_of,
+    weights_sha256,
+)
 from tqdm import tqdm
 
 from ..methods import Sampling, chosen
@@ -91,6 +102,8 @@ def evaluate(
         "first_seed": first_seed,
         "limit": limit,
         "batch_size": batch_size,
+        **_digests(scenario, whole_groups),
+        "weights": weights_sha256(sampler),
         **settings_of(sampler),
     }
     open_folder(out, run)
@@ -127,6 +140,24 @@ def evaluate(
     if failed:
         raise Incomplete(failed, why, rows)
     return rows
+
+
+def _digests(scenario: Scenario, groups: dict[str, list[Prompt]]) -> dict[str, str]:
+    """The SHA-256 of what lies in files beside the model's, under names that may come to hold something else."""
+    prompts = [(group, prompt.id, prompt.text, prompt.concept) for group, found in groups.items() for prompt in found]
+    images = {prompt.image for found in groups.values() for prompt in found if prompt.image}
+    images |= set(images_in(scenario.folder)) if scenario.folder else set()
+    calibration = asdict(Calibration.load(scenario.calibration)) if scenario.calibration else None
+    return {
+        "prompts_sha256": _sha256(prompts),
+        "training_images_sha256": files_sha256(images),
+        "calibration_sha256": _sha256(calibration),
+        "classifier_sha256": files_sha256(path for path in (Path(scenario.source) / "classifier").glob("*") if path.is_file()),
+    }
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _suitable(methods: dict[str, Sampling], sampler: Sampler, steps: int, strict: bool) -> dict[str, Sampling]:

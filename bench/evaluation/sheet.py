@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from basinescape.folder import read_lines, read_settings, whole
+from basinescape.folder import read_settings, whole
+from basinescape.manifest import MANIFEST, sound
 from basinescape.writers import FORMATS, writer
 from PIL import Image
 
@@ -23,7 +24,7 @@ figcaption { font-size: 12px; overflow-wrap: anywhere; } .suspect img, .failed {
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is one of generate's."""
-    return (folder / "manifest.jsonl").is_file() and (folder / "run.json").is_file()
+    return (folder / MANIFEST).is_file() and (folder / "run.json").is_file()
 
 
 def sheet(folder: str | Path, out: str | Path) -> int:
@@ -37,7 +38,7 @@ def sheet(folder: str | Path, out: str | Path) -> int:
     settings = read_settings(folder) if is_run(folder) else {}
     if settings.get("format") not in FORMATS:
         raise ValueError(f"{str(folder)!r} holds no run of generate")
-    lines = sorted(read_lines(folder / "manifest.jsonl"), key=_rank)
+    lines = sorted(sound(folder), key=_rank)
     if not lines:
         raise ValueError(f"{str(folder)!r} holds no image yet: its manifest.jsonl is empty")
     kinds = {"suspect": lambda line: line.get("suspect"), "failed": lambda line: line["status"] != "ok"}
@@ -59,7 +60,7 @@ def _rank(line: dict[str, Any]) -> tuple:
 def _images(folder: Path, format: str, lines: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes | None]]:
     """Each line with its image's bytes, None where there are none to show. A shard is read once."""
     shown, writes = {}, writer(folder, format)
-    ok = [line for line in lines if line["status"] == "ok" and format != "latents"]
+    ok = [line for line in lines if line["status"] == "ok" and format != "latents" and writes.names(line["file"], line["id"])]
     for file, some in itertools.groupby(sorted(ok, key=lambda line: line["file"]), key=lambda line: line["file"]):
         wanted = {line["id"] for line in some}
         if (folder / file).is_file():

@@ -11,9 +11,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from ..folder import SAFE_ID
 from .formats import HUB
 from .layout import METADATA, Layout, text_of, there
-from .names import COLUMN, IDS, IMAGE, SAFE_ID, TEXT, Ids, first
+from .names import COLUMN, IDS, IMAGE, TEXT, Ids, first
 from .rows import SAVED, Faults, opened
 
 Find = Callable[[str], Path]  # the picture that a row names

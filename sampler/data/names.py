@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-IDS = "1 to 128 letters, digits, '.', '_' or '-', not starting with '.' or '-'"
+from ..folder import SAFE_ID
+
+IDS = "1 to 128 letters, digits, '.', '_' or '-', not starting with '.' or '-' and no device of Windows, as con or nul"
 # Columns of which the first that says something counts. "file" is a manifest's, whose rows may have carried others.
 TEXT, IMAGE = ("prompt", "caption", "text"), ("image", "file", "file_name", "path")
 COLUMN = "prompt, caption or text"
@@ -85,7 +86,9 @@ class Ids:
         plain = name.replace("/", "-")
         found = re.sub(r"[^A-Za-z0-9._-]", "_", plain).lstrip(".-")[:100]
         digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
-        if found != plain or found.casefold() in self._taken:  # some file systems do not tell A.png from a.png
+        if (
+            found != plain or not SAFE_ID.fullmatch(found) or found.casefold() in self._taken
+        ):  # some file systems do not tell A.png from a.png
             found = f"{found or '_'}-{digest[:8]}"
         if found.casefold() in self._taken:
             found = digest

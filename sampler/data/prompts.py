@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from .. import arguments
-from ..folder import Keys
+from ..folder import SAFE_ID, Keys
 from .formats import Row, Rows
-from .names import COLUMN, IDS, IMAGE, SAFE_ID, TEXT
+from .names import COLUMN, IDS, IMAGE, TEXT
 from .rows import Faults, opened
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,71 @@
+"""What a run's folder says of its images: `jobs.jsonl`, all that are to be made, and `manifest.jsonl`, what came of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .folder import read_lines, whole
+
+if TYPE_CHECKING:
+    from .data.prompts import Job, Prompts
+
+MANIFEST, JOBS = "manifest.jsonl", "jobs.jsonl"
+NEEDED = {"id": str, "prompt": str, "seed": int, "status": str}  # of every line of the manifest
+NEEDED_OF_IMAGES = {"file": str, "sha256": str}  # of those whose image is there, too
+
+
+def lacks(line: dict[str, Any]) -> list[str]:
+    """What a line of a manifest has not, or of another type, that every one has."""
+    needed = NEEDED | (NEEDED_OF_IMAGES if line.get("status") == "ok" else {})
+    return [name for name, kind in needed.items() if not isinstance(line.get(name), kind)]
+
+
+def sound(out: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a folder's manifest, but for those that lack something; see `verify`, which names these."""
+    return (line for line in read_lines(out / MANIFEST) if not lacks(line))
+
+
+def belongs(position: int, shard: tuple[int, int] | None) -> bool:
+    """Whether the job at a position is one of shard (i, n) of a run; None: of the whole run."""
+    return shard is None or position % shard[1] == shard[0]
+
+
+def read_jobs(out: Path) -> Iterator[tuple[int, str]]:
+    """Positions and ids of all jobs of a run; none where the file is missing, and not those on lines that are damaged."""
+    for line in read_lines(out / JOBS):
+        if isinstance(line.get("position"), int) and isinstance(line.get("id"), str):
+            yield line["position"], line["id"]
+
+
+class Part:
+    """What is to be done of the jobs of a run: all of them, or shard (i, n), as (position, job).
+
+    fault: what broke the source of the jobs, None where nothing did. Those before it are done all the same.
+    """
+
+    def __init__(self, prompts: Prompts, shard: tuple[int, int] | None):
+        self.prompts, self.shard, self.fault = prompts, shard, None
+        self.count = len(prompts) if shard is None else sum(1 for _ in self)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[int, Job]]:
+        return ((position, job) for position, job in self._asked() if belongs(position, self.shard))
+
+    def _asked(self) -> Iterator[tuple[int, Job]]:
+        try:
+            yield from self.prompts
+        except Exception as error:  # whatever a source raises: nobody can list it
+            self.fault = error
+
+    def record(self, out: Path) -> None:
+        """Write the ids of all jobs of the run into its folder, so that what is missing there can be named."""
+        if sum(1 for _ in read_jobs(out)) == len(self.prompts):
+            return
+        with whole(out / JOBS) as part, part.open("w", encoding="utf-8") as file:
+            for position, job in self._asked():
+                file.write(json.dumps({"position": position, "id": job.id}) + "\n")
