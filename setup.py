@@ -16,6 +16,8 @@ setup(
         "basinescape.hosts",
         "basinescape.hosts.comfyui",
         "basinescape.models",
+        "basinescape.data",
+        "basinescape.audit",
         "basinescape.bench",
         "basinescape.bench.commands",
         "basinescape.bench.evaluation",

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from basinescape import Calibration, models
+from basinescape.audit.measures import THRESHOLDS, installed
+from basinescape.data.captions import Prompt, read_captions
 
-from .captions import IMAGES, Prompt, read_prompts
-from .evaluation.metrics import THRESHOLDS, installed
-
-__all__ = ["IMAGES", "PRESETS", "Prompt", "Scenario", "limited", "load", "prompts", "read_prompts"]
+__all__ = ["PRESETS", "Prompt", "Scenario", "limited", "load", "prompts"]
 
 DATA = "https://github.com/somepago/DCR and https://github.com/YuxinWenRick/diffusion_memorization"
 Stable = dict[str, Sequence[Sequence[float]]]  # name of a norm -> its (mean, standard deviation) in every step but the last
@@ -28,7 +27,7 @@ class Scenario:
 
     model:      folder, hub id, or the name of a pipeline that ships. A classifier of concepts beside the model, in
                 `classifier/`, judges those of the prompts.
-    memorized, general: captions that may be memorized, and ordinary ones, in any layout that `read_prompts` knows; or the name
+    memorized, general: captions that may be memorized, and ordinary ones, in any layout that `read_captions` knows; or the name
                 of a pipeline that ships with its own.
     images:     folder of training images, of the captions and others; None: those that the prompt files name, perhaps none.
     options:    of the pipeline's own call, as height or max_sequence_length.
@@ -40,7 +39,7 @@ class Scenario:
     threshold:  similarity above which an image counts as memorized; None: that of the similarity.
     where:      where the authors publish what is missing here.
 
-    Raises ValueError for a similarity of which no threshold is known, and none is given.
+    Raises ValueError for an unknown similarity.
     """
 
     name: str
@@ -63,9 +62,9 @@ class Scenario:
     def __post_init__(self) -> None:
         if self.similarity is None:
             object.__setattr__(self, "similarity", "sscd" if installed("sscd") else "pixels")
+        if self.similarity not in THRESHOLDS:
+            raise ValueError(f"similarity must be among {', '.join(THRESHOLDS)}; got {self.similarity!r}")
         if self.threshold is None:
-            if self.similarity not in THRESHOLDS:
-                raise ValueError(f"threshold must be given for similarity {self.similarity!r}: none is known")
             object.__setattr__(self, "threshold", THRESHOLDS[self.similarity])
 
     @property
@@ -195,7 +194,7 @@ def _group(scenario: Scenario, group: str) -> list[Prompt]:
     source, images = getattr(scenario, group), scenario.folder if group == "memorized" else None
     if source in models.shipped():
         source = models.shipped()[source] / f"{group}.jsonl"
-    return read_prompts(source, scenario.where, images)
+    return read_captions(source, scenario.where, images)
 
 
 def limited(groups: dict[str, Sequence[Prompt]], limit: int | None) -> dict[str, list[Prompt]]:

@@ -6,8 +6,8 @@ python examples/bulk.py prompts.jsonl out [--model your/model] [--format png|jpg
 import argparse
 
 from basinescape import At, Calibration, Guidance, Sampler
+from basinescape.data.prompts import Prompts
 from basinescape.generate import generate
-from basinescape.prompts import Prompts
 from basinescape.writers import FORMATS, verify
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -25,12 +25,12 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from . import arguments
+from .data.prompts import OWN, Job, Prompts
 from .engine import Engine
 from .folder import Journal, open_folder, settings_of, weights_sha256
 from .guard import Ladder
 from .guidance import Guidance
 from .progress import Progress, Summary
-from .prompts import OWN, Job, Prompts
 from .sampler import Sampler
 from .stages import TEXTS, Picture, Request, Stages, decoded, encoded, said
 from .writers import Made, writer

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from .data.prompts import Job
 from .generate import Ladders, Run, Stop
 from .guidance import Guidance
-from .prompts import Job
 from .sampler import Sampler
 from .stages import Request
 from .writers import Made

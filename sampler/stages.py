@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from queue import Empty, Full, Queue
@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .data.prompts import Job
 from .engine import Result, Sample
 from .guard import Ladder
 from .models import Decoded, Encoded, Model
-from .prompts import Job
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -105,7 +105,7 @@ class Request:
     truncated: str = ""
 
     def asked(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self.job).items() if value is not None}
+        return self.job.asked()
 
 
 def encoded(

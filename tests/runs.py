@@ -8,9 +8,9 @@ import pytest
 import torch
 from basinescape import Guidance, arguments
 from basinescape.bench import cli
+from basinescape.data.prompts import Job
 from basinescape.generate import generate
 from basinescape.models import Decoded, Encoded, GuidedUNet
-from basinescape.prompts import Job
 from PIL import Image
 
 QUICK = ("--steps", 2, "--guidance", "delayed", "--until", 500, "--device", "cpu")

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from basinescape import Calibration, Sampler
+from basinescape.audit import measures
+from basinescape.audit.index import Index
+from basinescape.audit.similarity import similarity
 from basinescape.bench import cli
-from basinescape.bench.captions import Prompt, read_prompts
-from basinescape.bench.evaluation import nearest as measures
 from basinescape.bench.evaluation.audit import Settings, audit
-from basinescape.bench.evaluation.metrics import pixels
-from basinescape.bench.evaluation.nearest import Nearest
-from basinescape.bench.evaluation.similarity import similarity
 from basinescape.bench.scenario import PRESETS, prompts
+from basinescape.data.captions import Prompt, read_captions
+from basinescape.data.pictures import pixels
 from PIL import Image, ImageChops
 
 TINY = prompts(PRESETS["tiny"])
@@ -46,7 +46,7 @@ LAYOUTS = {
 def test_captions_are_read_in_every_layout(images, name):
     (images / name).write_text(LAYOUTS[name])
     source = images if name.startswith("metadata") else images / name
-    read = [(prompt.text, prompt.image) for prompt in read_prompts(source, every=True)]
+    read = [(prompt.text, prompt.image) for prompt in read_captions(source, every=True)]
     assert read == [("one", images / "0.png"), ("two", images / "1.png")]
 
 
@@ -55,7 +55,7 @@ def test_a_folder_has_its_captions_in_text_files(images):
     (images / "3.png").rename(images / "sub" / "3.png")
     for path in images.rglob("*.png"):
         path.with_suffix(".txt").write_text(f"of {path.stem}\n")
-    assert [(prompt.id, prompt.text) for prompt in read_prompts(images)] == [
+    assert [(prompt.id, prompt.text) for prompt in read_captions(images)] == [
         ("0", "of 0"),
         ("1", "of 1"),
         ("2", "of 2"),
@@ -65,36 +65,34 @@ def test_a_folder_has_its_captions_in_text_files(images):
 
 def test_captions_of_one_image_and_without_any_keep_apart(images):
     (images / "list.json").write_text('{"0.png": ["one", "uno"]}')
-    assert [(prompt.id, prompt.text) for prompt in read_prompts(images / "list.json", every=True)] == [
+    assert [(prompt.id, prompt.text) for prompt in read_captions(images / "list.json", every=True)] == [
         ("0", "one"),
         ("0-2", "uno"),
     ]
     (images / "list.csv").write_text("text\none\ntwo\n")
-    assert [(prompt.id, prompt.image) for prompt in read_prompts(images / "list.csv")] == [("0000", None), ("0001", None)]
+    assert [(prompt.id, prompt.image) for prompt in read_captions(images / "list.csv")] == [("0000", None), ("0001", None)]
 
 
-def test_the_nearest_is_found_anywhere_in_the_set_and_shifted(images, monkeypatch):
+def test_the_nearest_is_found_anywhere_in_the_set_and_shifted(images):
     paths = sorted(images.glob("*.png"))
     opened = [Image.open(path).convert("RGB") for path in paths]
     noise = Image.fromarray(torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8).numpy())
     asked = [ImageChops.offset(opened[2], 2, -2), opened[0].resize((256, 256)), noise]
-    found = Nearest(paths, ["pixels"])(asked)
+    found = Index(paths, ["pixels"])(asked)
     assert [one.image for one in found[:2]] == [paths[2], paths[0]] and [one.copy for one in found] == [True, True, False]
     fitted = [image.resize((64, 64), Image.Resampling.BOX) for image in asked]
     expected = similarity(pixels(fitted), pixels(opened)).max(dim=1).values
     assert [one.similarity for one in found] == pytest.approx(expected.tolist(), abs=1e-4)
-    monkeypatch.setattr(measures, "find_spec", lambda name: None)  # without faiss
-    assert Nearest(paths, ["pixels"])(asked) == found
 
 
 def test_each_measure_has_its_own_threshold_and_the_clearest_speaks(images, monkeypatch):
     """An embedding that takes everything for one thing has the last word only where it is surer."""
     monkeypatch.setitem(measures.EMBEDDINGS, "sscd", lambda: lambda found: torch.ones(len(found), 3).numpy())
     paths = sorted(images.glob("*.png"))
-    (one,) = Nearest(paths, ["pixels", "sscd"])([Image.new("RGB", (8, 8))])
+    (one,) = Index(paths, ["pixels", "sscd"])([Image.new("RGB", (8, 8))])
     assert (one.measure, one.copy) == ("sscd", True)
-    assert Nearest(paths, ["pixels", "sscd"]).thresholds == {"pixels": 0.81, "sscd": 0.5}
-    (one,) = Nearest(paths, ["pixels"], threshold=0.999)([Image.open(paths[0]).resize((70, 70))])
+    assert Index(paths, ["pixels", "sscd"]).thresholds == {"pixels": 0.81, "sscd": 0.5}
+    (one,) = Index(paths, ["pixels"], threshold=0.999)([Image.open(paths[0]).resize((70, 70))])
     assert not one.copy
 
 
@@ -216,6 +214,23 @@ def test_bad_input_is_one_line_before_any_work(calibrated, images, tmp_path, mon
     assert says in error and len(error.splitlines()) == 1 and not drawn.asked and not (tmp_path / "out").exists()
 
 
+def test_captions_that_are_wrong_are_passed_over_on_request_and_no_caption_is_a_formula(
+    calibrated, images, tmp_path, monkeypatch
+):
+    lines = ['{"text": "=1+1", "file_name": "0.png"}', '{"text": "a \\ud83d"}', '{"text": "a cat", "file_name": "gone.png"}']
+    (images / "metadata.jsonl").write_text(
+        "\n".join([*lines, '{"text": "a dog\u2028", "file_name": "1.png"}']), encoding="utf-8"
+    )
+    (images / "2.tif").write_bytes(b"II*")
+    asked = ("--model", calibrated, "--captions", images, "--out", tmp_path / "out", "--scheduler", "dpmsolver++")
+    asked += ("--device", "cpu", "--verify", 1, "--seeds", 1, "--similarity", "pixels", "--training-images", images)
+    assert run(monkeypatch, *asked) == 2 and not (tmp_path / "out").exists()
+    assert run(monkeypatch, *asked, "--on-error", "skip") == 0
+    rows = list(csv.DictReader((tmp_path / "out" / "audit.csv").open(newline="")))
+    assert {row["caption"] for row in rows} == {"'=1+1", "a dog\u2028"}
+    assert (tmp_path / "out" / "audit.html").is_file()
+
+
 def test_without_a_calibration_it_says_how_to_make_one(mine, tmp_path, monkeypatch, capsys):
     (captions := tmp_path / "list.jsonl").write_text('{"text": "a"}')
     assert run(monkeypatch, "--model", mine, "--captions", captions, "--out", tmp_path / "out") == 2
@@ -227,9 +242,9 @@ def test_an_image_without_a_caption_is_no_caption(tmp_path):
     for name in ("tench/a.png", "golf_ball/b.png"):
         (tmp_path / "named" / name).parent.mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "named" / name)
-    assert [prompt.text for prompt in read_prompts(tmp_path / "named")] == ["golf ball", "tench"]
+    assert [prompt.text for prompt in read_captions(tmp_path / "named")] == ["golf ball", "tench"]
     (tmp_path / "named" / "tench" / "a.txt").write_text("a tench")
-    with pytest.raises(FileNotFoundError, match=r"1 of 2 images have no caption: put that of 'b\.png' into 'b\.txt', or all"):
-        read_prompts(tmp_path / "named")
-    with pytest.raises(FileNotFoundError, match="1 of 1 images have no caption"):
-        read_prompts(tmp_path / "named" / "golf_ball")
+    with pytest.raises(ValueError, match=r"1 of 2 images have no caption: put that of 'golf_ball/b\.png' into 'b\.txt'"):
+        read_captions(tmp_path / "named")
+    with pytest.raises(ValueError, match="1 of 1 images have no caption"):
+        read_captions(tmp_path / "named" / "golf_ball")

@@ -14,11 +14,11 @@ from basinescape import Guidance, stages
 from basinescape.bench import cli
 from basinescape.bench.evaluation.sheet import sheet
 from basinescape.bench.speed.standin import stand_in
+from basinescape.data.prompts import Job
 from basinescape.folder import read_lines
 from basinescape.generate import balanced, generate
 from basinescape.merge import merge
 from basinescape.progress import JsonFormatter, Progress
-from basinescape.prompts import Job
 from basinescape.writers import FORMATS, verify
 from PIL import Image
 from runs import QUICK, run, write

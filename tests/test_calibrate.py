@@ -13,10 +13,10 @@ from basinescape import At, Calibration, Guidance, Sampler
 from basinescape.bench import cli
 from basinescape.bench.commands.options import found
 from basinescape.bench.evaluation.calibrate import CAPTIONS, prompts_for
+from basinescape.data.prompts import read_prompts
 from basinescape.fingerprint import differing, fingerprint
 from basinescape.interpolation import curve, sound
 from basinescape.ordinary import Ordinary
-from basinescape.prompts import read_prompts
 
 PROMPTS = [f"a picture of a {name}" for name in ("cat", "frog", "dog", "fish", "crab")]
 RUNGS = [Guidance.delayed(7.5, until=At(600))]

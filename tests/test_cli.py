@@ -14,11 +14,11 @@ from basinescape import At, Calibration, FirstMinimum, Guidance, Rung, Sampler, 
 from basinescape.bench import cli
 from basinescape.bench.quiet import quieten
 from basinescape.bench.scenario import PRESETS, prompts
+from basinescape.data.prompts import Job
 from basinescape.generate import generate
 from basinescape.models.sd import StableDiffusion
 from basinescape.ordinary import Ordinary
 from basinescape.progress import Progress
-from basinescape.prompts import Job
 from PIL import Image
 from runs import QUICK, run, sound, write
 from tqdm import tqdm
@@ -55,7 +55,7 @@ COMMANDS = tuple(get_command(cli.app).commands)
         ('{"prompt": "a"}', ("--width", "0"), "width must be a multiple of"),
         ('{"prompt": "a"}', ("--clip-skip", "-1"), "clip_skip must be a whole number from 0 to"),
         ('{"prompt": "a"}', ("--until", "6800"), "timestep must be at most 1000, which is noise (0 is the image); got 6800"),
-        ('{"txt": "a"}', (), "line 1: needs prompt, caption or text; it has txt"),
+        ('{"txt": "a"}', (), "line 1: unknown column 'txt': call it 'text'"),
         ('{"prompt": "a"}', ("--option", "height"), "option must be a name and a value, as height=768; got 'height'"),
         (
             '{"prompt": "a"}',
@@ -265,9 +265,13 @@ def test_copies_of_training_images_are_marked(tmp_path, monkeypatch, capsys, dra
     assert (copied["copy"], copied["nearest"], copied["measure"]) == (True, "deep/1.png", "pixels")
     assert copied["similarity"] == pytest.approx(1) and not plain["copy"] and plain["similarity"] < 0.5
     stored = json.loads((tmp_path / "out" / "run.json").read_text())["training_images"]
-    assert stored == {"images": 2, "thresholds": {"pixels": 0.81}}
+    assert stored.pop("sha256") and stored == {"images": 2, "thresholds": {"pixels": 0.81}}
     code, error = run(monkeypatch, capsys, *asked, "--similarity", "pixels", "--threshold", 0.9)
     assert code == 2 and "its training_images differ" in error
+    (folder / "2.png").write_bytes((folder / "1.png").read_bytes()[:-99])
+    code, error = run(monkeypatch, capsys, *asked, "--similarity", "pixels")
+    assert code == 2 and "2.png' cannot be read" in error
+    assert run(monkeypatch, capsys, *asked, "--similarity", "pixels", "--on-error", "skip")[0] == 0
 
 
 class Terminal(StringIO):
@@ -296,6 +300,6 @@ def test_libraries_are_silent_and_others_are_not():
 
 def test_prompts_are_read_before_a_library_is_loaded_and_so_silenced(tmp_path):
     loaded = "[m for m in ('diffusers', 'transformers') if m in sys.modules]"
-    code = f"import sys, basinescape.prompts, basinescape.progress; print({loaded})"
+    code = f"import sys, basinescape.data.prompts, basinescape.progress; print({loaded})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert found.stdout.strip() == "[]"

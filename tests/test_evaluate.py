@@ -20,7 +20,8 @@ from basinescape.bench.evaluation.evaluate import evaluate, table
 from basinescape.bench.evaluation.measure import Likeness, Measure
 from basinescape.bench.evaluation.trajectories import Laboratory, edges
 from basinescape.bench.methods.method import starting_at
-from basinescape.bench.scenario import PRESETS, Prompt, Scenario, prompts, read_prompts
+from basinescape.bench.scenario import PRESETS, Prompt, Scenario, prompts
+from basinescape.data.captions import read_captions
 from basinescape.guidance import Rung
 from PIL import Image
 
@@ -31,24 +32,24 @@ def test_prompts_are_read_in_the_layouts_their_authors_publish(tmp_path):
     for name in ("a.png", "b.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     (tmp_path / "captions.json").write_text(json.dumps({"a.png": ["first", "second"], "b.png": "only"}))
-    assert [(p.id, p.text) for p in read_prompts(tmp_path / "captions.json")] == [("a", "first"), ("b", "only")]
+    assert [(p.id, p.text) for p in read_captions(tmp_path / "captions.json")] == [("a", "first"), ("b", "only")]
     (tmp_path / "list.jsonl").write_text('{"caption": "x", "image": "a.png"}\n\n{"prompt": "y", "id": "why"}\n')
-    found = read_prompts(tmp_path / "list.jsonl")
+    found = read_captions(tmp_path / "list.jsonl")
     assert [(p.id, p.text, p.image) for p in found] == [("0000", "x", tmp_path / "a.png"), ("why", "y", None)]
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(f"from {name}'s file\n")
-    assert [p.text for p in read_prompts(tmp_path)] == ["from a's file", "from b's file"]
+    assert [p.text for p in read_captions(tmp_path)] == ["from a's file", "from b's file"]
     (tmp_path / "list.csv").write_text('id,text,image,concept\nb,"x, y",,cat\nz,w,a.png,\n')
-    found = read_prompts(tmp_path / "list.csv")
+    found = read_captions(tmp_path / "list.csv")
     assert [(p.id, p.text, p.image, p.concept) for p in found] == [
         ("b", "x, y", None, "cat"),
         ("z", "w", tmp_path / "a.png", None),
     ]
-    assert [p.image for p in read_prompts(tmp_path / "list.csv", images=tmp_path)] == [tmp_path / "b.png", tmp_path / "a.png"]
+    assert [p.image for p in read_captions(tmp_path / "list.csv", images=tmp_path)] == [tmp_path / "b.png", tmp_path / "a.png"]
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "of a data set"}\n')
-    assert [(p.text, p.image) for p in read_prompts(tmp_path)] == [("of a data set", tmp_path / "b.png")]
+    assert [(p.text, p.image) for p in read_captions(tmp_path)] == [("of a data set", tmp_path / "b.png")]
     (tmp_path / "list.json").write_text('[{"prompt": "p", "id": 3}]')
-    assert [(p.id, p.text) for p in read_prompts(tmp_path / "list.json")] == [("3", "p")]
+    assert [(p.id, p.text) for p in read_captions(tmp_path / "list.json")] == [("3", "p")]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_prompts_are_read_in_the_layouts_their_authors_publish(tmp_path):
 def test_a_broken_prompt_list_is_named(tmp_path, content, says):
     (tmp_path / "list.jsonl").write_text(content)
     with pytest.raises((ValueError, FileNotFoundError), match=says):
-        read_prompts(tmp_path / "list.jsonl")
+        read_captions(tmp_path / "list.jsonl")
 
 
 def test_a_missing_scenario_says_where_its_data_is_published():
@@ -87,7 +88,7 @@ def test_a_scenario_of_ones_own(tmp_path):
         ("model: owner/name\nmemorized: list.jsonl\nstep: 7\n", "it has model, memorized, step$"),
         ("model: owner/name\n", "must give model and memorized"),
         ("a: [", "is not YAML"),
-        ("model: m\nmemorized: p\nsimilarity: dino\n", "threshold must be given for similarity 'dino'"),
+        ("model: m\nmemorized: p\nsimilarity: lpips\n", "similarity must be among pixels, sscd, dino, clip; got 'lpips'"),
     ):
         (tmp_path / "mine.yaml").write_text(text)
         with pytest.raises(ValueError, match=says):
@@ -208,7 +209,7 @@ def test_a_model_and_captions_of_ones_own(own_model, tmp_path, monkeypatch, caps
     for options, says in (
         (("--methods", "guard"), "got 'guard' without a calibration"),
         (("--methods", "shape-nope"), "must be all, FILE.py:NAME, or among cfg"),
-        (("--similarity", "dino"), "threshold must be given"),
+        (("--similarity", "lpips"), "similarity must be among"),
         (("--images", tmp_path / "none"), "does not exist"),
         (("--scheduler", "nope"), "scheduler must be own"),
     ):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from basinescape import At, Guidance, Rung, Sampler
+from basinescape.data.prompts import Job
 from basinescape.generate import generate
-from basinescape.prompts import Job
 from PIL import Image
 from runs import QUICK, jobs, make, run, sound, write
 from safetensors.torch import load_file

@@ -7,8 +7,8 @@ import time
 import pytest
 from basinescape import Guidance, folder
 from basinescape.bench.speed.standin import stand_in
+from basinescape.data.prompts import Job
 from basinescape.generate import generate
-from basinescape.prompts import Job
 from basinescape.writers import verify
 
 JOBS = [Job(f"p{i}", f"cat {i}", i) for i in range(5)]

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from basinescape.bench.evaluation.metrics import Similarity, interval, l2_ratio, roc
+from basinescape.audit.measures import Similarity
+from basinescape.bench.evaluation.metrics import interval, l2_ratio, roc
 from basinescape.bench.scenario import PRESETS, prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,7 +40,7 @@ def test_sscd_knows_a_mirrored_copy_from_another_scene():
 
 
 def test_an_unknown_similarity_is_named():
-    with pytest.raises(ValueError, match="similarity must be one of pixels, sscd, clip, dino"):
+    with pytest.raises(ValueError, match="similarity must be among pixels, sscd, dino, clip"):
         Similarity("lpips", [])
 
 

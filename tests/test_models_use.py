@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from basinescape import At, Calibration, FirstMinimum, Guidance, Sampler
+from basinescape.data.prompts import Job
 from basinescape.fingerprint import differing, fingerprint
 from basinescape.folder import read_lines
 from basinescape.generate import generate
 from basinescape.models import adapt
-from basinescape.prompts import Job
 from families import CASES
 from ladders import guarded
 from PIL import Image

@@ -1,15 +1,18 @@
 """Files of prompts: the same jobs from every format, and the line that is wrong."""
 
+import gzip
 import io
 import json
 import os
 import sys
 import threading
 import tracemalloc
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from basinescape.prompts import Job, Prompts, read_prompts
+from basinescape.data.prompts import Job, Prompts, read_prompts
 
 ROWS = [
     {"prompt": 'a "cat", and\nmore'},
@@ -29,7 +32,13 @@ CSV = 'prompt,id,seed,negative_prompt\r\n"a ""cat"", and\nmore",,,\r\n\r\n"ein F
     ("name", "content"),
     [
         ("p.jsonl", LINES.encode()),
-        ("p.txt", b"\xef\xbb\xbf" + LINES.replace("\n", "\r\n").encode()),
+        ("p.JSONL", b"\xef\xbb\xbf" + LINES.replace("\n", "\r\n").encode()),
+        ("p.tsv", CSV.replace(",", "\t").replace("\t and", ", and").replace("\t größer", ", größer").encode()),
+        ("p.csv", CSV.replace(",", ";").replace("; and", ", and").replace("; größer", ", größer").encode()),
+        ("p.json", json.dumps(ROWS, indent=1).encode()),
+        ("p.json", LINES.encode()),
+        ("p.jsonl.gz", gzip.compress(LINES.encode())),
+        ("P.CSV.GZ", gzip.compress(CSV.encode())),
         ("p.csv", CSV.encode()),
         ("P.CSV", b"\xef\xbb\xbf" + CSV.encode()),
     ],
@@ -80,7 +89,11 @@ def test_standard_input_and_pipes_are_read_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b", "negative": "c"}', "line 2: unknown key 'negative'; allowed are id, "),
+        (
+            "p.jsonl",
+            b'{"prompt": "a"}\n{"prompt": "b", "negative": "c"}',
+            "line 2: unknown column 'negative': call it 'negative_prompt'",
+        ),
         (
             "p.jsonl",
             b'{"prompt": "a"}\n\n{"prompt": "b", "negative_prompt": 3}',
@@ -97,10 +110,27 @@ def test_standard_input_and_pipes_are_read_once(tmp_path, monkeypatch):
         ("p.csv", b"", "holds no prompts"),
         ("p.csv", b"prompt,seed\n", "holds no prompts"),
         ("p.csv", b"a cat\na dog\n", "line 1: must name prompt, caption or text, and each column once; got a cat"),
-        ("p.csv", b"prompt,id,id\na,b,c\n", "line 1: must name prompt, caption or text, and each column once"),
+        ("p.csv", b"prompt,id,id\na,b,c\n", "line 1: must name each column once; 'id' comes twice"),
         ("p.csv", b"prompt,id\na cat\na, dog, small\n", "line 3: more cells than columns"),
         ("p.csv", b"prompt,seed\na cat,1.5\n", "line 2: seed must be a whole number from 0 to 2..63 - 1, got 1.5"),
-        ("p.csv", b"prompt,mood\na cat,\na dog,sad\n", "line 3: unknown key 'mood'"),
+        ("p.csv", b"promt,id\na cat,b\n", "line 1: unknown column 'promt': call it 'prompt' if that is meant"),
+        ("p.jsonl", b'{"prompt": "a", "Guidance Scale": 3}', "line 1: unknown column 'Guidance Scale': call it 'scale'"),
+        ("p.jsonl", b'{"prompt": "a", "sede": 3}', "line 1: unknown column 'sede': call it 'seed'"),
+        ("p.jsonl", b'{"prompt": "a", "height": 512}', "line 1: height cannot be a prompt's own"),
+        ("p.jsonl", b'{"prompt": "a", "prompt": "b"}', "line 1: not JSON: the key 'prompt' comes twice"),
+        ("p.jsonl", b'{"prompt": "a", "Prompt": "b"}', "line 1: must name each column once; 'prompt' comes twice"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "a \\ud83d"}', "line 2: holds half a surrogate pair"),
+        ("p.jsonl", b'{"prompt": "a", "more": ["\\udc00"]}', "line 1: holds half a surrogate pair"),
+        ("p.txt", b"a cat\n\na d\xf6g\n", "line 3: not UTF-8 text"),
+        ("p.txt", "a cat\n".encode("utf-16"), "line 1: not UTF-8 text"),
+        ("p.txt", "a cat\n".encode("utf-16-le"), "line 1: not UTF-8 text"),
+        ("p.txt", b'{"prompt": "a"}', "line 1: is a JSON object, and a .txt file has a prompt a line"),
+        ("p.csv", b"prompt;id\na cat;b;c\n", "line 2: more cells than columns"),
+        ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}' * 50)[:-9], "which is no whole .gz file"),
+        ("p.csv.gz", b"prompt\na\n", "which is no whole .gz file"),
+        ("p.json", b'[{"prompt": "a"}, 3]', "entry 2: must be an object"),
+        ("p.json", b'[{"prompt": "a"}', "not JSON"),
+        ("p.xlsx", b"PK", "must end in .jsonl, .ndjson, .json, .csv, .tsv, .txt, .parquet, and perhaps .gz"),
         ("p.csv", b'prompt,seed\na cat,1\n"a dog,2\na bird,3\n', "line 2: not CSV"),
         ("p.csv", b"prompt,id\na cat,x\na dog,X\n", "line 3: id 'X' is already used in line 2"),
     ],
@@ -113,13 +143,13 @@ def test_the_line_that_is_wrong_is_named(tmp_path, name, content, says):
 
 
 def test_captions_of_training_images_are_prompts_too(tmp_path):
-    """What else they say is left alone; an empty cell says nothing."""
+    """An empty cell says nothing, and of several texts the first counts."""
     rows = [{"caption": "a cat", "image": "1.png", "concept": "cat"}, {"caption": "no", "prompt": "a dog", "seed": 9}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"text": "a bird", "file_name": "b.png"}])))
     expected = [Job("0000", "a cat", 5), Job("0001", "a dog", 9), Job("0002", "a bird", 7)]
-    assert read_prompts(tmp_path / "p.jsonl", 5) == expected
+    assert [replace(job, more=None) for job in read_prompts(tmp_path / "p.jsonl", 5)] == expected
     (tmp_path / "p.csv").write_text("prompt,text,seed,image\n,a cat,,1.png\na dog,no,9,\n,a bird,,\n")
-    assert read_prompts(tmp_path / "p.csv", 5) == expected
+    assert [replace(job, more=None) for job in read_prompts(tmp_path / "p.csv", 5)] == expected
 
 
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path):
@@ -166,10 +196,38 @@ def test_a_dataset_gives_its_prompts(tmp_path):
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     rows = [{"prompt": "a cat", "id": None, "likes": 3}, {"prompt": "a dog", "id": "dog", "likes": 4}]
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "set")
-    assert read_prompts(tmp_path / "set", 3) == [Job("0000", "a cat", 3), Job("dog", "a dog", 4)]
+    more = {"likes": 3}, {"likes": 4}
+    assert read_prompts(tmp_path / "set", 3) == [Job("0000", "a cat", 3, more=more[0]), Job("dog", "a dog", 4, more=more[1])]
     datasets.Dataset.from_list([{"words": "a"}]).save_to_disk(tmp_path / "other")
     with pytest.raises(ValueError, match="must have prompt, caption or text; got words"):
         read_prompts(tmp_path / "other")
+
+
+def test_a_dataset_gives_its_plain_columns_alone(tmp_path, monkeypatch):
+    """Pictures would be decoded one by one. A double of the library, for where that is not installed."""
+
+    class Value:
+        pass
+
+    class Picture:
+        pass
+
+    class Data(list):
+        column_names, features = ["TEXT", "url", "jpg"], {"TEXT": Value(), "url": Value(), "jpg": Picture()}
+
+        def select_columns(self, names):
+            return [{name: row[name] for name in names} for row in self]
+
+    rows = Data([{"TEXT": "a cat", "url": "u", "jpg": b""}, {"TEXT": "a dog", "url": None, "jpg": b""}])
+    double = SimpleNamespace(load_dataset=lambda name, split, streaming: rows)
+    monkeypatch.setitem(sys.modules, "datasets", double)
+    assert read_prompts("hf:some/prompts") == [Job("0000", "a cat", 0, more={"url": "u"}), Job("0001", "a dog", 1)]
+    rows.column_names = ["promt", "url"]
+    with pytest.raises(ValueError, match="dataset 'hf:some/prompts', unknown column 'promt': call it 'prompt'"):
+        read_prompts("hf:some/prompts")
+    rows.column_names = ["label"]
+    with pytest.raises(ValueError, match="must have prompt, caption or text; got label"):
+        read_prompts("hf:some/prompts")
 
 
 def test_a_dataset_without_its_library_names_the_package(tmp_path, monkeypatch):
@@ -216,3 +274,90 @@ def test_a_prompt_may_have_steps_and_a_scale_of_its_own(tmp_path):
             Job("a", "a", 0, **wrong)
     with pytest.raises(ValueError, match="more than 1000 different pairs of steps and scale"):
         Prompts([Job(f"{i}", "a", 0, scale=i) for i in range(1001)])
+
+
+def test_other_columns_go_into_the_manifest(tmp_path, caplog):
+    """As they are where a column is of one kind, else as text; what a line says of its own image is not passed for it."""
+    rows = [
+        {
+            "index": 3,
+            "caption": "a cat",
+            "url": "http://x/1.jpg",
+            "scenes": ["s0"],
+            "mixed": 1,
+            "idx": True,
+            "score": 5.5,
+            "deep": {},
+        },
+        {
+            "index": 4.5,
+            "caption": "a dog",
+            "url": None,
+            "scenes": [],
+            "mixed": "b",
+            "prompt2": "c",
+            "Test": "d",
+            "big": 2**70,
+        },
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    first, second = (job.asked() for _, job in Prompts(tmp_path / "p.jsonl"))
+    own = {"id": "0000", "prompt": "a cat", "seed": 0}
+    assert first == own | {"index": 3, "url": "http://x/1.jpg", "scenes": ["s0"], "mixed": "1", "idx": True, "deep": "{}"}
+    own = {"id": "0001", "prompt": "a dog", "seed": 1}
+    more = {"index": 4.5, "scenes": [], "mixed": "b", "prompt2": "c", "Test": "d", "big": str(2**70)}
+    assert second == own | more
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.endswith("not carried into the manifest, which says this of its own images: score")
+    digest = Prompts(tmp_path / "p.jsonl").sha256
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)).replace("http", "ftp"))
+    assert Prompts(tmp_path / "p.jsonl").sha256 != digest
+    (tmp_path / "p.csv").write_text("index,Caption,url,colour\n3,a cat,u,\n4,a dog,,red\n")
+    assert [job.more for job in read_prompts(tmp_path / "p.csv")] == [
+        {"index": "3", "url": "u"},
+        {"index": "4", "colour": "red"},
+    ]
+
+
+def test_columns_of_pictures_are_left_in_their_parquet_file(tmp_path):
+    pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    pictures = [{"bytes": b"x", "path": "a.png"}]
+    columns = {"TEXT": ["a cat"], "picture": pictures, "jpg": [b"y"], "day": pyarrow.array([0], pyarrow.date32()), "n": [1]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "p.parquet")
+    assert read_prompts(tmp_path / "p.parquet") == [Job("0000", "a cat", 0, more={"day": "1970-01-01", "n": 1})]
+
+
+@pytest.mark.parametrize("name", ["tiny", "flow"])
+def test_the_captions_that_ship_are_prompts(name):
+    from basinescape import models
+
+    rows = [json.loads(line) for line in (models.shipped()[name] / "memorized.jsonl").open()]
+    found = read_prompts(models.shipped()[name] / "memorized.jsonl")
+    assert [(job.id, job.prompt) for job in found] == [(row["id"], row["prompt"]) for row in rows]
+    assert all(job.more["duplication"] == row["duplication"] for job, row in zip(found, rows, strict=True))
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
+def test_what_looks_like_the_end_of_a_line_is_none(tmp_path, separator):
+    text = f"a cat{separator}asleep"
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": text}, ensure_ascii=False) + '\n{"prompt": "b"}')
+    (tmp_path / "p.txt").write_text(f"{text}\r\nb\n", newline="")
+    (tmp_path / "p.csv").write_text(f"prompt\n{text}\nb\n")
+    for name in ("p.jsonl", "p.txt", "p.csv"):
+        assert [job.prompt for job in read_prompts(tmp_path / name)] == [text, "b"]
+
+
+def test_a_text_file_has_a_prompt_a_line(tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufeffa cat, and more\n\n  größer {a|b}\n".encode())
+    assert [(job.id, job.prompt) for job in read_prompts(tmp_path / "p.txt")] == [
+        ("0000", "a cat, and more"),
+        ("0001", "größer {a|b}"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["Caption", "TEXT", " prompt ", "Prompt"])
+def test_columns_are_known_however_they_are_spelled(tmp_path, name):
+    (tmp_path / "p.jsonl").write_text(json.dumps({name: "a", "Negative Prompt": "b", "Seed": 4, "ID": "x"}))
+    (tmp_path / "p.csv").write_text(f"{name},negativePrompt,SEED,Id,\na,b,4,x,\n")
+    for file in ("p.jsonl", "p.csv"):
+        assert read_prompts(tmp_path / file) == [Job("x", "a", 4, "b")]

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from basinescape import Sampler
+from basinescape.audit.measures import Similarity, vision
 from basinescape.bench import cli
 from basinescape.bench.evaluation import threshold
 from basinescape.bench.evaluation.evaluate import image_path
-from basinescape.bench.evaluation.metrics import Similarity, vision
 from basinescape.bench.evaluation.quality import clip_scores, concept, distances, fid, fresh_scenes, kid, quality
 from basinescape.bench.evaluation.report import report
 from basinescape.bench.scenario import PRESETS, Scenario
@@ -218,7 +218,7 @@ def test_an_image_that_is_missing_or_broken_is_named_and_left_out(run, caplog):
     ("arguments", "says"),
     [
         ({"features": "vgg"}, "features must be one of concept, inception, sscd, clip, dino, or None; got 'vgg'"),
-        ({"similarity": "lpips"}, "similarity must be one of pixels, sscd, clip, dino; got 'lpips'"),
+        ({"similarity": "lpips"}, "similarity must be among pixels, sscd, dino, clip; got 'lpips'"),
         ({"features": None}, "nothing to measure"),
         ({"references": "gone"}, "references folder 'gone' does not exist"),
         ({"references": "empty"}, "must hold at least 4 images, has 0"),

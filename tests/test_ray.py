@@ -10,9 +10,9 @@ import torch
 from basinescape import Guidance, Sampler
 from basinescape import ray as spread
 from basinescape.bench.speed.standin import stand_in
+from basinescape.data.prompts import Job
 from basinescape.folder import read_lines
 from basinescape.generate import generate
-from basinescape.prompts import Job
 
 JOBS = [Job(f"p{i}", f"cat {i}", i) for i in range(9)]
 

@@ -14,7 +14,7 @@ from . import options
 def audit(
     captions: Annotated[
         Path,
-        typer.Option(help="with their images: a folder with .txt files or metadata.jsonl, or a .jsonl, .json or .csv file"),
+        typer.Option(help="with their images: a folder with .txt files or metadata.jsonl, or a .jsonl, .json, .csv, ... file"),
     ],
     out: Annotated[Path, typer.Option(help="folder for audit.csv, audit.html and the images")],
     model: options.Model = "tiny",
@@ -37,17 +37,19 @@ def audit(
     dtype: options.Dtype = None,
     device: options.Device = None,
     allow_pickle: options.AllowPickle = False,
+    on_error: options.OnError = "stop",
     progress: options.Progress = True,
 ) -> None:
     """Find the captions whose training images a model reproduces."""
     quieten()
     from basinescape import Calibration, Sampler
+    from basinescape.data.captions import read_captions
+    from basinescape.data.pictures import images_in
 
-    from ..captions import images_in, read_prompts
     from ..evaluation.audit import Settings, audit
 
-    found = read_prompts(captions, every=True)
-    settings = Settings(first_steps, noises, rate, verify, seeds, seed, similarity or None, threshold)
+    found = read_captions(captions, every=True, on_error=on_error)
+    settings = Settings(first_steps, noises, rate, verify, seeds, seed, similarity or None, threshold, on_error)
     more = images_in(training_images) if training_images else []
     beside = options.found(model, calibration)
     if beside is None:

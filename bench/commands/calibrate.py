@@ -33,17 +33,18 @@ def calibrate(
     allow_pickle: options.AllowPickle = False,
     compile: options.Compile = False,
     capture: options.Capture = False,
+    on_error: options.OnError = "stop",
     progress: options.Progress = True,
 ) -> None:
     """Measure what is ordinary on a model, for guard, audit and more. A run that was stopped goes on where it was."""
     quieten()
     from basinescape import Sampler, models
     from basinescape.calibration import FILE
-    from basinescape.prompts import read_prompts
+    from basinescape.data.prompts import read_prompts
 
     from ..evaluation.calibrate import calibrate, prompts_for
 
-    jobs = read_prompts(prompts or prompts_for(model), seed)
+    jobs = read_prompts(prompts or prompts_for(model), seed, on_error)
     if out is None:
         folder = Path(models.located(model))
         if not folder.is_dir():

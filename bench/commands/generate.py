@@ -38,8 +38,8 @@ def generate(
     prompts: Annotated[
         str,
         typer.Option(
-            help='JSON Lines {"prompt", "id"?, "seed"?, "negative_prompt"?, "steps"?, "scale"?}, .csv, .parquet, '
-            "hf:DATASET, or -"
+            help='JSON Lines {"prompt", "id"?, "seed"?, "negative_prompt"?, "steps"?, "scale"?}, .json, .csv, .tsv, .parquet, '
+            ".txt with a prompt a line, each perhaps .gz; hf:DATASET, or -"
         ),
     ],
     out: Annotated[Path, typer.Option(help="folder for images, manifest.jsonl and run.json")],
@@ -90,7 +90,7 @@ def generate(
     compile: options.Compile = False,
     capture: options.Capture = False,
     format: Annotated[str, typer.Option(help="png, jpg, webp, latents, or many a file: parquet, webdataset")] = "png",
-    on_error: Annotated[str, typer.Option(help="what a row of the prompts that is wrong does: stop or skip")] = "stop",
+    on_error: options.OnError = "stop",
     engine: Annotated[Where, typer.Option(help="local, or ray: a worker on every GPU of the cluster")] = "local",
     workers: Annotated[int | None, typer.Option(help="with --engine ray; default one a GPU")] = None,
     shard: Annotated[str | None, typer.Option(help="i/n: the i-th of n parts, from 0, in OUT/shard-i-of-n; see merge")] = None,
@@ -99,7 +99,7 @@ def generate(
     progress: Annotated[bool, typer.Option(help="--no-progress is --log none")] = True,
 ) -> None:
     """Make an image for every prompt of a file. The same command goes on where it was stopped."""
-    from basinescape.prompts import Prompts
+    from basinescape.data.prompts import Prompts
 
     part, shown = shard_of(shard), looked_at(log, metrics, progress)
     jobs = Prompts(prompts, seed, on_error)
@@ -114,10 +114,10 @@ def generate(
         _timestep(until)
     copies = None
     if training_images is not None:
-        from ..captions import images_in
-        from ..evaluation.nearest import Copies
+        from basinescape.audit.index import Copies
+        from basinescape.data.pictures import images_in
 
-        copies = Copies(training_images, images_in(training_images), similarity or None, threshold)
+        copies = Copies(training_images, images_in(training_images), similarity or None, threshold, on_error)
     found = options.found(model, calibration)
     known = None if found is None else Calibration.load(found)
     steps = steps if steps is not None else known.steps if known else 50

@@ -29,6 +29,9 @@ Option = Annotated[
     list[str] | None,
     typer.Option(help="of the pipeline's own call, as height=768 or max_sequence_length=128; may be repeated"),
 ]
+OnError = Annotated[
+    str, typer.Option(help="what a prompt, caption or training image that is wrong does: stop, or skip, which leaves it out")
+]
 Progress = Annotated[bool, typer.Option(help="show a progress bar")]
 Similarity = Annotated[
     list[str] | None,

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from basinescape import Calibration, Output, Rung, Sampler, arguments
+from basinescape.audit.index import Index
 from basinescape.batches import parts
 from basinescape.folder import Journal, open_folder, read_lines, save_image, settings_of
 from basinescape.progress import FORMAT, moving
@@ -28,7 +29,6 @@ from tqdm import tqdm
 from ..scenario import Prompt
 from .audit_page import page
 from .evaluate import write_csv
-from .nearest import Nearest
 
 log = logging.getLogger(__name__)
 NOISES = 2  # initial noises a caption: a basin need not hold every one. See bench/results/audit.csv, of 4 noises from seed 5000
@@ -40,7 +40,7 @@ class Settings:
 
     first_steps: looked at; None: as many as the calibration's guard looks at. noises: initial noises a caption, of whose scores
     the largest counts. rate: of ordinary captions that are flagged; None: the calibration's. verify: how many of the worst
-    captions are sampled, in `seeds` images each. seed: of the first image. similarity, threshold: as for `Nearest`.
+    captions are sampled, in `seeds` images each. seed: of the first image. similarity, threshold, on_error: as for `Index`.
 
     Raises ValueError for anything else.
     """
@@ -53,6 +53,7 @@ class Settings:
     seed: int = 0
     similarity: Sequence[str] | None = None
     threshold: float | None = None
+    on_error: str = "stop"
 
     def __post_init__(self) -> None:
         for name, least in (("noises", 1), ("verify", 0), ("seeds", 1), ("seed", 0)):
@@ -85,7 +86,7 @@ def audit(
     out, fitted = Path(out), calibration.fitted(sampler, steps)
     look = _look(fitted, settings)
     images = list(dict.fromkeys([*(prompt.image for prompt in captions if prompt.image), *training]))
-    nearest = Nearest(images, settings.similarity, settings.threshold) if settings.verify else None
+    nearest = Index(images, settings.similarity, settings.threshold, settings.on_error) if settings.verify else None
     open_folder(out, _run(sampler, model, captions, look, steps, settings))
     with Journal(out / "scores.jsonl", lambda line: line["id"] if line.get("status") == "ok" else None) as journal:
         scored = {line["id"]: line for line in read_lines(out / "scores.jsonl")}
@@ -199,7 +200,7 @@ def _verified(
     calibration: Calibration,
     steps: int,
     settings: Settings,
-    nearest: Nearest | None,
+    nearest: Index | None,
     size: int,
     progress: bool,
 ) -> dict[str, list[dict[str, Any]]]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from basinescape import Output, Sampler
+from basinescape.data.names import cell
 from basinescape.folder import Journal, open_folder, read_lines, read_settings, save_image, settings_of, whole
 from tqdm import tqdm
 
@@ -293,7 +294,8 @@ def _rounded(value: float) -> float:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """rows: each with the columns of the first; their text is written so that no spreadsheet takes it for a formula."""
     with whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from basinescape.audit.index import Index
+from basinescape.data.pictures import images_in, pixels
 from PIL import Image
-from tqdm import tqdm
 
-from ..captions import images_in
 from ..scenario import Prompt, Scenario
 from ..testbed.classifier import ConceptClassifier
-from .metrics import Similarity, pixels
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,7 @@ class Likely:
 class Likeness:
     """Similarity of images to training images: those of the prompts, and `others`, which no prompt belongs to.
 
-    name: of a `Similarity`, which says what is raised. Raises ValueError, too, where there is no training image, and for one
-    that cannot be read.
+    name: of a measure of `Index`, which says what is raised.
     """
 
     def __init__(self, name: str, groups: dict[str, list[Prompt]], others: Iterable[Path] = ()):
@@ -40,11 +38,11 @@ class Likeness:
         self.names = [*self._column, *map(str, others)]
         if not self.names:
             raise ValueError("the scenario's prompts have no training image to compare with")
-        self._similarity = Similarity(name, _opened([*(prompt.image for prompt in prompts), *others]))
+        self._index = Index([*(prompt.image for prompt in prompts), *others], [name])
 
     def compare(self, images: Sequence[Image.Image], found: Sequence[Prompt]) -> list[Likely]:
         """Of an image for each prompt."""
-        rows = self._similarity(images)
+        rows = self._index.similarity(images)
         best = rows.max(dim=1)
         return [
             Likely(row[self._column[prompt.id]].item() if prompt.id in self._column else None, self.names[i], value)
@@ -54,15 +52,6 @@ class Likeness:
     def __call__(self, images: Sequence[Image.Image], found: Sequence[Prompt]) -> list[float]:
         """To each prompt's own training image, or the nearest of all where it has none."""
         return [likely.value if likely.own is None else likely.own for likely in self.compare(images, found)]
-
-
-def _opened(paths: Sequence[Path]) -> Iterator[Image.Image]:
-    for path in tqdm(paths, desc="training images", delay=5):
-        try:
-            with Image.open(path) as image:
-                yield image.convert("RGB")
-        except OSError as error:
-            raise ValueError(f"training image {str(path)!r} cannot be read: {error}") from error
 
 
 class Measure:

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from basinescape.audit.measures import EMBEDDINGS, Embedding, projected
+from basinescape.data.pictures import images_in, opened, pixels
 from basinescape.folder import whole
 from PIL import Image
 from torch import Tensor, nn
@@ -25,12 +27,12 @@ from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm import tqdm
 
-from ..scenario import IMAGES, Scenario, limited, prompts
+from ..scenario import Scenario, limited, prompts
 from ..testbed import flow_scenes, scenes
 from ..testbed.classifier import ConceptClassifier
 from .evaluate import image_path, read_run, write_csv
 from .measure import Likeness
-from .metrics import EMBEDDINGS, Embedding, fitted, interval, pixels, projected
+from .metrics import interval
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +109,7 @@ def _check(scenario: Scenario, features: str | None, references: str | Path | No
         return []
     if not Path(references).is_dir():
         raise FileNotFoundError(f"references folder {str(references)!r} does not exist")
-    paths = [path for path in sorted(Path(references).rglob("*")) if path.suffix.lower() in IMAGES]
+    paths = images_in(references)
     if len(paths) < FEWEST:
         raise ValueError(f"references folder {str(references)!r} must hold at least {FEWEST} images, has {len(paths)}")
     return paths
@@ -155,10 +157,9 @@ def _measured(
 def _opened(path: Path) -> Image.Image:
     """The image, in RGB; raises OSError where it is missing or broken."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError) as error:  # the latter is Pillow's for a broken PNG
-        raise OSError(f"image {str(path)!r} cannot be read: {error}") from error
+        return opened(path, f"image {str(path)!r}")
+    except ValueError as error:
+        raise OSError(str(error)) from error
 
 
 def _embedded(embed: Embedding, images: Iterable[Image.Image]) -> np.ndarray:
@@ -295,7 +296,9 @@ def concept(scenario: Scenario) -> Embedding:
 
     @torch.inference_mode()
     def embed(images: Sequence[Image.Image]) -> np.ndarray:
-        return network.pooled(pixels(fitted(images, (scenes.SIZE, scenes.SIZE)))).numpy()
+        size = (scenes.SIZE, scenes.SIZE)
+        fitted = [image if image.size == size else image.resize(size, Image.Resampling.BOX) for image in images]
+        return network.pooled(pixels(fitted)).numpy()
 
     return embed
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from basinescape import Sampler
+from basinescape.audit.measures import Similarity
 from tqdm import tqdm
 
 from ..testbed.scenes import memorized, scene
-from .metrics import Similarity
 
 FIRST = 2_000_000_000  # seeds that neither training nor the memorized scenes use
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 from basinescape import At, Guidance, Rung, Sampler
+from basinescape.data.prompts import Job
 from basinescape.engine import Engine, Sample
 from basinescape.generate import Stop, generate
 from basinescape.guard import Ladder
-from basinescape.prompts import Job
 from basinescape.schedulers import make_scheduler
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
@@ -247,7 +247,7 @@ def _measured(count: int) -> float:
         prompts = Path(folder) / "prompts.jsonl"
         with prompts.open("w") as file:
             file.writelines(f'{{"prompt": "a picture of a cat {i}"}}\n' for i in range(count))
-        from basinescape.prompts import Prompts
+        from basinescape.data.prompts import Prompts
 
         options = {"steps": 1, "batch_size": 16, "progress": False, "format": "parquet"}
         summary = generate(sampler, Prompts(prompts), Path(folder) / "out", Guidance.cfg(SCALE), "tiny", **options)

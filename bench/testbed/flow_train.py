@@ -25,6 +25,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from basinescape import Sampler
+from basinescape.audit.measures import Similarity
+from basinescape.data.pictures import pixels
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -32,7 +34,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from ..evaluation.metrics import Similarity, pixels
 from .classifier import ConceptClassifier
 from .flow_model import SHIFT, Repeated, networks, pipeline, tokenizer, velocity
 from .flow_scenes import CONCEPTS, OBJECTS, Picture, general, memorized, scene, training_set

