@@ -26,7 +26,7 @@ from .kernels import noise_gap
 from .loop import Network
 from .schedulers import family, own_settings, vp_log_snr
 
-LOG_SNR = -4.5  # of a noised picture, one for all models
+LOG_SNR = -4.0  # of a noised picture, one for all models
 NEAR = 1.5  # how far from it a network's level may be
 OWN = 0x5BA51  # told to the generator of these noises beside the sample's seed, so that they are none of the sample's own
 

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from diffusers import SchedulerMixin
 from torch import Tensor
 from tqdm import tqdm
 
@@ -134,6 +136,13 @@ class Calibration:
         )
 
     @property
+    def scheduler(self) -> SchedulerMixin | None:
+        """The scheduler that was measured with; None where it is not known, or this diffusers has none of its name."""
+        config = dict(self.settings.get("scheduler", {}))
+        made = getattr(diffusers, config.pop("class", ""), None)
+        return None if made is None else made.from_config(config)
+
+    @property
     def images(self) -> int:
         """How many pictures there were."""
         return len(self.scores)
@@ -204,12 +213,12 @@ class Calibration:
         Raises ValueError for a calibration that did not measure unguided gaps.
         """
         if self.ordinary is None or not self.ordinary.unguided:
-            raise ValueError("the calibration has no unguided gaps, which 'settled' needs: calibrate with --settled")
+            raise ValueError("the calibration has no unguided gaps of these steps, for 'settled': calibrate with --settled")
         return Settled.over(self.ordinary.unguided, **given)
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
-        lines = (f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in asdict(self).items())
+        lines = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in asdict(self).items())
         text = "{\n" + ",\n".join(lines) + "\n}"
         with whole(Path(path)) as part:
             part.write_text(text + "\n", encoding="utf-8")

@@ -39,7 +39,7 @@ class Sample:
     network, row: its encoded prompt is this row of that network's.
     seed:    of a generator of its own, from which all its noise comes.
     generator, noise: where it is gone on with: that generator, and the noise (C, h, w) that it has drawn already.
-    attempt: the one it begins with; those before it are done.
+    attempt, calls: the one it begins with, and the predictions that those before it needed.
     """
 
     key: Any
@@ -51,6 +51,7 @@ class Sample:
     generator: torch.Generator | None = None
     noise: Tensor | None = None
     attempt: int = 0
+    calls: int = 0
 
     @property
     def form(self) -> tuple:
@@ -75,8 +76,8 @@ class Sample:
 class Result:
     """What came of a sample: latents (C, h, w), transition () int64 and gaps (steps,) float32, NaN where none was needed.
 
-    attempts, score, suspect: a guard's, the basin score and the verdict; None without one. error: why it failed; the rest is None
-    then.
+    attempts, score (the basin score), suspect: a guard's; None without one. calls: predictions that the sample needed, whatever
+    the others of its batch did. error: why it failed; the rest is None then.
     """
 
     sample: Sample
@@ -86,6 +87,7 @@ class Result:
     attempts: int | None = None
     score: float | None = None
     suspect: bool | None = None
+    calls: int = 0
     error: Exception | None = None
 
 
@@ -110,6 +112,7 @@ class Slot:
     attempt: int = 0
     row: int = 0
     end: int = 0  # the row after the last
+    calls: int = 0
     trial: Trial | None = None
 
     def enter(self, attempt: int) -> None:
@@ -198,7 +201,7 @@ class Engine:
             self._waiting.popleft()
             taken = {slot.place for slot in self._live}
             place = next(place for place in range(self._size) if place not in taken)
-            slot = Slot(place, sample, number, self._offset(sample.ladder))
+            slot = Slot(place, sample, number, self._offset(sample.ladder), calls=sample.calls)
             slot.enter(sample.attempt)
             self._live.append(slot)
             fresh.append(slot)
@@ -213,7 +216,7 @@ class Engine:
             for slot in fresh:
                 self._lane.network.put(slot.place, slot.sample.network, slot.sample.row)
             self._send(fresh, [slot.sample.begin() for slot in fresh])
-        elif not self._fixed and 2 * len(self._live) <= self._size:
+        elif not self._fixed and not self._ladders[0].stepwise and 2 * len(self._live) <= self._size:
             self._shrink()
 
     def _peek(self) -> tuple[int, Sample] | None:
@@ -279,6 +282,7 @@ class Engine:
         self.calls[branch] += len(self._live) * (2 if branch == "both" else 1)
         self.calls["spared"] += len(self._live) * (branch != "both")
         for slot in self._live:
+            slot.calls += 2 if self._plan.branches[slot.row] == "both" else 1
             slot.row += 1
         self._renoise()
         return pair
@@ -314,7 +318,7 @@ class Engine:
         for slot in ended:
             guard = slot.sample.ladder.guard
             if guard is None:
-                done.append(self._result(slot))
+                done.append(replace(self._result(slot), calls=slot.calls))
             elif len(slot.trial.scores) < guard.attempts[slot.attempt].probes:
                 asked.append(slot)
                 continue
@@ -331,7 +335,7 @@ class Engine:
         """Send slots to the calls that judge them, and to their next attempts."""
         if again and again[0].sample.ladder.stepwise:  # with the next batch: their scheduler knows one step for all
             for slot in reversed(again):
-                slot.sample.attempt = slot.attempt + 1
+                slot.sample.attempt, slot.sample.calls = slot.attempt + 1, slot.calls
                 self._live.remove(slot)
                 self._waiting.appendleft((slot.number, slot.sample))
             return
@@ -352,6 +356,7 @@ class Engine:
             for slot in ended:
                 if attempts[slot.attempt].probes == probes:
                     slot.trial.scores = [found[slot.place]] * probes
+                    slot.calls += 2 * probes
 
     def _result(self, slot: Slot) -> Result:
         state, ladder = self._lane.state, slot.sample.ladder
@@ -364,7 +369,8 @@ class Engine:
         """What came of a slot's attempt, with the verdict on it: a read by the host."""
         score = torch.stack(slot.trial.scores).mean().item()
         suspect = basin.suspects(score, slot.sample.ladder.guard.attempts[slot.attempt].threshold)
-        return replace(slot.trial.result, attempts=slot.attempt + 1, score=score, suspect=suspect)
+        said = {"attempts": slot.attempt + 1, "score": score, "suspect": suspect}
+        return replace(slot.trial.result, **said, calls=slot.calls)
 
     def _shrink(self) -> None:
         """The slots that are in use alone, once nothing is left to fill the others with."""
@@ -381,7 +387,7 @@ class Engine:
         lost = sorted(self._live, key=lambda slot: slot.number)
         self._live, self._lane, self._form, short = [], None, None, isinstance(error, torch.OutOfMemoryError)
         for slot in lost:
-            slot.sample.attempt = 0
+            slot.sample.attempt = slot.sample.calls = 0
         if len(lost) == 1:
             return [Result(lost[0].sample, error=error)]
         self._waiting.extendleft((slot.number, slot.sample) for slot in reversed(lost))
@@ -413,5 +419,5 @@ def _gathered(results: Iterable[Result]) -> Run:
     """The results of samples whose keys are 0, 1, ... as those of one call."""
     ordered = sorted(results, key=lambda result: result.sample.key)
     latents, transition, gaps = (torch.stack([getattr(r, name) for r in ordered]) for name in ("latents", "transition", "gaps"))
-    judged = (torch.tensor([getattr(result, name) for result in ordered]) for name in ("attempts", "score", "suspect"))
-    return Run(latents, transition, gaps, *judged)
+    names = ("attempts", "score", "suspect", "calls")
+    return Run(latents, transition, gaps, *(torch.tensor([getattr(result, name) for result in ordered]) for name in names))

@@ -29,7 +29,7 @@ from .data.prompts import OWN, Job, Prompts
 from .engine import Engine
 from .folder import Journal, open_folder, settings_of, weights_sha256
 from .guard import Ladder
-from .guidance import Guidance
+from .guidance import Guard, Guidance
 from .progress import Progress, Summary
 from .sampler import Sampler
 from .stages import TEXTS, Picture, Request, Stages, decoded, encoded, said
@@ -51,7 +51,7 @@ def generate(
     sampler: Sampler,
     prompts: Prompts | Sequence[Job],
     out: str | Path,
-    guidance: Guidance,
+    guidance: Guidance | Guard,
     model: str,
     steps: int = 50,
     batch_size: int = 8,
@@ -80,10 +80,10 @@ def generate(
     shard: (i, n): of n parts of the run, which may be made elsewhere, the i-th, in the folder `out`/shard-i-of-n; see `merge`.
 
     A manifest line says what was asked (id, prompt, seed, negative_prompt where there is one), `transition_step`,
-    `transition_timestep`, `noise_gap`, and `status`: "ok" where the image is there and its pixels were finite, with its `file`
-    and `sha256`, else "failed: " and why. Under a guard it has `attempts`, `score` and `suspect`. `nsfw_content_detected` is
-    there where the pipeline has a safety checker, `truncated` where a prompt was cut at the text encoder's limit (the text that
-    was left out), `retried` where the sample was not finite and was made again in float32.
+    `transition_timestep`, `transition_log_snr`, `noise_gap`, and `status`: "ok" where the image is there and its pixels were
+    finite, with its `file` and `sha256`, else "failed: " and why. Under a guard it has `attempts`, `score` and `suspect`.
+    `nsfw_content_detected` is there where the pipeline has a safety checker, `truncated` where a prompt was cut at the text
+    encoder's limit (the text that was left out), `retried` where the sample was not finite and was made again in float32.
 
     A fault of one sample costs that one: it is marked, and made again when the run is started again. After SIGINT or SIGTERM
     what is in flight is finished and no more begun; a second one ends the run at once.
@@ -149,9 +149,12 @@ def generate(
 
 
 class Ladders:
-    """The guidance over the sampler's steps, for jobs of every kind, some of which have steps or a scale of their own."""
+    """The guidance over the sampler's steps, for jobs of every kind, some of which have steps or a scale of their own.
 
-    def __init__(self, sampler: Sampler, steps: int, guidance: Guidance):
+    A guard's early look is calibrated for the run's steps and scale: jobs that have others go without it.
+    """
+
+    def __init__(self, sampler: Sampler, steps: int, guidance: Guidance | Guard):
         self.sampler, self.steps, self.guidance = sampler, steps, guidance
         self._made: dict[tuple[int | None, float | None], Ladder] = {}
 
@@ -162,9 +165,9 @@ class Ladders:
         return self._made[job.kind]
 
     def _of(self, steps: int | None, scale: float | None) -> Ladder:
-        if self.guidance.rungs and (steps, scale) != OWN:
-            raise ValueError("a guard is calibrated for the run's steps and scale, and takes no others: choose other guidance")
-        guidance = self.guidance if scale is None else replace(self.guidance, scale=scale)
+        guidance = self.guidance if scale is None else self.guidance.scaled(scale)
+        if isinstance(guidance, Guard) and steps is not None:
+            guidance = replace(guidance, early=None)
         solver, model = self.sampler.solver(steps or self.steps), self.sampler.model
         return Ladder.make(solver, guidance, model.device, model.settle)
 

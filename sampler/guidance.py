@@ -27,8 +27,8 @@ PROBES = 2  # noises that a picture is judged by
 # The basin score above which a picture is suspect, of a plain attempt and of those after it, without a calibration.
 THRESHOLD, LATER = 0.3, 0.2
 # With one: the share of ordinary pictures above the threshold of a plain attempt, and of those after it.
-RATE, LATER_RATE = 0.01, 0.03
-LADDER = (-3.5, -3.5, -2.8, -2.8, -1.9, -1.9, -1.5, -0.8)  # log SNRs until which the attempts after the plain one are delayed
+RATE, LATER_RATE = 0.01, 0.05
+LADDER = (-2.8, -2.8, -2.8, -1.9, -1.9, -1.5, -0.8)  # log SNRs until which the attempts after the plain one are delayed
 
 Branch = Literal["both", "uncond", "cond"]  # which predictions a call of the network makes
 
@@ -130,6 +130,10 @@ class Guidance:
             raise ValueError(f"opposite_scale must be above 0 (it is applied with a minus sign), got {opposite_scale!r}")
         return cls(scale, -float(opposite_scale), until, **_fields(given))
 
+    def scaled(self, scale: float) -> Guidance:
+        """The same at another scale."""
+        return replace(self, scale=scale)
+
     def rescaled(self, phi: float) -> Guidance:
         """The same under the rule "rescale" where phi is above 0. Raises ValueError for a bad phi or beside another rule."""
         if not arguments.share("guidance_rescale", phi):
@@ -164,12 +168,11 @@ class Guidance:
             raise ValueError(f"rate must be between 0 and 1, got {rate!r}")
         plain = cls.cfg(scale, **given)
         delays = [replace(plain, until=At(log_snr=log_snr)) for log_snr in LADDER] if attempts is None else list(attempts)
-        known = (None, None) if calibration is None else (calibration.threshold(rate), calibration.threshold(LATER_RATE))
-        first, then = (
-            next(value for value in values if value is not None)
-            for values in zip((threshold, later), known, (THRESHOLD, LATER), strict=True)
-        )
-        tried = (Attempt(plain, first), *(Attempt(one, then) for one in delays))
+        if threshold is None:
+            threshold = THRESHOLD if calibration is None else calibration.threshold(rate)
+        if later is None:
+            later = LATER if calibration is None else calibration.threshold(LATER_RATE)
+        tried = (Attempt(plain, threshold), *(Attempt(one, later) for one in delays))
         return Guard(tried, None if calibration is None else calibration.early(rate, scale))
 
     def __repr__(self) -> str:
@@ -366,7 +369,7 @@ class Guard:
 
     def scaled(self, scale: float) -> Guard:
         """The same at another scale, without the early look, which belongs to one."""
-        return replace(self.changed(lambda one: replace(one, scale=scale)), early=None)
+        return replace(self.changed(lambda one: one.scaled(scale)), early=None)
 
     def rescaled(self, phi: float) -> Guard:
         """As `Guidance.rescaled`, every attempt."""

@@ -158,7 +158,7 @@ class Run:
     """What a run returns, for B samples over K solver steps.
 
     latents (B, ...), transition (B,) int64, gaps (B, K) float32. Under a guard those of each sample's last attempt, and on the
-    CPU attempts (B,) int64, score (B,) float32 the basin score, suspect (B,) bool.
+    CPU attempts (B,) int64, score (B,) float32 the basin score, suspect (B,) bool, calls (B,) int64 the predictions it needed.
     """
 
     latents: Tensor
@@ -167,6 +167,7 @@ class Run:
     attempts: Tensor | None = None
     score: Tensor | None = None
     suspect: Tensor | None = None
+    calls: Tensor | None = None
 
     @classmethod
     def of(cls, state: State) -> Run:

@@ -186,9 +186,11 @@ def _picture(decode: Callable[..., Decoded], result: Result, latents: bool) -> P
     request, solver = result.sample.key, result.sample.ladder.solver
     step, line = result.transition.item(), request.asked()
     found = step if step < solver.steps else -1  # settled too late to wait
+    call = int(solver.first_calls[found])
     line |= {
         "transition_step": found,
-        "transition_timestep": solver.timesteps[solver.first_calls][found].item() if found >= 0 else None,
+        "transition_timestep": solver.timesteps[call].item() if found >= 0 else None,
+        "transition_log_snr": None if found < 0 or solver.log_snr is None else round(solver.log_snr[call].item(), 4),
         "noise_gap": result.gaps.tolist(),
     }
     if result.attempts is not None:
