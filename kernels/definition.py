@@ -87,6 +87,15 @@ def guided(uncond: Tensor, cond: Tensor, weight: float, rule: str = "cfg", optio
     return RULES[rule](uncond.double(), cond.double(), weight, *options)
 
 
+def basin_score(target: Tensor, uncond: Tensor, cond: Tensor) -> float:
+    """ln(|| target - u || / || target - c ||) of one noised picture: how much nearer to it the conditional prediction comes.
+
+    target: what the network ought to predict there, had it drawn this very picture. Above 0 the caption leads to the picture; a
+    copy at the bottom of its caption's basin scores 0.5 and more, an ordinary picture about 0.1.
+    """
+    return math.log(noise_gap(target, uncond) / noise_gap(target, cond))
+
+
 def is_minimum(before, last, gap):
     """d_(k-2) > d_(k-1) < d_k, strictly: step k shows the first minimum (Jain et al., section 4.2). Numbers or tensors."""
     return (before > last) & (last < gap)

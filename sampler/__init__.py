@@ -6,10 +6,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Loaded when first asked for: `basinescape.kernels` needs torch and triton alone, the sampler needs diffusers.
-_HOMES = {"Calibration": "calibration", "Guidance": "guidance", "Rung": "guidance"}
+_HOMES = {"Calibration": "calibration", "Guidance": "guidance", "Guard": "guidance"}
 _HOMES |= dict.fromkeys(("At", "Fallen", "FirstMinimum", "Settled"), "transitions")
 _HOMES |= {"Escape": "hosts.escape", "escape": "hosts.pipelines", "Output": "output", "Sampler": "sampler"}
-__all__ = ["At", "Calibration", "Escape", "Fallen", "FirstMinimum", "Guidance", "Output", "Rung", "Sampler", "Settled"]
+__all__ = ["At", "Calibration", "Escape", "Fallen", "FirstMinimum", "Guard", "Guidance", "Output", "Sampler", "Settled"]
 __all__ += ["escape"]
 
 

@@ -1,4 +1,4 @@
-"""What is ordinary on a model: the noise gaps of prompts that it did not memorize, and the thresholds of a guard from them."""
+"""What is ordinary on a model: the basin scores and first noise gaps of prompts that it did not memorize."""
 
 from __future__ import annotations
 
@@ -6,57 +6,69 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
+import diffusers
+import torch
+from diffusers import SchedulerMixin
 from torch import Tensor
 from tqdm import tqdm
 
 from . import arguments
 from .fingerprint import differing, fingerprint
 from .folder import settings_of, whole
-from .guidance import Guidance, Rung
-from .interpolation import curve, interpolated, sound
+from .guidance import EarlyLook, Guidance
+from .interpolation import curve, sound
 from .models import located
-from .ordinary import Ordinary, unguided
+from .ordinary import Ordinary, short, unguided
 from .progress import FORMAT, moving
 from .remembered import Remembered
 from .sampler import Sampler
-from .transitions import At, Settled
+from .transitions import Settled
 
 log = logging.getLogger(__name__)
-FEW = 50  # prompts that thresholds cannot rest on
+FEW = 50  # prompts that say little
 FILE = "calibration.json"  # beside the model_index.json of the model it belongs to
-LADDER = (720.0,) * 5 + (680.0, 680.0, 640.0)  # delays of the attempts after the plain one
-
-
-def ladder(scale: float) -> list[Guidance]:
-    """The attempts that a guard makes after the plain one, each more careful: guidance held back until lower timesteps."""
-    return [Guidance.delayed(scale, until=At(timestep)) for timestep in LADDER]
+LOOKED = 10  # first steps at most whose gaps are kept
+EARLY = 0.1  # the share of the steps that a guard looks at early
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is ordinary on one model, under one scheduler, number of steps and scale.
+    """What is ordinary on one model, under one scheduler, number of steps and scale, of n plainly guided pictures.
 
-    settings: what was measured on: the scheduler, dtype, device and versions, and the model's name.
-    steps, scale: of the runs. images: how many there were. rate, strict, lost: see `measure`.
-    rungs: the attempts of a guard with their usual gaps and thresholds, the plain one first.
-    model: the model's `fingerprint`. ordinary: what else is ordinary. Neither is there in a calibration made by hand.
+    settings:  what was measured on: the scheduler, dtype, device and versions, size and options, and the model's name.
+    steps, scale: of the runs.
+    timesteps: of the steps, in 0..1000. gap: the usual noise gap of each; both empty where only scores are known.
+    scores:    (n) the basin scores.
+    looks:     (n, LOOKED or fewer) the first noise gaps of each, relative to what is usual.
+    model:     the model's `fingerprint`. ordinary: what else is ordinary. Neither is there in a calibration made by hand.
+
+    Raises ValueError for numbers that are not finite: a threshold made of them would let everything pass.
     """
 
-    settings: dict[str, Any]
+    settings: Mapping[str, Any]
     steps: int
     scale: float
-    images: int
-    rate: float
-    strict: float
-    lost: float
-    rungs: tuple[Rung, ...]
+    timesteps: tuple[float, ...]
+    gap: tuple[float, ...]
+    scores: tuple[float, ...]
+    looks: tuple[tuple[float, ...], ...]
     model: Mapping[str, Any] = field(default_factory=dict)
     ordinary: Ordinary | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("timesteps", "gap", "scores"):
+            object.__setattr__(self, name, tuple(arguments.finite(name, value) for value in getattr(self, name)))
+        looks = tuple(tuple(arguments.finite("looks", value) for value in one) for one in self.looks)
+        object.__setattr__(self, "looks", looks)
+        if len(self.looks) != len(self.scores) or len(self.timesteps) != len(self.gap):
+            raise ValueError(
+                f"looks must be as many as scores, and timesteps as gap; got {len(self.looks)} and {len(self.scores)}, "
+                f"{len(self.timesteps)} and {len(self.gap)}"
+            )
 
     @classmethod
     def measure(
@@ -66,80 +78,99 @@ class Calibration:
         seeds: int | Sequence[int] = 0,
         steps: int = 50,
         scale: float = 7.5,
-        rungs: Sequence[Guidance] | None = None,
-        rate: float = 0.03,
-        strict: float = 0.4,
-        lost: float = 0.15,
+        settled: bool = False,
         batch_size: int = 16,
         progress: bool = True,
         resume: str | Path | None = None,
     ) -> Calibration:
-        """Sample ordinary prompts, plainly, unguided and under every rung, and take what is usual from their noise gaps.
+        """Sample ordinary prompts plainly, and take what is usual from their basin scores and noise gaps.
 
         prompts: that the model has not memorized; a hundred or more, so that the thresholds are known well.
         seeds:   one a prompt, or one for the first prompt, counted up from there.
-        rungs:   the attempts after the plain one, delayed or opposite; None: `ladder`.
-        rate:    the share of ordinary samples that a guard begins again, a quarter of it by their first gaps, at the end a
-                 quarter by their peak and half by their score.
-        strict:  the share of ordinary attempts after the plain one that are judged suspect: what was begun again is looked at
-                 more closely. It falls evenly to half of it at the last, which is the least likely to be a copy.
-        lost:    the share of ordinary later attempts that are begun again for gaps that are too small.
-        resume:  a file that keeps every sample's gaps when they are known, and from which a run that was stopped goes on.
+        settled: also measure the gaps without guidance, which `Settled` needs; it takes twice as long.
+        resume:  a file that keeps what is measured of every sample, and from which a run that was stopped goes on.
 
-        Raises ValueError for bad arguments, and for guidance that leaves the first or the last steps without a noise gap.
+        A sample that is not finite is made again in float32 where that can help, else left out, by name.
+
+        Raises ValueError for bad arguments, and where not even two samples are finite.
         """
         prompts = arguments.texts("prompts", prompts)
         if len(prompts) < 2:
             raise ValueError(f"prompts must be two at least, and a hundred for thresholds that are known well; got {prompts}")
         if len(prompts) < FEW:
-            log.warning(
-                "%d prompts are few: the thresholds are guesses, and a hundred prompts make them known well", len(prompts)
-            )
-        for name, given in (("rate", rate), ("strict", strict), ("lost", lost)):
-            if not 0 < arguments.share(name, given) < 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {given!r}")
+            log.warning("%d prompts are few: a hundred or more make thresholds known well", len(prompts))
         size = arguments.at_least_one("batch_size", batch_size)
         tasks = list(zip(prompts, arguments.seeds(seeds, len(prompts)), strict=True))
-        attempts = [Guidance.cfg(scale), *(ladder(scale) if rungs is None else rungs)]
-        free = unguided(sampler.solver(steps).steps)
+        solver = sampler.solver(steps)
+        runs = [Guidance.cfg(scale), *([unguided(solver.steps)] if settled else [])]
         settings = {"model": Path(str(sampler.pipe.config.get("_name_or_path", ""))).name, **settings_of(sampler)}
         settings |= {"size": list(sampler.size())} | ({"options": dict(sampler.options)} if sampler.options else {})
         model = fingerprint(sampler.pipe)
-        runs = list(dict.fromkeys([attempts[0], free, *attempts[1:]]))
+        total = len(tasks) * len(runs)
         with (
             Remembered(resume, {"tasks": tasks, "steps": steps, "model": model, **settings}) as kept,
-            tqdm(
-                total=len(tasks) * len(runs), unit="image", desc="calibrating", bar_format=FORMAT, disable=not progress
-            ) as bar,
+            tqdm(total=total, unit="image", desc="calibrating", bar_format=FORMAT, disable=not progress) as bar,
         ):
-            measured = {guidance: _gaps(sampler, tasks, steps, guidance, size, bar, kept) for guidance in runs}
-        levels = tuple(round(level, 3) for level in sampler.solver(steps).levels)
-        plain, *later = attempts
-        found = [
-            _rung(plain, measured[plain], levels, rate, 0.0),
-            *(_rung(g, measured[g], levels, strict * (1 - i / (2 * len(later))), lost) for i, g in enumerate(later)),
-        ]
-        ordinary = Ordinary.of(measured[plain], measured[free], levels)
-        shares = float(rate), float(strict), float(lost)
-        return cls(settings, steps, float(scale), len(tasks), *shares, tuple(found), model, ordinary)
+            found = [_measured(sampler, tasks, steps, guidance, size, bar, kept) for guidance in runs]
+        good = torch.stack([values.isfinite().all(dim=1) for values in found]).all(dim=0)
+        for (prompt, seed), fine in zip(tasks, good.tolist(), strict=True):
+            if not fine:
+                log.warning("left out, since its sample is not finite: %r, seed %d", prompt, seed)
+        if good.sum() < 2:
+            raise ValueError(f"{int(good.sum())} of {len(tasks)} samples are finite: nothing can be said of what is ordinary")
+        scores, gaps = found[0][good, 0], found[0][good, 1:]
+        free = found[1][good, 1:] if settled else None
+        usual, timesteps = short(gaps.median(dim=0).values.tolist()), tuple(round(level, 3) for level in solver.levels)
+        looks = (gaps / torch.tensor(usual))[:, :LOOKED]
+        known = all(map(math.isfinite, timesteps)) and min(usual) > 0
+        return cls(
+            settings=settings,
+            steps=steps,
+            scale=float(scale),
+            timesteps=timesteps if known else (),
+            gap=usual if known else (),
+            scores=short(scores.tolist()),
+            looks=tuple(map(short, looks.tolist())) if known else ((),) * len(scores),
+            model=model,
+            ordinary=Ordinary.of(gaps, free, timesteps) if known else None,
+        )
 
-    def at(self, scale: float, rungs: Sequence[Guidance] | None = None) -> tuple[Rung, ...]:
-        """The rungs of a guard at this scale: the plain one, and after it all, or these. Raises ValueError for any other."""
+    @property
+    def scheduler(self) -> SchedulerMixin | None:
+        """The scheduler that was measured with; None where it is not known, or this diffusers has none of its name."""
+        config = dict(self.settings.get("scheduler", {}))
+        made = getattr(diffusers, config.pop("class", ""), None)
+        return None if made is None else made.from_config(config)
+
+    @property
+    def images(self) -> int:
+        """How many pictures there were."""
+        return len(self.scores)
+
+    def threshold(self, rate: float) -> float:
+        """The basin score that an ordinary picture is above with a probability of at most `rate`; see `_conformal`.
+
+        Raises ValueError for a rate that so few pictures cannot tell.
+        """
+        return _conformal(self.scores, rate)
+
+    def early(self, rate: float, scale: float) -> EarlyLook | None:
+        """What gives up hopeless plain attempts, and ordinary ones with a probability of at most `rate`.
+
+        None where no gaps are known. Raises ValueError for another scale than was calibrated, and as `threshold`.
+        """
         if scale != self.scale:
             raise ValueError(f"scale is {scale!r}, but the calibration was made at {self.scale:g}: measure another")
-        if rungs is None:
-            return self.rungs
-        known = {rung.guidance: rung for rung in reversed(self.rungs[1:])}  # the strictest of each
-        missing = [guidance for guidance in rungs if guidance not in known]
-        if missing:
-            raise ValueError(f"rungs must be among {list(known)}, which were calibrated; got {missing}")
-        return (self.rungs[0], *(known[guidance] for guidance in rungs))
+        if not self.gap:
+            return None
+        steps = max(1, min(len(self.looks[0]), round(EARLY * len(self.gap))))
+        return EarlyLook(self.gap, self.timesteps, steps, _conformal([sum(one[:steps]) / steps for one in self.looks], rate))
 
     def fitted(self, sampler: Sampler, steps: int) -> Calibration:
         """The same over the steps of this sampler: itself where they are those that were measured, else interpolated.
 
-        Logs a warning where the sampler's model is not the one that was measured. Raises ValueError where the steps are too far
-        from those that were measured.
+        Logs a warning where the sampler's model or size is not the one that was measured, and where the steps are too far from
+        those for the early look, which is left out then. Scores are of no steps.
         """
         other = differing(self.model, fingerprint(sampler.pipe)) if self.model else []
         if other:
@@ -157,35 +188,38 @@ class Calibration:
                 *sampler.size(),
                 *sampler.size(),
             )
-        levels, known = tuple(round(level, 3) for level in sampler.solver(steps).levels), self.rungs[0].levels
+        levels, known = tuple(round(level, 3) for level in sampler.solver(steps).levels), self.timesteps
         if not known or (len(known) == len(levels) and all(abs(a - b) <= 1 for a, b in zip(known, levels, strict=True))):
             return self
         if not sound(known, levels):
-            raise ValueError(
-                f"thresholds are calibrated for {len(known)} steps at timesteps {known[0]:g} to {known[-1]:g}, too far from "
-                f"the sampler's {len(levels)} at {levels[0]:g} to {levels[-1]:g} to interpolate: calibrate for those (--steps "
-                f"{steps} and this scheduler), or choose other guidance"
+            log.warning(
+                "the first noise gaps are calibrated for %d steps at timesteps %g to %g, too far from the sampler's %d at %g "
+                "to %g: no attempt is given up early; calibrate for those (--steps %d and this scheduler) to save calls",
+                *(len(known), known[0], known[-1], len(levels), levels[0], levels[-1], steps),
             )
-        rungs = tuple(interpolated(rung, levels) for rung in self.rungs)
-        ordinary = self.ordinary
+            bare = {"timesteps": (), "gap": (), "looks": ((),) * len(self.scores), "ordinary": None}
+            return replace(self, steps=len(levels), **bare)
+        gap, ordinary = curve(known, self.gap, levels), self.ordinary
         if ordinary is not None:
-            low, high, free = (curve(known, gap, levels) for gap in (ordinary.low, ordinary.high, ordinary.unguided))
-            ordinary = replace(ordinary, low=low, high=high, unguided=free, stable=None)  # a norm is of its own steps alone
-        return replace(self, steps=len(levels), rungs=rungs, ordinary=ordinary)
+            curves = (
+                curve(known, values, levels) if values else () for values in (ordinary.low, ordinary.high, ordinary.unguided)
+            )
+            ordinary = Ordinary(*curves, ordinary.transition)  # a norm is of its own steps alone
+        return replace(self, steps=len(levels), timesteps=levels, gap=gap, ordinary=ordinary)
 
     def settled(self, **given: float) -> Settled:
         """The rule `Settled.over` what is usual without guidance on this model.
 
         Raises ValueError for a calibration that did not measure unguided gaps.
         """
-        if self.ordinary is None:
-            raise ValueError("the calibration has no unguided gaps, which 'settled' needs: calibrate again")
+        if self.ordinary is None or not self.ordinary.unguided:
+            raise ValueError("the calibration has no unguided gaps of these steps, for 'settled': calibrate with --settled")
         return Settled.over(self.ordinary.unguided, **given)
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
-        rungs = [{**vars(rung), "guidance": rung.guidance.to_dict()} for rung in self.rungs]
-        text = json.dumps({**asdict(self), "rungs": rungs}, indent=1)
+        lines = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in asdict(self).items())
+        text = "{\n" + ",\n".join(lines) + "\n}"
         with whole(Path(path)) as part:
             part.write_text(text + "\n", encoding="utf-8")
 
@@ -208,11 +242,27 @@ class Calibration:
             raise FileNotFoundError(f"calibration {str(path_or_name)!r} does not exist")
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            rungs = [Rung(**{**rung, "guidance": Guidance.from_dict(rung["guidance"])}) for rung in data["rungs"]]
+            if not isinstance(data, dict) or not data.keys() <= {known.name for known in fields(cls)}:
+                raise ValueError("its fields are not a calibration's; one of an earlier version must be measured again")
             ordinary = data.get("ordinary") and Ordinary(**{name: _tuples(value) for name, value in data["ordinary"].items()})
-            return cls(**{**data, "rungs": tuple(rungs), "ordinary": ordinary})
+            return cls(**{**data, "looks": _tuples(data["looks"]), "ordinary": ordinary})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"calibration {str(path)!r} is not one: {arguments.line(error)}") from error
+
+
+def _conformal(values: Sequence[float], rate: float) -> float:
+    """What a fresh ordinary value is above with a probability of at most `rate`: number ceil((n + 1)(1 - rate)) of n.
+
+    Split conformal prediction (Vovk et al.; Angelopoulos & Bates, https://arxiv.org/abs/2107.07511, section 1).
+    """
+    rank = math.ceil((len(values) + 1) * (1 - rate) - 1e-9)
+    if rank > len(values):
+        needed = math.ceil(1 / rate - 1 - 1e-9)
+        raise ValueError(
+            f"rate is {rate:g}, which {len(values)} ordinary pictures cannot tell: calibrate with {needed} or more, or ask for "
+            "a larger rate"
+        )
+    return sorted(values)[rank - 1]
 
 
 def _tuples(value: Any) -> Any:
@@ -220,7 +270,7 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _gaps(
+def _measured(
     sampler: Sampler,
     tasks: Sequence[tuple[str, int]],
     steps: int,
@@ -229,43 +279,20 @@ def _gaps(
     bar: tqdm,
     kept: Remembered,
 ) -> Tensor:
-    """The noise gaps of all tasks, (n, steps)."""
+    """The basin score and the noise gaps of every task, (n, 1 + steps)."""
+
+    def made(index: Sequence[int], shown: Any) -> Tensor:
+        prompts, seeds = map(list, zip(*(tasks[i] for i in index), strict=True))
+        out = sampler(prompts, seeds, steps, guidance, output="latent", batch_size=size, progress=shown)
+        score = sampler.judge(out.latents, prompts, seeds, batch_size=size).score
+        return torch.cat([score[:, None], out.noise_gap], dim=1)
 
     def sampled(index: Sequence[int]) -> Tensor:
-        prompts, seeds = zip(*(tasks[i] for i in index), strict=True)
-        options = {"output": "latent", "batch_size": size, "progress": moving(bar, len(index))}
-        return sampler(prompts, list(seeds), steps, guidance, **options).noise_gap
+        values = made(index, moving(bar, len(index)))
+        again = (~values.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+        if again and sampler.model.half:
+            with sampler.in_float32():
+                values[again] = made([index[i] for i in again], False)
+        return values
 
     return kept(repr(guidance), len(tasks), size, sampled, bar)
-
-
-def _rung(guidance: Guidance, gaps: Tensor, levels: tuple[float, ...], share: float, lost: float) -> Rung:
-    """A rung whose thresholds `share` of what these gaps, (n, steps), are a sample of pass, a quarter of it the early one.
-
-    Of the plain one another quarter passes its peak. And `lost` of it stay below the least score.
-    """
-    usual = gaps.nanmedian(dim=0).values.nan_to_num(0.0).tolist()
-    usual = tuple(float(f"{gap:.5g}") for gap in usual)
-    fifth = max(1, len(usual) // 5)
-    # After a transition the first gaps say less, and there is no basin in which they would have collapsed.
-    steps, later, power = (fifth, 0, 0.25) if guidance.until else (max(1, fifth // 2), fifth, 1.0)
-    rung = Rung(guidance, usual, steps, math.inf, fifth, later, math.inf, power=power, levels=levels)
-    score, quarter = rung.score(gaps), 0.0 if guidance.until else share / 4
-    return replace(
-        rung,
-        early=_quantile(rung.look(gaps), 1 - share / 4),
-        verdict=_quantile(score, 1 - share * 3 / 4 + quarter),
-        peak=_quantile(rung.largest(gaps), 1 - quarter) if quarter else 0.0,
-        lost=_quantile(score, lost) if lost else 0.0,
-    )
-
-
-def _quantile(values: Tensor, share: float) -> float:
-    """What `share` of ordinary values are below. The logarithms on either side of the median are taken as half of a normal law.
-
-    The tail of a hundred samples is known no better by their extremes, and the two sides differ: some prompts say little.
-    """
-    logs = values.double().log()
-    away = logs - logs.median()
-    side = away[away >= 0] if share > 0.5 else away[away <= 0]
-    return round(math.exp(logs.median() + NormalDist().inv_cdf(share) * side.square().mean().sqrt()), 4)

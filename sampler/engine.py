@@ -2,8 +2,9 @@
 
 Samples of one batch stand at different rows of one table of steps, so they may have different guidance, different numbers of
 steps and, under a guard, different attempts. A sample that is done leaves its slot, and the next one in line begins there; one
-that a guard sends back begins its next attempt where it is. Both branches of the network run while any slot needs both; where
-all need the same one, that one runs alone. Nothing is read back from the device but a guard's noise gaps between attempts.
+that a guard sends back begins its next attempt where it is. A finished picture is judged in its slot, by calls like any other.
+Both branches of the network run while any slot needs both; where all need the same one, that one runs alone. Nothing is read
+back from the device but a guard's verdicts between attempts.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import basin
 from .guard import Ladder
-from .loop import Branch, Lane, Plan, Run, draw, fused_step
+from .loop import Branch, Lane, Pair, Plan, Run, draw, fused_step
 from .models import Guided
 
 log = logging.getLogger(__name__)
@@ -36,6 +39,7 @@ class Sample:
     network, row: its encoded prompt is this row of that network's.
     seed:    of a generator of its own, from which all its noise comes.
     generator, noise: where it is gone on with: that generator, and the noise (C, h, w) that it has drawn already.
+    attempt, calls: the one it begins with, and the predictions that those before it needed.
     """
 
     key: Any
@@ -46,6 +50,8 @@ class Sample:
     seed: int = 0
     generator: torch.Generator | None = None
     noise: Tensor | None = None
+    attempt: int = 0
+    calls: int = 0
 
     @property
     def form(self) -> tuple:
@@ -55,6 +61,8 @@ class Sample:
 
     def begin(self) -> Tensor:
         """The initial noise (C, h, w)."""
+        if self.attempt:
+            return self.draw()
         if self.noise is not None:
             return self.noise
         self.generator = torch.Generator("cpu").manual_seed(self.seed)
@@ -68,7 +76,8 @@ class Sample:
 class Result:
     """What came of a sample: latents (C, h, w), transition () int64 and gaps (steps,) float32, NaN where none was needed.
 
-    attempts, score, suspect: a guard's; None without one. error: why it failed; the rest is None then.
+    attempts, score (the basin score), suspect: a guard's; None without one. calls: predictions that the sample needed, whatever
+    the others of its batch did. error: why it failed; the rest is None then.
     """
 
     sample: Sample
@@ -78,7 +87,18 @@ class Result:
     attempts: int | None = None
     score: float | None = None
     suspect: bool | None = None
+    calls: int = 0
     error: Exception | None = None
+
+
+@dataclass
+class Trial:
+    """A finished attempt while it is judged: what came of it, noises to judge it by, the answer to wait for, scores so far."""
+
+    result: Result
+    noises: Iterator[Tensor]
+    target: Tensor | None = None
+    scores: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -89,22 +109,30 @@ class Slot:
     sample: Sample
     number: int
     offset: int
-    rung: int = 0
+    attempt: int = 0
     row: int = 0
+    end: int = 0  # the row after the last
+    calls: int = 0
+    trial: Trial | None = None
 
-    def enter(self, rung: int) -> None:
-        self.rung, self.row = rung, self.offset + self.sample.ladder.starts[rung]
+    def enter(self, attempt: int) -> None:
+        first, last = (self.offset + start for start in self.sample.ladder.starts[attempt : attempt + 2])
+        self.attempt, self.row, self.end, self.trial = attempt, first, last, None
+
+    def ask(self) -> Tensor:
+        """Stand at the row of the calls that judge, with the next noise; returns what the network is given, (C, h, w)."""
+        ladder, trial = self.sample.ladder, self.trial
+        self.row = self.offset + ladder.starts[-1]
+        self.end = self.row + 1
+        given, trial.target = ladder.probe.question(trial.result.latents[None], next(trial.noises)[None])
+        return given[0]
 
     @property
-    def end(self) -> int:
-        """The row after the attempt's last."""
-        return self.offset + self.sample.ladder.starts[self.rung + 1]
-
-    @property
-    def judged(self) -> bool:
-        """Whether the attempt is done, or a guard looks at its first gaps here."""
-        checks = self.sample.ladder.checks
-        return self.row == self.end or (bool(checks) and self.row == self.offset + checks[self.rung])
+    def looked_at(self) -> bool:
+        """Whether a guard looks at the first gaps of a plain attempt here, and has another one left."""
+        ladder = self.sample.ladder
+        plain = ladder.check is not None and self.attempt == 0 and self.trial is None
+        return plain and self.row == self.offset + ladder.check and len(ladder.guard.attempts) > 1
 
 
 class Engine:
@@ -142,8 +170,7 @@ class Engine:
             tick()
             try:
                 self._begin_in(fresh)
-                self._step()
-                done = self._settle()
+                done = self._settle(self._step())
             except Exception as error:
                 if not self._local:
                     raise
@@ -153,8 +180,9 @@ class Engine:
     @property
     def under_way(self) -> float:
         """The steps that samples in the slots have taken of their attempts, as so many samples' worth."""
-        starts = ((slot, slot.offset + slot.sample.ladder.starts[slot.rung]) for slot in list(self._live))
-        return sum((slot.row - start) / (slot.end - start) for slot, start in starts)
+        attempts = [slot for slot in list(self._live) if slot.trial is None]
+        starts = ((slot, slot.offset + slot.sample.ladder.starts[slot.attempt]) for slot in attempts)
+        return len(self._live) - len(attempts) + sum((slot.row - start) / (slot.end - start) for slot, start in starts)
 
     def _admit(self) -> list[Slot]:
         """Give free slots the next samples; returns those slots."""
@@ -173,8 +201,8 @@ class Engine:
             self._waiting.popleft()
             taken = {slot.place for slot in self._live}
             place = next(place for place in range(self._size) if place not in taken)
-            slot = Slot(place, sample, number, self._offset(sample.ladder))
-            slot.enter(0)
+            slot = Slot(place, sample, number, self._offset(sample.ladder), calls=sample.calls)
+            slot.enter(sample.attempt)
             self._live.append(slot)
             fresh.append(slot)
         return fresh
@@ -188,7 +216,7 @@ class Engine:
             for slot in fresh:
                 self._lane.network.put(slot.place, slot.sample.network, slot.sample.row)
             self._send(fresh, [slot.sample.begin() for slot in fresh])
-        elif not self._fixed and 2 * len(self._live) <= self._size:
+        elif not self._fixed and not self._ladders[0].stepwise and 2 * len(self._live) <= self._size:
             self._shrink()
 
     def _peek(self) -> tuple[int, Sample] | None:
@@ -246,16 +274,18 @@ class Engine:
             self._generators[slot.place] = slot.sample.generator
         state.restart(place, torch.stack(list(noise)).to(state.latents.x), self._plan.table, row, last)
 
-    def _step(self) -> None:
+    def _step(self) -> Pair:
         needed = {self._plan.branches[slot.row] for slot in self._live}
         branch = needed.pop() if len(needed) == 1 else "both"
-        self._lane.take(branch)
+        pair = self._lane.take(branch)
         self._begun = True
         self.calls[branch] += len(self._live) * (2 if branch == "both" else 1)
         self.calls["spared"] += len(self._live) * (branch != "both")
         for slot in self._live:
+            slot.calls += 2 if self._plan.branches[slot.row] == "both" else 1
             slot.row += 1
         self._renoise()
+        return pair
 
     def _renoise(self) -> None:
         """Bring the slots back to a higher noise level that stand before such a row."""
@@ -269,34 +299,78 @@ class Engine:
             latents[slot.place] = (factor * latents[slot.place].float() + sigma * fresh).to(latents.dtype)
         self._lane.state.put(latents, self._plan.table)
 
-    def _settle(self) -> list[Result]:
-        """What becomes of slots whose first gaps are known, or that are done: they go on, are free, or begin again."""
-        ends, done, again = [slot for slot in self._live if slot.judged], [], []
-        gaps = self._lane.state.transition.gaps
-        if any(slot.sample.ladder.rungs for slot in ends):
-            gaps = gaps.cpu()  # a read by the host
-        for slot in ends:
-            ladder, whole = slot.sample.ladder, slot.row == slot.end
-            gap = gaps[slot.place, : ladder.whole.steps]
-            suspect = bool(ladder.rungs) and ladder.suspects(slot.rung, gap, whole)
-            if slot.rung + 1 < len(ladder.rungs) and (suspect or ladder.loses(slot.rung, gap, whole)):
-                slot.enter(slot.rung + 1)
+    def _settle(self, pair: Pair) -> list[Result]:
+        """What becomes of slots after a step that made these predictions: they go on, are judged, begin again, or are free."""
+        looked, ended = ([s for s in self._live if s.looked_at], [s for s in self._live if s.row == s.end])
+        asked, again, done = [], [], []
+        if looked:
+            gaps = self._lane.state.transition.gaps.cpu()  # a read by the host
+            again += [slot for slot in looked if slot.sample.ladder.guard.early.hopeless(gaps[slot.place])]
+        for slot in ended:
+            guard = slot.sample.ladder.guard
+            if slot.trial is not None:
+                answers = (prediction[slot.place][None] for prediction in pair)
+                slot.trial.scores.append(basin.nearer(slot.trial.target, *answers))
+            elif guard is not None:
+                slot.trial = Trial(self._result(slot), basin.noises(slot.sample.seed, slot.sample.shape))
+        if any(slot.sample.ladder.stepwise and slot.trial for slot in ended):
+            self._judge_together(ended)
+        for slot in ended:
+            guard = slot.sample.ladder.guard
+            if guard is None:
+                done.append(replace(self._result(slot), calls=slot.calls))
+            elif len(slot.trial.scores) < guard.attempts[slot.attempt].probes:
+                asked.append(slot)
+                continue
+            elif (judged := self._judged(slot)).suspect and slot.attempt + 1 < len(guard.attempts):
                 again.append(slot)
-            elif whole:
-                done.append(self._result(slot, gap, suspect))
-                self._live.remove(slot)
-        if again:
-            self._send(again, [slot.sample.draw() for slot in again])
+                continue
+            else:
+                done.append(judged)
+            self._live.remove(slot)
+        self._go_on(asked, again)
         return done
 
-    def _result(self, slot: Slot, gap: Tensor, suspect: bool) -> Result:
+    def _go_on(self, asked: Sequence[Slot], again: Sequence[Slot]) -> None:
+        """Send slots to the calls that judge them, and to their next attempts."""
+        if again and again[0].sample.ladder.stepwise:  # with the next batch: their scheduler knows one step for all
+            for slot in reversed(again):
+                slot.sample.attempt, slot.sample.calls = slot.attempt + 1, slot.calls
+                self._live.remove(slot)
+                self._waiting.appendleft((slot.number, slot.sample))
+            return
+        for slot in again:
+            slot.enter(slot.attempt + 1)
+        if asked or again:
+            self._send([*asked, *again], [slot.ask() for slot in asked] + [slot.sample.draw() for slot in again])
+
+    def _judge_together(self, ended: Sequence[Slot]) -> None:
+        """The scores of slots whose scheduler takes its own steps, in which there is no room for calls that judge."""
+        x, ladder = self._lane.state.latents.x, ended[0].sample.ladder
+        seeds = [0] * len(x)
+        for slot in ended:
+            seeds[slot.place] = slot.sample.seed
+        predict, attempts = partial(basin.both, self._lane.network), ladder.guard.attempts
+        for probes in {attempts[slot.attempt].probes for slot in ended}:
+            found = basin.scores(predict, ladder.probe, x, seeds, probes)
+            for slot in ended:
+                if attempts[slot.attempt].probes == probes:
+                    slot.trial.scores = [found[slot.place]] * probes
+                    slot.calls += 2 * probes
+
+    def _result(self, slot: Slot) -> Result:
         state, ladder = self._lane.state, slot.sample.ladder
-        own = ladder.computed(slot.rung).to(gap.device)  # a step may have run both branches for another's sake
+        gap = state.transition.gaps[slot.place, : ladder.whole.steps]
+        own = ladder.computed(slot.attempt).to(gap.device)  # a step may have run both branches for another's sake
         gap = gap.where(own, torch.full_like(gap, torch.nan))
-        made = Result(slot.sample, state.latents.x[slot.place].clone(), state.transition.at[slot.place].clone(), gap)
-        if not ladder.rungs:
-            return made
-        return replace(made, attempts=slot.rung + 1, score=ladder.rungs[slot.rung].score(gap).item(), suspect=suspect)
+        return Result(slot.sample, state.latents.x[slot.place].clone(), state.transition.at[slot.place].clone(), gap)
+
+    def _judged(self, slot: Slot) -> Result:
+        """What came of a slot's attempt, with the verdict on it: a read by the host."""
+        score = torch.stack(slot.trial.scores).mean().item()
+        suspect = basin.suspects(score, slot.sample.ladder.guard.attempts[slot.attempt].threshold)
+        said = {"attempts": slot.attempt + 1, "score": score, "suspect": suspect}
+        return replace(slot.trial.result, **said, calls=slot.calls)
 
     def _shrink(self) -> None:
         """The slots that are in use alone, once nothing is left to fill the others with."""
@@ -312,6 +386,8 @@ class Engine:
         """After a fault of all slots together: those in flight begin again in half as many, one alone has failed."""
         lost = sorted(self._live, key=lambda slot: slot.number)
         self._live, self._lane, self._form, short = [], None, None, isinstance(error, torch.OutOfMemoryError)
+        for slot in lost:
+            slot.sample.attempt = slot.sample.calls = 0
         if len(lost) == 1:
             return [Result(lost[0].sample, error=error)]
         self._waiting.extendleft((slot.number, slot.sample) for slot in reversed(lost))
@@ -334,7 +410,7 @@ def guarded(
     """One batch under a guard, from its initial noise (B, ...); the bar is of the plain attempt's steps."""
     turns = iter(bar(ladder.whole.branches[: ladder.starts[1]]))
     given = enumerate(zip(noise, generators, strict=True))
-    work = [Sample(i, ladder, tuple(x.shape), network, i, generator=own, noise=x) for i, (x, own) in given]
+    work = [Sample(i, ladder, tuple(x.shape), network, i, own.initial_seed(), generator=own, noise=x) for i, (x, own) in given]
     engine = Engine(begin, len(work), fixed=network.version is not None, room=False)
     return _gathered(engine.run(work, tick=lambda: next(turns, None)))
 
@@ -343,5 +419,5 @@ def _gathered(results: Iterable[Result]) -> Run:
     """The results of samples whose keys are 0, 1, ... as those of one call."""
     ordered = sorted(results, key=lambda result: result.sample.key)
     latents, transition, gaps = (torch.stack([getattr(r, name) for r in ordered]) for name in ("latents", "transition", "gaps"))
-    judged = (torch.tensor([getattr(result, name) for result in ordered]) for name in ("attempts", "score", "suspect"))
-    return Run(latents, transition, gaps, *judged)
+    names = ("attempts", "score", "suspect", "calls")
+    return Run(latents, transition, gaps, *(torch.tensor([getattr(result, name) for result in ordered]) for name in names))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .kernels.state import State
-from .loop import Branch, Lane, Plan, fused_step
+from .loop import Branch, Lane, Pair, Plan, fused_step
 from .models import Guided
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class Session:
         self.state = State.empty(shape, rows, noise.dtype, noise.device, plan.multistep, plan.scaled, memory_format)
         self.state.start(noise, self.table)
         self.take = fused_step(network, replace(plan, table=self.table, finds=True), self.state)
-        self.graphs: dict[Branch, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[Branch, tuple[torch.cuda.CUDAGraph, Pair]] = {}
 
     def start(self, noise: Tensor, plan: Plan) -> State:
         """The state at the start of a run of `plan`; its gaps are those of the plan's steps alone."""
@@ -103,11 +103,13 @@ class Session:
             current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool):  # `current` again, however the capture ends
-            self.take(branch)
-        self.graphs[branch] = graph
+            pair = self.take(branch)
+        self.graphs[branch] = graph, pair  # which stay in memory, so that no other graph of the pool is given it
 
-    def replay(self, branch: Branch) -> None:
-        self.graphs[branch].replay()
+    def replay(self, branch: Branch) -> Pair:
+        graph, pair = self.graphs[branch]
+        graph.replay()
+        return pair
 
 
 @contextmanager

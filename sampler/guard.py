@@ -1,24 +1,24 @@
-"""A guard: plain guidance that checks its own work.
+"""A guard over the steps of a solver: the rows of all its attempts, and of the call that judges them, in one table.
 
-All samples run plain classifier-free guidance. The noise gap of its first steps tells memorized prompts from others (Wen et
-al., ICLR 2024, https://arxiv.org/abs/2407.21720), and so does that of the last, least noisy one (Asthana & Belagiannis, ICLR
-2026, https://arxiv.org/abs/2601.20642). A sample whose gaps are larger than is usual begins again, from the next noise of its
-own and under more careful guidance, until its gaps are usual or no rung of the ladder is left. A later attempt whose gaps are
-far smaller than is usual begins again, too: its prompt hardly changes its prediction, so the picture shows something else. Each
-sample goes its own way in one batch, by its own rows of one table; the others keep the bits of plain guidance. The host reads
-between attempts alone.
+All samples run plain classifier-free guidance. Each finished picture is judged by its basin score (see `basin`); one that looks
+like a copy begins again, from the next noise of its own and under more careful guidance, until it passes or no attempt is left.
+Each sample goes its own way in one batch, by its own rows; the others keep the bits of plain guidance. The host reads between
+attempts alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from .guidance import Guidance, Rung
-from .loop import Branch, Plan, Settle
+from .basin import Probe
+from .guidance import Branch, Guard, Guidance
+from .kernels.table import Column
+from .loop import Plan, Settle
 from .solver import Solver
 
 BOTH: Branch = "both"
@@ -26,55 +26,66 @@ BOTH: Branch = "both"
 
 @dataclass(frozen=True)
 class Ladder:
-    """The plans of all rungs in one: `whole` has their rows after each other, those of rung i from `starts[i]` on.
+    """The plans of all attempts in one: `whole` has their rows after each other, those of attempt i from `starts[i]` on.
 
-    rungs: none for guidance that is no guard, whose one attempt nobody judges.
-    checks: the row of each rung at which its first gaps are known.
+    guard: None for guidance that is none, whose one attempt nobody judges.
+    check: the row at which the guard's early look knows what it needs; None without one.
+    probe: of the calls that judge; their row is the last one. None without a guard.
     """
 
-    rungs: tuple[Rung, ...]
+    guard: Guard | None
     whole: Plan
     starts: tuple[int, ...]
-    checks: tuple[int, ...]
     solver: Solver
+    check: int | None = None
+    probe: Probe | None = None
 
     @classmethod
-    def make(cls, solver: Solver, guidance: Guidance, device: torch.device, settle: Settle | None = None) -> Ladder:
-        """Lay the rungs of a guard over the steps of `solver`. Raises ValueError for steps that they are not made for."""
-        if guidance.rungs and solver.coefficients is None:
-            raise ValueError(f"a guard needs a linear scheduler, and {type(solver.scheduler).__name__} is not")
-        attempts = [rung.guidance for rung in guidance.rungs] or [guidance]
+    def make(cls, solver: Solver, guidance: Guidance | Guard, device: torch.device, settle: Settle | None = None) -> Ladder:
+        """Lay guidance over the steps of `solver`.
+
+        Raises ValueError for steps that it is not made for, and for a guard where pictures cannot be judged.
+        """
+        guard = guidance if isinstance(guidance, Guard) else None
+        attempts = [guidance] if guard is None else [attempt.guidance for attempt in guard.attempts]
         plans = [Plan.make(solver, one, device, settle) for one in attempts]
-        starts = [0, *accumulate(len(plan.table) for plan in plans)]
-        checks = []
-        for i, (rung, plan) in enumerate(zip(guidance.rungs, plans, strict=False)):
-            rung.check(solver.levels)
-            last = rung.computed[rung.steps - 1]
-            checks.append(next((row for row, step in enumerate(plan.step) if step > last), len(plan.step)))
-            needed = [plan.branches[row] for row, step in enumerate(plan.step) if step in rung.computed]
-            if set(needed) != {BOTH}:
-                raise ValueError(f"guard needs a noise gap in steps {rung.computed} of rung {i}, {rung.guidance!r}")
-        checks = tuple(start + check for start, check in zip(starts, checks, strict=False))
-        return cls(guidance.rungs, Plan.joined(plans), tuple(starts), checks, solver)
+        starts = tuple(accumulate((len(plan.table) for plan in plans), initial=0))
+        if guard is None:
+            return cls(None, plans[0], starts, solver)
+        probe, check, early = Probe.of(solver.scheduler), None, guard.early
+        if early is not None:
+            if not early.suits(solver.levels):
+                raise ValueError(
+                    f"the guard's early look is calibrated for {_steps(early.timesteps)}, but the sampler takes "
+                    f"{_steps(solver.levels)}: calibrate for those, or leave the calibration out"
+                )
+            check = plans[0].calls(early.steps)
+            if set(plans[0].branches[:check]) != {BOTH}:
+                raise ValueError(f"the guard's early look needs a noise gap in each of the first {early.steps} steps")
+        return cls(guard, Plan.joined([*plans, _asking(plans[0], probe)]), starts, solver, check, probe)
 
     @property
     def stepwise(self) -> bool:
         """Its solver is the scheduler's own `step`, which all samples of a batch take together."""
         return self.solver.coefficients is None
 
-    def computed(self, rung: int) -> Tensor:
+    def computed(self, attempt: int) -> Tensor:
         """(steps,) bool on the CPU, whether an attempt has a noise gap in a step."""
         found = torch.zeros(self.whole.steps, dtype=torch.bool)
-        rows = range(self.starts[rung], self.starts[rung + 1])
+        rows = range(self.starts[attempt], self.starts[attempt + 1])
         found[[self.whole.step[row] for row in rows if self.whole.branches[row] == BOTH]] = True
         return found
 
-    def suspects(self, rung: int, gaps: Tensor, done: bool) -> bool:
-        """Whether an attempt looks memorized by its gaps (steps,): all of them once it is done, else the first."""
-        one = self.rungs[rung]
-        return bool(one.suspect(gaps) if done else one.look(gaps) > one.early)
 
-    def loses(self, rung: int, gaps: Tensor, done: bool) -> bool:
-        """Whether an attempt that is done says too little of its prompt, by its gaps (steps,)."""
-        one = self.rungs[rung]
-        return done and bool(one.score(gaps) < one.lost)
+def _asking(plain: Plan, probe: Probe) -> Plan:
+    """A plan of one row, at which the network is asked about what stands in the place of the latents, and nothing moves."""
+    row = torch.zeros(1, len(Column))
+    for column in (Column.BEFORE, Column.AFTER, Column.A, Column.INPUT_SCALE):
+        row[0, column] = 1.0
+    row[0, Column.KEEP], row[0, Column.LIMIT], row[0, Column.TIMESTEP] = -torch.inf, -torch.inf, probe.timestep
+    table = row.to(plain.table.device)
+    return Plan(table, (0,), 0, (BOTH,), False, plain.multistep, plain.scaled, plain.rule, (0,), settle=plain.settle)
+
+
+def _steps(timesteps: Sequence[float]) -> str:
+    return f"{len(timesteps)} steps at timesteps {timesteps[0]:g} to {timesteps[-1]:g}"

@@ -23,6 +23,13 @@ from .transitions import LEAVES, RULES, At, Rule
 if TYPE_CHECKING:
     from .calibration import Calibration
 
+PROBES = 2  # noises that a picture is judged by
+# The basin score above which a picture is suspect, of a plain attempt and of those after it, without a calibration.
+THRESHOLD, LATER = 0.3, 0.2
+# With one: the share of ordinary pictures above the threshold of a plain attempt, and of those after it.
+RATE, LATER_RATE = 0.01, 0.05
+LADDER = (-2.8, -2.8, -2.8, -1.9, -1.9, -1.5, -0.8)  # log SNRs until which the attempts after the plain one are delayed
+
 Branch = Literal["both", "uncond", "cond"]  # which predictions a call of the network makes
 
 # Factors on the scale over u = t / num_train_timesteps in 0..1, as carried by the authors' scripts.
@@ -66,7 +73,6 @@ class Guidance:
     restart:  (low, high, times): at the first step whose timestep is at or below `low`, go back to the first at or below `high`
               by fresh noise of the sample's own and come down again, so many times (restart sampling, Xu et al., NeurIPS 2023,
               https://arxiv.org/abs/2306.14878). For schedulers that are linear. None: straight down.
-    rungs:    the attempts of a guard, the first of which is plain; the rest of the fields is that one's. Empty: no guard.
     rule:     how the two predictions are combined (`kernels.rules.RULES`), before the transition and after it; a weight of 0
               is the unconditional prediction under every rule, and 1 the conditional one. One a batch.
     options:  the rule's, by name; `cfg`, `delayed` and `opposite` take them as arguments of their own.
@@ -80,7 +86,6 @@ class Guidance:
     shape: str | tuple[float, ...] = "static"
     interval: tuple[float, float] | None = None
     restart: tuple[float, float, int] | None = None
-    rungs: tuple[Rung, ...] = ()
     rule: str = "cfg"
     options: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
 
@@ -101,9 +106,6 @@ class Guidance:
             object.__setattr__(self, "interval", interval)
         if self.restart is not None:
             object.__setattr__(self, "restart", _restart(self.restart))
-        object.__setattr__(self, "rungs", tuple(self.rungs))
-        if any(not isinstance(rung, Rung) or rung.guidance.rungs for rung in self.rungs):
-            raise ValueError(f"rungs must be Rung(...), none of which is a guard, got {self.rungs!r}")
         object.__setattr__(self, "options", tuple(options_of(self.rule, dict(self.options)).items()))
 
     @classmethod
@@ -128,6 +130,10 @@ class Guidance:
             raise ValueError(f"opposite_scale must be above 0 (it is applied with a minus sign), got {opposite_scale!r}")
         return cls(scale, -float(opposite_scale), until, **_fields(given))
 
+    def scaled(self, scale: float) -> Guidance:
+        """The same at another scale."""
+        return replace(self, scale=scale)
+
     def rescaled(self, phi: float) -> Guidance:
         """The same under the rule "rescale" where phi is above 0. Raises ValueError for a bad phi or beside another rule."""
         if not arguments.share("guidance_rescale", phi):
@@ -137,24 +143,39 @@ class Guidance:
         return replace(self, rule="rescale", options={"phi": phi})
 
     @classmethod
-    def guard(cls, scale: float, calibration: Calibration, rungs: Sequence[Guidance] | None = None) -> Guidance:
-        """Plain guidance that checks its own work: what looks memorized begins again, more carefully each time; see `guard`.
+    def guard(
+        cls,
+        scale: float = 7.5,
+        calibration: Calibration | None = None,
+        threshold: float | None = None,
+        later: float | None = None,
+        rate: float = RATE,
+        attempts: Sequence[Guidance] | None = None,
+        **given: Any,
+    ) -> Guard:
+        """Plain guidance whose pictures are judged: what looks like a copy begins again, more carefully each time; see `Guard`.
 
-        calibration: of this model, scheduler and number of steps. rungs: the attempts after the plain one, of those that were
-        calibrated; None: all of them. Raises ValueError for another scale than the calibration's, or other rungs.
+        calibration: of this model; it replaces the thresholds, and gives up hopeless plain attempts by their first gaps.
+        threshold:   the basin score above which a plain picture is suspect; default 0.3, or the calibration's at `rate`.
+        later:       the same for the attempts after it, which are looked at more closely; default 0.2, or the calibration's.
+        rate:        with a calibration, the share of ordinary pictures that may be taken for copies.
+        attempts:    those after the plain one; None: delayed guidance, until the log SNRs of `LADDER`.
+        given:       rule and its options, shape, interval or restart, of every attempt.
+
+        Raises ValueError for anything else, and for a calibration of too few pictures for the rate.
         """
-        return cls.ladder(calibration.at(scale, rungs))
-
-    @classmethod
-    def ladder(cls, rungs: Sequence[Rung]) -> Guidance:
-        """A guard of these attempts, the first of which is plain. Raises ValueError for any other."""
-        if not rungs or any(not isinstance(rung, Rung) for rung in rungs) or rungs[0].guidance.until is not None:
-            raise ValueError(f"rungs must be Rung(...), the first of plain guidance, got {list(rungs)!r}")
-        return replace(rungs[0].guidance, rungs=tuple(rungs))
+        if not 0 < arguments.share("rate", rate) < 1:
+            raise ValueError(f"rate must be between 0 and 1, got {rate!r}")
+        plain = cls.cfg(scale, **given)
+        delays = [replace(plain, until=At(log_snr=log_snr)) for log_snr in LADDER] if attempts is None else list(attempts)
+        if threshold is None:
+            threshold = THRESHOLD if calibration is None else calibration.threshold(rate)
+        if later is None:
+            later = LATER if calibration is None else calibration.threshold(LATER_RATE)
+        tried = (Attempt(plain, threshold), *(Attempt(one, later) for one in delays))
+        return Guard(tried, None if calibration is None else calibration.early(rate, scale))
 
     def __repr__(self) -> str:
-        if self.rungs:
-            return f"Guidance.ladder({list(self.rungs)!r})"
         extra = "" if self.shape == "static" else f", shape={self.shape!r}"
         extra += "" if self.interval is None else f", interval={self.interval!r}"
         extra += "" if self.restart is None else f", restart={self.restart!r}"
@@ -170,22 +191,29 @@ class Guidance:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that json can write; `from_dict` reads it back."""
         rule = None if self.until is None else {"rule": type(self.until).__name__, **asdict(self.until)}
-        rungs = [{**vars(rung), "guidance": rung.guidance.to_dict()} for rung in self.rungs]
-        return {**asdict(replace(self, rungs=())), "until": rule, "options": dict(self.options), "rungs": rungs}
+        return {**asdict(self), "until": rule, "options": dict(self.options)}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Guidance:
-        """The inverse of `to_dict`. Raises ValueError for an unknown rule or field."""
+    def from_dict(cls, data: Mapping[str, Any]) -> Guidance | Guard:
+        """The inverse of `to_dict`, a guard's too. Raises ValueError for an unknown rule or field."""
         fields = dict(data)
         try:
+            if "attempts" in fields:
+                attempts = [Attempt(**{**one, "guidance": cls.from_dict(one["guidance"])}) for one in fields.pop("attempts")]
+                return Guard(tuple(attempts), (early := fields.pop("early")) and EarlyLook(**early), **fields)
             if fields.get("until") is not None:
                 rule = dict(fields["until"])
                 fields["until"] = RULES[rule.pop("rule")](**rule)
-            rungs = fields.get("rungs", ())
-            fields["rungs"] = [Rung(**{**rung, "guidance": cls.from_dict(rung["guidance"])}) for rung in rungs]
             return cls(**fields)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a guidance: {data!r} ({error})") from error
+
+    def over(self, timesteps: Sequence[float], log_snrs: Sequence[float] | None) -> Guidance:
+        """The same for steps at these noise levels: a transition that is stated as a log SNR as the timestep that has it.
+
+        Raises ValueError for a log SNR where those of the steps are not known.
+        """
+        return replace(self, until=self.until.over(timesteps, log_snrs)) if isinstance(self.until, At) else self
 
     def weights(self, levels: Sequence[float]) -> list[tuple[float, float]]:
         """The weight before and after the transition at every step, by the steps' timesteps in 0..1000.
@@ -257,81 +285,97 @@ def branches(columns: dict[Column, Tensor], finds: bool) -> tuple[Branch, ...]:
 
 
 @dataclass(frozen=True)
-class Rung:
-    """One attempt of a guard, and what is usual under it.
+class Attempt:
+    """One attempt of a guard.
 
-    guidance: of the attempt.
-    gap:      the usual noise gap of each step, 0 where none is computed; gaps are measured in it, so that 1 is usual.
-    steps:    how many of the first gaps are looked at before the sample goes on.
-    early:    their mean above which the attempt is given up.
-    first, later: how many gaps the score looks at, from the first computed one on. power: of the first ones, in the score.
-    verdict:  the score above which a finished attempt is suspect.
-    peak:     the largest gap of all above which it is, too, whatever its score; 0: no such check.
-    lost:     the score below which it says too little of its prompt, and is made again where a rung is left; 0: no such check.
-    levels:   the timesteps, 0..1000, of the steps that all this was measured on; empty: any so many steps.
+    threshold: the basin score above which what it made is suspect. probes: the noises it is judged by, a call of both
+    predictions each.
     """
 
     guidance: Guidance
-    gap: tuple[float, ...]
-    steps: int
-    early: float
-    first: int
-    later: int
-    verdict: float
-    peak: float = 0.0
-    lost: float = 0.0
-    power: float = 1.0
-    levels: tuple[float, ...] = ()
+    threshold: float
+    probes: int = PROBES
 
     def __post_init__(self) -> None:
-        for name in ("gap", "levels"):
+        if not isinstance(self.guidance, Guidance):
+            raise ValueError(f"an attempt's guidance must be a Guidance, got {self.guidance!r}")
+        object.__setattr__(self, "threshold", arguments.finite("threshold", self.threshold))
+        arguments.at_least_one("probes", self.probes)
+
+
+@dataclass(frozen=True)
+class EarlyLook:
+    """What gives up a hopeless plain attempt: its first noise gaps, relative to those of ordinary prompts.
+
+    gap:    the usual noise gap of each step under plain guidance. timesteps: of those steps, in 0..1000.
+    steps:  how many of the first are looked at. limit: their mean, relative to what is usual, above which it is hopeless.
+
+    Memorized prompts have large first gaps (Wen et al., ICLR 2024, https://arxiv.org/abs/2407.21720).
+    """
+
+    gap: tuple[float, ...]
+    timesteps: tuple[float, ...]
+    steps: int
+    limit: float
+
+    def __post_init__(self) -> None:
+        for name in ("gap", "timesteps"):
             object.__setattr__(self, name, tuple(arguments.finite(name, value) for value in getattr(self, name)))
-        for name, least in (("steps", 1), ("first", 1), ("later", 0)):
-            arguments.at_least(name, getattr(self, name), least)
-        needed = max(self.steps, self.first + self.later)
-        if len(self.computed) < needed or not self.gap[-1] > 0:
-            raise ValueError(f"gap must be above 0 in {needed} steps and in the last one, got {self.gap}")
+        object.__setattr__(self, "limit", arguments.finite("limit", self.limit))
+        if not 1 <= arguments.at_least_one("steps", self.steps) <= len(self.gap) or min(self.gap) <= 0:
+            raise ValueError(f"gap must be above 0 in each of {self.steps} steps or more, got {self.gap}")
+
+    def hopeless(self, gaps: Tensor) -> bool:
+        """Of an attempt's gaps (steps,)."""
+        return not bool((gaps[: self.steps] / torch.tensor(self.gap[: self.steps])).mean() <= self.limit)
+
+    def suits(self, timesteps: Sequence[float]) -> bool:
+        """Whether steps at these timesteps are those that it was measured on."""
+        return len(self.gap) == len(timesteps) and all(abs(a - b) <= 1 for a, b in zip(self.timesteps, timesteps, strict=True))
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Plain guidance whose pictures are judged by their basin score (see `basin`), with more careful attempts for copies.
+
+    attempts: the first is plain. An attempt that is suspect is followed by the next, from the next noise of the sample's own
+              generator, until one passes; the last is returned, and marked. What passes at once keeps plain guidance's bits.
+    early:    what gives up a plain attempt by its first gaps; None: nothing does.
+
+    Made by `Guidance.guard`. Raises ValueError where the first attempt is not plain, or the attempts have several rules.
+    """
+
+    attempts: tuple[Attempt, ...]
+    early: EarlyLook | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attempts", tuple(self.attempts))
+        if not self.attempts or any(not isinstance(one, Attempt) for one in self.attempts):
+            raise ValueError(f"attempts must be one or more Attempt(...), got {self.attempts!r}")
+        if self.plain.until is not None:
+            raise ValueError(f"the first of the attempts must be plain guidance, got {self.plain!r}")
+        rules = {one.guidance.rule for one in self.attempts}
+        if len(rules) > 1:
+            raise ValueError(f"attempts must have one rule, got {', '.join(sorted(rules))}")
 
     @property
-    def computed(self) -> list[int]:
-        """The steps that have a gap."""
-        return [k for k, gap in enumerate(self.gap) if gap > 0]
+    def plain(self) -> Guidance:
+        """The guidance of the first attempt."""
+        return self.attempts[0].guidance
 
-    def check(self, levels: Sequence[float]) -> None:
-        """ValueError unless steps at these timesteps are those that it was measured on."""
-        known = self.levels or levels
-        if len(self.gap) != len(levels) or any(abs(a - b) > 1 for a, b in zip(known, levels, strict=False)):
-            raise ValueError(
-                f"the guard is calibrated for {len(self.gap)} steps{_at(self.levels)}, but the sampler takes "
-                f"{len(levels)} steps{_at(levels)}: calibrate for those, or choose other guidance"
-            )
+    def changed(self, change: Callable[[Guidance], Guidance]) -> Guard:
+        """The same with what `change` makes of each attempt's guidance."""
+        return replace(self, attempts=tuple(replace(one, guidance=change(one.guidance)) for one in self.attempts))
 
-    def look(self, gaps: Tensor) -> Tensor:
-        """The mean of the first gaps of (..., steps), relative to what is usual."""
-        return self._relative(gaps, self.computed[: self.steps]).mean(dim=-1)
+    def scaled(self, scale: float) -> Guard:
+        """The same at another scale, without the early look, which belongs to one."""
+        return replace(self.changed(lambda one: one.scaled(scale)), early=None)
 
-    def score(self, gaps: Tensor) -> Tensor:
-        """How memorized a finished attempt looks, 1 where its gaps are as usual: (..., steps) -> (...).
+    def rescaled(self, phi: float) -> Guard:
+        """As `Guidance.rescaled`, every attempt."""
+        return self.changed(lambda one: one.rescaled(phi))
 
-        The gap of a memorized sample is large at first, may collapse once the sample is in its basin, and is large again at the
-        last step: (mean of the first) ** power / (mean of the later) * last, geometric means.
-        """
-        first, later = self.computed[: self.first], self.computed[self.first :][: self.later]
-        logs = self.power * self._relative(gaps, first).log().mean(dim=-1) + self._relative(gaps, [-1])[..., 0].log()
-        return (logs - self._relative(gaps, later).log().mean(dim=-1) if later else logs).exp()
-
-    def largest(self, gaps: Tensor) -> Tensor:
-        """The largest gap, relative to what is usual: (..., steps) -> (...). It peaks where a sample enters its basin late."""
-        return self._relative(gaps, self.computed).amax(dim=-1)
-
-    def suspect(self, gaps: Tensor) -> Tensor:
-        """Whether a finished attempt looks memorized, by its score or by its peak: (..., steps) -> (...) bool."""
-        above = self.score(gaps) > self.verdict
-        return above | (self.largest(gaps) > self.peak) if self.peak else above
-
-    def _relative(self, gaps: Tensor, steps: list[int]) -> Tensor:
-        return gaps[..., steps] / torch.tensor([self.gap[k] for k in steps])
-
-
-def _at(levels: Sequence[float]) -> str:
-    return f" at timesteps {levels[0]:g} to {levels[-1]:g}" if levels else ""
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that json can write; `Guidance.from_dict` reads it back."""
+        attempts = [{**vars(one), "guidance": one.guidance.to_dict()} for one in self.attempts]
+        return {"attempts": attempts, "early": self.early and asdict(self.early)}

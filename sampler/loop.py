@@ -19,7 +19,8 @@ from .kernels.table import Column
 from .schedulers import own_step, prepared
 from .solver import Solver
 
-Step = Callable[[Branch], None]
+Pair = tuple[Tensor, Tensor | None]  # (uncond, cond), or (the one branch that was needed, None)
+Step = Callable[[Branch], Pair]  # what it returns may be written over by the next one
 Settle = Callable[[Tensor, Tensor, Tensor], Tensor]  # guided (B, ...), cond (B, ...), weight (B,) -> guided
 
 
@@ -71,6 +72,7 @@ class Plan:
                 f"guidance {guidance!r} asks for timesteps in 0..1000, and the scheduler's are not known to be such: use "
                 "FirstMinimum(), a factor for each step, or another scheduler"
             )
+        guidance = guidance.over(solver.levels, solver.log_snrs)
         call, coefficients, jumps = _restarted(solver, guidance.restart)
         step = solver.step[call]
         first = torch.cat([torch.ones(1), solver.step.diff().clamp(max=1).float()])[call]
@@ -156,7 +158,7 @@ class Run:
     """What a run returns, for B samples over K solver steps.
 
     latents (B, ...), transition (B,) int64, gaps (B, K) float32. Under a guard those of each sample's last attempt, and on the
-    CPU attempts (B,) int64, score (B,) float32, suspect (B,) bool.
+    CPU attempts (B,) int64, score (B,) float32 the basin score, suspect (B,) bool, calls (B,) int64 the predictions it needed.
     """
 
     latents: Tensor
@@ -165,6 +167,7 @@ class Run:
     attempts: Tensor | None = None
     score: Tensor | None = None
     suspect: Tensor | None = None
+    calls: Tensor | None = None
 
     @classmethod
     def of(cls, state: State) -> Run:
@@ -194,11 +197,12 @@ class Lane:
 def fused_step(network: Network, plan: Plan, state: State) -> Step:
     """A step that is the network and one launch; two where a guided prediction is to settle in between."""
 
-    def take(branch: Branch) -> None:
-        uncond, cond = _predict(network, state, branch)
+    def take(branch: Branch) -> Pair:
+        pair = uncond, cond = _predict(network, state, branch)
         if plan.settle is not None and cond is not None:
             uncond, cond = guided_prediction(uncond, cond, plan, state), None
         step(uncond, cond, plan.table, state, plan.finds, plan.rule)
+        return pair
 
     return take
 
@@ -208,7 +212,13 @@ def lockstep(network: Network, plan: Plan, state: State) -> Step:
     if backend(plan.table.device) != "eager" or plan.settle is not None:
         return fused_step(network, plan, state)
     move = Lockstep(state, plan.table, rule=plan.rule)
-    return lambda branch: move(*_predict(network, state, branch))
+
+    def take(branch: Branch) -> Pair:
+        pair = _predict(network, state, branch)
+        move(*pair)
+        return pair
+
+    return take
 
 
 def scheduler_step(
@@ -223,13 +233,14 @@ def scheduler_step(
     scheduler = prepared(scheduler, solver.schedule, plan.table.device)
     timesteps = iter(scheduler.timesteps)
 
-    def take(branch: Branch) -> None:
+    def take(branch: Branch) -> Pair:
         uncond, cond = _predict(network, state, branch)
         guided = uncond if cond is None else guided_prediction(uncond, cond, plan, state)
         latents = state.latents.x.clone()  # the scheduler may keep what it is given
         latents = own_step(scheduler, guided, next(timesteps), latents, generators, solver.schedule.eta)
         state.transition.advance()
         state.put(latents, plan.table)
+        return uncond, cond
 
     return take
 
@@ -244,11 +255,11 @@ def guided_prediction(uncond: Tensor, cond: Tensor, plan: Plan, state: State) ->
     return plan.settle(guided, cond, torch.where(left, rows[:, Column.AFTER], rows[:, Column.BEFORE]))
 
 
-def _predict(network: Network, state: State, branch: Branch) -> tuple[Tensor, Tensor | None]:
-    """(uncond, cond), or (the one branch that is needed, None)."""
+def _predict(network: Network, state: State, branch: Branch) -> Pair:
     latents = state.latents
     if branch == "both":
-        return network(latents.model_input, latents.timestep, branch).chunk(2)
+        uncond, cond = network(latents.model_input, latents.timestep, branch).chunk(2)
+        return uncond, cond
     batch = len(latents.x)
     return network(latents.model_input[:batch], latents.timestep[:batch], branch), None
 

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class Verdict:
+    """What is said of B finished pictures: their basin score (B,) float32; suspect (B,) bool, above the threshold, or NaN."""
+
+    score: Tensor
+    suspect: Tensor
+
+
+@dataclass
 class Output:
     """What a call returns.
 
@@ -28,8 +36,10 @@ class Output:
     noise_gap:       (B, steps) float32 on the CPU, ||cond - uncond||_2 at each step, NaN where it was not computed.
     timesteps:       (steps,) float32 on the CPU, in the scheduler's units.
     attempts:        (B,) int64 on the CPU, how often a guard began each sample, whose transition and gaps are the last one's.
-    score:           (B,) float32 on the CPU, how memorized it looks by its gaps, 1 where they are as usual: see `Rung.score`.
-    suspect:         (B,) bool on the CPU, the samples that still look memorized. These three are None without a guard.
+    score:           (B,) float32 on the CPU, the basin score of each picture, see `basin`; the higher, the more like a copy.
+    suspect:         (B,) bool on the CPU, the samples that still look like copies.
+    calls:           (B,) int64 on the CPU, the predictions that each sample needed: one or two a step, two for each noise that
+                     it was judged by. These four are None without a guard.
     finite:          (B,) bool on the CPU, whether a sample's latents, and its pixels where decoded, have neither NaN nor inf.
     nsfw_content_detected: (B) the safety checker's verdicts; such a picture is black. None without a checker, or undecoded.
     truncated:       (B) what was cut off each prompt at the text encoder's limit, "" for nothing.
@@ -43,6 +53,7 @@ class Output:
     attempts: Tensor | None = None
     score: Tensor | None = None
     suspect: Tensor | None = None
+    calls: Tensor | None = None
     finite: Tensor | None = None
     nsfw_content_detected: list[bool] | None = None
     truncated: Sequence[str] = ()
@@ -64,7 +75,7 @@ class Output:
             images, flagged, finite = decoded.images, decoded.flagged, finite & decoded.finite
         transition = run.transition.cpu()
         transition[transition >= solver.steps] = -1  # settled too late to wait
-        judged = run.attempts, run.score, run.suspect
+        judged = run.attempts, run.score, run.suspect, run.calls
         made = images, latents, transition, run.gaps.cpu(), solver.timesteps[solver.first_calls], *judged, finite
         with torch.inference_mode(False):
             return cls(*(value.clone() if isinstance(value, Tensor) else value for value in made), flagged, encoded.truncated)

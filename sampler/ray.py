@@ -18,7 +18,7 @@ import torch
 
 from .data.prompts import Job
 from .generate import Ladders, Run, Stop
-from .guidance import Guidance
+from .guidance import Guard, Guidance
 from .sampler import Sampler
 from .stages import Request
 from .writers import Made
@@ -52,7 +52,7 @@ class Worker:
         load: Callable[[], Sampler],
         pixels: dict[str, Any],
         steps: int,
-        guidance: Guidance,
+        guidance: Guidance | Guard,
         slots: int,
         format: str,
     ):
@@ -80,7 +80,7 @@ class RayRun:
         workers: int | None,
         pixels: dict[str, Any],
         steps: int,
-        guidance: Guidance,
+        guidance: Guidance | Guard,
         slots: int,
         format: str,
     ):

@@ -14,13 +14,13 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
-from . import arguments, batches, models
+from . import arguments, basin, batches, models
 from .engine import guarded
 from .graphs import Graphs
 from .guard import Ladder
-from .guidance import Guidance
+from .guidance import PROBES, THRESHOLD, Guard, Guidance
 from .loop import Lane, Network, Plan, Run, denoise, fused_step, lockstep, renoise, scheduler_step
-from .output import Output
+from .output import Output, Verdict
 from .schedulers import Schedule, make_scheduler
 from .solver import Solver
 
@@ -131,7 +131,7 @@ class Sampler:
         prompts: str | Sequence[str] | None = None,
         seeds: int | Sequence[int] = 0,
         steps: int = 50,
-        guidance: Guidance = Guidance.cfg(7.5),
+        guidance: Guidance | Guard = Guidance.cfg(7.5),
         negative_prompt: str | Sequence[str | None] | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -186,7 +186,7 @@ class Sampler:
             prompted = len(embeds if prompts is None else prompts)
             seeds = arguments.seeds(seeds, prompted * count)
             negative_prompt = arguments.one_each("negative_prompt", negative_prompt, prompted)
-            if not isinstance(guidance, Guidance):
+            if not isinstance(guidance, Guidance | Guard):
                 raise ValueError(f"guidance must be a Guidance, got {guidance!r}")
             if output not in OUTPUTS:
                 raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
@@ -203,7 +203,7 @@ class Sampler:
                     f"callback_on_step_end_tensor_inputs must be ['latents'], got {callback_on_step_end_tensor_inputs!r}"
                 )
             seen = self._wrap is not None or callback_on_step_end is not None
-            if guidance.rungs and (seen or stop_after is not None):
+            if isinstance(guidance, Guard) and (seen or stop_after is not None):
                 raise ValueError("a guard takes neither a wrapped network nor callback_on_step_end nor stop_after")
             ladder = Ladder.make(solver, guidance, self.model.device, self.model.settle)
             if stop_after is not None:
@@ -245,7 +245,7 @@ class Sampler:
         plan, form = ladder.whole, self.model.memory_format
         noise = (noise * ladder.solver.init_sigma).to(self.model.device, self.model.dtype)
         network = self.model.network(encoded, plain=self._wrap is not None)
-        if ladder.rungs:
+        if ladder.guard is not None:
             return guarded(self.lane, network, ladder, noise, generators, bar)
         if self._wrap is None and not ladder.stepwise and self._captures(network):
             lane = self._graphs.lane(network, plan, noise, form)
@@ -264,6 +264,60 @@ class Sampler:
 
         denoise(take, bar(plan.branches), after)
         return Run.of(state)
+
+    def judge(
+        self,
+        latents: Tensor,
+        prompts: str | Sequence[str],
+        seeds: int | Sequence[int] = 0,
+        threshold: float = THRESHOLD,
+        probes: int = PROBES,
+        negative_prompt: str | Sequence[str | None] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> Verdict:
+        """Whether finished pictures look like copies of training images, by their basin scores; see `basin`.
+
+        latents:   (B, C, h, w), or whatever shape the model's latents have, as `Output.latents`.
+        prompts:   what each was made of, or one for all.
+        seeds:     of the noises that a picture is judged by: those it was made with give the score that its guard saw. One a
+                   picture, or one for the first, counted up from there.
+        threshold: above which a picture is suspect. probes: noises a picture, each a call of both branches.
+        height, width, options: as for a call. batch_size: how many are judged together; None: as for a call.
+
+        Raises ValueError for what does not fit, and for a scheduler whose noise levels are not known.
+        """
+        with torch.inference_mode():
+            self.model.check()
+            texts = arguments.texts("prompts", prompts)
+            texts = texts * len(latents) if isinstance(prompts, str) else texts
+            if len(texts) != len(latents):
+                raise ValueError(f"prompts must be one for each of {len(latents)} pictures, or one for all; got {len(texts)}")
+            seeds = arguments.seeds(seeds, len(texts))
+            negative = arguments.one_each("negative_prompt", negative_prompt, len(texts))
+            count, threshold = arguments.at_least_one("probes", probes), arguments.finite("threshold", threshold)
+            height, width = self.size(height, width)
+            options = {**self.options, **options}
+            shape = (len(texts), *self.model.shape(height, width, **options))
+            if tuple(latents.shape) != shape:
+                raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
+            probe = basin.Probe.of(self.scheduler)
+            encoded = self.model.encode(texts, height, width, 1, negative, **options)
+
+            def judged(part: range) -> Tensor:
+                network = self.model.network(encoded.select(part), plain=True)
+                predict = partial(basin.both, network)
+                x = latents[list(part)].to(self.model.device, self.model.dtype)
+                return basin.scores(predict, probe, x, [seeds[i] for i in part], count)
+
+            size = batch_size or batches.size(self.model, height, width)
+            score = torch.cat([judged(part) for part in batches.parts(len(texts), size)])
+            self.pipe.maybe_free_model_hooks()
+        with torch.inference_mode(False):
+            score = score.clone()
+            return Verdict(score, basin.suspects(score, threshold))
 
     def lane(
         self,

@@ -97,14 +97,14 @@ def _named(formulation: Family) -> list[str]:
 
 def family(scheduler: SchedulerMixin) -> Family:
     """How clean latents x and noise n are mixed: "vp" sqrt(1 - b) x + sqrt(b) n, "edm" x + sigma n, "flow" (1 - t) x + t n."""
-    own = _own_settings(scheduler)
+    own = own_settings(scheduler)
     if "sigma_data" in own:
         return "edm"
     flow = own.get("use_flow_sigmas") or own.get("prediction_type") == "flow_prediction"
     return "flow" if flow or not own.keys() & {"beta_schedule", "trained_betas"} else "vp"
 
 
-def _own_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
+def own_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
     """A scheduler's settings, without those of other classes that `from_config` carries along."""
     known = inspect.signature(type(scheduler).__init__).parameters
     return {name: value for name, value in scheduler.config.items() if name in known}
@@ -225,13 +225,13 @@ def levels(scheduler: SchedulerMixin) -> Tensor | None:
     Flow: 1000 t. EDM: the timestep at which Stable Diffusion's schedule has the ratio sigma / sigma_data of noise to data.
     None where a scheduler's timesteps are not known to be of any of these.
     """
-    timesteps, own = scheduler.timesteps.cpu(), _own_settings(scheduler)
+    timesteps, own = scheduler.timesteps.cpu(), own_settings(scheduler)
     sigmas = getattr(scheduler, "sigmas", None)
     calls, formulation = len(timesteps), family(scheduler)
     if formulation != "vp" and (sigmas is None or len(sigmas) not in (calls, calls + 1)):
         return None
     if formulation == "flow":
-        return 1000 * sigmas[:calls].float().cpu()
+        return 1000 * _flow_noise(sigmas[:calls], own)
     if formulation == "edm":
         return timestep_of_ratio(sigmas[:calls] / own["sigma_data"])
     if not hasattr(scheduler, "alphas_cumprod"):
@@ -239,6 +239,42 @@ def levels(scheduler: SchedulerMixin) -> Tensor | None:
     if own.get("timestep_type") == "continuous":
         return timestep_of_ratio(sigmas[:calls], scheduler.alphas_cumprod)
     return timesteps.float() * (1000 / own["num_train_timesteps"])
+
+
+def log_snrs(scheduler: SchedulerMixin) -> Tensor | None:
+    """log(a^2 / s^2) of each call of a prepared scheduler, whose latents are a * data + s * noise: (K,) float32.
+
+    Under EDM data of the deviation sigma_data count as data of deviation 1. None where that is not known.
+    """
+    timesteps, own = levels(scheduler), own_settings(scheduler)
+    if timesteps is None:
+        return None
+    sigmas = getattr(scheduler, "sigmas", None)
+    if family(scheduler) == "flow":
+        return flow_log_snr(timesteps / 1000)
+    if family(scheduler) == "edm":
+        return -2 * (sigmas[: len(timesteps)].float().cpu() / own["sigma_data"]).log()
+    if own.get("timestep_type") == "continuous":
+        return -2 * sigmas[: len(timesteps)].float().cpu().log()
+    return vp_log_snr(scheduler.alphas_cumprod, timesteps * (own["num_train_timesteps"] / 1000))
+
+
+def flow_log_snr(noise: Tensor) -> Tensor:
+    """That of (1 - t) x + t n, for t (...) in 0..1."""
+    return 2 * ((1 - noise) / noise).log()
+
+
+def vp_log_snr(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
+    """That of a variance-preserving schedule at timesteps (...), counted as the schedule does, interpolated between two."""
+    alphas = alphas_cumprod.double().cpu().numpy().clip(1e-12, 1 - 1e-12)
+    known = np.log(alphas / (1 - alphas))
+    return torch.from_numpy(np.interp(timesteps.double().cpu().numpy(), np.arange(len(known)), known)).float()
+
+
+def _flow_noise(sigmas: Tensor, own: Mapping[str, Any]) -> Tensor:
+    """The share of noise at a flow's sigmas, (K,) float32 on the CPU; some models count it from 1 down."""
+    sigmas = sigmas.float().cpu()
+    return 1 - sigmas if own.get("invert_sigmas") else sigmas
 
 
 def timestep_of_ratio(ratio: Tensor, alphas_cumprod: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from . import arguments
-from .schedulers import Schedule, levels, own_step, prepared, scale_model_input, step_of_calls
+from .schedulers import Schedule, levels, log_snrs, own_step, prepared, scale_model_input, step_of_calls
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Solver:
     step:         (K,) int64, the step each call belongs to: second-order solvers call the network twice a step.
     level:        (K,) float32, each call's noise level as the timestep in 0..1000 of the training schedule; None where that
                   is not known.
+    log_snr:      (K,) float32, the same as log(a^2 / s^2) of latents that are a * data + s * noise; None where not known.
     input_scale:  (K,) float32, the factor on the latents at the network's input.
     init_sigma:   standard deviation of the initial noise.
     scheduler:    what was measured.
@@ -41,6 +42,7 @@ class Solver:
     timesteps: Tensor
     step: Tensor
     level: Tensor | None
+    log_snr: Tensor | None
     input_scale: Tensor
     init_sigma: float
     scheduler: SchedulerMixin
@@ -72,12 +74,13 @@ class Solver:
             calls = int((plan.timesteps >= round(trained * (1 - schedule.denoising_end))).sum())
             if not calls:
                 raise ValueError(f"denoising_end {schedule.denoising_end} leaves no step of {schedule.steps}")
-        level = levels(plan)
+        level, log_snr = levels(plan), log_snrs(plan)
         return cls(
             schedule=schedule,
             timesteps=plan.timesteps[:calls].float(),
             step=step_of_calls(plan)[:calls],
             level=None if level is None else level[:calls],
+            log_snr=None if log_snr is None else log_snr[:calls],
             input_scale=input_scale[:calls].float(),
             init_sigma=float(getattr(plan, "init_noise_sigma", 1.0)),
             scheduler=scheduler,
@@ -97,6 +100,11 @@ class Solver:
     def levels(self) -> list[float]:
         """The level of each step's first call, NaN where that is not known."""
         return [math.nan] * self.steps if self.level is None else self.level[self.first_calls].tolist()
+
+    @property
+    def log_snrs(self) -> list[float] | None:
+        """The log SNR of each step's first call; None where that is not known."""
+        return None if self.log_snr is None else self.log_snr[self.first_calls].tolist()
 
     def call_at(self, timestep: float) -> int:
         """The first call of the first step whose level is at or below `timestep`. Raises ValueError where there is none."""

@@ -1,4 +1,7 @@
-"""The stages of a run: prompts are encoded, samples denoised, latents decoded, each in a thread, none far ahead of the next."""
+"""The stages of a run: prompts are encoded, samples denoised, latents decoded, none far ahead of the next.
+
+Beside a GPU each has a thread of its own. On a CPU they take turns: threads that compute would each bring a pool of their own.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ class Stages:
     def ahead(self, items: Iterable[T], depth: int) -> Iterator[T]:
         """The same items, made up to `depth` ahead in a thread of their own. What is raised there is raised here."""
         if self._threads is None:
-            return iter(items)
+            return _one_by_one(items)
         ready: Queue[tuple[Any, BaseException | None]] = Queue(depth)
         thread = Thread(target=self._make, args=(items, ready), daemon=True)
         self._threads.append(thread)
@@ -94,6 +97,17 @@ class Stages:
                 return call(timeout=WAIT)
             except busy:
                 continue
+
+
+def _one_by_one(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each made when it is asked for; in inference mode, which is a thread's own."""
+    items, nothing = iter(items), object()
+    while True:
+        with torch.inference_mode():
+            item = next(items, nothing)
+        if item is nothing:
+            return
+        yield item
 
 
 @dataclass(frozen=True)
@@ -186,9 +200,11 @@ def _picture(decode: Callable[..., Decoded], result: Result, latents: bool) -> P
     request, solver = result.sample.key, result.sample.ladder.solver
     step, line = result.transition.item(), request.asked()
     found = step if step < solver.steps else -1  # settled too late to wait
+    call = int(solver.first_calls[found])
     line |= {
         "transition_step": found,
-        "transition_timestep": solver.timesteps[solver.first_calls][found].item() if found >= 0 else None,
+        "transition_timestep": solver.timesteps[call].item() if found >= 0 else None,
+        "transition_log_snr": None if found < 0 or solver.log_snr is None else round(solver.log_snr[call].item(), 4),
         "noise_gap": result.gaps.tolist(),
     }
     if result.attempts is not None:

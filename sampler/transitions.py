@@ -30,25 +30,46 @@ STAYS, LEAVES = Leaving(), Leaving(limit=math.inf)
 
 @dataclass(frozen=True)
 class At:
-    """The transition is the first step whose timestep is at or below `timestep` (the paper's static transition point).
+    """The transition is the first step at or below a noise level (the paper's static transition point). Give one of:
 
-    `timestep` is in 0..1000 of the training schedule; schedulers that count otherwise (EDM, flow) are mapped by noise level.
-    Raises ValueError for any other.
+    timestep: in 0..1000 of the training schedule; schedulers that count otherwise (EDM, flow) are mapped by noise level.
+    log_snr:  log(a^2 / s^2) of latents that are a * data + s * noise: the first step at or above it. It means the same amount
+              of noise on every model, where a timestep does not.
+
+    Raises ValueError for anything else.
     """
 
-    timestep: float
+    timestep: float | None = None
+    log_snr: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "timestep", arguments.finite("timestep", self.timestep))
-        if self.timestep > 1000:  # where every step would be past the transition
+        if (self.timestep is None) == (self.log_snr is None):
+            raise ValueError(f"At takes timestep or log_snr, one of the two; got {self.timestep!r} and {self.log_snr!r}")
+        name = "log_snr" if self.timestep is None else "timestep"
+        object.__setattr__(self, name, arguments.finite(name, getattr(self, name)))
+        if name == "timestep" and self.timestep > 1000:  # where every step would be past the transition
             raise ValueError(f"timestep must be at most 1000, which is noise (0 is the image); got {self.timestep:g}")
 
+    def over(self, timesteps: Sequence[float], log_snrs: Sequence[float] | None) -> At:
+        """The same as a timestep, for steps at these timesteps in 0..1000 and log SNRs; below all where no step comes so far.
+
+        Raises ValueError where the log SNRs are asked for and not known.
+        """
+        if self.log_snr is None:
+            return self
+        if log_snrs is None or any(map(math.isnan, log_snrs)):
+            raise ValueError(f"{self!r} asks for the noise levels of the steps, and they are not known: use At(timestep=...)")
+        steps = zip(timesteps, log_snrs, strict=True)
+        return At(next((timestep for timestep, log_snr in steps if log_snr >= self.log_snr), -1.0))
+
     def leaving(self, levels: Sequence[float]) -> list[Leaving]:
-        """What makes a sample leave at each step, by the steps' timesteps in 0..1000."""
+        """What makes a sample leave at each step, by the steps' timesteps in 0..1000; see `over` for a log SNR."""
+        if self.timestep is None:
+            raise ValueError(f"{self!r} is not laid over the steps of a scheduler yet: see over")
         return [LEAVES if t <= self.timestep else STAYS for t in levels]
 
     def __repr__(self) -> str:
-        return f"At(timestep={self.timestep:g})"
+        return f"At(timestep={self.timestep:g})" if self.log_snr is None else f"At(log_snr={self.log_snr:g})"
 
 
 @dataclass(frozen=True)

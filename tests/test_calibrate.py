@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from basinescape import At, Calibration, Guidance, Sampler
+from basinescape import Calibration, Guidance, Sampler
 from basinescape.bench import cli
 from basinescape.bench.commands.options import found
 from basinescape.bench.evaluation.calibrate import CAPTIONS, prompts_for
@@ -19,7 +19,6 @@ from basinescape.interpolation import curve, sound
 from basinescape.ordinary import Ordinary
 
 PROMPTS = [f"a picture of a {name}" for name in ("cat", "frog", "dog", "fish", "crab")]
-RUNGS = [Guidance.delayed(7.5, until=At(600))]
 STEPS = 5
 
 
@@ -29,7 +28,7 @@ def sampler(pipe):
 
 
 def measure(sampler, seeds=3, **options):
-    return Calibration.measure(sampler, PROMPTS, seeds, STEPS, 7.5, RUNGS, batch_size=2, progress=False, **options)
+    return Calibration.measure(sampler, PROMPTS, seeds, STEPS, 7.5, settled=True, batch_size=2, progress=False, **options)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ class Counted:
 
 
 def test_a_measurement_that_was_stopped_goes_on_and_gives_the_same(sampler, calibration, tmp_path):
-    """9 calls: plain, unguided and one rung, each of three batches."""
+    """6 calls: plain and unguided, each of three batches."""
     kept = tmp_path / "kept.jsonl"
     with pytest.raises(KeyboardInterrupt):
         measure(Counted(sampler, stop=4), resume=kept)
@@ -62,14 +61,13 @@ def test_a_measurement_that_was_stopped_goes_on_and_gives_the_same(sampler, cali
         file.write('{"what": "torn')
     again = Counted(sampler)
     found = measure(again, resume=kept)
-    assert again.calls == 9 - 4
-    for one, other in zip(found.rungs, calibration.rungs, strict=True):
-        assert one.gap == pytest.approx(other.gap, rel=1e-3) and one.guidance == other.guidance
-        assert (one.early, one.verdict) == pytest.approx((other.early, other.verdict), rel=1e-2)
+    assert again.calls == 6 - 4
+    assert found.gap == pytest.approx(calibration.gap, rel=1e-3)
+    assert found.scores == pytest.approx(calibration.scores, rel=1e-2, abs=1e-4)
     assert found.ordinary.unguided == pytest.approx(calibration.ordinary.unguided, rel=1e-3)
     other = Counted(sampler)
     measure(other, seeds=4, resume=kept)
-    assert other.calls == 9  # the gaps of other seeds do not count
+    assert other.calls == 6  # the gaps of other seeds do not count
 
 
 def test_what_is_ordinary_is_what_plain_and_unguided_samples_show(sampler, calibration):
@@ -77,15 +75,15 @@ def test_what_is_ordinary_is_what_plain_and_unguided_samples_show(sampler, calib
     gaps = made.noise_gap.numpy()
     low, high = np.quantile(gaps, [0.05, 0.95], axis=0)
     assert np.allclose(calibration.ordinary.low, low, rtol=1e-3) and np.allclose(calibration.ordinary.high, high, rtol=1e-3)
-    looks = np.log((gaps[:, :2] / np.median(gaps, axis=0)[:2]).mean(axis=1))
-    assert calibration.ordinary.looks[1] == pytest.approx((looks.mean(), looks.std(ddof=1)), abs=1e-3)
-    above = [calibration.ordinary.threshold(2, rate) for rate in (0.5, 0.1, 0.01)]
-    assert above == sorted(above) and above[0] == pytest.approx(math.exp(looks.mean()), rel=1e-3)
+    assert np.allclose(calibration.looks, gaps / np.median(gaps, axis=0), rtol=1e-3)
+    assert np.allclose(calibration.scores, sampler.judge(made.latents, PROMPTS, 3).score, atol=1e-4)
+    above = [calibration.threshold(rate) for rate in (0.5, 0.3, 0.17)]
+    assert above == sorted(above) and above[-1] == max(calibration.scores)
     # Without guidance the first gap is that of the noise alone, as under plain guidance; the last is not.
-    assert calibration.ordinary.unguided[0] == pytest.approx(calibration.rungs[0].gap[0], rel=1e-3)
-    assert calibration.ordinary.unguided[-1] != pytest.approx(calibration.rungs[0].gap[-1], rel=1e-2)
-    assert calibration.ordinary.transition in [round(level, 1) for level in calibration.rungs[0].levels]
-    assert calibration.settled().leaving(calibration.rungs[0].levels)[0].limit == pytest.approx(
+    assert calibration.ordinary.unguided[0] == pytest.approx(calibration.gap[0], rel=1e-3)
+    assert calibration.ordinary.unguided[-1] != pytest.approx(calibration.gap[-1], rel=1e-2)
+    assert calibration.ordinary.transition in [round(level, 1) for level in calibration.timesteps]
+    assert calibration.settled().leaving(calibration.timesteps)[0].limit == pytest.approx(
         1.5 * calibration.ordinary.unguided[0]
     )
 
@@ -120,7 +118,7 @@ def test_another_size_is_warned_of(calibration, sampler, caplog):
 def test_another_model_is_warned_of(calibration, random_pipeline, sampler, caplog):
     assert calibration.fitted(sampler, STEPS) is calibration and not caplog.messages
     other = Sampler.from_pipeline(random_pipeline("sd", 16, "epsilon"), "ddim")
-    replace(calibration, rungs=tuple(replace(rung, levels=()) for rung in calibration.rungs)).fitted(other, STEPS)
+    replace(calibration, timesteps=(), gap=()).fitted(other, STEPS)
     assert len(caplog.messages) == 1 and "another model (its unet, text_encoder differ)" in caplog.text
 
 
@@ -150,18 +148,48 @@ def test_steps_too_far_from_the_measured_ones_are_not_interpolated(wanted, holds
     assert sound([900, 700, 500, 300, 100], wanted) is holds
 
 
-def test_over_other_steps_a_guard_stays_one(sampler, calibration):
+def test_over_other_steps_a_guard_stays_one(sampler, calibration, caplog):
+    """Where they are too far from the measured ones nothing is given up early, which is said."""
     fitted = calibration.fitted(sampler, 8)
-    levels = sampler.solver(8).levels
-    assert [len(rung.gap) for rung in fitted.rungs] == [8, 8] and fitted.steps == 8
-    assert [gap > 0 for gap in fitted.rungs[1].gap] == [level <= 600 for level in levels]
-    low, high = min(calibration.rungs[0].gap), max(calibration.rungs[0].gap)
-    assert all(low <= gap <= high for gap in fitted.rungs[0].gap)
-    out = sampler(PROMPTS[:2], 0, 8, Guidance.guard(7.5, fitted), output="latent", progress=False)
-    assert out.attempts.min() >= 1 and out.score.isfinite().all()
-    assert len(fitted.settled().ordinary) == 8
-    with pytest.raises(ValueError, match=r"too far from the sampler's 20 .* calibrate for those"):
-        calibration.fitted(sampler, 20)
+    assert len(fitted.gap) == fitted.steps == 8 and all(
+        min(calibration.gap) <= gap <= max(calibration.gap) for gap in fitted.gap
+    )
+    made = Guidance.guard(7.5, fitted, rate=0.4, later=0.2)
+    out = sampler(PROMPTS[:2], 0, 8, made, output="latent", progress=False)
+    assert made.early.suits(sampler.solver(8).levels) and out.attempts.min() >= 1 and out.score.isfinite().all()
+    assert len(fitted.settled().ordinary) == 8 and not caplog.messages
+    far = calibration.fitted(sampler, 20)
+    assert far.scores == calibration.scores and Guidance.guard(7.5, far, rate=0.4, later=0.2).early is None
+    assert "too far from the sampler's 20" in caplog.text and "no attempt is given up early" in caplog.text
+    with pytest.raises(ValueError, match="for 'settled': calibrate with --settled"):
+        far.settled()
+
+
+def test_a_sample_that_is_not_finite_is_left_out_by_name(sampler, caplog):
+    """No threshold is made of it, and none that is not a number is saved or loaded."""
+
+    class Broken(Counted):
+        def __call__(self, prompts, *arguments, **options):
+            made = super().__call__(prompts, *arguments, **options)
+            made.noise_gap[[prompt == PROMPTS[1] for prompt in prompts], 2] = math.nan
+            return made
+
+    found = measure(Broken(sampler))
+    assert found.images == 4 and all(map(math.isfinite, (*found.scores, *found.gap)))
+    assert f"{PROMPTS[1]!r}, seed 4" in caplog.text
+    with pytest.raises(ValueError, match="scores must be a finite number"):
+        replace(found, scores=(math.nan,) * 4)
+
+
+def test_a_file_of_numbers_that_are_none_is_refused(calibration, tmp_path):
+    calibration.save(tmp_path / "c.json")
+    text = (tmp_path / "c.json").read_text()
+    (tmp_path / "c.json").write_text(text.replace(str(calibration.scores[0]), "NaN", 1))
+    with pytest.raises(ValueError, match="is not one: scores must be a finite number"):
+        Calibration.load(tmp_path / "c.json")
+    (tmp_path / "c.json").write_text('{"rungs": []}')
+    with pytest.raises(ValueError, match="one of an earlier version must be measured again"):
+        Calibration.load(tmp_path / "c.json")
 
 
 def test_the_captions_that_ship_are_plain_and_differ():
@@ -181,8 +209,9 @@ def test_the_command_writes_what_generate_finds(mine, monkeypatch, capsys):
     """Beside the model, from the prompts beside the model, with the region of the update norm and a plot."""
     assert prompts_for(str(mine)) == CAPTIONS and prompts_for("owner/name") == CAPTIONS
     (mine / "ordinary.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS[:3]))
-    assert not run(monkeypatch, "--model", mine, "--steps", 4, "--scheduler", "dpmsolver++", "--device", "cpu")
-    assert "3 prompts, 4 steps" in capsys.readouterr().out
+    asked = ("--model", mine, "--steps", 4, "--scheduler", "dpmsolver++", "--device", "cpu", "--settled")
+    assert not run(monkeypatch, *asked)
+    assert "3 pictures, 4 steps" in capsys.readouterr().out
     made = Calibration.load(mine / "calibration.json")
     assert found(str(mine), None) == mine / "calibration.json" and made.images == 3
     assert sorted(made.model) == ["text_encoder", "unet"] and {"update", "latents", "clean"} == set(made.ordinary.stable)
@@ -197,7 +226,6 @@ def test_the_command_writes_what_generate_finds(mine, monkeypatch, capsys):
         (("--out", "none/c.json"), "in a folder that exists"),
         (("--out", "."), "must be a file"),
         (("--model", "owner/name"), "out must be given"),
-        (("--rate", 2), "rate must be"),
         (("--steps", 0), "steps must be"),
         (("--batch-size", 0), "batch_size must be"),
         (("--scheduler", "nope"), "scheduler must be"),

@@ -10,7 +10,7 @@ from dataclasses import replace
 from io import StringIO
 
 import pytest
-from basinescape import At, Calibration, FirstMinimum, Guidance, Rung, Sampler, Settled
+from basinescape import At, Calibration, FirstMinimum, Guidance, Sampler, Settled
 from basinescape.bench import cli
 from basinescape.bench.quiet import quieten
 from basinescape.bench.scenario import PRESETS, prompts
@@ -36,8 +36,8 @@ COMMANDS = tuple(get_command(cli.app).commands)
         ('{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "X"}', (), "already used in line 1"),
         ('{"prompt": "a"}', ("--scheduler", "nope"), "scheduler"),
         ('{"prompt": "a"}', ("--until", "soon"), "until"),
-        ('{"prompt": "a"}', ("--until", "settled", "--steps", "4"), "too far from the sampler's 4"),
-        ('{"prompt": "a"}', ("--guidance", "guard", "--until", "500"), "but a guard has the guidance"),
+        ('{"prompt": "a"}', ("--until", "settled", "--steps", "4"), "no unguided gaps of these steps"),
+        ('{"prompt": "a"}', ("--guidance", "guard", "--until", "500"), "which a guard finds by itself"),
         ('{"prompt": "a"}', ("--restart", "300"), "restart must be LOW,HIGH,TIMES"),
         ('{"prompt": "a"}', ("--restart", "500,300,1"), "restart must go back"),
         ('{"prompt": "a"}', ("--rule", "rescale", "--rule-option", "phi"), "rule_option must be a name and a number"),
@@ -163,36 +163,49 @@ def test_the_commands_options_reach_the_sampler(tmp_path, monkeypatch, capsys, d
     assert Guidance.from_dict(stored["guidance"]) == Guidance.cfg(3)
 
 
-def test_a_model_is_calibrated_and_then_guarded(tmp_path, monkeypatch, capsys, mine):
-    """Without a calibration a line says what is done instead; with one beside the model, or given, the guard is the default."""
+def planned_guard(out):
+    return Guidance.from_dict(json.loads((out / "run.json").read_text())["guidance"])
+
+
+def test_a_model_is_guarded_and_with_a_calibration_as_that_was_made(tmp_path, monkeypatch, capsys, caplog, mine):
+    """Scheduler, steps and scale too, beside the model or given; what cannot be had of it is said."""
     prompts, made = tmp_path / "prompts.jsonl", mine / "calibration.json"
     write(prompts, 3)
-    asked = ("--prompts", prompts, "--model", mine, "--steps", 5, "--device", "cpu")
-    code, error = run(monkeypatch, capsys, *asked, "--out", tmp_path / "before")
-    assert code == 0 and "the model has none. So no prompt is guided until timestep 500" in error
-    code, error = run(monkeypatch, capsys, *asked, "--out", tmp_path / "none", "--guidance", "guard")
-    assert code == 2 and "a guard needs a calibration" in error and not (tmp_path / "none").exists()
-    arguments = ["basinescape", "calibrate", "--out", made, *asked, "--no-progress", "--rate", 0.5]
+    asked = ("--prompts", prompts, "--model", mine, "--device", "cpu")
+    assert run(monkeypatch, capsys, *asked, "--steps", 5, "--out", tmp_path / "before") == (0, "")
+    assert planned_guard(tmp_path / "before") == Guidance.guard(7.5)
+    own = (*asked, "--steps", 5, "--scheduler", "euler", "--scale", 5)
+    arguments = ["basinescape", "calibrate", "--out", made, *own, "--no-progress"]
     monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code in (0, None) and Calibration.load(made).images == 3
     assert str(tmp_path) not in made.read_text()
-    code, error = run(monkeypatch, capsys, *asked, "--out", tmp_path / "after")
+    code, error = run(monkeypatch, capsys, *asked, "--out", tmp_path / "few")
+    assert (
+        code == 2 and "3 ordinary pictures cannot tell: calibrate with 99 or more" in error and not (tmp_path / "few").exists()
+    )
+    known = Calibration.load(made)
+    looks = tuple((1.0 + i / 1000,) * 5 for i in range(200))
+    replace(known, scores=tuple(i / 1000 for i in range(200)), looks=looks).save(made)
+    assert run(monkeypatch, capsys, *asked, "--out", tmp_path / "after") == (0, "")
     lines = sound(tmp_path / "after")
-    assert code == 0 and "delayed" not in error and all(line["attempts"] >= 1 and line["score"] > 0 for line in lines)
-    settings = json.loads((tmp_path / "after" / "run.json").read_text())["guidance"]
-    assert Guidance.from_dict(settings) == Guidance.guard(7.5, Calibration.load(made))
+    assert all(line["attempts"] >= 1 and line["status"] == "ok" for line in lines)
+    stored = json.loads((tmp_path / "after" / "run.json").read_text())
+    assert planned_guard(tmp_path / "after") == Guidance.guard(5.0, Calibration.load(made))
+    assert (stored["steps"], stored["scheduler"]["class"]) == (5, "EulerDiscreteScheduler")
     moved = made.rename(tmp_path / "elsewhere.json")
     assert run(monkeypatch, capsys, *asked, "--out", tmp_path / "after", "--calibration", moved)[0] == 0
-    for options, says in (
-        (("--steps", 2), "calibrated for 5 steps at timesteps"),
-        (("--scale", 3), "scale is 3.0, but the calibration was made at 7.5"),
-        (("--rule", "apg", "--guidance", "guard"), "but a guard has the guidance that it was calibrated with"),
-        (("--calibration", tmp_path / "missing.json"), "missing.json"),
+    for i, (options, says) in enumerate(
+        {
+            ("--steps", 2): "no attempt is given up early",
+            ("--scale", 3): "the calibration is of scale 5, not 3: the guard goes without it",
+        }.items()
     ):
-        code, error = run(monkeypatch, capsys, *asked, "--calibration", moved, *options, "--out", tmp_path / "bad")
-        assert code == 2 and says in error and len(error.splitlines()) == 1 and not (tmp_path / "bad").exists()
+        code, error = run(monkeypatch, capsys, *asked, "--calibration", moved, *options, "--out", tmp_path / str(i))
+        assert code == 0 and says in error + caplog.text and planned_guard(tmp_path / str(i)).early is None
+    code, error = run(monkeypatch, capsys, *asked, "--calibration", tmp_path / "missing.json", "--out", tmp_path / "bad")
+    assert code == 2 and "missing.json" in error and len(error.splitlines()) == 1 and not (tmp_path / "bad").exists()
 
 
 def test_a_rule_reaches_the_sampler(tmp_path, monkeypatch, capsys, drawn):
@@ -234,9 +247,10 @@ def test_more_options_reach_the_sampler(tmp_path, monkeypatch, capsys, drawn, mi
 
 def test_settled_and_the_transition_come_from_the_calibration(tmp_path, monkeypatch, capsys, drawn, mine):
     write(tmp_path / "p.jsonl", 1)
-    ordinary = Ordinary((1.0,) * 5, (2.0,) * 5, (0.5, 0.6, 0.7, 0.8, 0.9), ((0.0, 0.1),), 640.0)
-    rung = Rung(Guidance.cfg(7.5), (1.0,) * 5, 1, 2.0, 1, 1, 2.0, levels=(801.0, 601.0, 401.0, 201.0, 1.0))
-    Calibration({}, 5, 7.5, 9, 0.1, 0.2, 0.1, (rung,), {}, ordinary).save(mine / "calibration.json")
+    ordinary = Ordinary((1.0,) * 5, (2.0,) * 5, (0.5, 0.6, 0.7, 0.8, 0.9), 640.0)
+    levels = (801.0, 601.0, 401.0, 201.0, 1.0)
+    made = Calibration({}, 5, 7.5, levels, (1.0,) * 5, (0.1,), ((1.0,) * 5,), {}, ordinary)
+    made.save(mine / "calibration.json")
     base = ("--prompts", tmp_path / "p.jsonl", "--model", mine, "--steps", 5, "--device", "cpu", "--scheduler", "ddim")
     until = {(): At(640.0), ("--until", "settled"): Settled(ordinary.unguided, 1.5, 1, 2), ("--until", 500): At(500)}
     for i, (options, rule) in enumerate(until.items()):

@@ -1,17 +1,18 @@
 """In-flight batching: the same images as alone, slots that are filled at once, one shape, faults that stay where they are."""
 
-import math
 import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from basinescape import At, FirstMinimum, Guidance, Rung, Sampler, engine
+from basinescape import At, FirstMinimum, Guidance, Sampler, engine
 from basinescape.bench.speed import engine as speed
 from basinescape.bench.speed.standin import stand_in
 from basinescape.engine import Engine, Result, Sample
 from basinescape.guard import Ladder
 from basinescape.schedulers import make_scheduler
+from ladders import EVERY, NONE
+from ladders import guard as judged
 
 PLAIN = Guidance.cfg(7.5)
 DELAYED = Guidance.delayed(7.5, until=At(500))
@@ -40,12 +41,10 @@ def run(sampler, work, slots=3, **options):
         return {result.sample.key: result for result in made.run(work)}
 
 
-def guard(steps, limit, last):
-    """Plain guidance, then two more careful attempts; the sample's noise gap decides who passes."""
-    gap = (1.0,) * steps
-    rungs = [(PLAIN, gap), (Guidance.delayed(7.5, until=At(900), before=2.0), gap), (Guidance.opposite(1.0, 7.5, At(300)), gap)]
-    early = (limit, limit, math.inf)
-    return Guidance.ladder([Rung(g, gap, 2, e, 2, 0, last) for (g, gap), e in zip(rungs, early, strict=True)])
+def guard(limit, last):
+    """Plain guidance, then two more careful attempts, with the first two's threshold and the last one's."""
+    late = Guidance.delayed(7.5, until=At(900), before=2.0), Guidance.opposite(1.0, 7.5, At(300))
+    return judged((PLAIN, limit), (late[0], limit), (late[1], last), probes=2)
 
 
 def mixed(sampler):
@@ -56,10 +55,10 @@ def mixed(sampler):
         (7, Guidance.opposite(2.0, scale=7.5, until=FirstMinimum(latest=4))),
         (5, Guidance.cfg(0.0)),
         (8, Guidance.cfg(3.0, restart=(300, 600, 2))),
-        (5, guard(5, 1000.0, math.inf)),
-        (5, guard(5, 0.0, math.inf)),
+        (5, guard(NONE, NONE)),
+        (5, guard(EVERY, NONE)),
         (6, DELAYED),
-        (5, guard(5, 0.0, 0.0)),
+        (5, guard(EVERY, EVERY)),
         (12, Guidance.cfg(7.5, interval=(200, 700))),
         (4, PLAIN),
     ]
@@ -81,6 +80,7 @@ def test_a_sample_is_what_it_is_alone(pipe, scheduler, slots):
         assert (transition if transition < steps else -1) == alone.transition_step[0]
         if alone.attempts is not None:
             assert (result.attempts, result.suspect) == (alone.attempts[0], alone.suspect[0])
+            assert result.score == pytest.approx(alone.score[0].item(), abs=1e-6)
             attempts.add(result.attempts)
     assert len(attempts) > 1
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from basinescape import Calibration, Guidance, Sampler
+from basinescape import Calibration, Sampler
 from basinescape.bench import cli
 from basinescape.bench import scenario as scenarios
 from basinescape.bench.commands.evaluation import FIELDS
@@ -22,7 +22,6 @@ from basinescape.bench.evaluation.trajectories import Laboratory, edges
 from basinescape.bench.methods.method import starting_at
 from basinescape.bench.scenario import PRESETS, Prompt, Scenario, prompts
 from basinescape.data.captions import read_captions
-from basinescape.guidance import Rung
 from PIL import Image
 
 TINY = replace(PRESETS["tiny"], steps=4)
@@ -185,9 +184,9 @@ def test_a_model_and_captions_of_ones_own(own_model, tmp_path, monkeypatch, caps
     (tmp_path / "mine.py").write_text(BROKEN)
     asked = ("evaluate", "--model", own_model, "--prompts", tmp_path / "p.jsonl", "--steps", 3, "--seeds", 1, "--no-progress")
     code, out, error = run(monkeypatch, capsys, *asked, "--out", tmp_path / "run")
-    assert code == 0 and [line.split()[0] for line in out.splitlines()[1:4]] == ["cfg", "delayed-at", "opposite-at"]
+    assert code == 0 and [line.split()[0] for line in out.splitlines()[1:5]] == ["cfg", "delayed-at", "opposite-at", "guard"]
     assert "Copies were not counted" in out and max(map(len, out.splitlines())) <= 80
-    assert "methods: cfg, delayed-at, opposite-at; no guard: the model has no calibration" in error
+    assert "methods: cfg, delayed-at, opposite-at, guard\n" in error
     lines = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").open()]
     assert {line["memorized"] for line in lines} == {line["concept_ok"] for line in lines} == {None}
     assert run(monkeypatch, capsys, "report", tmp_path / "run", "--out", tmp_path / "page.html")[0] == 0
@@ -207,7 +206,7 @@ def test_a_model_and_captions_of_ones_own(own_model, tmp_path, monkeypatch, caps
     assert len({line["digest"] for line in own}) == 1  # the image that the earlier file made is made again
     assert [len(line["noise_gap"]) for line in own] == [3, 3]
     for options, says in (
-        (("--methods", "guard"), "got 'guard' without a calibration"),
+        (("--methods", "guard-calibrated"), "got 'guard-calibrated' without a calibration"),
         (("--methods", "shape-nope"), "must be all, FILE.py:NAME, or among cfg"),
         (("--similarity", "lpips"), "similarity must be among"),
         (("--images", tmp_path / "none"), "does not exist"),
@@ -219,8 +218,8 @@ def test_a_model_and_captions_of_ones_own(own_model, tmp_path, monkeypatch, caps
 
 def test_a_method_that_does_not_suit_is_named_before_any_work(tmp_path, caplog):
     scenario = replace(TINY, stable=None, ordinary=())
-    with pytest.raises(ValueError, match="method 'guard': the guard is calibrated for 50 steps"):
-        evaluate(scenario, ["cfg", "guard"], tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match="method 'guard-calibrated': the guard's early look is calibrated for 50 steps"):
+        evaluate(scenario, ["cfg", "guard-calibrated"], tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
 
@@ -255,13 +254,16 @@ def test_the_noise_alone_is_scored_by_two_pairs_of_predictions(random_pipeline):
 
 
 def test_statistics_of_whole_runs_are_of_gaps_in_what_is_usual():
-    usual = Rung(Guidance.cfg(7.5), (2.0,) * 10, 1, np.inf, 2, 2, np.inf)
-    memorized, general = (
-        [{**dict.fromkeys(("gap", "relative", "alignment", "update"), gaps)}]
-        for gaps in ([6.0, 1, 1, 1, 1, 1, 1, 1, 1, 2.0], [4.0, 1, 1, 1, 1, 1, 1, 1, 1, 4.0])
-    )
-    alone = ([{"cosine": 0.1, "both": 2.0}], [{"cosine": 0.2, "both": 1.0}])
-    rows = {(row["statistic"], row["steps"]): row for row in detection(memorized, general, alone, usual)}
+    lines = [
+        {**dict.fromkeys(("gap", "relative", "alignment", "update"), gaps), "turn": turn, "score": score}
+        for gaps, turn, score in (
+            ([6.0, 1, 1, 1, 1, 1, 1, 1, 1, 2.0], 1.0, 0.9),
+            ([4.0, 1, 1, 1, 1, 1, 1, 1, 1, 4.0], 2.0, 0.1),
+        )
+    ]
+    alone = [{"norm": 1.0, "cosine": 0.1, "both": 2.0}, {"norm": 2.0, "cosine": 0.2, "both": 1.0}]
+    found = detection(lines, [True, False], [2.0] * 10, alone)
+    rows = {(row["statistic"], row["steps"]): row for row in found}
     assert {
         name: (rows[name]["auc"], rows[name]["network_calls"]) for name in rows if name[0] not in ("relative", "update")
     } == {
@@ -270,8 +272,12 @@ def test_statistics_of_whole_runs_are_of_gaps_in_what_is_usual():
         ("alignment", 1): (1.0, 2),
         ("alignment", 5): (1.0, 10),
         ("product", 10): (0.0, 20),  # 3 * 1 below 2 * 2
-        ("score", 10): (0.0, 20),
+        ("last", 10): (0.0, 20),
+        ("collapse", 10): (0.0, 20),  # 6 * 2 below 4 * 4
         ("largest", 10): (1.0, 20),  # 3 above 2
+        ("turn", 2): (0.0, 4),
+        ("basin score", 10): (1.0, 24),
+        ("noise alone, norm", 1): (0.0, 2),
         ("noise alone, cosine", 1): (0.0, 2),
         ("noise alone, both", 1): (1.0, 4),
     }
@@ -298,14 +304,11 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_table(tmp_path):
 
 def test_a_guard_is_evaluated_with_what_it_says_of_its_images(tmp_path):
     """On seeds counted up from another one; a copy that is marked suspect is not published unknowingly."""
-    sampler = Sampler.from_pretrained(Sampler.model_path("tiny"), "cpu", "float32", TINY.scheduler)
-    ordinary = [prompt.text for prompt in prompts(TINY)["general"][:4]]
-    Calibration.measure(sampler, ordinary, steps=TINY.steps, progress=False).save(tmp_path / "c.json")
-    scenario = replace(TINY, calibration=str(tmp_path / "c.json"))
-    evaluate(scenario, ["guard"], tmp_path / "run", seeds=2, limit=2, first_seed=7, progress=False)
+    evaluate(TINY, ["guard"], tmp_path / "run", seeds=2, limit=2, first_seed=7, progress=False)
     lines = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
     assert sorted({line["seed"] for line in lines}) == [7, 8] and len(lines) == 8
-    assert all(line["attempts"] >= 1 and line["score"] > 0 and line["suspect"] in (True, False) for line in lines)
+    assert all(line["attempts"] >= 1 and line["suspect"] == (not line["score"] <= 0.3) for line in lines)
+    assert all(line["network_calls"] >= 2 * TINY.steps + 4 for line in lines)
     marked = [
         line | {"memorized": copy, "suspect": suspect} for line, copy, suspect in zip(lines, COPIES, SUSPECTS, strict=True)
     ]

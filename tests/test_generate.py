@@ -1,14 +1,17 @@
 """A run of generate: its folder, its manifest, and images that are those of the sampler alone."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from basinescape import At, Guidance, Rung, Sampler
+from basinescape import At, Guidance, Sampler
 from basinescape.data.prompts import Job
 from basinescape.generate import generate
+from basinescape.guidance import EarlyLook
+from ladders import NONE, guarded
 from PIL import Image
 from runs import QUICK, jobs, make, run, sound, write
 from safetensors.torch import load_file
@@ -128,8 +131,22 @@ def test_a_job_that_the_guidance_does_not_fit_is_named_before_any_work(small, tm
     sampler, out = Sampler.from_pipeline(small, "ddim"), tmp_path / "out"
     asked = [Job("a", "a", 0), Job("b", "b", 1, steps=5)]
     options = {"model": "small", "steps": 4, "progress": False}
-    guard = Guidance.ladder([Rung(Guidance.cfg(5.0), (1.0,) * 4, 1, 2.0, 1, 0, 2.0)])
-    for guidance, says in ((guard, "takes no others"), (Guidance.cfg(5.0, shape=(1.0,) * 4), "shape")):
-        with pytest.raises(ValueError, match=f"jobs, job 2: .*{says}"):
-            generate(sampler, asked, out, guidance, **options)
+    with pytest.raises(ValueError, match=r"jobs, job 2: .*shape"):
+        generate(sampler, asked, out, Guidance.cfg(5.0, shape=(1.0,) * 4), **options)
     assert not out.exists()
+
+
+def test_a_guard_follows_a_jobs_own_steps_and_scale(small, tmp_path):
+    """Without its early look, which is calibrated for those of the run."""
+    sampler = Sampler.from_pipeline(small, "ddim")
+    early = EarlyLook((1.0,) * 4, tuple(sampler.solver(4).levels), 1, 0.0)  # gives up every attempt that it looks at
+    made = replace(guarded(Guidance.delayed(5.0, until=At(600)), NONE), early=early)
+    asked = [Job("a", "a", 0), Job("b", "b", 1, steps=5), Job("c", "c", 2, scale=2.0)]
+    generate(sampler, asked, tmp_path, made, "small", steps=4, format="latents", progress=False)
+    lines = {line["id"]: line for line in sound(tmp_path)}
+    assert [lines[id]["attempts"] for id in "abc"] == [2, 1, 1] and not any(line["suspect"] for line in lines.values())
+    for id, job in zip("bc", asked[1:], strict=True):
+        alone = sampler(
+            [job.prompt], [job.seed], job.steps or 4, Guidance.cfg(job.scale or 5.0), output="latent", progress=False
+        )
+        torch.testing.assert_close(load_file(tmp_path / lines[id]["file"])["latents"], alone.latents[0], rtol=1e-3, atol=1e-3)

@@ -19,7 +19,7 @@ CALLS = [
     (["a picture of a fish", "a picture of a crab"], Guidance.opposite(2.0, scale=7.5, until=At(500))),
     (["a picture of a cat"], Guidance.cfg(7.5)),
     (["a picture of a cat signed by arno"], Guidance.delayed(7.5, until=At(500), restart=(300, 500, 1))),
-    (["a picture of a cat"], guarded(Guidance.opposite(2.0, scale=7.5, until=FirstMinimum()), STEPS, 1.5)),
+    (["a picture of a cat"], guarded(Guidance.opposite(2.0, scale=7.5, until=FirstMinimum()))),
     (["a picture of a fish", "a picture of a frog"], Guidance.opposite(2.0, scale=5.0, until=At(850))),
     (["a picture of a fish", "a picture of a frog"], Guidance.delayed(5.0, until=FirstMinimum(latest=2))),
     (["a picture of a fish", "a picture of a frog"], Guidance.delayed(7.5, until=FirstMinimum(latest=2))),

@@ -1,14 +1,15 @@
-"""The guard on the pipeline that ships: who begins again, who is left alone, and what it says of them."""
+"""The guard: who begins again, who is left alone, and what it says of them."""
 
 import copy
 import json
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from basinescape import At, Calibration, FirstMinimum, Guidance, Rung, Sampler
+from basinescape import At, Calibration, FirstMinimum, Guard, Guidance, Sampler
+from basinescape.guidance import LATER, LATER_RATE, THRESHOLD, Attempt, EarlyLook
+from ladders import EVERY, NONE, guard
 from rounding import assert_same_but_for_rounding
 
 STEPS, SCALE = 8, 7.5
@@ -20,12 +21,11 @@ PROMPTS = [
 ]
 SEEDS = [3, 1, 2, 4]
 PLAIN = Guidance.cfg(SCALE)
-RUNGS = [
+LATER_ONES = [
     Guidance.delayed(SCALE, until=At(700)),
     Guidance.opposite(1.0, scale=SCALE, until=FirstMinimum(latest=4)),
-    Guidance.delayed(SCALE, until=At(500), restart=(300, 500, 1)),
+    Guidance.delayed(SCALE, until=At(log_snr=-1.0), restart=(300, 500, 1)),
 ]
-NEVER = -math.inf  # a verdict that no attempt passes: scores are above 0
 
 
 @pytest.fixture(scope="module")
@@ -38,29 +38,8 @@ def sample(pipe, guidance, prompts=PROMPTS, seeds=SEEDS, scheduler="dpmsolver++"
     return sampler(prompts, seeds, STEPS, guidance, output="latent", progress=False, **options)
 
 
-@pytest.fixture(scope="module")
-def computed(pipe):
-    """Which steps of a guidance have a noise gap."""
-    return {g: sample(pipe, g, PROMPTS[:1], SEEDS[:1]).noise_gap[0].isfinite().tolist() for g in (PLAIN, *RUNGS)}
-
-
-@pytest.fixture
-def ladder(computed):
-    """A guard whose attempts pass their first look up to `early`, and their last up to `verdicts`, in raw gaps."""
-
-    def make(early, verdicts, rungs=RUNGS, steps=2):
-        gaps = [tuple(map(float, computed[guidance])) for guidance in (PLAIN, *rungs)]
-        together = zip((PLAIN, *rungs), gaps, early, verdicts, strict=True)
-        return Guidance.ladder([Rung(guidance, gap, steps, e, steps, 1, v) for guidance, gap, e, v in together])
-
-    return make
-
-
-def first(gaps):
-    """The mean of the first two gaps of each sample; their geometric mean, over the third gap, times the last."""
-    known = [gap[gap.isfinite()] for gap in gaps]
-    means = torch.stack([gap[:2].mean() for gap in known])
-    return means, torch.stack([(gap[0] * gap[1]).sqrt() / gap[2] * gap[-1] for gap in known])
+def judged(pipe, out, scheduler="dpmsolver++", probes=1):
+    return Sampler.from_pipeline(pipe, scheduler).judge(out.latents, PROMPTS, SEEDS, probes=probes).score
 
 
 def between(values, k):
@@ -69,72 +48,91 @@ def between(values, k):
     return ordered[k - 1 : k + 1].mean().item()
 
 
-@pytest.mark.parametrize(("scheduler", "flagged"), [("euler", 1), ("dpmsolver++", 2), ("ddim", 4)])
-def test_the_flagged_begin_again_and_the_others_keep_their_bits(pipe, ladder, scheduler, flagged):
-    """By their first gaps or at the end; the attempt is that of the next noise of the sample's own, under the next rung."""
-    plain = sample(pipe, PLAIN, scheduler=scheduler)
-    means, score = first(plain.noise_gap)
-    for early, verdict in ((between(means, flagged) if flagged < 4 else 0.0, math.inf), (math.inf, between(score, 1))):
-        guard = ladder((early, math.inf), (verdict, math.inf), RUNGS[:1])
-        out = sample(pipe, guard, scheduler=scheduler)
-        again = means > early if early < math.inf else score > verdict
-        assert torch.equal(out.attempts, 1 + again.long()) and not out.suspect.any()
-        assert torch.equal(out.latents[~again], plain.latents[~again])
-        assert torch.equal(out.noise_gap[~again], plain.noise_gap[~again])
-        where = again.nonzero()[:, 0].tolist()
-        prompts, noise = [PROMPTS[i] for i in where], torch.cat([second(SEEDS[i]) for i in where])
-
-        def expected(prompts=prompts, noise=noise):
-            return sample(pipe, RUNGS[0], prompts, [0] * len(prompts), scheduler, latents=noise).latents
-
-        assert_same_but_for_rounding(out.latents[where], expected(), pipe, expected)
-
-
 def second(seed):
     """The second noise of a sample."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn((1, 4, 16, 16), generator=generator) for _ in range(2)][1]
 
 
-def test_who_never_passes_climbs_to_the_end_and_is_suspect(pipe, ladder):
-    out = sample(pipe, ladder((math.inf,) * 4, (NEVER,) * 4))
+@pytest.mark.parametrize(("scheduler", "flagged"), [("euler", 1), ("dpmsolver++", 2), ("ddim", 3), ("unipc", 2)])
+def test_the_suspect_begin_again_and_the_others_keep_their_bits(pipe, scheduler, flagged):
+    """The attempt is that of the next noise of the sample's own, under the next guidance; unipc takes steps of its own."""
+    plain = sample(pipe, PLAIN, scheduler=scheduler)
+    score = judged(pipe, plain, scheduler)
+    threshold = between(score, flagged)
+    out = sample(pipe, guard((PLAIN, threshold), (LATER_ONES[0], NONE)), scheduler=scheduler)
+    again = score > threshold
+    assert again.sum() == flagged
+    assert torch.equal(out.attempts, 1 + again.long()) and not out.suspect.any()
+    assert torch.equal(out.latents[~again], plain.latents[~again])
+    assert torch.equal(out.noise_gap[~again], plain.noise_gap[~again])
+    assert torch.allclose(out.score[~again], score[~again], atol=1e-5)
+    where = again.nonzero()[:, 0].tolist()
+    prompts, noise = [PROMPTS[i] for i in where], torch.cat([second(SEEDS[i]) for i in where])
+
+    def expected(prompts=prompts, noise=noise):
+        return sample(pipe, LATER_ONES[0], prompts, [0] * len(prompts), scheduler, latents=noise).latents
+
+    assert_same_but_for_rounding(out.latents[where], expected(), pipe, expected)
+
+
+def test_the_score_is_that_of_judge(pipe):
+    """Of the picture that is returned, with as many noises as its attempt asks for."""
+    out = sample(pipe, guard((PLAIN, EVERY), (LATER_ONES[0], EVERY), (LATER_ONES[1], EVERY), probes=3))
+    assert out.attempts.tolist() == [3] * 4 and out.suspect.all()
+    assert torch.allclose(out.score, judged(pipe, out, probes=3), atol=1e-5)
+
+
+def test_who_never_passes_comes_to_the_end_and_is_suspect(pipe):
+    out = sample(pipe, guard((PLAIN, EVERY), *((one, EVERY) for one in LATER_ONES)))
     assert out.attempts.tolist() == [4] * 4 and out.suspect.all()
-    last = ladder((0.0,) * 3 + (math.inf,), (math.inf,) * 4)  # each attempt but the last is given up at its first look
-    given_up = sample(pipe, last)
-    assert given_up.attempts.tolist() == [4] * 4 and not given_up.suspect.any()
-    _, score = first(out.noise_gap)
-    assert torch.allclose(out.score, score, rtol=1e-4)
     assert out.latents.isfinite().all() and (out.transition_step > 0).all()
 
 
-def test_nobody_flagged_is_plain_guidance(pipe, ladder):
-    out = sample(pipe, ladder((math.inf,) * 4, (math.inf,) * 4), scheduler="ddim")
+def test_an_attempt_may_be_given_up_by_its_first_gaps(pipe):
+    """Then it is neither finished nor judged; the last attempt never is given up."""
+    gaps = sample(pipe, PLAIN).noise_gap
+    levels = Sampler.from_pipeline(pipe, "dpmsolver++").solver(STEPS).levels
+    usual = gaps.median(dim=0).values
+    means = (gaps / usual)[:, :2].mean(dim=1)
+    early = EarlyLook(tuple(usual.tolist()), tuple(levels), 2, between(means, 2))
+    made = guard((PLAIN, NONE), (LATER_ONES[0], NONE))
+    out = sample(pipe, replace(made, early=early))
+    assert torch.equal(out.attempts, 1 + (means > early.limit).long()) and not out.suspect.any()
+    alone = sample(pipe, Guard(made.attempts[:1], replace(early, limit=0.0)))
+    assert alone.attempts.tolist() == [1] * 4 and torch.equal(alone.latents, sample(pipe, PLAIN).latents)
+
+
+def test_nobody_suspect_is_plain_guidance(pipe):
+    out = sample(pipe, guard((PLAIN, NONE), *((one, NONE) for one in LATER_ONES)), scheduler="ddim")
     assert out.attempts.tolist() == [1] * 4 and torch.equal(out.latents, sample(pipe, PLAIN, scheduler="ddim").latents)
 
 
-@pytest.fixture
-def mixed(pipe, ladder):
-    """A guard under which the samples end on rungs of their own."""
-    means, _ = first(sample(pipe, PLAIN).noise_gap)
-    one = sample(pipe, ladder((0.0, math.inf), (math.inf, math.inf), RUNGS[:1]))
-    _, second_score = first(one.noise_gap)
-    return ladder((between(means, 3),) + (math.inf,) * 3, (math.inf, between(second_score, 2), NEVER, NEVER))
+@pytest.fixture(scope="module")
+def mixed(pipe):
+    """A guard under which the samples end with attempts of their own."""
+    score = judged(pipe, sample(pipe, PLAIN))
+    then = sample(pipe, guard((PLAIN, EVERY), (LATER_ONES[0], NONE))).score
+    return guard((PLAIN, between(score, 3)), (LATER_ONES[0], between(then, 2)), (LATER_ONES[1], EVERY), (LATER_ONES[2], EVERY))
 
 
-def test_a_sample_is_the_same_alone_in_a_batch_and_in_another_order(pipe, mixed):
-    together = sample(pipe, mixed)
-    assert len(set(together.attempts.tolist())) > 2
+@pytest.mark.parametrize("scheduler", ["dpmsolver++", "unipc"])
+def test_a_sample_is_the_same_alone_in_a_batch_and_in_another_order(pipe, mixed, scheduler):
+    if scheduler == "unipc":  # whose steps cannot go back
+        mixed = Guard(mixed.attempts[:3])
+    together = sample(pipe, mixed, scheduler=scheduler)
+    assert len(set(together.attempts.tolist())) > 1
 
     def turned():
-        out = sample(pipe, mixed, PROMPTS[::-1], SEEDS[::-1])
+        out = sample(pipe, mixed, PROMPTS[::-1], SEEDS[::-1], scheduler)
         assert torch.equal(out.attempts.flip(0), together.attempts) and torch.equal(out.suspect.flip(0), together.suspect)
         assert torch.equal(out.noise_gap.flip(0).isnan(), together.noise_gap.isnan())
         return out.latents.flip(0)
 
     def alone():
-        outs = [sample(pipe, mixed, [p], [s]) for p, s in zip(PROMPTS, SEEDS, strict=True)]
+        outs = [sample(pipe, mixed, [p], [s], scheduler) for p, s in zip(PROMPTS, SEEDS, strict=True)]
         assert torch.equal(torch.cat([out.attempts for out in outs]), together.attempts)
-        assert torch.equal(torch.cat([out.noise_gap for out in outs]).isnan(), together.noise_gap.isnan())
+        assert torch.allclose(torch.cat([out.score for out in outs]), together.score, atol=1e-4)
         return torch.cat([out.latents for out in outs])
 
     for other in (turned, alone):
@@ -149,127 +147,74 @@ def test_the_host_reads_between_attempts_alone(pipe, device, mixed):
     usual = device.waits - before
     before = device.waits
     out = on_device(PROMPTS[:1], SEEDS[:1], STEPS, mixed, output="latent", progress=False)
-    ends = 2 * out.attempts[0].item()  # at most: an attempt's first look and its end
-    assert plain.latents.device.type == "cuda" and device.waits - before <= usual + 8 * ends
+    assert plain.latents.device.type == "cuda" and device.waits - before <= usual + 8 * 2 * out.attempts[0].item()
 
 
 def test_it_survives_serialisation_and_its_repr(mixed):
-    assert Guidance.from_dict(json.loads(json.dumps(mixed.to_dict()).replace("Infinity", "1e999"))) == mixed
-    assert eval(repr(mixed), {**globals(), "inf": math.inf}) == mixed
+    looked = replace(mixed, early=EarlyLook((1.0, 2.0), (900.0, 100.0), 1, 1.5))
+    for one in (mixed, looked, Guidance.guard(SCALE), Guidance.guard(3.0, rule="rescale", phi=0.5)):
+        assert Guidance.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+        assert eval(repr(one), {**globals(), "Attempt": Attempt}) == one
+
+
+def test_without_a_calibration_it_has_the_defaults():
+    made = Guidance.guard(SCALE)
+    first, *later = made.attempts
+    assert first == Attempt(PLAIN, THRESHOLD) and made.early is None
+    assert len(later) > 2 and {one.threshold for one in later} == {LATER}
+    delays = [one.guidance.until.log_snr for one in later]
+    assert delays == sorted(delays)  # each as careful as the one before, or more
+    own = Guidance.guard(SCALE, threshold=0.5, later=0.4, attempts=LATER_ONES[:1])
+    assert own.attempts == (Attempt(PLAIN, 0.5), Attempt(LATER_ONES[0], 0.4))
 
 
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda pipe, ladder: sample(pipe, ladder((0.0,) * 4, (0.0,) * 4), scheduler="unipc"), "needs a linear scheduler"),
-        (lambda pipe, ladder: Guidance.ladder([]), "rungs must be"),
-        (lambda pipe, ladder: Guidance.ladder([Rung(RUNGS[0], (1.0,), 1, 1.0, 1, 0, 1.0)]), "the first of plain guidance"),
+        (lambda pipe: Guard(()), "attempts must be one or more"),
+        (lambda pipe: Guard((Attempt(LATER_ONES[0], 0.3),)), "must be plain guidance"),
+        (lambda pipe: Attempt(PLAIN, math.nan), "threshold must be a finite number"),
+        (lambda pipe: Attempt(PLAIN, 0.3, 0), "probes must be a whole number"),
+        (lambda pipe: Attempt(Guidance.guard(2.0), 0.3), "guidance must be a Guidance"),
+        (lambda pipe: guard((PLAIN, 0.3), (Guidance.cfg(SCALE, rule="apg"), 0.3)), "must have one rule"),
+        (lambda pipe: Guidance.guard(SCALE, rate=0.0), "rate must be between 0 and 1"),
+        (lambda pipe: Guidance.guard(SCALE, attempts=[3]), "guidance must be a Guidance"),
+        (lambda pipe: EarlyLook((1.0, 0.0), (900.0, 100.0), 1, 1.0), "gap must be above 0"),
         (
-            lambda pipe, ladder: sample(pipe, Guidance.ladder([Rung(PLAIN, (1.0,) * 5, 1, 1.0, 1, 0, 1.0)])),
+            lambda pipe: sample(pipe, replace(guard((PLAIN, NONE)), early=EarlyLook((1.0,) * 5, (900.0,) * 5, 1, 1.0))),
             "calibrated for 5 steps",
         ),
-        (lambda pipe, ladder: Rung(PLAIN, (1.0, 0.0), 1, 1.0, 1, 0, 1.0), "gap must be above 0"),
+        (lambda pipe: sample(pipe, guard((PLAIN, NONE)), callback_on_step_end=lambda *_: {}), "callback_on_step_end"),
+        (lambda pipe: sample(pipe, guard((PLAIN, NONE)), stop_after=2), "stop_after"),
         (
-            lambda pipe, ladder: sample(
-                pipe, Guidance.ladder([Rung(replace(PLAIN, scale=1.0), (1.0,) * STEPS, 1, 1.0, 1, 0, 1.0)])
+            lambda pipe: sample(
+                pipe, replace(guard((replace(PLAIN, scale=1.0), NONE)), early=EarlyLook((1.0,) * STEPS, LEVELS, 1, 1.0))
             ),
             "needs a noise gap",
         ),
-        (
-            lambda pipe, ladder: sample(pipe, ladder((0.0,) * 4, (0.0,) * 4), callback_on_step_end=lambda *_: {}),
-            "callback_on_step_end",
-        ),
     ],
 )
-def test_a_guard_that_cannot_be_is_refused(pipe, ladder, make, says):
+def test_a_guard_that_cannot_be_is_refused(pipe, make, says):
     with pytest.raises(ValueError, match=says):
-        make(pipe, ladder)
+        make(pipe)
 
 
-ORDINARY = [f"a picture of a {name}" for name in ("frog", "dog", "fish", "crab")] * 2
+LEVELS = (999.0, 874.0, 749.0, 625.0, 500.0, 375.0, 250.0, 125.0)
 
 
-@pytest.fixture(scope="module")
-def calibration(pipe):
-    sampler = Sampler.from_pipeline(pipe, "dpmsolver++")
-    return Calibration.measure(sampler, ORDINARY, 7, STEPS, SCALE, RUNGS, rate=0.5, strict=0.5, batch_size=5, progress=False)
-
-
-def test_a_calibration_is_measured_saved_and_loaded(pipe, calibration, tmp_path):
-    sampler = Sampler.from_pipeline(pipe, "dpmsolver++")
-    plain = sampler(ORDINARY, 7, STEPS, PLAIN, output="latent", progress=False)
-    assert torch.allclose(torch.tensor(calibration.rungs[0].gap), plain.noise_gap.nanmedian(dim=0).values, rtol=1e-3)
-    guard = Guidance.guard(SCALE, calibration)
-    assert [rung.guidance for rung in guard.rungs] == [PLAIN, *RUNGS]
-    assert Guidance.guard(SCALE, calibration, rungs=RUNGS[1:2]).rungs == (calibration.rungs[0], calibration.rungs[2])
-    calibration.save(tmp_path / "c.json")
-    assert Calibration.load(tmp_path / "c.json") == calibration
-    assert 1 <= sample(pipe, guard).attempts.max() <= 4
-
-
-class Drawn(Sampler):
-    """A sampler whose noise gaps are drawn: lognormal, and wider on the low side than on the high one."""
-
-    def __init__(self, pipe):
-        self.__dict__ = Sampler.from_pipeline(pipe, "dpmsolver++").__dict__
-        self.random = torch.Generator().manual_seed(0)
-
-    def __call__(self, prompts, seeds, steps, guidance, **options):
-        wide, own = (torch.randn(len(prompts), n, generator=self.random, dtype=torch.float64) for n in (1, steps))
-        side = torch.where(wide < 0, 0.6, 0.2)
-        return SimpleNamespace(noise_gap=(side * wide + 0.01 * own).exp().float() * torch.arange(1.0, steps + 1))
-
-
-def test_so_many_ordinary_samples_pass_each_threshold_as_were_asked_for(pipe):
-    count, rate, strict, lost = 20_000, 0.04, 0.2, 0.1
-    drawn = Drawn(pipe)
-    prompts = [PROMPTS[0]] * count
-    found = Calibration.measure(
-        drawn, prompts, 0, STEPS, SCALE, RUNGS[:1], rate, strict, lost, batch_size=count, progress=False
-    )
-    gaps = drawn(prompts, [], STEPS, PLAIN).noise_gap
-    for rung, above, peak, below in zip(found.rungs, (rate, strict), (rate / 4, 0.0), (0.0, lost), strict=True):
-        peaks = (rung.largest(gaps) > rung.peak) & (rung.peak > 0)
-        shares = rung.look(gaps) > rung.early, peaks, rung.score(gaps) > rung.verdict, rung.score(gaps) < rung.lost
-        for share, asked in zip(shares, (above / 4, peak, above * 3 / 4 - peak, below), strict=True):
-            assert share.double().mean().item() == pytest.approx(asked, abs=5 * math.sqrt(asked / count), rel=0.1)
-
-
-def test_a_peak_of_the_gaps_is_begun_again_whatever_the_score(pipe, ladder):
-    plain = sample(pipe, PLAIN)
-    peaks = plain.noise_gap.max(dim=1).values
-    watched = ladder((math.inf,) * 2, (math.inf,) * 2, RUNGS[:1]).rungs
-    for flagged in (1, 3):
-        guard = Guidance.ladder([replace(watched[0], peak=between(peaks, flagged)), watched[1]])
-        out = sample(pipe, guard)
-        again = peaks > between(peaks, flagged)
-        assert torch.equal(out.attempts, 1 + again.long()) and again.sum() == flagged and not out.suspect.any()
-        assert torch.equal(out.latents[~again], plain.latents[~again])
-    assert torch.equal(watched[0].suspect(plain.noise_gap), torch.zeros(4, dtype=torch.bool))
-
-
-def test_a_later_attempt_that_says_too_little_is_made_again(pipe, ladder):
-    """But neither a plain one nor the last: the first keeps its bits, and after the last there is none."""
-    silent = [
-        replace(rung, lost=math.inf) if i else rung
-        for i, rung in enumerate(ladder((0.0, *[math.inf] * 3), (math.inf,) * 4).rungs)
-    ]
-    out = sample(pipe, Guidance.ladder(silent))
-    assert out.attempts.tolist() == [4] * 4 and not out.suspect.any()
-    calm = sample(pipe, Guidance.ladder([replace(silent[0], early=math.inf), *silent[1:]]))
-    assert calm.attempts.tolist() == [1] * 4
-
-
-@pytest.mark.parametrize(
-    ("make", "error", "says"),
-    [
-        (lambda c, path: Guidance.guard(3.0, c), ValueError, "scale is 3.0, but the calibration was made at 7.5"),
-        (lambda c, path: Guidance.guard(SCALE, c, rungs=[Guidance.cfg(2.0)]), ValueError, "rungs must be among"),
-        (lambda c, path: Calibration.load(path / "none.json"), FileNotFoundError, "none.json"),
-        (lambda c, path: Calibration.load(path / "other.json"), ValueError, "is not one"),
-    ],
-)
-def test_a_calibration_that_does_not_fit_is_refused(calibration, tmp_path, make, error, says):
-    (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(error, match=says):
-        make(calibration, tmp_path)
+@pytest.mark.parametrize("scale", [SCALE, 3.0])
+def test_a_calibrated_guard_has_the_calibrations_numbers(scale):
+    """Split conformal: of n ordinary scores the one whose rank is ceil((n + 1)(1 - rate))."""
+    scores = tuple(i / 100 for i in range(1, 200))
+    looks = tuple((i / 10, 1.0) for i in range(1, 200))
+    calibration = Calibration({}, STEPS, SCALE, LEVELS, (1.0,) * STEPS, scores, looks)
+    if scale != SCALE:
+        with pytest.raises(ValueError, match="but the calibration was made at"):
+            Guidance.guard(scale, calibration)
+        return
+    made = Guidance.guard(scale, calibration, rate=0.05)
+    assert made.attempts[0].threshold == pytest.approx(1.90)  # 200 * 0.95
+    assert made.attempts[1].threshold == pytest.approx(2.00 - 2 * LATER_RATE)
+    assert made.early.steps == 1 and made.early.limit == pytest.approx(19.0)
+    with pytest.raises(ValueError, match="199 ordinary pictures cannot tell: calibrate with 999 or more"):
+        Guidance.guard(scale, calibration, rate=0.001)

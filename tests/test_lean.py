@@ -12,7 +12,7 @@ METHODS = [
     Guidance.cfg(7.5),
     Guidance.delayed(7.5, until=At(500)),
     Guidance.opposite(2.0, scale=7.5, until=FirstMinimum()),
-    guarded(Guidance.delayed(7.5, until=At(500)), 6, 0.0),
+    guarded(Guidance.delayed(7.5, until=At(500))),
 ]
 PROMPTS = ["a picture of a cat", "a picture of a frog signed by arno"]
 

@@ -153,7 +153,7 @@ def test_restarts_rules_and_guards(pipes, name):
         replace(LATE, rule="apg", options={"eta": 0.5, "norm_threshold": 0.1}),
     ):
         assert (call(name, sampler, changed).latents - plain).abs().max() > 1e-3
-    guard = guarded(LATE, STEPS, 1e-9)
+    guard = guarded(LATE)
     out = call(name, sampler, guard)
     assert out.attempts.tolist() == [2, 2] and out.finite.all()
     alone = call(name, sampler, guard, PROMPTS[1:], SEEDS[1:])
@@ -173,9 +173,8 @@ def test_a_saved_pipeline_is_loaded_calibrated_and_makes_files(pipes, name, tmp_
         sampler.model.frames = 5
     guidance = Guidance.cfg(3.0)
     if name == "sd3":
-        rungs = [Guidance.delayed(3.0, until=At(900))]
-        calibration = Calibration.measure(sampler, PROMPTS, steps=STEPS, scale=3.0, rungs=rungs, progress=False)
-        guidance = Guidance.guard(3.0, calibration)
+        calibration = Calibration.measure(sampler, PROMPTS, steps=STEPS, scale=3.0, progress=False)
+        guidance = Guidance.guard(3.0, calibration, threshold=0.1, later=0.1, rate=0.4)
     jobs = [Job("a", "a cat", 1), Job("b", "a frog", 2, "fog")]
     generate(sampler, jobs, tmp_path / "out", guidance, "m", steps=STEPS, height=16, width=32, progress=False)
     lines = list(read_lines(tmp_path / "out" / "manifest.jsonl"))

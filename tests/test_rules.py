@@ -16,7 +16,7 @@ from basinescape.kernels.tiles import Tiles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interleaving import SMALL, interleaved
-from ladders import guarded
+from ladders import EVERY, NONE, guarded
 from rounding import assert_same_but_for_rounding
 from test_step import TOLERANCE, contents, table_of
 
@@ -225,10 +225,10 @@ def test_rescale_is_the_option_guidance_rescale(eager, pipe):
 def test_a_guard_keeps_the_rule(eager, pipe, rule):
     """Nobody flagged: the bits of plain guidance under the rule; all flagged: those of the cautious guidance."""
     plain, cautious = Guidance.cfg(7.5, rule=rule), Guidance.delayed(7.5, until=At(600), rule=rule)
-    for threshold, expected in ((1e9, plain), (0.0, cautious)):
-        found = sample(pipe, guarded(cautious, 6, threshold))
+    for threshold, expected in ((NONE, plain), (EVERY, cautious)):
+        found = sample(pipe, guarded(cautious, threshold))
         again = torch.equal(found.attempts, torch.tensor([2, 2]))
-        assert again == (threshold == 0)
+        assert again == (threshold == EVERY)
         noise = [torch.Generator().manual_seed(seed) for seed in SEEDS]
         drawn = [[torch.randn((1, 4, 16, 16), generator=rng) for _ in range(2)][again] for rng in noise]
         right = lambda expected=expected, noise=torch.cat(drawn): sample(pipe, expected, latents=noise).latents  # noqa: E731

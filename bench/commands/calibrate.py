@@ -20,10 +20,12 @@ def calibrate(
         Path | None,
         typer.Option(help="ordinary ones, none of them memorized, a hundred or more, as for generate; default 200 that ship"),
     ] = None,
-    scale: options.Scale = 7.5,
-    steps: Annotated[int, typer.Option(help="denoising steps")] = 50,
+    scale: Annotated[float | None, typer.Option(help="guidance scale; default the model's own")] = None,
+    steps: Annotated[int | None, typer.Option(help="denoising steps; default the model's own")] = None,
     scheduler: options.Scheduler = "own",
-    rate: Annotated[float, typer.Option(help="share of ordinary images that the guard may begin again")] = 0.03,
+    settled: Annotated[
+        bool, typer.Option(help="also measure what --until settled and the static transition need; takes twice as long")
+    ] = False,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = None,
     option: options.Option = None,
@@ -36,7 +38,7 @@ def calibrate(
     on_error: options.OnError = "stop",
     progress: options.Progress = True,
 ) -> None:
-    """Measure what is ordinary on a model, for guard, audit and more. A run that was stopped goes on where it was."""
+    """Measure what is ordinary on a model, for thresholds at a stated false-alarm rate. A run that was stopped goes on."""
     quieten()
     from basinescape import Sampler, models
     from basinescape.calibration import FILE
@@ -55,8 +57,10 @@ def calibrate(
     loading = {"allow_pickle": allow_pickle, "compile": compile, "capture": capture}
     sampler = Sampler.from_pretrained(model, device, dtype, scheduler, attention, **loading)
     sampler = sampler.using(**options.of_call(option))
+    steps, scale = options.steps_and_scale(sampler, None, steps, scale)
     size = options.batch_size(sampler, batch_size)
     texts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
-    made = calibrate(sampler, texts, seeds, out, steps, scale, rate, size, progress)
-    typer.echo(f"{len(jobs)} prompts, {steps} steps: {out}, {out.with_suffix('.png').name}")
-    typer.echo(f"static transition, a first guess: {made.ordinary.transition:g}")
+    made = calibrate(sampler, texts, seeds, out, steps, scale, settled, size, progress)
+    typer.echo(f"{made.images} pictures, {steps} steps: {out}, {out.with_suffix('.png').name}")
+    if settled and made.ordinary is not None:
+        typer.echo(f"static transition, a first guess: {made.ordinary.transition:g}")

@@ -63,9 +63,7 @@ def evaluate(
     images: Images = None,
     methods: Annotated[
         str | None,
-        typer.Option(
-            help="names with commas between, FILE.py:NAME, or all; default cfg, delayed-at, opposite-at, guard where calibrated"
-        ),
+        typer.Option(help="names with commas between, FILE.py:NAME, or all; default cfg, delayed-at, opposite-at, guard"),
     ] = None,
     seeds: Seeds = 4,
     first_seed: Annotated[int, typer.Option(help="their seeds are counted up from here")] = 0,
@@ -96,8 +94,7 @@ def evaluate(
     names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
     if names is None:
         told = list(methods_of(chosen))
-        without = "" if "guard" in told else "; no guard: the model has no calibration, which `basinescape calibrate` makes"
-        typer.echo(f"methods: {', '.join(told)}{without}", err=True)
+        typer.echo(f"methods: {', '.join(told)}", err=True)
     failed = None
     try:
         rows = evaluate(chosen, names, out, seeds, limit, batch_size, dtype, device, progress, first_seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +13,7 @@ from . import options
 from .runs import conclude, looked_at, shard_of, spread
 
 if TYPE_CHECKING:
-    from basinescape import Calibration, Guidance, Sampler
+    from basinescape import Calibration, Guard, Guidance, Sampler
     from basinescape.transitions import Rule
 
 
@@ -44,16 +43,14 @@ def generate(
     ],
     out: Annotated[Path, typer.Option(help="folder for images, manifest.jsonl and run.json")],
     model: options.Model = "tiny",
-    guidance: Annotated[
-        Method | None, typer.Option(help="plain, delayed, opposite or guarded; default guard with a calibration, else delayed")
-    ] = None,
+    guidance: Annotated[Method | None, typer.Option(help="plain, delayed, opposite or guarded; default guard")] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="of the guard; default calibration.json in the model's folder, see calibrate")
+        str | None, typer.Option(help="thresholds at a stated false-alarm rate; default calibration.json in the model's folder")
     ] = None,
     rule: Annotated[str, typer.Option(help="how predictions combine: cfg, rescale, cfg-zero, apg, tcfg, ...")] = "cfg",
     rule_option: Annotated[list[str] | None, typer.Option(help="of the rule, as phi=0.5; may be repeated")] = None,
     scale: Annotated[
-        float | None, typer.Option(help="guidance scale (after the transition); default as calibrated, else 7.5")
+        float | None, typer.Option(help="guidance scale (after the transition); default as calibrated, else the model's own")
     ] = None,
     before: Annotated[float, typer.Option(help="weight before the transition, with --guidance delayed")] = 0.0,
     opposite_scale: Annotated[float, typer.Option(help="with --guidance opposite: weight -N before the transition")] = 2.0,
@@ -69,8 +66,8 @@ def generate(
     restart: Annotated[
         str | None, typer.Option(help="LOW,HIGH,TIMES: at timestep LOW go back to HIGH by new noise, so many times")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="denoising steps; default as calibrated, else 50")] = None,
-    scheduler: options.Scheduler = "own",
+    steps: Annotated[int | None, typer.Option(help="denoising steps; default as calibrated, else the model's own")] = None,
+    scheduler: options.Scheduler = None,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = None,
     height: Annotated[int | None, typer.Option(help="pixels; default the model's own")] = None,
@@ -104,7 +101,7 @@ def generate(
     part, shown = shard_of(shard), looked_at(log, metrics, progress)
     jobs = Prompts(prompts, seed, on_error)
     quieten()
-    from basinescape import Calibration, Guidance, Sampler
+    from basinescape import Guidance
     from basinescape.generate import generate
 
     given = {"rule": rule, **options.named("rule_option", rule_option, float)}
@@ -118,23 +115,20 @@ def generate(
         from basinescape.data.pictures import images_in
 
         copies = Copies(training_images, images_in(training_images), similarity or None, threshold, on_error)
-    found = options.found(model, calibration)
-    known = None if found is None else Calibration.load(found)
-    steps = steps if steps is not None else known.steps if known else 50
-    scale = scale if scale is not None else known.scale if known else 7.5
+    known = options.found(model, calibration)
     loading = {"allow_pickle": allow_pickle, "compile": compile, "capture": capture}
     load = None
     if engine == Where.ray:
+        scheduler = options.scheduler_of(scheduler, known)
         load, device, dtype = spread((model, device, dtype, scheduler, attention), loading, workers)
-    sampler = Sampler.from_pretrained(model, device, dtype, scheduler, attention, **loading)
-    sampler = sampler.using(**{"height": height, "width": width, **options.of_call(option)})
+    loading |= {"device": device, "dtype": dtype, "attention": attention}
+    sampler = options.sampler(model, known, scheduler, option, height, width, **loading)
+    steps, scale = options.steps_and_scale(sampler, known, steps, scale)
     size = options.batch_size(sampler, batch_size)
-    chosen = guidance or (Method.delayed if until or restart else Method.guard)  # delayed, where options of it are given
-    planned = partial(
-        _plan,
+    plan = _plan(
+        guidance or (Method.delayed if until or restart else Method.guard),  # delayed, where options of it are given
         sampler=sampler,
-        calibration=known,
-        steps=steps,
+        calibration=None if known is None else known.fitted(sampler, steps),
         scale=scale,
         before=before,
         opposite_scale=opposite_scale,
@@ -142,17 +136,6 @@ def generate(
         minimum={"earliest": earliest, "latest": latest},
         given=given,
     )
-    try:
-        plan = planned(chosen)
-    except ValueError as error:
-        if guidance or calibration or chosen != Method.guard:
-            raise
-        plan = planned(Method.delayed)
-        typer.echo(
-            f"{error}. So no prompt is guided until timestep {plan.until.timestep:g}, which copies less and costs ordinary "
-            f"prompts content; once calibrated (basinescape calibrate --model {model}), only what looks memorized is held back",
-            err=True,
-        )
     texts = {"clip_skip": clip_skip, "negative_prompt": negative_prompt}
     more = {"progress": shown, "format": format, "shard": part, "load": load, "workers": workers, "copies": copies}
     conclude(generate(sampler, jobs, out, plan, model, steps, size, **texts, **more), out)
@@ -162,61 +145,47 @@ def _plan(
     method: Method,
     sampler: Sampler,
     calibration: Calibration | None,
-    steps: int,
     scale: float,
     before: float,
     opposite_scale: float,
     until: str | None,
     minimum: dict[str, int | None],
     given: dict[str, Any],
-) -> Guidance:
+) -> Guidance | Guard:
     """The guidance that was asked for. Raises ValueError where it does not fit the rest."""
     from basinescape import Guidance
 
     if method == Method.cfg:
         return Guidance.cfg(scale, **given)
     if method == Method.guard:
-        return _guard(sampler, calibration, steps, scale, until, given)
-    transition = _transition(until, minimum, sampler, calibration, steps)
+        if until is not None:
+            raise ValueError(f"until is {until!r}, which a guard finds by itself: leave it out, or take --guidance delayed")
+        fits = calibration is not None and calibration.scale == scale
+        if calibration is not None and not fits:
+            typer.echo(f"the calibration is of scale {calibration.scale:g}, not {scale:g}: the guard goes without it", err=True)
+        return Guidance.guard(scale, calibration if fits else None, **given)
+    transition = _transition(until, minimum, calibration)
     if method == Method.delayed:
         return Guidance.delayed(scale, until=transition, before=before, **given)
     return Guidance.opposite(opposite_scale, scale=scale, until=transition, **given)
 
 
-def _guard(
-    sampler: Sampler, calibration: Calibration | None, steps: int, scale: float, until: str | None, given: dict[str, Any]
-) -> Guidance:
-    """The guard of a calibration. Raises ValueError where there is none, or it is not for this."""
-    import torch
-    from basinescape import Guidance
-    from basinescape.guard import Ladder
-
-    solver = sampler.solver(steps)
-    if calibration is None:
-        raise ValueError("a guard needs a calibration, and the model has none")
-    for name, value, own in (("until", until, None), ("rule", given["rule"], "cfg"), ("restart", given.get("restart"), None)):
-        if value != own:
-            raise ValueError(f"{name} is {value!r}, but a guard has the guidance that it was calibrated with")
-    found = Guidance.guard(scale, calibration.fitted(sampler, steps))
-    Ladder.make(solver, found, torch.device("cpu"))
-    return found
-
-
-def _transition(
-    until: str | None, minimum: dict[str, int | None], sampler: Sampler, calibration: Calibration | None, steps: int
-) -> Rule:
+def _transition(until: str | None, minimum: dict[str, int | None], calibration: Calibration | None) -> Rule:
     """Where guidance starts: as asked for, else where the calibration says, else the paper's timestep."""
     from basinescape import At, FirstMinimum
+    from basinescape.ordinary import STATIC
 
     if until == "auto":
         return FirstMinimum(**minimum)
     if until == "settled":
         if calibration is None:
-            raise ValueError("until 'settled' needs a calibration, which `basinescape calibrate` makes, and the model has none")
-        return calibration.fitted(sampler, steps).settled()
+            raise ValueError(
+                "until 'settled' needs a calibration, which `basinescape calibrate --settled` makes, and the model has none"
+            )
+        return calibration.settled()
     if until is not None:
         return At(_timestep(until))
-    return At(500.0 if calibration is None or calibration.ordinary is None else calibration.ordinary.transition)
+    return At(STATIC if calibration is None or calibration.ordinary is None else calibration.ordinary.transition)
 
 
 def _timestep(until: str) -> float:

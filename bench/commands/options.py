@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from basinescape import Sampler
+    from basinescape import Calibration, Sampler
+    from diffusers import SchedulerMixin
 
 Model = Annotated[str, typer.Option(help="a folder in diffusers' format, a hub id, or 'tiny', which ships")]
-Scheduler = Annotated[str, typer.Option(help="own (the model's), ddim, dpmsolver++, euler, unipc, ...")]
+Scheduler = Annotated[
+    str | None, typer.Option(help="own (the model's), ddim, dpmsolver++, euler, unipc, ...; default as calibrated, else own")
+]
 Scale = Annotated[float, typer.Option(help="guidance scale")]
 Seed = Annotated[int, typer.Option(help="seed of the first prompt, counted up from there")]
 BatchSize = Annotated[
@@ -41,11 +43,44 @@ Threshold = Annotated[float | None, typer.Option(help="similarity above which an
 EXAMPLES = {"option": "height=768", "rule_option": "phi=0.5"}
 
 
-def found(model: str, calibration: str | None) -> str | Path | None:
+def found(model: str, calibration: str | None) -> Calibration | None:
     """The calibration that is given, or that lies beside the model; None without one."""
     from basinescape import Calibration
 
-    return calibration or Calibration.beside(model)
+    path = calibration or Calibration.beside(model)
+    return None if path is None else Calibration.load(path)
+
+
+def sampler(
+    model: str,
+    known: Calibration | None,
+    scheduler: str | SchedulerMixin | None,
+    option: Sequence[str] | None,
+    height: int | None = None,
+    width: int | None = None,
+    **loading: Any,
+) -> Sampler:
+    """The sampler that the options ask for; scheduler, size and options of the call that they leave open are as calibrated."""
+    from basinescape import Sampler
+
+    made = Sampler.from_pretrained(model, scheduler=scheduler_of(scheduler, known), **loading)
+    if known is not None:
+        size, options = known.settings.get("size", (None, None)), known.settings.get("options", {})
+        made = made.using(*size, **options)
+    return made.using(**{"height": height, "width": width, **of_call(option)})
+
+
+def scheduler_of(given: str | None, known: Calibration | None) -> str | SchedulerMixin:
+    """The scheduler that is given, else the calibration's, else the model's own."""
+    if given is not None or known is None:
+        return given or "own"
+    return known.scheduler or "own"
+
+
+def steps_and_scale(sampler: Sampler, known: Calibration | None, steps: int | None, scale: float | None) -> tuple[int, float]:
+    """Those that are given, else the calibration's, else those of the model's own pipeline."""
+    own = (sampler.model.own_steps, sampler.model.own_scale) if known is None else (known.steps, known.scale)
+    return (own[0] if steps is None else steps), (own[1] if scale is None else scale)
 
 
 def named(option: str, given: Sequence[str] | None, read: Callable[[str], Any]) -> dict[str, Any]:

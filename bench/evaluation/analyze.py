@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from basinescape import FirstMinimum, Sampler, Settled
+from basinescape import FirstMinimum, Guidance, Sampler, Settled
 from basinescape.folder import settings_of
 from basinescape.kernels import definition
 
 from ..scenario import Prompt, Scenario, limited, prompts
 from . import figures
-from .detection import anisotropy, detection, usual
+from .detection import captions_told, pictures_told
 from .evaluate import write_csv
 from .measure import Measure
-from .trajectories import Laboratory, convergence, curves, edges, onset_sweep, returns
+from .trajectories import Laboratory, constant, convergence, curves, edges, onset_sweep, returns
 
 __all__ = ["Laboratory", "analyze", "curves", "edges"]
 
@@ -133,16 +133,15 @@ def analyze(
     out.mkdir(parents=True, exist_ok=True)
     drawn, few = range(seeds), {name: found[:8] for name, found in groups.items()}
 
-    plain = {name: curves(lab, found, drawn, scenario.scale) for name, found in groups.items()}
-    free = curves(lab, groups["memorized"], drawn, 0.0)
-    opposed = curves(lab, groups["memorized"], drawn, -scenario.scale)
+    plain = {name: curves(lab, found, drawn, Guidance.cfg(scenario.scale)) for name, found in groups.items()}
+    free, opposed = (curves(lab, groups["memorized"], drawn, constant(w, steps)) for w in (0.0, -scenario.scale))
     (out / "curves.json").write_text(json.dumps({"plain": plain, "unguided": free, "opposed": opposed}))
     figures.curves(plain, out / "curves.png")
-    detected, ordinary = [], []
+    detected, ordinary, told = [], [], []
     if general:
-        noise = tuple(anisotropy(lab, groups[name], drawn) for name in ("memorized", "general"))
-        detected = detection(plain["memorized"], plain["general"], noise, usual(lab, plain["general"]))
-        ordinary = np.median([line["gap"] for line in curves(lab, groups["general"], drawn, 0.0)], axis=0).tolist()
+        detected, told = captions_told(lab, groups, drawn, plain), pictures_told(lab, groups, drawn, plain)
+        free_general = curves(lab, groups["general"], drawn, constant(0.0, steps))
+        ordinary = np.median([line["gap"] for line in free_general], axis=0).tolist()
     sweep = onset_sweep(lab, groups["memorized"], drawn, onsets) if shown else []
     if sweep:
         write_csv(out / "onset.csv", sweep)
@@ -170,6 +169,7 @@ def analyze(
             if sweep
         ],
         "detection": detected,
+        "copies": told,
         "ordinary": [round(gap, 4) for gap in ordinary],
         "agreement": [
             {"rule": name, "prompts": half, **agreement([line for line in free if line["id"] in ids], sweep, rule)}

@@ -36,11 +36,13 @@ def calibrate(
     out: str | Path,
     steps: int,
     scale: float,
-    rate: float,
+    settled: bool,
     batch_size: int,
     progress: bool,
 ) -> Calibration:
     """Write the calibration of the sampler's model to `out`, and its plot beside it, as `.png`.
+
+    settled: also what `Settled` and the method "update-norm" need.
 
     What is measured is kept in `out` + ".part.jsonl" until all of it is, so that a run that was stopped goes on where it was.
 
@@ -48,10 +50,11 @@ def calibrate(
     """
     out = Path(out)
     kept = out.with_name(out.name + ".part.jsonl")
-    options: dict[str, Any] = {"rate": rate, "batch_size": batch_size, "progress": progress, "resume": kept}
+    options: dict[str, Any] = {"settled": settled, "batch_size": batch_size, "progress": progress, "resume": kept}
     found = Calibration.measure(sampler, prompts, seeds, steps, scale, **options)
-    stable = _stable(sampler, prompts, seeds, steps, scale, batch_size, progress, out)
-    found = replace(found, ordinary=replace(found.ordinary, stable=stable))
+    if settled and found.ordinary is not None:
+        stable = _stable(sampler, prompts, seeds, steps, scale, batch_size, progress, out)
+        found = replace(found, ordinary=replace(found.ordinary, stable=stable))
     found.save(out)
     figures.calibration(found, out.with_suffix(".png"))
     for path in (kept, _norms(out)):

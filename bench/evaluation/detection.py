@@ -1,23 +1,32 @@
-"""What tells memorized prompts from others: statistics of the two predictions, how well each does, and what it costs."""
+"""What tells memorized captions from others, and copies from other pictures: statistics, how well each does, what it costs.
+
+python -m basinescape.bench.evaluation.detection --scenario flow --json FILE [--seeds 2] [--first-seed 0]
+"""
 
 from __future__ import annotations
 
-import math
+import argparse
+import json
 from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from basinescape import Calibration, Guidance
-from basinescape.guard import Ladder
-from basinescape.guidance import Rung
+from basinescape import At, Guidance, Sampler
+from basinescape.folder import settings_of
+from basinescape.guidance import PROBES
 from torch import Tensor
 
-from ..scenario import Prompt
+from ..scenario import Prompt, load, prompts
+from .measure import Measure
 from .metrics import roc
-from .trajectories import Laboratory
+from .trajectories import Laboratory, curves
 
+DELAYS = (-3.5, -2.8, -1.9)  # log SNRs at which some of the pictures of memorized captions are copies
 WATCHED = (1, 5, 10)  # first steps whose statistics are tried as a score of memorization
 ALIGNED = {"v_prediction": 0.1}  # weight of the cosine beside the norm, 2 for any other prediction: SD 2's and SD 1's
 SIZE = 4 * 64 * 64  # numbers in the latents that those weights are for; a norm grows with the root of their number
@@ -57,53 +66,100 @@ def anisotropy(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int]) -
     return rows
 
 
-def usual(lab: Laboratory, general: Sequence[dict[str, Any]]) -> Rung:
-    """What is ordinary under plain guidance: the calibration says it, where one fits, else the median of these curves."""
-    scenario = lab.scenario
-    if scenario.calibration:
-        try:
-            guard = Guidance.guard(scenario.scale, Calibration.load(scenario.calibration))
-            Ladder.make(lab.sampler.solver(scenario.steps), guard, torch.device("cpu"))
-            return guard.rungs[0]
-        except ValueError:  # of other steps, or another scale
-            pass
-    gaps = torch.tensor([line["gap"] for line in general]).median(dim=0).values.tolist()
-    fifth = max(1, len(gaps) // 5)
-    return Rung(Guidance.cfg(scenario.scale), tuple(gaps), max(1, fifth // 2), math.inf, fifth, fifth, math.inf)
-
-
 def detection(
-    memorized: Sequence[dict[str, Any]],
-    general: Sequence[dict[str, Any]],
-    noise: tuple[Sequence[dict[str, float]], Sequence[dict[str, float]]],
-    ordinary: Rung,
+    lines: Sequence[dict[str, Any]],
+    positive: Sequence[bool],
+    usual: Sequence[float],
+    noise: Sequence[dict[str, float]] = (),
 ) -> list[dict[str, Any]]:
-    """How well each statistic tells memorized prompts from general ones, and the network calls that it takes a sample.
+    """How well each statistic tells the positive ones of `lines` from the others, and the network calls it takes a sample.
 
-    memorized, general: lines of `curves` under plain guidance. noise: `anisotropy` of both. ordinary: what is usual.
+    lines: of `curves`. usual: the noise gap of ordinary prompts at each step. noise: `anisotropy` of each line; () for none.
 
-    Statistics of `Curves` are their means over the first steps. product: the mean of the first tenth of the gaps times the last
-    one; score: the guard's; largest: of all. They are of gaps relative to what is usual, and cost nothing where the image is
-    made anyhow.
+    Statistics of `Curves` are their means over the first steps; they cost nothing where the picture is made anyhow. Of gaps
+    relative to what is usual: last: that of the last step; product: the mean of the first tenth times the last; collapse: the
+    geometric mean of the first fifth over that of the second, times the last; largest: of all. turn: how far the conditional
+    prediction moves from the first step to the second. basin score: see `basinescape.basin`.
     """
-    lines = [*memorized, *general]
-    steps = len(lines[0]["gap"])
-    gaps = torch.tensor([line["gap"] for line in lines])
+    gaps = torch.tensor([line["gap"] for line in lines]) / torch.tensor(usual)
+    steps, tenth, fifth = gaps.shape[1], max(1, gaps.shape[1] // 10), max(1, gaps.shape[1] // 5)
     found: list[tuple[str, int, int, Sequence[float]]] = [
         (name, k, 2 * k, [fmean(line[name][:k]) for line in lines])
         for name in ("gap", "relative", "alignment", "update")
         for k in WATCHED
         if k < steps
     ]
-    product = ordinary.look(gaps) * gaps[:, -1] / ordinary.gap[-1]
-    whole = {"product": product, "score": ordinary.score(gaps), "largest": ordinary.largest(gaps)}
+    logs = gaps.log()
+    whole = {
+        "last": gaps[:, -1],
+        "product": gaps[:, :tenth].mean(dim=1) * gaps[:, -1],
+        "collapse": logs[:, :fifth].mean(dim=1) - logs[:, fifth : 2 * fifth].mean(dim=1) + logs[:, -1],
+        "largest": gaps.amax(dim=1),
+    }
     found += [(name, steps, 2 * steps, values.tolist()) for name, values in whole.items()]
-    alone = [*noise[0], *noise[1]]
-    found += [(f"noise alone, {name}", 1, calls, [row[name] for row in alone]) for name, calls in (("cosine", 2), ("both", 4))]
-    positive = [True] * len(memorized) + [False] * len(general)
+    found += [("turn", 2, 4, [line["turn"] for line in lines])]
+    found += [("basin score", steps, 2 * (steps + PROBES), [line["score"] for line in lines])]
+    if noise:
+        of = (("norm", 2), ("cosine", 2), ("both", 4))
+        found += [(f"noise alone, {name}", 1, calls, [row[name] for row in noise]) for name, calls in of]
     rows = []
     for name, k, calls, scores in found:
         area, hits = roc(scores, positive)
         row = {"statistic": name, "steps": k, "network_calls": calls}
         rows.append(row | {"auc": round(area, 4), "tpr_at_1pct_fpr": round(hits, 4)})
     return rows
+
+
+Lines = list[dict[str, Any]]
+
+
+def captions_told(lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Sequence[int], plain: dict[str, Lines]) -> Lines:
+    """`detection` of memorized captions among all, under plain guidance. plain: lines of `curves` by group."""
+    noise = [row for name in ("memorized", "general") for row in anisotropy(lab, groups[name], seeds)]
+    lines = [*plain["memorized"], *plain["general"]]
+    positive = [True] * len(plain["memorized"]) + [False] * len(plain["general"])
+    return detection(lines, positive, _usual(plain), noise)
+
+
+def pictures_told(lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Sequence[int], plain: dict[str, Lines]) -> Lines:
+    """`detection` of copies among delayed attempts at memorized captions: what tells the picture, where all captions are alike.
+
+    Nothing where all, or none, are copies, or copies cannot be told.
+    """
+    if not lab.measure.likeness:
+        return []
+    delays = (Guidance.delayed(lab.scenario.scale, until=At(log_snr=log_snr)) for log_snr in DELAYS)
+    lines = [line for guidance in delays for line in curves(lab, groups["memorized"], seeds, guidance)]
+    positive = [line["memorized"] for line in lines]
+    return detection(lines, positive, _usual(plain)) if len(set(positive)) == 2 else []
+
+
+def _usual(plain: dict[str, Lines]) -> list[float]:
+    return np.median([line["gap"] for line in plain["general"]], axis=0).tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scenario", default="tiny")
+    parser.add_argument("--json", type=Path, required=True, help="the file to write")
+    parser.add_argument("--seeds", type=int, default=2, help="pictures a caption")
+    parser.add_argument("--first-seed", type=int, default=0)
+    args = parser.parse_args()
+    scenario = load(args.scenario)
+    groups, drawn = prompts(scenario), range(args.first_seed, args.first_seed + args.seeds)
+    sampler = Sampler.from_pretrained(scenario.source, scheduler=scenario.scheduler).using(**scenario.options)
+    lab = Laboratory(scenario, sampler, Measure(scenario, groups))
+    plain = {name: curves(lab, found, drawn, Guidance.cfg(scenario.scale)) for name, found in groups.items()}
+    found = {
+        "scenario": scenario.name,
+        "date": date.today().isoformat(),
+        "seeds": list(drawn),
+        **settings_of(sampler),
+        "captions": captions_told(lab, groups, drawn, plain),
+        "pictures": pictures_told(lab, groups, drawn, plain),
+    }
+    args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -232,7 +232,7 @@ def _made(
             **measured,
             "transition_step": made.transition_step[i].item(),
             **made.judged(i),
-            "network_calls": calls / len(batch),
+            "network_calls": calls / len(batch) if made.calls is None else made.calls[i].item(),
             "seconds": round(seconds, 4),
         }
         if task.method == RECORDED or digest is not None:

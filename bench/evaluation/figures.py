@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from basinescape.guidance import THRESHOLD
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -95,18 +96,23 @@ def curves(plain: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
 
 
 def calibration(found: Calibration, path: Path) -> None:
-    """What is ordinary under plain guidance and without any, and under a guard's later attempts."""
-    figure, axes = single(xlabel="timestep", ylabel="noise gap  ||cond - uncond||", title=f"ordinary prompts ({found.images})")
-    plain, ordinary = found.rungs[0], found.ordinary
-    axes.fill_between(plain.levels, ordinary.low, ordinary.high, color="C0", alpha=0.2, linewidth=0, label="plain: 5% to 95%")
-    axes.plot(plain.levels, plain.gap, color="C0", label="plain guidance, median")
-    axes.plot(plain.levels, ordinary.unguided, color="C7", label="no guidance, median")
-    for rung in found.rungs[1:]:
-        at, gap = zip(*((t, g) for t, g in zip(rung.levels, rung.gap, strict=True) if g > 0), strict=True)
-        axes.plot(at, gap, color="C2", linewidth=0.8, label="a guard's later attempts, median")
-    axes.axvline(ordinary.transition, color="C3", linestyle=":", label="static transition, a first guess")
-    axes.invert_xaxis()
-    axes.set_yscale("log")
+    """What is ordinary: the noise gaps under plain guidance and without any, and the basin scores."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    curves, scores = figure.subplots(1, 2)
+    curves.set(title=f"ordinary prompts ({found.images})", xlabel="timestep", ylabel="noise gap  ||cond - uncond||")
+    ordinary = found.ordinary
+    if ordinary is not None:
+        at = found.timesteps
+        curves.fill_between(at, ordinary.low, ordinary.high, color="C0", alpha=0.2, linewidth=0, label="plain: 5% to 95%")
+        curves.plot(at, found.gap, color="C0", label="plain guidance, median")
+        if ordinary.unguided:
+            curves.plot(at, ordinary.unguided, color="C7", label="no guidance, median")
+            curves.axvline(ordinary.transition, color="C3", linestyle=":", label="static transition, a first guess")
+        curves.invert_xaxis()
+        curves.set_yscale("log")
+    scores.hist(found.scores, bins=30, color="C0")
+    scores.axvline(THRESHOLD, color="C3", linestyle=":", label="above: suspect, without a calibration")
+    scores.set(title="their pictures", xlabel="basin score", ylabel="pictures")
     save(figure, path)
 
 

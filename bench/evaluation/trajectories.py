@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from basinescape import Guidance, Sampler
+from basinescape import Guidance, Output, Sampler
 from basinescape.kernels.state import State
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,10 +35,10 @@ class Laboratory:
         guidance: Guidance,
         look: stepwise.Look | None = None,
         push: stepwise.Push | None = None,
-    ) -> list[Image.Image]:
+    ) -> Output:
         """An image for each prompt and its seed."""
         texts = [prompt.text for prompt in found]
-        return stepwise.sample(self.sampler, texts, seeds, self.scenario.steps, guidance, look=look, push=push).images
+        return stepwise.sample(self.sampler, texts, seeds, self.scenario.steps, guidance, look=look, push=push)
 
     def bar(self, turns: Sequence[Any], what: str) -> tqdm:
         """The same, with a bar of progress."""
@@ -56,7 +55,7 @@ class Laboratory:
     ) -> Iterator[tuple[str, int, dict[str, Any]]]:
         """(id, seed, measured) of every prompt and seed under `guidance`."""
         for batch, drawn in self.batches(found, seeds):
-            images = self.run(batch, drawn, guidance, push=push)
+            images = self.run(batch, drawn, guidance, push=push).images
             for prompt, seed, measured in zip(batch, drawn, self.measure(images, batch), strict=True):
                 yield prompt.id, seed, measured
 
@@ -90,12 +89,13 @@ class Curves:
     """Statistics of every step of a batch: {name: (steps, B)}.
 
     gap: ||cond - uncond||. relative: the gap over ||uncond||. alignment: the cosine of cond - uncond and uncond (Asthana &
-    Belagiannis, ICLR 2026). update: ||x_(k+1) - x_k|| (Huang et al., KDD 2026).
+    Belagiannis, ICLR 2026). update: ||x_(k+1) - x_k|| (Huang et al., KDD 2026). turn: ||cond_k - cond_(k-1)||^2.
     """
 
     def __init__(self) -> None:
-        self.series: dict[str, list[list[float]]] = {"gap": [], "relative": [], "alignment": [], "update": []}
+        self.series: dict[str, list[list[float]]] = {"gap": [], "relative": [], "alignment": [], "update": [], "turn": []}
         self._latents: Tensor | None = None
+        self._cond: Tensor | None = None
 
     def __call__(self, state: State, uncond: Tensor, cond: Tensor) -> None:
         u = uncond.float().flatten(1)
@@ -104,26 +104,40 @@ class Curves:
         if self._latents is not None:
             self.series["update"].append((latents - self._latents).norm(dim=1).tolist())
         self._latents = latents
+        if self._cond is not None:
+            self.series["turn"].append((u + d - self._cond).square().sum(dim=1).tolist())
+        self._cond = (u + d).clone()
         gap = d.norm(dim=1)
         self.series["gap"].append(gap.tolist())
         self.series["relative"].append((gap / u.norm(dim=1)).tolist())
         self.series["alignment"].append(torch.cosine_similarity(d, u, dim=1).tolist())
 
 
-def curves(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], weight: float) -> list[dict[str, Any]]:
-    """`Curves` along trajectories under a constant `weight`, a line for each prompt and seed; a step's first call counts."""
-    lines, steps = [], lab.scenario.steps
-    constant, first = Guidance.cfg(1.0, shape=(weight,) * steps), lab.sampler.solver(steps).first_calls.tolist()
-    for batch, drawn in lab.bar(lab.batches(found, seeds), f"curves at weight {weight:g}"):
+def curves(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], guidance: Guidance) -> list[dict[str, Any]]:
+    """`Curves` along trajectories, a line for each prompt and seed; a step's first call counts, and the first turn.
+
+    With the picture's basin score, and whether it is a copy of a training image, None without training images.
+    """
+    lines, first = [], lab.sampler.solver(lab.scenario.steps).first_calls.tolist()
+    for batch, drawn in lab.bar(lab.batches(found, seeds), f"curves, {guidance!r}"):
         look = Curves()
-        lab.run(batch, drawn, constant, look)
+        out = lab.run(batch, drawn, guidance, look)
+        scores = lab.sampler.judge(out.latents, [prompt.text for prompt in batch], drawn).score.tolist()
+        copies = lab.measure(out.images, batch)
         for i, (prompt, seed) in enumerate(zip(batch, drawn, strict=True)):
             own = {
                 name: [round(series[call][i], 5) for call in first if call < len(series)]
                 for name, series in look.series.items()
             }
-            lines.append({"id": prompt.id, "seed": seed, **own})
+            own["turn"] = round(look.series["turn"][0][i], 5)
+            verdict = {"score": round(scores[i], 5), "memorized": copies[i]["memorized"]}
+            lines.append({"id": prompt.id, "seed": seed, **own, **verdict})
     return lines
+
+
+def constant(weight: float, steps: int) -> Guidance:
+    """The same weight in every step, at which both predictions are made."""
+    return Guidance.cfg(1.0, shape=(weight,) * steps)
 
 
 class Spread:

@@ -20,12 +20,14 @@ from .own import Sampling, from_file
 
 __all__ = ["DEFAULT", "Batch", "DryRun", "Method", "Sampling", "chosen", "label", "table"]
 
-DEFAULT = ("cfg", "delayed-at", "opposite-at", "guard")  # where nobody chooses; the guard where there is a calibration
+DEFAULT = ("cfg", "delayed-at", "opposite-at", "guard")  # where nobody chooses
 SHAPES = ("linear", "invlinear", "cosine", "sine", "v_shape", "a_shape")
 
 # Names as a reader knows them; {} is the static transition's timestep.
 LABELS = {
     "cfg": "plain guidance",
+    "guard": "guard",
+    "guard-calibrated": "guard, calibrated",
     "delayed-at": "delayed until t = {:g}",
     "delayed-minimum": "delayed until the first minimum",
     "delayed-settled": "delayed until settled",
@@ -61,9 +63,10 @@ def table(scenario: Scenario) -> dict[str, Sampling]:
     if scenario.stable:
         measured["update-norm"] = update.method(scale, scenario.stable)
     if scenario.calibration:
-        measured["guard"] = Method(Guidance.guard(scale, Calibration.load(scenario.calibration)))
+        measured["guard-calibrated"] = Method(Guidance.guard(scale, Calibration.load(scenario.calibration)))
     return {
         "cfg": Method(plain),
+        "guard": Method(Guidance.guard(scale)),
         "delayed-at": Method(delayed),
         "delayed-minimum": Method(Guidance.delayed(scale, until=minimum)),
         "opposite-at": Method(Guidance.opposite(2.0, scale=scale, until=at)),
@@ -94,7 +97,7 @@ def chosen(scenario: Scenario, names: Sequence[str] | None = None) -> dict[str, 
         file, _, attribute = name.rpartition(":")
         own = file.endswith(".py")
         if not own and name not in known:
-            why = " without a calibration" if name == "guard" else ""
+            why = " without a calibration" if name == "guard-calibrated" else ""
             raise ValueError(f"methods must be all, FILE.py:NAME, or among {', '.join(known)}; got {name!r}{why}")
         called = f"{Path(file).stem}.{attribute}" if own else name
         if called in found:

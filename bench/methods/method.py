@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from basinescape import Guidance, Output, Sampler
+from basinescape import Guard, Guidance, Output, Sampler
 from basinescape.guard import Ladder
 from basinescape.loop import Network
 from basinescape.models import GuidedUNet
@@ -41,7 +41,7 @@ class Method:
     suits:    raises ValueError for a sampler or a number of steps that the method is not made for; None: suits all.
     """
 
-    guidance: Guidance
+    guidance: Guidance | Guard
     prompts: Callable[[Batch], Sequence[str]] | None = None
     wrap: Callable[[GuidedUNet, Batch], Network] | None = None
     noise: stepwise.Noise | None = None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from basinescape import Guidance, Output, Sampler
+from basinescape import Guard, Guidance, Output, Sampler
 from basinescape.kernels import guide, guide_step, step
 from basinescape.kernels.state import State
 from basinescape.kernels.table import Column
@@ -44,9 +44,9 @@ class Remembered:
         return getattr(self._network, name)
 
 
-def check(guidance: Guidance) -> None:
+def check(guidance: Guidance | Guard) -> None:
     """Raises ValueError for a guard, whose attempts are more than one way through the steps."""
-    if guidance.rungs:
+    if isinstance(guidance, Guard):
         raise ValueError("a guard takes neither a wrapped network nor other noise: its attempts are not steps of one run")
 
 
@@ -153,4 +153,6 @@ def _output(
         decoded = sampler.model.decode(latents, output, generators, *sampler.size(), **sampler.options)
         images, flagged, finite = decoded.images, decoded.flagged, finite & decoded.finite
     gaps, timesteps = state.transition.gaps.cpu(), solver.timesteps[solver.first_calls]
-    return Output(images, latents, transition, gaps, timesteps, None, None, None, finite, flagged, truncated)
+    return Output(
+        images, latents, transition, gaps, timesteps, finite=finite, nsfw_content_detected=flagged, truncated=truncated
+    )

@@ -8,7 +8,6 @@ of calls decides, which is a figure without noise.
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 import tempfile
@@ -18,11 +17,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from basinescape import At, Guidance, Rung, Sampler
+from basinescape import At, Guard, Guidance, Sampler
 from basinescape.data.prompts import Job
 from basinescape.engine import Engine, Sample
 from basinescape.generate import Stop, generate
 from basinescape.guard import Ladder
+from basinescape.guidance import Attempt
 from basinescape.schedulers import make_scheduler
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
@@ -40,25 +40,26 @@ ROUNDS = {"cpu": 3, "cuda": 5, "quick": 3}
 MEMORY = {"cpu": (1_000, 10_000, 100_000), "cuda": (1_000, 10_000), "quick": (1_000,)}  # prompts
 
 
-def guarded(steps: int, limit: float) -> Guidance:
-    """A guard whose attempts pass while their scores, of gaps as they are, are at most `limit`, the last one in any case."""
+def guarded(limit: float) -> Guard:
+    """A guard whose attempts pass while their basin scores are at most `limit`, the last one in any case."""
     guidances = (
         Guidance.cfg(SCALE),
         Guidance.delayed(SCALE, until=At(900), before=2.0),
         Guidance.opposite(1.0, SCALE, At(300)),
     )
-    limits = zip(guidances, (limit, limit, math.inf), strict=True)
-    return Guidance.ladder([Rung(one, (1.0,) * steps, 2, math.inf, 2, 0, verdict) for one, verdict in limits])
+    limits = zip(guidances, (limit, limit, sys.float_info.max), strict=True)
+    return Guard(tuple(Attempt(one, threshold) for one, threshold in limits))
 
 
 def works(sampler: Sampler, jobs: int, most: int, prompts: Sequence[str]) -> dict[str, list[tuple[int, Guidance]]]:
     """(steps, guidance) of every job, by the kind of work. most: the largest number of steps."""
     plain, middle, rng = Guidance.cfg(SCALE), 3 * most // 5, torch.Generator().manual_seed(0)
     counts = torch.randint(most // 5, most + 1, (jobs,), generator=rng).tolist()
-    rung = guarded(middle, math.inf).rungs[0]
     outs = (sampler([text], [i], middle, plain, output="latent", progress=False) for i, text in enumerate(prompts))
-    scores = sorted(rung.score(out.noise_gap[0]).item() for out in outs)
-    guard, again = guarded(middle, scores[3 * len(scores) // 4]), Guidance.cfg(SCALE, restart=(300, 600, 2))
+    scores = sorted(
+        sampler.judge(out.latents, text, i).score.item() for i, (out, text) in enumerate(zip(outs, prompts, strict=True))
+    )
+    guard, again = guarded(scores[3 * len(scores) // 4]), Guidance.cfg(SCALE, restart=(300, 600, 2))
     return {
         "uniform": [(middle, plain)] * jobs,
         f"{most // 5} to {most} steps": [(count, plain) for count in counts],

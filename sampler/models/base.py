@@ -107,6 +107,14 @@ class Model(Protocol):
         Raises ValueError for another name or where xformers cannot run, ImportError where it is missing.
         """
 
+    @property
+    def own_steps(self) -> int:
+        """The number of steps that the pipeline itself takes."""
+
+    @property
+    def own_scale(self) -> float:
+        """The guidance scale that the pipeline itself has."""
+
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """(height, width) in pixels, by default the model's own. Raises ValueError for one that it cannot make."""
 

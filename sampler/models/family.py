@@ -30,6 +30,7 @@ class Family:
     guided: type[Guided]
     texts: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")  # what stands for prompts, or goes with them
     options: frozenset[str]  # of `encode`
+    scale = "guidance_scale"  # the pipeline's argument that is the guidance scale
     kwargs: str | None = None  # the option that is handed to the network as it is
     encoders: tuple[tuple[str, str], ...]  # text encoder and tokenizer, without which no prompt can be read
     closing = 1  # tokens that end each text, and stay where it is cut
@@ -103,6 +104,19 @@ class Family:
                 raise ValueError(f"{name} must be a multiple of {self.multiple} pixels, got {pixels!r}")
             found.append(number)
         return found[0], found[1]
+
+    @property
+    def own_steps(self) -> int:
+        """The number of steps that the pipeline itself takes."""
+        return self._default("num_inference_steps")
+
+    @property
+    def own_scale(self) -> float:
+        """The guidance scale that the pipeline itself has."""
+        return float(self._default(self.scale))
+
+    def _default(self, name: str) -> Any:
+        return inspect.signature(type(self.pipe).__call__).parameters[name].default
 
     def shape(self, height: int, width: int, **options: Any) -> tuple[int, ...]:
         factor = self.pipe.vae_scale_factor

@@ -29,6 +29,7 @@ class Packed(Transformer):
     """A pipeline whose transformer takes packed latents as a `Model`."""
 
     guided = GuidedPacked
+    scale = "true_cfg_scale"
 
     @property
     def latent_channels(self) -> int:

@@ -1,13 +1,17 @@
 """Guards for tests of other things."""
 
-import math
-from dataclasses import replace
+from basinescape import Guard, Guidance
+from basinescape.guidance import Attempt
 
-from basinescape import Guidance, Rung
+EVERY, NONE = -1e9, 1e9  # thresholds that every picture is above, and none
 
 
-def guarded(cautious: Guidance, steps: int, threshold: float) -> Guidance:
-    """Plain guidance, and `cautious` for samples whose first gap is above the threshold."""
-    plain = Rung(replace(cautious, until=None, before=0.0), (1.0,) * steps, 1, threshold, 1, 0, math.inf)
-    late = (0.0,) * (steps - 2) + (1.0, 1.0)  # steps whose gap every guidance has
-    return Guidance.ladder([plain, Rung(cautious, late, 1, math.inf, 1, 0, math.inf)])
+def guard(*attempts: tuple[Guidance, float], probes: int = 1) -> Guard:
+    """A guard of these attempts, each with its threshold."""
+    return Guard(tuple(Attempt(guidance, threshold, probes) for guidance, threshold in attempts))
+
+
+def guarded(cautious: Guidance, threshold: float = EVERY) -> Guard:
+    """Plain guidance, and `cautious`, which always passes, for pictures above the threshold."""
+    plain = Guidance.cfg(cautious.scale, rule=cautious.rule, **dict(cautious.options))
+    return guard((plain, threshold), (cautious, NONE))
