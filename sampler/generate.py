@@ -14,15 +14,15 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, Self
 
-from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import nn
 
 from . import arguments
 from .data.prompts import OWN, Job, Prompts
@@ -30,13 +30,14 @@ from .engine import Engine
 from .folder import Journal, open_folder, settings_of, weights_sha256
 from .guard import Ladder
 from .guidance import Guard, Guidance
+from .models.network import hooked
 from .progress import Progress, Summary
 from .sampler import Sampler
 from .stages import TEXTS, Picture, Request, Stages, decoded, encoded, said
 from .writers import Made, writer
 
 log = logging.getLogger(__name__)
-PRESSES = 2  # threads that turn pictures into files: most of that is compression, which runs beside Python
+PRESSES = 2  # threads that turn pictures into files
 
 
 class Copies(Protocol):
@@ -79,11 +80,12 @@ def generate(
     copies: what else a manifest line says of its image, as how near it is to which training image; not on a cluster.
     shard: (i, n): of n parts of the run, which may be made elsewhere, the i-th, in the folder `out`/shard-i-of-n; see `merge`.
 
-    A manifest line says what was asked (id, prompt, seed, negative_prompt where there is one), `transition_step`,
-    `transition_timestep`, `transition_log_snr`, `noise_gap`, and `status`: "ok" where the image is there and its pixels were
-    finite, with its `file` and `sha256`, else "failed: " and why. Under a guard it has `attempts`, `score` and `suspect`.
-    `nsfw_content_detected` is there where the pipeline has a safety checker, `truncated` where a prompt was cut at the text
-    encoder's limit (the text that was left out), `retried` where the sample was not finite and was made again in float32.
+    A manifest line says what was asked (id, prompt, seed, negative_prompt where there is one, and what else the file of prompts
+    says of it), `transition_step`, `transition_timestep`, `transition_log_snr`, `noise_gap`, and `status`: "ok" where the image
+    is there and its pixels were finite, with its `file` and `sha256`, else "failed: " and why. Under a guard it has `attempts`,
+    `score` and `suspect`. `nsfw_content_detected` is there where the pipeline has a safety checker, `truncated` where a prompt
+    was cut at the text encoder's limit (the text that was left out), `retried` where the sample was not finite and was made
+    again in float32.
 
     A fault of one sample costs that one: it is marked, and made again when the run is started again. After SIGINT or SIGTERM
     what is in flight is finished and no more begun; a second one ends the run at once.
@@ -236,7 +238,7 @@ class Stop:
 
 
 class Run:
-    """How jobs become files: prompts encoded, samples denoised, latents decoded and pictures compressed, all at a time."""
+    """How jobs become files: prompts encoded, samples denoised, latents decoded and pictures compressed; see `stages`."""
 
     def __init__(self, sampler: Sampler, ladders: Ladders, slots: int, format: str, copies: Copies | None = None):
         self.sampler, self.ladders, self.format, self.slots, self.copies = sampler, ladders, format, slots, copies
@@ -262,28 +264,33 @@ class Run:
                 order.append(position)
                 yield position, job
 
-        stages = Stages(threads=not offloaded(self.sampler.pipe))
+        threads = threaded(self.sampler)
+        stages = Stages(threads)
 
         def tick() -> None:
             stages.check()
             self.moved(self.engine.under_way)
 
         try:
-            with ThreadPoolExecutor(PRESSES) as pool:
+            with ThreadPoolExecutor(PRESSES) if threads else nullcontext() as pool:
                 samples = stages.ahead(encoded(model, noted(), self.ladders.of, *size, **options), TEXTS)
                 results = stages.ahead(self.engine.run(stop.until(samples), tick), self.slots)
                 pictures = decoded(model, results, self.format == "latents", *size, **options)
-                press = partial(pool.submit, self._press, retried=again is not None)
-                yield from self._in_order(stages.ahead(map(press, pictures), self.slots), order, again)
+                press = partial(self._press, retried=again is not None)
+                if threads:  # most of this is compression, which runs beside Python
+                    under_way = stages.ahead((pool.submit(press, picture) for picture in pictures), self.slots)
+                    pressed = map(Future.result, under_way)
+                else:
+                    pressed = map(press, pictures)
+                yield from self._in_order(pressed, order, again)
         finally:
             stages.halt()
 
     def _in_order(
-        self, pressed: Iterable[Future], order: deque[int], again: Callable[[tuple[int, Job]], None] | None
+        self, pressed: Iterable[Made | Picture], order: deque[int], again: Callable[[tuple[int, Job]], None] | None
     ) -> Iterator[Made]:
         kept: dict[int, Made | Picture] = {}
-        for future in pressed:
-            one = future.result()
+        for one in pressed:
             kept[one.position] = one
             while order and order[0] in kept:
                 one = kept.pop(order.popleft())
@@ -320,6 +327,7 @@ class Run:
             self.engine = engine
 
 
-def offloaded(pipe: DiffusionPipeline) -> bool:
-    """Whether its parts come and go between the devices, so that only one can be used at a time."""
-    return any(hasattr(part, "_hf_hook") for part in pipe.components.values())
+def threaded(sampler: Sampler) -> bool:
+    """Whether its stages may run beside each other: beside a GPU, unless parts of the pipeline come and go between devices."""
+    parts = (part for part in sampler.pipe.components.values() if isinstance(part, nn.Module))
+    return sampler.model.device.type == "cuda" and not any(map(hooked, parts))

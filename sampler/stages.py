@@ -1,4 +1,7 @@
-"""The stages of a run: prompts are encoded, samples denoised, latents decoded, each in a thread, none far ahead of the next."""
+"""The stages of a run: prompts are encoded, samples denoised, latents decoded, none far ahead of the next.
+
+Beside a GPU each has a thread of its own. On a CPU they take turns: threads that compute would each bring a pool of their own.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ class Stages:
     def ahead(self, items: Iterable[T], depth: int) -> Iterator[T]:
         """The same items, made up to `depth` ahead in a thread of their own. What is raised there is raised here."""
         if self._threads is None:
-            return iter(items)
+            return _one_by_one(items)
         ready: Queue[tuple[Any, BaseException | None]] = Queue(depth)
         thread = Thread(target=self._make, args=(items, ready), daemon=True)
         self._threads.append(thread)
@@ -94,6 +97,17 @@ class Stages:
                 return call(timeout=WAIT)
             except busy:
                 continue
+
+
+def _one_by_one(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each made when it is asked for; in inference mode, which is a thread's own."""
+    items, nothing = iter(items), object()
+    while True:
+        with torch.inference_mode():
+            item = next(items, nothing)
+        if item is nothing:
+            return
+        yield item
 
 
 @dataclass(frozen=True)

@@ -225,3 +225,23 @@ def test_pictures_are_not_held_in_memory(tmp_path, keep):
 
     most(2)
     assert most(160) - most(40) < 30 * len(noise[0])
+
+
+def test_rows_without_a_picture_are_named_and_cost_no_other(tmp_path, caplog):
+    pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    pictures(tmp_path)
+    rows = [{"bytes": encoded(picture(0)), "path": None}, {"bytes": None, "path": None}, {"bytes": None, "path": "2.png"}]
+    parquet.write_table(pyarrow.table({"image": rows, "text": ["a", "b", None]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"^row 2 of '.*a\.parquet': needs a column of pictures' bytes"):
+        list(captioned(tmp_path / "a.parquet"))
+    found = list(captioned(tmp_path / "a.parquet", on_error="skip"))
+    reasons = ["", "it needs prompt, caption or text, and none in it"]
+    assert [one.prompt for one in found] == ["a", None] and [one.reason for one in found] == reasons
+    assert [one.open().getpixel((0, 0))[0] for one in found] == [0, 80]
+
+
+def test_one_file_of_several_that_is_broken_costs_no_other(tmp_path, caplog):
+    in_tar_files(tmp_path / "set")
+    (tmp_path / "set" / "0a.tar").write_bytes(b"no archive")
+    found = [one.prompt for one in captioned(tmp_path / "set" / "*.tar*", on_error="skip")]
+    assert found == PROMPTS and "0a.tar' is no whole .tar file" in caplog.text

@@ -115,7 +115,7 @@ def broken(path):
 
 
 def bomb(path):
-    Image.new("1", (40000, 40000)).save(path)
+    Image.new("1", (20000, 9000)).save(path)
 
 
 def nothing(path):

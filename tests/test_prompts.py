@@ -125,6 +125,7 @@ def test_standard_input_and_pipes_are_read_once(tmp_path, monkeypatch):
         ("p.txt", "a cat\n".encode("utf-16"), "line 1: not UTF-8 text"),
         ("p.txt", "a cat\n".encode("utf-16-le"), "line 1: not UTF-8 text"),
         ("p.txt", b'{"prompt": "a"}', "line 1: is a JSON object, and a .txt file has a prompt a line"),
+        ("p.csv", b"prompt,url\na dog,u\na cat, asleep\n", "line 3: url starts with a space, as if a prompt went on"),
         ("p.csv", b"prompt;id\na cat;b;c\n", "line 2: more cells than columns"),
         ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}' * 50)[:-9], "which is no whole .gz file"),
         ("p.csv.gz", b"prompt\na\n", "which is no whole .gz file"),
@@ -274,90 +275,3 @@ def test_a_prompt_may_have_steps_and_a_scale_of_its_own(tmp_path):
             Job("a", "a", 0, **wrong)
     with pytest.raises(ValueError, match="more than 1000 different pairs of steps and scale"):
         Prompts([Job(f"{i}", "a", 0, scale=i) for i in range(1001)])
-
-
-def test_other_columns_go_into_the_manifest(tmp_path, caplog):
-    """As they are where a column is of one kind, else as text; what a line says of its own image is not passed for it."""
-    rows = [
-        {
-            "index": 3,
-            "caption": "a cat",
-            "url": "http://x/1.jpg",
-            "scenes": ["s0"],
-            "mixed": 1,
-            "idx": True,
-            "score": 5.5,
-            "deep": {},
-        },
-        {
-            "index": 4.5,
-            "caption": "a dog",
-            "url": None,
-            "scenes": [],
-            "mixed": "b",
-            "prompt2": "c",
-            "Test": "d",
-            "big": 2**70,
-        },
-    ]
-    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    first, second = (job.asked() for _, job in Prompts(tmp_path / "p.jsonl"))
-    own = {"id": "0000", "prompt": "a cat", "seed": 0}
-    assert first == own | {"index": 3, "url": "http://x/1.jpg", "scenes": ["s0"], "mixed": "1", "idx": True, "deep": "{}"}
-    own = {"id": "0001", "prompt": "a dog", "seed": 1}
-    more = {"index": 4.5, "scenes": [], "mixed": "b", "prompt2": "c", "Test": "d", "big": str(2**70)}
-    assert second == own | more
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert said.endswith("not carried into the manifest, which says this of its own images: score")
-    digest = Prompts(tmp_path / "p.jsonl").sha256
-    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)).replace("http", "ftp"))
-    assert Prompts(tmp_path / "p.jsonl").sha256 != digest
-    (tmp_path / "p.csv").write_text("index,Caption,url,colour\n3,a cat,u,\n4,a dog,,red\n")
-    assert [job.more for job in read_prompts(tmp_path / "p.csv")] == [
-        {"index": "3", "url": "u"},
-        {"index": "4", "colour": "red"},
-    ]
-
-
-def test_columns_of_pictures_are_left_in_their_parquet_file(tmp_path):
-    pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
-    pictures = [{"bytes": b"x", "path": "a.png"}]
-    columns = {"TEXT": ["a cat"], "picture": pictures, "jpg": [b"y"], "day": pyarrow.array([0], pyarrow.date32()), "n": [1]}
-    parquet.write_table(pyarrow.table(columns), tmp_path / "p.parquet")
-    assert read_prompts(tmp_path / "p.parquet") == [Job("0000", "a cat", 0, more={"day": "1970-01-01", "n": 1})]
-
-
-@pytest.mark.parametrize("name", ["tiny", "flow"])
-def test_the_captions_that_ship_are_prompts(name):
-    from basinescape import models
-
-    rows = [json.loads(line) for line in (models.shipped()[name] / "memorized.jsonl").open()]
-    found = read_prompts(models.shipped()[name] / "memorized.jsonl")
-    assert [(job.id, job.prompt) for job in found] == [(row["id"], row["prompt"]) for row in rows]
-    assert all(job.more["duplication"] == row["duplication"] for job, row in zip(found, rows, strict=True))
-
-
-@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
-def test_what_looks_like_the_end_of_a_line_is_none(tmp_path, separator):
-    text = f"a cat{separator}asleep"
-    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": text}, ensure_ascii=False) + '\n{"prompt": "b"}')
-    (tmp_path / "p.txt").write_text(f"{text}\r\nb\n", newline="")
-    (tmp_path / "p.csv").write_text(f"prompt\n{text}\nb\n")
-    for name in ("p.jsonl", "p.txt", "p.csv"):
-        assert [job.prompt for job in read_prompts(tmp_path / name)] == [text, "b"]
-
-
-def test_a_text_file_has_a_prompt_a_line(tmp_path):
-    (tmp_path / "p.txt").write_bytes("\ufeffa cat, and more\n\n  größer {a|b}\n".encode())
-    assert [(job.id, job.prompt) for job in read_prompts(tmp_path / "p.txt")] == [
-        ("0000", "a cat, and more"),
-        ("0001", "größer {a|b}"),
-    ]
-
-
-@pytest.mark.parametrize("name", ["Caption", "TEXT", " prompt ", "Prompt"])
-def test_columns_are_known_however_they_are_spelled(tmp_path, name):
-    (tmp_path / "p.jsonl").write_text(json.dumps({name: "a", "Negative Prompt": "b", "Seed": 4, "ID": "x"}))
-    (tmp_path / "p.csv").write_text(f"{name},negativePrompt,SEED,Id,\na,b,4,x,\n")
-    for file in ("p.jsonl", "p.csv"):
-        assert read_prompts(tmp_path / file) == [Job("x", "a", 4, "b")]

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from .formats import ENCODING, parquet_rows, row_of
+from .formats import ENCODING, Rows, parquet_rows, row_of
 from .layout import BESIDE, Layout, decoded, text_of, there
 from .names import COLUMN, IMAGE, TEXT, Ids, first
 from .pictures import opened, suffixes
@@ -106,9 +106,9 @@ def _folder(folder: Path, ids: Ids, faults: Faults) -> Iterator[Captioned]:
         if image in seen:
             continue
         id, prompt, reason = ids(_stem(image, folder)), None, "no text beside it"
-        for text in layout.beside(image)[:1]:
+        for text in layout.beside(image):
             try:
-                prompt = text_of(text)
+                prompt = prompt or text_of(text)
             except ValueError as error:
                 reason = str(error)
         yield _of_file(image, id, prompt, reason)
@@ -134,7 +134,7 @@ def _table(path: Path, ids: Ids, faults: Faults) -> Iterator[Captioned]:
 def _rows(path: Path, find: Callable[[str], Path], ids: Ids, faults: Faults, seen: set[Path]) -> Iterator[Captioned]:
     """The pictures that a table's rows name, which are added to `seen`. Those that a run failed to make are left out."""
     name, read = opened_rows(str(path), "images")
-    for where, said in read():
+    for where, said in _while_whole(read(), "", faults):
         try:
             if isinstance(said, str):
                 raise ValueError(said)
@@ -151,6 +151,14 @@ def _rows(path: Path, find: Callable[[str], Path], ids: Ids, faults: Faults, see
         prompt = prompt[0] if isinstance(prompt, list) and prompt else prompt
         text = prompt if isinstance(prompt, str) and prompt.strip() else None
         yield _of_file(found, ids(str(said.get("id") or Path(image).with_suffix(""))), text, f"{where} needs {COLUMN}")
+
+
+def _while_whole(rows: Rows, name: str, faults: Faults) -> Rows:
+    """The rows of a file as far as it can be read; name: what the fault that ends them does not say."""
+    try:
+        yield from rows
+    except ValueError as error:
+        faults(f"{name}{error}")
 
 
 def _tar(path: Path, ids: Ids, faults: Faults) -> Iterator[Captioned]:
@@ -209,17 +217,14 @@ def _parquet(path: Path, ids: Ids, faults: Faults) -> Iterator[Captioned]:
     def wanted(name: str, kind: Any) -> bool:
         return name in (*TEXT, *IMAGE, "id") or "binary" in str(kind)
 
-    try:
-        for where, row in parquet_rows(path, wanted, BATCH):
-            place = f"{where} of {str(path)!r}"
-            try:
-                data, prompt = _bytes_in(row, path.parent), first(row, TEXT)
-            except (ValueError, OSError) as error:
-                faults(f"{place}: {error}")
-                continue
-            yield _of_data(data, place, ids(str(row.get("id") or f"{path.stem}/{where}")), prompt, f"it needs {COLUMN}")
-    except ValueError as error:
-        faults(f"images file {str(path)!r}, {error}")
+    for where, row in _while_whole(parquet_rows(path, wanted, BATCH), f"images file {str(path)!r}, ", faults):
+        place = f"{where} of {str(path)!r}"
+        try:
+            data, prompt = _bytes_in(row, path.parent), first(row, TEXT)
+        except (ValueError, OSError) as error:
+            faults(f"{place}: {error}")
+            continue
+        yield _of_data(data, place, ids(str(row.get("id") or f"{path.stem}/{where}")), prompt, f"it needs {COLUMN}")
 
 
 def _bytes_in(row: Mapping[str, Any], home: Path) -> bytes:

@@ -6,7 +6,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -15,6 +15,7 @@ from .names import COLUMN, KNOWN, TEXT, Ids, columns
 
 HUB = "hf:"
 NUMBERS = ("seed", "steps", "scale")  # columns of a CSV file
+PLAIN = ("Value", "ClassLabel", "List", "LargeList", "Sequence")  # kinds of columns of the library `datasets`
 ENCODING = {"encoding": "utf-8-sig", "errors": "surrogateescape"}  # a byte order mark is no text; other bytes are told by line
 
 
@@ -164,6 +165,7 @@ def csv_file(path: Path, delimiters: str = ",;\t") -> Rows:
             raise ValueError(f"line 1: {error}") from error
         if given and not set(TEXT) & set(names.values()):
             raise NoText(f"line 1: must name {COLUMN}, and each column once; got {', '.join(given)}")
+        behind = _behind_text(given, names) if delimiter == "," else None
         while True:
             try:
                 row = next(reader, None)
@@ -172,7 +174,7 @@ def csv_file(path: Path, delimiters: str = ",;\t") -> Rows:
                 continue
             if row is None:
                 return
-            yield Row(f"line {reader.line_num}", _cells(row, names))
+            yield Row(f"line {reader.line_num}", _cells(row, names, behind))
 
 
 def _delimiter(header: str, delimiters: str) -> str:
@@ -186,9 +188,17 @@ def _delimiter(header: str, delimiters: str) -> str:
     return delimiters[0]
 
 
-def _cells(row: dict[str | None, Any], names: dict[str, str]) -> dict[str, Any] | str:
+def _behind_text(given: Sequence[str], names: dict[str, str]) -> str | None:
+    """The column behind that of the prompts, into which half a prompt falls that holds a comma and is not quoted."""
+    place = next((i for i, name in enumerate(given) if names.get(name) in TEXT), len(given))
+    return given[place + 1] if place + 1 < len(given) and given[place + 1][:1] != " " else None
+
+
+def _cells(row: dict[str | None, Any], names: dict[str, str], behind: str | None) -> dict[str, Any] | str:
     if None in row:
         return "more cells than columns; quote a cell that holds a comma"
+    if behind is not None and (row[behind] or "")[:1] == " ":
+        return f"{behind} starts with a space, as if a prompt went on behind its comma; quote a cell that holds a comma"
     if fault := next((fault for cell in row.values() if cell and (fault := fault_of(cell))), None):
         return fault
     said = {names[name]: cell or None for name, cell in row.items() if name in names}
@@ -258,6 +268,6 @@ def dataset(source: str) -> Rows:
     names, kinds = columns(given), data.features or {}
     if not set(TEXT) & set(names.values()):
         raise NoText(f"must have {COLUMN}; got {', '.join(given)}")
-    plain = [name for name in names if type(kinds.get(name)).__name__ == "Value" or (not kinds and names[name] in KNOWN)]
+    plain = [name for name in names if type(kinds.get(name)).__name__ in PLAIN or (not kinds and names[name] in KNOWN)]
     for number, row in enumerate(data.select_columns(plain), 1):
         yield Row(f"row {number}", {names[name]: value for name, value in row.items()})

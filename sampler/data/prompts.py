@@ -78,9 +78,9 @@ class Job:
 ALLOWED = tuple(field.name for field in fields(Job) if field.name != "more")
 LATER = ("height", "width", "count", "guidance")  # columns that a run has one value of
 MANIFEST = {  # fields of a manifest's line that say what came out, which a column of that name would pass for
-    *("transition_step", "transition_timestep", "noise_gap", "attempts", "score", "suspect", "nsfw_content_detected"),
-    *("truncated", "retried", "status", "sha256", "bytes", "file", "similarity", "measure", "nearest", "copy"),
-    *("position", "image"),
+    *("transition_step", "transition_timestep", "transition_log_snr", "noise_gap", "attempts", "score", "suspect"),
+    *("nsfw_content_detected", "truncated", "retried", "status", "sha256", "bytes", "file", "position", "image"),
+    *("similarity", "measure", "nearest", "copy"),
 }
 KINDS = 1000  # of jobs, by steps and scale: each takes some memory
 OWN = (None, None)  # the run's own steps and scale

@@ -148,7 +148,7 @@ class Networks:
             return None
         if hasattr(net, "_reset_stateful_cache"):
             net._reset_stateful_cache()  # leaves an empty registry, as the pipeline does after the first call
-        if any(map(_hooked, net.modules())):
+        if hooked(net):
             self._made = None
             if not self._warned:
                 log.warning("the network's weights come and go (offloaded, or cast layer by layer): it runs as it is")
@@ -178,9 +178,12 @@ class _Made:
         return same and (self._packed is None or checksum(net) == self._packed)
 
 
-def _hooked(module: nn.Module) -> bool:
-    registry = getattr(module, "_diffusers_hook", None)
-    return "_hf_hook" in vars(module) or bool(registry is not None and registry.hooks)
+def hooked(net: nn.Module) -> bool:
+    """Whether the weights of a module, or of any in it, come and go: offloaded, or cast layer by layer."""
+    registries = (getattr(module, "_diffusers_hook", None) for module in net.modules())
+    return any("_hf_hook" in vars(module) for module in net.modules()) or any(
+        registry is not None and registry.hooks for registry in registries
+    )
 
 
 def rows_of(value: Any, rows: slice | Tensor) -> Any:
