@@ -28,6 +28,7 @@ setup(
     ],
     package_dir={"basinescape": "sampler", "basinescape.kernels": "kernels", "basinescape.bench": "bench"},
     package_data={
+        "basinescape.audit": ["*.html.jinja"],
         "basinescape.bench": ["captions.jsonl", "tiny/**/*", "tiny/*", "flow/**/*", "flow/*"],
         "basinescape.bench.evaluation": ["*.html.jinja"],
         "basinescape.hosts.comfyui": ["example_workflows/*.json"],

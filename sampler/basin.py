@@ -98,6 +98,11 @@ class Probe:
         x, noise = latents.float(), noise.to(latents.device, torch.float32)
         return signal * x + share * noise, clean * x + drawn * noise
 
+    def cleaned(self, given: Tensor, predicted: Tensor) -> Tensor:
+        """The picture that a network which was given `given` and predicted `predicted` has in mind: (B, ...) float32."""
+        (signal, share), (clean, drawn) = self.given, self.target
+        return (drawn * given.float() - share * predicted.float()) / (signal * drawn - share * clean)
+
 
 def _edm(scheduler: SchedulerMixin, sigma: float) -> tuple[tuple[float, float], tuple[float, float]]:
     """`given` and `target` under EDM's preconditioning (Karras et al., https://arxiv.org/abs/2206.00364, table 1)."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,23 +15,34 @@ from . import options
 def audit(
     captions: Annotated[
         Path,
-        typer.Option(help="with their images: a folder with .txt files or metadata.jsonl, or a .jsonl, .json, .csv, ... file"),
+        typer.Option(
+            help="perhaps with their images: a folder with .txt files or metadata.jsonl, or a .jsonl, .json, .csv, ... file"
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="folder for audit.csv, audit.html and the images")],
+    out: Annotated[Path, typer.Option(help="folder for audit.csv, audit.html, audit.json and the pictures")],
     model: options.Model = "tiny",
-    calibration: Annotated[str | None, typer.Option(help="default calibration.json in the model's folder")] = None,
-    first_steps: Annotated[int | None, typer.Option(help="steps that are looked at, 1 to 10; default as calibrated")] = None,
-    noises: Annotated[int, typer.Option(help="initial noises a caption; the largest score counts")] = 2,
-    rate: Annotated[float | None, typer.Option(help="share of ordinary captions flagged; default as calibrated")] = None,
-    verify: Annotated[int, typer.Option(help="sample so many of the worst captions, and look for their training images")] = 0,
-    seeds: Annotated[int, typer.Option(help="with --verify: images a caption")] = 4,
+    calibration: Annotated[str | None, typer.Option(help="default calibration.json in the model's folder, if any")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="ordinary ones, none of them memorized, measured where no calibration has them; default 200 that ship"
+        ),
+    ] = None,
+    rate: Annotated[float, typer.Option(help="of the flagged captions, the share that may be ordinary")] = 0.1,
+    noises: Annotated[int, typer.Option(help="initial noises a caption; above 1, ordinary prompts are measured too")] = 1,
+    first_steps: Annotated[
+        int | None, typer.Option(help="steps that are looked at, 1 to 10; default a tenth of all, as a guard")
+    ] = None,
+    verify: Annotated[int, typer.Option(help="sample so many of the worst captions, and judge their pictures")] = 0,
+    seeds: Annotated[int, typer.Option(help="with --verify: pictures a caption")] = 4,
     training_images: Annotated[
-        Path | None, typer.Option(help="with --verify: more training images, anywhere in a folder")
+        Path | None, typer.Option(help="with --verify: training images beside the captions' own, anywhere in a folder")
     ] = None,
     similarity: options.Similarity = None,
     threshold: options.Threshold = None,
     steps: Annotated[int | None, typer.Option(help="denoising steps of a whole run; default as calibrated")] = None,
-    scheduler: options.Scheduler = "own",
+    scale: Annotated[float | None, typer.Option(help="guidance scale; default as calibrated")] = None,
+    scheduler: options.Scheduler = None,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = None,
     option: options.Option = None,
@@ -40,35 +52,43 @@ def audit(
     on_error: options.OnError = "stop",
     progress: options.Progress = True,
 ) -> None:
-    """Find the captions whose training images a model reproduces."""
+    """Find the captions that a model has memorized; with --verify, whether its pictures of them are copies.
+
+    Neither needs training images: where there are some, pictures are compared with them too.
+    """
     quieten()
-    from basinescape import Calibration, Sampler
+    from basinescape.audit.audit import Settings, audit
     from basinescape.data.captions import read_captions
     from basinescape.data.pictures import images_in
+    from basinescape.data.prompts import read_prompts
 
-    from ..evaluation.audit import Settings, audit
+    from ..evaluation.calibrate import prompts_for
 
     found = read_captions(captions, every=True, on_error=on_error)
-    settings = Settings(first_steps, noises, rate, verify, seeds, seed, similarity or None, threshold, on_error)
+    settings = Settings(rate, noises, first_steps, verify, seeds, seed, similarity or None, threshold, on_error)
     more = images_in(training_images) if training_images else []
-    beside = options.found(model, calibration)
-    if beside is None:
-        raise ValueError(
-            f"an audit needs to know what is ordinary on the model: basinescape calibrate --model {model}, "
-            "and --calibration FILE where that does not write into the model's folder"
-        )
-    calibrated = Calibration.load(beside)
-    sampler = Sampler.from_pretrained(model, device, dtype, scheduler, allow_pickle=allow_pickle)
-    sampler = sampler.using(**options.of_call(option))
+    ordinary = [job.prompt for job in read_prompts(prompts or prompts_for(model))]
+    known = options.found(model, calibration)
+    loading = {"allow_pickle": allow_pickle, "device": device, "dtype": dtype}
+    sampler = options.sampler(model, known, scheduler, option, **loading)
+    steps, scale = options.steps_and_scale(sampler, known, steps, scale)
     size = options.batch_size(sampler, batch_size)
-    rows = audit(sampler, model, found, out, calibrated, steps or calibrated.steps, settings, more, size, progress)
+    rows = audit(sampler, model, found, out, ordinary, known, steps, scale, settings, more, size, progress)
+    _conclude(rows, out)
+
+
+def _conclude(rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """Say what came out. Raises typer.Exit(1) where captions failed."""
     flagged = sum(row["flagged"] for row in rows)
     typer.echo(f"{len(rows)} captions, {flagged} flagged: {out / 'audit.csv'}, {out / 'audit.html'}")
-    checked = [row for row in rows if row["copies"] is not None]
-    if checked:
-        copied = [row for row in checked if row["copies"]]
-        images = sum(row["copies"] for row in copied)
-        typer.echo(f"of the worst {len(checked)}, {len(copied)} reproduce a training image, in {images} images")
+    verified = [row for row in rows if row["n"] is not None]
+    if verified:
+        suspect = sum(bool(row["suspects"]) for row in verified)
+        typer.echo(f"of the worst {len(verified)}, {suspect} make suspect pictures, {sum(row['suspects'] for row in verified)}")
+    compared = [row for row in verified if row["copies"] is not None]
+    if compared:
+        copied = sum(bool(row["copies"]) for row in compared)
+        typer.echo(f"{copied} of them reproduce a training image, in {sum(row['copies'] for row in compared)} pictures")
     failed = [row["id"] for row in rows if row["status"] != "ok"]
     if failed:
         typer.echo(f"{len(failed)} failed ({', '.join(failed[:5])}): see status in audit.csv", err=True)

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 from basinescape import FirstMinimum, Guidance, Sampler, Settled
+from basinescape.data.tables import write_csv
 from basinescape.folder import settings_of
 from basinescape.kernels import definition
 
 from ..scenario import Prompt, Scenario, limited, prompts
 from . import figures
 from .detection import captions_told, pictures_told
-from .evaluate import write_csv
 from .measure import Measure
 from .trajectories import Laboratory, constant, convergence, curves, edges, onset_sweep, returns
 

@@ -7,7 +7,6 @@ goes on where it was.
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
 import logging
@@ -19,8 +18,8 @@ from typing import Any
 
 import numpy as np
 from basinescape import Output, Sampler
-from basinescape.data.names import cell
-from basinescape.folder import Journal, open_folder, read_lines, read_settings, save_image, settings_of, whole
+from basinescape.data.tables import write_csv
+from basinescape.folder import Journal, open_folder, read_lines, read_settings, save_image, settings_of
 from tqdm import tqdm
 
 from ..methods import Sampling, chosen
@@ -291,11 +290,3 @@ def _share(lines: Sequence[dict[str, Any]], name: str) -> tuple[float, float, fl
 
 def _rounded(value: float) -> float:
     return round(float(value), 4)
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """rows: each with the columns of the first; their text is written so that no spreadsheet takes it for a formula."""
-    with whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)

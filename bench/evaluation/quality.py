@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from basinescape.audit.measures import EMBEDDINGS, Embedding, projected
 from basinescape.data.pictures import images_in, opened, pixels
+from basinescape.data.tables import write_csv
 from basinescape.folder import whole
 from PIL import Image
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from ..scenario import Scenario, limited, prompts
 from ..testbed import flow_scenes, scenes
 from ..testbed.classifier import ConceptClassifier
-from .evaluate import image_path, read_run, write_csv
+from .evaluate import image_path, read_run
 from .measure import Likeness
 from .metrics import interval
 

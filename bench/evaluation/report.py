@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from basinescape.audit.embedding import embedded
 from basinescape.folder import whole
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -22,7 +23,6 @@ from matplotlib.figure import Figure
 
 from ..scenario import Prompt, Scenario, prompts
 from .comparison import GROUPS, Comparison
-from .embedding import embedded
 from .evaluate import RECORDED, image_path, read_run, table
 from .figures import COLORS, Point, band, tradeoff
 

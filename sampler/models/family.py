@@ -253,7 +253,7 @@ class Family:
         Where an autoencoder in half precision overflows, the picture is decoded again in float32.
         """
         pipe = self.pipe
-        unpacked = self._unpacked(latents, height, width, options)
+        unpacked = self.unpacked(latents, height, width, options)
 
         def decoded(some: Tensor, rows: Sequence[int]) -> Tensor:
             return self._pixels(some, None if generators is None else [generators[i] for i in rows])
@@ -267,7 +267,7 @@ class Family:
         images = self._pictures(self._cropped(pixels, height, width, options), output, flagged)
         return Decoded(images, finite.cpu(), None if flagged is None else [bool(flag) for flag in flagged])
 
-    def _unpacked(self, latents: Tensor, height: int | None, width: int | None, options: dict[str, Any]) -> Tensor:
+    def unpacked(self, latents: Tensor, height: int | None, width: int | None, options: dict[str, Any]) -> Tensor:
         """The latents (B, ...) as the autoencoder takes them, but for their scale."""
         return latents
 
@@ -283,7 +283,7 @@ class Family:
         raise NotImplementedError
 
     def _packed(self, latents: Tensor) -> Tensor:
-        """`_unpacked` undone."""
+        """`unpacked` undone."""
         return latents
 
     def _upcast(self) -> bool:

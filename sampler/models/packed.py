@@ -69,7 +69,7 @@ class Packed(Transformer):
             schedule = replace(schedule, mu=shift(config, tokens, 1.15))
         return schedule
 
-    def _unpacked(self, latents: Tensor, height: int | None, width: int | None, options: dict[str, Any]) -> Tensor:
+    def unpacked(self, latents: Tensor, height: int | None, width: int | None, options: dict[str, Any]) -> Tensor:
         return self.pipe._unpack_latents(latents, *self.size(height, width), self.pipe.vae_scale_factor)
 
     def _packed(self, latents: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ import base64
 import io
 from pathlib import Path
 
-from basinescape.data.pictures import opened
 from PIL import Image
+
+from ..data.pictures import opened
 
 SIDE = 256  # pixels: larger images are embedded at this size
 SHOWN = ("image/png", "image/apng", "image/jpeg", "image/webp", "image/gif")  # by every browser; others are made one of them
@@ -19,11 +20,18 @@ def embedded(path: Path, side: int | None = SIDE) -> str:
         with Image.open(path) as image:
             data, kind = path.read_bytes(), Image.MIME.get(image.format)
             fits = side is None or max(image.size) <= side
-        if not (fits and kind in SHOWN):
-            small = opened(path, str(path))
-            small.thumbnail((side, side) if side else small.size)
-            small.save(file := io.BytesIO(), format="WEBP", quality=85)
-            data, kind = file.getvalue(), "image/webp"
+        return _uri(data, kind) if fits and kind in SHOWN else inside(opened(path, str(path)), side)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return ""
+
+
+def inside(image: Image.Image, side: int | None = SIDE) -> str:
+    """The same of an image that is no file."""
+    small = image.copy()
+    small.thumbnail((side, side) if side else small.size)
+    small.save(file := io.BytesIO(), format="WEBP", quality=85)
+    return _uri(file.getvalue(), "image/webp")
+
+
+def _uri(data: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,65 @@
+"""Where a copied region is: the squared noise gap of each latent pixel, summed over a run's first calls of the network.
+
+A caption that the model has memorized moves the prediction most where the remembered picture is. A guided run has both
+predictions anyway, so that a map costs no calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..loop import Branch, Network
+from ..sampler import Sampler
+
+TOP = 4.0  # times the usual gap: the brightest of a map
+
+
+class Heat:
+    """Watches the first `calls` calls of a sampler's network. `Sampler.wrapped` takes `watch`; a run at a time."""
+
+    def __init__(self, calls: int):
+        self._calls, self._seen, self._total = calls, 0, None
+
+    def watch(self, network: Network) -> Network:
+        """The same network, watched from now on."""
+        self._seen, self._total = 0, None
+
+        def watched(latents: Tensor, timesteps: Tensor, branch: Branch) -> Tensor:
+            made = network(latents, timesteps, branch)
+            if branch == "both" and self._seen < self._calls:
+                uncond, cond = made.float().chunk(2)
+                squares = (cond - uncond).square()
+                self._total = squares if self._total is None else self._total + squares
+                self._seen += 1
+            return made
+
+        return watched
+
+    def maps(self, sampler: Sampler, usual: Sequence[float]) -> Tensor:
+        """(B, h, w) float32 on the CPU: the gap of each latent pixel, in the root mean square of the calls that were seen.
+
+        usual: the whole picture's gap in each call; a map's mean square is 1 where a picture's gaps are these.
+        """
+        squares = sampler.model.unpacked(self._total, *sampler.size(), sampler.options)
+        pixels = squares.flatten(1, -3).sum(dim=1).cpu()
+        return (pixels * pixels[0].numel() / sum(gap**2 for gap in usual)).sqrt()
+
+
+def in_grey(heat: Tensor) -> Image.Image:
+    """A map (h, w) as a grey picture of its size: black for 0, white for TOP and above."""
+    return Image.fromarray((heat / TOP * 255).nan_to_num(0).clamp(0, 255).round().to(torch.uint8).numpy())
+
+
+def overlaid(picture: Image.Image, heat: Image.Image) -> Image.Image:
+    """The picture in grey, and in red where its map is bright: nothing below the usual gap."""
+    shown = np.asarray(heat, dtype=np.float32) * TOP / 255
+    strength = Image.fromarray(np.uint8(np.clip((shown - 1) / (TOP - 1), 0, 1) * 255))
+    grey = picture.convert("L").convert("RGB")
+    return Image.composite(
+        Image.new("RGB", grey.size, (255, 40, 0)), grey, strength.resize(grey.size, Image.Resampling.BICUBIC)
+    )

@@ -1,0 +1,68 @@
+"""The page of an audit: the record that a person can sign, and each caption's training image beside what came out.
+
+One file, images inside; the worst captions first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from PIL import Image
+
+from ..folder import whole
+from .embedding import embedded, inside
+from .heat import TOP, overlaid
+from .verification import Files
+
+SHOWN = 200  # captions on the page beside those that were verified: audit.csv has them all
+
+
+def write(
+    out: Path,
+    record: Mapping[str, Any],
+    images: Mapping[str, Path | None],
+    rows: Sequence[Mapping[str, Any]],
+    found: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> None:
+    """Write `audit.html` into the folder `out`.
+
+    images: the training image of each caption, by its id. rows: of audit.csv, in its order. found: lines about pictures, by id.
+    """
+    files = Files(out)
+    ranks = {row["id"]: rank for rank, row in enumerate(rows, 1)}
+    # What is known to be reproduced comes first; the rest as it is ranked.
+    shown = [row for rank, row in enumerate(rows) if row["n"] is not None or rank < SHOWN]
+    shown.sort(key=lambda row: (-(row["copies"] or 0), -(row["suspects"] or 0)))
+    entries = [
+        {
+            **row,
+            "rank": ranks[row["id"]],
+            "training": _embedded(images[row["id"]]),
+            "prediction": _embedded(files.prediction(row["id"])) if row["n"] else "",
+            "made": [_made(files, line, images[row["id"]]) for line in found.get(row["id"], ())],
+        }
+        for row in shown
+    ]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["ids"] = lambda ids: ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
+    template = environment.from_string(Path(__file__).with_name("audit.html.jinja").read_text(encoding="utf-8"))
+    text = template.render(record=record, rows=rows, entries=entries, top=TOP)
+    with whole(out / "audit.html") as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def _embedded(path: Path | None) -> str:
+    return embedded(path) if path is not None and path.is_file() else ""
+
+
+def _made(files: Files, line: Mapping[str, Any], own: Path | None) -> dict[str, Any]:
+    """A picture that came out; `other` is the training image that it is nearest to where that is not the caption's own."""
+    path = files.picture(line["id"], line["seed"])
+    with Image.open(path) as picture, Image.open(files.heat(line["id"], line["seed"])) as heat:
+        where = inside(overlaid(picture, heat))
+    nearest = Path(line["nearest"]) if "nearest" in line else None
+    other = embedded(nearest) if nearest is not None and nearest != own else ""
+    return {**line, "uri": embedded(path), "where": where, "other": other, "name": nearest.name if nearest else ""}

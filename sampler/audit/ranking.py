@@ -1,0 +1,117 @@
+"""How far captions stand out: the noise gaps of their first steps, relative to what is usual on the model.
+
+The statistic of a caption is the mean of its first gaps under plain guidance, each divided by the usual gap of its step, over a
+few initial noises (Wen et al., ICLR 2024, https://arxiv.org/abs/2407.21720). It takes the first steps alone, and no training
+image.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from .. import arguments
+from ..batches import parts
+from ..folder import Journal, read_lines
+from ..guidance import Guidance
+from ..progress import FORMAT, moving
+from ..sampler import Sampler
+
+log = logging.getLogger(__name__)
+Look = tuple[str, str, list[int]]  # an id, a text, the seeds of its initial noises
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What is usual: the gap of each of the first steps, and the statistic of each ordinary caption. source: whose."""
+
+    gap: tuple[float, ...]
+    ordinary: tuple[float, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """The first noise gaps of texts, of which as many `steps` of a run of `of` are taken.
+
+    scale: of the guidance. size: samples a batch.
+    """
+
+    sampler: Sampler
+    steps: int
+    of: int
+    scale: float
+    size: int
+    progress: bool
+
+    def __call__(self, looks: Sequence[Look], path: Path, what: str) -> dict[str, dict[str, Any]]:
+        """The line of each look by its id, kept in the file `path`, from which a run that was stopped goes on.
+
+        A line has id, status and, where that is "ok", gaps: (noises, steps); and truncated, what the text encoder cut off.
+        """
+        with Journal(path, lambda line: line["id"] if line.get("status") == "ok" else None) as journal:
+            lines = {line["id"]: line for line in read_lines(path)}
+            waiting = [look for look in looks if look[0] not in lines]
+            with bar(what, len(looks), len(looks) - len(waiting), self.progress) as shown:
+                for part in parts(len(waiting), max(1, self.size // len(looks[0][2]))):
+                    found = self._lines([waiting[i] for i in part], shown)
+                    journal.append(*found)
+                    lines |= {line["id"]: line for line in found}
+                    shown.update(len(part))
+        return lines
+
+    def _lines(self, batch: Sequence[Look], shown: tqdm) -> list[dict[str, Any]]:
+        lines: list[dict[str, Any]] = []
+        for some, found in each(lambda looks: self._measured(looks, shown), batch):
+            if isinstance(found, Exception):
+                lines.append({"id": some[0][0], "status": f"failed: {arguments.line(found)}"})
+            else:
+                lines += found
+        return lines
+
+    def _measured(self, looks: Sequence[Look], shown: tqdm) -> list[dict[str, Any]]:
+        texts = [text for _, text, seeds in looks for _ in seeds]
+        seeds = [seed for _, _, own in looks for seed in own]
+        options = {"output": "latent", "batch_size": self.size, "progress": moving(shown, len(looks))}
+        made = self.sampler(texts, seeds, self.of, Guidance.cfg(self.scale), stop_after=self.steps, **options)
+        gaps = made.noise_gap[:, : self.steps].view(len(looks), -1, self.steps)
+        lines = []
+        for (id, _, own), found, cut in zip(looks, gaps, made.truncated[:: len(looks[0][2])], strict=True):
+            if not found.isfinite().all():
+                lines.append({"id": id, "status": f"failed: the noise gaps with seeds {own} are not finite"})
+            else:
+                lines.append({"id": id, "status": "ok", "gaps": found.tolist()} | ({"truncated": cut} if cut else {}))
+        return lines
+
+
+def statistic(gaps: Sequence[Sequence[float]], usual: Sequence[float]) -> float:
+    """The mean of gaps (noises, steps), each relative to what is usual in its step."""
+    return float((np.asarray(gaps) / np.asarray(usual)).mean())
+
+
+def each(make: Callable[[Sequence[Any]], Any], batch: Sequence[Any]) -> Iterator[tuple[Sequence[Any], Any]]:
+    """What `make` makes of a batch; of the halves of one that fails, down to what is at fault, whose exception it then is."""
+    try:
+        made = make(batch)
+    except Exception as error:  # out of memory, or what a caption does to a tokenizer
+        if len(batch) == 1:
+            log.error("%s", arguments.line(error))
+            yield batch, error
+            return
+        middle = len(batch) // 2
+        for half in (batch[:middle], batch[middle:]):
+            yield from each(make, half)
+        return
+    yield batch, made
+
+
+def bar(what: str, total: int, done: int, progress: bool) -> AbstractContextManager[tqdm]:
+    """A bar of so many, some of them done before."""
+    return tqdm(total=total, initial=done, desc=what, bar_format=FORMAT, disable=not progress)

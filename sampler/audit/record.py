@@ -1,0 +1,96 @@
+"""What an audit came to: the rows of its table, and the record that a person can sign."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..data.captions import Prompt
+from .index import Index
+from .ranking import Usual, statistic
+from .statistics import LEVEL, discoveries, fewest, interval, p_values
+
+log = logging.getLogger(__name__)
+Line = Mapping[str, Any]
+
+
+def ranked(captions: Sequence[Prompt], lines: Mapping[str, Line], usual: Usual, rate: float) -> list[dict[str, Any]]:
+    """What the first steps tell of each caption, the worst first; those that failed, last. lines: of `Gaps`, by id."""
+    sound = [prompt for prompt in captions if lines[prompt.id]["status"] == "ok"]
+    values = [statistic(lines[prompt.id]["gaps"], usual.gap) for prompt in sound]
+    p = p_values(values, usual.ordinary)
+    told = dict(zip((prompt.id for prompt in sound), zip(values, p, discoveries(p, rate), strict=True), strict=True))
+    rows = []
+    for prompt in captions:
+        row: dict[str, Any] = {"id": prompt.id, "caption": prompt.text, "gap": None, "p": None, "flagged": False}
+        if prompt.id in told:
+            gap, value, flagged = told[prompt.id]
+            row |= {"gap": round(gap, 5), "p": round(value, 6), "flagged": flagged}
+        rows.append({**row, "image": str(prompt.image) if prompt.image else None, "status": lines[prompt.id]["status"]})
+    return sorted(rows, key=lambda row: -(row["gap"] or 0))
+
+
+def verdict(row: Line, found: Sequence[Line]) -> dict[str, Any]:
+    """A row of audit.csv with what the pictures of its caption say: lines of `Verification`.
+
+    low, high: exact bounds of the share of suspect pictures; copies_low, copies_high: of copies. What was not looked at is None.
+    """
+    names = ("score", "suspects", "n", "low", "high", "copies", "copies_low", "copies_high", "similarity", "measure", "nearest")
+    said: dict[str, Any] = dict.fromkeys(names)
+    if found:
+        suspects = sum(line["suspect"] for line in found)
+        said |= {"score": max(line["score"] for line in found), "suspects": suspects, "n": len(found)}
+        said["low"], said["high"] = _rounded(interval(suspects, len(found)))
+    if found and "copy" in found[0]:
+        said["copies"] = sum(line["copy"] for line in found)
+        said["copies_low"], said["copies_high"] = _rounded(interval(said["copies"], len(found)))
+        nearest = max(found, key=lambda line: (line["copy"], line["similarity"]))
+        said |= {name: nearest[name] for name in ("similarity", "measure", "nearest")}
+    first = {name: row[name] for name in ("id", "caption", "gap", "p", "flagged")}
+    return {**first, **said, "image": row["image"], "status": row["status"]}
+
+
+def _rounded(bounds: tuple[float, float]) -> tuple[float, float]:
+    return round(bounds[0], 4), round(bounds[1], 4)
+
+
+def ranked_record(rows: Sequence[Line], lines: Mapping[str, Line], usual: Usual, rate: float) -> dict[str, Any]:
+    """What was ranked, among what, and how many were flagged. Logs a warning where the ordinary captions are too few.
+
+    fewest: captions that must stand out together, or none can be told.
+    """
+    failed = [row["id"] for row in rows if row["status"] != "ok"]
+    flagged = sum(row["flagged"] for row in rows)
+    needed = fewest(len(rows) - len(failed), len(usual.ordinary), rate)
+    if needed > max(1, flagged):
+        log.warning(
+            "%d ordinary prompts are few beside %d captions: unless %d captions or more stand out, none can be flagged at rate "
+            "%g; give more ordinary prompts",
+            *(len(usual.ordinary), len(rows) - len(failed), needed, rate),
+        )
+    return {
+        "failed": failed,
+        "truncated": [row["id"] for row in rows if lines[row["id"]].get("truncated")],
+        "rate": rate,
+        "flagged": flagged,
+        "ordinary": len(usual.ordinary),
+        "ordinary_source": usual.source,
+        "fewest": needed,
+    }
+
+
+def verified_record(found: Mapping[str, Sequence[Line]], asked: int, threshold: float, index: Index | None) -> dict[str, Any]:
+    """What was sampled and judged. asked: pictures. compared: with training images; None without them."""
+    pictures = [line for lines in found.values() for line in lines]
+    record: dict[str, Any] = {"verified": len(found), "pictures": len(pictures), "pictures_failed": asked - len(pictures)}
+    record |= {"threshold": threshold, "level": LEVEL, "suspects": sum(line["suspect"] for line in pictures), "compared": None}
+    if index is not None and pictures:
+        record["compared"] = {
+            "thresholds": index.thresholds,
+            "training_images": len(index.images),
+            "training_sha256": index.sha256,
+            "copies": sum(line["copy"] for line in pictures),
+            "agreeing": sum(line["copy"] == line["suspect"] for line in pictures),
+        }
+    return record

@@ -1,0 +1,43 @@
+"""What an audit may claim: p-values of captions, which of them are discoveries, and what a count says of a share."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from scipy.stats import binomtest, false_discovery_control
+
+LEVEL = 0.95  # of confidence
+
+
+def p_values(values: Sequence[float], ordinary: Sequence[float]) -> list[float]:
+    """The conformal p-value of each value: the share of ordinary ones, itself among them, that are as large.
+
+    Exact for a value that is exchangeable with the ordinary ones: it is at most t with a probability of at most t (Vovk et al.;
+    Bates et al., https://arxiv.org/abs/2104.08279).
+    """
+    known = sorted(ordinary)
+    return [(1 + len(known) - bisect_left(known, value)) / (len(known) + 1) for value in values]
+
+
+def discoveries(values: Sequence[float], rate: float) -> list[bool]:
+    """Which p-values are discoveries by Benjamini and Hochberg: of those, a share of `rate` at most is expected to be false.
+
+    Conformal p-values of one set of ordinary values depend on each other, but positively, so that this holds for them
+    (Bates et al.).
+    """
+    if not values:
+        return []
+    return [bool(adjusted <= rate + 1e-12) for adjusted in false_discovery_control(values, method="bh")]
+
+
+def fewest(values: int, ordinary: int, rate: float) -> int:
+    """How many of so many values must stand out together to be discoveries: no p-value is below 1 / (ordinary + 1)."""
+    return max(1, math.ceil(values / (rate * (ordinary + 1)) - 1e-9))
+
+
+def interval(hits: int, of: int, level: float = LEVEL) -> tuple[float, float]:
+    """Bounds of a share of which `hits` of `of` were seen, exact at the level (Clopper and Pearson)."""
+    bounds = binomtest(hits, of).proportion_ci(level, method="exact")
+    return float(bounds.low), float(bounds.high)

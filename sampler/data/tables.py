@@ -1,0 +1,19 @@
+"""Tables as files."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..folder import whole
+from .names import cell
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """rows: each with the columns of the first; their text is written so that no spreadsheet takes it for a formula."""
+    with whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
