@@ -116,7 +116,7 @@ def picture(image: Any, name: str, video: bool = False) -> Tensor:
     if isinstance(image, Image.Image) and not video:
         return pixels([image])[0]
     if isinstance(image, np.ndarray):
-        found = torch.from_numpy(np.ascontiguousarray(image))
+        found = torch.from_numpy(np.array(image))  # a copy: what a file holds may not be written to
         found = found.movedim(-1, -3) if found.ndim > 2 else found
     else:
         found = image
