@@ -82,6 +82,20 @@ def test_pictures_of_every_family_are_judged_alone_as_in_a_batch(made):
     assert of_latents.isfinite().all() and not torch.equal(of_latents, together.score)
 
 
+def test_every_family_runs_under_a_guard_alone_as_in_a_batch(made):
+    sampler, options, _ = made
+    how = {"guidance": Guidance.guard(3.0), "steps": 6, "output": "latent", "progress": False, **options}
+    together = sampler(WORDS, [1, 2], **how)
+    assert together.score.isfinite().all() and together.attempts.tolist() == [1, 1] and not together.suspect.any()
+    assert torch.equal(together.latents, sampler(WORDS, [1, 2], **how | {"guidance": Guidance.cfg(3.0)}).latents)
+    judged = sampler.judge(together.latents, WORDS, [1, 2], **options).score
+    assert torch.allclose(judged, together.score, atol=1e-5)
+    for i in range(2):
+        alone = sampler(WORDS[i], [1 + i], **how)
+        assert alone.score.item() == pytest.approx(together.score[i].item(), abs=1e-4)
+        assert torch.allclose(alone.latents[0], together.latents[i], atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["tiny", "flow"])
 def test_what_is_encoded_is_what_was_decoded(name):
     """By the autoencoders that ship, on training images, of which they keep nearly all."""

@@ -215,10 +215,12 @@ def test_the_page_shows_the_worst_alone_and_counts_all(tmp_path, sampler, monkey
     assert "5 of 5 pictures look like copies" in page
 
 
-def test_the_histogram_counts_every_score_once():
-    found = bars([-3.0, 0.04, 0.05, 0.3, 0.95, 9.0], threshold=0.3)
-    assert sum(bar["count"] for bar in found) == 6 and found[0]["count"] == found[-1]["count"] == 1
-    assert next(round(bar["low"], 1) for bar in found if bar["suspect"]) == 0.3
+def test_the_histogram_counts_every_score_once_and_divides_at_the_threshold():
+    scores = [-3.0, 0.04, 0.25, 0.2501, 0.95, 9.0]
+    found = bars(scores, threshold=0.25)
+    assert sum(bar["count"] for bar in found) == len(scores) and found[0]["count"] == found[-1]["count"] == 1
+    assert sum(bar["count"] for bar in found if bar["suspect"]) == sum(score > 0.25 for score in scores)
+    assert next(bar["low"] for bar in found if bar["suspect"]) == 0.25
     assert max(bar["height"] for bar in found) == 1 and all(bar["height"] == 0 for bar in found if not bar["count"])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from math import floor, log1p
+from math import ceil, log1p
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from ..folder import whole
 
 WIDTH = 0.1  # of the histogram's bars
-ENDS = -0.5, 2.0  # what is beyond is in the bars there
+BARS = range(-8, 18)  # from the threshold on; what is beyond the ends is in the bars there
 FAILED = 50  # that are named
 
 
@@ -42,10 +42,8 @@ def write(
 
 def bars(scores: Sequence[float], threshold: float) -> list[dict[str, Any]]:
     """A histogram: where each bar begins, its count, its height in 0..1 by the logarithm, whether all of it is suspect."""
-    low, high = (round(end / WIDTH) for end in ENDS)
-    counts = Counter(min(max(floor(score / WIDTH + 1e-9), low), high - 1) for score in scores)
+    counts = Counter(min(max(ceil((score - threshold) / WIDTH) - 1, BARS[0]), BARS[-1]) for score in scores)
     most = log1p(max(counts.values(), default=1))
     return [
-        {"low": k * WIDTH, "count": counts[k], "height": log1p(counts[k]) / most, "suspect": k * WIDTH >= threshold - 1e-9}
-        for k in range(low, high)
+        {"low": threshold + k * WIDTH, "count": counts[k], "height": log1p(counts[k]) / most, "suspect": k >= 0} for k in BARS
     ]
