@@ -1,12 +1,15 @@
 """Pictures made elsewhere: through every family's autoencoder, of every kind and size, each judged by itself."""
 
+import json
 import logging
+import sys
 import types
 
 import numpy as np
 import pytest
 import torch
 from basinescape import Guidance, Sampler
+from basinescape.bench.evaluation import roundtrip
 from basinescape.data.pictures import pixels
 from basinescape.judging import fitted, picture
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -258,3 +261,27 @@ def test_pictures_that_overflow_the_autoencoder_in_half_precision_go_through_it_
     near, exact = (found[i] - expected[i] for i in (0, 1))
     assert near.abs().max() < 0.1 * expected.abs().max() and exact.abs().max() < 0.05 * expected.abs().max()
     assert pipe.vae.dtype == torch.bfloat16
+
+
+def test_what_files_cost_the_score_is_measured_on_the_same_pictures(tmp_path, monkeypatch):
+    whole = roundtrip.prompts
+    monkeypatch.setattr(roundtrip, "prompts", lambda scenario: {name: found[:2] for name, found in whole(scenario).items()})
+    monkeypatch.setattr(roundtrip, "DELAYS", (-1.0,))
+    loaded = roundtrip.load
+    monkeypatch.setattr(roundtrip, "load", lambda name: loaded(name, steps=8))
+    monkeypatch.setattr(sys, "argv", ["roundtrip", "--json", str(tmp_path / "a.json"), "--seeds", "1"])
+    roundtrip.main()
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["seeds"] == [9400] and found["scenario"] == "tiny" and found["versions"]
+    assert {name: len(lines) for name, lines in found["pictures"].items()} == {"plain": 2, "delayed": 2, "general": 2}
+    for line in (line for lines in found["pictures"].values() for line in lines):
+        assert abs(line["png"] - line["latents"]) < 0.2 and line["png"] != line["jpeg"]
+    assert {(row["others_are"], row["judged"]) for row in found["rows"]} >= {("general", way) for way in roundtrip.WAYS}
+
+
+def test_copies_are_told_from_others_by_each_way():
+    line = {"latents": 0.5, "png": 0.4, "jpeg": 0.2}
+    rows = roundtrip.told([line, line], [{"latents": 0.1, "png": 0.45, "jpeg": 0.3}])
+    assert [row["auc"] for row in rows] == [1, 0, 0]
+    assert [(row["suspect_copies"], row["suspect_others"]) for row in rows] == [(1, 0), (1, 1), (0, 0)]
+    assert [row["moved"] for row in rows] == [0, pytest.approx(0.55 / 3, abs=1e-4), pytest.approx(0.8 / 3, abs=1e-4)]

@@ -141,6 +141,7 @@ def test_shards_are_judged_apart_and_put_together(tmp_path, sampler, asked):
     assert [row["id"] for row in together] == [row["id"] for row in whole]
     assert [row["score"] for row in together] == pytest.approx([row["score"] for row in whole], abs=1e-4)
     assert (tmp_path / "out" / "judge.html").read_text().count("data:image/webp") == 5
+    assert judged(sampler, images, tmp_path / "many", shard=(6, 7)) == []  # more shards than pictures
 
 
 def test_another_model_or_way_to_judge_is_refused_and_another_threshold_is_not(tmp_path, sampler, random_pipeline, asked):

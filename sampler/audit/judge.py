@@ -107,11 +107,12 @@ def judge(
             journal.append(*(line for line in lines if line != known.get(line["id"])))
             rows += [_row(line, settings.threshold) for line in lines]
             bar.update(len(lines))
-    if not rows:
+    if not rows and shard is None:  # a shard may have none
         raise ValueError(f"images {str(images)!r} have no pictures")
     rows.sort(key=lambda row: -_rank(row))
-    write_csv(home / "judge.csv", rows)
-    judge_page.write(home, run | {"images": str(images)}, rows, judging.shown, settings.threshold)
+    if rows:
+        write_csv(home / "judge.csv", rows)
+        judge_page.write(home, run | {"images": str(images)}, rows, judging.shown, settings.threshold)
     return rows
 
 
