@@ -21,7 +21,8 @@ guided = EscapeDenoiser(denoiser, Guidance.delayed(7.5, until=At(timestep=680)))
 noise = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(3)) * sigmas[0]
 with torch.no_grad():
     latents = sample_dpmpp_2m(guided, noise, sigmas, extra_args={"cond": cond, "uncond": uncond}, disable=True)
+    verdict = guided.judge(latents, cond=cond, uncond=uncond, seeds=3)
     image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
 
-print("guided from step", guided.transition_step.tolist(), "on")
+print("guided from step", guided.transition_step.tolist(), "on; looks like a copy", verdict.suspect.tolist())
 pipe.image_processor.postprocess(image)[0].save("kdiffusion.png")

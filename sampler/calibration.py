@@ -17,9 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import arguments
+from .early import EarlyLook
 from .fingerprint import differing, fingerprint
 from .folder import settings_of, whole
-from .guidance import EarlyLook, Guidance
+from .guidance import Guidance
 from .interpolation import curve, sound
 from .models import located
 from .ordinary import Ordinary, short, unguided

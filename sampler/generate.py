@@ -278,11 +278,9 @@ class Run:
                 pictures = decoded(model, results, self.format == "latents", *size, **options)
                 press = partial(self._press, retried=again is not None)
                 if threads:  # most of this is compression, which runs beside Python
-                    under_way = stages.ahead((pool.submit(press, picture) for picture in pictures), self.slots)
-                    pressed = map(Future.result, under_way)
-                else:
-                    pressed = map(press, pictures)
-                yield from self._in_order(pressed, order, again)
+                    press = partial(pool.submit, press)
+                pressed = stages.ahead(map(press, pictures), self.slots)
+                yield from self._in_order(map(Future.result, pressed) if threads else pressed, order, again)
         finally:
             stages.halt()
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .basin import Probe
-from .guidance import Branch, Guard, Guidance
+from .branches import Branch
+from .guidance import Guard, Guidance
 from .kernels.table import Column
 from .loop import Plan, Settle
 from .solver import Solver

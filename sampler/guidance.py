@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import arguments
+from .early import EarlyLook
 from .kernels.rules import columns_of, options_of
 from .kernels.table import Column
 from .transitions import LEAVES, RULES, At, Rule
@@ -26,11 +27,9 @@ if TYPE_CHECKING:
 PROBES = 2  # noises that a picture is judged by
 # The basin score above which a picture is suspect, of a plain attempt and of those after it, without a calibration.
 THRESHOLD, LATER = 0.3, 0.2
-# With one: the share of ordinary pictures above the threshold of a plain attempt, and of those after it.
-RATE, LATER_RATE = 0.01, 0.05
+# With one: the share of ordinary pictures that may begin again, and of those that are above the threshold of later attempts.
+RATE, LATER_RATE = 0.01, 0.1
 LADDER = (-2.8, -2.8, -2.8, -1.9, -1.9, -1.5, -0.8)  # log SNRs until which the attempts after the plain one are delayed
-
-Branch = Literal["both", "uncond", "cond"]  # which predictions a call of the network makes
 
 # Factors on the scale over u = t / num_train_timesteps in 0..1, as carried by the authors' scripts.
 SHAPES: dict[str, Callable[[float], float]] = {
@@ -156,9 +155,10 @@ class Guidance:
         """Plain guidance whose pictures are judged: what looks like a copy begins again, more carefully each time; see `Guard`.
 
         calibration: of this model; it replaces the thresholds, and gives up hopeless plain attempts by their first gaps.
-        threshold:   the basin score above which a plain picture is suspect; default 0.3, or the calibration's at `rate`.
+        threshold:   the basin score above which a plain picture is suspect; default 0.3, or by the calibration.
         later:       the same for the attempts after it, which are looked at more closely; default 0.2, or the calibration's.
-        rate:        with a calibration, the share of ordinary pictures that may be taken for copies.
+        rate:        with a calibration, the share of ordinary pictures that may begin again: half of it by their first gaps,
+                     half by their scores.
         attempts:    those after the plain one; None: delayed guidance, until the log SNRs of `LADDER`.
         given:       rule and its options, shape, interval or restart, of every attempt.
 
@@ -169,11 +169,11 @@ class Guidance:
         plain = cls.cfg(scale, **given)
         delays = [replace(plain, until=At(log_snr=log_snr)) for log_snr in LADDER] if attempts is None else list(attempts)
         if threshold is None:
-            threshold = THRESHOLD if calibration is None else calibration.threshold(rate)
+            threshold = THRESHOLD if calibration is None else calibration.threshold(rate / 2)
         if later is None:
             later = LATER if calibration is None else calibration.threshold(LATER_RATE)
         tried = (Attempt(plain, threshold), *(Attempt(one, later) for one in delays))
-        return Guard(tried, None if calibration is None else calibration.early(rate, scale))
+        return Guard(tried, None if calibration is None else calibration.early(rate / 2, scale))
 
     def __repr__(self) -> str:
         extra = "" if self.shape == "static" else f", shape={self.shape!r}"
@@ -265,25 +265,6 @@ class Guidance:
         return columns | {Column.STEP: step.float(), Column.FIRST: first.float()}
 
 
-def looks(columns: dict[Column, Tensor]) -> bool:
-    """Whether samples look for their transition in their noise gaps; False where the table says beforehand where it is."""
-    keep, limit, fall = columns[Column.KEEP], columns[Column.LIMIT], columns[Column.FALL]
-    return bool(((keep > -torch.inf) | (limit.abs() < torch.inf) | (fall > 0)).any())
-
-
-def branches(columns: dict[Column, Tensor], finds: bool) -> tuple[Branch, ...]:
-    """The one branch that each row needs, or both: a sample still looking for its transition needs its noise gap."""
-    transition, needed = math.inf, []
-    names = (Column.STEP, Column.LIMIT, Column.WAIT, Column.BEFORE, Column.AFTER)
-    for k, limit, wait, before, after in zip(*(columns[name].tolist() for name in names), strict=True):
-        if limit == math.inf:  # by then every sample has left
-            transition = min(transition, k + wait)
-        left = k >= transition
-        weight = after if left else before
-        needed.append("both" if finds and not left else {0.0: "uncond", 1.0: "cond"}.get(weight, "both"))
-    return tuple(needed)
-
-
 @dataclass(frozen=True)
 class Attempt:
     """One attempt of a guard.
@@ -301,37 +282,6 @@ class Attempt:
             raise ValueError(f"an attempt's guidance must be a Guidance, got {self.guidance!r}")
         object.__setattr__(self, "threshold", arguments.finite("threshold", self.threshold))
         arguments.at_least_one("probes", self.probes)
-
-
-@dataclass(frozen=True)
-class EarlyLook:
-    """What gives up a hopeless plain attempt: its first noise gaps, relative to those of ordinary prompts.
-
-    gap:    the usual noise gap of each step under plain guidance. timesteps: of those steps, in 0..1000.
-    steps:  how many of the first are looked at. limit: their mean, relative to what is usual, above which it is hopeless.
-
-    Memorized prompts have large first gaps (Wen et al., ICLR 2024, https://arxiv.org/abs/2407.21720).
-    """
-
-    gap: tuple[float, ...]
-    timesteps: tuple[float, ...]
-    steps: int
-    limit: float
-
-    def __post_init__(self) -> None:
-        for name in ("gap", "timesteps"):
-            object.__setattr__(self, name, tuple(arguments.finite(name, value) for value in getattr(self, name)))
-        object.__setattr__(self, "limit", arguments.finite("limit", self.limit))
-        if not 1 <= arguments.at_least_one("steps", self.steps) <= len(self.gap) or min(self.gap) <= 0:
-            raise ValueError(f"gap must be above 0 in each of {self.steps} steps or more, got {self.gap}")
-
-    def hopeless(self, gaps: Tensor) -> bool:
-        """Of an attempt's gaps (steps,)."""
-        return not bool((gaps[: self.steps] / torch.tensor(self.gap[: self.steps])).mean() <= self.limit)
-
-    def suits(self, timesteps: Sequence[float]) -> bool:
-        """Whether steps at these timesteps are those that it was measured on."""
-        return len(self.gap) == len(timesteps) and all(abs(a - b) <= 1 for a, b in zip(self.timesteps, timesteps, strict=True))
 
 
 @dataclass(frozen=True)

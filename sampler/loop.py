@@ -11,7 +11,8 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from .guidance import Branch, Guidance, branches, looks
+from .branches import Branch, branches, looks
+from .guidance import Guidance
 from .kernels import backend, guide_step, step
 from .kernels.lockstep import Lockstep
 from .kernels.state import State

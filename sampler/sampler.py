@@ -223,7 +223,8 @@ class Sampler:
                 own = [generators[i] for i in part]
                 noise = self.noise(own, height, width, **options) if latents is None else latents[list(part)].cpu().float()
                 texts = encoded if len(part) == total else encoded.select(part)
-                run = self._run(texts, ladder, noise, own, bar, callback_on_step_end)
+                initial = partial(self.noise, height=height, width=width, **options)
+                run = self._run(texts, ladder, noise, own, bar, callback_on_step_end, initial)
                 decode = partial(self.model.decode, generators=own, height=height, width=width, **options)
                 return Output.of(run, texts, solver, output, decode)
 
@@ -240,13 +241,14 @@ class Sampler:
         generators: list[torch.Generator],
         bar: batches.Bar,
         callback: Callable[..., dict[str, Tensor]] | None,
+        initial: Callable[[Sequence[torch.Generator]], Tensor],
     ) -> Run:
         """All steps from `noise`, float32 of standard deviation 1, by the fastest way that there is."""
         plan, form = ladder.whole, self.model.memory_format
         noise = (noise * ladder.solver.init_sigma).to(self.model.device, self.model.dtype)
         network = self.model.network(encoded, plain=self._wrap is not None)
         if ladder.guard is not None:
-            return guarded(self.lane, network, ladder, noise, generators, bar)
+            return guarded(self.lane, network, ladder, noise, generators, bar, initial)
         if self._wrap is None and not ladder.stepwise and self._captures(network):
             lane = self._graphs.lane(network, plan, noise, form)
             take, state = lane.take, lane.state

@@ -127,6 +127,7 @@ def encoded(
 ) -> Iterator[Sample | Result]:
     """The samples of jobs, TEXTS prompts at a time; one that cannot be encoded is a result that failed."""
     jobs, shape = iter(jobs), model.shape(height, width, **options)
+    initial = partial(model.noise, height=height, width=width, **options)
     cache: OrderedDict[tuple[str, str | None], Encoded] = OrderedDict()
 
     def encode(texts: Sequence[tuple[str, str | None]]) -> None:
@@ -159,7 +160,8 @@ def encoded(
                 yield Result(Sample(Request(position, job), ladder(job), shape, None, 0), error=errors[text])
             else:
                 row = next(fine)
-                yield Sample(Request(position, job, rows[row].truncated[0]), ladder(job), shape, network, row, job.seed)
+                request = Request(position, job, rows[row].truncated[0])
+                yield Sample(request, ladder(job), shape, network, row, job.seed, initial)
                 cache.move_to_end(text)
         while len(cache) > CACHE:
             cache.popitem(last=False)

@@ -1,4 +1,4 @@
-"""An audit: captions in every layout, ranked by their first steps, and each image's nearest training image, wherever it is."""
+"""An audit: captions ranked by their first steps, the worst sampled and judged, with training images and without."""
 
 import csv
 import json
@@ -11,14 +11,15 @@ import pytest
 import torch
 from basinescape import Calibration, Sampler
 from basinescape.audit import measures
+from basinescape.audit.audit import Settings, audit
 from basinescape.audit.index import Index
 from basinescape.audit.similarity import similarity
 from basinescape.bench import cli
-from basinescape.bench.evaluation.audit import Settings, audit
 from basinescape.bench.scenario import PRESETS, prompts
-from basinescape.data.captions import Prompt, read_captions
+from basinescape.data.captions import Prompt
 from basinescape.data.pictures import pixels
 from PIL import Image, ImageChops
+from scipy.stats import binomtest
 
 TINY = prompts(PRESETS["tiny"])
 
@@ -30,47 +31,6 @@ def images(tmp_path):
     for i, prompt in enumerate(TINY["memorized"][:4]):
         shutil.copy(prompt.image, folder / f"{i}.png")
     return folder
-
-
-LAYOUTS = {
-    "metadata.jsonl": '{"file_name": "0.png", "text": "one"}\n\n{"file_name": "1.png", "text": "two"}\n',
-    "metadata.csv": "file_name,text\n0.png,one\n1.png,two\n",
-    "list.jsonl": '{"image": "0.png", "caption": "one"}\n{"path": "1.png", "prompt": "two"}\n',
-    "list.csv": 'caption,image\none,0.png\n"two",1.png\n',
-    "list.json": '[{"text": "one", "file_name": "0.png"}, {"text": "two", "file_name": "1.png"}]',
-    "captions.json": '{"0.png": "one", "1.png": ["two"]}',
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_captions_are_read_in_every_layout(images, name):
-    (images / name).write_text(LAYOUTS[name])
-    source = images if name.startswith("metadata") else images / name
-    read = [(prompt.text, prompt.image) for prompt in read_captions(source, every=True)]
-    assert read == [("one", images / "0.png"), ("two", images / "1.png")]
-
-
-def test_a_folder_has_its_captions_in_text_files(images):
-    (images / "sub").mkdir()
-    (images / "3.png").rename(images / "sub" / "3.png")
-    for path in images.rglob("*.png"):
-        path.with_suffix(".txt").write_text(f"of {path.stem}\n")
-    assert [(prompt.id, prompt.text) for prompt in read_captions(images)] == [
-        ("0", "of 0"),
-        ("1", "of 1"),
-        ("2", "of 2"),
-        ("sub-3", "of 3"),
-    ]
-
-
-def test_captions_of_one_image_and_without_any_keep_apart(images):
-    (images / "list.json").write_text('{"0.png": ["one", "uno"]}')
-    assert [(prompt.id, prompt.text) for prompt in read_captions(images / "list.json", every=True)] == [
-        ("0", "one"),
-        ("0-2", "uno"),
-    ]
-    (images / "list.csv").write_text("text\none\ntwo\n")
-    assert [(prompt.id, prompt.image) for prompt in read_captions(images / "list.csv")] == [("0000", None), ("0001", None)]
 
 
 def test_the_nearest_is_found_anywhere_in_the_set_and_shifted(images):
@@ -96,155 +56,297 @@ def test_each_measure_has_its_own_threshold_and_the_clearest_speaks(images, monk
     assert not one.copy
 
 
-def test_memorized_captions_come_first(pipe, tmp_path):
-    """By the first five of fifty steps, with the calibration that ships."""
-    captions = [prompt for prompt in TINY["memorized"] if prompt.id in ("m00", "m04", "m08")] + TINY["general"][:5]
-    sampler = Sampler.from_pipeline(pipe, "dpmsolver++")
-    rows = audit(
-        sampler, "m", captions, tmp_path / "out", Calibration.load("tiny"), settings=Settings(noises=2), progress=False
-    )
-    assert {row["id"] for row in rows[:3]} == {"m00", "m04", "m08"}
-    assert all(row["flagged"] for row in rows[:2]) and not any(row["flagged"] for row in rows[4:])
-    assert all(row["copies"] is None for row in rows)
-
-
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["basinescape", "audit", "--no-progress", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["basinescape", "audit", "--no-progress", "--device", "cpu", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     return stop.value.code
 
 
+def rows_of(out):
+    return list(csv.DictReader((out / "audit.csv").open(newline="", encoding="utf-8")))
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def sampler(pipe):
+    return Sampler.from_pipeline(pipe, "dpmsolver++")
+
+
 @pytest.fixture(scope="module")
-def calibrated(tmp_path_factory):
-    """A copy of the small pipeline under another name, calibrated for five steps."""
-    mine = tmp_path_factory.mktemp("models") / "my-model"
-    shutil.copytree(Sampler.model_path("tiny"), mine, ignore=shutil.ignore_patterns("calibration.json", "memorized*"))
-    sampler = Sampler.from_pretrained(mine, "cpu", "float32", "dpmsolver++")
-    ordinary = [prompt.text for prompt in TINY["general"][:6]]
-    Calibration.measure(sampler, ordinary, 100, 5, rungs=[], progress=False).save(mine / "calibration.json")
-    return mine
+def ordinary(tmp_path_factory):
+    """A file of prompts that are ordinary on the small pipeline."""
+    path = tmp_path_factory.mktemp("ordinary") / "ordinary.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt.text}) + "\n" for prompt in TINY["general"][20:32]))
+    return path
 
 
-def test_an_audit_from_captions_to_pictures_side_by_side(calibrated, images, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def asked(mine, ordinary, tmp_path):
+    """A short audit of the small pipeline without a calibration."""
+    given = ("--model", mine, "--out", tmp_path / "out", "--prompts", ordinary, "--scheduler", "dpmsolver++", "--steps", 12)
+    return (*given, "--first-steps", 2, "--rate", 0.5, "--similarity", "pixels", "--threshold", 0.5)
+
+
+GAP = (4.0, 3.0, 2.0, 1.0)  # usual in the steps of a pretended run
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Runs whose gaps are GAP times what the text says, or 1; of a text that says "bad" they fail. What was asked is kept."""
+    runs = []
+
+    def sampled(self, prompts, seeds, steps, guidance, stop_after, **options):
+        if "bad" in prompts:
+            raise RuntimeError("a tokenizer\nis lost")
+        runs.append((list(prompts), list(seeds), steps, stop_after))
+        times = torch.tensor([float(text) if text[0].isdigit() else 1.0 for text in prompts])
+        gaps = torch.tensor(GAP) * times[:, None]
+        gaps[:, stop_after:] = torch.nan
+        return SimpleNamespace(noise_gap=gaps, truncated=["" if len(text) < 9 else text[9:] for text in prompts])
+
+    monkeypatch.setattr(Sampler, "__call__", sampled)
+    return runs
+
+
+def pretend(sampler, texts, out, **options):
+    captions = [Prompt(f"c{i}", text) for i, text in enumerate(texts)]
+    ordinary = [f"{0.91 + k / 100:.2f}" for k in range(19)]
+    return audit(sampler, "m", captions, out, **{"ordinary": ordinary, "steps": 4, "progress": False} | options)
+
+
+def calibration_of(sampler, **changed):
+    looks = [0.8 + k / 50 for k in range(19)]
+    made = {"settings": {}, "steps": 4, "scale": 7.5, "timesteps": sampler.solver(4).levels, "gap": GAP, "scores": [0.1] * 19}
+    return Calibration(**{**made, "looks": [(one,) * 4 for one in looks], **changed})
+
+
+def test_memorized_captions_come_first(sampler, tmp_path):
+    """By the first five of fifty steps, among ordinary captions that are measured here."""
+    captions = [prompt for prompt in TINY["memorized"] if prompt.id in ("m00", "m04", "m08")] + TINY["general"][:5]
+    ordinary = [prompt.text for prompt in TINY["general"][20:35]]
+    rows = audit(sampler, "m", captions, tmp_path / "out", ordinary, settings=Settings(0.2), progress=False)
+    assert {row["id"] for row in rows[:3]} == {"m00", "m04", "m08"} == {row["id"] for row in rows if row["flagged"]}
+    assert [row["p"] for row in rows[:3]] == [1 / 16] * 3 and all(row["copies"] is None for row in rows)
+
+
+def test_an_audit_without_training_images_judges_by_the_model_alone(asked, tmp_path, monkeypatch, capsys):
+    texts = [prompt.text for prompt in (*TINY["memorized"][:2], *TINY["general"][2:4])]
+    (captions := tmp_path / "list.txt").write_text("\n".join(texts))
+    assert not run(monkeypatch, *asked, "--captions", captions, "--verify", 2, "--seeds", 2)
+    assert "of the worst 2, 2 made pictures that look like copies: " in capsys.readouterr().out
+    rows, out = rows_of(tmp_path / "out"), tmp_path / "out"
+    assert {row["caption"] for row in rows[:2]} == set(texts[:2]) and [row["flagged"] for row in rows[:2]] == ["True"] * 2
+    for row in rows[:2]:
+        assert int(row["n"]) == 2 and float(row["score"]) > 0.3 and row["copies"] == row["copies_low"] == row["nearest"] == ""
+        found = binomtest(int(row["suspects"]), 2).proportion_ci(0.95, method="exact")
+        assert [float(row["low"]), float(row["high"])] == pytest.approx([found.low, found.high], abs=1e-4)
+    assert all(row["n"] == row["score"] == row["low"] == "" for row in rows[2:])
+    record = json.loads((out / "audit.json").read_text())
+    assert (record["captions"], record["verified"], record["pictures"], record["compared"]) == (4, 2, 4, None)
+    assert record["ordinary_source"] == "measured here" and record["weights_sha256"] and record["date"] and record["versions"]
+    page = (out / "audit.html").read_text()
+    assert page.count("data:image/") == 2 * (1 + 2 * 2)  # what is in mind; pictures and their heat
+    assert "no training images here" in page and record["weights_sha256"][:16] in page and record["date"] in page
+
+
+def test_with_training_images_two_verdicts_stand_side_by_side(asked, images, tmp_path, monkeypatch, capsys):
     """The images of the first two captions are exchanged, so that what comes out is the other one's."""
     texts = [prompt.text for prompt in TINY["memorized"][:2]]
     lines = [{"file_name": "1.png", "text": texts[0]}, {"file_name": "0.png", "text": texts[1]}]
-    lines += [{"file_name": f"{i}.png", "text": TINY["general"][i].text} for i in (2, 3)]
+    lines += [{"file_name": "2.png", "text": TINY["general"][2].text}]
     (images / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    out = tmp_path / "out"
-    asked = ("--model", calibrated, "--captions", images, "--out", out, "--scheduler", "dpmsolver++", "--device", "cpu")
-    asked += ("--first-steps", 2, "--noises", 2, "--verify", 2, "--seeds", 2, "--similarity", "pixels", "--threshold", 0.5)
+    asked = (*asked, "--captions", images, "--verify", 2, "--seeds", 2)
+    asked += ("--training-images", images / ".." / images.name)  # the same files by another name count once
     assert not run(monkeypatch, *asked)
     said = capsys.readouterr().out
-    assert "4 captions" in said and "of the worst 2, 2 reproduce a training image" in said
-    rows = list(csv.DictReader((out / "audit.csv").open()))
-    assert {row["id"] for row in rows[:2]} == {"0000", "0001"} and [row["copies"] for row in rows[2:]] == ["", ""]
+    assert "of the worst 2, 2 made copies of training images: " in said and " of 4\n" in said
+    rows, out = rows_of(tmp_path / "out"), tmp_path / "out"
     own = {"0000": "0.png", "0001": "1.png"}
-    assert all(row["nearest"].endswith(own[row["id"]]) and int(row["copies"]) >= 1 for row in rows[:2])
+    assert all(row["nearest"].endswith(own[row["id"]]) for row in rows[:2])
+    assert all(int(row["copies"]) >= 1 <= int(row["suspects"]) and row["copies_low"] for row in rows[:2])
+    record = json.loads((out / "audit.json").read_text())
+    assert record["compared"]["training_images"] == 4 and record["without_caption"] == 1
     page = (out / "audit.html").read_text()
-    assert page.count("data:image/") >= 4 + 2 * 2 and page.count('class="other"') == 4 and page.count('class="copy"') >= 2
+    assert page.count('class="small other"') == 4 and page.count('class="marked"') == 4 and "training images is above" in page
     assert set(re.findall(r'(?:src|href)="(.{5})', page)) == {"data:"}
-    assert page.index(rows[0]["caption"]) < page.index(rows[2]["caption"])
+    assert "1 training images have no caption here" in page and page.index(rows[0]["caption"]) < page.index(rows[2]["caption"])
 
-    # What is gone is made again, what is there is not, and the page is the same.
-    made = sorted(path.name for path in (out / "images").iterdir())
-    (out / "images" / made[0]).unlink()
-    with (out / "scores.jsonl").open("r+") as file:
-        lines = file.readlines()
-        file.seek(0)
-        file.truncate()
-        file.writelines([*lines[:3], lines[3][:9]])
+    # Training images that are replaced are compared with afresh, and nothing is sampled for it.
+    shutil.copy(images / "3.png", images / "0.png")
+    monkeypatch.setattr(Sampler, "__call__", lambda *given, **named: pytest.fail("sampled again"))
+    assert not run(monkeypatch, *asked)
+    copies, before = ({row["id"]: row["copies"] for row in found} for found in (rows_of(out), rows))
+    assert copies == {**before, "0000": "0"}
+    again = json.loads((out / "audit.json").read_text())
+    assert again["compared"]["training_sha256"] != record["compared"]["training_sha256"]
+
+
+def test_an_audit_that_was_stopped_goes_on_and_one_that_is_done_verifies_more(asked, tmp_path, monkeypatch):
+    texts = [TINY["memorized"][0].text, *(prompt.text for prompt in TINY["general"][:3])]
+    (captions := tmp_path / "list.txt").write_text("\n".join(texts))
+    asked, out = (*asked, "--captions", captions, "--seeds", 2), tmp_path / "out"
+    assert not run(monkeypatch, *asked, "--verify", 1)
+    rows, pictures = rows_of(out), {path: Image.open(path).copy() for path in sorted(out.rglob("*.png"))}
+    (gone := next((out / "heat").iterdir())).unlink()
+    next((out / "predictions").iterdir()).unlink()
+    lines = (out / "gaps.jsonl").read_text().splitlines(keepends=True)
+    (out / "gaps.jsonl").write_text("".join([*lines[:3], lines[3][:9]]))
     calls, sample = [], Sampler.__call__
     monkeypatch.setattr(Sampler, "__call__", lambda self, *a, **o: (calls.append(a[0]), sample(self, *a, **o))[1])
-    assert not run(monkeypatch, *asked)
-    assert [len(texts) for texts in calls] == [2, 1] and sorted(path.name for path in (out / "images").iterdir()) == made
-    again = list(csv.DictReader((out / "audit.csv").open()))
-    assert [row["id"] for row in again] == [row["id"] for row in rows]
-    assert [float(row["score"]) for row in again] == pytest.approx([float(row["score"]) for row in rows], rel=1e-3)
-    assert run(monkeypatch, *asked, "--noises", 3) == 2 and "another run" in capsys.readouterr().err
+    assert not run(monkeypatch, *asked, "--verify", 1)
+    assert [len(texts) for texts in calls] == [1, 1] and gone.is_file()
+    for path, picture in pictures.items():  # in another batch, rounded otherwise
+        assert abs(pixels([Image.open(path)]) - pixels([picture])).max() < 0.03
+    assert [row["id"] for row in rows_of(out)] == [row["id"] for row in rows]
+    calls.clear()
+    assert not run(monkeypatch, *asked, "--verify", 2)
+    assert [len(texts) for texts in calls] == [2] and rows_of(out)[0]["score"] == rows[0]["score"]
 
 
-def test_a_caption_that_fails_costs_no_other(calibrated, monkeypatch, tmp_path):
-    calibration = Calibration.load(calibrated / "calibration.json")
-    gap = torch.tensor(calibration.rungs[0].gap)
+def test_a_folder_of_another_audit_is_refused(sampler, tmp_path, pretended, monkeypatch):
+    pretend(sampler, ["1.0", "2.0"], tmp_path / "out")
+    asked = len(pretended)
+    for changed, says in (
+        ({"texts": ["1.0", "3.0"]}, "captions_sha256"),
+        ({"ordinary": ["1.0"] * 19}, "ordinary_sha256"),
+        ({"scale": 5.0}, "scale"),
+        ({"settings": Settings(noises=2)}, "noises"),
+        ({"calibration": calibration_of(sampler)}, "ordinary_sha256"),
+    ):
+        with pytest.raises(ValueError, match=f"its .*{says}"):
+            pretend(sampler, **{"texts": ["1.0", "2.0"], "out": tmp_path / "out", **changed})
+    bias = sampler.pipe.unet.conv_out.bias
+    monkeypatch.setattr(bias, "data", bias.data + 1)
+    with pytest.raises(ValueError, match="weights_sha256 differ"):
+        pretend(sampler, ["1.0", "2.0"], tmp_path / "out")
+    assert len(pretended) == asked
 
-    def sampled(self, prompts, seeds, steps, guidance, **options):
-        if "bad" in prompts:
-            raise RuntimeError("a tokenizer\nis lost")
-        times = torch.tensor([2.0 if text == "b" else 1.0 for text in prompts])
-        return SimpleNamespace(noise_gap=gap.expand(len(prompts), -1) * times[:, None])
 
-    captions = [Prompt(text, text) for text in ("a", "bad", "b")]
-    sampler = Sampler.from_pretrained(calibrated, "cpu", "float32", "dpmsolver++")
-    monkeypatch.setattr(Sampler, "__call__", sampled)
-    rows = audit(sampler, "m", captions, tmp_path / "out", calibration, 5, progress=False)
-    assert [(row["id"], row["score"], row["status"]) for row in rows] == [
-        ("b", 2.0, "ok"),
-        ("a", 1.0, "ok"),
-        ("bad", None, "failed: a tokenizer is lost"),
+def test_a_caption_that_fails_costs_no_other_and_is_told(sampler, tmp_path, pretended):
+    rows = pretend(sampler, ["1.5", "bad", "2.5, and much more than is read", "0.5"], tmp_path / "out")
+    assert [(row["id"], row["gap"], row["status"]) for row in rows] == [
+        ("c0", 1.5, "ok"),
+        ("c3", 0.5, "ok"),
+        ("c1", None, "failed: a tokenizer is lost"),
+        ("c2", None, "failed: could not convert string to float: '2.5, and much more than is read'"),
     ]
+    record = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert record["failed"] == ["c1", "c2"]
+    assert "2 captions failed" in (tmp_path / "out" / "audit.html").read_text()
+
+
+def test_gaps_that_are_no_numbers_are_a_failure(sampler, tmp_path, pretended):
+    rows = pretend(sampler, ["1.0", "1e400"], tmp_path / "out")
+    assert [row["status"] for row in rows] == ["ok", "failed: the noise gaps with seeds [1] are not finite"]
+
+
+def test_a_caption_that_the_encoder_cuts_off_is_told(sampler, tmp_path, pretended):
+    pretend(sampler, ["1.00000000001", "1.0"], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "audit.json").read_text())["truncated"] == ["c0"]
+
+
+def test_a_calibration_of_the_same_runs_spares_ordinary_prompts(sampler, tmp_path, pretended):
+    rows = pretend(sampler, ["1.01", "2.0"], tmp_path / "a", calibration=calibration_of(sampler))
+    assert [one[0] for one in pretended] == [["1.01", "2.0"]]
+    assert [(row["gap"], row["p"]) for row in rows] == [(2.0, 1 / 20), (1.01, (1 + 8) / 20)]
+    assert json.loads((tmp_path / "a" / "audit.json").read_text())["ordinary_source"] == "the calibration"
+
+
+@pytest.mark.parametrize(
+    "changed", ["scale", "noises", "first steps", "size", "model", "levels", "bare"], ids=lambda name: f"another {name}"
+)
+def test_what_was_measured_otherwise_is_measured_again(sampler, tmp_path, pretended, changed):
+    """A p-value compares like with like, or it is none."""
+    differs = {
+        "scale": {"scale": 5.0},
+        "first steps": {"looks": [(1.0,)] * 19},
+        "size": {"settings": {"size": [128, 128]}},
+        "model": {"model": {"unet": {"form": "", "sample": [], "dtype": "float32"}}},
+        "levels": {"timesteps": sampler.solver(5).levels[:4]},
+        "bare": {"timesteps": (), "gap": (), "looks": [()] * 19},
+    }
+    settings = Settings(noises=2 if changed == "noises" else 1, first_steps=2)
+    known = calibration_of(sampler, **differs.get(changed, {}))
+    pretend(sampler, ["1.0", "2.0"], tmp_path / "out", calibration=known, settings=settings)
+    assert sum(len(one[0]) for one in pretended) == (2 + 19) * settings.noises
+    assert len({seed for one in pretended for seed in one[1]}) == (2 + 19) * settings.noises
+    assert {one[3] for one in pretended} == {2}
+
+
+def test_a_calibration_gives_the_threshold_of_the_basin_score(sampler, tmp_path, pretended):
+    """And pictures that fail, as all do here, cost no ranked caption."""
+    known = calibration_of(sampler, scores=[k / 100 for k in range(100)], looks=[(1.0,) * 4] * 100)
+    options = {"calibration": known, "settings": Settings(verify=1, seeds=3)}
+    rows = pretend(sampler, ["1.0", "2.0"], tmp_path / "out", **options)
+    record = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert record["threshold"] == known.threshold(0.01) and (record["verified"], record["pictures_failed"]) == (0, 3)
+    assert [(row["gap"], row["score"], row["n"]) for row in rows] == [(2.0, None, None), (1.0, None, None)]
+    assert "3 pictures failed" in (tmp_path / "out" / "audit.html").read_text()
+    few = {**options, "calibration": calibration_of(sampler)}
+    with pytest.raises(ValueError, match="19 ordinary pictures cannot tell"):
+        pretend(sampler, ["1.0", "2.0"], tmp_path / "few", **few)
+    assert not (tmp_path / "few").exists()
+
+
+def test_the_command_says_what_failed(asked, tmp_path, monkeypatch, capsys, pretended):
+    (captions := tmp_path / "list.jsonl").write_text('{"text": "bad"}\n{"text": "a"}')
+    assert run(monkeypatch, *asked, "--captions", captions, "--verify", 2) == 1
+    error = capsys.readouterr().err
+    assert "1 captions failed (0000)" in error and "4 pictures failed" in error
+
+
+def test_too_few_ordinary_prompts_are_told(sampler, tmp_path, pretended, caplog):
+    rows = pretend(sampler, ["3.0"] + ["1.0"] * 29, tmp_path / "out")
+    assert not any(row["flagged"] for row in rows) and "19 ordinary prompts are few beside 30 captions" in caplog.text
+    assert "fewer than 15 captions" in (tmp_path / "out" / "audit.html").read_text()
+
+
+def test_ordinary_captions_are_not_flagged(sampler, tmp_path, pretended):
+    """Though half of them are above the median."""
+    rows = pretend(sampler, [f"{0.92 + k / 100:.2f}" for k in range(17)], tmp_path / "out", settings=Settings(rate=0.05))
+    assert not any(row["flagged"] for row in rows)
 
 
 @pytest.mark.parametrize(
     ("text", "options", "says"),
     [
         ("", (), "hold no prompts"),
-        ('{"text": "a"', (), "line 1: not JSON"),
-        ('{"captain": "a"}', (), "line 1: needs prompt, caption or text; it has captain"),
-        ('{"text": "a", "file_name": "gone.png"}', (), "'gone.png' is not in"),
-        ('{"text": "a"}', ("--verify", 1), "no training images"),
         ('{"text": "a"}', ("--verify", -1), "verify must be"),
         ('{"text": "a"}', ("--first-steps", 11), "first_steps must be 1 to 10"),
         ('{"text": "a"}', ("--noises", 0), "noises must be"),
         ('{"text": "a"}', ("--rate", 0), "rate must be between 0 and 1"),
+        ('{"text": "a"}', ("--rate", 1), "rate must be between 0 and 1"),
+        ('{"text": "a"}', ("--scale", 1), "scale is 1"),
         ('{"text": "a"}', ("--similarity", "nope", "--verify", 1, "--training-images", "SET"), "similarity must be among"),
         ('{"text": "a"}', ("--training-images", "nowhere"), "'nowhere' does not exist"),
         ('{"text": "a"}', ("--calibration", "missing.json"), "missing.json"),
-        ('{"text": "a"}', ("--steps", 40), "too far"),
+        ('{"text": "a"}', ("--prompts", "missing.jsonl"), "missing.jsonl"),
+        ('{"text": "a"}', ("--prompts", "ONE"), "ordinary must be two prompts at least"),
         ('{"text": "a"}', ("--batch-size", 0), "batch_size must be"),
     ],
 )
-def test_bad_input_is_one_line_before_any_work(calibrated, images, tmp_path, monkeypatch, capsys, drawn, text, options, says):
+def test_bad_input_is_one_line_before_any_work(asked, images, tmp_path, monkeypatch, capsys, pretended, text, options, says):
     (captions := tmp_path / "list.jsonl").write_text(text)
-    options = [images if option == "SET" else option for option in options]
-    asked = ("--model", calibrated, "--captions", captions, "--out", tmp_path / "out", "--scheduler", "dpmsolver++")
-    assert run(monkeypatch, *asked, "--device", "cpu", *options) == 2
+    (one := tmp_path / "one.txt").write_text("a cat")
+    options = [{"SET": images, "ONE": one}.get(option, option) for option in options]
+    assert run(monkeypatch, *asked, "--captions", captions, *options) == 2
     error = capsys.readouterr().err
-    assert says in error and len(error.splitlines()) == 1 and not drawn.asked and not (tmp_path / "out").exists()
+    assert says in error and len(error.splitlines()) == 1 and not pretended and not (tmp_path / "out").exists()
 
 
-def test_captions_that_are_wrong_are_passed_over_on_request_and_no_caption_is_a_formula(
-    calibrated, images, tmp_path, monkeypatch
-):
+def test_captions_that_are_wrong_are_passed_over_on_request_and_no_caption_is_a_formula(asked, images, tmp_path, monkeypatch):
     lines = ['{"text": "=1+1", "file_name": "0.png"}', '{"text": "a \\ud83d"}', '{"text": "a cat", "file_name": "gone.png"}']
     (images / "metadata.jsonl").write_text(
         "\n".join([*lines, '{"text": "a dog\u2028", "file_name": "1.png"}']), encoding="utf-8"
     )
     (images / "2.tif").write_bytes(b"II*")
-    asked = ("--model", calibrated, "--captions", images, "--out", tmp_path / "out", "--scheduler", "dpmsolver++")
-    asked += ("--device", "cpu", "--verify", 1, "--seeds", 1, "--similarity", "pixels", "--training-images", images)
+    asked += ("--captions", images, "--verify", 1, "--seeds", 1, "--training-images", images)
     assert run(monkeypatch, *asked) == 2 and not (tmp_path / "out").exists()
     assert run(monkeypatch, *asked, "--on-error", "skip") == 0
     rows = list(csv.DictReader((tmp_path / "out" / "audit.csv").open(newline="")))
     assert {row["caption"] for row in rows} == {"'=1+1", "a dog\u2028"}
     assert (tmp_path / "out" / "audit.html").is_file()
-
-
-def test_without_a_calibration_it_says_how_to_make_one(mine, tmp_path, monkeypatch, capsys):
-    (captions := tmp_path / "list.jsonl").write_text('{"text": "a"}')
-    assert run(monkeypatch, "--model", mine, "--captions", captions, "--out", tmp_path / "out") == 2
-    assert f"basinescape calibrate --model {mine}" in capsys.readouterr().err
-
-
-def test_an_image_without_a_caption_is_no_caption(tmp_path):
-    """The folder's name is one only where every folder of images is named for what they show."""
-    for name in ("tench/a.png", "golf_ball/b.png"):
-        (tmp_path / "named" / name).parent.mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / "named" / name)
-    assert [prompt.text for prompt in read_captions(tmp_path / "named")] == ["golf ball", "tench"]
-    (tmp_path / "named" / "tench" / "a.txt").write_text("a tench")
-    with pytest.raises(ValueError, match=r"1 of 2 images have no caption: put that of 'golf_ball/b\.png' into 'b\.txt'"):
-        read_captions(tmp_path / "named")
-    with pytest.raises(ValueError, match="1 of 1 images have no caption"):
-        read_captions(tmp_path / "named" / "golf_ball")

@@ -67,6 +67,7 @@ def test_it_is_how_much_nearer_diffusers_own_denoised_prediction_comes(name):
     probe = basin.Probe.of(scheduler)
     given, target = probe.question(latents, noise)
     assert torch.allclose(cleaned(scheduler, given, target, probe.timestep), latents, atol=1e-3)
+    assert torch.allclose(probe.cleaned(given, uncond), cleaned(scheduler, given, uncond, probe.timestep), rtol=1e-3, atol=1e-3)
     off = [(cleaned(scheduler, given, one, probe.timestep) - latents).flatten(1).norm(dim=1) for one in (uncond, cond)]
     assert torch.allclose(basin.nearer(target, uncond, cond), (off[0] / off[1]).log(), atol=1e-4)
 
@@ -82,6 +83,13 @@ TOLD = {
         **SD, timestep_type="continuous", prediction_type="v_prediction", sigma_max=700, sigma_min=0.002
     ),
 }
+
+
+@pytest.mark.parametrize("scheduler", [*TOLD.values(), *CLEANED.values()], ids=[*TOLD, *CLEANED])
+def test_what_the_network_has_in_mind_is_found_in_its_prediction(scheduler):
+    latents, noise = drawn(2)
+    probe = basin.Probe.of(scheduler)
+    assert torch.allclose(probe.cleaned(*probe.question(latents, noise)), latents, atol=1e-3)
 
 
 @pytest.mark.parametrize("scheduler", TOLD.values(), ids=TOLD)

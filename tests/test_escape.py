@@ -1,11 +1,12 @@
 """Escape, in a loop that knows nothing of ours: against the definition, against the sampler, alone and in a batch."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-from basinescape import At, Calibration, Escape, Fallen, FirstMinimum, Guidance, Rung, Sampler, Settled
+from basinescape import At, Escape, Fallen, FirstMinimum, Guidance, Sampler, Settled
+from basinescape.basin import Probe
+from basinescape.hosts.escape import judge
 from basinescape.kernels import definition
 from basinescape.kernels.table import Column
 from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -127,13 +128,13 @@ def test_a_run_begun_in_inference_mode_goes_on_outside():
     assert torch.equal(state(*given[1]), Escape(Guidance.cfg(3.0), [400.0], BATCH)(*given[1]))
 
 
-def own_loop(pipe, guidance, prompt, seed, calibration=None):
+def own_loop(pipe, guidance, prompt, seed):
     """What a user would write around the pipeline's parts; the state after it, and the latents."""
     scheduler = pipe.scheduler
     scheduler.set_timesteps(STEPS)
     cond, uncond = pipe.encode_prompt(prompt, "cpu", 1, True)
     latents = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(seed)) * scheduler.init_noise_sigma
-    state = Escape(guidance, scheduler.timesteps, 1, calibration=calibration)
+    state = Escape(guidance, scheduler.timesteps, 1)
     with torch.no_grad():
         for t in scheduler.timesteps:
             both = pipe.unet(torch.cat([latents] * 2), t, torch.cat([uncond, cond])).sample.chunk(2)
@@ -154,36 +155,51 @@ def test_a_loop_of_ones_own_is_the_sampler(pipe, guidance):
     assert_same_but_for_rounding((latents, state.transition_step), sampled(), pipe, sampled)
 
 
-def test_a_calibration_says_what_looks_memorized():
-    plain, late = Guidance.cfg(4.0), Guidance.delayed(4.0, until=At(650))
-    given, gaps = predictions(STEPS), (7.0,) * STEPS
-    rungs = [
-        Rung(plain, gaps, 1, math.inf, 2, 2, 1.0, levels=tuple(LEVELS)),
-        Rung(late, gaps, 1, math.inf, 3, 1, 1.5, levels=tuple(LEVELS)),
-    ]
-    calibration = Calibration({}, STEPS, 4.0, 1, 0.1, 0.1, 0.1, tuple(rungs))
-    for guidance, rung in zip((plain, late), rungs, strict=True):
-        state = Escape(guidance, LEVELS, BATCH, calibration=calibration)
-        for uncond, cond in given[:-1]:
-            state(uncond, cond)
-        assert state.score.isnan().all() and not state.suspect.any()
-        state(*given[-1])
-        assert torch.equal(state.score, rung.score(state.noise_gap))
-        assert torch.equal(state.suspect, state.score > rung.verdict)
-        for peak in (0.99, 1.01):  # of the largest gap of all
-            watched = replace(rung, verdict=math.inf, peak=peak * rung.largest(state.noise_gap).max().item())
-            state = Escape(guidance, LEVELS, BATCH, calibration=replace(calibration, rungs=(watched,)))
-            for uncond, cond in given:
-                state(uncond, cond)
-            assert state.suspect.any() == (peak < 1)
-    with pytest.raises(ValueError, match=r"not of Guidance\.cfg\(5\)"):
-        Escape(Guidance.cfg(5.0), LEVELS, BATCH, calibration=calibration)
-    with pytest.raises(ValueError, match="calibrated for 8 steps at timesteps 900 to 50, but the sampler takes 2"):
-        Escape(plain, [900.0, 50.0], BATCH, calibration=calibration)
-    assert Escape(plain, LEVELS, BATCH).score is None
+def test_a_transition_may_be_a_log_snr():
+    """Of the steps' own, where they are given; told one by one they are not known."""
+    given, noise = predictions(STEPS), [-6.0, -4.0, -3.0, -2.0, -1.0, 0.0, 2.0, 5.0]
+    told = [Guidance.delayed(7.5, until=At(log_snr=-3.0)), Guidance.delayed(7.5, until=At(log_snr=9.0)), Guidance.cfg(7.5)]
+    state = Escape(told, LEVELS, BATCH, log_snrs=noise)
+    for uncond, cond in given:
+        state(uncond, cond)
+    assert state.transition_step.tolist() == [2, -1, 0]
+    with pytest.raises(ValueError, match="asks for the noise levels of the steps, and they are not known"):
+        Escape(told, LEVELS, BATCH)
+    with pytest.raises(ValueError, match="log_snrs must be one for each of 8 steps, got"):
+        Escape(told, LEVELS, BATCH, log_snrs=noise[1:])
 
 
-GUARD = Guidance.ladder([Rung(Guidance.cfg(4.0), (1.0,) * STEPS, 1, 1.0, 1, 0, 1.0)])
+def test_a_loop_of_ones_own_judges_as_the_sampler(pipe):
+    """Whatever else the network is given, alone and in a batch."""
+    words, seeds = ["a picture of a cat signed by arno", "a picture of a frog"], [3, 8]
+    sampler = Sampler.from_pipeline(pipe, "ddim")
+    latents = sampler(words, seeds, STEPS, Guidance.cfg(7.5), output="latent", progress=False).latents
+    expected = sampler.judge(latents, words, seeds)
+
+    def asked(rows):
+        cond, uncond = pipe.encode_prompt(words[rows], "cpu", 1, True)
+
+        def predict(x, timesteps):
+            return pipe.unet(torch.cat([x, x]), torch.cat([timesteps] * 2), torch.cat([uncond, cond])).sample.chunk(2)
+
+        return predict
+
+    found = judge(asked(slice(None)), sampler.scheduler, latents, seeds)
+    assert torch.allclose(found.score, expected.score, atol=1e-5) and torch.equal(found.suspect, expected.suspect)
+    alone = judge(asked(slice(1, 2)), Probe.of(sampler.scheduler), latents[1:], 8)
+    assert torch.allclose(alone.score, found.score[1:], atol=1e-5)
+    between = found.score.mean().item()
+    assert judge(asked(slice(None)), sampler.scheduler, latents, seeds, between).suspect.sum() == 1
+    for message, given in {
+        "seeds must be as many as images": {"seeds": [1]},
+        "probes must be a whole number of at least 1": {"probes": 0},
+        "threshold must be a finite number": {"threshold": math.nan},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            judge(**{"predict": asked(slice(None)), "scheduler": sampler.scheduler, "latents": latents} | given)
+
+
+GUARD = Guidance.guard(4.0)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +208,7 @@ GUARD = Guidance.ladder([Rung(Guidance.cfg(4.0), (1.0,) * STEPS, 1, 1.0, 1, 0, 1
         ("guidance must be a Guidance", {"guidance": 7.5}),
         ("guidance has 1 entries for 3 samples", {"guidance": [Guidance.cfg(1.0)]}),
         ("one rule in a batch, got 'apg' beside 'cfg'", {"guidance": [*GUIDANCES[:2], GUIDANCES[5]]}),
-        ("use Sampler, or plain guidance here with its calibration", {"guidance": GUARD}),
+        (r"use Sampler or escape\(pipe, guard\), or plain guidance here", {"guidance": GUARD}),
         ("needs a loop that can: use Sampler", {"guidance": Guidance.cfg(4.0, restart=(300, 500, 1))}),
         ("asks for timesteps in 0..1000", {"timesteps": [math.nan] * STEPS}),
         ("ordinary has 8 gaps, but the sampler takes 2 steps", {"guidance": GUIDANCES[3], "timesteps": [900.0, 50.0]}),

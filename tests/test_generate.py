@@ -9,8 +9,8 @@ import pytest
 import torch
 from basinescape import At, Guidance, Sampler
 from basinescape.data.prompts import Job
+from basinescape.early import EarlyLook
 from basinescape.generate import generate
-from basinescape.guidance import EarlyLook
 from ladders import NONE, guarded
 from PIL import Image
 from runs import QUICK, jobs, make, run, sound, write

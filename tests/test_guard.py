@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from basinescape import At, Calibration, FirstMinimum, Guard, Guidance, Sampler
-from basinescape.guidance import LATER, LATER_RATE, THRESHOLD, Attempt, EarlyLook
+from basinescape.early import EarlyLook
+from basinescape.guidance import LATER, LATER_RATE, THRESHOLD, Attempt
 from ladders import EVERY, NONE, guard
 from rounding import assert_same_but_for_rounding
 
@@ -212,9 +213,9 @@ def test_a_calibrated_guard_has_the_calibrations_numbers(scale):
         with pytest.raises(ValueError, match="but the calibration was made at"):
             Guidance.guard(scale, calibration)
         return
-    made = Guidance.guard(scale, calibration, rate=0.05)
+    made = Guidance.guard(scale, calibration, rate=0.1)
     assert made.attempts[0].threshold == pytest.approx(1.90)  # 200 * 0.95
     assert made.attempts[1].threshold == pytest.approx(2.00 - 2 * LATER_RATE)
     assert made.early.steps == 1 and made.early.limit == pytest.approx(19.0)
     with pytest.raises(ValueError, match="199 ordinary pictures cannot tell: calibrate with 999 or more"):
-        Guidance.guard(scale, calibration, rate=0.001)
+        Guidance.guard(scale, calibration, rate=0.002)

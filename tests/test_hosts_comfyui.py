@@ -1,6 +1,7 @@
 """The ComfyUI node on a stand-in of ComfyUI's contract, under k-diffusion's samplers, which ComfyUI has copies of."""
 
 import json
+import logging
 from pathlib import Path
 
 import comfy
@@ -9,40 +10,18 @@ import torch
 from basinescape import At, FirstMinimum, Guidance
 from basinescape.hosts import comfyui
 from basinescape.hosts.comfyui import node
-from basinescape.hosts.comfyui.guided import Steps
 from basinescape.hosts.kdiffusion import EscapeDenoiser
+from comfy_runs import BATCH, CFG, DEFAULTS, SIGMAS, STEPS, function_of, given, network, patched, sampled, state_of, visits
 from kd_package import package
 
 FOLDER = Path(comfyui.__file__).parent
-STEPS, BATCH, CFG = 8, 2, 4.0
-SIGMAS = torch.cat([torch.linspace(10.0**0.2, 0.1**0.2, STEPS) ** 5, torch.zeros(1)])
 FLOW = torch.linspace(1.0, 0.0, STEPS + 1)
-DEFAULTS = {name: widget.options["default"] for name, widget in node.WIDGETS.items()}
 ORDERS = {"euler": 1, "dpmpp_2m": 1, "lms": 1, "heun": 2, "dpm_2": 2, "dpmpp_2s_ancestral": 2}
 
 
 @pytest.fixture(scope="module")
 def kd():
     return package()
-
-
-def network(x, t, cond):
-    return 0.3 * x + 0.1 * torch.sin(x + cond) + 0.3 * torch.cos(t / 100)[:, None] * cond
-
-
-def given(shape=(BATCH, 12)):
-    rng = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=rng) for _ in range(3)]
-
-
-def sampled(kd, name, patcher, sigmas=SIGMAS, cfg=CFG, rows=slice(None)):
-    x, uncond, cond = (value[rows] for value in given())
-    torch.manual_seed(0)
-    return comfy.sample(patcher, getattr(kd[0], f"sample_{name}"), sigmas[0] * x, sigmas, cond, uncond, cfg)
-
-
-def patched(sampling=comfy.EPS, **widgets):
-    return node.patched(comfy.Patcher(network, sampling()), **DEFAULTS | widgets)
 
 
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "heun"])
@@ -60,7 +39,7 @@ def test_plain_guidance_is_what_the_sampler_would_do(kd, name, sampling):
     [
         ({"timestep": 600.0}, Guidance.delayed(CFG, until=At(600))),
         (
-            {"until": node.MINIMUM, "latest_step": 5, "before": -1.0, "rule": "rescale"},
+            {"until": node.MINIMUM, "latest": 5 / STEPS, "before": -1.0, "rule": "rescale"},
             Guidance.opposite(1.0, scale=CFG, until=FirstMinimum(latest=5), rule="rescale"),
         ),
     ],
@@ -79,43 +58,139 @@ def test_steps_gaps_and_transitions_are_those_of_the_other_hosts(kd, name, widge
     torch.manual_seed(0)
     extra = {"cond": cond, "uncond": uncond}
     expected = getattr(kd[0], f"sample_{name}")(denoiser, SIGMAS[0] * x, SIGMAS, extra_args=extra, disable=True)
-    run = patcher.model_options["sampler_cfg_function"].run
+    run = state_of(patcher)
     assert torch.equal(run.transition_step, denoiser.transition_step)
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
-    known = denoiser.noise_gap.isfinite()
+    known = denoiser.noise_gap.isfinite() & run.noise_gap.isfinite()
+    assert known[:, run.transition_step.max() :].all()
     assert torch.allclose(run.noise_gap[known], denoiser.noise_gap[known], rtol=1e-3)
 
 
 def test_a_run_begins_anew_and_samples_go_their_own_ways(kd):
-    patcher = patched(until=node.MINIMUM, latest_step=4)
+    patcher = patched(until=node.MINIMUM)
     first = sampled(kd, "heun", patcher)
-    together = patcher.model_options["sampler_cfg_function"].run.transition_step
+    together = state_of(patcher).transition_step
     assert torch.equal(sampled(kd, "heun", patcher), first)
     for i in range(BATCH):
         alone = sampled(kd, "heun", patcher, rows=slice(i, i + 1))
-        run = patcher.model_options["sampler_cfg_function"].run
-        assert torch.allclose(alone[0], first[i], rtol=1e-4, atol=1e-4) and run.transition_step[0] == together[i]
+        assert torch.allclose(alone[0], first[i], rtol=1e-4, atol=1e-4)
+        assert state_of(patcher).transition_step[0] == together[i]
     later = sampled(kd, "euler", patcher, SIGMAS[3:])  # part of a schedule: its steps count from its own first
-    assert patcher.model_options["sampler_cfg_function"].run.noise_gap.shape == (BATCH, STEPS - 3) and later.isfinite().all()
+    assert state_of(patcher).noise_gap.shape == (BATCH, STEPS - 3) and later.isfinite().all()
+
+
+@pytest.mark.parametrize("clones", [0, 1, 2])
+def test_the_clone_of_a_guided_model_is_guided(kd, clones):
+    patcher = patched(timestep=600.0)
+    expected = sampled(kd, "euler", patcher)
+    for _ in range(clones):
+        patcher = patcher.clone()  # as a node behind it does
+    assert torch.equal(sampled(kd, "euler", patcher), expected)
+
+
+def test_a_guider_without_a_negative_is_refused_before_any_work():
+    """BasicGuider: ComfyUI would hand over 0 for the unconditional prediction."""
+    called = []
+    patcher = node.patched(comfy.Patcher(lambda *given: called.append(given), comfy.EPS()), **DEFAULTS)
+    x, _, cond = given()
+    with pytest.raises(ValueError, match="needs a negative conditioning, which may be empty"):
+        comfy.CFGGuider(patcher, 1.0, positive=cond).sample(visits([0]), x, SIGMAS)
+    assert not called
+    patcher.model_options["sampler_calc_cond_batch_function"] = lambda args: [args["input"]] * 2  # another node's
+    with pytest.raises(ValueError, match="needs a negative conditioning"):
+        comfy.CFGGuider(patcher, 1.0, positive=cond).sample(visits([0]), x, SIGMAS)
 
 
 @pytest.mark.parametrize(
-    ("sigmas", "expected"),
+    ("guider", "names", "told"),
     [
-        ([4, 3, 2, 1], [0, 1, 2, 3]),
-        ([4, 3.5, 3, 2.5, 2, 1.5, 1], [0, None, 1, None, 2, None, 3]),
-        ([4, 2.9, 3, 1.9, 2, 0.9, 1], [0, None, 1, None, 2, None, 3]),
-        ([4, 3, 3, 2, 2, 1, 1], [0, 1, 1, None, 2, None, 3]),
+        (comfy.CFGGuider, (), None),
+        (comfy.PerpNegGuider, ("empty_negative_prompt",), "PerpNegGuider did not call it, and nothing was guided by it"),
+        (comfy.DualCFGGuider, ("middle",), "DualCFGGuider combines middle by itself"),
     ],
 )
-def test_the_step_of_a_call_is_told_by_its_noise_level(sigmas, expected):
-    steps = Steps([4.0, 3.0, 2.0, 1.0])
-    found = []
-    for sigma in sigmas:
-        first, other = steps.call(sigma)
-        assert other == (first and steps.step in found)
-        found.append(steps.step if first else None)
-    assert found == expected
+def test_a_guider_that_combines_predictions_by_itself_is_named(caplog, guider, names, told):
+    x, uncond, cond = given()
+    more = dict.fromkeys(names, 0.5 * cond)
+    guider(patched(), CFG, positive=cond, negative=uncond, **more).sample(visits(range(STEPS)), SIGMAS[0] * x, SIGMAS)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert (not warnings) if told is None else any(told in warning for warning in warnings)
+
+
+def test_another_cfg_function_is_told_of(kd, caplog):
+    def theirs(args):
+        return args["cond"]
+
+    before = comfy.Patcher(network, comfy.EPS())
+    before.set_model_sampler_cfg_function(theirs)
+    patcher = node.patched(before, **DEFAULTS)
+    assert "a node before it has set a CFG function, which it replaces" in caplog.text
+    alone = sampled(kd, "euler", patched())
+    caplog.clear()
+    assert torch.equal(sampled(kd, "euler", patcher), alone) and not caplog.records
+    after = patched().clone()
+    after.set_model_sampler_cfg_function(theirs)
+    stock = sampled(kd, "euler", before)
+    caplog.clear()
+    assert torch.equal(sampled(kd, "euler", after), stock)  # theirs alone, with both predictions
+    assert "a node after it has set a CFG function of its own" in caplog.text and "nothing was guided by it" in caplog.text
+    caplog.clear()
+    twice = node.patched(patched(timestep=0.0), **DEFAULTS)
+    assert "which it replaces" in caplog.text
+    caplog.clear()
+    assert torch.equal(sampled(kd, "euler", twice), alone) and not caplog.records
+    assert twice.model_options["sampler_calc_cond_batch_function"].__self__ is function_of(twice)
+
+
+@pytest.mark.parametrize(
+    ("widgets", "cfg", "watched", "left_out"),
+    [
+        ({}, CFG, False, True),
+        ({"before": -1.0}, CFG, False, False),
+        ({"until": node.MINIMUM}, CFG, False, False),
+        ({}, 0.0, False, False),
+        ({}, CFG, True, False),  # another node's function is given both predictions
+    ],
+)
+def test_the_conditional_prediction_is_made_where_it_has_a_weight(kd, widgets, cfg, watched, left_out):
+    prompts = []
+
+    def counted(x, t, prompt):
+        prompts.append(prompt)
+        return network(x, t, prompt)
+
+    patcher = node.patched(comfy.Patcher(counted, comfy.EPS()), **DEFAULTS | widgets)
+    if watched:
+        patcher.set_model_sampler_post_cfg_function(lambda args: args["denoised"])
+    found = sampled(kd, "euler", patcher, cfg=cfg)
+    _, uncond, cond = given()
+    assert sum(torch.equal(prompt, uncond) for prompt in prompts) == STEPS
+    transition = int(state_of(patcher).transition_step[0])
+    assert sum(torch.equal(prompt, cond) for prompt in prompts) == STEPS - transition * left_out
+    patcher.model_options["sampler_calc_cond_batch_function"] = lambda args: comfy.calc_cond_batch(*args_of(args))
+    assert torch.equal(sampled(kd, "euler", patcher, cfg=cfg), found)
+
+
+def args_of(args):
+    return [args[name] for name in ("model", "conds", "input", "sigma", "model_options")]
+
+
+def test_the_log_tells_what_became_of_each_sample(kd, caplog):
+    caplog.set_level(logging.INFO)
+    patcher = patched(until=node.MINIMUM)
+    sampled(kd, "euler", patcher)
+    lines = [record.getMessage() for record in caplog.records]
+    for i, (line, step, gaps) in enumerate(
+        zip(lines, state_of(patcher).transition_step, state_of(patcher).noise_gap, strict=True)
+    ):
+        assert f"sample {i + 1} of {BATCH}, {STEPS} steps" in line and f"full guidance from step {step} " in line
+        assert all(f" {k}:{gap:.4g}" in line for k, gap in enumerate(gaps.tolist()))
+    caplog.clear()
+    sampled(kd, "euler", patched(timestep=0.0))
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * BATCH and "no full guidance" in caplog.text
+    caplog.clear()
+    sampled(kd, "euler", patched(timestep=0.0), SIGMAS[:3])  # the image is another run's
+    assert [record.levelname for record in caplog.records] == ["INFO"] * BATCH
 
 
 @pytest.mark.parametrize("schema", [True, False], ids=["V3", "V1"])
@@ -136,12 +211,22 @@ def test_the_folder_can_be_put_into_custom_nodes(monkeypatch, schema):
     assert "sampler_cfg_function" in result.model_options and "sampler_cfg_function" not in model.model_options
 
 
-def test_what_does_not_go_together_is_refused():
-    with pytest.raises(ValueError, match="latest must be a whole number of at least 2"):
-        patched(until=node.MINIMUM, latest_step=1)
-    function = patched().model_options["sampler_cfg_function"]
-    with pytest.raises(ValueError, match="does not tell a model the sampler's sigmas"):
-        function({"input": torch.zeros(BATCH, 12), "model_options": {"transformer_options": {}}})
+@pytest.mark.parametrize("latest", [-1, 1.5, "0.5"])
+def test_widgets_out_of_range_are_refused(latest):
+    with pytest.raises(ValueError, match="latest must be a number from 0 to 1"):
+        patched(until=node.MINIMUM, latest=latest)
+    with pytest.raises(ValueError, match="timestep must be at most 1000"):
+        patched(timestep=1001.0)
+
+
+def test_what_cannot_be_followed_is_refused(monkeypatch):
+    _, uncond, _ = given()
+    args = {"input": uncond, "sigma": torch.ones(BATCH), "input_uncond": uncond, "cond_scale": CFG}
+    with pytest.raises(ValueError, match="outside the run of a guider"):
+        function_of(patched())(args)
+    monkeypatch.delattr(comfy.Patcher, "add_wrapper_with_key")
+    with pytest.raises(ValueError, match="update it"):
+        patched()
 
 
 def test_the_example_workflow_holds_together():

@@ -1,9 +1,12 @@
 """`EscapeDenoiser` under k-diffusion's own samplers: against plain guidance, our sampler and the definition."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from basinescape import At, Fallen, FirstMinimum, Guidance, Sampler, Settled
+from basinescape.basin import LOG_SNR, noises
 from basinescape.hosts.kdiffusion import EscapeDenoiser
 from basinescape.kernels import definition
 from basinescape.schedulers import make_scheduler
@@ -139,6 +142,71 @@ def test_it_gives_the_samplers_images(kd, pipe, name, guidance):
         images = pipe.image_processor.postprocess(pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample, "np")
     assert torch.equal(denoiser.transition_step, out.transition_step)
     assert np.abs(images - out.images).max() <= 1 / 255
+
+
+def test_it_judges_as_the_sampler(kd, pipe):
+    """Whichever the network predicts: what is compared is the denoised picture."""
+    sampler = Sampler.from_pipeline(pipe, "euler")
+    latents = sampler(PROMPTS, [3, 1], STEPS, Guidance.cfg(7.5), output="latent", progress=False).latents
+    expected = sampler.judge(latents, PROMPTS, [3, 1])
+    cond, uncond = pipe.encode_prompt(PROMPTS, "cpu", 1, True)
+
+    class Network(torch.nn.Module):
+        alphas_cumprod = pipe.scheduler.alphas_cumprod
+
+        def apply_model(self, x, t, cond):
+            return pipe.unet(x, t, cond).sample
+
+    denoiser = EscapeDenoiser(kd[1].CompVisDenoiser(Network()), Guidance.cfg(7.5))
+    found = denoiser.judge(latents, cond=cond, uncond=uncond, seeds=[3, 1])
+    assert torch.allclose(found.score, expected.score, atol=0.02) and torch.equal(found.suspect, expected.suspect)
+    alone = denoiser.judge(latents[1:], cond=cond[1:], uncond=uncond[1:], seeds=1)
+    assert torch.allclose(alone.score, found.score[1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_a_denoiser_that_knows_the_picture_scores_as_the_formula_says(flow):
+    """Under both mixtures of data and noise, whatever the model returns for a step."""
+    x0, seeds, given = torch.randn(BATCH, 12, generator=torch.Generator().manual_seed(0)), [4, 5], []
+
+    def model(x, sigma, cond):
+        given.append((x[:BATCH], sigma))
+        return x0.repeat(2, 1) + cond[0]
+
+    near, far = torch.full((BATCH, 12), 0.1), torch.full((BATCH, 12), -0.4)
+    near[1] = far[1] = 0.2
+    verdict = EscapeDenoiser(model, Guidance.cfg(4.0)).judge(x0, cond=[near], uncond=[far], seeds=seeds, flow=flow)
+    assert torch.allclose(verdict.score, torch.tensor([4.0, 1.0]).log(), atol=1e-4) and verdict.suspect.tolist() == [
+        True,
+        False,
+    ]
+    x, sigma = given[0]
+    share = float(sigma[0])
+    noise = (x - (1 - share if flow else 1.0) * x0) / share
+    drawn = torch.stack([next(noises(seed, (12,))) for seed in seeds])
+    assert torch.allclose(noise, drawn, atol=1e-4)
+    assert math.isclose(2 * math.log((1 - share if flow else 1.0) / share), LOG_SNR, rel_tol=1e-5)
+
+
+def test_a_transition_may_be_a_log_snr(kd):
+    """The first step whose noise is at most so many times the data."""
+    model = kd[1].CompVisDenoiser(Toy())
+    sigmas = kd[0].get_sigmas_karras(STEPS, 0.1, 10.0)[:-1]
+    denoiser = EscapeDenoiser(model, Guidance.delayed(4.0, until=At(log_snr=-2.0)))
+    sampled(kd, "euler", model, denoiser)
+    assert denoiser.transition_step.tolist() == [int((sigmas <= math.e).nonzero()[0])] * BATCH
+
+
+@pytest.mark.parametrize("name", ["dpm_fast", "dpm_adaptive"])
+def test_samplers_of_uneven_steps_are_refused_before_work(kd, name):
+    network = Toy()
+    denoiser = EscapeDenoiser(kd[1].CompVisDenoiser(network), MINIMUM)
+    x, uncond, cond = given()
+    steps = {"n": STEPS} if name == "dpm_fast" else {}
+    with pytest.raises(ValueError, match=f"sample_{name} differs in its calls from step to step"):
+        extra = {"cond": cond, "uncond": uncond}
+        getattr(kd[0], f"sample_{name}")(denoiser, 10 * x, 0.1, 10.0, extra_args=extra, disable=True, **steps)
+    assert not network.calls
 
 
 def test_samples_of_a_batch_go_their_own_ways(kd):

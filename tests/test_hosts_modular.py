@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from basinescape import At, FirstMinimum, Guidance, Rung, Sampler
+from basinescape import At, FirstMinimum, Guidance, Sampler, escape
 from basinescape.hosts.modular import BasinEscapeGuidance
 from basinescape.schedulers import make_scheduler
-from components import PIPELINES, build, prompts
+from components import PIPELINES, build, call, prompts
 from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.modular_pipelines.qwenimage.modular_blocks_qwenimage import QwenImageCoreDenoiseStep
 from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3 import StableDiffusion3T2ICoreDenoiseStep
 from diffusers.modular_pipelines.stable_diffusion_xl import StableDiffusionXLAutoBlocks
 from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
@@ -34,7 +35,7 @@ def denoised(request):
         given = {part: value[rows] for part, value in prompts(name).items()}
         return pipe(**given, **PIPELINES[name].call, latents=noise[rows], num_inference_steps=STEPS, output="latents")
 
-    run.pipe = pipe
+    run.pipe, run.name, run.noise = pipe, name, noise
     return run
 
 
@@ -45,6 +46,34 @@ def test_plain_cfg_is_the_stock_guiders(denoised):
     assert guider.run.noise_gap.isfinite().all()
     off = BasinEscapeGuidance(Guidance.cfg(SCALE), enabled=False)
     assert torch.equal(denoised(off), denoised(ClassifierFreeGuidance(guidance_scale=SCALE, enabled=False)))
+
+
+@pytest.mark.parametrize("guidance", [Guidance.cfg(SCALE), Guidance.delayed(SCALE, until=At(900))], ids=repr)
+def test_it_judges_as_the_stock_pipeline(denoised, guidance):
+    """With the prompts of the last run, though its first steps asked for one prediction alone."""
+    guider = BasinEscapeGuidance(guidance)
+    latents = denoised(guider)
+    found = guider.judge(latents, denoised.pipe.scheduler, [0, 1])
+    assert found.score.isfinite().all()
+    stock = build(denoised.name, transformer=denoised.pipe.transformer, scheduler=denoised.pipe.scheduler)
+    given, generators = prompts(denoised.name), [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    options = {"num_inference_steps": STEPS, "generator": generators, "output_type": "latent", **PIPELINES[denoised.name].call}
+    with escape(stock, guidance) as run:
+        stock(**given, **options, latents=denoised.noise.clone())
+        whole = 1e-3 if denoised.name == "WanPipeline" else 1e-6  # which is told whole timesteps by its stock pipeline alone
+        assert torch.allclose(run.judge().score, found.score, atol=whole)
+    alone = BasinEscapeGuidance(guidance)
+    one = denoised(alone, slice(1, 2))
+    assert torch.allclose(alone.judge(one, denoised.pipe.scheduler, 1).score, found.score[1:], atol=1e-4)
+    with pytest.raises(ValueError, match="give them as it takes them"):
+        guider.judge(latents[..., :1], denoised.pipe.scheduler, [0, 1])
+
+
+def test_pictures_of_a_run_without_both_predictions_are_not_judged(denoised):
+    guider = BasinEscapeGuidance(Guidance.cfg(0.0))
+    latents = denoised(guider)
+    with pytest.raises(ValueError, match="never asked for pred_cond"):
+        guider.judge(latents, denoised.pipe.scheduler)
 
 
 def test_samples_of_a_batch_go_their_own_ways(denoised):
@@ -128,9 +157,11 @@ def test_it_is_saved_and_loaded(tmp_path):
 
 
 def test_what_it_cannot_follow_is_refused(xl):
-    guard = Guidance.ladder([Rung(Guidance.cfg(4.0), (1.0,), 1, 1.0, 1, 0, 1.0)])
+    guard = Guidance.guard(4.0)
     with pytest.raises(ValueError, match="use Sampler"):
         BasinEscapeGuidance(guard)
+    with pytest.raises(ValueError, match=r"use At\(timestep=...\)"):
+        BasinEscapeGuidance(Guidance.delayed(4.0, until=At(log_snr=-2.0)))
     scheduler = xl.pipe.scheduler
     xl.pipe.update_components(scheduler=make_scheduler("heun", scheduler))
     with pytest.raises(ValueError, match="more than once a step, which a guider cannot see: use Sampler"):
@@ -139,3 +170,25 @@ def test_what_it_cannot_follow_is_refused(xl):
     guider = BasinEscapeGuidance(Guidance.delayed(SCALE, until=At(500)))
     with pytest.raises(ValueError, match=r"timesteps in 0\.\.1000, and the scheduler's begin at 1\.1"):
         guider.set_state(0, STEPS, torch.tensor(1.1))
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [Guidance.cfg(SCALE), Guidance.delayed(SCALE, until=At(900)), Guidance.opposite(1.0, scale=3.0, until=At(900))],
+    ids=repr,
+)
+def test_a_pipeline_that_needs_the_conditional_norm_has_it(guidance):
+    """Qwen-Image renormalises what it has guided, by the conditional prediction: also in steps that ask for none."""
+    name = "QwenImagePipeline"
+    stock, pipe, guider = build(name), QwenImageCoreDenoiseStep().init_pipeline(), BasinEscapeGuidance(guidance)
+    pipe.update_components(transformer=stock.transformer, scheduler=stock.scheduler, guider=guider)
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    options = {"num_inference_steps": STEPS, "generator": generators, **PIPELINES[name].call}
+    made = pipe(**prompts(name), **options, output="latents")
+    latents = stock._pack_latents(made[:, :, 0], len(made), *made.shape[1:2], *made.shape[3:])
+    with escape(stock, guidance) as run:
+        expected = call(name, stock, steps=STEPS)
+    assert torch.allclose(latents, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    found = guider.judge(latents, pipe.scheduler, [0, 1])
+    assert torch.allclose(found.score, run.judge().score, rtol=1e-2, atol=1e-6)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..quiet import quieten
 from . import options
+
+if TYPE_CHECKING:
+    from basinescape.audit.audit import Settings
 
 
 def audit(
@@ -24,9 +27,7 @@ def audit(
     calibration: Annotated[str | None, typer.Option(help="default calibration.json in the model's folder, if any")] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(
-            help="ordinary ones, none of them memorized, measured where no calibration has them; default 200 that ship"
-        ),
+        typer.Option(help="ordinary ones, not memorized, measured where no calibration has them; default 200 that ship"),
     ] = None,
     rate: Annotated[float, typer.Option(help="of the flagged captions, the share that may be ordinary")] = 0.1,
     noises: Annotated[int, typer.Option(help="initial noises a caption; above 1, ordinary prompts are measured too")] = 1,
@@ -74,22 +75,27 @@ def audit(
     steps, scale = options.steps_and_scale(sampler, known, steps, scale)
     size = options.batch_size(sampler, batch_size)
     rows = audit(sampler, model, found, out, ordinary, known, steps, scale, settings, more, size, progress)
-    _conclude(rows, out)
+    _conclude(rows, out, settings)
 
 
-def _conclude(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """Say what came out. Raises typer.Exit(1) where captions failed."""
+def _conclude(rows: Sequence[dict[str, Any]], out: Path, settings: Settings) -> None:
+    """Say what came out. Raises typer.Exit(1) where something failed."""
     flagged = sum(row["flagged"] for row in rows)
     typer.echo(f"{len(rows)} captions, {flagged} flagged: {out / 'audit.csv'}, {out / 'audit.html'}")
     verified = [row for row in rows if row["n"] is not None]
-    if verified:
-        suspect = sum(bool(row["suspects"]) for row in verified)
-        typer.echo(f"of the worst {len(verified)}, {suspect} make suspect pictures, {sum(row['suspects'] for row in verified)}")
-    compared = [row for row in verified if row["copies"] is not None]
-    if compared:
-        copied = sum(bool(row["copies"]) for row in compared)
-        typer.echo(f"{copied} of them reproduce a training image, in {sum(row['copies'] for row in compared)} pictures")
+    for column, said in (("suspects", "made pictures that look like copies"), ("copies", "made copies of training images")):
+        found = [row[column] for row in verified if row[column] is not None]
+        if found:
+            typer.echo(f"of the worst {len(found)}, {sum(map(bool, found))} {said}: {sum(found)} of {_pictures(verified)}")
     failed = [row["id"] for row in rows if row["status"] != "ok"]
+    missing = min(settings.verify, len(rows) - len(failed)) * settings.seeds - _pictures(verified)
     if failed:
-        typer.echo(f"{len(failed)} failed ({', '.join(failed[:5])}): see status in audit.csv", err=True)
+        typer.echo(f"{len(failed)} captions failed ({', '.join(failed[:5])}): see status in audit.csv", err=True)
+    if missing:
+        typer.echo(f"{missing} pictures failed: the same command makes them again", err=True)
+    if failed or missing:
         raise typer.Exit(1)
+
+
+def _pictures(rows: Sequence[dict[str, Any]]) -> int:
+    return sum(row["n"] for row in rows)

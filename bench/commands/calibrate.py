@@ -20,6 +20,7 @@ def calibrate(
         Path | None,
         typer.Option(help="ordinary ones, none of them memorized, a hundred or more, as for generate; default 200 that ship"),
     ] = None,
+    pictures: Annotated[int, typer.Option(help="pictures a prompt", min=1)] = 1,
     scale: Annotated[float | None, typer.Option(help="guidance scale; default the model's own")] = None,
     steps: Annotated[int | None, typer.Option(help="denoising steps; default the model's own")] = None,
     scheduler: options.Scheduler = "own",
@@ -59,7 +60,8 @@ def calibrate(
     sampler = sampler.using(**options.of_call(option))
     steps, scale = options.steps_and_scale(sampler, None, steps, scale)
     size = options.batch_size(sampler, batch_size)
-    texts, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
+    shifts = range(0, pictures * len(jobs), len(jobs))
+    texts, seeds = [job.prompt for job in jobs] * pictures, [job.seed + shift for shift in shifts for job in jobs]
     made = calibrate(sampler, texts, seeds, out, steps, scale, settled, size, progress)
     typer.echo(f"{made.images} pictures, {steps} steps: {out}, {out.with_suffix('.png').name}")
     if settled and made.ordinary is not None:

@@ -108,16 +108,18 @@ def audit(
 
     gaps = Gaps(sampler, first, steps, scale, batch_size, progress)
     usual = known or _measured(gaps, ordinary, len(captions), out, settings)
-    count = len(captions)
-    looks = [
-        (one.id, one.text, [settings.seed + i + k * count for k in range(settings.noises)]) for i, one in enumerate(captions)
-    ]
+
+    def seeds(place: int, number: int) -> list[int]:
+        """Of a caption by its place, whatever else is to be done."""
+        return [settings.seed + place + k * len(captions) for k in range(number)]
+
+    looks = [(one.id, one.text, seeds(i, settings.noises)) for i, one in enumerate(captions)]
     lines = gaps(looks, out / "gaps.jsonl", "captions")
     rows = ranked(captions, lines, usual, settings.rate)
 
     places = {prompt.id: i for i, prompt in enumerate(captions)}
     worst = [captions[places[row["id"]]] for row in rows if row["status"] == "ok"][: settings.verify]
-    tasks = [(one.id, one.text, [settings.seed + places[one.id] + k * count for k in range(settings.seeds)]) for one in worst]
+    tasks = [(one.id, one.text, seeds(places[one.id], settings.seeds)) for one in worst]
     verify = Verification(sampler, out, steps, scale, usual.gap, threshold, batch_size, progress)
     found = verify(tasks, index) if tasks else {}
     rows = [verdict(row, found.get(row["id"], [])) for row in rows]
@@ -133,8 +135,11 @@ def audit(
 
 
 def _images(captions: Sequence[Prompt], more: Sequence[Path] = ()) -> list[Path]:
-    """The captions' own images, then the others."""
-    return list(dict.fromkeys([*(prompt.image for prompt in captions if prompt.image), *more]))
+    """The captions' own images, then the others; each file once."""
+    found: dict[Path, Path] = {}
+    for path in (*(prompt.image for prompt in captions if prompt.image), *more):
+        found.setdefault(path.resolve(), path)
+    return list(found.values())
 
 
 def _of_calibration(calibration: Calibration, sampler: Sampler, steps: int, scale: float, settings: Settings) -> Usual | None:
@@ -146,21 +151,19 @@ def _of_calibration(calibration: Calibration, sampler: Sampler, steps: int, scal
     if not (alike and calibration.settings.get("size", list(sampler.size())) == list(sampler.size())):
         return None
     ones = (1.0,) * first
-    return Usual(
-        calibration.gap[:first], tuple(statistic([look[:first]], ones) for look in calibration.looks), "the calibration"
-    )
+    ordinary = tuple(statistic([look[:first]], ones) for look in calibration.looks)
+    return Usual(calibration.gap[:first], ordinary, "the calibration")
 
 
 def _measured(gaps: Gaps, ordinary: Sequence[str], count: int, out: Path, settings: Settings) -> Usual:
     """The same of these prompts, whose noises are those after the captions'."""
-    start = settings.seed + count * max(settings.noises, settings.seeds)
+    start = settings.seed + count * settings.noises
     seeds = [[start + j + k * len(ordinary) for k in range(settings.noises)] for j in range(len(ordinary))]
     looks = [(f"{j:04d}", text, own) for j, (text, own) in enumerate(zip(ordinary, seeds, strict=True))]
-    lines = [line for line in gaps(looks, out / "ordinary.jsonl", "ordinary prompts").values() if line["status"] == "ok"]
+    path = out / "ordinary.jsonl"
+    lines = [line for line in gaps(looks, path, "ordinary prompts").values() if line["status"] == "ok"]
     if len(lines) < 2:
-        raise ValueError(
-            f"{len(lines)} of {len(ordinary)} ordinary prompts could be measured: see {str(out / 'ordinary.jsonl')!r}"
-        )
+        raise ValueError(f"{len(lines)} of {len(ordinary)} ordinary prompts could be measured: see {str(path)!r}")
     usual = tuple(median(noise[k] for line in lines for noise in line["gaps"]) for k in range(gaps.steps))
     if min(usual) <= 0:
         raise ValueError("the usual noise gap is 0: the model takes no notice of prompts")

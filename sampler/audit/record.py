@@ -13,6 +13,8 @@ from .statistics import LEVEL, discoveries, fewest, interval, p_values
 
 log = logging.getLogger(__name__)
 Line = Mapping[str, Any]
+# Columns about the pictures of a caption.
+VERDICTS = ("score", "suspects", "n", "low", "high", "copies", "copies_low", "copies_high", "similarity", "measure", "nearest")
 
 
 def ranked(captions: Sequence[Prompt], lines: Mapping[str, Line], usual: Usual, rate: float) -> list[dict[str, Any]]:
@@ -34,10 +36,9 @@ def ranked(captions: Sequence[Prompt], lines: Mapping[str, Line], usual: Usual, 
 def verdict(row: Line, found: Sequence[Line]) -> dict[str, Any]:
     """A row of audit.csv with what the pictures of its caption say: lines of `Verification`.
 
-    low, high: exact bounds of the share of suspect pictures; copies_low, copies_high: of copies. What was not looked at is None.
+    low, high: exact bounds of the share of suspect pictures; copies_low, copies_high: of copies. None: not looked at.
     """
-    names = ("score", "suspects", "n", "low", "high", "copies", "copies_low", "copies_high", "similarity", "measure", "nearest")
-    said: dict[str, Any] = dict.fromkeys(names)
+    said: dict[str, Any] = dict.fromkeys(VERDICTS)
     if found:
         suspects = sum(line["suspect"] for line in found)
         said |= {"score": max(line["score"] for line in found), "suspects": suspects, "n": len(found)}

@@ -119,7 +119,8 @@ class Verification:
         told = moving(shown, len(batch))
         made = self.sampler.wrapped(heat.watch)(texts, seeds, self.steps, Guidance.cfg(self.scale), progress=told)
         if not made.finite.all():
-            raise ValueError(f"pictures of {batch[made.finite.tolist().index(False)][0]!r} are not finite")
+            id, _, seed = batch[made.finite.tolist().index(False)]
+            raise ValueError(f"the picture {id}-{seed} is not finite")
         scores = self.sampler.judge(made.latents, texts, seeds, self.threshold, batch_size=self.size).score
         maps = map(in_grey, heat.maps(self.sampler, self.usual))
         return list(zip(map(still, made.images), maps, (round(score, 5) for score in scores.tolist()), strict=True))

@@ -1,30 +1,31 @@
-"""Guidance for anybody's own loop: what picks each sample's weight, without a solver and without a model.
+"""Guidance for anybody's own loop: what picks each sample's weight, without a solver and without a model; and what judges.
 
 state = Escape(Guidance.delayed(7.5, until=FirstMinimum()), timesteps, batch=2, device="cuda")
 for t in timesteps:
     uncond, cond = network(latents, t)
     latents = anything(latents, t, state(uncond, cond))
 state.transition_step, state.noise_gap
+judge(network, scheduler, latents, seeds).suspect
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from diffusers import SchedulerMixin
 from torch import Tensor
 
-from .. import arguments
-from ..guidance import Branch, Guidance, Rung, branches, looks
+from .. import arguments, basin
+from ..branches import Branch, branches, looks
+from ..guidance import PROBES, THRESHOLD, Guard, Guidance
 from ..kernels import guide_step
 from ..kernels.operands import is_dense
 from ..kernels.state import Latents, State, Transition, Workspace
 from ..kernels.table import Column
-
-if TYPE_CHECKING:
-    from ..calibration import Calibration
+from ..output import Verdict
+from ..transitions import LEAVES, STAYS
 
 
 class Escape:
@@ -37,10 +38,10 @@ class Escape:
     device:      of the predictions.
     step:        the step that each call of the network belongs to, counted from 0, for solvers that call it more than once a
                  step: the first call of a step alone may show a transition. None: one call a step.
-    calibration: of the guidance, scheduler and number of steps: then `score` and `suspect` say how memorized each sample looks.
+    log_snrs:    of each step, rising; needed by guidance that is delayed until a log SNR (`schedulers.log_snrs` has them).
 
-    Raises ValueError for arguments that are not as described, for timesteps that the guidance or the calibration is not made
-    for, and for a guard or restart sampling, which need a loop that can go back.
+    Raises ValueError for arguments that are not as described, for timesteps that the guidance is not made for, and for a guard
+    or restart sampling, which need a loop that can go back. It judges nothing: `judge` does.
     """
 
     @torch.inference_mode(False)
@@ -51,22 +52,22 @@ class Escape:
         batch: int,
         device: torch.device | str = "cpu",
         step: Sequence[int] | Tensor | None = None,
-        calibration: Calibration | None = None,
+        log_snrs: Sequence[float] | Tensor | None = None,
     ):
         self.batch = arguments.at_least_one("batch", batch)
-        self.guidance = each(guidance, self.batch)
+        given = each(guidance, self.batch)
         self.device = torch.device(device)
         self.calls = 0
         count = arguments.whole(timesteps)
         self._told = count is not None
         self.timesteps = [math.nan] * arguments.at_least_one("timesteps", count) if self._told else _levels(timesteps)
+        self.guidance = [one.over(self.timesteps, _log_snrs(log_snrs, len(self.timesteps))) for one in given]
         self._step = torch.arange(len(self.timesteps)) if step is None else torch.as_tensor(step, dtype=torch.int64).cpu()
         if not set(self._step.tolist()) <= set(range(len(self.timesteps))):
             raise ValueError(f"step must count the {len(self.timesteps)} timesteps from 0, got {self._step.tolist()}")
         self._first = torch.cat([torch.ones(1), self._step.diff().clamp(max=1)])
         if not self._told:
             self._check_known(self.timesteps)
-        self._rungs = [_rung(calibration, one, self.timesteps) for one in self.guidance] if calibration else None
         self._distinct = list(dict.fromkeys(self.guidance))
         table = self._laid()
         self._finds = any(looks(one.calls(self.timesteps, self._step, self._first)) for one in self._distinct)
@@ -109,8 +110,6 @@ class Escape:
         """
         if self._told:
             self._tell(timestep)
-        if self._rungs is not None:
-            return "both"
         columns = [one.calls(self.timesteps, self._step, self._first) for one in self._distinct]
         needed = {branches(laid, looks(laid))[self.calls] for laid in columns}
         return needed.pop() if len(needed) == 1 else "both"
@@ -146,21 +145,6 @@ class Escape:
     def noise_gap(self) -> Tensor:
         """(B, steps) float32 on the CPU: ||cond - uncond||_2 at each step, NaN where it has not been yet."""
         return self._way.gaps.cpu()
-
-    @property
-    def score(self) -> Tensor | None:
-        """(B,) float32 on the CPU: how memorized each sample looks by its gaps, 1 where they are as usual, NaN before the last
-        step; see `Rung.score`. None without a calibration."""
-        if self._rungs is None:
-            return None
-        return torch.stack([rung.score(gap) for rung, gap in zip(self._rungs, self.noise_gap, strict=True)])
-
-    @property
-    def suspect(self) -> Tensor | None:
-        """(B,) bool on the CPU: the samples that look memorized. None without a calibration."""
-        if self._rungs is None:
-            return None
-        return torch.stack([rung.suspect(gap) for rung, gap in zip(self._rungs, self.noise_gap, strict=True)])
 
     def _laid(self) -> Tensor:
         """The rows of each distinct guidance, one after another: (K * distinct, len(Column)) float32 on the CPU."""
@@ -200,6 +184,11 @@ def each(guidance: Guidance | Sequence[Guidance], batch: int | None = None) -> l
 
     Without `batch` the list as it is given, of one where there is one for all.
     """
+    if isinstance(guidance, Guard) or (isinstance(guidance, Sequence) and any(isinstance(one, Guard) for one in guidance)):
+        raise ValueError(
+            "a guard begins samples again, which this loop cannot: use Sampler or escape(pipe, guard), or plain guidance here "
+            "and basinescape.hosts.escape.judge for the finished pictures"
+        )
     shared = isinstance(guidance, Guidance)
     found = [guidance] * (batch or 1) if shared else list(guidance) if isinstance(guidance, Sequence) else []
     if not found or not all(isinstance(one, Guidance) for one in found):
@@ -207,16 +196,23 @@ def each(guidance: Guidance | Sequence[Guidance], batch: int | None = None) -> l
     if batch is not None and len(found) != batch:
         raise ValueError(f"guidance has {len(found)} entries for {batch} samples")
     for one in found:
-        if one.rungs:
-            raise ValueError(
-                "a guard begins samples again, which needs a loop that can go back: use Sampler, or plain guidance here with "
-                "its calibration, which says what looks memorized"
-            )
         if one.restart:
             raise ValueError(f"restart={one.restart} goes back in the steps, which needs a loop that can: use Sampler")
         if one.rule != found[0].rule:
             raise ValueError(f"guidance must have one rule in a batch, got {one.rule!r} beside {found[0].rule!r}")
     return found
+
+
+def idle(guidance: Sequence[Guidance], timesteps: Sequence[float]) -> list[str]:
+    """A line about each guidance whose transition changes nothing over steps at these timesteps."""
+    lines = []
+    for one in dict.fromkeys(guidance):
+        leaving = [STAYS] if one.until is None else one.until.leaving(timesteps)
+        if leaving[0] == LEAVES:
+            lines.append(f"{one!r} is plain guidance here: the first of {len(timesteps)} steps is past the transition already")
+        elif one.until is not None and all(step == STAYS for step in leaving):
+            lines.append(f"{one!r} has no transition here: none of {len(timesteps)} steps comes so far")
+    return lines
 
 
 def _levels(timesteps: Sequence[float] | Tensor) -> list[float]:
@@ -227,10 +223,38 @@ def _levels(timesteps: Sequence[float] | Tensor) -> list[float]:
     return found.tolist()
 
 
-def _rung(calibration: Calibration, guidance: Guidance, levels: Sequence[float]) -> Rung:
-    """What is usual under a guidance. Raises ValueError where that was not calibrated, or for other steps."""
-    for rung in calibration.rungs:
-        if rung.guidance == guidance:
-            rung.check(levels)
-            return rung
-    raise ValueError(f"calibration is of {[rung.guidance for rung in calibration.rungs]}, not of {guidance!r}")
+def _log_snrs(given: Sequence[float] | Tensor | None, steps: int) -> list[float] | None:
+    """As numbers; ValueError where they are not one a step."""
+    if given is None:
+        return None
+    found = torch.as_tensor(given, dtype=torch.float64).cpu()
+    if found.shape != (steps,):
+        raise ValueError(f"log_snrs must be one for each of {steps} steps, got {tuple(found.shape)}")
+    return found.tolist()
+
+
+@torch.no_grad()
+def judge(
+    predict: basin.Predict,
+    scheduler: SchedulerMixin | basin.Probe,
+    latents: Tensor,
+    seeds: int | Sequence[int] = 0,
+    threshold: float = THRESHOLD,
+    probes: int = PROBES,
+) -> Verdict:
+    """Whether finished pictures look like copies of training images, by their basin scores; see `basin`.
+
+    predict:   (latents (B, ...), timesteps (B,)) -> (uncond, cond), each (B, ...): what the network itself returns for noised
+               pictures with their prompts. `latents` are as the scheduler's `scale_model_input` would hand them over, timesteps
+               as `scheduler.timesteps` counts them.
+    scheduler: what the network was trained for (its levels and what it predicts); or a `Probe`, for others than diffusers'.
+    latents:   (B, ...) of the pictures, before decoding.
+    seeds:     of the noises they are judged by: those they were made with. One a picture, or one for the first, counted up.
+    threshold: above which a picture is suspect. probes: noises a picture, each a call of `predict`.
+
+    Raises ValueError for arguments that are not as described, and for a scheduler whose noise levels are not known.
+    """
+    seeds, threshold = arguments.seeds(seeds, len(latents)), arguments.finite("threshold", threshold)
+    probe = scheduler if isinstance(scheduler, basin.Probe) else basin.Probe.of(scheduler)
+    score = basin.scores(predict, probe, latents, seeds, arguments.at_least_one("probes", probes))
+    return Verdict(score, basin.suspects(score, threshold))

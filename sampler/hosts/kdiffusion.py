@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,13 +13,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .. import arguments
-from ..guidance import Guidance
+from ..basin import LOG_SNR, Probe
+from ..guidance import PROBES, THRESHOLD, Guidance
 from ..kernels.state import per_sample
+from ..output import Verdict
 from ..schedulers import timestep_of_ratio
-from ..transitions import Settled
-from .escape import Escape, each
+from ..transitions import At, Settled
+from .escape import Escape, each, judge
 
 MOST_STEPS = 1000  # of a run whose number of steps is not given
+UNEVEN = {"sample_dpm_fast", "sample_dpm_adaptive"}  # whose steps differ in their number of calls
 
 Scalings = Callable[[Tensor], Sequence[Tensor]]
 
@@ -33,10 +39,11 @@ class EscapeDenoiser:
 
     Guidance combines what the network returned, so that noise gaps and thresholds are those of every other host; timesteps are
     the model's own (`sigma_to_t`), or those at which Stable Diffusion has the same ratio of noise to data. A run begins with
-    the first call and wherever sigma rises. Samplers whose steps differ in their number of calls (dpm_fast, dpm_adaptive) are
-    not for it. `run` is the last run's `Escape`.
+    the first call and wherever sigma rises. `run` is the last run's `Escape`. It cannot begin a sample again: `judge` says
+    which finished pictures look like copies.
 
-    Raises ValueError for arguments that are not as described, and for guidance that needs a loop that can go back.
+    Raises ValueError for arguments that are not as described, for guidance that needs a loop that can go back, and in a run of
+    dpm_fast or dpm_adaptive, whose steps differ in their number of calls.
     """
 
     def __init__(
@@ -50,7 +57,8 @@ class EscapeDenoiser:
         counted = [one for one in each(guidance) if isinstance(one.shape, tuple) or isinstance(one.until, Settled)]
         if steps is None and counted:
             raise ValueError(f"guidance {counted[0]!r} counts the steps of a run: give steps")
-        self.inner_model, self.guidance, self.scalings = model, guidance, scalings
+        self.inner_model, self.scalings = model, scalings
+        self.guidance = self._over(guidance) if isinstance(guidance, Guidance) else [self._over(one) for one in guidance]
         self.order = arguments.at_least_one("order", order)
         self.steps = MOST_STEPS if steps is None else arguments.at_least_one("steps", steps)
         self.run: Escape | None = None
@@ -67,6 +75,9 @@ class EscapeDenoiser:
         if low != high:
             raise ValueError(f"sigma must be the same for all samples, got {low:g} to {high:g}")
         if self.run is None or high > self._sigma or self.run.batch != len(x):
+            uneven = UNEVEN & {frame.function for frame in inspect.stack(context=0)}
+            if uneven:
+                raise ValueError(f"{uneven.pop()} differs in its calls from step to step: use a sampler that does not")
             step = [k // self.order for k in range(self.steps * self.order)]
             self.run = Escape(self.guidance, self.steps, len(x), x.device, step)
         if self.run.calls % self.order == 0:  # a step's other calls may lie anywhere below
@@ -80,6 +91,31 @@ class EscapeDenoiser:
         skip, out = (per_sample(scale.expand(len(x)), x) for scale in self._scalings(sigma))
         raw = [None if denoised is None else (denoised - skip * x) / out for denoised in both]
         return skip * x + out * self.run(*raw, timestep=level)
+
+    @torch.no_grad()
+    def judge(
+        self,
+        x0: Tensor,
+        cond: Any,
+        uncond: Any,
+        seeds: int | Sequence[int] = 0,
+        threshold: float = THRESHOLD,
+        probes: int = PROBES,
+        flow: bool = False,
+        **model_kwargs: Any,
+    ) -> Verdict:
+        """Whether finished latents x0 (B, ...), as a sampler returned them, look like copies; see `escape.judge`.
+
+        cond, uncond, model_kwargs: as in a call. flow: the model denoises (1 - sigma) x0 + sigma noise, not x0 + sigma noise.
+        """
+        ratio = math.exp(-LOG_SNR / 2)
+        sigma = ratio / (1 + ratio) if flow else ratio * getattr(self.inner_model, "sigma_data", 1.0)
+        probe = Probe(sigma, LOG_SNR, (1 - sigma if flow else 1.0, sigma), (1.0, 0.0))  # denoised it would be x0 itself
+
+        def predict(x: Tensor, told: Tensor) -> Sequence[Tensor]:
+            return self._both(x, told.to(x), uncond, cond, model_kwargs)
+
+        return judge(predict, probe, x0, seeds, threshold, probes)
 
     @property
     def transition_step(self) -> Tensor:
@@ -104,6 +140,14 @@ class EscapeDenoiser:
             return [self.inner_model(x, sigma, cond=one, **model_kwargs) for one in (uncond, cond)]
         doubled = tree_unflatten([torch.cat(pair) for pair in zip(first, second, strict=True)], form)
         return self.inner_model(torch.cat([x, x]), torch.cat([sigma, sigma]), cond=doubled).chunk(2)
+
+    def _over(self, guidance: Guidance) -> Guidance:
+        """The same with a transition that is stated as a log SNR as the timestep that has it."""
+        until = guidance.until if isinstance(guidance, Guidance) else None
+        if not isinstance(until, At) or until.log_snr is None:
+            return guidance
+        sigma = math.exp(-until.log_snr / 2) * getattr(self.inner_model, "sigma_data", 1.0)
+        return replace(guidance, until=At(timestep=min(self._level(torch.tensor([sigma])), 1000.0)))
 
     def _scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(c_skip, c_out), (B,) each."""

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 from diffusers.guiders import BaseGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
 from diffusers.modular_pipelines import BlockState
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..guidance import Branch, Guidance
-from .escape import Escape, each
+from ..branches import Branch
+from ..guidance import PROBES, THRESHOLD, Guard, Guidance
+from ..kernels.state import per_sample
+from ..output import Verdict
+from .asking import Asked, seen, stacked
+from .escape import Escape, each, judge
 
 CONTINUOUS = 2.0  # a schedule that begins below this timestep does not count in 0..1000
 
@@ -25,7 +32,8 @@ class BasinEscapeGuidance(BaseGuidance):
     enabled:  False: the conditional prediction alone.
 
     A step that needs one prediction alone makes that one. After a run `run`, an `Escape`, holds `transition_step`, `noise_gap`
-    and `calls`. A run starts at step 0. Timesteps count in 0..1000, as those of diffusion and flow-matching schedulers do.
+    and `calls`. A run starts at step 0. Timesteps count in 0..1000, as those of diffusion and flow-matching schedulers do. A
+    guider cannot begin a sample again: `judge` says which finished pictures look like copies.
 
     Raises ValueError for guidance that needs a loop that can go back, and in a run for schedulers that call the network more
     than once a step or whose timesteps count otherwise than the guidance asks: use `Sampler` there.
@@ -35,13 +43,19 @@ class BasinEscapeGuidance(BaseGuidance):
 
     def __init__(self, guidance: Guidance | Mapping | Sequence[Guidance | Mapping], enabled: bool = True):
         super().__init__(enabled=enabled)
-        shared = isinstance(guidance, (Guidance, Mapping))
+        shared = isinstance(guidance, (Guidance, Guard, Mapping))
         given = [guidance] if shared else list(guidance)
         self.guidance = each([Guidance.from_dict(one) if isinstance(one, Mapping) else one for one in given])
+        for one in self.guidance:
+            one.over([], None)  # raises for a transition by log SNR, which a guider is not told
         plain = [one.to_dict() for one in self.guidance]
         self.register_to_config(guidance=plain[0] if shared else plain, enabled=enabled)
         self._shared = shared
         self._branch: Branch = "both"
+        self._hooks = ExitStack()
+        self._asked: dict[str, Asked] = {}  # the first call of the network for each prediction
+        self._raw: dict[str, Tensor] = {}  # what it returned there
+        self._sign = 1.0  # -1 where the pipeline hands over the opposite
         self.run: Escape | None = None
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
@@ -58,10 +72,50 @@ class BasinEscapeGuidance(BaseGuidance):
                     f"guidance asks for timesteps in 0..1000, and the scheduler's begin at {level:g}: use FirstMinimum(), a "
                     "factor for each step, or another scheduler"
                 )
-            self.run = self._begin(len(self.guidance), "cpu")
+            self.run, self._asked = self._begin(len(self.guidance), "cpu"), {}
         elif step >= num_inference_steps or level == float(last):
             raise ValueError("the scheduler calls the network more than once a step, which a guider cannot see: use Sampler")
         self._branch = self.run.branch(level)
+
+    def prepare_models(self, denoiser: nn.Module) -> None:
+        super().prepare_models(denoiser)
+        self._hooks.close()  # of a network that failed
+        name = self._needed()[self._count_prepared - 1][1]
+        if self._enabled and name not in self._asked:
+            self._hooks.enter_context(seen(denoiser, partial(self._keep, name, denoiser)))
+
+    def cleanup_models(self, denoiser: nn.Module) -> None:
+        super().cleanup_models(denoiser)
+        self._hooks.close()
+
+    def _keep(self, name: str, denoiser: nn.Module, given: tuple, named: dict[str, Any], output: Any) -> Any:
+        self._asked[name] = Asked.kept(denoiser, given, named, float(self._timestep))
+        self._raw[name] = stacked(output[0]).clone()
+        return output
+
+    def judge(
+        self,
+        latents: Tensor,
+        scheduler: SchedulerMixin,
+        seeds: int | Sequence[int] = 0,
+        threshold: float = THRESHOLD,
+        probes: int = PROBES,
+    ) -> Verdict:
+        """Whether the pictures of the last run look like copies; see `escape.judge`.
+
+        latents: (B, ...) of them, as the network takes them (packed, where it takes them so). scheduler: the pipeline's.
+
+        Raises ValueError for latents of another shape, and where a run has not asked for both predictions.
+        """
+        missing = set(self._input_predictions) - self._asked.keys()
+        if missing:
+            raise ValueError(f"the last run never asked for {' and '.join(sorted(missing))}: its pictures cannot be judged")
+
+        def predict(x: Tensor, timesteps: Tensor) -> tuple[Tensor, ...]:
+            made = (self._asked[name].again(x, float(timesteps[0])) for name in ("pred_uncond", "pred_cond"))
+            return tuple(self._sign * one.reshape(x.shape) for one in made)
+
+        return judge(predict, scheduler, latents, seeds, threshold, probes)
 
     def prepare_inputs(self, data: dict[str, Any]) -> list[BlockState]:
         return [self._prepare_batch(data, i, name) for i, name in self._needed()]
@@ -82,7 +136,12 @@ class BasinEscapeGuidance(BaseGuidance):
         if self.run.calls == 0 and (self.run.batch != len(first) or self.run.device != first.device):
             self.run = self._begin(len(first), first.device)
         pred = self.run(first, second, timestep=level)
-        return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
+        for name, own in (("pred_cond", pred_cond), ("pred_uncond", pred_uncond)):
+            if (raw := self._raw.pop(name, None)) is not None and raw.numel() == own.numel():
+                self._sign = -1.0 if bool((raw.flatten() * own.flatten()).nansum() < 0) else 1.0
+        # Some pipelines give the guided prediction the conditional one's norm: as everywhere, for weights above 1 alone.
+        norm = pred if pred_cond is None else torch.where(per_sample(self.run.weight, pred) > 1, pred_cond, pred)
+        return GuiderOutput(pred=pred, pred_cond=norm, pred_uncond=pred_uncond)
 
     @property
     def is_conditional(self) -> bool:

@@ -2,285 +2,218 @@
 
 A forward hook on the network replaces both predictions by the guided one, m, before the pipeline combines them as it always
 does: m + s (m - m) = m, whatever its scale s. All else (LoRA, adapters, offload, schedulers, callbacks) stays the pipeline's.
+Under a guard the pipeline is called again, as a whole, while any of its pictures looks like a copy.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from ..calibration import Calibration
-from ..guidance import Guidance
-from ..kernels.state import per_sample
-from ..schedulers import levels, step_of_calls
-from .escape import Escape, each
-from .families import Family, family_of, network_of
-
-ON = 2.0  # a scale at which every pipeline asks for both predictions; it multiplies zero
+from ..guidance import PROBES, THRESHOLD, Guard, Guidance
+from ..output import Verdict
+from .call import Call
+from .escape import each
+from .families import Family, family_of
 
 
-def escape(
-    pipe: DiffusionPipeline, guidance: Guidance | Sequence[Guidance], calibration: Calibration | None = None
-) -> AbstractContextManager[EscapeRun]:
-    """Inside, every call of `pipe` is guided by `guidance`: `with escape(pipe, guidance) as run: pipe(prompt)`.
+def escape(pipe: DiffusionPipeline, guidance: Guidance | Guard | Sequence[Guidance]) -> EscapeRun:
+    """From here on every call of `pipe` is guided by `guidance`: to the end of `with escape(...) as run:`, or to `run.leave()`.
 
-    guidance:    of all samples, or a list of one a sample, all of one rule. Its scale counts; that in the call does not.
-    calibration: of the guidance, scheduler and number of steps; then `run.score` and `run.suspect` say how memorized each
-                 sample of the last call looks.
+    guidance: of all samples, or a list of one a sample, all of one rule; or a guard. Its scale counts, not that in the call.
 
     The call's `guidance_rescale` is followed, and a pipeline's own renormalisation for weights above 1. Steps count from the
-    first that is taken (image to image takes the later ones of a schedule).
+    first that is taken (image to image takes the later ones of a schedule). Guidance that a callback cuts off stays off.
+
+    A guard judges what the pipeline made, and calls it again for all samples while any is suspect: with the same arguments and
+    the next noise of the call's generators, but without `latents`, which are the first attempt's alone. Each sample is returned
+    from the attempt that it passed, else from the last. The noises that judge it are made from its generator's seed, or from 0.
+    A calibrated guard's early look is left out, since the samples of a batch go on together. Callbacks are called in each.
 
     Raises ValueError for a pipeline that is not guided by two predictions, or is inside another `escape`, and for guidance that
-    needs a loop of its own; when `pipe` is called, for arguments that cannot be followed, and after the first step where the
-    pipeline did not step with the guided prediction. On leaving the pipeline is what it was before, after errors too.
+    needs a loop of its own; when `pipe` is called, for arguments that cannot be followed and pictures that cannot be judged;
+    after the first step where the pipeline did not step with the guided prediction. On leaving the pipeline is what it was
+    before, after errors too.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise ValueError(f"pipe must be a diffusers pipeline, got {type(pipe).__name__}: in another loop use Escape")
     if isinstance(pipe, _Escaping):
-        raise ValueError("pipe is inside another escape: leave that first, or give a list of one guidance a sample")
-    family, checked = family_of(pipe), each(guidance)
-    return _escaped(pipe, family, checked[0] if isinstance(guidance, Guidance) else checked, calibration)
-
-
-class EscapeRun:
-    """What is known of the last call of a pipeline inside `escape`: as `Escape` has it, whose properties these are."""
-
-    def __init__(self) -> None:
-        self._state: Escape | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in dir(self):
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        if self._state is None:
-            raise ValueError(f"{name} is known when the pipeline has been called inside escape(...)")
-        return getattr(self._state, name)
-
-    def __dir__(self) -> list[str]:
-        return ["calls", "noise_gap", "score", "suspect", "timesteps", "transition_step"]
+        raise ValueError(
+            "pipe is inside another escape: leave that first (the end of its `with`, or run.leave()), or give a list of one "
+            "guidance a sample"
+        )
+    family = family_of(pipe)
+    for one in [attempt.guidance for attempt in guidance.attempts] if isinstance(guidance, Guard) else [guidance]:
+        each(one)
+    return EscapeRun(pipe, family, guidance)
 
 
 class _Escaping:
     """Marks the class of a pipeline inside `escape`."""
 
 
-@contextmanager
-def _escaped(
-    pipe: DiffusionPipeline, family: Family, guidance: Guidance | list[Guidance], calibration: Calibration | None
-) -> Iterator[EscapeRun]:
-    run, host = EscapeRun(), type(pipe)
+class EscapeRun:
+    """A pipeline inside `escape`, and what is known of its last call: of each of B samples what its attempt came to."""
 
-    @functools.wraps(host.__call__)
-    def call(self: DiffusionPipeline, *given: Any, **named: Any) -> Any:
-        bound = inspect.signature(host.__call__).bind(self, *given, **named)
-        bound.apply_defaults()
-        with ExitStack() as stack:
-            _Call(self, family, guidance, calibration, run, bound.arguments).attach(stack)
-            return host.__call__(*bound.args, **bound.kwargs)
+    def __init__(self, pipe: DiffusionPipeline, family: Family, guidance: Guidance | Guard | Sequence[Guidance]):
+        self._pipe, self._family, self._host = pipe, family, type(pipe)
+        self._guidance = guidance if isinstance(guidance, (Guidance, Guard)) else list(guidance)
+        self._calls: list[Call] = []
+        self._taken: Tensor | None = None  # (B,) int64, which of the calls each sample is from
+        self._latents: Tensor | None = None
+        self._verdict: Verdict | None = None
+        scales = {f"_{name}" for name in (family.scale, family.capped, "guidance_rescale")}
+        self._before = {name: value for name, value in vars(pipe).items() if name in scales}
 
-    pipe.__class__ = type(host.__name__, (_Escaping, host), {"__call__": call, "__module__": host.__module__})
-    try:
-        yield run
-    finally:
-        pipe.__class__ = host
+        @functools.wraps(self._host.__call__)
+        def call(own: DiffusionPipeline, *given: Any, **named: Any) -> Any:
+            bound = inspect.signature(self._host.__call__).bind(own, *given, **named)
+            bound.apply_defaults()
+            return self._run(bound.arguments)
 
+        own = {"__call__": call, "__module__": self._host.__module__}
+        pipe.__class__ = type(self._host.__name__, (_Escaping, self._host), own)
 
-class _Call:
-    """One call of a pipeline. `arguments` are the call's, changed so that it asks for both predictions."""
+    def __enter__(self) -> EscapeRun:
+        return self
 
-    def __init__(
-        self,
-        pipe: DiffusionPipeline,
-        family: Family,
-        guidance: Guidance | list[Guidance],
-        calibration: Calibration | None,
-        run: EscapeRun,
-        arguments: dict[str, Any],
-    ):
-        self.pipe, self.family, self.calibration, self.run = pipe, family, calibration, run
-        for name, allowed in family.only:
-            if arguments[name] != allowed:
-                raise ValueError(
-                    f"{name} is {arguments[name]!r}, which escape cannot follow: leave it at {allowed!r}; guidance that varies "
-                    "over time is Guidance's shape and interval"
-                )
-        shared = isinstance(guidance, Guidance)
-        followed = [_followed(one, family, arguments) for one in ([guidance] if shared else guidance)]
-        self.guidance = followed[0] if shared else followed
-        self.per_token = arguments[family.per_token] if isinstance(family.per_token, str) else family.per_token
-        arguments[family.scale] = ON
-        if family.negated and all(value is None for name, value in arguments.items() if name.startswith("negative_prompt")):
-            arguments["negative_prompt"] = ""
-        self.first: Tensor | None = None  # of a pair, as the pipeline holds it
-        self.guided: Tensor | None = None  # of the step that is being taken
-        self.state: Escape | None = None
-        self.verified = False
-        self.counted = vars(pipe).get("_num_timesteps")
+    def __exit__(self, *error: object) -> None:
+        self.leave()
 
-    def attach(self, stack: ExitStack) -> None:
-        """See what the networks return and what the scheduler is given, until `stack` is left."""
-        networks = (getattr(self.pipe, name, None) for name in self.family.networks)
-        for network in (network for network in networks if network is not None):
-            stack.enter_context(_seen(network, self.predicted))
-        stack.enter_context(_stepping(self.pipe.scheduler, self.stepped))
-        vars(self.pipe).pop("_num_timesteps", None)  # the pipeline counts its steps anew
-        stack.callback(self._restore_count)
-
-    def predicted(self, given: tuple, named: dict[str, Any], output: Any) -> Any:
-        """What the pipeline gets in the place of a network's output."""
-        if self.guided is not None:
-            raise ValueError(f"{self._name} asks for a third prediction in a step, which escape cannot follow")
-        prediction = output[0]
-        if self.family.pair:
-            return (self._paired(given, named, prediction), *output[1:])
-        listed = isinstance(prediction, list)
-        doubled = torch.stack(prediction) if listed else prediction
-        if self.state is None and not _is_doubled(given, named):
-            raise ValueError(
-                f"{self._name} does not ask for two predictions of each sample at once here (guidance is off, or by something "
-                "else): escape cannot follow"
-            )
-        channels = doubled.shape[1]
-        if self.family.variance and channels == 2 * network_of(self.pipe, self.family).config.in_channels:
-            channels //= 2
-        m = self._guide(given, named, *doubled[:, :channels].chunk(2))
-        both = torch.cat([m, m])
-        if channels < doubled.shape[1]:
-            both = torch.cat([both, doubled[:, channels:].to(both.dtype)], dim=1)
-        return (list(both.unbind()) if listed else both, *output[1:])
-
-    def _paired(self, given: tuple, named: dict[str, Any], prediction: Tensor) -> Tensor:
-        if self.first is None:  # a copy: the network may use its own memory again
-            self.first = prediction.to(self.family.merge or prediction.dtype, copy=True)
-            return self.first
-        m = self._guide(given, named, self.first, prediction)
-        self.first.copy_(m)
-        self.first = None
-        return m
-
-    def _guide(self, given: tuple, named: dict[str, Any], earlier: Tensor, later: Tensor) -> Tensor:
-        """The guided prediction of a step, from its two in the order in which they came."""
-        cond, uncond = (earlier, later) if self.family.cond_first else (later, earlier)
-        if self.state is None:
-            self.state = self.run._state = self._begin(given, named, uncond)
-        m = self.state(uncond, cond, dtype=self.family.merge)
-        if self.per_token:
-            m = renormalised(m, cond, self.state.weight)
-        self.guided = m
-        return m
-
-    def _begin(self, given: tuple, named: dict[str, Any], uncond: Tensor) -> Escape:
-        """The guidance over the steps that the pipeline is about to take."""
-        scheduler = self.pipe.scheduler
-        calls = vars(self.pipe).get("_num_timesteps")
-        start = _first_call(scheduler, named["timestep"] if "timestep" in named else given[1])
-        taken = slice(start, None if calls is None else start + calls)
-        step, level = step_of_calls(scheduler)[taken], levels(scheduler)
-        step = step - step[0]
-        first = torch.searchsorted(step, torch.arange(int(step[-1]) + 1))
-        timesteps = [torch.nan] * len(first) if level is None else level[taken][first]
-        return Escape(self.guidance, timesteps, len(uncond), uncond.device, step, self.calibration)
-
-    def stepped(self, model_output: Tensor) -> None:
-        """Before the scheduler steps with what the pipeline made of the predictions."""
-        if self.guided is None:
-            raise ValueError(f"{self._name} steps without two predictions (guidance is off): escape cannot follow")
-        if not self.verified:
-            m, found = self.guided.flatten(1), model_output.flatten(1)[:, : self.guided[0].numel()]
-            if m.shape != found.shape or not torch.allclose(found.abs().float(), m.abs().float(), rtol=1e-2, atol=1e-3):
-                raise ValueError(f"{self._name} did not step with the guided prediction: use Escape in a loop of your own")
-            self.verified = True
-        self.guided = None
-
-    def _restore_count(self) -> None:
-        """A pipeline that failed before it counted its steps has the count it had."""
-        if self.counted is not None:
-            vars(self.pipe).setdefault("_num_timesteps", self.counted)
+    def leave(self) -> None:
+        """The pipeline is what it was before `escape`; what is known of its last call stays known."""
+        if self._host is not type(self._pipe):
+            self._pipe.__class__ = self._host
+            vars(self._pipe).update(self._before)
 
     @property
-    def _name(self) -> str:
-        return type(self.pipe).__name__
+    def transition_step(self) -> Tensor:
+        """(B,) int64 on the CPU, as `Escape` has it."""
+        return self._of_each("transition_step")
+
+    @property
+    def noise_gap(self) -> Tensor:
+        """(B, steps) float32 on the CPU, as `Escape` has it."""
+        return self._of_each("noise_gap")
+
+    @property
+    def weight(self) -> Tensor:
+        """(B,) float32 on the device: each sample's weight in the last step."""
+        return self._of_each("weight")
+
+    @property
+    def timesteps(self) -> list[float]:
+        """Of the steps, in 0..1000; NaN where they are not known."""
+        return self._known("timesteps")[-1].state.timesteps
+
+    @property
+    def calls(self) -> int:
+        """How many predictions were guided, of all attempts together; those that judge are not counted."""
+        return sum(call.state.calls for call in self._known("calls"))
+
+    @property
+    def attempts(self) -> Tensor | None:
+        """(B,) int64 on the CPU: how often a guard began each sample. None without a guard."""
+        self._known("attempts")
+        return self._taken + 1 if isinstance(self._guidance, Guard) else None
+
+    @property
+    def score(self) -> Tensor | None:
+        """(B,) float32 on the CPU: the basin score of each picture, see `basin`. None without a guard, until `judge`."""
+        self._known("score")
+        return self._verdict and self._verdict.score
+
+    @property
+    def suspect(self) -> Tensor | None:
+        """(B,) bool on the CPU: the pictures that look like copies. None without a guard, until `judge`."""
+        self._known("suspect")
+        return self._verdict and self._verdict.suspect
+
+    def judge(self, threshold: float = THRESHOLD, probes: int = PROBES) -> Verdict:
+        """Judge the pictures of the last call: `score` and `suspect` are this verdict's then. See `escape.judge`.
+
+        Raises ValueError before a call, and for pictures that cannot be judged.
+        """
+        self._verdict = self._known("judge")[-1].judge(threshold, probes, self._latents)
+        return self._verdict
+
+    def _known(self, name: str) -> list[Call]:
+        """The calls that have taken a step."""
+        begun = [call for call in self._calls if call.state is not None]
+        if not begun:
+            raise ValueError(f"{name} is known when the pipeline has been called inside escape(...)")
+        return begun
+
+    def _of_each(self, name: str) -> Tensor:
+        """Of each sample what its own call says."""
+        found = torch.stack([getattr(call.state, name) for call in self._known(name)])
+        taken = torch.zeros(found.shape[1], dtype=torch.int64) if self._taken is None else self._taken
+        return found[taken.to(found.device), torch.arange(found.shape[1], device=found.device)]
+
+    def _run(self, arguments: Mapping[str, Any]) -> Any:
+        """A call of the pipeline, or as many as a guard asks for."""
+        self._calls, self._taken, self._latents, self._verdict = [], None, None, None
+        if not isinstance(self._guidance, Guard):
+            return self._attempt(self._guidance, arguments)
+        made = None
+        for attempt in self._guidance.attempts:
+            own = dict(arguments) | ({"latents": None} if self._calls and "latents" in arguments else {})
+            again = None if self._verdict is None else self._verdict.suspect.clone()
+            following = self._attempt(attempt.guidance, own, again)
+            call = self._calls[-1]
+            if call.interrupted:
+                return following if again is None else made
+            made = following if again is None else chosen(made, following, again)
+            verdict = call.judge(attempt.threshold, attempt.probes)
+            self._verdict = verdict if again is None else chosen(self._verdict, verdict, again)
+            if not self._verdict.suspect.any():
+                break
+        return made
+
+    def _attempt(self, guidance: Guidance | list[Guidance], arguments: Mapping[str, Any], again: Tensor | None = None) -> Any:
+        """One call of the pipeline, of which the samples `again` (B,) are taken; None: all."""
+        for earlier in self._calls:
+            earlier.forget()
+        call = Call(self._pipe, self._family, guidance, arguments)
+        if isinstance(self._guidance, Guard):
+            call.check()
+        self._calls.append(call)
+        made = call.run(self._host.__call__)
+        if again is None:
+            self._taken, self._latents = torch.zeros(call.state.batch, dtype=torch.int64), call.latents
+        elif not call.interrupted:
+            self._taken = self._taken.masked_fill(again, len(self._calls) - 1)
+            self._latents = chosen(self._latents, call.latents, again)
+        return made
 
 
-def _followed(guidance: Guidance, family: Family, arguments: dict[str, Any]) -> Guidance:
-    """The guidance with what the call's own arguments ask for as its rule; those are switched off."""
-    if "guidance_rescale" in arguments:
-        guidance = guidance.rescaled(arguments["guidance_rescale"])
-        arguments["guidance_rescale"] = 0.0
-    cap = float(arguments[family.capped] or 0) if family.capped else 0.0
-    if cap > 0:
-        if guidance.rule != "cfg":
-            raise ValueError(
-                f"{family.capped} is the rule 'norm-cap', and the guidance has the rule {guidance.rule!r}: give one"
-            )
-        guidance = replace(guidance, rule="norm-cap", options={"kappa": cap})
-        arguments[family.capped] = False
-    return guidance
+def chosen(old: Any, new: Any, again: Tensor) -> Any:
+    """What a pipeline returns for a batch, with the samples `again` (B,) from `new` and the others from `old`.
 
-
-def renormalised(guided: Tensor, cond: Tensor, weight: Tensor) -> Tensor:
-    """Samples whose weight (B,) is above 1 with the conditional prediction's norm in each token, the last dimension."""
-    scaled = guided * (torch.norm(cond, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True))
-    return torch.where(per_sample(weight, guided) > 1, scaled, guided)
-
-
-def _is_doubled(given: tuple, named: dict[str, Any]) -> bool:
-    """Whether the network's input is the same samples twice: other batches of two inputs are not the two predictions of one."""
-    sample = given[0] if given else named["sample"] if "sample" in named else named["hidden_states"]
-    halves = torch.stack(sample).chunk(2) if isinstance(sample, list) else sample.chunk(2)
-    return len(halves) == 2 and halves[0].shape == halves[1].shape and torch.equal(*halves)
-
-
-def _first_call(scheduler: SchedulerMixin, timestep: Any) -> int:
-    """Which of the scheduler's timesteps is taken first; `timestep` is what the network is told there."""
-    begin = getattr(scheduler, "begin_index", None)
-    if begin is not None:
-        return begin
-    told = torch.as_tensor(timestep).flatten()[0].to(scheduler.timesteps)
-    return int((scheduler.timesteps == told).nonzero()[0]) if bool((scheduler.timesteps == told).any()) else 0
-
-
-@contextmanager
-def _seen(network: torch.nn.Module, see: Callable[[tuple, dict, Any], Any]) -> Iterator[None]:
-    """`see` gets (arguments, named ones, output) of every call, and its result is the output; compiled or not."""
-    compiled = network._compiled_call_impl
-    if compiled is None:
-        handle = network.register_forward_hook(lambda _, *seen: see(*seen), with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-    else:  # of `network.compile()`, into which a hook would be compiled
-        network._compiled_call_impl = lambda *given, **named: see(given, named, compiled(*given, **named))
-        try:
-            yield
-        finally:
-            network._compiled_call_impl = compiled
-
-
-@contextmanager
-def _stepping(scheduler: SchedulerMixin, see: Callable[[Tensor], None]) -> Iterator[None]:
-    """`see` gets the prediction that each step of the scheduler is given."""
-    step = scheduler.step
-
-    @functools.wraps(step)
-    def seen(model_output: Tensor, *given: Any, **named: Any) -> Any:
-        see(model_output)
-        return step(model_output, *given, **named)
-
-    own = vars(scheduler).get("step")
-    scheduler.step = seen
-    try:
-        yield
-    finally:
-        del scheduler.step
-        if own is not None:
-            scheduler.step = own
+    Raises ValueError for what is not by sample.
+    """
+    if old is None or new is None:
+        return new
+    if isinstance(old, (BaseOutput, Verdict)):
+        names = [field.name for field in fields(old)]
+        return type(old)(**{name: chosen(getattr(old, name), getattr(new, name), again) for name in names})
+    if isinstance(old, tuple):
+        return tuple(chosen(one, other, again) for one, other in zip(old, new, strict=True))
+    if isinstance(old, (Tensor, np.ndarray, list)) and len(old) == len(new) == len(again):
+        if isinstance(old, list):
+            return [new[i] if other else old[i] for i, other in enumerate(again.tolist())]
+        made, where = (old.clone(), again.to(old.device)) if isinstance(old, Tensor) else (old.copy(), again.numpy())
+        made[where] = new[where]
+        return made
+    raise ValueError(
+        f"the pipeline returns {type(old).__name__}, which is not by sample: a guard cannot choose from it; use Sampler"
+    )

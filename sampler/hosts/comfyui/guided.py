@@ -1,103 +1,113 @@
-"""The guidance as ComfyUI's samplers call it: the CFG function of a model, and which step each of its calls belongs to."""
+"""The guidance where ComfyUI calls it: around a run, to make the predictions of a call, and to combine them."""
 
 from __future__ import annotations
 
-import math
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from basinescape.guidance import Guidance
-from basinescape.hosts.escape import Escape
-from basinescape.kernels.state import per_sample
-from basinescape.schedulers import timestep_of_ratio
 from basinescape.transitions import Rule
 from torch import Tensor
 
+from .run import Run, timestep
+from .steps import Steps, evaluates_twice
 
-class Steps:
-    """Which step of a run each call of the model belongs to, from its noise level alone.
+logger = logging.getLogger(__name__)
+CFG_FUNCTION = "sampler_cfg_function"  # the model option
+WATCHERS = ("sampler_pre_cfg_function", "sampler_post_cfg_function")  # those of other nodes, which are given both predictions
+PLAIN = {"positive", "negative"}  # the conditionings of a guider that leaves combining them to the CFG function
 
-    A call at a sigma of the schedule is the first of its step; one between two of them is another call of the earlier step. A
-    second call at the same sigma shows that the sampler looks ahead (Heun): the call before was the earlier step's, and from
-    then on so is every other one.
+
+class Guided:
+    """Delayed or opposite guidance of a model in ComfyUI: what the sampler is given as `cfg` is the scale after the transition.
+
+    before: the weight before it. rule: how predictions are combined.
+    until:  the transition of a run, by its steps' timesteps in 0..1000 and whether it goes on from another run's latents; None
+            for a run that begins past its transition.
+
+    ComfyUI calls `sampled` around a run, `predicted` to make both predictions, and itself as the CFG function. `run` is the
+    last run's; None where nothing was guided in it.
     """
 
-    def __init__(self, sigmas: list[float]):
-        self.sigmas = sigmas
-        self.step = -1
-        self.ahead = False  # the sampler looks ahead
-        self.looked = False  # ... and has in this step
-        self.sigma = math.inf  # of the last first call
-
-    def call(self, sigma: float) -> tuple[bool, bool]:
-        """(whether the call is the first of `step`, whether what the last one noted was another step's)."""
-        found = next((k for k, known in enumerate(self.sigmas) if math.isclose(known, sigma, rel_tol=1e-4)), None)
-        if found is None or found < self.step:
-            return self.step < 0, False
-        if found == self.step:
-            self.ahead, self.looked = True, False
-            return True, True
-        if self.ahead and not self.looked:
-            self.looked = True
-            return False, False
-        self.step, self.looked, self.sigma = found, False, sigma
-        return True, False
-
-
-class CFGFunction:
-    """ComfyUI's `sampler_cfg_function`, guided by delayed or opposite guidance: what the sampler is given as `cfg` is the scale
-    after the transition. A run begins where the noise level rises. `run` is the last run's `Escape`."""
-
-    def __init__(self, before: float, until: Rule | None, rule: str = "cfg"):
+    def __init__(self, before: float, until: Callable[[list[float], bool], Rule | None], rule: str = "cfg"):
         self.before, self.until, self.rule = before, until, rule
-        self.guidance(1.0)  # raises for what is not allowed
-        self.run: Escape | None = None
+        self.guidance(until([1000.0], False), 1.0)  # raises for what is not allowed
+        self.run: Run | None = None
+        self._begin: Callable[[dict[str, Any]], Run] | None = None  # while a sampler runs
+        self._went = False  # to the call whose predictions are to be combined next
+        self._alone = False  # the unconditional one was made alone
 
-    def guidance(self, scale: float) -> Guidance:
-        """What the node stands for, at the sampler's scale."""
-        return Guidance(scale, self.before, self.until, rule=self.rule)
+    def __deepcopy__(self, memo: dict) -> Guided:
+        """Itself: the clone of a model has deep copies of its options, and the same wrappers around a run."""
+        return self
+
+    def guidance(self, until: Rule | None, scale: float) -> Guidance:
+        """Of a run with this transition, at the sampler's scale."""
+        return Guidance(scale, self.before, until, rule=self.rule)
+
+    def sampled(self, executor: Any, noise: Tensor, latent: Tensor, sampler: Any, sigmas: Tensor, *rest: Any, **named: Any):
+        """ComfyUI's wrapper `outer_sample`: a run begins here, whatever became of the last one. The log tells what it did."""
+        guider, steps = executor.class_obj, Steps(sigmas[:-1].tolist(), evaluates_twice(sampler))
+        for doubt in self.doubts(guider):
+            logger.warning(f"Basin Escape: {doubt}")
+
+        def begin(args: dict[str, Any]) -> Run:
+            x, model = args["input"], args["model"].model_sampling
+            timesteps = [timestep(model, sigma) for sigma in steps.sigmas]
+            goes_on = not noise.any() and steps.sigmas[0] < float(model.sigma_max) * (1 - 1e-4)
+            until = self.until(timesteps, goes_on)
+            return Run(lambda scale: self.guidance(until, scale), float(guider.cfg), steps, timesteps, len(x), x.device)
+
+        self.run, self._begin, self._went, self._alone = None, begin, False, False
+        try:
+            latents = executor(noise, latent, sampler, sigmas, *rest, **named)
+        finally:
+            self._begin = None
+        if self.run is not None:
+            self.run.report(finished=float(sigmas[-1]) == 0)
+        elif steps.sigmas:
+            logger.warning(f"Basin Escape: {type(guider).__name__} did not call it, and nothing was guided by it")
+        return latents
+
+    def doubts(self, guider: Any) -> list[str]:
+        """What keeps a guider's run from being guided as a whole, a sentence each."""
+        found, name = [], type(guider).__name__
+        if guider.model_options.get(CFG_FUNCTION) is not self:
+            found.append("a node after it has set a CFG function of its own, which takes its place: use one of the two")
+        if others := sorted(set(guider.conds) - PLAIN):
+            found.append(f"{name} combines {', '.join(others)} by itself, and that is not held back: use CFGGuider")
+        return found
+
+    def predicted(self, args: dict[str, Any]) -> list[Tensor]:
+        """ComfyUI's `sampler_calc_cond_batch_function`: [cond, uncond], (B, ...) each; zeros for one that is not needed."""
+        from comfy.samplers import calc_cond_batch  # ComfyUI's
+
+        conds, options = args["conds"], args["model_options"]
+        if options.get(CFG_FUNCTION) is self:
+            self._go(args, conds[1])
+            self._alone = not self.run.needs_cond and not any(options.get(name) for name in WATCHERS)
+            conds = [None if self._alone else conds[0], *conds[1:]]
+        return calc_cond_batch(args["model"], conds, args["input"], args["sigma"], options)
 
     @torch.no_grad()
     def __call__(self, args: dict[str, Any]) -> Tensor:
-        """x - denoised, (B, ...), from ComfyUI's arguments of a CFG function."""
-        x, sigmas = args["input"], args["model_options"]["transformer_options"].get("sample_sigmas")
-        if sigmas is None:
-            raise ValueError("this ComfyUI does not tell a model the sampler's sigmas (sample_sigmas): update it")
-        model, sigma = args["model"].model_sampling, args["sigma"].reshape(-1)
-        level = float(sigma[0])
-        taken = sigmas[:-1].tolist()
-        if self.run is None or level > self.steps.sigma * (1 + 1e-4) or self.steps.sigmas != taken or self.run.batch != len(x):
-            self._begin(float(args["cond_scale"]), taken, x, model)
-        first, other = self.steps.call(level)
-        if other:
-            self.run.forget(self.mark)
-        if first:
-            self.mark = self.run.mark()
-        self.run.seek(2 * max(self.steps.step, 0) + (not first))
-        skip, out = (per_sample(scale, x) for scale in scalings(model, sigma.expand(len(x)).to(x)))
-        raw = [(args[name] - skip * x) / out for name in ("uncond_denoised", "cond_denoised")]
-        return x - (skip * x + out * self.run(*raw))
+        """ComfyUI's `sampler_cfg_function`: x - denoised, (B, ...).
 
-    def _begin(self, scale: float, sigmas: list[float], x: Tensor, model: Any) -> None:
-        self.steps = Steps(sigmas)
-        timesteps = [timestep(model, torch.tensor([sigma])) for sigma in sigmas]
-        calls = [k // 2 for k in range(2 * len(sigmas))]  # the first of each step, and all others of it
-        self.run = Escape(self.guidance(scale), timesteps, len(x), x.device, calls)
-        self.mark = self.run.mark()
+        Raises ValueError without a negative conditioning, and where no sampler runs.
+        """
+        if not self._went:  # another node has made the predictions
+            self._go(args, args["input_uncond"])
+        self._went = False
+        return self.run.guided(args, self._alone)
 
-
-def scalings(model: Any, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """(c_skip, c_out), (B,) each, of denoised = c_skip x + c_out * (what the network returned), by ComfyUI's model sampling."""
-    one, zero = torch.ones_like(sigma)[:, None], torch.zeros_like(sigma)[:, None]
-    return tuple(model.calculate_denoised(sigma, *given).flatten() for given in ((zero, one), (one, zero)))
-
-
-def timestep(model: Any, sigma: Tensor) -> float:
-    """The timestep in 0..1000 of a noise level (1,): 1000 sigma for flow matching, the model's own where it has 1000, else that
-    at which Stable Diffusion has the same ratio of noise to data."""
-    clean = float(model.noise_scaling(sigma, torch.zeros(1), torch.ones(1)))
-    if clean < 1:
-        return 1000 * float(sigma)
-    if getattr(model, "num_timesteps", None) == 1000:
-        return float(model.timestep(sigma))
-    return float(timestep_of_ratio(sigma / getattr(model, "sigma_data", 1.0)))
+    def _go(self, args: dict[str, Any], negative: Any) -> None:
+        """Go to the next call of the model."""
+        if negative is None:
+            raise ValueError("Basin Escape needs a negative conditioning, which may be empty: use CFGGuider, not BasicGuider")
+        if self._begin is None:
+            raise ValueError("Basin Escape was called outside the run of a guider, which it cannot follow")
+        self.run = self.run or self._begin(args)
+        self.run.go(args["sigma"])
+        self._went = True

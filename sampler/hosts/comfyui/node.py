@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+from functools import partial
 from typing import Any, NamedTuple
 
+from basinescape.arguments import share
 from basinescape.kernels.rules import RULES
 from basinescape.transitions import At, Fallen, FirstMinimum, Rule
 
-from .guided import CFGFunction
+from .guided import CFG_FUNCTION, Guided
 
+logger = logging.getLogger(__name__)
 ID, NAME, CATEGORY = "BasinEscape", "Basin Escape (delayed or opposite guidance)", "sampling/custom_sampling/guiders"
 DESCRIPTION = (
     "Keeps samples from reproducing training images: guidance is held back, or reversed, until a sample has left the basin of "
     "attraction of a training image; then it has the sampler's cfg. Connect it between the model and the sampler."
 )
+OUTER_SAMPLE = "outer_sample"  # comfy.patcher_extension.WrappersMP's, around a run
 TIMESTEP, MINIMUM, FALLEN = "timestep", "first minimum of the noise gap", "noise gap has halved"
 
 
@@ -53,16 +58,18 @@ WIDGETS = {
             "max": 1000.0,
             "step": 10.0,
             "tooltip": "With 'timestep': full guidance from this one on. 1000 is noise, 0 the image. A smaller one copies less "
-            "and loses more of the prompt.",
+            "and loses more of the prompt. Otherwise: a run that begins at or below it (a second pass) is guided in full.",
         },
     ),
-    "latest_step": Widget(
-        "Int",
+    "latest": Widget(
+        "Float",
         {
-            "default": -1,
-            "min": -1,
-            "max": 1000,
-            "tooltip": "Otherwise: full guidance from this step on at the latest; -1: a sample may wait for ever.",
+            "default": 0.5,
+            "min": 0.0,
+            "max": 1.0,
+            "step": 0.05,
+            "tooltip": "Without 'timestep': full guidance from this share of the steps on at the latest, but not before the "
+            "gap can show a minimum or a fall. 1: a sample may wait for ever.",
         },
     ),
     "rule": Widget(
@@ -76,17 +83,32 @@ WIDGETS = {
 }
 
 
-def transition(until: str, timestep: float, latest_step: int) -> Rule:
-    """The transition rule that the widgets stand for."""
-    latest = None if latest_step < 0 else latest_step
+def transition(until: str, timestep: float, latest: float, timesteps: list[float], goes_on: bool) -> Rule | None:
+    """The transition rule that the widgets stand for in a run with steps at these timesteps.
+
+    None where the run begins past its transition: it goes on from another run's latents, or begins at or below `timestep`.
+    Raises ValueError for widgets out of range.
+    """
     if until == TIMESTEP:
         return At(timestep)
-    return FirstMinimum(latest=latest) if until == MINIMUM else Fallen(0.5, latest=latest)
+    earliest, rule = {MINIMUM: (2, FirstMinimum), FALLEN: (1, Fallen)}[until]
+    step = max(round(share("latest", latest) * len(timesteps)), earliest)
+    return None if goes_on or timesteps[0] <= timestep else rule(latest=step)
 
 
-def patched(model: Any, before: float, until: str, timestep: float, latest_step: int, rule: str) -> Any:
-    """A clone of ComfyUI's `model` that is guided so. Raises ValueError for widgets that do not go together."""
+def patched(model: Any, before: float, until: str, timestep: float, latest: float, rule: str) -> Any:
+    """A clone of ComfyUI's `model` that is guided so. Raises ValueError for widgets out of range and an old ComfyUI."""
+    if not hasattr(model, "add_wrapper_with_key"):
+        raise ValueError("this ComfyUI has no wrappers around a run (ModelPatcher.add_wrapper_with_key): update it")
     clone = model.clone()
-    guided = CFGFunction(before, transition(until, timestep, latest_step), rule)
+    guided = Guided(before, partial(transition, until, timestep, latest), rule)
+    options = clone.model_options
+    if CFG_FUNCTION in options:
+        logger.warning("Basin Escape: a node before it has set a CFG function, which it replaces: that node now does nothing")
     clone.set_model_sampler_cfg_function(guided, disable_cfg1_optimization=True)
+    maker = options.get("sampler_calc_cond_batch_function")
+    if maker is None or isinstance(getattr(maker, "__self__", None), Guided):  # else another node makes the predictions
+        clone.set_model_sampler_calc_cond_batch_function(guided.predicted)
+    clone.remove_wrappers_with_key(OUTER_SAMPLE, ID)
+    clone.add_wrapper_with_key(OUTER_SAMPLE, ID, guided.sampled)
     return clone
