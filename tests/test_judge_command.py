@@ -14,6 +14,7 @@ from basinescape.audit.judge_page import bars
 from basinescape.bench import cli
 from basinescape.data.captioned import captioned
 from basinescape.generate import generate
+from basinescape.guidance import RATE
 from basinescape.models.sd import StableDiffusion
 from families import CASES
 from PIL import Image
@@ -239,7 +240,7 @@ def test_the_command_judges_as_calibrated_and_says_what_failed(tmp_path, monkeyp
     code, said, _ = run(monkeypatch, capsys, "--images", images, "--out", out)
     known = Calibration.load("tiny")
     assert code == 0 and "of 3 pictures are suspect" in said and str(out / "judge.csv") in said
-    assert f"above {known.threshold(0.01):.2f} is suspect" in (out / "judge.html").read_text()
+    assert f"above {known.threshold(RATE):.2f} is suspect" in (out / "judge.html").read_text()
     settings = json.loads((out / "run.json").read_text())
     assert settings["model"] == "tiny" and len(settings["weights"]) == 64 and settings["judged"] == "set"
     (images / "1.txt").unlink()

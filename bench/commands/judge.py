@@ -30,7 +30,7 @@ def judge(
     ] = None,
     calibration: Annotated[str | None, typer.Option(help="default calibration.json in the model's folder, if any")] = None,
     rate: Annotated[
-        float | None, typer.Option(help="with a calibration: share of ordinary pictures that are suspect; default 0.01")
+        float | None, typer.Option(help="with a calibration: share of ordinary pictures that are suspect; default a guard's")
     ] = None,
     probes: Annotated[int, typer.Option(help="noises that a picture is judged by, a call of the network each")] = 2,
     seed: Annotated[int, typer.Option(help="of the noises, the same for every picture")] = 0,
