@@ -16,6 +16,7 @@ from .commands import evaluation
 from .commands.audit import audit
 from .commands.calibrate import calibrate
 from .commands.generate import generate
+from .commands.judge import judge
 from .commands.runs import merge, verify
 from .quiet import quieten
 from .tables import aligned, tables
@@ -41,7 +42,7 @@ class Bench(StrEnum):
     all = "all"
 
 
-for command in (generate, verify, merge, calibrate, audit):
+for command in (generate, verify, merge, calibrate, audit, judge):
     app.command()(command)
 
 

@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
-from . import arguments, basin, batches, models
+from . import arguments, batches, judging, models
 from .engine import guarded
 from .graphs import Graphs
 from .guard import Ladder
@@ -269,7 +269,7 @@ class Sampler:
 
     def judge(
         self,
-        latents: Tensor,
+        images: Any,
         prompts: str | Sequence[str],
         seeds: int | Sequence[int] = 0,
         threshold: float = THRESHOLD,
@@ -280,46 +280,28 @@ class Sampler:
         batch_size: int | None = None,
         **options: Any,
     ) -> Verdict:
-        """Whether finished pictures look like copies of training images, by their basin scores; see `basin`.
+        """Whether finished pictures, made anywhere, look like copies of training images, by their basin scores; see `basin`.
 
-        latents:   (B, C, h, w), or whatever shape the model's latents have, as `Output.latents`.
+        images:    latents (B, C, h, w), or whatever shape the model's latents have, as `Output.latents`; or pictures, as
+                   `Output.images`: a list of PIL images, arrays or tensors of any sizes, or an array or tensor of them; of a
+                   video model lists of frames. Pictures go through the autoencoder.
         prompts:   what each was made of, or one for all.
         seeds:     of the noises that a picture is judged by: those it was made with give the score that its guard saw. One a
                    picture, or one for the first, counted up from there.
         threshold: above which a picture is suspect. probes: noises a picture, each a call of both branches.
-        height, width, options: as for a call. batch_size: how many are judged together; None: as for a call.
+        height, width: of the latents, or what all pictures are resized to; default their own size, or the nearest that the
+                   model can make. Where the proportions differ, the middle of a picture is judged.
+        options:   as for a call. batch_size: how many are judged together; None: as for a call.
 
-        Raises ValueError for what does not fit, and for a scheduler whose noise levels are not known.
+        A picture's verdict depends on (model, picture, prompt, seed, settings) alone. Raises ValueError for what does not fit,
+        and for a scheduler whose noise levels are not known.
         """
         with torch.inference_mode():
             self.model.check()
-            texts = arguments.texts("prompts", prompts)
-            texts = texts * len(latents) if isinstance(prompts, str) else texts
-            if len(texts) != len(latents):
-                raise ValueError(f"prompts must be one for each of {len(latents)} pictures, or one for all; got {len(texts)}")
-            seeds = arguments.seeds(seeds, len(texts))
-            negative = arguments.one_each("negative_prompt", negative_prompt, len(texts))
-            count, threshold = arguments.at_least_one("probes", probes), arguments.finite("threshold", threshold)
-            height, width = self.size(height, width)
-            options = {**self.options, **options}
-            shape = (len(texts), *self.model.shape(height, width, **options))
-            if tuple(latents.shape) != shape:
-                raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
-            probe = basin.Probe.of(self.scheduler)
-            encoded = self.model.encode(texts, height, width, 1, negative, **options)
-
-            def judged(part: range) -> Tensor:
-                network = self.model.network(encoded.select(part), plain=True)
-                predict = partial(basin.both, network)
-                x = latents[list(part)].to(self.model.device, self.model.dtype)
-                return basin.scores(predict, probe, x, [seeds[i] for i in part], count)
-
-            size = batch_size or batches.size(self.model, height, width)
-            score = torch.cat([judged(part) for part in batches.parts(len(texts), size)])
+            size, options = self._sized(height, width), {**self.options, **options}
+            made = judging.judge(self, images, prompts, seeds, threshold, probes, negative_prompt, size, batch_size, options)
             self.pipe.maybe_free_model_hooks()
-        with torch.inference_mode(False):
-            score = score.clone()
-            return Verdict(score, basin.suspects(score, threshold))
+        return made
 
     def lane(
         self,

@@ -31,12 +31,14 @@ class Captioned:
     """A picture and the prompt that it was made from.
 
     id:     names it among the others, and can name a file.
+    file:   its path; of a member or a row of a file, that file's with "/" and the member's name, or the row, behind it.
     where:  it stands, as messages say it: a file, perhaps with the row or the member of it.
     open:   reads the picture upright in RGB. Raises ValueError, naming where it stands, for one that cannot be read.
     prompt: None where it is not known; `reason` then says why.
     """
 
     id: str
+    file: str
     where: str
     open: Callable[[], Image.Image]
     prompt: str | None
@@ -83,13 +85,13 @@ def _of_file(path: Path, id: str, prompt: str | None, reason: str = "no text bes
     """A picture that is a file; its prompt, where it is not given, is what the file says of itself."""
     where = f"image {str(path)!r}"
     found = (prompt, "") if prompt else prompt_in(path, reason)
-    return Captioned(id, where, partial(opened, path, where), *found)
+    return Captioned(id, str(path), where, partial(opened, path, where), *found)
 
 
-def _of_data(data: bytes, where: str, id: str, prompt: Any, reason: str) -> Captioned:
+def _of_data(data: bytes, file: str, where: str, id: str, prompt: Any, reason: str) -> Captioned:
     """A picture that is held in memory, as long as whoever reads it keeps it."""
     found = (prompt, "") if isinstance(prompt, str) and prompt.strip() else prompt_in(data, reason)
-    return Captioned(id, where, partial(opened, data, where), *found)
+    return Captioned(id, file, where, partial(opened, data, where), *found)
 
 
 def _folder(folder: Path, ids: Ids, faults: Faults) -> Iterator[Captioned]:
@@ -202,7 +204,7 @@ def _sample(path: Path, members: Mapping[str, tuple[str, bytes]], ids: Ids) -> I
     for name, (kind, data) in members.items():
         if kind in suffixes():
             id = ids(own or f"{path.stem}/{Path(name).stem}")
-            yield _of_data(data, f"member {name!r} of {str(path)!r}", id, prompt, reason)
+            yield _of_data(data, f"{path}/{name}", f"member {name!r} of {str(path)!r}", id, prompt, reason)
 
 
 def _id_in(data: bytes) -> str | None:
@@ -224,7 +226,9 @@ def _parquet(path: Path, ids: Ids, faults: Faults) -> Iterator[Captioned]:
         except (ValueError, OSError) as error:
             faults(f"{place}: {error}")
             continue
-        yield _of_data(data, place, ids(str(row.get("id") or f"{path.stem}/{where}")), prompt, f"it needs {COLUMN}")
+        yield _of_data(
+            data, f"{path}/{where}", place, ids(str(row.get("id") or f"{path.stem}/{where}")), prompt, f"it needs {COLUMN}"
+        )
 
 
 def _bytes_in(row: Mapping[str, Any], home: Path) -> bytes:

@@ -162,5 +162,15 @@ class Model(Protocol):
     ) -> Decoded:
         """Pictures of so many pixels from latents (B, ...); output "pil", "np" or "pt"."""
 
+    def nearest_size(self, height: int, width: int, **options: Any) -> tuple[int, int]:
+        """The (height, width) in which the model would make a picture, or nearly one, of so many pixels."""
+
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """`decode` undone: latents (B, *shape) in the model's dtype, the most likely ones, so the same each time.
+
+        pictures: (B, 3, height, width) in -1..1, of a video model (B, 3, frames, height, width), of a size that `nearest_size`
+                  gives. Where an autoencoder in half precision overflows, it takes the picture again in float32.
+        """
+
     def in_float32(self) -> AbstractContextManager[None]:
         """Everything computes in float32 inside, from the same weights, which are back afterwards, bit for bit."""

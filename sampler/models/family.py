@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -252,21 +252,14 @@ class Family:
 
         Where an autoencoder in half precision overflows, the picture is decoded again in float32.
         """
-        pipe, vae = self.pipe, self.pipe.vae
+        pipe = self.pipe
         unpacked = self.unpacked(latents, height, width, options)
-        with in_float32([vae]) if self._upcast() else nullcontext():
-            pixels = self._pixels(unpacked.to(vae.dtype), generators)
-        finite = _finite(pixels)
-        again = _finite(latents) & ~finite if vae.dtype in HALF else finite & False
-        if again.any():
-            if not self._overflowed:
-                log.warning("the autoencoder overflows in %s: such pictures are decoded again in float32", vae.dtype)
-                self._overflowed = True
-            drawn = None if generators is None else [generators[i] for i in again.nonzero()[:, 0].tolist()]
-            with in_float32([vae]):
-                pixels[again] = self._pixels(unpacked[again].float(), drawn).to(pixels.dtype)
-            finite = _finite(pixels)
-        flagged = None
+
+        def decoded(some: Tensor, rows: Sequence[int]) -> Tensor:
+            return self._pixels(some, None if generators is None else [generators[i] for i in rows])
+
+        pixels = self._through(decoded, unpacked)
+        finite, flagged = _finite(pixels), None
         if getattr(pipe, "safety_checker", None) is not None:
             pixels, flagged = pipe.run_safety_checker(pixels, self.device, pipe.safety_checker.dtype)
         if getattr(pipe, "watermark", None) is not None:
@@ -278,9 +271,41 @@ class Family:
         """The latents (B, ...) as the autoencoder takes them, but for their scale."""
         return latents
 
+    def nearest_size(self, height: int, width: int, **options: Any) -> tuple[int, int]:
+        return tuple(max(1, round(pixels / self.multiple)) * self.multiple for pixels in (height, width))
+
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        latents = self._through(lambda some, rows: self._latents(some), pictures.to(self.device))
+        return self._packed(latents).to(self.dtype)
+
+    def _latents(self, pictures: Tensor) -> Tensor:
+        """The autoencoder's latents of pictures in -1..1, scaled as the network has them: `_pixels` undone."""
+        raise NotImplementedError
+
+    def _packed(self, latents: Tensor) -> Tensor:
+        """`unpacked` undone."""
+        return latents
+
     def _upcast(self) -> bool:
         """Whether the pipeline itself decodes in float32."""
         return False
+
+    def _through(self, run: Callable[[Tensor, Sequence[int]], Tensor], values: Tensor) -> Tensor:
+        """What `run` makes of values (B, ...) by the autoencoder, and again in float32 of those for which half overflows.
+
+        run: is handed some of the values, and which these are.
+        """
+        vae = self.pipe.vae
+        with in_float32([vae]) if self._upcast() else nullcontext():
+            made = run(values.to(vae.dtype), range(len(values)))
+        again = _finite(values) & ~_finite(made)
+        if vae.dtype in HALF and again.any():
+            if not self._overflowed:
+                log.warning("the autoencoder overflows in %s: it takes such pictures again in float32", vae.dtype)
+                self._overflowed = True
+            with in_float32([vae]):
+                made[again] = run(values[again].float(), again.nonzero()[:, 0].tolist()).to(made.dtype)
+        return made
 
     def _pixels(self, latents: Tensor, generators: list[torch.Generator] | None) -> Tensor:
         """The autoencoder's pictures of unpacked latents."""
@@ -304,21 +329,10 @@ class Family:
             self._live = live
 
 
-def negative_texts(negative: list[str | None]) -> list[str] | None:
-    """As a pipeline's `encode_prompt` takes them; None where there are none, which some tell from empty ones."""
-    return None if all(text is None for text in negative) else [text or "" for text in negative]
-
-
-def halves(uncond: Tensor, cond: Tensor, prompts: int, count: int, name: str = "prompt_embeds") -> Tensor:
-    """Both halves of a batch, (2 * prompts * count, ...), each given as a row a prompt or already a row a sample.
-
-    Raises ValueError if they are not alike.
-    """
-    if uncond.shape[1:] != cond.shape[1:] or not {len(uncond), len(cond)} <= {prompts, prompts * count}:
-        raise ValueError(
-            f"{name} are {tuple(cond.shape)} and negative_{name} {tuple(uncond.shape)}: they must be alike, a row a prompt"
-        )
-    return torch.cat([half.repeat_interleave(prompts * count // len(half), dim=0) for half in (uncond, cond)])
+def most_likely(vae: nn.Module, pictures: Tensor) -> Tensor:
+    """The mode of the latents of pictures, unscaled; what an autoencoder without a distribution has instead."""
+    made = vae.encode(pictures)
+    return made.latents if hasattr(made, "latents") else made.latent_dist.mode()
 
 
 def _finite(values: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..arguments import finite
-from .family import halves
+from .family import most_likely
 from .packed import Packed
+from .texts import halves
 
 
 class Flux(Packed):
@@ -71,3 +72,7 @@ class Flux(Packed):
     def _pixels(self, latents: Tensor, generators: Any) -> Tensor:
         config = self.pipe.vae.config
         return self.pipe.vae.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
+
+    def _latents(self, pictures: Tensor) -> Tensor:
+        config = self.pipe.vae.config
+        return (most_likely(self.pipe.vae, pictures) - config.shift_factor) * config.scaling_factor

@@ -71,3 +71,6 @@ class Packed(Transformer):
 
     def unpacked(self, latents: Tensor, height: int | None, width: int | None, options: dict[str, Any]) -> Tensor:
         return self.pipe._unpack_latents(latents, *self.size(height, width), self.pipe.vae_scale_factor)
+
+    def _packed(self, latents: Tensor) -> Tensor:
+        return self.pipe._pack_latents(latents.contiguous(), *latents.shape[:2], *latents.shape[-2:])

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from ..arguments import whole
-from .family import halves
+from .family import most_likely
 from .lean import LeanPixArt
+from .texts import halves
 from .transformer import GuidedTransformer, Transformer
 
 
@@ -55,16 +56,23 @@ class PixArtSigma(Transformer):
         return found[0], found[1]
 
     def shape(self, height: int, width: int, use_resolution_binning: bool | None = None, **options: Any) -> tuple[int, ...]:
-        sizes = self._sizes
-        if use_resolution_binning and sizes is None:
+        if use_resolution_binning and self._sizes is None:
             raise ValueError(
                 f"use_resolution_binning must be left out: there are no sizes for sample_size {self.net.config.sample_size}"
             )
-        if sizes is None or use_resolution_binning is False:
-            height, width = super().size(height, width)
-        else:
-            height, width = self.pipe.image_processor.classify_height_width_bin(height, width, sizes)
-        return super().shape(height, width)
+        return super().shape(*(self._bin(height, width, use_resolution_binning) or super().size(height, width)))
+
+    def nearest_size(
+        self, height: int, width: int, use_resolution_binning: bool | None = None, **options: Any
+    ) -> tuple[int, int]:
+        return self._bin(height, width, use_resolution_binning) or super().nearest_size(height, width)
+
+    def _bin(self, height: int, width: int, wanted: bool | None) -> tuple[int, int] | None:
+        """The size in which such a picture is made; None where it is made as it is."""
+        sizes = self._sizes
+        if sizes is None or wanted is False:
+            return None
+        return self.pipe.image_processor.classify_height_width_bin(height, width, sizes)
 
     @property
     def _sizes(self) -> dict[str, list[float]] | None:
@@ -101,6 +109,9 @@ class PixArtSigma(Transformer):
 
     def _pixels(self, latents: Tensor, generators: Any) -> Tensor:
         return self.pipe.vae.decode(latents / self.pipe.vae.config.scaling_factor, return_dict=False)[0]
+
+    def _latents(self, pictures: Tensor) -> Tensor:
+        return most_likely(self.pipe.vae, pictures) * self.pipe.vae.config.scaling_factor
 
     def _cropped(self, pixels: Tensor, height: int | None, width: int | None, options: dict[str, Any]) -> Tensor:
         return pixels if height is None else self.pipe.image_processor.resize_and_crop_tensor(pixels, width, height)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .family import halves
+from .family import most_likely
 from .packed import GuidedPacked, Packed
+from .texts import halves
 
 
 class GuidedQwen(GuidedPacked):
@@ -86,8 +87,22 @@ class QwenImage(Packed):
     def _pixels(self, latents: Tensor, generators: Any) -> Tensor:
         return self.pipe.vae.decode(unscaled(latents, self.pipe.vae.config), return_dict=False)[0][:, :, 0]
 
+    def _latents(self, pictures: Tensor) -> Tensor:
+        return scaled(most_likely(self.pipe.vae, pictures[:, :, None]), self.pipe.vae.config)
+
 
 def unscaled(latents: Tensor, config: Any) -> Tensor:
     """Latents (B, C, frames, h, w) as the autoencoders of Wan and Qwen-Image take them, each channel with its own scale."""
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1).to(latents) for values in (config.latents_mean, config.latents_std))
+    mean, std = _scale(config, latents)
     return latents / (1.0 / std) + mean
+
+
+def scaled(latents: Tensor, config: Any) -> Tensor:
+    """`unscaled` undone."""
+    mean, std = _scale(config, latents)
+    return (latents - mean) * (1.0 / std)
+
+
+def _scale(config: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1).to(like) for values in (config.latents_mean, config.latents_std))
+    return mean, std

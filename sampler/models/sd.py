@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .family import Family, negative_texts
+from .family import Family, most_likely
+from .texts import negative_texts
 from .unet import GuidedUNet, memory_format
 
 
@@ -86,6 +87,9 @@ class StableDiffusion(Family):
     def _pixels(self, latents: Tensor, generators: list[torch.Generator] | None) -> Tensor:
         vae = self.pipe.vae
         return vae.decode(latents / vae.config.scaling_factor, return_dict=False, generator=generators)[0]
+
+    def _latents(self, pictures: Tensor) -> Tensor:
+        return most_likely(self.pipe.vae, pictures) * self.pipe.vae.config.scaling_factor
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from ..schedulers import Schedule
-from .family import halves, negative_texts
+from .family import most_likely
+from .texts import halves, negative_texts
 from .transformer import Transformer, shift
 
 
@@ -34,11 +35,20 @@ class StableDiffusion3(Transformer):
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         found = super().size(height, width)
-        most = self.net.config.pos_embed_max_size * self.multiple
         for name, pixels in zip(("height", "width"), found, strict=True):
-            if pixels > most:
-                raise ValueError(f"{name} must be at most {most} pixels, for which the network has positions; got {pixels}")
+            if pixels > self._most:
+                raise ValueError(
+                    f"{name} must be at most {self._most} pixels, for which the network has positions; got {pixels}"
+                )
         return found
+
+    @property
+    def _most(self) -> int:
+        return self.net.config.pos_embed_max_size * self.multiple
+
+    def nearest_size(self, height: int, width: int, **options: Any) -> tuple[int, int]:
+        shrunk = min(1.0, self._most / max(height, width))
+        return super().nearest_size(shrunk * height, shrunk * width)
 
     def scheduled(
         self,
@@ -85,3 +95,7 @@ class StableDiffusion3(Transformer):
     def _pixels(self, latents: Tensor, generators: list[torch.Generator] | None) -> Tensor:
         config = self.pipe.vae.config
         return self.pipe.vae.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
+
+    def _latents(self, pictures: Tensor) -> Tensor:
+        config = self.pipe.vae.config
+        return (most_likely(self.pipe.vae, pictures) - config.shift_factor) * config.scaling_factor

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import whole
+from .family import most_likely
 from .sd import StableDiffusion
 
 SIZES = ("original_size", "crops_coords_top_left", "target_size")
@@ -61,11 +62,18 @@ class StableDiffusionXL(StableDiffusion):
         return vae.dtype == torch.float16 and vae.config.force_upcast
 
     def _pixels(self, latents: Tensor, generators: list[torch.Generator] | None) -> Tensor:
-        vae, config = self.pipe.vae, self.pipe.vae.config
+        mean, scale = self._scale(latents)
+        return self.pipe.vae.decode(latents * scale + mean, return_dict=False)[0]
+
+    def _latents(self, pictures: Tensor) -> Tensor:
+        mean, scale = self._scale(pictures)
+        return (most_likely(self.pipe.vae, pictures) - mean) / scale
+
+    def _scale(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """(mean, scale) of the autoencoder's latents in the network's, in the dtype of `like`."""
+        config = self.pipe.vae.config
         mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
         if mean is None or std is None:
-            unscaled = latents / config.scaling_factor
-        else:
-            mean, std = (torch.tensor(value).view(1, -1, 1, 1).to(latents) for value in (mean, std))
-            unscaled = latents * std / config.scaling_factor + mean
-        return vae.decode(unscaled, return_dict=False)[0]
+            return 0.0, 1 / config.scaling_factor
+        mean, std = (torch.tensor(value).view(1, -1, 1, 1).to(like) for value in (mean, std))
+        return mean, std / config.scaling_factor

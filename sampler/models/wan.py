@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..arguments import whole
-from .family import halves
+from .family import most_likely
 from .lean import LeanWan
-from .qwen import unscaled
+from .qwen import scaled, unscaled
+from .texts import halves
 from .transformer import GuidedTransformer, Transformer
 
 
@@ -84,6 +85,9 @@ class Wan(Transformer):
 
     def _pixels(self, latents: Tensor, generators: Any) -> Tensor:
         return self.pipe.vae.decode(unscaled(latents, self.pipe.vae.config), return_dict=False)[0]
+
+    def _latents(self, pictures: Tensor) -> Tensor:
+        return scaled(most_likely(self.pipe.vae, pictures), self.pipe.vae.config)
 
     def _pictures(self, pixels: Tensor, output: str, flagged: Sequence[Any] | None) -> Any:
         """Frames: lists of pictures, or (B, frames, ...)."""

@@ -1,0 +1,239 @@
+"""Pictures that were made already: which of them look like copies of training images? The model alone says it.
+
+Each picture goes through the autoencoder and is judged with the prompt it was made from, by its basin score (see `..basin`), on
+the same noises as every other; so its score depends on nothing else in the set.
+
+The folder gets `scores.jsonl` (a line when it is known: a run that was stopped goes on), `judge.csv` and `judge.html`, the
+worst first. Pictures and prompts that changed are judged again. A shard does its part in a folder of its own, and the same run
+without a shard puts them together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from heapq import heappush, heappushpop
+from itertools import islice
+from math import inf, isfinite
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from .. import arguments, basin
+from ..data.captioned import Captioned, captioned
+from ..data.tables import write_csv
+from ..folder import Journal, open_folder, read_lines, settings_of, weights_sha256
+from ..guidance import PROBES, THRESHOLD
+from ..sampler import Sampler
+from . import judge_page
+from .embedding import inside
+from .ranking import each
+
+log = logging.getLogger(__name__)
+SCORES = "scores.jsonl"
+SHOWN = 200  # pictures on the page; judge.csv has them all
+HELD = 4  # batches whose pictures are in memory at a time, so that those of one size find each other
+NOT_FINITE = "failed: its score is not finite"
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are judged.
+
+    threshold: of the basin score, above which one is suspect. probes: noises a picture. seed: of the noises of every picture.
+    height, width: what all pictures are resized to; None: each keeps its size, or has the nearest that the model can make.
+    on_error: of a row, a member or a file that is wrong; see `data.rows.Faults`.
+
+    Raises ValueError for anything else.
+    """
+
+    threshold: float = THRESHOLD
+    probes: int = PROBES
+    seed: int = 0
+    height: int | None = None
+    width: int | None = None
+    on_error: str = "stop"
+
+    def __post_init__(self) -> None:
+        arguments.finite("threshold", self.threshold)
+        arguments.at_least_one("probes", self.probes)
+        arguments.at_least("seed", self.seed, 0)
+
+
+def judge(
+    sampler: Sampler,
+    model: str,
+    images: str | Path,
+    out: str | Path,
+    settings: Settings = Settings(),
+    batch_size: int = 16,
+    shard: tuple[int, int] | None = None,
+    progress: bool = True,
+) -> list[Line]:
+    """Judge the pictures of `images` into the folder `out`; returns the rows of `judge.csv`.
+
+    model: what run.json calls the sampler's model. images: see `captioned`. batch_size: how many are judged together.
+    shard: (i, n): every n-th picture alone, from the i-th on, in the folder `out`/shard-i-of-n.
+
+    A row has id, file, prompt, score, suspect, and status: "ok", or "failed: " and why there is no score; such a picture is
+    looked at again when the run is started again. The most suspect come first, and those without a score last.
+
+    Raises ValueError for settings that do not fit, a folder that holds something else, what `captioned` refuses, and where
+    there are no pictures; FileNotFoundError where there is no such source.
+    """
+    _check(sampler, settings)
+    found = captioned(images, settings.on_error)
+    size = arguments.at_least_one("batch_size", batch_size)
+    run = _run(sampler, model, images, settings)
+    home = out = Path(out)
+    open_folder(out, run)
+    if shard is not None:
+        home = out / f"shard-{shard[0]}-of-{shard[1]}"
+        open_folder(home, run | {"shard": list(shard)})
+    judging, rows = Judging(sampler, settings, size), []
+    with (
+        Journal(home / SCORES, lambda line: line["id"] if line.get("status") == "ok" else None) as journal,
+        tqdm(desc="judging", unit=" pictures", disable=not progress) as bar,
+    ):
+        known = {line["id"]: line for line in _scored(out, home)}
+        mine = islice(found, *((None,) if shard is None else (shard[0], None, shard[1])))
+        while part := list(islice(mine, HELD * size)):
+            lines = judging(part, known)
+            journal.append(*(line for line in lines if line != known.get(line["id"])))
+            rows += [_row(line, settings.threshold) for line in lines]
+            bar.update(len(lines))
+    if not rows and shard is None:  # a shard may have none
+        raise ValueError(f"images {str(images)!r} have no pictures")
+    rows.sort(key=lambda row: -_rank(row))
+    if rows:
+        write_csv(home / "judge.csv", rows)
+        judge_page.write(home, run | {"images": str(images)}, rows, judging.shown, settings.threshold)
+    return rows
+
+
+def _check(sampler: Sampler, settings: Settings) -> None:
+    """Raises ValueError where no picture at all can be judged."""
+    basin.Probe.of(sampler.scheduler)
+    if "num_frames" in sampler.model.options:
+        raise ValueError("the model makes videos: judge those by Sampler.judge, as lists of frames")
+    if (settings.height, settings.width) != (None, None):
+        sampler.size(settings.height, settings.width)
+
+
+def _run(sampler: Sampler, model: str, images: str | Path, settings: Settings) -> dict[str, Any]:
+    """The contents of run.json: what decides scores. The threshold is free to change, and shards may be on other devices."""
+    how = {"log_snr": basin.LOG_SNR, "probes": settings.probes, "seed": settings.seed}
+    how |= {"height": settings.height, "width": settings.width, "options": dict(sampler.options)}
+    where = {name: value for name, value in settings_of(sampler).items() if name != "device"}
+    return {"model": model, "judged": Path(images).name, **how, "weights": weights_sha256(sampler), **where}
+
+
+def _scored(out: Path, home: Path) -> Iterator[Line]:
+    """What is known already: of a whole run, by its shards too."""
+    for path in [*(sorted(out.glob(f"shard-*-of-*/{SCORES}")) if home == out else ()), out / SCORES, home / SCORES]:
+        yield from (line for line in read_lines(path) if line.get("status") == "ok")
+
+
+def _row(line: Line, threshold: float) -> Line:
+    """A row of judge.csv."""
+    score, status = line.get("score"), line["status"]
+    suspect = status == NOT_FINITE or (None if score is None else basin.suspects(score, threshold))
+    return {
+        "id": line["id"],
+        "file": line["file"],
+        "prompt": line["prompt"],
+        "score": score,
+        "suspect": suspect,
+        "status": status,
+    }
+
+
+def _rank(line: Line) -> float:
+    """The larger, the more suspect."""
+    score = line.get("score")
+    return score if score is not None else inf if line["status"] == NOT_FINITE else -inf
+
+
+class Judging:
+    """Judges pictures, and keeps the worst of them small, for the page.
+
+    shown: data URIs of those, by their ids.
+    """
+
+    def __init__(self, sampler: Sampler, settings: Settings, size: int):
+        self.sampler, self.settings, self.size = sampler, settings, size
+        self._worst: list[tuple[float, str, str]] = []  # a heap: rank, id, data URI
+
+    @property
+    def shown(self) -> dict[str, str]:
+        return {id: uri for _, id, uri in self._worst}
+
+    def __call__(self, part: Sequence[Captioned], known: dict[str, Line]) -> list[Line]:
+        """A line for each picture, in their order; that of `known` where neither it nor its prompt changed."""
+        lines: dict[str, Line] = {}
+        waiting: list[tuple[Line, Image.Image]] = []
+        opened: dict[str, Image.Image] = {}
+        for one in part:
+            line = {"id": one.id, "file": one.file, "prompt": one.prompt}
+            try:
+                image = opened[one.id] = one.open()
+                if one.prompt is None:
+                    raise ValueError(f"no prompt: {one.reason}")
+            except ValueError as error:
+                lines[one.id] = line | {"status": f"failed: {arguments.line(error)}"}
+                continue
+            line["sha256"] = _sha256(image)
+            earlier = known.get(one.id, {})
+            if all(earlier.get(name) == line[name] for name in ("prompt", "sha256")):
+                lines[one.id] = earlier | line
+            else:
+                waiting.append((line, image))
+        for line in self._judged(waiting):
+            lines[line["id"]] = line
+        found = [lines[one.id] for one in part]
+        for line in found:
+            if "sha256" in line:
+                self._keep(_rank(line), line["id"], opened[line["id"]])
+        return found
+
+    def _judged(self, waiting: Sequence[tuple[Line, Image.Image]]) -> Iterator[Line]:
+        for some, scores in each(self._scores, waiting) if waiting else ():
+            for k, (line, _) in enumerate(some):
+                if isinstance(scores, Exception):
+                    yield line | {"status": f"failed: {arguments.line(scores)}"}
+                elif isfinite(scores[k]):
+                    yield line | {"score": round(scores[k], 5), "status": "ok"}
+                else:
+                    yield line | {"status": NOT_FINITE}
+
+    def _scores(self, waiting: Sequence[tuple[Line, Image.Image]]) -> list[float]:
+        """In float32 where that is needed for a score that is finite."""
+        scores = self._asked(waiting)
+        again = [k for k, score in enumerate(scores) if not isfinite(score)]
+        if again and self.sampler.model.half:
+            with self.sampler.in_float32():
+                for k, score in zip(again, self._asked([waiting[k] for k in again]), strict=True):
+                    scores[k] = score
+        return scores
+
+    def _asked(self, waiting: Sequence[tuple[Line, Image.Image]]) -> list[float]:
+        settings = self.settings
+        prompts, images = [line["prompt"] for line, _ in waiting], [image for _, image in waiting]
+        how = {"probes": settings.probes, "height": settings.height, "width": settings.width, "batch_size": self.size}
+        return self.sampler.judge(images, prompts, [settings.seed] * len(images), **how).score.tolist()
+
+    def _keep(self, rank: float, id: str, image: Image.Image) -> None:
+        if len(self._worst) < SHOWN:
+            heappush(self._worst, (rank, id, inside(image)))
+        elif rank > self._worst[0][0]:
+            heappushpop(self._worst, (rank, id, inside(image)))
+
+
+def _sha256(image: Image.Image) -> str:
+    """Of a picture's size and pixels."""
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
