@@ -313,6 +313,11 @@ class Guard:
         """The guidance of the first attempt."""
         return self.attempts[0].guidance
 
+    @property
+    def scale(self) -> float:
+        """That of the first attempt."""
+        return self.plain.scale
+
     def changed(self, change: Callable[[Guidance], Guidance]) -> Guard:
         """The same with what `change` makes of each attempt's guidance."""
         return replace(self, attempts=tuple(replace(one, guidance=change(one.guidance)) for one in self.attempts))

@@ -279,9 +279,9 @@ def draw(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
     return torch.cat([torch.randn((1, *shape), generator=generator, dtype=torch.float32) for generator in generators])
 
 
-def denoise(take: Step, branches: Iterable[Branch], after: Callable[[int], None] | None = None) -> None:
-    """Take every step of a plan; `branches` are the plan's, perhaps in a progress bar. `after` is told each one's index."""
+def denoise(take: Step, branches: Iterable[Branch], after: Callable[[int], bool] | None = None) -> None:
+    """Take the steps of a plan. branches: the plan's, perhaps in a bar. after: told each one's index, whether to go on."""
     for k, branch in enumerate(branches):
         take(branch)
-        if after is not None:
-            after(k)
+        if after is not None and not after(k):
+            return

@@ -14,12 +14,11 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
-from . import arguments, batches, judging, models
-from .engine import guarded
+from . import arguments, batches, callbacks, judging, models, running
 from .graphs import Graphs
 from .guard import Ladder
 from .guidance import PROBES, THRESHOLD, Guard, Guidance
-from .loop import Lane, Network, Plan, Run, denoise, fused_step, lockstep, renoise, scheduler_step
+from .loop import Lane, Network, Plan, fused_step, scheduler_step
 from .output import Output, Verdict
 from .schedulers import Schedule, make_scheduler
 from .solver import Solver
@@ -48,9 +47,9 @@ class Sampler:
         self.pipe = pipe
         self.scheduler = scheduler
         self.model.set_attention(attention)
-        self._graphs = Graphs() if capture else None
+        self.graphs = Graphs() if capture else None
         self._solvers: dict[tuple, Solver] = {}
-        self._wrap: Wrap | None = None
+        self.wrap: Wrap | None = None
         self._size: tuple[int | None, int | None] = (None, None)
         self.options: dict[str, Any] = {}  # of every call, see `using`
 
@@ -143,7 +142,7 @@ class Sampler:
         denoising_end: float | None = None,
         mu: float | None = None,
         guidance_rescale: float = 0.0,
-        callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        callback_on_step_end: callbacks.Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
@@ -162,7 +161,7 @@ class Sampler:
         timesteps, sigmas, eta, denoising_end, mu: see `Schedule`; with diffusers' meaning, as are those that follow.
         guidance_rescale: above 0, the guidance's rule is "rescale" with this phi; not beside another rule.
         callback_on_step_end: called after every network call with (pipeline, index, timestep, {"latents": latents}); latents
-                that it returns are gone on with. Not under a guard.
+                that it returns are gone on with, and `pipeline._interrupt = True` ends the steps. Not under a guard.
         latents: (B, C, h, w), or whatever shape the model's latents have: initial noise of standard deviation 1, in place of
                 that drawn from the seeds.
         batch_size: how many samples are denoised together; None: as many as a GPU's free memory holds, 16 on a CPU, and all
@@ -198,11 +197,8 @@ class Sampler:
             guidance = guidance.rescaled(guidance_rescale)
             schedule = Schedule(steps, timesteps, sigmas, eta, denoising_end, mu)
             solver = self.solver(schedule, height, width, **options)
-            if list(callback_on_step_end_tensor_inputs) != ["latents"]:
-                raise ValueError(
-                    f"callback_on_step_end_tensor_inputs must be ['latents'], got {callback_on_step_end_tensor_inputs!r}"
-                )
-            seen = self._wrap is not None or callback_on_step_end is not None
+            callbacks.check(callback_on_step_end, callback_on_step_end_tensor_inputs)
+            seen = self.wrap is not None or callback_on_step_end is not None
             if isinstance(guidance, Guard) and (seen or stop_after is not None):
                 raise ValueError("a guard takes neither a wrapped network nor callback_on_step_end nor stop_after")
             ladder = Ladder.make(solver, guidance, self.model.device, self.model.settle)
@@ -211,8 +207,8 @@ class Sampler:
                     raise ValueError(f"stop_after must be 1 to {solver.steps}, the steps; got {stop_after}")
                 plan = ladder.whole
                 ladder = replace(ladder, whole=replace(plan, branches=plan.branches[: plan.calls(stop_after)]))
-            total = shape[0]
-            if batch_size is not None and arguments.at_least_one("batch_size", batch_size) < total and self._wrap is not None:
+            total = len(seeds)
+            if batch_size is not None and arguments.at_least_one("batch_size", batch_size) < total and self.wrap is not None:
                 raise ValueError(f"batch_size must be at least {total}, all samples of a wrapped network; got {batch_size}")
             size = batch_size or (total if seen else batches.size(self.model, height, width))
 
@@ -223,8 +219,8 @@ class Sampler:
                 own = [generators[i] for i in part]
                 noise = self.noise(own, height, width, **options) if latents is None else latents[list(part)].cpu().float()
                 texts = encoded if len(part) == total else encoded.select(part)
-                initial = partial(self.noise, height=height, width=width, **options)
-                run = self._run(texts, ladder, noise, own, bar, callback_on_step_end, initial)
+                batch = running.Batch(texts, noise, own, partial(self.noise, height=height, width=width, **options))
+                run = running.run(self, ladder, batch, bar, callback_on_step_end, guidance.scale)
                 decode = partial(self.model.decode, generators=own, height=height, width=width, **options)
                 return Output.of(run, texts, solver, output, decode)
 
@@ -232,40 +228,6 @@ class Sampler:
             made = [sampled(part, batches.bar(progress, i, len(parts))) for i, part in enumerate(parts)]
             self.pipe.maybe_free_model_hooks()
         return Output.joined(made)
-
-    def _run(
-        self,
-        encoded: models.Encoded,
-        ladder: Ladder,
-        noise: Tensor,
-        generators: list[torch.Generator],
-        bar: batches.Bar,
-        callback: Callable[..., dict[str, Tensor]] | None,
-        initial: Callable[[Sequence[torch.Generator]], Tensor],
-    ) -> Run:
-        """All steps from `noise`, float32 of standard deviation 1, by the fastest way that there is."""
-        plan, form = ladder.whole, self.model.memory_format
-        noise = (noise * ladder.solver.init_sigma).to(self.model.device, self.model.dtype)
-        network = self.model.network(encoded, plain=self._wrap is not None)
-        if ladder.guard is not None:
-            return guarded(self.lane, network, ladder, noise, generators, bar, initial)
-        if self._wrap is None and not ladder.stepwise and self._captures(network):
-            lane = self._graphs.lane(network, plan, noise, form)
-            take, state = lane.take, lane.state
-        else:
-            network, state = network if self._wrap is None else self._wrap(network), plan.state(noise, form)
-            own = partial(scheduler_step, ladder.solver, self.scheduler, generators)
-            take = (own if ladder.stepwise else lockstep)(network, plan, state)
-
-        def after(row: int) -> None:
-            renoise(state, plan, row + 1, generators)
-            if callback is not None:
-                latents = state.latents.x.clone()
-                told = callback(self.pipe, row, ladder.solver.timesteps[plan.call[row]], {"latents": latents})
-                state.put(told.get("latents", latents), plan.table)
-
-        denoise(take, bar(plan.branches), after)
-        return Run.of(state)
 
     def judge(
         self,
@@ -317,13 +279,14 @@ class Sampler:
             state = plan.state(noise, self.model.memory_format)
             take = scheduler_step(ladder.solver, self.scheduler, generators, network, plan, state)
             return Lane(network, state, take, plan.table)
-        if self._captures(network):
-            return self._graphs.lane(network, plan, noise, self.model.memory_format)
+        if self.captures(network):
+            return self.graphs.lane(network, plan, noise, self.model.memory_format)
         state = plan.state(noise, self.model.memory_format)
         return Lane(network, state, fused_step(network, plan, state))
 
-    def _captures(self, network: models.Guided) -> bool:
-        return self._graphs is not None and network.version is not None
+    def captures(self, network: models.Guided) -> bool:
+        """Whether steps of this network are recorded."""
+        return self.graphs is not None and network.version is not None
 
     def wrapped(self, wrap: Wrap) -> Sampler:
         """The same sampler, that samples from what `wrap` makes of the network and each call's encoded prompts.
@@ -331,7 +294,7 @@ class Sampler:
         For methods that change either. Such a network is not captured, and takes no guard.
         """
         other = copy.copy(self)
-        other._wrap = wrap
+        other.wrap = wrap
         return other
 
     def using(self, height: int | None = None, width: int | None = None, **options: Any) -> Sampler:
@@ -348,8 +311,8 @@ class Sampler:
 
     def close(self) -> None:
         """Give back the memory of captured graphs. The sampler can still be used, and captures again."""
-        if self._graphs is not None:
-            self._graphs.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
 
     def solver(self, schedule: int | Schedule, height: int | None = None, width: int | None = None, **options: Any) -> Solver:
         """The scheduler's coefficients over a schedule, or so many steps, measured once. Raises what `Solver.of` does.

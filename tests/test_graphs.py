@@ -83,13 +83,13 @@ def test_a_captured_step_is_the_step(pipe, device, scheduler, compile, monkeypat
         assert found.latents.device.type == "cuda"
         assert_same(found, plain, prompts, guidance, steps)
         assert found.transition_step.tolist() == expected.transition_step.tolist()
-    sessions = captured._graphs._sessions.values()
+    sessions = captured.graphs._sessions.values()
     said = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert not said and all(session.graphs for session in sessions)
     # One of a shape and branch, whatever the guidance and the number of steps: batches of 2 and 1, and no branch "cond" here.
     assert len(sessions) == 2 and all(set(session.graphs) <= {"both", "uncond"} for session in sessions)
     captured.close()
-    assert not captured._graphs._sessions
+    assert not captured.graphs._sessions
 
 
 @pytest.mark.parametrize(("guidance", "capture"), [(CALLS[0][1], True), (CALLS[2][1], False)], ids=repr)
@@ -110,7 +110,7 @@ def test_sdxl_is_captured(random_pipeline, device):
     plain, captured = Sampler.from_pipeline(pipe), Sampler.from_pipeline(on_device(pipe), capture=True)
     for prompts in (["a picture of a cat", "a frog"], ["a picture of a fish", "a crab"]):
         assert_same(call(captured, prompts, guidance), plain, prompts, guidance)
-    assert not captured._graphs._failed
+    assert not captured.graphs._failed
 
 
 def test_a_network_that_reads_runs_uncaptured(pipe, device, caplog):
@@ -127,7 +127,7 @@ def test_a_network_that_reads_runs_uncaptured(pipe, device, caplog):
 def test_a_step_that_cannot_be_captured_runs_uncaptured(pipe, caplog):
     plain, captured = Sampler.from_pipeline(pipe, "dpmsolver++"), Sampler.from_pipeline(pipe, "dpmsolver++")
     plain.model = captured.model = adapt(pipe, lean=True)
-    captured._graphs = Graphs()
+    captured.graphs = Graphs()
     with caplog.at_level(logging.WARNING, "basinescape.graphs"):
         for prompts, guidance in CALLS:
             expected, found = call(plain, prompts, guidance), call(captured, prompts, guidance)
@@ -138,10 +138,10 @@ def test_a_step_that_cannot_be_captured_runs_uncaptured(pipe, caplog):
 
 def test_an_output_outlives_the_next_call(pipe):
     sampler = Sampler.from_pipeline(pipe, "ddim")
-    sampler.model, sampler._graphs = adapt(pipe, lean=True), Graphs()
+    sampler.model, sampler.graphs = adapt(pipe, lean=True), Graphs()
     first = call(sampler, ["a picture of a cat"], Guidance.cfg(7.5), 1)
     kept = first.latents.clone()
     call(sampler, ["a picture of a frog"], Guidance.cfg(7.5), 2)
     assert torch.equal(first.latents, kept) and torch.equal(first.images, kept)
     sampler.close()
-    assert not sampler._graphs._sessions
+    assert not sampler.graphs._sessions

@@ -163,15 +163,15 @@ def test_a_change_reaches_the_captured_step(random_pipeline, device, change):
     there = copy.deepcopy(pipe).to("cuda")
     sampler = Sampler.from_pipeline(there, capture=True)
     latents(sampler)
-    recorded = {id(session) for session in sampler._graphs._sessions.values()}
+    recorded = {id(session) for session in sampler.graphs._sessions.values()}
     for changed in (pipe, there):
         change(changed)
     expected = latents(Sampler.from_pipeline(pipe))
     assert_same_but_for_rounding(latents(sampler).cpu(), expected, pipe, lambda: latents(Sampler.from_pipeline(pipe)))
-    assert all(session.graphs for session in sampler._graphs._sessions.values()) and not sampler._graphs._failed
-    again = {id(session) for session in sampler._graphs._sessions.values()}
+    assert all(session.graphs for session in sampler.graphs._sessions.values()) and not sampler.graphs._failed
+    again = {id(session) for session in sampler.graphs._sessions.values()}
     latents(sampler)
-    assert again == {id(session) for session in sampler._graphs._sessions.values()}  # recorded once
+    assert again == {id(session) for session in sampler.graphs._sessions.values()}  # recorded once
     assert (recorded == again) == (change is text_weights)
 
 

@@ -250,8 +250,8 @@ def test_captured_on_a_device_the_samples_are_the_same(pipes, name, device):
     for prompts in (PROMPTS, PROMPTS[::-1]):
         found = call(name, sampler, prompts=prompts).latents
         assert_same_but_for_rounding(found.cpu(), expected(), pipe, expected)
-    sessions = sampler._graphs._sessions.values()
-    assert not sampler._graphs._failed and [list(session.graphs) for session in sessions] == [["uncond", "both"]]
+    sessions = sampler.graphs._sessions.values()
+    assert not sampler.graphs._failed and [list(session.graphs) for session in sessions] == [["uncond", "both"]]
 
 
 def test_a_network_in_half_precision_keeps_the_latents_of_a_video_in_float32(pipes):

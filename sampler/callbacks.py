@@ -1,0 +1,55 @@
+"""`callback_on_step_end` of a sampler's call: what it finds in the pipeline, and what it may change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+Callback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+FOUND = ("_num_timesteps", "_guidance_scale", "_interrupt")  # where a pipeline keeps what callbacks read or set
+
+
+def check(callback: Callback | None, tensor_inputs: Sequence[str]) -> None:
+    """Raises ValueError where other tensors than latents are asked for, by the call or by one of diffusers' callbacks."""
+    if list(tensor_inputs) != ["latents"]:
+        raise ValueError(f"callback_on_step_end_tensor_inputs must be ['latents'], got {tensor_inputs!r}")
+    asked = [name for name in getattr(callback, "tensor_inputs", ()) if name != "latents"]
+    if asked:
+        raise ValueError(
+            f"callback_on_step_end {type(callback).__name__} asks for {', '.join(asked)}, which the sampler does not hand out: "
+            "guidance that ends early is Guidance's interval, or a factor for each step"
+        )
+
+
+@contextmanager
+def found(pipe: DiffusionPipeline, calls: int, scale: float) -> Iterator[None]:
+    """Inside, a callback finds in `pipe` the number of network calls, the guidance scale, and no interruption, as in stock."""
+    before = {name: vars(pipe)[name] for name in FOUND if name in vars(pipe)}
+    for name, value in zip(FOUND, (calls, scale, False), strict=True):
+        setattr(pipe, name, value)
+    try:
+        yield
+    finally:
+        for name in FOUND:
+            vars(pipe).pop(name, None)
+        vars(pipe).update(before)
+
+
+def tell(callback: Callback, pipe: DiffusionPipeline, call: int, timestep: Tensor, latents: Tensor, scale: float) -> Tensor:
+    """The latents that a callback makes of these after a network call.
+
+    Raises ValueError for what cannot be followed: other tensors that it returns, another guidance scale that it sets.
+    """
+    told = callback(pipe, call, timestep, {"latents": latents}) or {}
+    other = sorted(told.keys() - {"latents"})
+    if other:
+        raise ValueError(f"callback_on_step_end returned {', '.join(other)}, which the sampler cannot follow: latents alone")
+    if pipe._guidance_scale != scale:
+        raise ValueError(
+            f"callback_on_step_end set the guidance scale to {pipe._guidance_scale!r}, which the sampler cannot follow: "
+            "guidance that varies over time is Guidance's shape and interval"
+        )
+    return told.get("latents", latents)
