@@ -205,8 +205,8 @@ class Sampler:
             if stop_after is not None:
                 if not 1 <= arguments.at_least_one("stop_after", stop_after) <= solver.steps:
                     raise ValueError(f"stop_after must be 1 to {solver.steps}, the steps; got {stop_after}")
-                plan = ladder.whole
-                ladder = replace(ladder, whole=replace(plan, branches=plan.branches[: plan.calls(stop_after)]))
+                taken = ladder.whole.branches[: ladder.whole.calls(stop_after)]
+                ladder = replace(ladder, whole=replace(ladder.whole, branches=taken))
             total = len(seeds)
             if batch_size is not None and arguments.at_least_one("batch_size", batch_size) < total and self.wrap is not None:
                 raise ValueError(f"batch_size must be at least {total}, all samples of a wrapped network; got {batch_size}")
