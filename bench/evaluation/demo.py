@@ -24,7 +24,7 @@ METHODS = {
     f"delayed, t <= {AT.timestep:g}": Guidance.delayed(TINY.scale, until=AT),
     "delayed, first minimum": Guidance.delayed(TINY.scale, until=FirstMinimum()),
     f"opposite -2, t <= {AT.timestep:g}": Guidance.opposite(2.0, scale=TINY.scale, until=AT),
-    "opposite -7.5, first minimum": Guidance.opposite(7.5, scale=TINY.scale, until=FirstMinimum()),
+    "guard": Guidance.guard(TINY.scale),
 }
 PROMPTS, SEEDS = 12, 2  # seeds a prompt; no two images of a method start from the same noise
 SHOWN = 2  # one prompt in so many has a row of the grid: as they come, none of them chosen
