@@ -158,7 +158,7 @@ def test_a_shard_works_while_another_does_and_only_those_of_one_run_are_put_toge
     assert not (out / "run.json").exists()
     for i in range(2):
         judged(sampler, images, tmp_path / "one", shard=(i, 2))
-    with pytest.raises(ValueError, match="holds no run of generate.*judge, without --shard"):
+    with pytest.raises(ValueError, match=r"holds no run of generate.*judge, without --shard"):
         merge(tmp_path / "one", tmp_path / "merged")
     (tmp_path / "one" / "shard-1-of-2" / "scores.jsonl").unlink()
     assert len(judged(sampler, images, tmp_path / "one")) == 5  # what a shard has not judged is judged now
