@@ -70,6 +70,8 @@ def _shards(run: Path) -> tuple[list[Path], dict[str, Any]]:
         raise ValueError(f"{str(run)!r} has {len(found)} of {counts[0]} shards; missing are {[i for i, _ in missing]}")
     parts = [part for _, part in sorted(found.items())]
     settings = [read_settings(part) for part in parts]
+    if "format" not in settings[0]:
+        raise ValueError(f"{str(run)!r} holds no run of generate: judge, without --shard, puts its own shards together")
     common = {name: value for name, value in settings[0].items() if name not in OWN}
     for shard, part, own in zip(sorted(found), parts, settings, strict=True):
         if own.get("shard") != list(shard):

@@ -13,8 +13,10 @@ from basinescape.audit.judge import Settings, judge
 from basinescape.audit.judge_page import bars
 from basinescape.bench import cli
 from basinescape.data.captioned import captioned
+from basinescape.folder import locked
 from basinescape.generate import generate
 from basinescape.guidance import RATE
+from basinescape.merge import merge
 from basinescape.models.sd import StableDiffusion
 from families import CASES
 from PIL import Image
@@ -143,6 +145,23 @@ def test_shards_are_judged_apart_and_put_together(tmp_path, sampler, asked):
     assert [row["score"] for row in together] == pytest.approx([row["score"] for row in whole], abs=1e-4)
     assert (tmp_path / "out" / "judge.html").read_text().count("data:image/webp") == 5
     assert judged(sampler, images, tmp_path / "many", shard=(6, 7)) == []  # more shards than pictures
+
+
+def test_a_shard_works_while_another_does_and_only_those_of_one_run_are_put_together(tmp_path, sampler):
+    images, out = kept(tmp_path / "set"), tmp_path / "out"
+    judged(sampler, images, out, shard=(0, 2))
+    with locked(out), locked(out / "shard-0-of-2"):
+        judged(sampler, images, out, shard=(1, 2), settings=Settings(seed=1))
+    assert not (out / "run.json").exists()
+    with pytest.raises(ValueError, match=r"shard-1-of-2' is a shard of another run \(its seed differ"):
+        judged(sampler, images, out)
+    assert not (out / "run.json").exists()
+    for i in range(2):
+        judged(sampler, images, tmp_path / "one", shard=(i, 2))
+    with pytest.raises(ValueError, match=r"holds no run of generate.*judge, without --shard"):
+        merge(tmp_path / "one", tmp_path / "merged")
+    (tmp_path / "one" / "shard-1-of-2" / "scores.jsonl").unlink()
+    assert len(judged(sampler, images, tmp_path / "one")) == 5  # what a shard has not judged is judged now
 
 
 def test_another_model_or_way_to_judge_is_refused_and_another_threshold_is_not(tmp_path, sampler, random_pipeline, asked):

@@ -11,6 +11,7 @@ without a shard puts them together.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from .. import arguments, basin
 from ..data.captioned import Captioned, captioned
 from ..data.tables import write_csv
-from ..folder import Journal, open_folder, read_lines, settings_of, weights_sha256
+from ..folder import Journal, open_folder, read_lines, read_settings, settings_of, weights_sha256, whole
 from ..guidance import PROBES, THRESHOLD
 from ..sampler import Sampler
 from . import judge_page
@@ -34,7 +35,7 @@ from .embedding import inside
 from .ranking import each
 
 log = logging.getLogger(__name__)
-SCORES = "scores.jsonl"
+SCORES, SHARDS = "scores.jsonl", "shard-*-of-*"
 SHOWN = 200  # pictures on the page; judge.csv has them all
 HELD = 4  # batches whose pictures are in memory at a time, so that those of one size find each other
 NOT_FINITE = "failed: its score is not finite"
@@ -90,17 +91,13 @@ def judge(
     found = captioned(images, settings.on_error)
     size = arguments.at_least_one("batch_size", batch_size)
     run = _run(sampler, model, images, settings)
-    home = out = Path(out)
-    open_folder(out, run)
-    if shard is not None:
-        home = out / f"shard-{shard[0]}-of-{shard[1]}"
-        open_folder(home, run | {"shard": list(shard)})
+    home = _opened(Path(out), run, shard)
     judging, rows = Judging(sampler, settings, size), []
     with (
         Journal(home / SCORES, lambda line: line["id"] if line.get("status") == "ok" else None) as journal,
         tqdm(desc="judging", unit=" pictures", disable=not progress) as bar,
     ):
-        known = {line["id"]: line for line in _scored(out, home)}
+        known = {line["id"]: line for line in _scored(home)}
         mine = islice(found, *((None,) if shard is None else (shard[0], None, shard[1])))
         while part := list(islice(mine, HELD * size)):
             lines = judging(part, known)
@@ -133,9 +130,34 @@ def _run(sampler: Sampler, model: str, images: str | Path, settings: Settings) -
     return {"model": model, "judged": Path(images).name, **how, "weights": weights_sha256(sampler), **where}
 
 
-def _scored(out: Path, home: Path) -> Iterator[Line]:
+def _opened(out: Path, run: dict[str, Any], shard: tuple[int, int] | None) -> Path:
+    """The folder to work in, made ready: a shard has its own, and a whole run takes over that of its shards.
+
+    Raises ValueError for one that holds something else.
+    """
+    if shard is not None:
+        home = out / f"shard-{shard[0]}-of-{shard[1]}"
+        open_folder(home, run | {"shard": list(shard)})
+        return home
+    run = json.loads(json.dumps(run | {"shard": None}))  # as a shard's is read back
+    shards = sorted(path.parent for path in out.glob(f"{SHARDS}/run.json"))
+    for part in shards:
+        earlier = read_settings(part) | {"shard": None}
+        differs = [name for name in run if earlier.get(name) != run[name]]
+        if differs:
+            raise ValueError(
+                f"{str(part)!r} is a shard of another run (its {', '.join(differs)} differ): choose another folder"
+            )
+    if shards and not (out / "run.json").exists():
+        with whole(out / "run.json") as file:
+            file.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    open_folder(out, run)
+    return out
+
+
+def _scored(home: Path) -> Iterator[Line]:
     """What is known already: of a whole run, by its shards too."""
-    for path in [*(sorted(out.glob(f"shard-*-of-*/{SCORES}")) if home == out else ()), out / SCORES, home / SCORES]:
+    for path in [*sorted(home.glob(f"{SHARDS}/{SCORES}")), home / SCORES]:
         yield from (line for line in read_lines(path) if line.get("status") == "ok")
 
 
