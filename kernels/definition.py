@@ -48,7 +48,7 @@ def cfg_zero(u: Tensor, c: Tensor, w: float, *_: float) -> Tensor:
 def apg(u: Tensor, c: Tensor, w: float, eta: float, norm_threshold: float) -> Tensor:
     """The difference cut to a norm, its part along c scaled (Sadat et al., https://arxiv.org/abs/2410.02416)."""
     d = c - u
-    d = d * min(1.0, norm_threshold / d.norm().item()) if norm_threshold else d
+    d = d * (norm_threshold / d.norm()).clamp(max=1) if norm_threshold else d
     along = (d * c).sum() / (c * c).sum() * c
     return u + w * (d + (eta - 1) * along)
 
@@ -82,9 +82,10 @@ RULES = {
 
 
 def guided(uncond: Tensor, cond: Tensor, weight: float, rule: str = "cfg", options: Sequence[float] = ()) -> Tensor:
-    """The guided prediction of one sample under a rule and its options."""
-    rule = "cfg" if weight in (0, 1) else rule
-    return RULES[rule](uncond.double(), cond.double(), weight, *options)
+    """The guided prediction of one sample under a rule and its options; `cfg` where a rule divides 0 by 0."""
+    u, c = uncond.double(), cond.double()
+    found = RULES["cfg" if weight in (0, 1) else rule](u, c, weight, *options)
+    return found if found.isfinite().all() else cfg(u, c, weight)
 
 
 def basin_score(target: Tensor, uncond: Tensor, cond: Tensor) -> float:

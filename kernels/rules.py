@@ -68,7 +68,7 @@ class Option(NamedTuple):
 def on_tensors(rule: Any) -> Callable[..., Any]:
     """The device function `rule` for tensors: its own source, what it uses of triton.language being PyTorch's."""
     language = SimpleNamespace(sqrt_rn=torch.sqrt, exp=torch.exp, where=torch.where)
-    return FunctionType(getattr(rule, "fn", rule).__code__, {"tl": language})
+    return FunctionType(getattr(rule, "fn", rule).__code__, {"tl": language, "__builtins__": __builtins__})
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,14 @@ class GuidanceRule:
 
 @jit
 def rescale(weight, u, d, uu, ud, dd, size, phi, unused):
-    """phi std(cond) / std(guided) + 1 - phi times the guided prediction (Lin et al., arXiv 2305.08891, section 3.4)."""
+    """phi std(cond) / std(guided) + 1 - phi times the guided prediction (Lin et al., arXiv 2305.08891, section 3.4).
+
+    One that is constant but for rounding has no deviation: it stays as it is.
+    """
+    power = uu + 2 * weight * ud + weight * weight * dd
     uu, ud, dd = uu - u * u / size, ud - u * d / size, dd - d * d / size
-    ratio = (uu + 2 * ud + dd) / (uu + 2 * weight * ud + weight * weight * dd)
+    variance = uu + 2 * weight * ud + weight * weight * dd
+    ratio = tl.where(variance > 1e-6 * power, (uu + 2 * ud + dd) / variance, 1.0)
     factor = phi * tl.sqrt_rn(ratio) + (1 - phi)
     return factor, factor * weight
 
@@ -102,7 +107,7 @@ def rescale(weight, u, d, uu, ud, dd, size, phi, unused):
 def norm_cap(weight, u, d, uu, ud, dd, size, kappa, unused):
     """The guided prediction, shortened to at most kappa times the norm of cond."""
     ratio = (uu + 2 * ud + dd) / (uu + 2 * weight * ud + weight * weight * dd)
-    factor = kappa * tl.sqrt_rn(ratio)
+    factor = kappa * tl.sqrt_rn(tl.where(ratio < 0, 0.0, ratio))  # rounding
     factor = tl.where(factor < 1, factor, 1.0)
     return factor, factor * weight
 
@@ -174,9 +179,9 @@ def columns_of(options: Mapping[str, float]) -> tuple[float, float]:
 
 @jit
 def combined(rule, weight, sums, gap, size, first, second):
-    """(a, b) of a sample; 0 is uncond and 1 cond under every rule."""
+    """(a, b) of a sample; 0 is uncond and 1 cond under every rule, and 0 / 0 is plain guidance."""
     a, b = rule(weight, sums[0], sums[1], sums[2], sums[3], gap * gap, size, first, second)
-    plain = (weight == 0) | (weight == 1)
+    plain = (weight == 0) | (weight == 1) | (a - a != 0) | (b - b != 0)
     return tl.where(plain, 1.0, a), tl.where(plain, weight, b)
 
 
@@ -185,5 +190,5 @@ def combined_eager(
 ) -> tuple[Tensor, Tensor]:
     """The same, of (B,) tensors."""
     a, b = rule.eager(weight, *sums, gap * gap, size, first, second)
-    plain = (weight == 0) | (weight == 1)
+    plain = (weight == 0) | (weight == 1) | (a - a != 0) | (b - b != 0)
     return torch.where(plain, 1.0, a), torch.where(plain, weight, b)

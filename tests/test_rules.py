@@ -242,3 +242,24 @@ def test_at_0_and_1_every_rule_is_one_prediction(way, rule, weight):
     guided, _ = guide(uncond, cond, weight, rule=rule)
     expected, _ = guide(uncond, cond, weight)
     assert torch.equal(guided, expected)
+
+
+ZEROS, ONES = torch.zeros(2, 4, 8, 8), torch.ones(2, 4, 8, 8)
+DEGENERATE = {
+    "both 0": (ZEROS, ZEROS),
+    "cond 0": (ONES * 0.3, ZEROS),
+    "uncond 0": (ZEROS, ONES * 0.3),
+    "alike": (ONES * 0.3, ONES * 0.3),
+    "constant": (ONES * 0.3, ONES * -1.7),
+    "opposed": (ONES * 0.5, ONES * -0.5),
+}
+
+
+@pytest.mark.parametrize("rule", COMBINING)
+@pytest.mark.parametrize("case", DEGENERATE)
+def test_constant_predictions_are_guided_and_not_divided_by_nothing(way, rule, case):
+    uncond, cond = DEGENERATE[case]
+    weight = torch.tensor([7.5, -2.0])
+    guided, _ = guide(uncond, cond, weight, rule=rule)
+    assert guided.isfinite().all()
+    check(guided, uncond, cond, weight, rule)

@@ -23,8 +23,9 @@ class GuidedQwen(GuidedPacked):
 
 
 def renormalised(guided: Tensor, cond: Tensor, weight: Tensor) -> Tensor:
-    """Each token of `guided` (B, tokens, C) as long as that of `cond`, in samples whose weight (B,) is above 1."""
-    longer = cond.float().norm(dim=-1, keepdim=True) / guided.float().norm(dim=-1, keepdim=True)
+    """Each token of `guided` (B, tokens, C) as long as that of `cond`, in samples whose weight (B,) is above 1; 0 stays 0."""
+    own = guided.float().norm(dim=-1, keepdim=True)
+    longer = torch.where(own > 0, cond.float().norm(dim=-1, keepdim=True) / own, 1.0)
     return (guided * torch.where(weight.view(-1, 1, 1) > 1, longer, 1.0)).to(guided.dtype)
 
 
