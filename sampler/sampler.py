@@ -120,8 +120,7 @@ class Sampler:
     @staticmethod
     def model_path(name: str) -> Path:
         """The folder of a pipeline that ships with the project, in diffusers' format. Raises ValueError for another name."""
-        ships = models.shipped()
-        if name not in ships:
+        if name not in (ships := models.shipped()):
             raise ValueError(f"name must be {' or '.join(map(repr, ships))}, got {name!r}")
         return ships[name]
 
@@ -258,9 +257,9 @@ class Sampler:
         A picture's verdict depends on (model, picture, prompt, seed, settings) alone. Raises ValueError for what does not fit,
         and for a scheduler whose noise levels are not known.
         """
+        size, options = self._sized(height, width), {**self.options, **options}
         with torch.inference_mode():
             self.model.check()
-            size, options = self._sized(height, width), {**self.options, **options}
             made = judging.judge(self, images, prompts, seeds, threshold, probes, negative_prompt, size, batch_size, options)
             self.pipe.maybe_free_model_hooks()
         return made
