@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 PACKAGES = ("basinescape", "torch", "triton", "diffusers", "transformers", "xformers")
+
+
+@contextmanager
+def own_numbers() -> Iterator[None]:
+    """Inside, or in a function that it decorates, torch computes as a pipeline's dtypes say, whatever a caller has around it:
+    autocast, another default dtype."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from torch import nn
 from . import arguments
 from .data.prompts import OWN, Job, Prompts
 from .engine import Engine
+from .environment import own_numbers
 from .folder import Journal, open_folder, settings_of, weights_sha256
 from .guard import Ladder
 from .guidance import Guard, Guidance
@@ -50,6 +51,7 @@ class Copies(Protocol):
     def __call__(self, image: Image.Image) -> dict[str, Any]: ...
 
 
+@own_numbers()
 def generate(
     sampler: Sampler,
     prompts: Prompts | Sequence[Job],

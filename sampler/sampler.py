@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
 from . import arguments, batches, callbacks, judging, models, running
+from .environment import own_numbers
 from .graphs import Graphs
 from .guard import Ladder
 from .guidance import PROBES, THRESHOLD, Guard, Guidance
@@ -124,6 +125,7 @@ class Sampler:
             raise ValueError(f"name must be {' or '.join(map(repr, ships))}, got {name!r}")
         return ships[name]
 
+    @own_numbers()
     def __call__(
         self,
         prompts: str | Sequence[str] | None = None,
@@ -228,6 +230,7 @@ class Sampler:
             self.pipe.maybe_free_model_hooks()
         return Output.joined(made)
 
+    @own_numbers()
     def judge(
         self,
         images: Any,
@@ -313,6 +316,7 @@ class Sampler:
         if self.graphs is not None:
             self.graphs.clear()
 
+    @own_numbers()
     def solver(self, schedule: int | Schedule, height: int | None = None, width: int | None = None, **options: Any) -> Solver:
         """The scheduler's coefficients over a schedule, or so many steps, measured once. Raises what `Solver.of` does.
 

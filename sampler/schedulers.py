@@ -169,7 +169,8 @@ def prepared(scheduler: SchedulerMixin, schedule: Schedule, device: torch.device
     Raises ValueError where the scheduler cannot be set so.
     """
     scheduler = copy.deepcopy(scheduler)
-    timesteps, sigmas = (None if given is None else list(given) for given in (schedule.timesteps, schedule.sigmas))
+    timesteps = None if schedule.timesteps is None else list(schedule.timesteps)
+    sigmas = None if schedule.sigmas is None else np.asarray(schedule.sigmas)  # some multiply them
     shifted = {} if schedule.mu is None else {"mu": schedule.mu}
     if shifted and not scheduler.config.get("use_dynamic_shifting"):
         raise ValueError(

@@ -69,12 +69,20 @@ class Solver:
                 "use another, or a deterministic setting of it"
             )
         calls = len(plan.timesteps)
+        if not bool(torch.as_tensor(plan.timesteps).isfinite().all() and coefficients.isfinite().all()):
+            raise ValueError(
+                f"scheduler {type(scheduler).__name__} has steps that are not finite for {schedule}: its timesteps are "
+                f"{[round(float(t), 3) for t in plan.timesteps]}"
+            )
         if schedule.denoising_end is not None:
             trained = plan.config.get("num_train_timesteps", 1000)
             calls = int((plan.timesteps >= round(trained * (1 - schedule.denoising_end))).sum())
             if not calls:
                 raise ValueError(f"denoising_end {schedule.denoising_end} leaves no step of {schedule.steps}")
         level, log_snr = levels(plan), log_snrs(plan)
+        if log_snr is not None and bool(log_snr[:calls].isnan().any()):
+            name = type(scheduler).__name__
+            raise ValueError(f"{schedule} leads to noise levels that scheduler {name} has not: a flow's are from 0 to 1")
         return cls(
             schedule=schedule,
             timesteps=plan.timesteps[:calls].float(),
