@@ -21,7 +21,7 @@ from .guard import Ladder
 from .guidance import PROBES, THRESHOLD, Guard, Guidance
 from .loop import Lane, Network, Plan, fused_step, scheduler_step
 from .output import Output, Verdict
-from .schedulers import Schedule, make_scheduler
+from .schedulers import Schedule, configured, make_scheduler
 from .solver import Solver
 
 OUTPUTS = ("pil", "np", "pt", "latent")
@@ -58,8 +58,8 @@ class Sampler:
     def scheduler(self) -> SchedulerMixin:
         """The one that is sampled with: the pipeline's as it is now, or what was chosen, with the pipeline's configuration."""
         own = self.pipe.scheduler
-        if self._scheduler is None or self._scheduler[0] != _configured(own):
-            self._scheduler = _configured(own), make_scheduler(self._choice, own)
+        if self._scheduler is None or self._scheduler[0] != configured(own):
+            self._scheduler = configured(own), make_scheduler(self._choice, own)
         return self._scheduler[1]
 
     @scheduler.setter
@@ -347,8 +347,3 @@ class Sampler:
         The weights are back afterwards, bit for bit. For samples that are not finite in half precision.
         """
         return self.model.in_float32()
-
-
-def _configured(scheduler: SchedulerMixin) -> tuple:
-    """What makes a scheduler's coefficients what they are."""
-    return scheduler, dict(scheduler.config), getattr(scheduler, "shift", None)

@@ -104,6 +104,11 @@ def family(scheduler: SchedulerMixin) -> Family:
     return "flow" if flow or not own.keys() & {"beta_schedule", "trained_betas"} else "vp"
 
 
+def configured(scheduler: SchedulerMixin) -> tuple:
+    """What makes a scheduler's coefficients what they are."""
+    return scheduler, dict(scheduler.config), getattr(scheduler, "shift", None)
+
+
 def own_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
     """A scheduler's settings, without those of other classes that `from_config` carries along."""
     known = inspect.signature(type(scheduler).__init__).parameters

@@ -183,7 +183,7 @@ def test_a_model_is_guarded_and_with_a_calibration_as_that_was_made(tmp_path, mo
     assert str(tmp_path) not in made.read_text()
     code, error = run(monkeypatch, capsys, *asked, "--out", tmp_path / "few")
     assert (
-        code == 2 and "3 ordinary pictures cannot tell: calibrate with 99 or more" in error and not (tmp_path / "few").exists()
+        code == 2 and "3 ordinary pictures cannot tell: calibrate with 199 or more" in error and not (tmp_path / "few").exists()
     )
     known = Calibration.load(made)
     looks = tuple((1.0 + i / 1000,) * 5 for i in range(200))

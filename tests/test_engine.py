@@ -274,8 +274,8 @@ def test_bits_do_not_depend_on_the_neighbours(pipe):
     assert all(torch.equal(again[i].latents, together[i].latents) for i in (2, 3))
 
 
-def test_the_benchmarks_peers_sample_the_same_and_the_network_is_timed(small):
-    small.scheduler = make_scheduler("dpmsolver++", small.scheduler)
+def test_the_benchmarks_peers_sample_the_same_and_the_network_is_timed(small, monkeypatch):
+    monkeypatch.setattr(small, "scheduler", make_scheduler("dpmsolver++", small.scheduler))
     case = speed.Case(Sampler.from_pipeline(small), [f"a picture of a {i}" for i in range(5)])
     work = [(steps, Guidance.cfg(speed.SCALE)) for steps in (3, 4, 3, 3, 4)]
     made = {name: peer() for name, peer in case.peers(work, loop=True).items()}

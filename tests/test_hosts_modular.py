@@ -60,7 +60,7 @@ def test_it_judges_as_the_stock_pipeline(denoised, guidance):
     options = {"num_inference_steps": STEPS, "generator": generators, "output_type": "latent", **PIPELINES[denoised.name].call}
     with escape(stock, guidance) as run:
         stock(**given, **options, latents=denoised.noise.clone())
-        whole = 1e-3 if denoised.name == "WanPipeline" else 1e-6  # which is told whole timesteps by its stock pipeline alone
+        whole = 4e-3 if denoised.name == "WanPipeline" else 1e-6  # which is told whole timesteps by its stock pipeline alone
         assert torch.allclose(run.judge().score, found.score, atol=whole)
     alone = BasinEscapeGuidance(guidance)
     one = denoised(alone, slice(1, 2))

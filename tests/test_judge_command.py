@@ -171,7 +171,7 @@ def test_another_model_or_way_to_judge_is_refused_and_another_threshold_is_not(t
     with torch.no_grad():
         other.unet.conv_out.bias.add_(0.1)
     for given, settings, says in (
-        (Sampler.from_pipeline(other), Settings(), "weights"),
+        (Sampler.from_pipeline(other, sampler.scheduler), Settings(), "weights"),
         (sampler, Settings(seed=1), "seed"),
         (sampler, Settings(probes=1), "probes"),
         (sampler, Settings(height=16, width=16), "height, width"),

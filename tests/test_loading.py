@@ -45,7 +45,9 @@ def test_a_variant_is_loaded_by_its_name(folder):
 
 
 @pytest.mark.parametrize("path", ["./a/b", "../x", "a/b/", "./x", "~/x", "a/b/c", "x", "/a", "a/model.safetensors"])
-def test_what_looks_like_a_path_is_one(path):
+def test_what_looks_like_a_path_is_one(path, monkeypatch, tmp_path):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load(path)
 

@@ -174,7 +174,7 @@ def test_a_saved_pipeline_is_loaded_calibrated_and_makes_files(pipes, name, tmp_
     guidance = Guidance.cfg(3.0)
     if name == "sd3":
         calibration = Calibration.measure(sampler, PROMPTS, steps=STEPS, scale=3.0, progress=False)
-        guidance = Guidance.guard(3.0, calibration, threshold=0.1, later=0.1, rate=0.4)
+        guidance = Guidance.guard(3.0, calibration, threshold=0.1, later=0.1, rate=0.8)
     jobs = [Job("a", "a cat", 1), Job("b", "a frog", 2, "fog")]
     generate(sampler, jobs, tmp_path / "out", guidance, "m", steps=STEPS, height=16, width=32, progress=False)
     lines = list(read_lines(tmp_path / "out" / "manifest.jsonl"))
