@@ -200,8 +200,9 @@ class Sampler:
             solver = self.solver(schedule, height, width, **options)
             callbacks.check(callback_on_step_end, callback_on_step_end_tensor_inputs)
             seen = self.wrap is not None or callback_on_step_end is not None
-            if isinstance(guidance, Guard) and (seen or stop_after is not None):
-                raise ValueError("a guard takes neither a wrapped network nor callback_on_step_end nor stop_after")
+            if isinstance(guidance, Guard) and (seen or stop_after is not None or denoising_end is not None):
+                unfit = "a wrapped network, callback_on_step_end, stop_after or denoising_end"
+                raise ValueError(f"a guard judges finished pictures: it does not go with {unfit}")
             ladder = Ladder.make(solver, guidance, self.model.device, self.model.settle)
             if stop_after is not None:
                 if not 1 <= arguments.at_least_one("stop_after", stop_after) <= solver.steps:

@@ -187,6 +187,7 @@ def test_without_a_calibration_it_has_the_defaults():
         ),
         (lambda pipe: sample(pipe, guard((PLAIN, NONE)), callback_on_step_end=lambda *_: {}), "callback_on_step_end"),
         (lambda pipe: sample(pipe, guard((PLAIN, NONE)), stop_after=2), "stop_after"),
+        (lambda pipe: sample(pipe, guard((PLAIN, NONE)), denoising_end=0.8), "denoising_end"),
         (
             lambda pipe: sample(
                 pipe, replace(guard((replace(PLAIN, scale=1.0), NONE)), early=EarlyLook((1.0,) * STEPS, LEVELS, 1, 1.0))
