@@ -25,11 +25,11 @@ from typing import Any, Protocol, Self
 from PIL import Image
 from torch import nn
 
-from . import arguments
+from . import arguments, batches
 from .data.prompts import OWN, Job, Prompts
 from .engine import Engine
 from .environment import own_numbers
-from .folder import Journal, open_folder, settings_of, weights_sha256
+from .folder import Journal, open_folder, read_settings, settings_of, weights_sha256
 from .guard import Ladder
 from .guidance import Guard, Guidance
 from .manifest import MANIFEST, Part
@@ -59,7 +59,7 @@ def generate(
     guidance: Guidance | Guard,
     model: str,
     steps: int = 50,
-    batch_size: int = 8,
+    batch_size: int | None = 8,
     negative_prompt: str | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -74,7 +74,9 @@ def generate(
     """Make every job's image in the folder `out`; returns what came out.
 
     model: what run.json calls the sampler's model.
-    batch_size: the slots of the engine; fewer where that spares padding, or where memory is short.
+    batch_size: the slots of the engine, fewer where that spares padding; None: as many as the folder's run has, else as the
+        device holds. The last bits of a picture may depend on it, so it is a setting of the run, in run.json as `slots`; where
+        memory runs short there are fewer, and a grey level may differ.
     negative_prompt: of the jobs that have none of their own.
     height, width: pixels; default the model's own size.
     clip_skip: how many of the text encoder's last layers are left out, as in diffusers.
@@ -100,7 +102,8 @@ def generate(
     format whose library is missing; OSError where the disk is full, and the run goes on when it is started again.
     """
     prompts = prompts if isinstance(prompts, Prompts) else Prompts(prompts)
-    slots = balanced(arguments.at_least_one("batch_size", batch_size), len(prompts))
+    if batch_size is not None:
+        arguments.at_least_one("batch_size", batch_size)
     if copies is not None and (load is not None or format == "latents"):
         raise ValueError("copies are looked for among pictures that this process makes: neither on a cluster nor in latents")
     options = dict(sampler.options)
@@ -110,7 +113,15 @@ def generate(
     ladders.check(prompts)
     out = Path(out) / f"shard-{shard[0]}-of-{shard[1]}" if shard else Path(out)
     writes = writer(out, format)
-    settings = {"steps": steps, "guidance": guidance.to_dict(), "height": height, "width": width, "clip_skip": clip_skip}
+    slots = balanced(_slots(sampler, out) if batch_size is None else batch_size, len(prompts))
+    settings = {
+        "slots": slots,
+        "steps": steps,
+        "guidance": guidance.to_dict(),
+        "height": height,
+        "width": width,
+        "clip_skip": clip_skip,
+    }
     settings |= {"negative_prompt": negative_prompt, "format": format, "shard": shard and list(shard)}
     settings |= {} if copies is None else {"training_images": dict(copies.settings)}
     settings |= {"options": options} if options else {}
@@ -195,6 +206,12 @@ def _ray() -> ModuleType:
     from . import ray  # which imports this
 
     return ray
+
+
+def _slots(sampler: Sampler, out: Path) -> int:
+    """Those of the run that a folder holds, else as many as the device holds of the sampler's pictures."""
+    known = read_settings(out).get("slots") if (out / "run.json").is_file() else None
+    return known or batches.size(sampler.model, *sampler.size())
 
 
 def balanced(most: int, jobs: int) -> int:

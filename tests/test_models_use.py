@@ -283,7 +283,7 @@ def test_what_a_prompt_loses_is_what_the_larger_text_encoder_does_not_read(pipes
     long = "a " * 60
     for name, limit in (("sd3", 30), ("flux", 30), ("qwen", 60)):
         sampler = Sampler.from_pipeline(pipes(name))
-        cut = call(name, sampler, Guidance.cfg(4.0), [long, "a cat"], max_sequence_length=limit, steps=1).truncated
+        cut = call(name, sampler, Guidance.cfg(4.0), [long, "a cat"], max_sequence_length=limit, steps=2).truncated
         assert cut[1] == "" and set(cut[0]) <= {"a", " "} and 10 < len(cut[0]) < 120
 
 

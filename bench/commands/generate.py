@@ -125,7 +125,6 @@ def generate(
     loading |= {"device": device, "dtype": dtype, "attention": attention}
     sampler = options.sampler(model, known, scheduler, option, height, width, **loading)
     steps, scale = options.steps_and_scale(sampler, known, steps, scale)
-    size = options.batch_size(sampler, batch_size)
     plan = _plan(
         guidance or (Method.delayed if until or restart else Method.guard),  # delayed, where options of it are given
         sampler=sampler,
@@ -139,7 +138,7 @@ def generate(
     )
     texts = {"clip_skip": clip_skip, "negative_prompt": negative_prompt}
     more = {"progress": shown, "format": format, "shard": part, "load": load, "workers": workers, "copies": copies}
-    conclude(generate(sampler, jobs, out, plan, model, steps, size, **texts, **more), out)
+    conclude(generate(sampler, jobs, out, plan, model, steps, batch_size, **texts, **more), out)
 
 
 def _plan(
