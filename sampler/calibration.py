@@ -20,7 +20,7 @@ from . import arguments
 from .early import EarlyLook
 from .fingerprint import differing, fingerprint
 from .folder import settings_of, whole
-from .guidance import Guidance
+from .guidance import RATE, Guidance
 from .interpolation import curve, sound
 from .models import located
 from .ordinary import Ordinary, short, unguided
@@ -30,7 +30,7 @@ from .sampler import Sampler
 from .transitions import Settled
 
 log = logging.getLogger(__name__)
-FEW = 50  # prompts that say little
+FEW = math.ceil(2 / RATE) - 1  # pictures that a guard's thresholds at its default rate need
 FILE = "calibration.json"  # beside the model_index.json of the model it belongs to
 LOOKED = 10  # first steps at most whose gaps are kept
 EARLY = 0.1  # the share of the steps that a guard looks at early
@@ -86,7 +86,7 @@ class Calibration:
     ) -> Calibration:
         """Sample ordinary prompts plainly, and take what is usual from their basin scores and noise gaps.
 
-        prompts: that the model has not memorized; a hundred or more, so that the thresholds are known well.
+        prompts: that the model has not memorized; FEW or more, or a guard cannot be made of them at its default rate.
         seeds:   one a prompt, or one for the first prompt, counted up from there.
         settled: also measure the gaps without guidance, which `Settled` needs; it takes twice as long.
         resume:  a file that keeps what is measured of every sample, and from which a run that was stopped goes on.
@@ -97,9 +97,9 @@ class Calibration:
         """
         prompts = arguments.texts("prompts", prompts)
         if len(prompts) < 2:
-            raise ValueError(f"prompts must be two at least, and a hundred for thresholds that are known well; got {prompts}")
+            raise ValueError(f"prompts must be two at least, and {FEW} for a guard; got {prompts}")
         if len(prompts) < FEW:
-            log.warning("%d prompts are few: a hundred or more make thresholds known well", len(prompts))
+            log.warning("%d pictures are few: a guard's default thresholds need %d", len(prompts), FEW)
         size = arguments.at_least_one("batch_size", batch_size)
         tasks = list(zip(prompts, arguments.seeds(seeds, len(prompts)), strict=True))
         solver = sampler.solver(steps)

@@ -256,14 +256,14 @@ def run(monkeypatch, capsys, *arguments):
 
 def test_the_command_judges_as_calibrated_and_says_what_failed(tmp_path, monkeypatch, capsys):
     images, out = kept(tmp_path / "set", 3), tmp_path / "out"
-    code, said, _ = run(monkeypatch, capsys, "--images", images, "--out", out)
+    code, said, _ = run(monkeypatch, capsys, "--images", images, "--out", out, "--model", "tiny")
     known = Calibration.load("tiny")
     assert code == 0 and "of 3 pictures are suspect" in said and str(out / "judge.csv") in said
     assert f"above {known.threshold(RATE):.2f} is suspect" in (out / "judge.html").read_text()
     settings = json.loads((out / "run.json").read_text())
     assert settings["model"] == "tiny" and len(settings["weights"]) == 64 and settings["judged"] == "set"
     (images / "1.txt").unlink()
-    code, _, said = run(monkeypatch, capsys, "--images", images, "--out", out, "--threshold", "0.4", "--batch-size", 1)
+    code, _, said = run(monkeypatch, capsys, "--images", images, "--out", out, "--model", "tiny", "--threshold", 0.4)
     assert code == 1 and "1 failed (1): see status in judge.csv" in said
     assert "above 0.40 is suspect" in (out / "judge.html").read_text()
 
@@ -283,7 +283,7 @@ def test_the_command_judges_as_calibrated_and_says_what_failed(tmp_path, monkeyp
 def test_the_command_refuses_before_it_writes(tmp_path, monkeypatch, capsys, given, says):
     monkeypatch.chdir(tmp_path)
     kept(tmp_path / "set", 1)
-    code, _, said = run(monkeypatch, capsys, "--images", "set", "--out", "out", *given)
+    code, _, said = run(monkeypatch, capsys, "--images", "set", "--out", "out", "--model", "tiny", *given)
     assert code == 2 and says in said and not (tmp_path / "out").exists()
 
 
@@ -297,3 +297,16 @@ def test_a_rate_needs_a_calibration_and_a_video_model_is_refused(tmp_path, monke
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="have no pictures"):
         judged(Sampler.from_pipeline(tiny), tmp_path / "empty", tmp_path / "out")
+
+
+def test_only_the_model_that_made_the_pictures_judges_them(tmp_path, monkeypatch, capsys, sampler):
+    """It is that of the run, where they are one; another is warned of, and none is guessed."""
+    images = kept(tmp_path / "set", 2)
+    code, _, said = run(monkeypatch, capsys, "--images", images, "--out", tmp_path / "none")
+    assert code == 2 and "model must be given: the one that made the pictures" in said and not (tmp_path / "none").exists()
+    generate(sampler, jobs(1), tmp_path / "run", Guidance.cfg(5.0), "tiny", 2, progress=False)
+    code, out, said = run(monkeypatch, capsys, "--images", tmp_path / "run", "--out", tmp_path / "own")
+    assert code == 0 and "as tiny judges" in out and "made the pictures" not in said
+    read = ("--images", tmp_path / "run", "--model", "flow", "--probes", 1)
+    code, out, said = run(monkeypatch, capsys, *read, "--out", tmp_path / "other")
+    assert code == 0 and "tiny made the pictures, and flow judges them" in said and "as flow judges" in out

@@ -23,6 +23,7 @@ def audit(
         ),
     ],
     out: Annotated[Path, typer.Option(help="folder for audit.csv, audit.html, audit.json and the pictures")],
+    images: Annotated[Path | None, typer.Option(help="folder of the images that a file of captions names")] = None,
     model: options.Model = "tiny",
     calibration: Annotated[str | None, typer.Option(help="default calibration.json in the model's folder, if any")] = None,
     prompts: Annotated[
@@ -65,11 +66,12 @@ def audit(
 
     from ..evaluation.calibrate import prompts_for
 
-    found = read_captions(captions, every=True, on_error=on_error)
+    found = read_captions(captions, images=images, every=True, on_error=on_error)
     settings = Settings(rate, noises, first_steps, verify, seeds, seed, similarity or None, threshold, on_error)
     more = images_in(training_images) if training_images else []
     ordinary = [job.prompt for job in read_prompts(prompts or prompts_for(model))]
     known = options.found(model, calibration)
+    known = options.of_enough(known, calibration) if verify else known
     loading = {"allow_pickle": allow_pickle, "device": device, "dtype": dtype}
     sampler = options.sampler(model, known, scheduler, option, **loading)
     steps, scale = options.steps_and_scale(sampler, known, steps, scale)

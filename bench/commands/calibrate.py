@@ -18,7 +18,7 @@ def calibrate(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="ordinary ones, none of them memorized, a hundred or more, as for generate; default 200 that ship"),
+        typer.Option(help="ordinary ones, none of them memorized, 199 or more, as for generate; default 200 that ship"),
     ] = None,
     pictures: Annotated[int, typer.Option(help="pictures a prompt", min=1)] = 1,
     scale: Annotated[float | None, typer.Option(help="guidance scale; default the model's own")] = None,

@@ -125,8 +125,10 @@ def generate(
     loading |= {"device": device, "dtype": dtype, "attention": attention}
     sampler = options.sampler(model, known, scheduler, option, height, width, **loading)
     steps, scale = options.steps_and_scale(sampler, known, steps, scale)
+    chosen = guidance or (Method.delayed if until or restart else Method.guard)  # delayed, where options of it are given
+    known = options.of_enough(known, calibration) if chosen == Method.guard else known
     plan = _plan(
-        guidance or (Method.delayed if until or restart else Method.guard),  # delayed, where options of it are given
+        chosen,
         sampler=sampler,
         calibration=None if known is None else known.fitted(sampler, steps),
         scale=scale,

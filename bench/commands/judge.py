@@ -24,7 +24,9 @@ def judge(
         ),
     ],
     out: Annotated[Path, typer.Option(help="folder for judge.csv and judge.html")],
-    model: options.Model = "tiny",
+    model: Annotated[
+        str | None, typer.Option(help="that made the pictures: no other can judge them; default that of a run of generate")
+    ] = None,
     threshold: Annotated[
         float | None, typer.Option(help="score above which a picture is suspect; default as calibrated, else 0.3")
     ] = None,
@@ -59,6 +61,7 @@ def judge(
 
     if threshold is not None and rate is not None:
         raise ValueError("threshold and rate say the same: give one of the two")
+    model = _model(model, Path(images))
     known = options.found(model, calibration)
     given = options.of_call(option)
     size = {name: given.pop(name, None) for name in ("height", "width")}
@@ -67,16 +70,31 @@ def judge(
     sampler = Sampler.from_pretrained(model, scheduler=options.scheduler_of(scheduler, known), **loading)
     sampler = sampler.using(**({} if known is None else known.settings.get("options", {}))).using(**given)
     if threshold is None:
-        threshold = _threshold(sampler, known, rate)
+        threshold = _threshold(sampler, options.of_enough(known, calibration), rate)
     settings = Settings(threshold, probes, seed, **size, on_error=on_error)
     rows = judge(sampler, model, images, out, settings, options.batch_size(sampler, batch_size), part, progress)
     home = out / f"shard-{part[0]}-of-{part[1]}" if part else out
     suspect = sum(bool(row["suspect"]) for row in rows)
-    typer.echo(f"{suspect} of {len(rows)} pictures are suspect: {home / 'judge.csv'}, {home / 'judge.html'}")
+    typer.echo(f"{suspect} of {len(rows)} pictures are suspect, as {model} judges: {home / 'judge.csv'}, {home / 'judge.html'}")
     failed = [row["id"] for row in rows if row["status"] != "ok"]
     if failed:
         typer.echo(f"{len(failed)} failed ({', '.join(failed[:5])}): see status in judge.csv", err=True)
         raise typer.Exit(1)
+
+
+def _model(given: str | None, images: Path) -> str:
+    """The model that is given, else that of the run of `generate` that the pictures are; says where the two differ."""
+    from basinescape.folder import read_settings
+
+    runs = [folder for folder in (images, images.parent) if (folder / "run.json").is_file()]
+    made = read_settings(runs[0]).get("model") if runs else None
+    if given is None and made is None:
+        raise ValueError("model must be given: the one that made the pictures, since no other can judge them")
+    if given and made and Path(given).name != Path(made).name:
+        typer.echo(
+            f"{made} made the pictures, and {given} judges them: scores mean nothing unless these are one model", err=True
+        )
+    return given or made
 
 
 def _threshold(sampler: Sampler, known: Calibration | None, rate: float | None) -> float:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from basinescape import Calibration, Sampler
     from diffusers import SchedulerMixin
 
-Model = Annotated[str, typer.Option(help="a folder in diffusers' format, a hub id, or 'tiny', which ships")]
+Model = Annotated[str, typer.Option(help="a folder in diffusers' format, a hub id, or 'tiny' or 'flow', which ship")]
 Scheduler = Annotated[
     str | None, typer.Option(help="own (the model's), ddim, dpmsolver++, euler, unipc, ...; default as calibrated, else own")
 ]
@@ -49,6 +49,19 @@ def found(model: str, calibration: str | None) -> Calibration | None:
 
     path = calibration or Calibration.beside(model)
     return None if path is None else Calibration.load(path)
+
+
+def of_enough(known: Calibration | None, given: str | None) -> Calibration | None:
+    """The calibration for thresholds; None where nobody gave it and its pictures are too few for them, which is said."""
+    from basinescape.calibration import FEW
+
+    if known is None or given or known.images >= FEW:
+        return known
+    typer.echo(
+        f"the model's calibration is of {known.images} pictures, and thresholds need {FEW}: it is left out; calibrate again",
+        err=True,
+    )
+    return None
 
 
 def sampler(
