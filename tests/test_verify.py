@@ -268,7 +268,7 @@ def test_a_shard_without_settings_is_named(parts, tmp_path):
         merge(parts, tmp_path / "one")
 
 
-@pytest.mark.parametrize("file", ["../evil.png", "../../evil.png", "images/../../evil.png", "/tmp/evil.png", "images/p1.txt"])
+@pytest.mark.parametrize("file", ["../evil.png", "../../evil.png", "images/../../evil.png", "/evil.png", "images/p1.txt"])
 def test_names_that_lead_out_of_a_folder_are_left_out_and_named(parts, tmp_path, monkeypatch, capsys, caplog, file):
     for place in (parts, parts / "shard-1-of-2"):
         (place / "evil.png").write_bytes(b"evil")
@@ -279,7 +279,7 @@ def test_names_that_lead_out_of_a_folder_are_left_out_and_named(parts, tmp_path,
     code, said, _ = command(monkeypatch, capsys, "merge", parts, "--out", tmp_path / "one")
     assert (code, said) == (1, f"6 of 7 images in {tmp_path / 'one'}\n")
     assert f"shard-1-of-2: image p1 is said to be in '{file}', which is no file of this run: left out" in caplog.text
-    assert {path for path in tmp_path.rglob("*") if "one" not in path.parts} == before and not Path("/tmp/evil.png").exists()
+    assert {path for path in tmp_path.rglob("*") if "one" not in path.parts} == before and not Path("/evil.png").exists()
     assert list(verify(tmp_path / "one")) == [("images/p1.png", "is missing")]
 
 

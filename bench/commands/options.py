@@ -16,7 +16,6 @@ Model = Annotated[str, typer.Option(help="a folder in diffusers' format, a hub i
 Scheduler = Annotated[
     str | None, typer.Option(help="own (the model's), ddim, dpmsolver++, euler, unipc, ...; default as calibrated, else own")
 ]
-Scale = Annotated[float, typer.Option(help="guidance scale")]
 Seed = Annotated[int, typer.Option(help="seed of the first prompt, counted up from there")]
 BatchSize = Annotated[
     int | None, typer.Option(help="images sampled together; default what the GPU's memory holds, 16 on a CPU")
