@@ -23,4 +23,4 @@ test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 matrix: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "whole or not whole" tests/test_matrix.py
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "whole or not whole" tests/schedulers/test_matrix.py

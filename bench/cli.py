@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from basinescape.commands.audit import audit
+from basinescape.commands.calibrate import calibrate
+from basinescape.commands.generate import generate
+from basinescape.commands.judge import judge
+from basinescape.commands.quiet import quieten
+from basinescape.commands.runs import merge, verify
 
 from .commands import evaluation
-from .commands.audit import audit
-from .commands.calibrate import calibrate
-from .commands.generate import generate
-from .commands.judge import judge
-from .commands.runs import merge, verify
-from .quiet import quieten
 from .tables import aligned, tables
 
 SUMMARY = "Sample guided diffusion models without reproducing training images."
@@ -84,7 +84,7 @@ def bench(
 ) -> None:
     """Time the sampler beside its peers. In one process, interleaved; only results that agree are compared."""
     quieten()
-    from basinescape import arguments
+    from basinescape import checks
 
     from . import speed
     from .speed.timing import taken
@@ -92,7 +92,7 @@ def bench(
     rows = list(speed.run(speed.BENCHES if what == Bench.all else [what.value], device))
     typer.echo(tables(rows))
     if json:
-        json.write_text(dumps({**taken(arguments.device(device)), "rows": rows}, indent=1) + "\n")
+        json.write_text(dumps({**taken(checks.device(device)), "rows": rows}, indent=1) + "\n")
 
 
 def main() -> None:

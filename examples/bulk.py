@@ -6,10 +6,10 @@ python examples/bulk.py prompts.jsonl out [--model your/model] [--format png|jpg
 import argparse
 
 from basinescape import At, Calibration, Guidance, Sampler
+from basinescape.bulk.generate import generate
 from basinescape.data.prompts import Prompts
-from basinescape.generate import generate
-from basinescape.verify import verify
-from basinescape.writers import FORMATS
+from basinescape.data.verify import verify
+from basinescape.data.writers import FORMATS
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("prompts", help='JSON Lines {"prompt": "..."}, .csv, .parquet, hf:DATASET, or - for standard input')

@@ -6,9 +6,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Loaded when first asked for: `basinescape.kernels` needs torch and triton alone, the sampler needs diffusers.
-_HOMES = {"Calibration": "calibration", "Guidance": "guidance", "Guard": "guidance"}
-_HOMES |= dict.fromkeys(("At", "Fallen", "FirstMinimum", "Settled"), "transitions")
-_HOMES |= {"Escape": "hosts.escape", "escape": "hosts.pipelines", "Output": "output", "Sampler": "sampler"}
+_HOMES = {"Calibration": "calibration.calibration", "Guidance": "guidance.guidance", "Guard": "guidance.guard"}
+_HOMES |= dict.fromkeys(("At", "Fallen", "FirstMinimum", "Settled"), "guidance.transitions")
+_HOMES |= {"Escape": "hosts.escape", "escape": "hosts.pipelines", "Output": "sampling.output", "Sampler": "sampler"}
 __all__ = ["At", "Calibration", "Escape", "Fallen", "FirstMinimum", "Guard", "Guidance", "Output", "Sampler", "Settled"]
 __all__ += ["escape"]
 

@@ -14,18 +14,24 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
-from . import arguments, batches, callbacks, judging, models, running
-from .environment import own_numbers
-from .graphs import Graphs
-from .guard import Ladder
-from .guidance import PROBES, THRESHOLD, Guard, Guidance
-from .loop import Lane, Network, Plan, fused_step, scheduler_step
-from .output import Output, Verdict
-from .schedulers import Schedule, configured, make_scheduler
-from .solver import Solver
+from . import checks, models
+from .detection import judging
+from .detection.judging import Verdict
+from .guidance.guard import PROBES, THRESHOLD, Guard
+from .guidance.guidance import Guidance
+from .models import memory
+from .runs.environment import own_numbers
+from .runs.progress import Bar, bar, parts
+from .runs.provenance import settings_of
+from .sampling import callbacks
+from .sampling.batch import Batch, Runner, Wrap
+from .sampling.graphs import Graphs
+from .sampling.ladder import Ladder
+from .sampling.output import Output
+from .schedulers.schedule import Schedule, configured, make_scheduler
+from .schedulers.solver import Solver
 
 OUTPUTS = ("pil", "np", "pt", "latent")
-Wrap = Callable[[models.Guided], Network]
 
 
 class Sampler:
@@ -112,8 +118,8 @@ class Sampler:
         """
         if loading.get("device_map") is not None and device is not None:
             raise ValueError(f"device is {str(device)!r}, and device_map places the parts: give one of the two")
-        device = arguments.device(device)
-        pipe = models.load(path_or_id, arguments.dtype(dtype, device), allow_pickle, **loading)
+        device = checks.device(device)
+        pipe = models.load(path_or_id, checks.dtype(dtype, device), allow_pickle, **loading)
         if loading.get("device_map") is None:
             pipe = pipe.to(device)
         return cls(pipe, scheduler, attention, compile, capture)
@@ -179,13 +185,13 @@ class Sampler:
         """
         with torch.inference_mode():
             self.model.check()
-            count = arguments.at_least_one("num_images_per_prompt", num_images_per_prompt)
+            count = checks.at_least_one("num_images_per_prompt", num_images_per_prompt)
             embeds = options.get("prompt_embeds")
             if prompts is not None or embeds is None:
-                prompts = arguments.texts("prompts", prompts)
+                prompts = checks.texts("prompts", prompts)
             prompted = len(embeds if prompts is None else prompts)
-            seeds = arguments.seeds(seeds, prompted * count)
-            negative_prompt = arguments.one_each("negative_prompt", negative_prompt, prompted)
+            seeds = checks.seeds(seeds, prompted * count)
+            negative_prompt = checks.one_each("negative_prompt", negative_prompt, prompted)
             if not isinstance(guidance, Guidance | Guard):
                 raise ValueError(f"guidance must be a Guidance, got {guidance!r}")
             if output not in OUTPUTS:
@@ -205,29 +211,29 @@ class Sampler:
                 raise ValueError(f"a guard judges finished pictures: it does not go with {unfit}")
             ladder = Ladder.make(solver, guidance, self.model.device, self.model.settle)
             if stop_after is not None:
-                if not 1 <= arguments.at_least_one("stop_after", stop_after) <= solver.steps:
+                if not 1 <= checks.at_least_one("stop_after", stop_after) <= solver.steps:
                     raise ValueError(f"stop_after must be 1 to {solver.steps}, the steps; got {stop_after}")
                 taken = ladder.whole.branches[: ladder.whole.calls(stop_after)]
                 ladder = replace(ladder, whole=replace(ladder.whole, branches=taken))
             total = len(seeds)
-            if batch_size is not None and arguments.at_least_one("batch_size", batch_size) < total and self.wrap is not None:
+            if batch_size is not None and checks.at_least_one("batch_size", batch_size) < total and self.wrap is not None:
                 raise ValueError(f"batch_size must be at least {total}, all samples of a wrapped network; got {batch_size}")
-            size = batch_size or (total if seen else batches.size(self.model, height, width))
+            size = batch_size or (total if seen else memory.size(self.model, height, width))
 
-            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+            runner, generators = self.runner, [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
             encoded = self.model.encode(prompts, height, width, count, negative_prompt, **options)
 
-            def sampled(part: range, bar: batches.Bar) -> Output:
+            def sampled(part: range, shown: Bar) -> Output:
                 own = [generators[i] for i in part]
                 noise = self.noise(own, height, width, **options) if latents is None else latents[list(part)].cpu().float()
                 texts = encoded if len(part) == total else encoded.select(part)
-                batch = running.Batch(texts, noise, own, partial(self.noise, height=height, width=width, **options))
-                run = running.run(self, ladder, batch, bar, callback_on_step_end, guidance.scale)
+                batch = Batch(texts, noise, own, partial(self.noise, height=height, width=width, **options))
+                run = runner.run(ladder, batch, shown, callback_on_step_end, guidance.scale)
                 decode = partial(self.model.decode, generators=own, height=height, width=width, **options)
                 return Output.of(run, texts, solver, output, decode)
 
-            parts = batches.parts(total, size)
-            made = [sampled(part, batches.bar(progress, i, len(parts))) for i, part in enumerate(parts)]
+            some = parts(total, size)
+            made = [sampled(part, bar(progress, i, len(some))) for i, part in enumerate(some)]
             self.pipe.maybe_free_model_hooks()
         return Output.joined(made)
 
@@ -264,32 +270,20 @@ class Sampler:
         size, options = self._sized(height, width), {**self.options, **options}
         with torch.inference_mode():
             self.model.check()
-            made = judging.judge(self, images, prompts, seeds, threshold, probes, negative_prompt, size, batch_size, options)
+            given = prompts, seeds, threshold, probes, negative_prompt, size, batch_size, options
+            judged = judging.judge(self.model, self.scheduler, images, *given)
             self.pipe.maybe_free_model_hooks()
-        return made
+        return judged
 
-    def lane(
-        self,
-        ladder: Ladder,
-        network: models.Guided,
-        plan: Plan,
-        noise: Tensor,
-        generators: Sequence[torch.Generator],
-    ) -> Lane:
-        """A batch from `noise` (B, ...) for the engine: captured, or by the scheduler's own step, or fused."""
-        noise = noise.to(self.model.dtype)
-        if ladder.stepwise:
-            state = plan.state(noise, self.model.memory_format)
-            take = scheduler_step(ladder.solver, self.scheduler, generators, network, plan, state)
-            return Lane(network, state, take, plan.table)
-        if self.captures(network):
-            return self.graphs.lane(network, plan, noise, self.model.memory_format)
-        state = plan.state(noise, self.model.memory_format)
-        return Lane(network, state, fused_step(network, plan, state))
+    @property
+    def runner(self) -> Runner:
+        """How its batches are denoised as it is now."""
+        return Runner(self.model, self.scheduler, self.graphs, self.wrap)
 
-    def captures(self, network: models.Guided) -> bool:
-        """Whether steps of this network are recorded."""
-        return self.graphs is not None and network.version is not None
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What its images owe to scheduler, dtype, device and versions, as plain data."""
+        return settings_of(self.scheduler, self.model.dtype, self.model.device)
 
     def wrapped(self, wrap: Wrap) -> Sampler:
         """The same sampler, that samples from what `wrap` makes of the network and each call's encoded prompts.

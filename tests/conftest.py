@@ -144,7 +144,7 @@ def small(random_pipeline):
 def drawn(monkeypatch):
     """A `Drawn`: every sampler's pictures are drawn without a network."""
     from basinescape.models.sd import StableDiffusion
-    from runs import Drawn
+    from bulkruns import Drawn
 
     drawn = Drawn()
     for name in ("encode", "network", "decode"):

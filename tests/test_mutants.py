@@ -106,5 +106,5 @@ def captured(pipe):
     ],
 )
 def test_what_a_graph_is_not_given_is_missed(pipe, device, owner, name, old):
-    with host_mutant("graphs", owner, name, old, "pass"), pytest.raises(AssertionError):
+    with host_mutant("sampling.graphs", owner, name, old, "pass"), pytest.raises(AssertionError):
         captured(pipe)

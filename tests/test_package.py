@@ -33,8 +33,8 @@ def test_a_wheel_holds_the_pipelines_and_all_packages(tmp_path):
         assert expected <= names
     assert "basinescape/hosts/comfyui/example_workflows/delayed_guidance.json" in names
     for name, network in (("tiny", "unet"), ("flow", "transformer")):
-        own = {f"basinescape/{path.relative_to(ROOT)}" for path in (ROOT / "bench" / name).rglob("*.*")}
-        assert own <= names and f"basinescape/bench/{name}/{network}/diffusion_pytorch_model.safetensors" in own
+        own = {f"basinescape/{path.relative_to(ROOT / 'sampler')}" for path in (ROOT / "sampler/assets" / name).rglob("*.*")}
+        assert own <= names and f"basinescape/assets/{name}/{network}/diffusion_pytorch_model.safetensors" in own
 
 
 @pytest.mark.parametrize("below, above", [("kernels", r"basinescape\.(?!kernels)"), ("sampler", r"basinescape\.bench")])
@@ -71,12 +71,13 @@ print([name for name in sys.modules if name.startswith("basinescape.bench")])
 
 @pytest.mark.parametrize("name", ["tiny", "flow"])
 def test_the_pipelines_that_ship_are_small(name):
-    assert sum(path.stat().st_size for path in (ROOT / "bench" / name).rglob("*") if path.is_file()) <= 15_000_000
+    assert sum(path.stat().st_size for path in (ROOT / "sampler/assets" / name).rglob("*") if path.is_file()) <= 15_000_000
 
 
 @pytest.mark.parametrize("name", ["tiny", "flow"])
 def test_the_pipelines_that_ship_do_not_say_where_they_were_made(name):
-    said = [value for path in (ROOT / "bench" / name).rglob("*.json") for value in json.loads(path.read_text()).values()]
+    files = (ROOT / "sampler/assets" / name).rglob("*.json")
+    said = [value for path in files for value in json.loads(path.read_text()).values()]
     assert said and not [value for value in said if isinstance(value, str) and value.startswith(("/", "~"))]
 
 

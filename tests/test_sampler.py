@@ -8,7 +8,7 @@ import torch
 from basinescape import At, Fallen, FirstMinimum, Guidance, Sampler, Settled
 from basinescape.bench.evaluation.analyze import transition
 from basinescape.kernels import definition
-from basinescape.schedulers import make_scheduler
+from basinescape.schedulers.schedule import make_scheduler
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from rounding import LEEWAY, NEAR, assert_same_but_for_rounding, spread
 

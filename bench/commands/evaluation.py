@@ -7,10 +7,10 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from basinescape.commands import options
+from basinescape.commands.quiet import quieten
 
-from ..quiet import quieten
 from ..tables import aligned
-from . import options
 
 if TYPE_CHECKING:
     from ..scenario import Scenario

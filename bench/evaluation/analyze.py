@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from basinescape import FirstMinimum, Guidance, Sampler, Settled
 from basinescape.data.tables import write_csv
-from basinescape.folder import settings_of
 from basinescape.kernels import definition
 
 from ..scenario import Prompt, Scenario, limited, prompts
@@ -157,7 +156,7 @@ def analyze(
     summary = {
         "scenario": scenario.name,
         "seeds": seeds,
-        **settings_of(lab.sampler),
+        **lab.sampler.provenance,
         "prompts": {name: len(part) for name, part in groups.items()},
         "onset": [
             {"onset": onset}

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from basinescape import At, Guidance, Sampler
-from basinescape.folder import settings_of
-from basinescape.guidance import PROBES
+from basinescape.guidance.guard import PROBES
 from torch import Tensor
 
 from ..scenario import Prompt, load, prompts
@@ -154,7 +153,7 @@ def main() -> None:
         "scenario": scenario.name,
         "date": date.today().isoformat(),
         "seeds": list(drawn),
-        **settings_of(sampler),
+        **sampler.provenance,
         "captions": captions_told(lab, groups, drawn, plain),
         "pictures": pictures_told(lab, groups, drawn, plain),
     }

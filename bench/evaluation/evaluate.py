@@ -21,16 +21,10 @@ import numpy as np
 from basinescape import Calibration, Output, Sampler
 from basinescape.data.pictures import images_in
 from basinescape.data.tables import write_csv
-from basinescape.folder import (
-    Journal,
-    files_sha256,
-    open_folder,
-    read_lines,
-    read_settings,
-    save_image,
-    settings_of,
-    weights_sha256,
-)
+from basinescape.runs.atomic import files_sha256, save_image
+from basinescape.runs.folder import open_folder, read_settings
+from basinescape.runs.journal import Journal, read_lines
+from basinescape.runs.provenance import weights_sha256
 from tqdm import tqdm
 
 from ..methods import Sampling, chosen
@@ -103,8 +97,8 @@ def evaluate(
         "limit": limit,
         "batch_size": batch_size,
         **_digests(scenario, whole_groups),
-        "weights": weights_sha256(sampler),
-        **settings_of(sampler),
+        "weights": weights_sha256(sampler.pipe),
+        **sampler.provenance,
     }
     open_folder(out, run)
 

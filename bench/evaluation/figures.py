@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from basinescape.guidance import THRESHOLD
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.ticker import PercentFormatter
 from matplotlib.transforms import Bbox
-
-if TYPE_CHECKING:
-    from basinescape import Calibration
 
 COLORS = {"memorized": "C3", "general": "C0"}
 SIDES = [(6, 5), (6, -5), (-6, 5), (-6, -5), (0, 9), (0, -9), (9, 0), (-9, 0)]  # where a label may be of its point, in points
@@ -92,27 +88,6 @@ def curves(plain: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
     figure, axes = single(xlabel="step", ylabel="noise gap  ||cond - uncond||", title="plain guidance")
     for group, lines in plain.items():
         band(axes, [line["gap"] for line in lines], group)
-    save(figure, path)
-
-
-def calibration(found: Calibration, path: Path) -> None:
-    """What is ordinary: the noise gaps under plain guidance and without any, and the basin scores."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    curves, scores = figure.subplots(1, 2)
-    curves.set(title=f"ordinary prompts ({found.images})", xlabel="timestep", ylabel="noise gap  ||cond - uncond||")
-    ordinary = found.ordinary
-    if ordinary is not None:
-        at = found.timesteps
-        curves.fill_between(at, ordinary.low, ordinary.high, color="C0", alpha=0.2, linewidth=0, label="plain: 5% to 95%")
-        curves.plot(at, found.gap, color="C0", label="plain guidance, median")
-        if ordinary.unguided:
-            curves.plot(at, ordinary.unguided, color="C7", label="no guidance, median")
-            curves.axvline(ordinary.transition, color="C3", linestyle=":", label="static transition, a first guess")
-        curves.invert_xaxis()
-        curves.set_yscale("log")
-    scores.hist(found.scores, bins=30, color="C0")
-    scores.axvline(THRESHOLD, color="C3", linestyle=":", label="above: suspect, without a calibration")
-    scores.set(title="their pictures", xlabel="basin score", ylabel="pictures")
     save(figure, path)
 
 

@@ -20,7 +20,7 @@ import torch
 from basinescape.audit.measures import EMBEDDINGS, Embedding, projected
 from basinescape.data.pictures import images_in, opened, pixels
 from basinescape.data.tables import write_csv
-from basinescape.folder import whole
+from basinescape.runs.atomic import whole
 from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.functional.multimodal import clip_score

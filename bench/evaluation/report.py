@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from basinescape.audit.embedding import embedded
-from basinescape.folder import whole
+from basinescape.runs.atomic import whole
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib import rc_context

@@ -16,8 +16,7 @@ from typing import Any
 
 from basinescape import At, Guidance, Sampler
 from basinescape.data.pictures import opened
-from basinescape.folder import settings_of
-from basinescape.guidance import PROBES, THRESHOLD
+from basinescape.guidance.guard import PROBES, THRESHOLD
 from PIL import Image
 
 from ..scenario import Prompt, load, prompts
@@ -107,7 +106,7 @@ def main() -> None:
     sampler = Sampler.from_pretrained(scenario.source, scheduler=scenario.scheduler).using(**scenario.options)
     lines = roundtrip(Laboratory(scenario, sampler, Measure(scenario, groups)), groups, seeds)
     found = {"scenario": scenario.name, "date": date.today().isoformat(), "seeds": list(seeds), "probes": PROBES}
-    found |= {"threshold": THRESHOLD, "delays": DELAYS, **settings_of(sampler), "rows": compared(lines), "pictures": lines}
+    found |= {"threshold": THRESHOLD, "delays": DELAYS, **sampler.provenance, "rows": compared(lines), "pictures": lines}
     text = ",\n".join(f" {json.dumps(name)}: {_indented(value)}" for name, value in found.items())
     args.json.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
 

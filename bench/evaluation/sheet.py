@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from basinescape.folder import read_settings, whole
-from basinescape.manifest import MANIFEST, sound
-from basinescape.writers import FORMATS, writer
+from basinescape.data.writers import FORMATS, writer
+from basinescape.runs.atomic import whole
+from basinescape.runs.folder import read_settings
+from basinescape.runs.manifest import MANIFEST, sound
 from PIL import Image
 
 SIDE = 160  # pixels of an image on the page

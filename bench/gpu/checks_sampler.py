@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 from basinescape import FirstMinimum, Guidance, Sampler
-from basinescape.loop import Plan, denoise, fused_step
-from basinescape.schedulers import make_scheduler
+from basinescape.sampling.plan import Plan
+from basinescape.sampling.steps import denoise, fused_step
+from basinescape.schedulers.schedule import make_scheduler
 
 from ..speed.images import METHODS
 from ..speed.shapes import pipeline

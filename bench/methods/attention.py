@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from basinescape import Guidance
-from basinescape.loop import Network
 from basinescape.models import GuidedUNet
+from basinescape.types import Network
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 

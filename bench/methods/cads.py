@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 from basinescape import Guidance
-from basinescape.loop import Network
 from basinescape.models import GuidedUNet
+from basinescape.types import Network
 from torch import Tensor
 
 from .method import Batch, Method

@@ -13,8 +13,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from basinescape import At, Guidance, Output, Sampler
-from basinescape.loop import Network
 from basinescape.models import GuidedUNet
+from basinescape.types import Network
 from torch import Tensor
 
 from .method import Batch, Method

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 import torch
 from basinescape import Guidance
-from basinescape.loop import Network
 from basinescape.models import GuidedUNet
+from basinescape.types import Network
 from torch import Tensor, nn
 
 from .method import Batch, Method

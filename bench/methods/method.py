@@ -8,9 +8,9 @@ from functools import partial
 
 import torch
 from basinescape import Guard, Guidance, Output, Sampler
-from basinescape.guard import Ladder
-from basinescape.loop import Network
 from basinescape.models import GuidedUNet
+from basinescape.sampling.ladder import Ladder
+from basinescape.types import Network
 
 from . import stepwise
 

@@ -14,10 +14,12 @@ from basinescape import Guard, Guidance, Output, Sampler
 from basinescape.kernels import guide, guide_step, step
 from basinescape.kernels.state import State
 from basinescape.kernels.table import Column
-from basinescape.loop import Branch, Network, Plan, renoise
 from basinescape.models import GuidedUNet
-from basinescape.schedulers import own_step, prepared
-from basinescape.solver import Solver
+from basinescape.sampling.plan import Plan
+from basinescape.sampling.steps import renoise
+from basinescape.schedulers.schedule import own_step, prepared
+from basinescape.schedulers.solver import Solver
+from basinescape.types import Branch, Network
 from torch import Tensor
 
 Wrap = Callable[[GuidedUNet], Network]  # the network that is sampled from, of the model's

@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 import torch
 from basinescape import Guidance, Sampler
 from basinescape.kernels.state import per_sample
-from basinescape.loop import Network
 from basinescape.models import GuidedUNet
+from basinescape.types import Network
 from torch import Tensor
 
 from ..scenario import Stable

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 
 import torch
-from basinescape import arguments
+from basinescape import checks
 
 from ..tables import Row
 
@@ -20,7 +20,7 @@ def run(names: Sequence[str], device: torch.device | str | None = None, preset: 
 
     Raises ValueError for a device that is not there, RuntimeError where kernels are interpreted.
     """
-    device = arguments.device(device)
+    device = checks.device(device)
     for name in names:
         # Imported when asked for: `kernel` needs torch and triton alone, the others need diffusers.
         yield from getattr(import_module(f".{name}", __package__), name)(device, preset or device.type)

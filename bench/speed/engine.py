@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 from basinescape import At, Guard, Guidance, Sampler
+from basinescape.bulk.generate import Stop, generate
 from basinescape.data.prompts import Job
-from basinescape.engine import Engine, Sample
-from basinescape.generate import Stop, generate
-from basinescape.guard import Ladder
-from basinescape.guidance import Attempt
-from basinescape.schedulers import make_scheduler
+from basinescape.guidance.guard import Attempt
+from basinescape.sampling.engine import Engine, Sample
+from basinescape.sampling.ladder import Ladder
+from basinescape.schedulers.schedule import make_scheduler
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
@@ -89,13 +89,16 @@ class Case:
     @torch.inference_mode()
     def in_flight(self, work: Sequence[tuple[int, Guidance]]) -> dict[int, Tensor]:
         """The latents of every job."""
-        return {made.sample.key: made.latents for made in Engine(self.sampler.lane, SLOTS, fixed=True).run(self.samples(work))}
+        return {
+            made.sample.key: made.latents
+            for made in Engine(self.sampler.runner.lane, SLOTS, fixed=True).run(self.samples(work))
+        }
 
     @torch.inference_mode()
     def static(self, work: Sequence[tuple[int, Guidance]], shrinking: bool) -> dict[int, Tensor]:
         samples = self.samples(work)
         groups = [samples[i : i + SLOTS] for i in range(0, len(samples), SLOTS)]
-        engines = [(Engine(self.sampler.lane, len(group), fixed=not shrinking), group) for group in groups]
+        engines = [(Engine(self.sampler.runner.lane, len(group), fixed=not shrinking), group) for group in groups]
         return {made.sample.key: made.latents for engine, group in engines for made in engine.run(group)}
 
     def peers(self, work: Sequence[tuple[int, Guidance]], loop: bool) -> dict[str, Callable[[], dict[int, Tensor]]]:
@@ -171,8 +174,8 @@ def scaling(workers: Sequence[int] = (1, 2, 4), steps: int = 10) -> Iterator[Row
     if find_spec("ray") is None:
         return
     import ray
-    from basinescape.ray import ROUNDS as blocks
-    from basinescape.ray import RayRun
+    from basinescape.bulk.ray import ROUNDS as blocks
+    from basinescape.bulk.ray import RayRun
 
     ray.init(num_cpus=max(workers), include_dashboard=False, log_to_driver=False)
     jobs = [(i, Job(f"{i}", f"a picture of a {i}", i)) for i in range(2 * max(workers) * blocks * SLOTS)]

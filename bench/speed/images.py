@@ -11,10 +11,10 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 from basinescape import At, FirstMinimum, Guidance, Sampler
-from basinescape.loop import Plan
 from basinescape.models import adapt
 from basinescape.models.network import PACKED, traced
-from basinescape.schedulers import make_scheduler
+from basinescape.sampling.plan import Plan
+from basinescape.schedulers.schedule import make_scheduler
 from diffusers import DiffusionPipeline
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from basinescape import FirstMinimum, Guidance, Sampler
-from basinescape.loop import Plan, denoise, lockstep
 from basinescape.models import GuidedUNet
-from basinescape.schedulers import make_scheduler
+from basinescape.sampling.plan import Plan
+from basinescape.sampling.steps import denoise, lockstep
+from basinescape.schedulers.schedule import make_scheduler
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.autograd.profiler import profile

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from basinescape.bench.speed import kernel, step
-from basinescape.bench.speed.shapes import pipeline
 from basinescape.kernels import backend
+
+from . import kernel, step
+from .shapes import pipeline
 
 CPU = torch.device("cpu")
 PEERS = {"step": ("fused step", "eager chain", "compiled chain", "copy"), "guide": ("guide", "eager chain", "compiled chain")}

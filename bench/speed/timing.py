@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from basinescape.environment import environment
+from basinescape.runs.environment import environment
 
 from ..tables import Row
 

@@ -21,13 +21,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .. import arguments, basin
-from ..calibration import EARLY, LOOKED, Calibration
+from .. import checks
+from ..calibration.calibration import EARLY, LOOKED, Calibration
+from ..calibration.fingerprint import differing, fingerprint
 from ..data.captions import Prompt
 from ..data.tables import write_csv
-from ..fingerprint import differing, fingerprint
-from ..folder import open_folder, settings_of, weights_sha256, whole
-from ..guidance import RATE, THRESHOLD
+from ..detection import basin
+from ..guidance.guard import RATE, THRESHOLD
+from ..runs.atomic import whole
+from ..runs.folder import open_folder
+from ..runs.provenance import weights_sha256
 from ..sampler import Sampler
 from . import page
 from .index import Index
@@ -60,10 +63,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, least in (("noises", 1), ("verify", 0), ("seeds", 1), ("seed", 0)):
-            arguments.at_least(name, getattr(self, name), least)
-        if self.first_steps is not None and not 1 <= arguments.at_least_one("first_steps", self.first_steps) <= LOOKED:
+            checks.at_least(name, getattr(self, name), least)
+        if self.first_steps is not None and not 1 <= checks.at_least_one("first_steps", self.first_steps) <= LOOKED:
             raise ValueError(f"first_steps must be 1 to {LOOKED}, got {self.first_steps}")
-        if not 0 < arguments.share("rate", self.rate) < 1:
+        if not 0 < checks.share("rate", self.rate) < 1:
             raise ValueError(f"rate must be between 0 and 1, got {self.rate!r}")
 
     def looked(self, steps: int) -> int:
@@ -200,7 +203,7 @@ def _run(
     usual = [known.gap, known.ordinary] if known else list(ordinary)
     return {
         "model": model,
-        "weights_sha256": weights_sha256(sampler),
+        "weights_sha256": weights_sha256(sampler.pipe),
         "captions": len(captions),
         "captions_sha256": _digest([(prompt.id, prompt.text) for prompt in captions]),
         "ordinary_sha256": _digest(usual),
@@ -211,7 +214,7 @@ def _run(
         "seed": settings.seed,
         "size": list(sampler.size()),
         "options": {name: str(value) for name, value in sampler.options.items()},
-        **settings_of(sampler),
+        **sampler.provenance,
     }
 
 

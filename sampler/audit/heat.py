@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..loop import Branch, Network
 from ..sampler import Sampler
+from ..types import Branch, Network
 
 TOP = 4.0  # times the usual gap: the brightest of a map
 

@@ -24,11 +24,15 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from .. import arguments, basin
+from .. import checks
 from ..data.captioned import Captioned, captioned
 from ..data.tables import write_csv
-from ..folder import Journal, open_folder, read_lines, read_settings, settings_of, weights_sha256, whole
-from ..guidance import PROBES, THRESHOLD
+from ..detection import basin
+from ..guidance.guard import PROBES, THRESHOLD
+from ..runs.atomic import whole
+from ..runs.folder import open_folder, read_settings
+from ..runs.journal import Journal, read_lines
+from ..runs.provenance import weights_sha256
 from ..sampler import Sampler
 from . import judge_page
 from .embedding import inside
@@ -61,9 +65,9 @@ class Settings:
     on_error: str = "stop"
 
     def __post_init__(self) -> None:
-        arguments.finite("threshold", self.threshold)
-        arguments.at_least_one("probes", self.probes)
-        arguments.at_least("seed", self.seed, 0)
+        checks.finite("threshold", self.threshold)
+        checks.at_least_one("probes", self.probes)
+        checks.at_least("seed", self.seed, 0)
 
 
 def judge(
@@ -89,7 +93,7 @@ def judge(
     """
     _check(sampler, settings)
     found = captioned(images, settings.on_error)
-    size = arguments.at_least_one("batch_size", batch_size)
+    size = checks.at_least_one("batch_size", batch_size)
     run = _run(sampler, model, images, settings)
     home = _opened(Path(out), run, shard)
     judging, rows = Judging(sampler, settings, size), []
@@ -126,8 +130,8 @@ def _run(sampler: Sampler, model: str, images: str | Path, settings: Settings) -
     """The contents of run.json: what decides scores. The threshold is free to change, and shards may be on other devices."""
     how = {"log_snr": basin.LOG_SNR, "probes": settings.probes, "seed": settings.seed}
     how |= {"height": settings.height, "width": settings.width, "options": dict(sampler.options)}
-    where = {name: value for name, value in settings_of(sampler).items() if name != "device"}
-    return {"model": model, "judged": Path(images).name, **how, "weights": weights_sha256(sampler), **where}
+    where = {name: value for name, value in sampler.provenance.items() if name != "device"}
+    return {"model": model, "judged": Path(images).name, **how, "weights": weights_sha256(sampler.pipe), **where}
 
 
 def _opened(out: Path, run: dict[str, Any], shard: tuple[int, int] | None) -> Path:
@@ -207,7 +211,7 @@ class Judging:
                 if one.prompt is None:
                     raise ValueError(f"no prompt: {one.reason}")
             except ValueError as error:
-                lines[one.id] = line | {"status": f"failed: {arguments.line(error)}"}
+                lines[one.id] = line | {"status": f"failed: {checks.line(error)}"}
                 continue
             line["sha256"] = _sha256(image)
             earlier = known.get(one.id, {})
@@ -227,7 +231,7 @@ class Judging:
         for some, scores in each(self._scores, waiting) if waiting else ():
             for k, (line, _) in enumerate(some):
                 if isinstance(scores, Exception):
-                    yield line | {"status": f"failed: {arguments.line(scores)}"}
+                    yield line | {"status": f"failed: {checks.line(scores)}"}
                 elif isfinite(scores[k]):
                     yield line | {"score": round(scores[k], 5), "status": "ok"}
                 else:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from ..folder import whole
+from ..runs.atomic import whole
 
 WIDTH = 0.1  # of the histogram's bars
 BARS = range(-8, 18)  # from the threshold on; what is beyond the ends is in the bars there

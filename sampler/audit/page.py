@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from ..folder import whole
+from ..runs.atomic import whole
 from .embedding import embedded, inside
 from .heat import TOP, overlaid
 from .verification import Files

@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from .. import arguments
-from ..batches import parts
-from ..folder import Journal, read_lines
-from ..guidance import Guidance
-from ..progress import FORMAT, moving
+from .. import checks
+from ..guidance.guidance import Guidance
+from ..runs.journal import Journal, read_lines
+from ..runs.progress import FORMAT, moving, parts
 from ..sampler import Sampler
 
 log = logging.getLogger(__name__)
@@ -71,7 +70,7 @@ class Gaps:
         lines: list[dict[str, Any]] = []
         for some, found in each(lambda looks: self._measured(looks, shown), batch):
             if isinstance(found, Exception):
-                lines.append({"id": some[0][0], "status": f"failed: {arguments.line(found)}"})
+                lines.append({"id": some[0][0], "status": f"failed: {checks.line(found)}"})
             else:
                 lines += found
         return lines
@@ -102,7 +101,7 @@ def each(make: Callable[[Sequence[Any]], Any], batch: Sequence[Any]) -> Iterator
         made = make(batch)
     except Exception as error:  # out of memory, or what a caption does to a tokenizer
         if len(batch) == 1:
-            log.error("%s", arguments.line(error))
+            log.error("%s", checks.line(error))
             yield batch, error
             return
         middle = len(batch) // 2

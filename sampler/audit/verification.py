@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .. import basin
-from ..batches import parts
 from ..data.pictures import opened
-from ..folder import Journal, read_lines, save_image
-from ..guidance import Guidance
-from ..progress import moving
+from ..detection import basin
+from ..guidance.guidance import Guidance
+from ..runs.atomic import save_image
+from ..runs.journal import Journal, read_lines
+from ..runs.progress import moving, parts
 from ..sampler import Sampler
 from .heat import Heat, in_grey
 from .index import Index

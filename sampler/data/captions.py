@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ..folder import SAFE_ID
+from ..runs.folder import SAFE_ID
 from .formats import HUB
 from .layout import METADATA, Layout, text_of, there
 from .names import COLUMN, IDS, IMAGE, TEXT, Ids, first

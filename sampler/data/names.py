@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from ..folder import SAFE_ID
+from ..runs.folder import SAFE_ID
 
 IDS = "1 to 128 letters, digits, '.', '_' or '-', not starting with '.' or '-' and no device of Windows, as con or nul"
 # Columns of which the first that says something counts. "file" is a manifest's, whose rows may have carried others.

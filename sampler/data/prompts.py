@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import arguments
-from ..folder import SAFE_ID, Keys
+from .. import checks
+from ..runs.folder import SAFE_ID
+from ..runs.journal import Keys
 from .formats import Row, Rows
 from .names import COLUMN, IDS, IMAGE, TEXT
 from .rows import Faults, opened
@@ -54,9 +55,9 @@ class Job:
             raise ValueError(f"negative_prompt must be a string, got {self.negative_prompt!r}")
         object.__setattr__(self, "seed", int(self.seed))  # of numpy's integers too
         if self.steps is not None:
-            object.__setattr__(self, "steps", arguments.at_least_one("steps", self.steps))
+            object.__setattr__(self, "steps", checks.at_least_one("steps", self.steps))
         if self.scale is not None:
-            object.__setattr__(self, "scale", arguments.finite("scale", self.scale))
+            object.__setattr__(self, "scale", checks.finite("scale", self.scale))
 
     @property
     def kind(self) -> tuple[int | None, float | None]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..folder import whole
+from ..runs.atomic import whole
 from .names import cell
 
 

@@ -16,11 +16,11 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor, nn
 
-from ..basin import LOG_SNR, Probe
-from ..guidance import Guidance
+from ..detection.basin import LOG_SNR, Probe
+from ..detection.judging import Verdict
+from ..guidance.guidance import Guidance
 from ..kernels.state import per_sample
-from ..output import Verdict
-from ..schedulers import levels, log_snrs, step_of_calls
+from ..schedulers.schedule import levels, log_snrs, step_of_calls
 from .asking import Asked, sample_of, seen, stacked, timestep_of
 from .escape import Escape, idle, judge
 from .families import Family, network_of

@@ -17,15 +17,18 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from .. import arguments, basin
-from ..branches import Branch, branches, looks
-from ..guidance import PROBES, THRESHOLD, Guard, Guidance
+from .. import checks
+from ..detection import basin
+from ..detection.judging import Verdict
+from ..guidance.guard import PROBES, THRESHOLD, Guard
+from ..guidance.guidance import Guidance
+from ..guidance.transitions import LEAVES, STAYS
 from ..kernels import guide_step
 from ..kernels.operands import is_dense
 from ..kernels.state import Latents, State, Transition, Workspace
 from ..kernels.table import Column
-from ..output import Verdict
-from ..transitions import LEAVES, STAYS
+from ..sampling.branches import branches, looks
+from ..types import Branch
 
 
 class Escape:
@@ -54,13 +57,13 @@ class Escape:
         step: Sequence[int] | Tensor | None = None,
         log_snrs: Sequence[float] | Tensor | None = None,
     ):
-        self.batch = arguments.at_least_one("batch", batch)
+        self.batch = checks.at_least_one("batch", batch)
         given = each(guidance, self.batch)
         self.device = torch.device(device)
         self.calls = 0
-        count = arguments.whole(timesteps)
+        count = checks.whole(timesteps)
         self._told = count is not None
-        self.timesteps = [math.nan] * arguments.at_least_one("timesteps", count) if self._told else _levels(timesteps)
+        self.timesteps = [math.nan] * checks.at_least_one("timesteps", count) if self._told else _levels(timesteps)
         self.guidance = [one.over(self.timesteps, _log_snrs(log_snrs, len(self.timesteps))) for one in given]
         self._step = torch.arange(len(self.timesteps)) if step is None else torch.as_tensor(step, dtype=torch.int64).cpu()
         if not set(self._step.tolist()) <= set(range(len(self.timesteps))):
@@ -254,7 +257,7 @@ def judge(
 
     Raises ValueError for arguments that are not as described, and for a scheduler whose noise levels are not known.
     """
-    seeds, threshold = arguments.seeds(seeds, len(latents)), arguments.finite("threshold", threshold)
+    seeds, threshold = checks.seeds(seeds, len(latents)), checks.finite("threshold", threshold)
     probe = scheduler if isinstance(scheduler, basin.Probe) else basin.Probe.of(scheduler)
-    score = basin.scores(predict, probe, latents, seeds, arguments.at_least_one("probes", probes))
+    score = basin.scores(predict, probe, latents, seeds, checks.at_least_one("probes", probes))
     return Verdict(score, basin.suspects(score, threshold))

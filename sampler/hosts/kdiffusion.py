@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .. import arguments
-from ..basin import LOG_SNR, Probe
-from ..guidance import PROBES, THRESHOLD, Guidance
+from .. import checks
+from ..detection.basin import LOG_SNR, Probe
+from ..detection.judging import Verdict
+from ..guidance.guard import PROBES, THRESHOLD
+from ..guidance.guidance import Guidance
+from ..guidance.transitions import At, Settled
 from ..kernels.state import per_sample
-from ..output import Verdict
-from ..schedulers import timestep_of_ratio
-from ..transitions import At, Settled
+from ..schedulers.schedule import timestep_of_ratio
 from .escape import Escape, each, judge
 
 MOST_STEPS = 1000  # of a run whose number of steps is not given
@@ -59,8 +60,8 @@ class EscapeDenoiser:
             raise ValueError(f"guidance {counted[0]!r} counts the steps of a run: give steps")
         self.inner_model, self.scalings = model, scalings
         self.guidance = self._over(guidance) if isinstance(guidance, Guidance) else [self._over(one) for one in guidance]
-        self.order = arguments.at_least_one("order", order)
-        self.steps = MOST_STEPS if steps is None else arguments.at_least_one("steps", steps)
+        self.order = checks.at_least_one("order", order)
+        self.steps = MOST_STEPS if steps is None else checks.at_least_one("steps", steps)
         self.run: Escape | None = None
         self._sigma = 0.0
 

@@ -14,10 +14,11 @@ from diffusers.guiders.guider_utils import GuiderOutput
 from diffusers.modular_pipelines import BlockState
 from torch import Tensor, nn
 
-from ..branches import Branch
-from ..guidance import PROBES, THRESHOLD, Guard, Guidance
+from ..detection.judging import Verdict
+from ..guidance.guard import PROBES, THRESHOLD, Guard
+from ..guidance.guidance import Guidance
 from ..kernels.state import per_sample
-from ..output import Verdict
+from ..types import Branch
 from .asking import Asked, seen, stacked
 from .escape import Escape, each, judge
 

@@ -19,8 +19,9 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from ..guidance import PROBES, THRESHOLD, Guard, Guidance
-from ..output import Verdict
+from ..detection.judging import Verdict
+from ..guidance.guard import PROBES, THRESHOLD, Guard
+from ..guidance.guidance import Guidance
 from .call import Call
 from .escape import each
 from .families import Family, family_of

@@ -11,8 +11,8 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
-from ..loop import Network, Settle
-from ..schedulers import Schedule
+from ..schedulers.schedule import Schedule
+from ..types import Network, Settle
 
 
 @dataclass(frozen=True)

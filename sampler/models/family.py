@@ -12,9 +12,9 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
-from ..arguments import whole
-from ..loop import Settle, draw
-from ..schedulers import Schedule
+from ..checks import whole
+from ..schedulers.schedule import Schedule
+from ..types import Settle, draw
 from .base import Decoded, Encoded
 from .network import Guided, Networks
 from .precision import HALF, in_float32

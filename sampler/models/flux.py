@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import finite
+from ..checks import finite
 from .family import most_likely
 from .packed import Packed
 from .texts import halves

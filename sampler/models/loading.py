@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from packaging.version import Version
 from safetensors import safe_open
 
-from ..arguments import line
+from ..checks import line
 from .families import FAMILIES
 
+ASSETS = Path(__file__).parents[1] / "assets"
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 # What goes to diffusers' loader beside the pipeline's own parts.
 OPTIONS = frozenset(
@@ -27,9 +27,7 @@ OPTIONS = frozenset(
 
 def shipped() -> dict[str, Path]:
     """The folders of the pipelines that ship with the project, by name."""
-    bench = find_spec(f"{__package__.rpartition('.')[0]}.bench")  # found without being imported: bench imports the sampler
-    rooms = bench.submodule_search_locations if bench else ()
-    return {index.parent.name: index.parent for room in rooms for index in sorted(Path(room).glob("*/model_index.json"))}
+    return {index.parent.name: index.parent for index in sorted(ASSETS.glob("*/model_index.json"))}
 
 
 def located(path_or_id: str | Path) -> str | Path:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..branches import Branch
+from ..types import Branch
 from .changes import Snapshot, checksum
 from .lean import Lean
 

@@ -12,8 +12,8 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from ..loop import draw
-from ..schedulers import Schedule
+from ..schedulers.schedule import Schedule
+from ..types import draw
 from .transformer import GuidedTransformer, Transformer, shift
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..arguments import whole
+from ..checks import whole
 from .family import most_likely
 from .lean import LeanPixArt
 from .texts import halves

@@ -10,7 +10,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from ..schedulers import Schedule
+from ..schedulers.schedule import Schedule
 from .family import most_likely
 from .texts import halves, negative_texts
 from .transformer import Transformer, shift

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import whole
+from ..checks import whole
 from .family import most_likely
 from .lean import LeanWan
 from .qwen import scaled, unscaled

@@ -1,7 +1,7 @@
 """Guards for tests of other things."""
 
 from basinescape import Guard, Guidance
-from basinescape.guidance import Attempt
+from basinescape.guidance.guard import Attempt
 
 EVERY, NONE = -1e9, 1e9  # thresholds that every picture is above, and none
 

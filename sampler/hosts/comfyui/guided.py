@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from basinescape.guidance import Guidance
-from basinescape.transitions import Rule
+from basinescape.guidance.guidance import Guidance
+from basinescape.guidance.transitions import Rule
 from torch import Tensor
 
 from .run import Run, timestep

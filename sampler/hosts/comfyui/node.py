@@ -6,9 +6,9 @@ import logging
 from functools import partial
 from typing import Any, NamedTuple
 
-from basinescape.arguments import share
+from basinescape.checks import share
+from basinescape.guidance.transitions import At, Fallen, FirstMinimum, Rule
 from basinescape.kernels.rules import RULES
-from basinescape.transitions import At, Fallen, FirstMinimum, Rule
 
 from .guided import CFG_FUNCTION, Guided
 

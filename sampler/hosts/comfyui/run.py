@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from basinescape.guidance import Guidance
+from basinescape.guidance.guidance import Guidance
 from basinescape.hosts.escape import Escape
 from basinescape.kernels.state import Transition, per_sample
-from basinescape.schedulers import timestep_of_ratio
+from basinescape.schedulers.schedule import timestep_of_ratio
 from torch import Tensor
 
 from .steps import Steps

@@ -1,0 +1,1 @@
+"""Sets of images: prompts in, a folder with a manifest out."""

@@ -1,0 +1,131 @@
+"""Options that commands share: their names and help, and the sampler that they make together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+    from .. import Calibration, Sampler
+
+Model = Annotated[str, typer.Option(help="a folder in diffusers' format, a hub id, or 'tiny' or 'flow', which ship")]
+Scheduler = Annotated[
+    str | None, typer.Option(help="own (the model's), ddim, dpmsolver++, euler, unipc, ...; default as calibrated, else own")
+]
+Seed = Annotated[int, typer.Option(help="seed of the first prompt, counted up from there")]
+BatchSize = Annotated[
+    int | None, typer.Option(help="images sampled together; default what the GPU's memory holds, 16 on a CPU")
+]
+Attention = Annotated[str, typer.Option(help="sdpa or xformers")]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default float16 on a GPU")]
+Device = Annotated[str | None, typer.Option(help="cuda or cpu; default cuda where there is a GPU")]
+AllowPickle = Annotated[bool, typer.Option(help="load weights that are not safetensors; they can run code")]
+Compile = Annotated[bool, typer.Option(help="compile the network first; takes minutes, pays for many images")]
+Capture = Annotated[bool, typer.Option(help="record each step as a CUDA graph")]
+Option = Annotated[
+    list[str] | None,
+    typer.Option(help="of the pipeline's own call, as height=768 or max_sequence_length=128; may be repeated"),
+]
+OnError = Annotated[
+    str, typer.Option(help="what a prompt, caption or training image that is wrong does: stop, or skip, which leaves it out")
+]
+Progress = Annotated[bool, typer.Option(help="show a progress bar")]
+Similarity = Annotated[
+    list[str] | None,
+    typer.Option(help="pixels, sscd, dino or clip; may be repeated; default all that are installed"),
+]
+Threshold = Annotated[float | None, typer.Option(help="similarity above which an image is a copy; default each measure's own")]
+EXAMPLES = {"option": "height=768", "rule_option": "phi=0.5"}
+
+
+def found(model: str, calibration: str | None) -> Calibration | None:
+    """The calibration that is given, or that lies beside the model; None without one."""
+    from .. import Calibration
+
+    path = calibration or Calibration.beside(model)
+    return None if path is None else Calibration.load(path)
+
+
+def of_enough(known: Calibration | None, given: str | None) -> Calibration | None:
+    """The calibration for thresholds; None where nobody gave it and its pictures are too few for them, which is said."""
+    from ..calibration.calibration import FEW
+
+    if known is None or given or known.images >= FEW:
+        return known
+    typer.echo(
+        f"the model's calibration is of {known.images} pictures, and thresholds need {FEW}: it is left out; calibrate again",
+        err=True,
+    )
+    return None
+
+
+def sampler(
+    model: str,
+    known: Calibration | None,
+    scheduler: str | SchedulerMixin | None,
+    option: Sequence[str] | None,
+    height: int | None = None,
+    width: int | None = None,
+    **loading: Any,
+) -> Sampler:
+    """The sampler that the options ask for; scheduler, size and options of the call that they leave open are as calibrated."""
+    from .. import Sampler
+
+    made = Sampler.from_pretrained(model, scheduler=scheduler_of(scheduler, known), **loading)
+    if known is not None:
+        size, options = known.settings.get("size", (None, None)), known.settings.get("options", {})
+        made = made.using(*size, **options)
+    return made.using(**{"height": height, "width": width, **of_call(option)})
+
+
+def scheduler_of(given: str | None, known: Calibration | None) -> str | SchedulerMixin:
+    """The scheduler that is given, else the calibration's, else the model's own."""
+    if given is not None or known is None:
+        return given or "own"
+    return known.scheduler or "own"
+
+
+def steps_and_scale(sampler: Sampler, known: Calibration | None, steps: int | None, scale: float | None) -> tuple[int, float]:
+    """Those that are given, else the calibration's, else those of the model's own pipeline."""
+    own = (sampler.model.own_steps, sampler.model.own_scale) if known is None else (known.steps, known.scale)
+    return (own[0] if steps is None else steps), (own[1] if scale is None else scale)
+
+
+def named(option: str, given: Sequence[str] | None, read: Callable[[str], Any]) -> dict[str, Any]:
+    """What an option that may be repeated says, given as name=value. Raises ValueError for what is no such thing."""
+    found = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        try:
+            if not (name and equals):
+                raise ValueError
+            found[name] = read(value)
+        except ValueError as error:
+            kind = "a number" if read is float else "a value"
+            raise ValueError(f"{option} must be a name and {kind}, as {EXAMPLES[option]}; got {text!r}") from error
+    return found
+
+
+def of_call(given: Sequence[str] | None) -> dict[str, Any]:
+    """Options of the pipeline's call, given as name=value: JSON, or else text."""
+
+    def read(text: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+    return named("option", given, read)
+
+
+def batch_size(sampler: Sampler, given: int | None) -> int:
+    """The batch size that is given, or what the device holds of the sampler's images."""
+    from .. import checks
+    from ..models import memory
+
+    return memory.size(sampler.model, *sampler.size()) if given is None else checks.at_least_one("batch_size", given)

@@ -1,0 +1,84 @@
+"""The shards of a run made one, as if it had been made in one."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..runs.atomic import whole
+from ..runs.folder import open_folder, read_settings
+from ..runs.journal import Journal
+from ..runs.manifest import JOBS, MANIFEST, sound
+from .writers import writer
+
+log = logging.getLogger(__name__)
+NAME = re.compile(r"shard-(\d+)-of-(\d+)", re.ASCII)
+OWN = ("shard", "device")  # settings in which the shards of a run may differ
+
+
+def merge(run: str | Path, out: str | Path) -> tuple[int, int]:
+    """Make `out` of the folders shard-i-of-n in `run`; returns (images that are there, jobs of the run).
+
+    A merge that was stopped goes on when it is started again. A warning names each image that is missing or changed, and it is
+    left out. `generate` makes in `out` what is missing there, given the same settings without a shard.
+
+    Raises ValueError, before any work, where there are no shards, a shard is missing or of another run, or `out` holds
+    something else.
+    """
+    parts, settings = _shards(Path(run))
+    out = Path(out)
+    open_folder(out, settings | {"shard": None})
+    writes = writer(out, settings["format"])
+
+    def there(line: dict[str, Any]) -> str | None:
+        return line["id"] if line.get("status") == "ok" and writes.holds(line) else None
+
+    with Journal(out / MANIFEST, there) as journal:
+        if not (out / JOBS).is_file() and (parts[0] / JOBS).is_file():  # the same in all of them
+            with whole(out / JOBS) as part:
+                shutil.copyfile(parts[0] / JOBS, part)
+        writes.join(parts)
+        for part in parts:
+            own = writer(part, settings["format"])
+            for line in sound(part):
+                if line["id"] in journal:
+                    continue
+                wrong = own.wrong(line) if line["status"] == "ok" else None
+                if wrong is None:
+                    journal.append(line)
+                else:
+                    log.warning("%s: %s %s: left out", part.name, *wrong)
+    return sum(line["status"] == "ok" for line in sound(out)), settings["prompts"]
+
+
+def _shards(run: Path) -> tuple[list[Path], dict[str, Any]]:
+    """All shards of a run, in their order, and its settings."""
+    found: dict[tuple[int, int], Path] = {}
+    for part in sorted(run.glob("shard-*-of-*")):
+        name = NAME.fullmatch(part.name)
+        if name is None:
+            raise ValueError(f"{str(part)!r} is no shard: its name must be shard-i-of-n, two numbers, as shard-0-of-8")
+        found[int(name[1]), int(name[2])] = part
+    if not found:
+        raise ValueError(f"{str(run)!r} holds no folder shard-i-of-n: give the --out of a run made with --shard")
+    counts = sorted({n for _, n in found})
+    if len(counts) > 1:
+        raise ValueError(f"{str(run)!r} holds shards of {' and of '.join(map(str, counts))}: keep those of one run")
+    missing = sorted({(i, counts[0]) for i in range(counts[0])} - found.keys())
+    if missing or len(found) != counts[0]:
+        raise ValueError(f"{str(run)!r} has {len(found)} of {counts[0]} shards; missing are {[i for i, _ in missing]}")
+    parts = [part for _, part in sorted(found.items())]
+    settings = [read_settings(part) for part in parts]
+    if "format" not in settings[0]:
+        raise ValueError(f"{str(run)!r} holds no run of generate: judge, without --shard, puts its own shards together")
+    common = {name: value for name, value in settings[0].items() if name not in OWN}
+    for shard, part, own in zip(sorted(found), parts, settings, strict=True):
+        if own.get("shard") != list(shard):
+            raise ValueError(f"{part.name} holds shard {own.get('shard')}, by its run.json: give it its name back")
+        differs = [name for name in common if own.get(name) != common[name]]
+        if differs:
+            raise ValueError(f"{part.name} is of another run than {parts[0].name} (its {', '.join(differs)} differ)")
+    return parts, settings[0]

@@ -1,0 +1,95 @@
+"""Whether a run's folder holds what its run.json promises: every image as it was made, and nothing else."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from ..runs.folder import leftover, read_settings
+from ..runs.journal import Keys, texts
+from ..runs.manifest import JOBS, MANIFEST, belongs, lacks, read_jobs
+from .writers import Writer, writer
+
+IMAGES = ("images", "shards")  # the folders that hold nothing but a run's images
+Wrong = tuple[str, str]  # (file, image or line, what is wrong with it)
+
+
+def verify(out: str | Path) -> Iterator[Wrong]:
+    """What is wrong with a run's folder, as (where, what): images that are missing, changed or failed, damaged lines of its
+    manifest, and files that are none of the run's. The same command of `generate` makes what is missing or changed again.
+
+    Each image is checked against its SHA-256. Raises ValueError where the folder holds no run of `generate`.
+    """
+    out = Path(out)
+    settings = read_settings(out) if (out / "run.json").is_file() else {}
+    if not {"format", "prompts"} <= settings.keys():
+        raise ValueError(f"{str(out)!r} holds no run of generate: its run.json is missing or another command's")
+    writes, jobs = writer(out, settings["format"]), Jobs(out, settings.get("shard"))
+    total = sum(1 for _ in read_jobs(out))
+    if total != settings["prompts"]:
+        yield JOBS, f"names {total} of {settings['prompts']} jobs" if (out / JOBS).is_file() else "is missing"
+    listed, files = array("Q"), array("Q")  # digests of what the manifest tells of
+    yield from _lines(out, writes, jobs, listed, files)
+    told = Keys(listed)
+    for position, id in jobs:
+        if id not in told:
+            file = writes.file(position, id)
+            there = (out / file).is_file()
+            yield writes.image(file, id), f"has no line in {MANIFEST}" if there else "is missing"
+    yield from _foreign(out, Keys(chain(files, (Keys.digest(writes.file(*job)) for job in jobs))))
+
+
+class Jobs:
+    """The jobs of a folder, as (position, id), read anew each time."""
+
+    def __init__(self, out: Path, shard: tuple[int, int] | None):
+        self._out, self._shard = out, shard
+        self._ids = Keys(Keys.digest(id) for _, id in self)
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        return ((position, id) for position, id in read_jobs(self._out) if belongs(position, self._shard))
+
+    def __contains__(self, id: str) -> bool:
+        """Whether it is the id of one, or that cannot be known."""
+        return not len(self._ids) or id in self._ids
+
+
+def _lines(out: Path, writes: Writer, jobs: Jobs, listed: array, files: array) -> Iterator[Wrong]:
+    """What is wrong with the manifest and with the images that it tells of. Each is said once, as of a file of many images."""
+    if not (out / MANIFEST).is_file():
+        yield MANIFEST, "is missing"
+    said: set[Wrong] = set()
+    for number, (_, line) in enumerate(texts(out / MANIFEST), 1):
+        if isinstance(id := (line or {}).get("id"), str):
+            listed.append(Keys.digest(id))
+        wrong = _line(f"{MANIFEST}, line {number}", line, writes, jobs)
+        if wrong is None:
+            files.append(Keys.digest(line["file"]))
+        elif wrong not in said:
+            said.add(wrong)
+            yield wrong
+    if twice := len(listed) - len(Keys(listed)):
+        yield MANIFEST, f"has {twice} lines about images that others are about too"
+
+
+def _line(where: str, line: dict[str, Any] | None, writes: Writer, jobs: Jobs) -> Wrong | None:
+    if line is None:
+        return where, "is no JSON object"
+    if lacking := lacks(line):
+        return where, f"lacks {', '.join(lacking)}"
+    if line["id"] not in jobs:
+        return where, f"is about image {line['id']}, which is not of this run"
+    return writes.wrong(line) if line["status"] == "ok" else (f"image {line['id']}", line["status"])
+
+
+def _foreign(out: Path, known: Keys) -> Iterator[Wrong]:
+    for folder in IMAGES:
+        for home, _, names in os.walk(out / folder):
+            for path in (Path(home, name) for name in sorted(names)):
+                file = path.relative_to(out).as_posix()
+                if file not in known and not leftover(path):
+                    yield file, "is no file of this run"

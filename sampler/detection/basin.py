@@ -1,0 +1,149 @@
+"""The basin score: does a finished picture lie at the bottom of its caption's basin?
+
+A picture x0 is noised until almost nothing of it is left, and the network is asked once, with its prompt and without:
+
+    x     = signal * x0 + noise * eps
+    score = mean over noises of  ln( || target - uncond || / || target - cond || )
+
+target: what the network ought to predict, were the picture to come out of it again. Out of noise that has forgotten it, the
+conditional prediction of an ordinary picture comes hardly nearer to it than the unconditional one: a caption tells little. That
+of a copy leads straight to it. So the score judges the picture, and not the caption. Kin: one-step synthesis (Webster,
+https://arxiv.org/abs/2305.08694), the conditional likelihood discrepancy (CLiD, NeurIPS 2024, https://arxiv.org/abs/2405.14800).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from ..kernels import noise_gap
+from ..schedulers.schedule import family, own_settings, vp_log_snr
+from ..types import Network
+
+LOG_SNR = -4.0  # of a noised picture, one for all models
+NEAR = 1.5  # how far from it a network's level may be
+OWN = 0x5BA51  # told to the generator of these noises beside the sample's seed, so that they are none of the sample's own
+
+Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # latents (B, ...), timesteps (B,) -> uncond and cond
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How a network is asked about a picture x0 of its latents.
+
+    timestep: what the network is told. log_snr: of what it is given.
+    given:    (signal, noise): the network is given signal * x0 + noise * eps.
+    target:   likewise what it ought to predict.
+    """
+
+    timestep: float
+    log_snr: float
+    given: tuple[float, float]
+    target: tuple[float, float]
+
+    @classmethod
+    def of(cls, scheduler: SchedulerMixin, log_snr: float = LOG_SNR) -> Probe:
+        """At the level of `scheduler`'s training schedule that is nearest to `log_snr`.
+
+        Raises ValueError where the schedule is not known, or has no level near it.
+        """
+        own, formulation = own_settings(scheduler), family(scheduler)
+        if formulation == "flow":
+            noise = 1 / (1 + math.exp(log_snr / 2))
+            told = (1 - noise if own.get("invert_sigmas") else noise) * own.get("num_train_timesteps", 1000)
+            return cls.at(scheduler, told, log_snr)
+        if formulation == "edm":
+            sigma = torch.tensor(own["sigma_data"] * math.exp(-log_snr / 2))
+            return cls.at(scheduler, float(scheduler.precondition_noise(sigma)), log_snr)
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise ValueError(f"scheduler {type(scheduler).__name__} has no known noise levels, so pictures cannot be judged")
+        levels = vp_log_snr(scheduler.alphas_cumprod, torch.arange(len(scheduler.alphas_cumprod)))
+        timestep = int((levels - log_snr).abs().argmin())
+        told = float(timestep)
+        if own.get("timestep_type") == "continuous":  # such networks are told a quarter of the logarithm of sigma
+            told = -levels[timestep].item() / 8
+        return cls.at(scheduler, told, levels[timestep].item())
+
+    @classmethod
+    def at(cls, scheduler: SchedulerMixin, timestep: float, log_snr: float) -> Probe:
+        """At a level of which both are known. Raises ValueError where it is not near LOG_SNR, or for an unknown prediction."""
+        if not abs(log_snr - LOG_SNR) <= NEAR:
+            raise ValueError(
+                f"pictures are judged near log SNR {LOG_SNR:g}, and the nearest level here is {log_snr:.2f}: take a whole run, "
+                "from noise on"
+            )
+        own, formulation = own_settings(scheduler), family(scheduler)
+        if formulation == "flow":
+            noise = 1 / (1 + math.exp(log_snr / 2))
+            return cls(timestep, log_snr, (1 - noise, noise), (-1.0, 1.0))
+        if formulation == "edm":
+            return cls(timestep, log_snr, *_edm(scheduler, own["sigma_data"] * math.exp(-log_snr / 2)))
+        signal, noise = (1 / math.sqrt(1 + math.exp(sign * log_snr)) for sign in (-1, 1))
+        targets = {"epsilon": (0.0, 1.0), "v_prediction": (-noise, signal), "sample": (1.0, 0.0)}
+        prediction = own.get("prediction_type", "epsilon")
+        if prediction not in targets:
+            raise ValueError(f"scheduler predicts {prediction!r}; pictures are judged by {', '.join(targets)} and flow")
+        return cls(timestep, log_snr, (signal, noise), targets[prediction])
+
+    def question(self, latents: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """(what the network is given, what it ought to predict), (B, ...) float32, for pictures and noises (B, ...)."""
+        signal, share = self.given
+        clean, drawn = self.target
+        x, noise = latents.float(), noise.to(latents.device, torch.float32)
+        return signal * x + share * noise, clean * x + drawn * noise
+
+    def cleaned(self, given: Tensor, predicted: Tensor) -> Tensor:
+        """The picture that a network which was given `given` and predicted `predicted` has in mind: (B, ...) float32."""
+        (signal, share), (clean, drawn) = self.given, self.target
+        return (drawn * given.float() - share * predicted.float()) / (signal * drawn - share * clean)
+
+
+def _edm(scheduler: SchedulerMixin, sigma: float) -> tuple[tuple[float, float], tuple[float, float]]:
+    """`given` and `target` under EDM's preconditioning (Karras et al., https://arxiv.org/abs/2206.00364, table 1)."""
+    one, level = torch.ones(1), torch.tensor(sigma)
+    scale = float(scheduler.precondition_inputs(one, level))
+    skip, out = (float(scheduler.precondition_outputs(x, y, level)) for x, y in ((one, 0 * one), (0 * one, one)))
+    return (scale, scale * sigma), ((1 - skip) / out, -skip * sigma / out)
+
+
+def noises(seed: int, shape: Sequence[int]) -> Iterator[Tensor]:
+    """The noises (*shape) that a sample with this seed is judged by, one after another, float32 on the CPU."""
+    generator = torch.Generator("cpu").manual_seed(seed ^ OWN)
+    while True:
+        yield torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
+
+
+def nearer(target: Tensor, uncond: Tensor, cond: Tensor) -> Tensor:
+    """`definition.basin_score` of each sample: (B, ...) -> (B,) float32."""
+    target, uncond, cond = (x.float().contiguous() for x in (target, uncond, cond))
+    return (noise_gap(target, uncond) / noise_gap(target, cond)).log()
+
+
+def scores(predict: Predict, probe: Probe, latents: Tensor, seeds: Sequence[int], probes: int) -> Tensor:
+    """The basin score of each picture: latents (B, ...) -> (B,) float32 on the CPU.
+
+    NaN where they or a prediction are not finite.
+    """
+    drawn = [noises(seed, latents.shape[1:]) for seed in seeds]
+    told, found = torch.full((len(latents),), probe.timestep, device=latents.device), []
+    for _ in range(probes):
+        given, target = probe.question(latents, torch.stack([next(one) for one in drawn]))
+        found.append(nearer(target, *predict(given.to(latents.dtype), told)))
+    return torch.stack(found).mean(dim=0).cpu()
+
+
+def both(network: Network, given: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
+    """Both predictions of a network of the loop."""
+    uncond, cond = network(torch.cat([given, given]), torch.cat([told, told]), "both").chunk(2)
+    return uncond, cond
+
+
+def suspects(scores: Any, threshold: float) -> Any:
+    """Whether pictures look like copies: above the threshold, or NaN."""
+    return ~(scores <= threshold) if isinstance(scores, Tensor) else not scores <= threshold

@@ -1,0 +1,153 @@
+"""Verdicts on pictures that are there already: latents, or pictures of any sizes, through the autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import SchedulerMixin
+from PIL import Image
+from torch import Tensor
+
+from .. import checks
+from ..data.pictures import pixels
+from ..models import Model, memory
+from ..runs.progress import parts
+from . import basin
+
+Size = tuple[int | None, int | None]
+KINDS = "a PIL image, an array (height, width, 3), or a tensor (3, height, width)"
+VIDEOS = "a list of PIL images, an array (frames, height, width, 3), or a tensor (frames, 3, height, width)"
+
+
+@dataclass
+class Verdict:
+    """What is said of B finished pictures: their basin score (B,) float32; suspect (B,) bool, above the threshold, or NaN."""
+
+    score: Tensor
+    suspect: Tensor
+
+
+@dataclass(frozen=True)
+class Lot:
+    """Pictures that are judged together: of one size (height, width), and with these options.
+
+    rows: which they are. latents: of some of the pictures, by what they are among all.
+    """
+
+    rows: list[int]
+    size: tuple[int, int]
+    options: dict[str, Any]
+    latents: Callable[[Sequence[int]], Tensor]
+
+
+def judge(
+    model: Model,
+    scheduler: SchedulerMixin,
+    images: Any,
+    prompts: str | Sequence[str],
+    seeds: int | Sequence[int],
+    threshold: float,
+    probes: int,
+    negative_prompt: str | Sequence[str | None] | None,
+    size: Size,
+    batch_size: int | None,
+    options: dict[str, Any],
+) -> Verdict:
+    """As `Sampler.judge`; size: (height, width), None for what the pictures have themselves. In inference mode."""
+    total = len(images)
+    texts = checks.texts("prompts", prompts)
+    texts = texts * total if isinstance(prompts, str) else texts
+    if len(texts) != total:
+        raise ValueError(f"prompts must be one for each of {total} pictures, or one for all; got {len(texts)}")
+    seeds = checks.seeds(seeds, total)
+    negative = checks.one_each("negative_prompt", negative_prompt, total) or [None] * total
+    count, threshold = checks.at_least_one("probes", probes), checks.finite("threshold", threshold)
+    most = None if batch_size is None else checks.at_least_one("batch_size", batch_size)
+    probe, score = basin.Probe.of(scheduler), torch.empty(total)
+    for lot in lots(model, images, size, options):
+        encoded = model.encode([texts[i] for i in lot.rows], *lot.size, 1, [negative[i] for i in lot.rows], **lot.options)
+        for part in parts(len(lot.rows), most or memory.size(model, *lot.size)):
+            rows = [lot.rows[k] for k in part]
+            predict = partial(basin.both, model.network(encoded.select(part), plain=True))
+            latents = lot.latents(rows).to(model.device, model.dtype)
+            score[rows] = basin.scores(predict, probe, latents, [seeds[i] for i in rows], count)
+    with torch.inference_mode(False):
+        score = score.clone()
+        return Verdict(score, basin.suspects(score, threshold))
+
+
+def lots(model: Model, images: Any, size: Size, options: dict[str, Any]) -> list[Lot]:
+    """What is judged together. Raises ValueError for what are neither the model's latents nor pictures."""
+    shape = None
+    if isinstance(images, Tensor):
+        own = model.size(*size)
+        shape = model.shape(*own, **options)
+        if images.shape[1:] == shape:
+            return [Lot(list(range(len(images))), own, options, lambda rows: images[list(rows)])]
+    video = "num_frames" in model.options
+    try:
+        found = [tuple(picture(image, f"images[{i}]", video).shape[1:]) for i, image in enumerate(images)]
+    except ValueError as error:
+        raise ValueError(f"{error}; latents must have the shape {(len(images), *shape)}" if shape else str(error)) from error
+    made: dict[tuple, Lot] = {}
+    for i, (*frames, height, width) in enumerate(found):
+        wanted = model.size(*size) if any(size) else (height, width)
+        fitting = model.nearest_size(*wanted, **options)
+        own = options | ({"num_frames": frames[0]} if video else {})
+        model.shape(*fitting, **own)  # raises for so many frames
+        latents = partial(_encoded, model, images, fitting, video)
+        made.setdefault((fitting, *frames), Lot([], fitting, own, latents)).rows.append(i)
+    return list(made.values())
+
+
+def _encoded(model: Model, images: Any, size: tuple[int, int], video: bool, rows: Sequence[int]) -> Tensor:
+    found = [fitted(picture(images[i], f"images[{i}]", video), *size).to(model.device) for i in rows]
+    return model.encode_pictures(torch.stack(found))
+
+
+def picture(image: Any, name: str, video: bool = False) -> Tensor:
+    """A picture (3, height, width), or a video (3, frames, height, width), float32 in -1..1. name: what messages call it.
+
+    image: of the kinds in KINDS, or VIDEOS; floats in 0..1, or bytes. Raises ValueError for anything else.
+    """
+    if video and isinstance(image, list | tuple) and image:
+        frames = [picture(frame, f"{name}[{k}]") for k, frame in enumerate(image)]
+        if len({frame.shape for frame in frames}) > 1:
+            raise ValueError(f"{name} must have frames of one size")
+        return torch.stack(frames, dim=1)
+    if isinstance(image, Image.Image) and not video:
+        return pixels([image])[0]
+    if isinstance(image, np.ndarray):
+        found = torch.from_numpy(np.array(image))  # a copy: what a file holds may not be written to
+        found = found.movedim(-1, -3) if found.ndim > 2 else found
+    else:
+        found = image
+    kinds = VIDEOS if video else KINDS
+    if not isinstance(found, Tensor) or found.ndim != 3 + video or found.shape[-3] != 3 or not found.numel():
+        shape = f"{type(image).__name__} of shape {tuple(image.shape)}" if hasattr(image, "shape") else type(image).__name__
+        raise ValueError(f"{name} must be {kinds}, got {shape}")
+    if found.dtype == torch.uint8:
+        found = found.float() / 255
+    elif not found.is_floating_point() or bool(((found < 0) | (found > 1)).any()):
+        raise ValueError(f"{name} must have floats in 0..1, or bytes; got {found.dtype} from {found.min()} to {found.max()}")
+    found = found.float() * 2 - 1
+    return found.movedim(0, 1) if video else found
+
+
+def fitted(picture: Tensor, height: int, width: int) -> Tensor:
+    """A picture (3, ..., h, w) in another size: resized until it covers that, and cropped at its centre."""
+    h, w = picture.shape[-2:]
+    if (h, w) == (height, width):
+        return picture
+    larger = max(height / h, width / w)
+    whole = max(height, round(larger * h)), max(width, round(larger * w))
+    frames = picture if picture.ndim == 4 else picture[None]
+    resized = F.interpolate(frames, whole, mode="bicubic", antialias=True).clamp(-1, 1).view(*picture.shape[:-2], *whole)
+    top, left = (whole[0] - height) // 2, (whole[1] - width) // 2
+    return resized[..., top : top + height, left : left + width]

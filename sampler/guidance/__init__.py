@@ -1,0 +1,1 @@
+"""Guidance as data: weights, transitions, the attempts of a guard."""

@@ -1,0 +1,42 @@
+"""The early look of a guard: what gives up a hopeless plain attempt by its first noise gaps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import checks
+
+
+@dataclass(frozen=True)
+class EarlyLook:
+    """What gives up a hopeless plain attempt: its first noise gaps, relative to those of ordinary prompts.
+
+    gap:    the usual noise gap of each step under plain guidance. timesteps: of those steps, in 0..1000.
+    steps:  how many of the first are looked at. limit: their mean, relative to what is usual, above which it is hopeless.
+
+    Memorized prompts have large first gaps (Wen et al., ICLR 2024, https://arxiv.org/abs/2407.21720).
+    """
+
+    gap: tuple[float, ...]
+    timesteps: tuple[float, ...]
+    steps: int
+    limit: float
+
+    def __post_init__(self) -> None:
+        for name in ("gap", "timesteps"):
+            object.__setattr__(self, name, tuple(checks.finite(name, value) for value in getattr(self, name)))
+        object.__setattr__(self, "limit", checks.finite("limit", self.limit))
+        if not 1 <= checks.at_least_one("steps", self.steps) <= len(self.gap) or min(self.gap) <= 0:
+            raise ValueError(f"gap must be above 0 in each of {self.steps} steps or more, got {self.gap}")
+
+    def hopeless(self, gaps: Tensor) -> bool:
+        """Of an attempt's gaps (steps,)."""
+        return not bool((gaps[: self.steps] / torch.tensor(self.gap[: self.steps])).mean() <= self.limit)
+
+    def suits(self, timesteps: Sequence[float]) -> bool:
+        """Whether steps at these timesteps are those that it was measured on."""
+        return len(self.gap) == len(timesteps) and all(abs(a - b) <= 1 for a, b in zip(self.timesteps, timesteps, strict=True))

@@ -1,0 +1,252 @@
+"""Guidance as data: which weight a step uses before and after the transition, and where the transition is.
+
+guided = uncond + w * (cond - uncond), so w = 0 is the unconditional prediction, w = 1 the conditional one and w < 0
+opposite guidance. Delayed and opposite guidance: Jain et al., "Classifier-Free Guidance inside the Attraction Basin May Cause
+Memorization", CVPR 2025, https://arxiv.org/abs/2411.16738.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..kernels.rules import columns_of, options_of
+from ..kernels.table import Column
+from .transitions import LEAVES, RULES, At, Rule
+
+if TYPE_CHECKING:
+    from .guard import Guard, Thresholds
+
+
+# Factors on the scale over u = t / num_train_timesteps in 0..1, as carried by the authors' scripts.
+SHAPES: dict[str, Callable[[float], float]] = {
+    "static": lambda u: 1.0,
+    "linear": lambda u: 1 - u,
+    "invlinear": lambda u: u,
+    "cosine": lambda u: math.cos(math.pi * u) + 1,
+    "sine": lambda u: math.sin(math.pi * u - math.pi / 2) + 1,
+    "v_shape": lambda u: 1 - u if u > 0.5 else u,
+    "a_shape": lambda u: 1 - u if u < 0.5 else u,
+}
+
+
+def _restart(given: Sequence[float]) -> tuple[float, float, int]:
+    """(low, high, times) as checked."""
+    if len(given) != 3:
+        raise ValueError(f"restart must be (low, high, times), got {given!r}")
+    low, high = (checks.finite("restart", timestep) for timestep in given[:2])
+    if low >= high:
+        raise ValueError(f"restart must go back from a lower timestep to a higher one, got {given!r}")
+    return low, high, checks.at_least("restart", given[2], 1)
+
+
+def _fields(given: dict[str, Any]) -> dict[str, Any]:
+    """What `cfg`, `delayed` and `opposite` are given by name, as fields: what is not one is an option of the rule."""
+    own = {name: given[name] for name in ("shape", "interval", "restart", "rule") if name in given}
+    return {**own, "options": {name: value for name, value in given.items() if name not in own}}
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly each step is guided. Made by `cfg`, `delayed` or `opposite`.
+
+    scale:    weight after the transition; any finite number.
+    before:   weight before it; any finite number.
+    until:    where the transition is; None: at the first step.
+    shape:    the scale over time: a name in SHAPES, or one factor a step (a table of one's own).
+    interval: (low, high) timesteps outside which the weight after the transition is 1, the conditional prediction alone
+              (Kynkaanniemi et al., https://arxiv.org/abs/2404.07724); None: everywhere inside.
+    restart:  (low, high, times): at the first step whose timestep is at or below `low`, go back to the first at or below `high`
+              by fresh noise of the sample's own and come down again, so many times (restart sampling, Xu et al., NeurIPS 2023,
+              https://arxiv.org/abs/2306.14878). For schedulers that are linear. None: straight down.
+    rule:     how the two predictions are combined (`kernels.rules.RULES`), before the transition and after it; a weight of 0
+              is the unconditional prediction under every rule, and 1 the conditional one. One a batch.
+    options:  the rule's, by name; `cfg`, `delayed` and `opposite` take them as arguments of their own.
+
+    Raises ValueError for anything else.
+    """
+
+    scale: float
+    before: float = 0.0
+    until: Rule | None = None
+    shape: str | tuple[float, ...] = "static"
+    interval: tuple[float, float] | None = None
+    restart: tuple[float, float, int] | None = None
+    rule: str = "cfg"
+    options: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", checks.finite("scale", self.scale))
+        object.__setattr__(self, "before", checks.finite("before", self.before))
+        if self.until is not None and not isinstance(self.until, Rule):
+            raise ValueError(f"until must be one of {', '.join(f'{name}(...)' for name in RULES)}, got {self.until!r}")
+        if isinstance(self.shape, str):
+            if self.shape not in SHAPES:
+                raise ValueError(f"shape must be one of {', '.join(SHAPES)}, or a factor for each step; got {self.shape!r}")
+        else:
+            object.__setattr__(self, "shape", tuple(checks.finite("shape", factor) for factor in self.shape))
+        if self.interval is not None:
+            interval = tuple(checks.finite("interval", timestep) for timestep in self.interval)
+            if len(interval) != 2 or interval[0] > interval[1]:
+                raise ValueError(f"interval must be two timesteps (low, high), got {self.interval!r}")
+            object.__setattr__(self, "interval", interval)
+        if self.restart is not None:
+            object.__setattr__(self, "restart", _restart(self.restart))
+        object.__setattr__(self, "options", tuple(options_of(self.rule, dict(self.options)).items()))
+
+    @classmethod
+    def cfg(cls, scale: float, **given: Any) -> Guidance:
+        """Plain classifier-free guidance (Ho & Salimans, https://arxiv.org/abs/2207.12598), from the first step on.
+
+        The formula holds for every scale: 0 is the unconditional prediction, 1 the conditional one. diffusers' pipelines switch
+        guidance off at scales up to 1 and run the conditional prediction: for a turbo model, whose page says
+        `guidance_scale=0.0`, that is scale 1 here.
+        """
+        return cls(scale, **_fields(given))
+
+    @classmethod
+    def delayed(cls, scale: float, until: Rule, before: float = 0.0, **given: Any) -> Guidance:
+        """No guidance (or the weight `before`) until the transition, `scale` from there on."""
+        return cls(scale, before, until, **_fields(given))
+
+    @classmethod
+    def opposite(cls, opposite_scale: float, scale: float, until: Rule, **given: Any) -> Guidance:
+        """The weight -opposite_scale, constant, until the transition, `scale` from there on."""
+        if checks.finite("opposite_scale", opposite_scale) <= 0:
+            raise ValueError(f"opposite_scale must be above 0 (it is applied with a minus sign), got {opposite_scale!r}")
+        return cls(scale, -float(opposite_scale), until, **_fields(given))
+
+    def scaled(self, scale: float) -> Guidance:
+        """The same at another scale."""
+        return replace(self, scale=scale)
+
+    def rescaled(self, phi: float) -> Guidance:
+        """The same under the rule "rescale" where phi is above 0. Raises ValueError for a bad phi or beside another rule."""
+        if not checks.share("guidance_rescale", phi):
+            return self
+        if self.rule != "cfg":
+            raise ValueError(f"guidance_rescale is the rule 'rescale', and the guidance has the rule {self.rule!r}: give one")
+        return replace(self, rule="rescale", options={"phi": phi})
+
+    @classmethod
+    def guard(
+        cls,
+        scale: float = 7.5,
+        calibration: Thresholds | None = None,
+        threshold: float | None = None,
+        later: float | None = None,
+        rate: float | None = None,
+        attempts: Sequence[Guidance] | None = None,
+        **given: Any,
+    ) -> Guard:
+        """Plain guidance whose pictures are judged: what looks like a copy begins again, more carefully each time; see `Guard`.
+
+        calibration: of this model; it replaces the thresholds, and gives up hopeless plain attempts by their first gaps.
+        threshold:   the basin score above which a plain picture is suspect; default 0.3, or by the calibration.
+        later:       the same for the attempts after it, which are looked at more closely; default 0.2, or the calibration's.
+        rate:        with a calibration, the share of ordinary pictures that may begin again: half of it by their first gaps,
+                     half by their scores.
+        attempts:    those after the plain one; None: delayed guidance, until the log SNRs of `LADDER`.
+        given:       rule and its options, shape, interval or restart, of every attempt.
+
+        Raises ValueError for anything else, and for a calibration of too few pictures for the rate.
+        """
+        from .guard import Guard  # which is made of guidances
+
+        return Guard.of(cls.cfg(scale, **given), calibration, threshold, later, rate, attempts)
+
+    def __repr__(self) -> str:
+        extra = "" if self.shape == "static" else f", shape={self.shape!r}"
+        extra += "" if self.interval is None else f", interval={self.interval!r}"
+        extra += "" if self.restart is None else f", restart={self.restart!r}"
+        extra += "" if self.rule == "cfg" else f", rule={self.rule!r}"
+        extra += "".join(f", {name}={value:g}" for name, value in self.options)
+        if self.until is None:
+            return f"Guidance.cfg({self.scale:g}{extra})"
+        if self.before < 0:
+            return f"Guidance.opposite({-self.before:g}, scale={self.scale:g}, until={self.until!r}{extra})"
+        before = f", before={self.before:g}" if self.before else ""
+        return f"Guidance.delayed({self.scale:g}, until={self.until!r}{before}{extra})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that json can write; `from_dict` reads it back."""
+        rule = None if self.until is None else {"rule": type(self.until).__name__, **asdict(self.until)}
+        return {**asdict(self), "until": rule, "options": dict(self.options)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Guidance | Guard:
+        """The inverse of `to_dict`, a guard's too. Raises ValueError for an unknown rule or field."""
+        fields = dict(data)
+        try:
+            if "attempts" in fields:
+                from .guard import Guard
+
+                return Guard.from_dict(fields)
+            if fields.get("until") is not None:
+                rule = dict(fields["until"])
+                fields["until"] = RULES[rule.pop("rule")](**rule)
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a guidance: {data!r} ({error})") from error
+
+    def over(self, timesteps: Sequence[float], log_snrs: Sequence[float] | None) -> Guidance:
+        """The same for steps at these noise levels: a transition that is stated as a log SNR as the timestep that has it.
+
+        Raises ValueError for a log SNR where those of the steps are not known.
+        """
+        return replace(self, until=self.until.over(timesteps, log_snrs)) if isinstance(self.until, At) else self
+
+    def weights(self, levels: Sequence[float]) -> list[tuple[float, float]]:
+        """The weight before and after the transition at every step, by the steps' timesteps in 0..1000.
+
+        Raises ValueError if `shape` is a table of another length.
+        """
+        if isinstance(self.shape, str):
+            factors = [SHAPES[self.shape](t / 1000) for t in levels]
+        else:
+            factors = list(self.shape)
+            if len(factors) != len(levels):
+                raise ValueError(f"shape has {len(factors)} factors, but the sampler takes {len(levels)} steps")
+        after = [self.scale * factor for factor in factors]
+        if self.interval is not None:
+            low, high = self.interval
+            after = [weight if low <= t <= high else 1.0 for weight, t in zip(after, levels, strict=True)]
+        return [(self.before, weight) for weight in after]
+
+    @property
+    def timed(self) -> bool:
+        """Whether it asks for timesteps."""
+        return (
+            isinstance(self.until, At)
+            or self.interval is not None
+            or self.restart is not None
+            or self.shape in SHAPES.keys() - {"static"}
+        )
+
+    def rows(self, levels: Sequence[float]) -> dict[Column, Tensor]:
+        """The guidance's columns of the table of steps, float32 on the CPU, a number for each step.
+
+        levels: the steps' timesteps in 0..1000 of the training schedule. Raises ValueError if the guidance has another number
+        of steps.
+        """
+        leaving = [LEAVES] * len(levels) if self.until is None else self.until.leaving(levels)
+        columns = zip(*((*weights, *how) for weights, how in zip(self.weights(levels), leaving, strict=True)), strict=True)
+        names = (Column.BEFORE, Column.AFTER, Column.KEEP, Column.LIMIT, Column.FALL, Column.WAIT)
+        columns = dict(zip(names, columns, strict=True))
+        for name, option in zip((Column.FIRST_OPTION, Column.SECOND_OPTION), columns_of(dict(self.options)), strict=True):
+            columns[name] = [option] * len(levels)
+        return {name: torch.tensor(column, dtype=torch.float32) for name, column in columns.items()}
+
+    def calls(self, levels: Sequence[float], step: Tensor, first: Tensor) -> dict[Column, Tensor]:
+        """`rows`, STEP and FIRST for each call of the network. step: (K,) int64, the step it belongs to; first: (K,), 1 for the
+        first of its step, which alone may show a transition, 0 for the others."""
+        columns = {column: values[step] for column, values in self.rows(levels).items()}
+        for column, nothing in ((Column.KEEP, -torch.inf), (Column.LIMIT, -torch.inf), (Column.FALL, 0.0)):
+            columns[column] = columns[column].where(first > 0, torch.tensor(nothing))
+        return columns | {Column.STEP: step.float(), Column.FIRST: first.float()}

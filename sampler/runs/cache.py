@@ -1,0 +1,64 @@
+"""Measurements of many samples that are made once, however often the run is stopped: each is in a file when it is made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .journal import Journal, read_lines
+from .progress import parts
+
+
+class Remembered:
+    """Measurements by what is measured and the sample's index, in the JSON Lines file `path`; None: in memory alone.
+
+    run: what decides them. Those of another run in the same file do not count, and go.
+    """
+
+    def __init__(self, path: str | Path | None, run: Mapping[str, Any]):
+        self.path = None if path is None else Path(path)
+        self._run = hashlib.sha256(json.dumps(run, sort_keys=True, default=str).encode()).hexdigest()
+        self._journal = None if self.path is None else Journal(self.path, self._key)
+        self._lines = {} if self.path is None else {self._key(line): line for line in read_lines(self.path)}
+
+    def _key(self, line: dict[str, Any]) -> tuple[str, int] | None:
+        whole = line.get("run") == self._run and {"what", "index", "values"} <= line.keys()
+        return (line["what"], line["index"]) if whole else None
+
+    def __call__(self, what: str, count: int, size: int, make: Callable[[Sequence[int]], Tensor], bar: tqdm) -> Tensor:
+        """(count, ...) float32: `make` measures the samples of some indices, at most `size` of them at a time."""
+        found = []
+        for part in parts(count, size):  # the same batches as ever, so that rounding is the same too
+            if all((what, i) in self._lines for i in part):
+                found.append(_tensor([self._lines[what, i]["values"] for i in part]))
+            else:
+                found.append(values := make(part).float().cpu())
+                for i, row in zip(part, values, strict=True):
+                    if self._journal is not None:
+                        self._journal.append({"run": self._run, "what": what, "index": i, "values": row.tolist()})
+            bar.update(len(part))
+        return torch.cat(found)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._journal is not None:
+            self._journal.__exit__()
+
+
+def _tensor(values: list) -> Tensor:
+    """JSON has no NaN: None stands for it."""
+
+    def known(value: Any) -> Any:
+        return [known(inner) for inner in value] if isinstance(value, list) else math.nan if value is None else value
+
+    return torch.tensor(known(values), dtype=torch.float32)

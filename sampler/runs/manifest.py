@@ -1,0 +1,36 @@
+"""What a run's folder says of its images: `jobs.jsonl`, all that are to be made, and `manifest.jsonl`, what came of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .journal import read_lines
+
+MANIFEST, JOBS = "manifest.jsonl", "jobs.jsonl"
+NEEDED = {"id": str, "prompt": str, "seed": int, "status": str}  # of every line of the manifest
+NEEDED_OF_IMAGES = {"file": str, "sha256": str}  # of those whose image is there, too
+
+
+def lacks(line: dict[str, Any]) -> list[str]:
+    """What a line of a manifest has not, or of another type, that every one has."""
+    needed = NEEDED | (NEEDED_OF_IMAGES if line.get("status") == "ok" else {})
+    return [name for name, kind in needed.items() if not isinstance(line.get(name), kind)]
+
+
+def sound(out: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a folder's manifest, but for those that lack something; see `verify`, which names these."""
+    return (line for line in read_lines(out / MANIFEST) if not lacks(line))
+
+
+def belongs(position: int, shard: tuple[int, int] | None) -> bool:
+    """Whether the job at a position is one of shard (i, n) of a run; None: of the whole run."""
+    return shard is None or position % shard[1] == shard[0]
+
+
+def read_jobs(out: Path) -> Iterator[tuple[int, str]]:
+    """Positions and ids of all jobs of a run; none where the file is missing, and not those on lines that are damaged."""
+    for line in read_lines(out / JOBS):
+        if isinstance(line.get("position"), int) and isinstance(line.get("id"), str):
+            yield line["position"], line["id"]

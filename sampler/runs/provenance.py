@@ -1,0 +1,43 @@
+"""What images owe to the model, its scheduler and the machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import nn
+
+from .environment import environment
+
+
+def settings_of(scheduler: SchedulerMixin, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What a run's images owe to these, and to the versions of what computes them."""
+    return {
+        "scheduler": {"class": type(scheduler).__name__, **_public(scheduler.config)},
+        "dtype": str(dtype).removeprefix("torch."),
+        **environment(device),
+    }
+
+
+def weights_sha256(pipe: DiffusionPipeline) -> str:
+    """Of the pipeline as it is: every tensor of its modules, by name, what they are made of, and its vocabularies."""
+    digest = hashlib.sha256()
+    for name, part in sorted(pipe.components.items()):
+        if isinstance(part, nn.Module):
+            digest.update(f"{name} {json.dumps(_public(getattr(part, 'config', {})), sort_keys=True)}".encode())
+            for key, tensor in sorted(part.state_dict().items()):
+                digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                if tensor.device.type != "meta":  # weights that come and go have no contents here
+                    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        elif hasattr(part, "get_vocab"):
+            digest.update(f"{name} {sorted(part.get_vocab().items())}".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _public(config: Any) -> dict[str, Any]:
+    """A scheduler's settings as json reads them back, without diffusers' own notes, whose order differs from run to run."""
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    return json.loads(json.dumps({name: value for name, value in config.items() if name[0] != "_"}, default=str))

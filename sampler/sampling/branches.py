@@ -1,0 +1,30 @@
+"""Which predictions the rows of a table need, so that a branch nobody needs is not run."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..kernels.table import Column
+from ..types import Branch
+
+
+def looks(columns: dict[Column, Tensor]) -> bool:
+    """Whether samples look for their transition in their noise gaps; False where the table says beforehand where it is."""
+    keep, limit, fall = columns[Column.KEEP], columns[Column.LIMIT], columns[Column.FALL]
+    return bool(((keep > -torch.inf) | (limit.abs() < torch.inf) | (fall > 0)).any())
+
+
+def branches(columns: dict[Column, Tensor], finds: bool) -> tuple[Branch, ...]:
+    """The one branch that each row needs, or both: a sample still looking for its transition needs its noise gap."""
+    transition, needed = math.inf, []
+    names = (Column.STEP, Column.LIMIT, Column.WAIT, Column.BEFORE, Column.AFTER)
+    for k, limit, wait, before, after in zip(*(columns[name].tolist() for name in names), strict=True):
+        if limit == math.inf:  # by then every sample has left
+            transition = min(transition, k + wait)
+        left = k >= transition
+        weight = after if left else before
+        needed.append("both" if finds and not left else {0.0: "uncond", 1.0: "cond"}.get(weight, "both"))
+    return tuple(needed)

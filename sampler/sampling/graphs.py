@@ -1,0 +1,125 @@
+"""The captured step: network and launch recorded as CUDA graphs, one a branch, and replayed. Runs on a GPU only."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.state import State
+from ..models import Guided
+from ..types import Branch, Pair
+from .plan import Plan
+from .steps import Lane, fused_step
+
+log = logging.getLogger(__name__)
+ROWS = 256  # of a session's table, or the next power of two: shorter tables share its graphs
+WARM_UP = 3  # runs before a capture: libraries choose their algorithms and compilers compile in the first ones
+
+
+class Graphs:
+    """Captured steps by shape, all in one memory pool; `clear` gives the memory back."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[tuple, Session] = {}
+        self._pool: Any = None
+        self._failed = False
+        self._version: object | None = None
+
+    def lane(self, network: Guided, plan: Plan, noise: Tensor, memory_format: torch.memory_format) -> Lane:
+        """A step to take from `noise` under `plan`, captured where that works, and what it reads and updates.
+
+        What was captured of an earlier version of the network is given back.
+        """
+        if network.version is not self._version:
+            self.clear()
+            self._version = network.version
+        rows = max(ROWS, 2 ** (len(plan.table) - 1).bit_length())
+        key = (tuple(noise.shape), noise.dtype, memory_format, network.form, rows, plan.multistep, plan.scaled, plan.rule)
+        session = self._sessions.get(key)
+        if session is None:
+            session = self._sessions[key] = Session(network, plan, rows, noise, memory_format)
+        session.network.load(network)
+        session.table[: len(plan.table)].copy_(plan.table)
+        if not self._failed:
+            try:
+                self._capture(session, dict.fromkeys(plan.branches))
+            except RuntimeError as error:
+                self._failed = True
+                log.warning("the step cannot be captured (%s); it runs uncaptured", error)
+        take = session.take if self._failed else session.replay
+        return Lane(session.network, session.start(noise, plan), take, session.table)
+
+    def _capture(self, session: Session, branches: dict[Branch, None]) -> None:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        for branch in branches:
+            if branch not in session.graphs:
+                session.capture(branch, self._pool)
+
+    def clear(self) -> None:
+        self._sessions.clear()
+        self._pool = self._version = None
+        self._failed = False
+        torch.cuda.empty_cache()
+
+
+class Session:
+    """What the graphs of one shape read and write, in memory that stays where it is.
+
+    Guidance comes by data, so one graph a branch serves all guidances of one rule: that of the general step, in which samples
+    look for their transition whether or not their rows say so. What it costs those that do not is that the programs of a large
+    sample wait for each other, and past a million elements a second launch: microseconds beside the network.
+    """
+
+    def __init__(self, network: Guided, plan: Plan, rows: int, noise: Tensor, memory_format: torch.memory_format):
+        self.network, self.table = network, plan.table.new_zeros((rows, plan.table.shape[1]))
+        shape = tuple(noise.shape)
+        self.state = State.empty(shape, rows, noise.dtype, noise.device, plan.multistep, plan.scaled, memory_format)
+        self.state.start(noise, self.table)
+        self.take = fused_step(network, replace(plan, table=self.table, finds=True), self.state)
+        self.graphs: dict[Branch, tuple[torch.cuda.CUDAGraph, Pair]] = {}
+
+    def start(self, noise: Tensor, plan: Plan) -> State:
+        """The state at the start of a run of `plan`; its gaps are those of the plan's steps alone."""
+        self.state.start(noise, self.table, last=plan.last)
+        transition = replace(self.state.transition, gaps=self.state.transition.gaps[:, : plan.steps])
+        return replace(self.state, transition=transition)
+
+    def capture(self, branch: Branch, pool: Any) -> None:
+        """Record a step; the state's contents are lost. Raises RuntimeError where a step makes the host wait, or is refused."""
+        current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    self.take(branch)
+                with _no_waiting():  # better refused here: a capture that breaks off leaves torch in the midst of it
+                    self.take(branch)
+        finally:
+            current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool):  # `current` again, however the capture ends
+            pair = self.take(branch)
+        self.graphs[branch] = graph, pair  # which stay in memory, so that no other graph of the pool is given it
+
+    def replay(self, branch: Branch) -> Pair:
+        graph, pair = self.graphs[branch]
+        graph.replay()
+        return pair
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Whatever makes the host wait for the device raises RuntimeError."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)

@@ -1,0 +1,93 @@
+"""A guard over the steps of a solver: the rows of all its attempts, and of the call that judges them, in one table.
+
+All samples run plain classifier-free guidance. Each finished picture is judged by its basin score (see `basin`); one that looks
+like a copy begins again, from the next noise of its own and under more careful guidance, until it passes or no attempt is left.
+Each sample goes its own way in one batch, by its own rows; the others keep the bits of plain guidance. The host reads between
+attempts alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ..detection.basin import Probe
+from ..guidance.guard import Guard
+from ..guidance.guidance import Guidance
+from ..kernels.table import Column
+from ..schedulers.solver import Solver
+from ..types import Branch, Settle
+from .plan import Plan
+
+BOTH: Branch = "both"
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The plans of all attempts in one: `whole` has their rows after each other, those of attempt i from `starts[i]` on.
+
+    guard: None for guidance that is none, whose one attempt nobody judges.
+    check: the row at which the guard's early look knows what it needs; None without one.
+    probe: of the calls that judge; their row is the last one. None without a guard.
+    """
+
+    guard: Guard | None
+    whole: Plan
+    starts: tuple[int, ...]
+    solver: Solver
+    check: int | None = None
+    probe: Probe | None = None
+
+    @classmethod
+    def make(cls, solver: Solver, guidance: Guidance | Guard, device: torch.device, settle: Settle | None = None) -> Ladder:
+        """Lay guidance over the steps of `solver`.
+
+        Raises ValueError for steps that it is not made for, and for a guard where pictures cannot be judged.
+        """
+        guard = guidance if isinstance(guidance, Guard) else None
+        attempts = [guidance] if guard is None else [attempt.guidance for attempt in guard.attempts]
+        plans = [Plan.make(solver, one, device, settle) for one in attempts]
+        starts = tuple(accumulate((len(plan.table) for plan in plans), initial=0))
+        if guard is None:
+            return cls(None, plans[0], starts, solver)
+        probe, check, early = Probe.of(solver.scheduler), None, guard.early
+        if early is not None:
+            if not early.suits(solver.levels):
+                raise ValueError(
+                    f"the guard's early look is calibrated for {_steps(early.timesteps)}, but the sampler takes "
+                    f"{_steps(solver.levels)}: calibrate for those, or leave the calibration out"
+                )
+            check = plans[0].calls(early.steps)
+            if set(plans[0].branches[:check]) != {BOTH}:
+                raise ValueError(f"the guard's early look needs a noise gap in each of the first {early.steps} steps")
+        return cls(guard, Plan.joined([*plans, _asking(plans[0], probe)]), starts, solver, check, probe)
+
+    @property
+    def stepwise(self) -> bool:
+        """Its solver is the scheduler's own `step`, which all samples of a batch take together."""
+        return self.solver.coefficients is None
+
+    def computed(self, attempt: int) -> Tensor:
+        """(steps,) bool on the CPU, whether an attempt has a noise gap in a step."""
+        found = torch.zeros(self.whole.steps, dtype=torch.bool)
+        rows = range(self.starts[attempt], self.starts[attempt + 1])
+        found[[self.whole.step[row] for row in rows if self.whole.branches[row] == BOTH]] = True
+        return found
+
+
+def _asking(plain: Plan, probe: Probe) -> Plan:
+    """A plan of one row, at which the network is asked about what stands in the place of the latents, and nothing moves."""
+    row = torch.zeros(1, len(Column))
+    for column in (Column.BEFORE, Column.AFTER, Column.A, Column.INPUT_SCALE):
+        row[0, column] = 1.0
+    row[0, Column.KEEP], row[0, Column.LIMIT], row[0, Column.TIMESTEP] = -torch.inf, -torch.inf, probe.timestep
+    table = row.to(plain.table.device)
+    return Plan(table, (0,), 0, (BOTH,), False, plain.multistep, plain.scaled, plain.rule, (0,), settle=plain.settle)
+
+
+def _steps(timesteps: Sequence[float]) -> str:
+    return f"{len(timesteps)} steps at timesteps {timesteps[0]:g} to {timesteps[-1]:g}"

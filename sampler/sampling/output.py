@@ -1,0 +1,91 @@
+"""What a sampler's call returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..models import Decoded, Encoded
+from ..schedulers.solver import Solver
+from .steps import Run
+
+
+@dataclass
+class Output:
+    """What a call returns.
+
+    images:          a list of PIL images, or an array or tensor, as `output` asked; the latents for "latent". Of a video model
+                     lists of frames, or an array or tensor (B, frames, ...).
+    latents:         (B, C, h, w) final latents in the network's dtype.
+    transition_step: (B,) int64 on the CPU, the step at which each sample's guidance changed; -1 for none, 0 for plain cfg.
+    noise_gap:       (B, steps) float32 on the CPU, ||cond - uncond||_2 at each step, NaN where it was not computed.
+    timesteps:       (steps,) float32 on the CPU, in the scheduler's units.
+    attempts:        (B,) int64 on the CPU, how often a guard began each sample, whose transition and gaps are the last one's.
+    score:           (B,) float32 on the CPU, the basin score of each picture, see `basin`; the higher, the more like a copy.
+    suspect:         (B,) bool on the CPU, the samples that still look like copies.
+    calls:           (B,) int64 on the CPU, the predictions that each sample needed: one or two a step, two for each noise that
+                     it was judged by. These four are None without a guard.
+    finite:          (B,) bool on the CPU, whether a sample's latents, and its pixels where decoded, have neither NaN nor inf.
+    nsfw_content_detected: (B) the safety checker's verdicts; such a picture is black. None without a checker, or undecoded.
+    truncated:       (B) what was cut off each prompt at the text encoder's limit, "" for nothing.
+    """
+
+    images: Any
+    latents: Tensor
+    transition_step: Tensor
+    noise_gap: Tensor
+    timesteps: Tensor
+    attempts: Tensor | None = None
+    score: Tensor | None = None
+    suspect: Tensor | None = None
+    calls: Tensor | None = None
+    finite: Tensor | None = None
+    nsfw_content_detected: list[bool] | None = None
+    truncated: Sequence[str] = ()
+
+    def judged(self, i: int) -> dict[str, Any]:
+        """What a guard says of sample `i`, as plain data; nothing without one."""
+        if self.attempts is None:
+            return {}
+        return {name: getattr(self, name)[i].item() for name in ("attempts", "score", "suspect")}
+
+    @classmethod
+    def of(cls, run: Run, encoded: Encoded, solver: Solver, output: str, decode: Callable[[Tensor, str], Decoded]) -> Output:
+        """What a call returns of a run; its pictures are decoded here. In inference mode, whose tensors it does not return."""
+        latents = run.latents.clone()  # a captured step's memory is used again
+        finite = latents.isfinite().flatten(1).all(dim=1).cpu()
+        images, flagged = latents, None
+        if output != "latent":
+            decoded = decode(latents, output)
+            images, flagged, finite = decoded.images, decoded.flagged, finite & decoded.finite
+        transition = run.transition.cpu()
+        transition[transition >= solver.steps] = -1  # settled too late to wait
+        judged = run.attempts, run.score, run.suspect, run.calls
+        made = images, latents, transition, run.gaps.cpu(), solver.timesteps[solver.first_calls], *judged, finite
+        with torch.inference_mode(False):
+            return cls(*(value.clone() if isinstance(value, Tensor) else value for value in made), flagged, encoded.truncated)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Output]) -> Output:
+        """The samples of several calls that differ in nothing else, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(cls)}
+        return cls(
+            **{name: _joined(values) for name, values in columns.items() if name != "timesteps"}, timesteps=parts[0].timesteps
+        )
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return torch.cat(list(values))
+    return np.concatenate(values) if isinstance(first, np.ndarray) else list(chain.from_iterable(values))

@@ -1,0 +1,137 @@
+"""The step table of a run: all that its steps read, made before the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ..guidance.guidance import Guidance
+from ..kernels.state import State
+from ..kernels.table import Column
+from ..schedulers.solver import Solver
+from ..types import Branch, Settle
+from .branches import branches, looks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that the steps of one run read.
+
+    table:     (K, len(Column)) float32 on the device, a row for each call of the network.
+    step:      the solver step each row belongs to.
+    last:      the last row of a run that starts at the first.
+    branches:  which halves of the network each row needs.
+    finds:     samples look for their transition in their noise gaps; False where the table says beforehand where it is.
+    multistep: the solver keeps a history. scaled: some row scales the network's input. rule: the guidance rule.
+    call:      the solver's call of each row.
+    jumps:     before which rows the latents go back to a higher noise level, scale * latents + sigma * noise.
+    settle:    what the model's pipeline makes of a prediction that was guided, before the solver has it; None for nothing.
+    """
+
+    table: Tensor
+    step: tuple[int, ...]
+    last: int
+    branches: tuple[Branch, ...]
+    finds: bool
+    multistep: bool
+    scaled: bool
+    rule: str = "cfg"
+    call: tuple[int, ...] = ()
+    jumps: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    settle: Settle | None = None
+
+    @classmethod
+    def make(cls, solver: Solver, guidance: Guidance, device: torch.device, settle: Settle | None = None) -> Plan:
+        """Lay `guidance` over the steps of `solver`.
+
+        Raises ValueError if the guidance has another number of steps, or asks for timesteps where the scheduler's are not known
+        to be noise levels.
+        """
+        if solver.level is None and guidance.timed:
+            raise ValueError(
+                f"guidance {guidance!r} asks for timesteps in 0..1000, and the scheduler's are not known to be such: use "
+                "FirstMinimum(), a factor for each step, or another scheduler"
+            )
+        guidance = guidance.over(solver.levels, solver.log_snrs)
+        call, coefficients, jumps = _restarted(solver, guidance.restart)
+        step = solver.step[call]
+        first = torch.cat([torch.ones(1), solver.step.diff().clamp(max=1).float()])[call]
+        columns = guidance.calls(solver.levels, step, first)
+        columns |= dict(zip((Column.A, Column.B, Column.P, Column.Q), coefficients.unbind(1), strict=True))
+        columns |= {Column.INPUT_SCALE: solver.input_scale[call], Column.TIMESTEP: solver.timesteps[call]}
+        finds = looks(columns)
+        return cls(
+            table=torch.stack([columns[column] for column in Column], dim=1).to(device),
+            step=tuple(step.tolist()),
+            last=len(call) - 1,
+            branches=branches(columns, finds),
+            finds=finds,
+            multistep=bool(coefficients[:, 2:].any()),
+            scaled=bool((solver.input_scale != 1).any()),
+            rule=guidance.rule,
+            call=tuple(call.tolist()),
+            jumps=jumps,
+            settle=settle,
+        )
+
+    @property
+    def steps(self) -> int:
+        """The number of solver steps; of several runs' rows, the most of one."""
+        return max(self.step) + 1
+
+    def calls(self, steps: int) -> int:
+        """How many rows the first `steps` solver steps have."""
+        return sum(k < steps for k in self.step)
+
+    @classmethod
+    def joined(cls, plans: Sequence[Plan]) -> Plan:
+        """The rows of several plans after each other, for samples that each go their own way."""
+        starts = [0, *accumulate(len(plan.table) for plan in plans)]
+        return replace(
+            plans[0],
+            table=torch.cat([plan.table for plan in plans]),
+            step=tuple(step for plan in plans for step in plan.step),
+            call=tuple(call for plan in plans for call in plan.call),
+            branches=tuple(branch for plan in plans for branch in plan.branches),
+            jumps={start + row: jump for start, plan in zip(starts, plans, strict=False) for row, jump in plan.jumps.items()},
+            finds=any(plan.finds for plan in plans),
+        )
+
+    def roomy(self, rows: int, steps: int) -> Plan:
+        """The same with room for `rows` rows and `steps` steps, if those are more."""
+        room = self.table.new_zeros((max(0, rows - len(self.table)), len(Column)))
+        return replace(
+            self, table=torch.cat([self.table, room]), step=(*self.step, steps - 1), branches=("both", "uncond", "cond")
+        )
+
+    def state(self, noise: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> State:
+        """The state of a run that starts from `noise` (B, ...), in the network's dtype and on its device."""
+        shape = tuple(noise.shape)
+        empty = State.empty(shape, self.steps, noise.dtype, noise.device, self.multistep, self.scaled, memory_format)
+        return empty.start(noise, self.table, last=self.last)
+
+
+def _restarted(
+    solver: Solver, restart: tuple[float, float, int] | None
+) -> tuple[Tensor, Tensor, dict[int, tuple[float, float]]]:
+    """(the solver's call of each row, the coefficients of each row, `Plan.jumps`)."""
+    calls, coefficients = list(range(len(solver.step))), solver.coefficients
+    if restart is None:
+        return torch.tensor(calls), torch.zeros(len(calls), 4) if coefficients is None else coefficients, {}
+    if coefficients is None:
+        raise ValueError(f"restart={restart} needs a linear scheduler, and {type(solver.scheduler).__name__} is not")
+    low, high = solver.call_at(restart[0]), solver.call_at(restart[1])
+    if high >= low:
+        raise ValueError(f"restart={restart} goes back over no step: both timesteps lead to step {solver.step[low]}")
+    again = calls[high:low]
+    jumps = dict.fromkeys(range(low, low + len(again) * restart[2], len(again)), solver.renoised(low, high))
+    call = torch.tensor(calls[:low] + again * restart[2] + calls[low:])
+    coefficients = coefficients[call].clone()
+    for row in jumps:  # a run of its own: nothing is kept of the one before
+        coefficients[row - 1, 2:] = 0
+        coefficients[row, :2] = torch.tensor(solver.first(high))
+    return call, coefficients, jumps

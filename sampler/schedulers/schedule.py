@@ -1,0 +1,294 @@
+"""diffusers' schedulers: made by name, set to a run, called as its pipelines call them, mapped to noise levels."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import SchedulerMixin
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+from torch import Tensor
+
+from .. import checks
+
+# name -> (diffusers class, what its `from_config` overrides)
+SCHEDULERS: dict[str, tuple[str, dict]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpmsolver++-karras": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
+    "dpmsolver++-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmsolver-sde": ("DPMSolverSDEScheduler", {}),
+    "dpmsolver-singlestep": ("DPMSolverSinglestepScheduler", {}),
+    "edm-dpmsolver++": ("EDMDPMSolverMultistepScheduler", {}),
+    "edm-euler": ("EDMEulerScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "flow-heun": ("FlowMatchHeunDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}),
+    "kdpm2-ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+OWN = "own"  # the pipeline's
+
+Family = Literal["vp", "edm", "flow"]
+
+
+def make_scheduler(choice: str | SchedulerMixin | None, current: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler `choice` names, configured as `current`; a scheduler stands for itself, None and "own" for `current`.
+
+    Raises ValueError for an unknown name, for a name of another formulation than `current` has (its noise would not be the one
+    the network was trained on), and for a scheduler whose `step` is not diffusers' usual one; ImportError where the
+    scheduler's package is missing.
+    """
+    if isinstance(choice, str) and choice != OWN:
+        if choice not in SCHEDULERS:
+            raise ValueError(f"scheduler must be {OWN}, {', '.join(SCHEDULERS)}, or a diffusers scheduler; got {choice!r}")
+        name, overrides = SCHEDULERS[choice]
+        try:
+            cls = getattr(diffusers, name)
+            made = cls.from_config(current.config, **_shifted(cls, current.config), **overrides)
+        except ImportError as error:  # diffusers' stand-in for a class whose package is missing
+            raise ImportError(f"scheduler {choice!r} needs a package that is not installed: {checks.line(error)}") from error
+        if family(made) != family(current):
+            raise ValueError(
+                f"scheduler {choice!r} is of the {family(made)} formulation, and the model's own {type(current).__name__} of "
+                f"the {family(current)} one; use one of {', '.join(_named(family(current)))}, or a scheduler made by hand"
+            )
+        return made
+    scheduler = current if choice is None or choice == OWN else choice
+    if not isinstance(scheduler, SchedulerMixin) or not hasattr(scheduler, "step"):
+        raise ValueError(
+            f"scheduler must be {OWN}, {', '.join(SCHEDULERS)}, or a diffusers scheduler; got {type(scheduler).__name__}"
+        )
+    known = inspect.signature(scheduler.step).parameters.items()
+    needed = [name for name, parameter in known if parameter.default is inspect.Parameter.empty]
+    if needed != ["model_output", "timestep", "sample"]:
+        raise ValueError(f"scheduler {type(scheduler).__name__} cannot be used here: its step takes {', '.join(needed)}")
+    return scheduler
+
+
+def _shifted(cls: type[SchedulerMixin], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The shift of a flow's noise levels, which schedulers call by two names, as `cls` calls it."""
+    names, known = {"shift": "flow_shift", "flow_shift": "shift"}, inspect.signature(cls).parameters
+    return {own: config[name] for own, name in names.items() if own in known and own not in config and name in config}
+
+
+def _named(formulation: Family) -> list[str]:
+    """The names of one formulation, by their first word."""
+    first_words = {name: name.split("-")[0] for name in SCHEDULERS}
+    of = {name: word if word in ("edm", "flow") else "vp" for name, word in first_words.items()}
+    return [OWN, *(name for name in SCHEDULERS if of[name] == formulation)]
+
+
+def family(scheduler: SchedulerMixin) -> Family:
+    """How clean latents x and noise n are mixed: "vp" sqrt(1 - b) x + sqrt(b) n, "edm" x + sigma n, "flow" (1 - t) x + t n."""
+    own = own_settings(scheduler)
+    if "sigma_data" in own:
+        return "edm"
+    flow = own.get("use_flow_sigmas") or own.get("prediction_type") == "flow_prediction"
+    return "flow" if flow or not own.keys() & {"beta_schedule", "trained_betas"} else "vp"
+
+
+def configured(scheduler: SchedulerMixin) -> tuple:
+    """What makes a scheduler's coefficients what they are."""
+    return scheduler, dict(scheduler.config), getattr(scheduler, "shift", None)
+
+
+def own_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """A scheduler's settings, without those of other classes that `from_config` carries along."""
+    known = inspect.signature(type(scheduler).__init__).parameters
+    return {name: value for name, value in scheduler.config.items() if name in known}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a run, as diffusers' pipelines ask a scheduler for them.
+
+    steps:         how many; ignored where timesteps or sigmas are given.
+    timesteps, sigmas: those of each step instead, for schedulers whose `set_timesteps` takes them.
+    eta:           how stochastic DDIM and TCD are, 0 to 1 (Song et al., https://arxiv.org/abs/2010.02502, equation 16).
+    denoising_end: the share of the run after which another model goes on (SDXL's refiner); None for all of it.
+    mu:            how far a scheduler with dynamic shifting moves its noise levels; None: as suits the picture's size.
+
+    Raises ValueError for anything else.
+    """
+
+    steps: int = 50
+    timesteps: tuple[float, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+    eta: float = 0.0
+    denoising_end: float | None = None
+    mu: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", checks.at_least_one("steps", self.steps))
+        if self.timesteps is not None and self.sigmas is not None:
+            raise ValueError("timesteps and sigmas cannot both be given")
+        for name in ("timesteps", "sigmas"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _numbers(name, given))
+        checks.share("eta", self.eta)
+        if self.denoising_end is not None and not (isinstance(self.denoising_end, float) and 0 < self.denoising_end < 1):
+            raise ValueError(f"denoising_end must be a number between 0 and 1, got {self.denoising_end!r}")
+        if self.mu is not None:
+            object.__setattr__(self, "mu", checks.finite("mu", self.mu))
+
+    def __str__(self) -> str:
+        """As a sentence goes on: "20 steps" and what else was asked for."""
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "steps"}
+        own = self.timesteps is not None or self.sigmas is not None
+        words = [] if own else [f"{self.steps} step{'s' if self.steps > 1 else ''}"]
+        return ", ".join(words + [f"{name} {value}" for name, value in given.items() if value])
+
+
+def _numbers(name: str, given: Sequence[float]) -> tuple[float, ...]:
+    """Whole numbers stay whole: some schedulers look them up in a table."""
+    try:
+        numbers = tuple(value.item() if hasattr(value, "item") else value for value in given)
+        finite = bool(np.isfinite(numbers).all())
+    except TypeError as error:
+        raise ValueError(f"{name} must be a sequence of numbers, got {given!r}") from error
+    if not numbers or not finite:
+        raise ValueError(f"{name} must be at least one finite number, got {given!r}")
+    return numbers
+
+
+def prepared(scheduler: SchedulerMixin, schedule: Schedule, device: torch.device | str = "cpu") -> SchedulerMixin:
+    """A fresh copy of `scheduler`, set to `schedule` and told its first step, so that no step looks it up on the device.
+
+    Raises ValueError where the scheduler cannot be set so.
+    """
+    scheduler = copy.deepcopy(scheduler)
+    timesteps = None if schedule.timesteps is None else list(schedule.timesteps)
+    sigmas = None if schedule.sigmas is None else np.asarray(schedule.sigmas)  # some multiply them
+    shifted = {} if schedule.mu is None else {"mu": schedule.mu}
+    if shifted and not scheduler.config.get("use_dynamic_shifting"):
+        raise ValueError(
+            f"mu is {schedule.mu:g}, but scheduler {type(scheduler).__name__} does not shift dynamically: leave it out"
+        )
+    try:
+        retrieve_timesteps(scheduler, schedule.steps, device, timesteps, sigmas, **shifted)
+    except Exception as error:  # whatever a scheduler raises
+        raise ValueError(f"scheduler {type(scheduler).__name__} cannot take {schedule}: {checks.line(error)}") from error
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    if hasattr(scheduler, "is_scale_input_called"):
+        scheduler.is_scale_input_called = True  # the loop scales by itself
+    return scheduler
+
+
+def scale_model_input(scheduler: SchedulerMixin, latents: Tensor, timestep: Tensor) -> Tensor:
+    """The network's input; flow-matching schedulers do not scale."""
+    return scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
+
+
+@functools.cache
+def _step_parameters(scheduler: type[SchedulerMixin]) -> frozenset[str]:
+    return frozenset(inspect.signature(scheduler.step).parameters)
+
+
+def own_step(
+    scheduler: SchedulerMixin, guided: Tensor, timestep: Tensor, latents: Tensor, generators: list[torch.Generator], eta: float
+) -> Tensor:
+    """The scheduler's own step, handed what diffusers' pipelines hand to it; its noise comes from the samples' generators."""
+    takes = _step_parameters(type(scheduler))
+    given: Mapping[str, Any] = {"eta": eta, "generator": generators}
+    if getattr(scheduler, "noise_sampler", 0) is None:  # a Brownian path for each sample, seeded as the sample is
+        scheduler.noise_sampler_seed = [generator.initial_seed() for generator in generators]
+    wanted = {name: value for name, value in given.items() if name in takes}
+    return scheduler.step(guided, timestep, latents, return_dict=False, **wanted)[0]
+
+
+def step_of_calls(scheduler: SchedulerMixin) -> Tensor:
+    """The step of each network call of a prepared scheduler, (K,) int64: some call the network more than once a step."""
+    calls = torch.arange(len(scheduler.timesteps))
+    if getattr(scheduler, "prk_timesteps", None) is not None:  # PNDM: Runge-Kutta steps of four calls, or a first step of two
+        runge_kutta = len(scheduler.prk_timesteps)
+        if not runge_kutta:
+            return (calls - 1).clamp(min=0)
+        return torch.where(calls < runge_kutta, calls // 4, calls - runge_kutta + runge_kutta // 4)
+    return calls // getattr(scheduler, "order", 1)
+
+
+def levels(scheduler: SchedulerMixin) -> Tensor | None:
+    """The noise level of each call of a prepared scheduler, as a timestep in 0..1000 of the training schedule: (K,) float32.
+
+    Flow: 1000 t. EDM: the timestep at which Stable Diffusion's schedule has the ratio sigma / sigma_data of noise to data.
+    None where a scheduler's timesteps are not known to be of any of these.
+    """
+    timesteps, own = scheduler.timesteps.cpu(), own_settings(scheduler)
+    sigmas = getattr(scheduler, "sigmas", None)
+    calls, formulation = len(timesteps), family(scheduler)
+    if formulation != "vp" and (sigmas is None or len(sigmas) not in (calls, calls + 1)):
+        return None
+    if formulation == "flow":
+        return 1000 * _flow_noise(sigmas[:calls], own)
+    if formulation == "edm":
+        return timestep_of_ratio(sigmas[:calls] / own["sigma_data"])
+    if not hasattr(scheduler, "alphas_cumprod"):
+        return None
+    if own.get("timestep_type") == "continuous":
+        return timestep_of_ratio(sigmas[:calls], scheduler.alphas_cumprod)
+    return timesteps.float() * (1000 / own["num_train_timesteps"])
+
+
+def log_snrs(scheduler: SchedulerMixin) -> Tensor | None:
+    """log(a^2 / s^2) of each call of a prepared scheduler, whose latents are a * data + s * noise: (K,) float32.
+
+    Under EDM data of the deviation sigma_data count as data of deviation 1. None where that is not known.
+    """
+    timesteps, own = levels(scheduler), own_settings(scheduler)
+    if timesteps is None:
+        return None
+    sigmas = getattr(scheduler, "sigmas", None)
+    if family(scheduler) == "flow":
+        return flow_log_snr(timesteps / 1000)
+    if family(scheduler) == "edm":
+        return -2 * (sigmas[: len(timesteps)].float().cpu() / own["sigma_data"]).log()
+    if own.get("timestep_type") == "continuous":
+        return -2 * sigmas[: len(timesteps)].float().cpu().log()
+    return vp_log_snr(scheduler.alphas_cumprod, timesteps * (own["num_train_timesteps"] / 1000))
+
+
+def flow_log_snr(noise: Tensor) -> Tensor:
+    """That of (1 - t) x + t n, for t (...) in 0..1."""
+    return 2 * ((1 - noise) / noise).log()
+
+
+def vp_log_snr(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
+    """That of a variance-preserving schedule at timesteps (...), counted as the schedule does, interpolated between two."""
+    alphas = alphas_cumprod.double().cpu().numpy().clip(1e-12, 1 - 1e-12)
+    known = np.log(alphas / (1 - alphas))
+    return torch.from_numpy(np.interp(timesteps.double().cpu().numpy(), np.arange(len(known)), known)).float()
+
+
+def _flow_noise(sigmas: Tensor, own: Mapping[str, Any]) -> Tensor:
+    """The share of noise at a flow's sigmas, (K,) float32 on the CPU; some models count it from 1 down."""
+    sigmas = sigmas.float().cpu()
+    return 1 - sigmas if own.get("invert_sigmas") else sigmas
+
+
+def timestep_of_ratio(ratio: Tensor, alphas_cumprod: Tensor | None = None) -> Tensor:
+    """The timesteps in 0..1000 at which a variance-preserving schedule, Stable Diffusion's by default, has these ratios of
+    noise to data."""
+    if alphas_cumprod is None:
+        alphas_cumprod = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()).cumprod(0)
+    alphas = alphas_cumprod.double().numpy()
+    known = 0.5 * np.log((1 - alphas) / np.maximum(alphas, 1e-20))
+    wanted = np.log(np.maximum(ratio.double().cpu().numpy(), 1e-20))
+    return torch.from_numpy(np.interp(wanted, known, np.arange(len(alphas)))).float() * (1000 / len(alphas))
