@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test matrix lint
+.PHONY: install demo test matrix lint types
 
 install: .venv/installed
 
@@ -18,6 +18,12 @@ demo: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# One package of links to the folders: type checkers and editors find it by its path.
+types: install
+	mkdir -p .venv/src/basinescape
+	ln -sfn $(CURDIR)/sampler/* $(CURDIR)/kernels $(CURDIR)/bench .venv/src/basinescape/
+	$(BIN)/mypy -p basinescape
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal

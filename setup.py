@@ -65,6 +65,7 @@ setup(
             "pytest-benchmark",
             "pytest-xdist",
             "hypothesis",
+            "mypy",
             "ruff",
             "torchsde",
             "webdataset",
