@@ -1,5 +1,8 @@
-"""Without a GPU kernels run in Triton's interpreter, which must be chosen before they are imported. It is slow: tests marked
-`kernels` and those on a pretended device have it, all others the eager definitions."""
+"""Fixtures of all tests, the marks that follow from them, and the option for the whole matrix of schedulers.
+
+Without a GPU, kernels run in Triton's interpreter, which must be chosen before they are imported. It is slow: only tests marked
+`interpreter` use it. All other tests use the eager definitions.
+"""
 
 import os
 import shutil
@@ -10,11 +13,22 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # small work: threads that wait for each other on a shared machine cost more than they bring
+MARKED = {"device": "interpreter", "tiny": "shipped"}  # a test that needs the fixture has the mark
+
+
+def pytest_addoption(parser):
+    parser.addoption("--matrix", action="store_true", help="every combination in tests/schedulers/test_matrix.py")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for fixture in MARKED.keys() & set(item.fixturenames):
+            item.add_marker(MARKED[fixture])
 
 
 @pytest.fixture(autouse=True)
 def _implementation(request, monkeypatch):
-    if request.node.get_closest_marker("kernels") is None and "device" not in request.fixturenames:
+    if request.node.get_closest_marker("interpreter") is None:
         monkeypatch.setattr("basinescape.kernels.dispatch.INTERPRETED", False)
 
 
@@ -61,7 +75,16 @@ def pipe(tiny):
 
 
 @pytest.fixture(scope="session")
-def random_pipeline(tiny):
+def words():
+    """The tokenizer of the pipeline that ships."""
+    from basinescape import Sampler
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(Sampler.model_path("tiny") / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def random_pipeline(words):
     """A function that makes a small pipeline with random weights: (kind "sd" or "sdxl", latent size, prediction type)."""
     from diffusers import (
         AutoencoderKL,
@@ -98,7 +121,6 @@ def random_pipeline(tiny):
             norm_num_groups=8,
             sample_size=4 * size,
         )
-        words = tiny.tokenizer
         text = CLIPTextConfig(
             vocab_size=len(words),
             hidden_size=32,

@@ -11,9 +11,9 @@ from basinescape.kernels.dispatch import INTERPRETED
 from basinescape.kernels.tiles import Tiles
 from interleaving import SMALL, interleaved
 from mutants import host_mutant, module, mutant
-from test_step import check_run
+from stepruns import check_run
 
-pytestmark = [pytest.mark.kernels, pytest.mark.skipif(not INTERPRETED, reason="mutants of kernels are interpreted")]
+pytestmark = [pytest.mark.interpreter, pytest.mark.skipif(not INTERPRETED, reason="mutants of kernels are interpreted")]
 
 RUN = {
     "shape": (2, 4, 8, 9),

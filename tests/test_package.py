@@ -23,6 +23,7 @@ def python(code, cwd):
     ).stdout
 
 
+@pytest.mark.process
 def test_a_wheel_holds_the_pipelines_and_all_packages(tmp_path):
     options = ["--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", str(tmp_path)]
     source = tmp_path / "source"  # built from a copy: a build leaves folders behind
@@ -72,6 +73,7 @@ def test_imports_between_rooms_run_one_way():
     assert not found["kernels"] and order.index("sampler") < order.index("commands") < order.index("bench")
 
 
+@pytest.mark.process
 def test_the_sampler_runs_without_bench(tmp_path):
     """Nothing of bench is imported by any module of the sampler, nor by a run."""
     modules = [path.relative_to(ROOT / "sampler").with_suffix("").parts for path in (ROOT / "sampler").rglob("*.py")]
@@ -104,6 +106,7 @@ def test_results_name_files_and_not_where_they_lay():
     assert lines and not [line for line in lines if re.search(r'": "(/|~)', line)]
 
 
+@pytest.mark.process
 def test_the_kernels_need_torch_and_triton_alone(tmp_path):
     code = """
 import sys
@@ -113,6 +116,7 @@ print(sorted({"diffusers", "transformers", "numpy.testing", "matplotlib"} & set(
     assert python(code, tmp_path).strip() == "[]"
 
 
+@pytest.mark.process
 def test_the_package_imports_in_the_root():
     """In the repository's root the folder `kernels` must not pass for the package of that name."""
     code = "from basinescape import Sampler; print(Sampler.model_path('tiny').name)"

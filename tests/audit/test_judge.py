@@ -20,9 +20,9 @@ from basinescape.guidance.guard import RATE
 from basinescape.models.sd import StableDiffusion
 from basinescape.runs.folder import locked
 from bulkruns import jobs
+from captionedsets import SOURCES
 from families import CASES
 from PIL import Image
-from test_captioned import SOURCES
 
 COLUMNS = ["id", "file", "prompt", "score", "suspect", "status"]
 

@@ -8,6 +8,7 @@ from basinescape.bench.methods import update
 from basinescape.bench.scenario import PRESETS, prompts
 from rounding import assert_same_but_for_rounding
 
+pytestmark = pytest.mark.shipped
 FLOW = PRESETS["flow"]
 
 

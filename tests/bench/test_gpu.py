@@ -23,6 +23,7 @@ KEPT = (
 SHAPES = {checks.SD: (4, 8, 8), checks.SDXL: (4, 9, 8), checks.SD3: (5, 9, 8), checks.VIDEO: (4, 3, 6, 8)}
 
 
+@pytest.mark.process
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_it_needs_a_gpu(tmp_path):
     command = [sys.executable, "-m", "basinescape.bench.gpu", "--out", str(tmp_path / "out.json")]

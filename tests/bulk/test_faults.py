@@ -143,6 +143,7 @@ def test_a_bug_that_hits_every_sample_is_no_success(tmp_path, monkeypatch, capsy
     assert {line["status"] for line in sound(tmp_path / "out")} == {"failed: AttributeError: no attribute 'ravel'"}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_what_is_in_flight_be_finished(tmp_path, monkeypatch, capsys, drawn, number):
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
@@ -161,6 +162,7 @@ def test_a_signal_lets_what_is_in_flight_be_finished(tmp_path, monkeypatch, caps
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.process
 def test_a_second_signal_ends_it_now(tmp_path, monkeypatch, capsys, drawn):
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     write(prompts, 3)

@@ -13,6 +13,7 @@ from basinescape.data.prompts import Job
 from basinescape.data.verify import verify
 from basinescape.runs import atomic, journal
 
+pytestmark = pytest.mark.process
 JOBS = [Job(f"p{i}", f"cat {i}", i) for i in range(5)]
 FORMATS = {"png": 2, "latents": 5, "parquet": 1, "webdataset": 2}  # every so manieth point: some are written alike
 

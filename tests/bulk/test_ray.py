@@ -16,6 +16,8 @@ from basinescape.runs.journal import read_lines
 
 JOBS = [Job(f"p{i}", f"cat {i}", i) for i in range(9)]
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def cluster():

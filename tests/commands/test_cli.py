@@ -108,6 +108,7 @@ def test_an_error_nobody_foresaw_is_one_line_unless_asked_for_more(tmp_path, mon
 HEAVY = {"torch", "diffusers", "transformers", "triton", "numpy", "PIL", "matplotlib", "jinja2"}
 
 
+@pytest.mark.process
 def test_help_is_quick_and_fits(monkeypatch, tmp_path):
     """Of every command: it loads nothing heavy, and no option's name is cut off at 80 columns."""
     code = (
@@ -314,6 +315,7 @@ def test_libraries_are_silent_and_others_are_not():
         assert os.environ[f"{library.upper()}_VERBOSITY"] == "error"  # for what they say on import
 
 
+@pytest.mark.process
 def test_prompts_are_read_before_a_library_is_loaded_and_so_silenced(tmp_path):
     loaded = "[m for m in ('diffusers', 'transformers') if m in sys.modules]"
     code = f"import sys, basinescape.data.prompts, basinescape.runs.progress; print({loaded})"

@@ -37,7 +37,7 @@ def test_it_is_the_definition_of_each_sample(seed, apart):
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.kernels
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_half_precision_predictions_are_compared_in_float32(dtype):
     target, uncond, cond = drawn(3)

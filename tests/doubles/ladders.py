@@ -1,9 +1,10 @@
 """Guards for tests of other things."""
 
-from basinescape import Guard, Guidance
+from basinescape import At, Guard, Guidance
 from basinescape.guidance.guard import Attempt
 
 EVERY, NONE = -1e9, 1e9  # thresholds that every picture is above, and none
+FAILS, PASSES = EVERY, NONE  # what becomes of the picture
 
 
 def guard(*attempts: tuple[Guidance, float], probes: int = 1) -> Guard:
@@ -15,3 +16,9 @@ def guarded(cautious: Guidance, threshold: float = EVERY) -> Guard:
     """Plain guidance, and `cautious`, which always passes, for pictures above the threshold."""
     plain = Guidance.cfg(cautious.scale, rule=cautious.rule, **dict(cautious.options))
     return guard((plain, threshold), (cautious, NONE))
+
+
+def delays(*thresholds: float, until: float = 900) -> Guard:
+    """A plain attempt at scale 4, and delayed ones: a threshold each."""
+    later = [(Guidance.delayed(4.0, until=At(until)), one) for one in thresholds[1:]]
+    return guard((Guidance.cfg(4.0), thresholds[0]), *later)

@@ -8,9 +8,10 @@ from basinescape import At, FirstMinimum, Guidance, escape
 from components import PIPELINES, build, call, stable_diffusion
 from diffusers import FirstBlockCacheConfig
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback, SDXLCFGCutoffCallback
+from ladders import FAILS, PASSES
+from ladders import delays as guard
 from rounding import close
-from test_guard import FAILS, PASSES, guard
-from test_stable_diffusion import VARIANTS
+from variants import VARIANTS
 
 FOUR = Guidance.cfg(4.0)
 

@@ -60,7 +60,7 @@ def test_each_call_is_the_definitions(guidance, step):
         assert torch.allclose(guided[:, sample].double(), wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.kernels
+@pytest.mark.interpreter
 def test_the_kernel_does_the_same():
     test_each_call_is_the_definitions(GUIDANCES[4], list(range(STEPS)))
 

@@ -14,16 +14,11 @@ from components import PIPELINES, SEEDS, WORDS, build, call, stable_diffusion
 from diffusers import StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from families import CASES
+from ladders import FAILS, PASSES
+from ladders import delays as guard
 from rounding import close
 
 FOUR = Guidance.cfg(4.0)
-PASSES, FAILS = 9.0, -9.0  # thresholds that every picture of a random network keeps, and none
-
-
-def guard(*thresholds, until=900):
-    """A plain attempt, and delayed ones: a threshold each."""
-    later = [Attempt(Guidance.delayed(4.0, until=At(until)), one) for one in thresholds[1:]]
-    return Guard((Attempt(FOUR, thresholds[0]), *later))
 
 
 @pytest.fixture(scope="module")

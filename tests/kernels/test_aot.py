@@ -10,6 +10,7 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.aot
 
 
 def run(*arguments):

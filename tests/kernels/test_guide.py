@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from interleaving import SMALL, interleaved
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytestmark = pytest.mark.kernels
+pytestmark = pytest.mark.interpreter
 module = importlib.import_module("basinescape.kernels.guide")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -306,6 +306,7 @@ def test_outputs_that_do_not_match(guided, gap, message):
         guide(U, C, 1.0, out=(guided, gap))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "setting, expected",
     [("0", "eager triton"), ("1", "triton-interpreter triton-interpreter"), ("no triton", "eager eager")],

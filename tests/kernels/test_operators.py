@@ -4,9 +4,9 @@ import pytest
 import torch
 from basinescape.kernels import guide
 from basinescape.kernels.state import buffers_of
-from test_step import started
+from stepruns import started
 
-pytestmark = pytest.mark.kernels
+pytestmark = pytest.mark.interpreter
 
 
 @pytest.mark.parametrize("finds", [True, False])

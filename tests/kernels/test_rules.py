@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from interleaving import SMALL, interleaved
 from ladders import EVERY, NONE, guarded
 from rounding import assert_same_but_for_rounding
-from test_step import TOLERANCE, contents, table_of
+from stepruns import TOLERANCE, contents, table_of
 
-pytestmark = pytest.mark.kernels
+pytestmark = pytest.mark.interpreter
 
 COMBINING = [name for name, rule in RULES.items() if rule is not None]
 QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}

@@ -234,7 +234,7 @@ def test_a_pipeline_offloaded_part_by_part_runs_on_its_execution_device(pipes, d
     assert_same_but_for_rounding(found.images.cpu(), expected(), plain, expected)
 
 
-@pytest.mark.kernels
+@pytest.mark.interpreter
 @pytest.mark.parametrize("name", ["pixart", "qwen", "wan"])
 def test_captured_on_a_device_the_samples_are_the_same(pipes, name, device):
     pipe = pipes(name)

@@ -21,7 +21,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytestmark = pytest.mark.kernels
+pytestmark = pytest.mark.interpreter
 
 STEPS = 8
 METHODS = [

@@ -1,6 +1,6 @@
 """Plain guidance on every scheduler that diffusers lists for these pipelines, against diffusers' own pipeline.
 
-The fast part runs in `make test`: every class with every option, the other factors taking turns. `make matrix` runs all of it.
+`make test` runs a part: every class with every option, the other factors taking turns. `make matrix` runs every combination.
 """
 
 import copy
@@ -67,19 +67,25 @@ STOCHASTIC = [
     ("TCDScheduler", {}, {"eta": 0.5}),
 ]
 PAIRS = [(name, option) for name, options in OPTIONS.items() for option in options]
-FAST = {
-    (name, i, KINDS[i % 7 == 0], PREDICTIONS[i % 3], SPACINGS[(i + shift) % 3], STEPS[(i + shift) % 5])
+PART = [
+    (i, KINDS[i % 7 == 0], PREDICTIONS[i % 3], SPACINGS[(i + shift) % 3], STEPS[(i + shift) % 5])
+    for i in range(len(PAIRS))
     for shift in (0, 2)
-    for i, (name, _) in enumerate(PAIRS)
-}
+]
 
 
-def cases():
-    for case in itertools.product(range(len(PAIRS)), KINDS, PREDICTIONS, SPACINGS, STEPS):
-        (name, option), kind, prediction, spacing, steps = PAIRS[case[0]], *case[1:]
-        words = "-".join([name.removesuffix("Scheduler"), *map(str, option.values()), kind, prediction, spacing, str(steps)])
-        marks = [] if (name, *case) in FAST else [pytest.mark.whole]
-        yield pytest.param(name, option, kind, prediction, spacing, steps, marks=marks, id=words)
+def cases(every):
+    """The combinations of `make matrix`, or the part of `make test`."""
+    for i, *case in itertools.product(range(len(PAIRS)), KINDS, PREDICTIONS, SPACINGS, STEPS) if every else PART:
+        name, option = PAIRS[i]
+        words = [name.removesuffix("Scheduler"), *map(str, option.values()), *map(str, case)]
+        yield pytest.param(name, option, *case, id="-".join(words))
+
+
+def pytest_generate_tests(metafunc):
+    if "spacing" in metafunc.fixturenames:
+        names = ("name", "option", "kind", "prediction", "spacing", "steps")
+        metafunc.parametrize(names, list(cases(metafunc.config.getoption("--matrix"))))
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +115,6 @@ def ours(pipe, scheduler, steps, prompts=PROMPTS, seeds=SEEDS, **options):
     return sampler(prompts, seeds, steps, Guidance.cfg(SCALE), output="latent", progress=False, **options).latents
 
 
-@pytest.mark.parametrize(("name", "option", "kind", "prediction", "spacing", "steps"), list(cases()))
 def test_plain_guidance_is_the_stock_pipelines(pipelines, name, option, kind, prediction, spacing, steps):
     pipe = pipelines[kind]
     try:
