@@ -1,15 +1,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
+PACKAGE := .venv/src/basinescape
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+QUICK := not aot and not interpreter and not process and not shipped
 
-.PHONY: install demo test matrix lint types
+.PHONY: install demo lint links types check test matrix docs
 
 install: .venv/installed
 
 .venv/installed: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt setuptools wheel torch triton
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,evaluate]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps k-diffusion  # its samplers alone are tested with
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,evaluate,docs]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps k-diffusion  # the tests need only its samplers
 	touch $@
 
 demo: install
@@ -19,14 +22,25 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# One package of links to the folders: type checkers and editors find it by its path.
-types: install
-	mkdir -p .venv/src/basinescape
-	ln -sfn $(CURDIR)/sampler/* $(CURDIR)/kernels $(CURDIR)/bench .venv/src/basinescape/
-	$(BIN)/mypy -p basinescape
+# The folders as one package of links, made anew each time: mypy, editors and the docs find `basinescape` in .venv/src.
+links: install
+	rm -rf $(PACKAGE)
+	mkdir -p $(PACKAGE)
+	ln -s $(CURDIR)/sampler/* $(CURDIR)/kernels $(CURDIR)/bench $(PACKAGE)/
+
+types: links
+	$(BIN)/mypy
+
+# In a minute: what is quick, on small random models.
+check: lint types
+	$(PYTEST) -m "$(QUICK)"
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(PYTEST)
 
+# Every scheduler with every option, prediction type, spacing and number of steps.
 matrix: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "whole or not whole" tests/schedulers/test_matrix.py
+	$(PYTEST) --matrix tests/schedulers/test_matrix.py
+
+docs: links
+	$(BIN)/python -m mkdocs build --strict --quiet

@@ -36,7 +36,7 @@ setup(
     ],
     package_dir={"basinescape": "sampler", "basinescape.kernels": "kernels", "basinescape.bench": "bench"},
     package_data={
-        "basinescape": ["assets/captions.jsonl", "assets/tiny/**/*", "assets/tiny/*", "assets/flow/**/*", "assets/flow/*"],
+        "basinescape": ["py.typed", "assets/captions.jsonl", "assets/tiny/**/*", "assets/tiny/*", "assets/flow/**/*", "assets/flow/*"],
         "basinescape.audit": ["*.html.jinja"],
         "basinescape.bench.evaluation": ["*.html.jinja"],
         "basinescape.hosts.comfyui": ["example_workflows/*.json"],
@@ -70,6 +70,7 @@ setup(
             "torchsde",
             "webdataset",
         ],
+        "docs": ["mkdocs", "mkdocstrings-python"],
         "evaluate": ["faiss-cpu", "onnxruntime", "pyyaml", "scikit-learn", "torchmetrics"],
         "kdiffusion": ["k-diffusion"],
         "xformers": ["xformers"],

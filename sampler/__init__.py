@@ -1,22 +1,67 @@
-"""basinescape: a sampler for guided diffusion models that keeps samples from reproducing training images."""
+"""basinescape: a sampler for guided diffusion models that keeps samples from reproducing training images.
+
+Every public name can be imported from here. A name's module is loaded when the name is first asked for, so that
+`basinescape.kernels` needs only torch and triton.
+"""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` does the same
+    from .audit.audit import audit
+    from .audit.judge import judge
+    from .bulk.generate import generate
+    from .calibration.calibration import Calibration
+    from .guidance.guard import Guard
+    from .guidance.guidance import Guidance
+    from .guidance.transitions import At, Fallen, FirstMinimum, Settled
+    from .hosts.escape import Escape
+    from .hosts.kdiffusion import EscapeDenoiser
+    from .hosts.modular import BasinEscapeGuidance
+    from .hosts.pipelines import escape
+    from .sampler import Sampler
+    from .sampling.output import Output
 
 __version__ = "0.1.0"
-
-# Loaded when first asked for: `basinescape.kernels` needs torch and triton alone, the sampler needs diffusers.
-_HOMES = {"Calibration": "calibration.calibration", "Guidance": "guidance.guidance", "Guard": "guidance.guard"}
-_HOMES |= dict.fromkeys(("At", "Fallen", "FirstMinimum", "Settled"), "guidance.transitions")
-_HOMES |= {"Escape": "hosts.escape", "escape": "hosts.pipelines", "Output": "sampling.output", "Sampler": "sampler"}
-__all__ = ["At", "Calibration", "Escape", "Fallen", "FirstMinimum", "Guard", "Guidance", "Output", "Sampler", "Settled"]
-__all__ += ["escape"]
+__all__ = [
+    "At",
+    "BasinEscapeGuidance",
+    "Calibration",
+    "Escape",
+    "EscapeDenoiser",
+    "Fallen",
+    "FirstMinimum",
+    "Guard",
+    "Guidance",
+    "Output",
+    "Sampler",
+    "Settled",
+    "audit",
+    "escape",
+    "generate",
+    "judge",
+]
+_MODULES = {
+    "audit": "audit.audit",
+    "judge": "audit.judge",
+    "generate": "bulk.generate",
+    "Calibration": "calibration.calibration",
+    "Guard": "guidance.guard",
+    "Guidance": "guidance.guidance",
+    **dict.fromkeys(("At", "Fallen", "FirstMinimum", "Settled"), "guidance.transitions"),
+    "Escape": "hosts.escape",
+    "EscapeDenoiser": "hosts.kdiffusion",
+    "BasinEscapeGuidance": "hosts.modular",
+    "escape": "hosts.pipelines",
+    "Sampler": "sampler",
+    "Output": "sampling.output",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

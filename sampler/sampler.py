@@ -35,7 +35,7 @@ OUTPUTS = ("pil", "np", "pt", "latent")
 
 
 class Sampler:
-    """Guided sampling from a diffusers pipeline of one of `models.FAMILIES`, on the device the pipeline is on.
+    """Guided sampling from a diffusers pipeline of one of `models.ADAPTERS`, on the device the pipeline is on.
 
     One call at a time: a sampler is not to be shared between threads.
     """

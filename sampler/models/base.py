@@ -1,4 +1,4 @@
-"""What the loop needs of a model."""
+"""What a model is to the rest: the `Model` protocol, and what it takes and gives."""
 
 from __future__ import annotations
 
@@ -8,21 +8,59 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..schedulers.schedule import Schedule
 from ..types import Network, Settle
 
+Pixels = int | None  # a height or a width; None: the model's own
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `encode` was asked for.
+
+    prompts: None where options hold embeddings instead. negative: a negative prompt or None for each prompt.
+    count:   samples of each prompt. height, width: in pixels. options: the others, without those that are None.
+    """
+
+    prompts: list[str] | None
+    negative: list[str | None]
+    count: int
+    height: int
+    width: int
+    options: dict[str, Any]
+
+    def get(self, *names: str) -> dict[str, Any]:
+        """Those of these options that were given."""
+        return {name: self.options[name] for name in names if name in self.options}
+
+    def halves(self, uncond: Tensor, cond: Tensor, name: str = "prompt_embeds") -> Tensor:
+        """Both halves of a batch, (2 * prompts * count, ...). Each is given as a row a prompt, or as a row a sample.
+
+        Raises ValueError, which names the argument `name`, if their shapes differ.
+        """
+        prompts, samples = len(self.negative), len(self.negative) * self.count
+        if uncond.shape[1:] != cond.shape[1:] or not {len(uncond), len(cond)} <= {prompts, samples}:
+            raise ValueError(
+                f"{name} are {tuple(cond.shape)} and negative_{name} {tuple(uncond.shape)}: they must be alike, a row a prompt"
+            )
+        return torch.cat([half.repeat_interleave(samples // len(half), dim=0) for half in (uncond, cond)])
+
+    @property
+    def negative_texts(self) -> list[str] | None:
+        """The negative prompts as a pipeline's `encode_prompt` takes them; None for none, which some tell from empty ones."""
+        return None if all(text is None for text in self.negative) else [text or "" for text in self.negative]
+
 
 @dataclass(frozen=True)
 class Encoded:
-    """The text of one batch as the network takes it, for B samples.
+    """The text of B samples, as the network takes it.
 
-    inputs:    the network's keyword arguments, a row a sample: the unconditional half, then the conditional one.
-    shared:    those that are not by sample, the same for every picture of one size.
-    own:       what the caller handed through to the network; such a call is neither recorded nor compiled.
-    truncated: (B) what the text encoder's limit cut off each prompt, "" for nothing.
+    inputs:    the network's keyword arguments with a row a sample: first the unconditional half, then the conditional one.
+    shared:    its other keyword arguments, which are the same for every picture of one size.
+    own:       keyword arguments that the caller handed through; such a call is neither captured in a CUDA graph nor compiled.
+    truncated: for each sample, what the text encoder's limit cut off its prompt; "" for nothing.
     """
 
     inputs: dict[str, Any]
@@ -31,13 +69,13 @@ class Encoded:
     truncated: Sequence[str] = ()
 
     def select(self, samples: Sequence[int]) -> Encoded:
-        """Some samples alone."""
+        """Only these samples."""
         rows = [*samples, *(i + len(self.truncated) for i in samples)]
         return replace(self, inputs=_joined([self.inputs], [rows]), truncated=[self.truncated[i] for i in samples])
 
     @classmethod
     def joined(cls, parts: Sequence[Encoded]) -> Encoded:
-        """The samples of several after each other."""
+        """The samples of all parts, one part after the other."""
         rows = [range(len(part.truncated)) for part in parts]
         conditional = [range(len(part.truncated), 2 * len(part.truncated)) for part in parts]
         inputs = _joined([part.inputs for part in (*parts, *parts)], [*rows, *conditional])
@@ -45,7 +83,7 @@ class Encoded:
 
 
 def _joined(values: Sequence[Any], rows: Sequence[Sequence[int]]) -> Any:
-    """Rows of each of several values, tensors or alike containers of tensors, after each other."""
+    """The chosen rows of each value, one value after the other. The values are tensors, or like containers of tensors."""
     if isinstance(values[0], dict):
         return {name: _joined([value[name] for value in values], rows) for name in values[0]}
     if isinstance(values[0], list):
@@ -57,8 +95,9 @@ def _joined(values: Sequence[Any], rows: Sequence[Sequence[int]]) -> Any:
 class Decoded:
     """Pictures of B samples.
 
-    images: as `output` asked. finite: (B,) bool on the CPU, the pixels were. flagged: the safety checker's verdicts, None
-    without one.
+    images:  of the kind that `output` asked for.
+    finite:  (B,) bool on the CPU: whether all of a picture's pixels are finite.
+    flagged: what the safety checker says of each; None without one.
     """
 
     images: Any
@@ -67,24 +106,25 @@ class Decoded:
 
 
 class Model(Protocol):
-    """A diffusers pipeline, as the loop sees it. Everything is looked up in the pipeline as it is at that moment.
+    """A diffusers pipeline, as the loop sees it. Each call looks at the pipeline as it is then.
 
-    options: names of the arguments that `encode` takes beside those written out; `shape`, `noise` and `decode` get the same
-             ones, and look for what decides a size.
-    settle:  see `Plan`.
+    pipe:    the DiffusionPipeline; Any, as diffusers declares no attribute for a pipeline's parts.
+    options: the names that `encode` takes as `options`. `shape`, `noise` and `decode` get the same options, for those that
+             decide a size.
+    settle:  what the model does to a guided prediction; None for nothing.
     """
 
-    pipe: DiffusionPipeline
+    pipe: Any
     options: frozenset[str]
     settle: Settle | None
 
     @property
-    def net(self) -> nn.Module:
-        """The network, among the pipeline's parts."""
+    def net(self) -> Any:
+        """The pipeline's network, a module of diffusers with a `config` and a `dtype`."""
 
     @property
     def device(self) -> torch.device:
-        """Where the network runs, offloaded or not."""
+        """Where the network runs. Offloaded weights may lie elsewhere."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,17 +132,17 @@ class Model(Protocol):
 
     @property
     def half(self) -> bool:
-        """Some of its weights are in half precision, so that `in_float32` changes something."""
+        """Whether some weights are in half precision, so that `in_float32` changes something."""
 
     @property
     def memory_format(self) -> torch.memory_format:
         """Of the network's predictions."""
 
     def check(self) -> None:
-        """Raises ValueError unless the pipeline's parts make a text-to-image model guided by two predictions."""
+        """Raise ValueError unless the pipeline is a text-to-image model guided by two predictions."""
 
     def set_attention(self, attention: str) -> None:
-        """Choose "sdpa" or "xformers" through diffusers' own switch.
+        """Switch to "sdpa" or "xformers", as diffusers does.
 
         Raises ValueError for another name or where xformers cannot run, ImportError where it is missing.
         """
@@ -115,24 +155,19 @@ class Model(Protocol):
     def own_scale(self) -> float:
         """The guidance scale that the pipeline itself has."""
 
-    def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        """(height, width) in pixels, by default the model's own. Raises ValueError for one that it cannot make."""
+    def size(self, height: Pixels = None, width: Pixels = None) -> tuple[int, int]:
+        """(height, width) in pixels. Raises ValueError for a size that the model cannot make."""
 
     def shape(self, height: int, width: int, **options: Any) -> tuple[int, ...]:
-        """Of one sample's latents for a picture of so many pixels. Raises ValueError for options that do not fit them."""
+        """The shape of one sample's latents. Raises ValueError for options that do not fit the size."""
 
     def noise(self, generators: Sequence[torch.Generator], height: int, width: int, **options: Any) -> Tensor:
-        """The initial noise before its scale, each sample's from its own generator: (B, *shape) float32 on the CPU."""
+        """The initial noise, not yet scaled, (B, *shape) float32 on the CPU. Each sample's comes from its own generator."""
 
     def scheduled(
-        self,
-        schedule: Schedule,
-        scheduler: SchedulerMixin,
-        height: int | None = None,
-        width: int | None = None,
-        **options: Any,
+        self, schedule: Schedule, scheduler: Any, height: Pixels = None, width: Pixels = None, **options: Any
     ) -> Schedule:
-        """`schedule` with what the pipeline itself asks `scheduler` for, for pictures of so many pixels."""
+        """`schedule`, completed with what the pipeline itself asks `scheduler` for at this size."""
 
     def encode(
         self,
@@ -143,34 +178,34 @@ class Model(Protocol):
         negative_prompt: Sequence[str | None] | None = None,
         **options: Any,
     ) -> Encoded:
-        """`count` samples of each prompt, one after the other.
+        """The text of `count` samples of each prompt: all samples of the first prompt, then those of the next.
 
-        Raises ValueError for what does not fit the model or each other.
+        Raises ValueError for arguments that do not fit the model or each other.
         """
 
     def network(self, encoded: Encoded, plain: bool = False) -> Network:
-        """The fastest network for `encoded`; plain: one whose inputs are as they were encoded."""
+        """The fastest network for `encoded`. plain: one that takes its inputs just as `encode` made them."""
 
     def decode(
         self,
         latents: Tensor,
         output: str,
         generators: list[torch.Generator] | None = None,
-        height: int | None = None,
-        width: int | None = None,
+        height: Pixels = None,
+        width: Pixels = None,
         **options: Any,
     ) -> Decoded:
-        """Pictures of so many pixels from latents (B, ...); output "pil", "np" or "pt"."""
+        """Pictures from latents (B, ...). output: "pil", "np" or "pt"."""
 
     def nearest_size(self, height: int, width: int, **options: Any) -> tuple[int, int]:
-        """The (height, width) in which the model would make a picture, or nearly one, of so many pixels."""
+        """The (height, width) nearest to these that the model can make."""
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """`decode` undone: latents (B, *shape) in the model's dtype, the most likely ones, so the same each time.
+        """The reverse of `decode`: latents (B, *shape) in the model's dtype. They are the most likely ones, the same each time.
 
-        pictures: (B, 3, height, width) in -1..1, of a video model (B, 3, frames, height, width), of a size that `nearest_size`
-                  gives. Where an autoencoder in half precision overflows, it takes the picture again in float32.
+        pictures: (B, 3, height, width) in -1..1, for a video model (B, 3, frames, height, width), in a size that
+                  `nearest_size` gives. Where an autoencoder in half precision overflows, it encodes again in float32.
         """
 
     def in_float32(self) -> AbstractContextManager[None]:
-        """Everything computes in float32 inside, from the same weights, which are back afterwards, bit for bit."""
+        """Inside, everything computes in float32 from the same weights. Afterwards the weights are back, bit for bit."""

@@ -1,7 +1,8 @@
-"""Whether an object is still what it was: for what has been made of it to be made again.
+"""Whether a module has changed, so that what was made of it, such as a compiled network, must be made again.
 
-Looked at is what decides a module's results beside its tensors' contents: which modules, parameters, hooks and processors there
-are, where the tensors lie, and every plain attribute. So an adapter loaded, scaled, switched off or merged, FreeU, a hook.
+A `Snapshot` holds all that decides a module's results but the contents of its tensors: which modules, parameters, hooks and
+processors there are, where the tensors lie, and every plain attribute. So it notices hooks, FreeU, and a LoRA that is loaded,
+scaled, switched off or merged.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _CODE = (type, FunctionType, MethodType, BuiltinFunctionType)
 
 
 class Snapshot:
-    """The state of an object, of a module with all modules in it, and of the objects these hold, such as processors."""
+    """The state of an object, of a module's submodules too, and of the objects they hold, such as attention processors."""
 
     def __init__(self, thing: Any):
         parts = list(thing.modules()) if isinstance(thing, nn.Module) else [thing]
@@ -27,7 +28,7 @@ class Snapshot:
         self._addresses = [_address(x) for x in self._tensors]
 
     def holds(self) -> bool:
-        """Whether everything is as it was."""
+        """Whether the state is unchanged."""
         try:  # identity first, and in C: a thousand modules take a millisecond or two
             same = all(now == then for now, then in self._kept)
         except (RuntimeError, TypeError, ValueError):  # two arrays compared
@@ -36,8 +37,8 @@ class Snapshot:
 
 
 def checksum(module: nn.Module) -> list[int]:
-    """Of each parameter's bits, on the CPU: for what has been made of the contents themselves."""
-    return [crc32(part.detach().contiguous().view(-1).view(torch.uint8).numpy()) for part in module.parameters()]
+    """A checksum of each parameter's bits, on the CPU: for what was made of the tensors' contents."""
+    return [crc32(part.detach().contiguous().view(-1).view(torch.uint8).numpy().data) for part in module.parameters()]
 
 
 def _has_state(value: Any) -> bool:
@@ -45,7 +46,7 @@ def _has_state(value: Any) -> bool:
 
 
 def _copied(value: Any) -> Any:
-    """Containers copied, what they hold as it is."""
+    """A copy of a container that holds the same objects."""
     if isinstance(value, dict):
         return {name: _copied(inner) for name, inner in value.items()}
     if isinstance(value, (list, set)):

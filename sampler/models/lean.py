@@ -1,8 +1,8 @@
-"""Networks that compute nothing twice under guidance: the two halves start from the same latents, and a run has one text.
+"""Lean networks, which do not compute under guidance what they know already.
 
-The first layers, up to the first that reads the text, run for one half and are repeated; the text's keys and values, the same
-in every step, are computed once a run (in float16 8 MB an image for SD 1.5, 51 MB for SDXL). Results are the network's own up
-to rounding.
+Both halves of a batch start from the same latents, so the layers before the first reader of the text run for one half only. The
+text is the same in every step, so its keys and values are computed once a run (in float16 they take 8 MB an image for SD 1.5,
+51 MB for SDXL). The results are those of the network but for rounding.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ KNOWN = (*PLAIN, "FusedAttnProcessor2_0")
 
 
 class Lean:
-    """`both` halves' and `one` half's forms of a network: copies of its modules that share its parameters.
+    """Two lean copies of a network, `one` for one half of a batch and `both` for both halves. They share its parameters.
 
-    They take the network's arguments, the text as `text` makes it. On a GPU the products that `fuse` joins are copies, which
-    `refresh` makes again. What else changes in the network is not seen.
+    They take the network's arguments, but the text in the form that `text` makes. On a GPU the weights that `fuse` joins are
+    copied, and `refresh` copies them again. The copies see no other change of the network.
 
-    network: the name of diffusers' class. processors: names of those of its attention that are known.
+    network:    the name of diffusers' class.
+    processors: the names of the attention processors that are known to work.
     """
 
     network: str
     processors: tuple[str, ...]
 
-    def __init__(self, net: nn.Module):
-        self._projections = [projection for module in self.readers(net) for projection in (module.to_k, module.to_v)]
-        self._embed = self.embed(net) if self._projections else None
+    def __init__(self, net: Any):
+        self._projections: list[Any] = [projection for module in self.readers(net) for projection in (module.to_k, module.to_v)]
+        self._embed: Any = self.embed(net) if self._projections else None
         self.one = _twin(net)
         if self._projections:
             self.read_ready(self.one)
@@ -44,28 +45,28 @@ class Lean:
             module.forward = _repeated(module.forward)
 
     @classmethod
-    def suits(cls, net: nn.Module) -> bool:
-        """Whether it is diffusers' own network, and nothing of somebody else's would miss a call, or see half of a batch."""
+    def suits(cls, net: Any) -> bool:
+        """Whether it is diffusers' own network, without hooks or processors that would miss a call or see half of a batch."""
         known = _is(net, cls.network) and all(_is(p, *cls.processors) for p in net.attn_processors.values())
         return known and not any(map(_watched, net.modules()))
 
     @staticmethod
-    def readers(net: nn.Module) -> list[nn.Module]:
-        """The layers that attend to the text; none where anything but their `to_k` and `to_v` reads it."""
+    def readers(net: Any) -> list[nn.Module]:
+        """The layers that attend to the text; [] where anything but their `to_k` and `to_v` reads it."""
         raise NotImplementedError
 
     @staticmethod
-    def before_text(net: nn.Module) -> list[nn.Module]:
-        """The first layers, which see latents and timestep alone."""
+    def before_text(net: Any) -> list[nn.Module]:
+        """The first layers, which see only latents and timestep."""
         raise NotImplementedError
 
     @staticmethod
-    def embed(net: nn.Module) -> nn.Module | None:
-        """What all of the text goes through before it is read."""
+    def embed(net: Any) -> nn.Module | None:
+        """The layer that the text goes through before it is read; None for none."""
         return None
 
-    def read_ready(self, net: nn.Module) -> None:
-        """Have the readers take what `text` makes."""
+    def read_ready(self, net: Any) -> None:
+        """Make the readers take the text in the form that `text` makes."""
         start = 0
         for module in self.readers(net):
             for name in ("to_k", "to_v"):
@@ -74,7 +75,7 @@ class Lean:
                 start = stop
 
     def refresh(self) -> None:
-        """Copy what `fuse` copied again, into the same memory."""
+        """Copy the weights that `fuse` joined again, into the same memory."""
         for module in self._fused:
             parts = module.to_q, module.to_k, module.to_v
             for name in ("weight", "bias") if module.to_qkv.bias is not None else ("weight",):
@@ -89,12 +90,12 @@ class Lean:
 
 
 class LeanUNet(Lean):
-    """A UNet2DConditionModel."""
+    """Lean copies of a UNet2DConditionModel."""
 
     network, processors = "UNet2DConditionModel", KNOWN
 
     @staticmethod
-    def readers(net: nn.Module) -> list[nn.Module]:
+    def readers(net: Any) -> list[nn.Module]:
         attentions = [module for module in net.modules() if isinstance(module, Attention)]
         readers = [module for name, module in net.named_modules() if name.endswith(".attn2")]
         changed = net.encoder_hid_proj is not None or net.config.cross_attention_norm is not None
@@ -103,7 +104,7 @@ class LeanUNet(Lean):
         return [] if changed or others or not plain else readers
 
     @staticmethod
-    def before_text(net: nn.Module) -> list[nn.Module]:
+    def before_text(net: Any) -> list[nn.Module]:
         found = [net.conv_in]
         if net.config.addition_embed_type or net.config.class_embed_type:  # the halves' timestep embeddings differ
             return found
@@ -122,59 +123,59 @@ class LeanUNet(Lean):
 
 
 class LeanPixArt(Lean):
-    """A PixArtTransformer2DModel."""
+    """Lean copies of a PixArtTransformer2DModel."""
 
     network, processors = "PixArtTransformer2DModel", KNOWN
 
     @staticmethod
-    def readers(net: nn.Module) -> list[nn.Module]:
+    def readers(net: Any) -> list[nn.Module]:
         found = [block.attn2 for block in net.transformer_blocks]
         return found if all(_is(module.processor, *PLAIN) for module in found) else []
 
     @staticmethod
-    def before_text(net: nn.Module) -> list[nn.Module]:
+    def before_text(net: Any) -> list[nn.Module]:
         first = net.transformer_blocks[0]
         return [net.pos_embed, first.norm1, first.attn1]
 
     @staticmethod
-    def embed(net: nn.Module) -> nn.Module | None:
+    def embed(net: Any) -> nn.Module | None:
         return net.caption_projection
 
-    def read_ready(self, net: nn.Module) -> None:
+    def read_ready(self, net: Any) -> None:
         super().read_ready(net)
         net.caption_projection = None
 
 
 class LeanWan(Lean):
-    """A WanTransformer3DModel that reads text alone."""
+    """Lean copies of a WanTransformer3DModel, of one that reads only text."""
 
     network, processors = "WanTransformer3DModel", ("WanAttnProcessor",)
 
     @staticmethod
-    def readers(net: nn.Module) -> list[nn.Module]:
+    def readers(net: Any) -> list[nn.Module]:
         found = [block.attn2 for block in net.blocks]
         plain = all(module.add_k_proj is None and not getattr(module, "fused_projections", False) for module in found)
         return found if plain else []
 
     @staticmethod
-    def before_text(net: nn.Module) -> list[nn.Module]:
+    def before_text(net: Any) -> list[nn.Module]:
         return [net.patch_embedding, net.blocks[0].norm1, net.blocks[0].attn1]
 
     @staticmethod
-    def embed(net: nn.Module) -> nn.Module | None:
+    def embed(net: Any) -> nn.Module | None:
         return net.condition_embedder.text_embedder
 
-    def read_ready(self, net: nn.Module) -> None:
+    def read_ready(self, net: Any) -> None:
         super().read_ready(net)
         net.condition_embedder.text_embedder = nn.Identity()
 
 
 def _is(thing: object, *names: str) -> bool:
-    """Whether it is of one of these classes of diffusers; to look the classes up would import them."""
+    """Whether it is of one of these classes of diffusers. The classes go by name: looking them up would import them."""
     return type(thing).__name__ in names and type(thing).__module__.startswith("diffusers.")
 
 
-def _twin(net: nn.Module) -> nn.Module:
+def _twin(net: Any) -> Any:
     return copy.deepcopy(net, {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())})
 
 
@@ -183,7 +184,7 @@ def _watched(module: nn.Module) -> bool:
 
 
 class _Slice(nn.Module):
-    """A layer's keys or values out of those of all layers."""
+    """Takes a layer's keys or values from those of all layers."""
 
     def __init__(self, start: int, stop: int):
         super().__init__()
@@ -194,7 +195,7 @@ class _Slice(nn.Module):
 
 
 def _repeated(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`forward` for the first half of the batch, its result given twice."""
+    """A forward that runs for the first half of the batch and returns its result twice."""
 
     def once(x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
         half = len(x) // 2
@@ -208,9 +209,9 @@ def _repeated(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return once
 
 
-def fuse(net: nn.Module) -> list[Attention]:
-    """One product for the queries, keys and values of each plain self-attention; returns these."""
-    fused = []
+def fuse(net: Any) -> list[Any]:
+    """Join the queries, keys and values of each plain self-attention in one product. Returns the attentions it joined."""
+    fused: list[Any] = []
     for module in net.modules():
         if not isinstance(module, Attention) or module.is_cross_attention:
             continue

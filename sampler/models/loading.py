@@ -1,4 +1,4 @@
-"""Pipelines from folders, single files and the hub, by diffusers' own loaders; pickled weights only where they are allowed."""
+"""Loads pipelines from folders, single files and the hub with diffusers' loaders. Pickled weights must be allowed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from packaging.version import Version
 from safetensors import safe_open
 
 from ..checks import line
-from .families import FAMILIES
+from .registry import ADAPTERS
 
 ASSETS = Path(__file__).parents[1] / "assets"
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
-# What goes to diffusers' loader beside the pipeline's own parts.
+# What diffusers' loader takes beside the pipeline's parts.
 OPTIONS = frozenset(
     "variant revision token device_map cache_dir local_files_only force_download proxies low_cpu_mem_usage max_memory "
     "offload_folder quantization_config config original_config".split()
@@ -31,23 +31,23 @@ def shipped() -> dict[str, Path]:
 
 
 def located(path_or_id: str | Path) -> str | Path:
-    """The folder of a pipeline that ships where one is named so and nothing here is, else what was given."""
+    """The folder of the pipeline that ships under this name. A path that exists, and any other name, is returned as it is."""
     return path_or_id if Path(path_or_id).exists() else shipped().get(str(path_or_id), path_or_id)
 
 
 def load(path_or_id: str | Path, dtype: torch.dtype, allow_pickle: bool = False, **options: Any) -> DiffusionPipeline:
-    """A pipeline from a folder in diffusers' format, a single file of weights, a hub id, or one that ships, by its name.
+    """Load a pipeline.
 
-    A string is a path if it is absolute, begins with "." or "~", ends with "/", names weights (.safetensors, .ckpt), or is not
-    of the form 'owner/name'.
+    path_or_id: a folder in diffusers' format, a single file of weights, a hub id, or the name of a pipeline that ships. A
+                string is a path if it is absolute, begins with "." or "~", ends with "/", names weights (.safetensors, .ckpt),
+                or is not of the form 'owner/name'.
+    options:    options of diffusers' `from_pretrained` and `from_single_file`, such as variant, revision, token, device_map and
+                config. Or parts of the pipeline that replace those in the folder, such as vae=..., or safety_checker=None.
 
-    options: of diffusers' `from_pretrained` and `from_single_file`, such as variant, revision, token, device_map and config;
-             parts of the pipeline to take instead of those in the folder, such as vae=..., or safety_checker=None.
-
-    Raises FileNotFoundError for a missing path, ValueError for whatever else keeps the pipeline from being loaded.
+    Raises FileNotFoundError for a missing path, ValueError for anything else that keeps the pipeline from loading.
     """
     if set(options) - OPTIONS:
-        known = [getattr(diffusers, name) for name in FAMILIES if hasattr(diffusers, name)]
+        known = [getattr(diffusers, name) for name in ADAPTERS if hasattr(diffusers, name)]
         parts = {part for pipeline in known for part in inspect.signature(pipeline).parameters}
         unknown = sorted(set(options) - OPTIONS - parts)
         if unknown:
@@ -60,10 +60,10 @@ def load(path_or_id: str | Path, dtype: torch.dtype, allow_pickle: bool = False,
     if path.is_file():
         if path.suffix != ".safetensors" and not allow_pickle:
             raise ValueError(f"model {str(path)!r} is not safetensors, {pickle_refused}")
-        return _loaded(str(path), lambda: _family(path).from_single_file(str(path), **options))
+        return _loaded(str(path), lambda: _pipeline_of(path).from_single_file(str(path), **options))
     if path.is_dir():
         index = _index(path)
-        options = {part: None for part, source in index.items() if source == [None, None]} | options  # saved without it
+        options = {part: None for part, source in index.items() if source == [None, None]} | options  # saved without them
         pickled = _pickled(path, index, options)
         if pickled is not None and not allow_pickle:
             raise ValueError(f"model {str(path)!r} has pickled weights only ({pickled}), {pickle_refused}")
@@ -80,12 +80,12 @@ def load(path_or_id: str | Path, dtype: torch.dtype, allow_pickle: bool = False,
 
 
 def _loaded(source: str, loader: Any) -> DiffusionPipeline:
-    """What the loader gives, or a ValueError of one line."""
+    """The loader's pipeline. Its errors become a ValueError of one line."""
     try:
         return loader()
-    except ImportError:  # a package that is missing says so best itself
+    except ImportError:  # says best itself which package is missing
         raise
-    except Exception as error:  # the loaders raise whatever they meet
+    except Exception as error:  # the loaders raise anything
         raise ValueError(f"model {source!r} cannot be loaded: {line(error)}") from error
 
 
@@ -97,7 +97,7 @@ def _is_path(given: str | Path) -> bool:
 
 
 def _index(folder: Path) -> dict[str, Any]:
-    """What the folder's model_index.json says. Raises ValueError where there is none."""
+    """The folder's model_index.json. Raises ValueError where there is none."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(f"model {str(folder)!r} is no diffusers pipeline: it has no model_index.json")
@@ -110,9 +110,9 @@ def _index(folder: Path) -> dict[str, Any]:
 
 
 def _pickled(folder: Path, index: dict[str, Any], options: dict[str, Any]) -> str | None:
-    """The first file of weights among the folder's parts that has no safetensors beside it.
+    """The first part, among those that `index` names and `options` does not replace, whose weights are only pickled.
 
-    Parts are what `index` names, less those given otherwise. Raises ValueError for one that is not there.
+    Returns "part/file", or None. Raises ValueError for a part that is missing.
     """
     parts = [name for name, value in index.items() if isinstance(value, list) and value and value[0] and name[0] != "_"]
     found = None
@@ -137,8 +137,8 @@ def _of_variant(file: str, variant: str | None) -> bool:
     return not marks or any(mark.split("-")[0] == variant for mark in marks)
 
 
-def _family(file: Path) -> type[StableDiffusionPipeline | StableDiffusionXLPipeline]:
-    """The pipeline whose weights a single file holds: SDXL's text encoders are called conditioner."""
+def _pipeline_of(file: Path) -> type[StableDiffusionPipeline | StableDiffusionXLPipeline]:
+    """The pipeline whose weights a single file holds. SDXL's text encoders are called conditioner."""
     if file.suffix != ".safetensors":
         names = torch.load(file, map_location="meta", weights_only=True)
         names = names.get("state_dict", names)

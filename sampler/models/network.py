@@ -1,4 +1,4 @@
-"""A pipeline's network as that of the loop: plain, compiled, lean, and made again when the pipeline's has changed."""
+"""The network that the loop calls: the pipeline's own, compiled or lean, and made again when the pipeline's has changed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .lean import Lean
 
 log = logging.getLogger(__name__)
 
-# On a CPU: weights packed for the kernels of each compiled shape, which takes memory for each, and kernels called from C++.
-PACKED = {"freezing": True, "cpp_wrapper": True}
-RECOMPILE_LIMIT = 64  # shapes compiled before the compiler gives up; its own limit of 8 is that of a few batch sizes
+# On a CPU: pack the weights for each compiled shape, which takes memory for each, and call the kernels from C++.
+PACKED: dict[str, str | int | bool | Callable[..., Any]] = {"freezing": True, "cpp_wrapper": True}
+RECOMPILE_LIMIT = 64  # shapes before the compiler gives up. Its own limit of 8 is reached after a few batch sizes.
 
 
-def compiled(net: nn.Module) -> Callable[..., Any]:
-    """It compiled for one shape after another, its convolutions channels-last; without graphs of the compiler's own."""
+def compiled(net: Any) -> Callable[..., Any]:
+    """The network, compiled for each shape it meets, with channels-last convolutions and without the compiler's CUDA graphs."""
     cpu = net.device.type == "cpu"
     if all(parameter.ndim < 5 for parameter in net.parameters()):  # for pictures
         net = net.to(memory_format=torch.channels_last)
@@ -30,7 +30,7 @@ def compiled(net: nn.Module) -> Callable[..., Any]:
 
 
 def traced(compiled: Callable[..., Any], packed: bool) -> Callable[..., Any]:
-    """A compiled function, with what must be known in each call: RECOMPILE_LIMIT, and for PACKED that weights are constant."""
+    """The compiled function under settings that each call needs: RECOMPILE_LIMIT, and for PACKED that weights are constant."""
     from torch._dynamo import config as tracer
     from torch._inductor import config as compiler
 
@@ -42,15 +42,15 @@ def traced(compiled: Callable[..., Any], packed: bool) -> Callable[..., Any]:
 
 
 class Guided:
-    """A network and the encoded prompts of one batch, as the `Network` of the loop; a subclass says how it is called.
+    """A network with the encoded prompts of one batch: the `Network` of the loop. A subclass says how the network is called.
 
-    net:     the pipeline's, or the same compiled.
-    inputs:  its keyword arguments by sample, from `encode`. shared: the others.
-    both:    what is called for both halves at once; None for `net`.
-    version: stays the same object while the network does, so that a call may be recorded; None where none may.
+    net:     the pipeline's network, perhaps compiled.
+    inputs:  its keyword arguments with a row a sample, see `Encoded`. shared: its other keyword arguments.
+    both:    the network for both halves at once; None for `net`.
+    version: the same object for as long as the network is unchanged, so that a call may be captured; None forbids capture.
     """
 
-    lean: type[Lean] | None = None  # how such a network is made lean
+    lean: type[Lean] | None = None  # the lean form of such a network
 
     def __init__(
         self,
@@ -71,35 +71,35 @@ class Guided:
 
     @property
     def form(self) -> tuple:
-        """What a recorded call depends on beside contents: shapes and dtypes, and what is no tensor."""
+        """What a captured call depends on: shapes, dtypes, and values that are no tensors."""
         tensors = tuple((tuple(x.shape), x.dtype) for x in (*_tensors(self.inputs["both"]), *_tensors(self.shared)))
         return tensors + tuple((name, str(value)) for name, value in self.shared.items() if not isinstance(value, Tensor))
 
     @property
     def row_form(self) -> tuple:
-        """Shapes and dtypes of what the inputs are for one sample."""
+        """Shapes and dtypes of one sample's inputs."""
         return tuple((tuple(x.shape[1:]), x.dtype) for x in _tensors(self.inputs["both"]))
 
     def blank(self, batch: int) -> Self:
-        """The same for `batch` samples, which `put` gives their prompts."""
+        """The same network for `batch` samples. `put` gives them their prompts."""
         other = copy.copy(self)
         other._give(_mapped(lambda x: x.new_zeros((2 * batch, *x.shape[1:])), self.inputs["both"]))
         return other
 
     def put(self, place: int, other: Guided, row: int) -> None:
-        """Put a sample's prompt in the place of another, in the same memory."""
+        """Copy the prompt of sample `row` of `other` into the memory of sample `place`."""
         for old, new in zip(_tensors(self.inputs["both"]), _tensors(other.inputs["both"]), strict=True):
             old[place :: len(old) // 2].copy_(new[row :: len(new) // 2])
 
     def select(self, index: Tensor) -> Self:
-        """The same for some samples of the batch, `index` (N,) int64."""
+        """The same network for some samples of the batch. index: (N,) int64."""
         batch = len(next(_tensors(self.inputs["cond"])))
         other = copy.copy(self)
         other._give(rows_of(self.inputs["both"], torch.cat([index, index + batch])))
         return other
 
     def load(self, other: Guided) -> None:
-        """Put another's prompts in the place of those given at first, in the same memory."""
+        """Copy the prompts of `other` into the memory of those here."""
         for inputs, given in ((self.inputs["both"], other.inputs["both"]), (self.shared, other.shared)):
             for old, new in zip(_tensors(inputs), _tensors(given), strict=True):
                 old.copy_(new)
@@ -110,16 +110,17 @@ class Guided:
 
     @staticmethod
     def predict(net: Callable[..., Any], latents: Tensor, timesteps: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """What the network makes of latents (N, ...) and the table's timesteps (N,): (N, ...) in the latents' dtype."""
+        """The prediction, (N, ...) in the latents' dtype, for latents (N, ...) and the step table's timesteps (N,)."""
         raise NotImplementedError
 
 
 class Networks:
-    """One network after another, each for one batch of encoded prompts after another.
+    """Makes the networks that the loop calls, and keeps what is compiled or lean.
 
-    guided: what they become. compile, lean: have them compiled, and as `Lean` has them where that suits them. Either is made of
-    the network as it was: it is made again when that is another, or changed in any way. One whose weights come and go
-    (offloaded, cast layer by layer) runs as it is.
+    guided:  the class to make. compile: compile the network. lean: use its lean form, where it has one.
+
+    What was compiled or made lean is made again when the pipeline's network is replaced or changed. A network whose weights
+    come and go (offloaded, or cast layer by layer) runs as it is.
     """
 
     def __init__(self, guided: type[Guided], compile: bool, lean: bool):
@@ -128,14 +129,14 @@ class Networks:
         self._warned = False
 
     def plain(self, net: nn.Module, inputs: dict[str, Any], shared: dict[str, Any]) -> Guided:
-        """A network whose inputs are as `encode` gives them."""
+        """A network that takes its inputs as `encode` makes them."""
         made = self._now(net)
         if made is None:
             return self.guided(net, inputs, shared=shared)
         return self.guided(made.plain, inputs, shared=shared, version=made.version)
 
     def fast(self, net: nn.Module, inputs: dict[str, Any], shared: dict[str, Any]) -> Guided:
-        """The fastest network there is."""
+        """The fastest network; it may take the text in another form."""
         made = self._now(net)
         if made is None or made.lean is None:
             return self.plain(net, inputs, shared)
@@ -143,7 +144,7 @@ class Networks:
         inputs = {**inputs, "encoder_hidden_states": made.lean.text(inputs["encoder_hidden_states"])}
         return self.guided(made.one, inputs, made.both, shared, made.version)
 
-    def _now(self, net: nn.Module) -> _Made | None:
+    def _now(self, net: Any) -> _Made | None:
         if not (self._compile or self._lean):
             return None
         if hasattr(net, "_reset_stateful_cache"):
@@ -161,10 +162,10 @@ class Networks:
 
 
 class _Made:
-    """What has been made of a network, and what that was then."""
+    """What was made of a network, and a snapshot of that network."""
 
     def __init__(self, net: nn.Module, compile: bool, lean: type[Lean] | None):
-        prepare = compiled if compile else lambda net: net
+        prepare: Callable[[Any], Callable[..., Any]] = compiled if compile else lambda net: net
         self.plain = prepare(net)
         self.lean = None if lean is None else lean(net)
         if self.lean is not None:
@@ -173,13 +174,13 @@ class _Made:
         self._packed = checksum(net) if compile and net.device.type == "cpu" else None
 
     def still(self, net: nn.Module) -> bool:
-        """Whether `net` is the one this was made of, unchanged."""
+        """Whether `net` is the network this was made of, unchanged."""
         same = net is self._net and self.version.holds()
         return same and (self._packed is None or checksum(net) == self._packed)
 
 
 def hooked(net: nn.Module) -> bool:
-    """Whether the weights of a module, or of any in it, come and go: offloaded, or cast layer by layer."""
+    """Whether any weights of a module come and go: offloaded, or cast layer by layer."""
     registries = (getattr(module, "_diffusers_hook", None) for module in net.modules())
     return any("_hf_hook" in vars(module) for module in net.modules()) or any(
         registry is not None and registry.hooks for registry in registries

@@ -1,4 +1,4 @@
-"""Latents packed 2 x 2 into tokens, (B, tokens, 4 C): what Flux and Qwen-Image have in common."""
+"""What Flux and Qwen-Image share: latents packed 2 x 2 into tokens, (B, tokens, 4 C)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 
 from ..schedulers.schedule import Schedule
 from ..types import draw
+from .base import Pixels
 from .transformer import GuidedTransformer, Transformer, shift
 
 
 class GuidedPacked(GuidedTransformer):
-    """A transformer that is told the time as 0..1, rounded to the latents' dtype."""
+    """A transformer that takes the time as 0..1, rounded to the latents' dtype."""
 
     @staticmethod
     def predict(net: Callable[..., Any], latents: Tensor, timesteps: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -26,7 +26,7 @@ class GuidedPacked(GuidedTransformer):
 
 
 class Packed(Transformer):
-    """A pipeline whose transformer takes packed latents as a `Model`."""
+    """The adapter of a pipeline whose transformer takes packed latents."""
 
     guided = GuidedPacked
     scale = "true_cfg_scale"
@@ -53,12 +53,7 @@ class Packed(Transformer):
         return self.pipe._pack_latents(draw(shape, generators), len(generators), *shape)
 
     def scheduled(
-        self,
-        schedule: Schedule,
-        scheduler: SchedulerMixin,
-        height: int | None = None,
-        width: int | None = None,
-        **options: Any,
+        self, schedule: Schedule, scheduler: Any, height: Pixels = None, width: Pixels = None, **options: Any
     ) -> Schedule:
         config, tokens = scheduler.config, self.shape(*self.size(height, width))[0]
         given = schedule.sigmas is not None or schedule.timesteps is not None
@@ -69,7 +64,7 @@ class Packed(Transformer):
             schedule = replace(schedule, mu=shift(config, tokens, 1.15))
         return schedule
 
-    def unpacked(self, latents: Tensor, height: int | None, width: int | None, options: dict[str, Any]) -> Tensor:
+    def unpacked(self, latents: Tensor, height: Pixels, width: Pixels, options: dict[str, Any]) -> Tensor:
         return self.pipe._unpack_latents(latents, *self.size(height, width), self.pipe.vae_scale_factor)
 
     def _packed(self, latents: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""PixArt-Sigma: a masked T5, a network that also predicts a variance, pictures made in sizes it was trained on."""
+"""PixArt-Sigma: a masked T5, a network that also predicts a variance, pictures in the sizes of its training."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import whole
-from .family import most_likely
+from .base import Pixels, Request
 from .lean import LeanPixArt
-from .texts import halves
 from .transformer import GuidedTransformer, Transformer
 
 
@@ -25,10 +24,10 @@ class GuidedPixArt(GuidedTransformer):
 
 
 class PixArtSigma(Transformer):
-    """A PixArtSigmaPipeline as a `Model`.
+    """The adapter of PixArtSigmaPipeline.
 
-    A picture is made in the closest of the sizes the network was trained on, then resized and cropped, unless
-    use_resolution_binning=False, as in diffusers.
+    As in diffusers, a picture is made in the nearest size that the network was trained on, then resized and cropped. The option
+    use_resolution_binning=False switches that off.
     """
 
     guided = GuidedPixArt
@@ -46,7 +45,7 @@ class PixArtSigma(Transformer):
         side = self.net.config.sample_size * self.pipe.vae_scale_factor
         return side, side
 
-    def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+    def size(self, height: Pixels = None, width: Pixels = None) -> tuple[int, int]:
         found = []
         for name, pixels, own in zip(("height", "width"), (height, width), self.own_size, strict=True):
             number = own if pixels is None else whole(pixels)
@@ -68,7 +67,7 @@ class PixArtSigma(Transformer):
         return self._bin(height, width, use_resolution_binning) or super().nearest_size(height, width)
 
     def _bin(self, height: int, width: int, wanted: bool | None) -> tuple[int, int] | None:
-        """The size in which such a picture is made; None where it is made as it is."""
+        """The size of training in which such a picture is made; None where it is made in its own size."""
         sizes = self._sizes
         if sizes is None or wanted is False:
             return None
@@ -76,42 +75,28 @@ class PixArtSigma(Transformer):
 
     @property
     def _sizes(self) -> dict[str, list[float]] | None:
-        """(height, width) by their ratio, for networks of this sample_size."""
+        """Ratio -> (height, width) of training, for networks of this sample_size; None for other networks."""
         from diffusers.pipelines.pixart_alpha import pipeline_pixart_sigma as own
 
         side = {32: 256, 64: 512, 128: 1024, 256: 2048}.get(self.net.config.sample_size)
         return None if side is None else getattr(own, f"ASPECT_RATIO_{side}_BIN")
 
-    def _encoded(
-        self,
-        prompts: list[str] | None,
-        negative: list[str | None],
-        count: int,
-        height: int,
-        width: int,
-        options: dict[str, Any],
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _encoded(self, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
         cond, mask, uncond, negative_mask = self.pipe.encode_prompt(
-            prompts,
+            request.prompts,
             do_classifier_free_guidance=True,
-            negative_prompt=[text or "" for text in negative],
-            num_images_per_prompt=count,
+            negative_prompt=[text or "" for text in request.negative],
+            num_images_per_prompt=request.count,
             device=self.device,
-            **{"clean_caption": True, **self._text(options, "clean_caption", "max_sequence_length")},
+            **{"clean_caption": True, **request.get(*self.texts, "clean_caption", "max_sequence_length")},
         )
         return {
-            "encoder_hidden_states": halves(uncond, cond, len(negative), count),
-            "encoder_attention_mask": halves(negative_mask, mask, len(negative), count, "prompt_attention_mask"),
+            "encoder_hidden_states": request.halves(uncond, cond),
+            "encoder_attention_mask": request.halves(negative_mask, mask, "prompt_attention_mask"),
         }, {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
 
     def _readers(self, prompts: list[str], options: dict[str, Any]) -> Iterator[tuple[Any, list[str], int]]:
         yield self.pipe.tokenizer, prompts, options.get("max_sequence_length", 300)
 
-    def _pixels(self, latents: Tensor, generators: Any) -> Tensor:
-        return self.pipe.vae.decode(latents / self.pipe.vae.config.scaling_factor, return_dict=False)[0]
-
-    def _latents(self, pictures: Tensor) -> Tensor:
-        return most_likely(self.pipe.vae, pictures) * self.pipe.vae.config.scaling_factor
-
-    def _cropped(self, pixels: Tensor, height: int | None, width: int | None, options: dict[str, Any]) -> Tensor:
+    def _cropped(self, pixels: Tensor, height: Pixels, width: Pixels, options: dict[str, Any]) -> Tensor:
         return pixels if height is None else self.pipe.image_processor.resize_and_crop_tensor(pixels, width, height)

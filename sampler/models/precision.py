@@ -1,9 +1,10 @@
-"""Float32 for a while."""
+"""Modules that compute in float32 for a while."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,14 @@ HALF = (torch.float16, torch.bfloat16)
 
 @contextmanager
 def in_float32(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Half precision weights are float32 inside; afterwards the same tensors are in their places again."""
-    kept: list[tuple[dict[str, Tensor], str, Tensor]] = []
-    made: dict[int, Tensor] = {}  # a tensor in two places stays one
+    """Inside, half precision weights are float32. Afterwards the same tensors are back in their places."""
+    kept: list[tuple[dict[str, Any], str, Tensor]] = []
+    made: dict[int, Tensor] = {}  # by the tensor it stands for: one that is in two places stays one
     try:
         for module in modules:
             for part in module.modules():
-                for places in (part._parameters, part._buffers):
+                holders: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+                for places in holders:
                     for name, tensor in places.items():
                         if tensor is None or tensor.dtype not in HALF:
                             continue

@@ -1,4 +1,4 @@
-"""Qwen-Image: a language model's states, padded under a mask; predictions renormalised token by token; a video autoencoder."""
+"""Qwen-Image: the padded states of a language model, predictions renormalised token by token, a video autoencoder."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .family import most_likely
+from .adapter import most_likely
+from .base import Request
 from .packed import GuidedPacked, Packed
-from .texts import halves
 
 
 class GuidedQwen(GuidedPacked):
-    """A QwenImageTransformer2DModel, which is told the shape of each picture."""
+    """A QwenImageTransformer2DModel, which takes the shape of each picture."""
 
     @staticmethod
     def predict(net: Callable[..., Any], latents: Tensor, timesteps: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -23,17 +23,20 @@ class GuidedQwen(GuidedPacked):
 
 
 def renormalised(guided: Tensor, cond: Tensor, weight: Tensor) -> Tensor:
-    """Each token of `guided` (B, tokens, C) as long as that of `cond`, in samples whose weight (B,) is above 1; 0 stays 0."""
+    """`guided` (B, tokens, C), each token scaled to the norm of that of `cond`; a token of norm 0 stays 0.
+
+    Only samples whose weight, (B,), is above 1 are scaled.
+    """
     own = guided.float().norm(dim=-1, keepdim=True)
     longer = torch.where(own > 0, cond.float().norm(dim=-1, keepdim=True) / own, 1.0)
     return (guided * torch.where(weight.view(-1, 1, 1) > 1, longer, 1.0)).to(guided.dtype)
 
 
 class QwenImage(Packed):
-    """A QwenImagePipeline as a `Model`.
+    """The adapter of QwenImagePipeline.
 
-    The pipeline renormalises what it has guided, which it does at scales above 1 alone; so here, sample by sample. At other
-    weights, before a transition, the prediction stays as the guidance makes it.
+    The pipeline guides only at scales above 1, and renormalises what it guided. Here a sample is renormalised at weights above
+    1. At other weights, such as before a transition, the guided prediction is left as it is.
     """
 
     guided = GuidedQwen
@@ -54,33 +57,25 @@ class QwenImage(Packed):
     def latent_channels(self) -> int:
         return 4 * self.pipe.vae.config.z_dim
 
-    def _encoded(
-        self,
-        prompts: list[str] | None,
-        negative: list[str | None],
-        count: int,
-        height: int,
-        width: int,
-        options: dict[str, Any],
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _encoded(self, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
         def encoded(texts: list[str] | None, prefix: str = "") -> tuple[Tensor, Tensor]:
             states, mask = self.pipe.encode_prompt(
                 prompt=texts,
                 device=self.device,
-                num_images_per_prompt=count,
-                max_sequence_length=options.get("max_sequence_length", 512),
-                **{name: options.get(prefix + name) for name in ("prompt_embeds", "prompt_embeds_mask")},
+                num_images_per_prompt=request.count,
+                max_sequence_length=request.options.get("max_sequence_length", 512),
+                **{name: request.options.get(prefix + name) for name in ("prompt_embeds", "prompt_embeds_mask")},
             )
             return states, torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if mask is None else mask.bool()
 
-        both = encoded([text or "" for text in negative], "negative_"), encoded(prompts)
+        both = encoded([text or "" for text in request.negative], "negative_"), encoded(request.prompts)
         most = max(states.shape[1] for states, _ in both)
         uncond, cond = (pad(states, (0, 0, 0, most - states.shape[1])) for states, _ in both)
         masks = [pad(mask, (0, most - mask.shape[1])) for _, mask in both]
-        inputs = {"encoder_hidden_states": halves(uncond, cond, len(negative), count)}
+        inputs = {"encoder_hidden_states": request.halves(uncond, cond)}
         if not all(mask.all() for mask in masks):
-            inputs["encoder_hidden_states_mask"] = halves(*masks, len(negative), count, "prompt_embeds_mask")
-        return inputs, {"img_shapes": (1, *self._grid(height, width))}
+            inputs["encoder_hidden_states_mask"] = request.halves(masks[0], masks[1], "prompt_embeds_mask")
+        return inputs, {"img_shapes": (1, *self._grid(request.height, request.width))}
 
     def _readers(self, prompts: list[str], options: dict[str, Any]) -> Iterator[tuple[Any, list[str], int]]:
         yield self.pipe.tokenizer, prompts, options.get("max_sequence_length", 512)
@@ -93,13 +88,13 @@ class QwenImage(Packed):
 
 
 def unscaled(latents: Tensor, config: Any) -> Tensor:
-    """Latents (B, C, frames, h, w) as the autoencoders of Wan and Qwen-Image take them, each channel with its own scale."""
+    """Latents (B, C, frames, h, w) in the scale of the autoencoders of Wan and Qwen-Image, which have one for each channel."""
     mean, std = _scale(config, latents)
     return latents / (1.0 / std) + mean
 
 
 def scaled(latents: Tensor, config: Any) -> Tensor:
-    """`unscaled` undone."""
+    """The reverse of `unscaled`."""
     mean, std = _scale(config, latents)
     return (latents - mean) * (1.0 / std)
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x. What the pipeline has a method for is done by that method."""
+"""Stable Diffusion 1.x and 2.x."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .family import Family, most_likely
-from .texts import negative_texts
+from .adapter import Adapter, most_likely
+from .base import Request
 from .unet import GuidedUNet, memory_format
 
 
-class StableDiffusion(Family):
-    """A StableDiffusionPipeline as a `Model`."""
+class StableDiffusion(Adapter):
+    """The adapter of StableDiffusionPipeline."""
 
     network_name = "unet"
     guided = GuidedUNet
     images = ("ip_adapter_image", "ip_adapter_image_embeds")
     kwargs = "cross_attention_kwargs"
-    options = frozenset((*Family.texts, *images, "clip_skip", kwargs))
-    encoders = (("text_encoder", "tokenizer"),)
+    options = frozenset((*Adapter.texts, *images, "clip_skip", kwargs))
+    encoders: tuple[tuple[str, str], ...] = (("text_encoder", "tokenizer"),)
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -43,36 +43,28 @@ class StableDiffusion(Family):
         height, width = sample if isinstance(sample, (tuple, list)) else (sample, sample)
         return factor * height, factor * width
 
-    def _encoded(
-        self,
-        prompts: list[str] | None,
-        negative: list[str | None],
-        count: int,
-        height: int,
-        width: int,
-        options: dict[str, Any],
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _encoded(self, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
         with _final_norm_found(self.pipe.text_encoder):
             encoded = self.pipe.encode_prompt(
-                prompt=prompts,
+                prompt=request.prompts,
                 device=self.device,
-                num_images_per_prompt=count,
+                num_images_per_prompt=request.count,
                 do_classifier_free_guidance=True,
-                negative_prompt=negative_texts(negative),
-                lora_scale=self._lora_scale(options),
-                **self._text(options, "clip_skip"),
+                negative_prompt=request.negative_texts,
+                lora_scale=self._lora_scale(request),
+                **request.get(*self.texts, "clip_skip"),
             )
         batch = len(encoded[0])
-        absent = [negative[i // count] is None for i in range(batch)]
-        inputs = self._inputs(encoded, absent, height, width, options)
-        if any(name in options for name in self.images):
-            image, embeds = (options.get(name) for name in self.images)
+        absent = [request.negative[i // request.count] is None for i in range(batch)]
+        inputs = self._inputs(encoded, absent, request.height, request.width, request.options)
+        if any(name in request.options for name in self.images):
+            image, embeds = (request.options.get(name) for name in self.images)
             embeds = self.pipe.prepare_ip_adapter_image_embeds(image, embeds, self.device, batch, True)
             inputs.setdefault("added_cond_kwargs", {})["image_embeds"] = embeds
         return inputs, {}
 
     def _inputs(self, encoded: tuple[Tensor, ...], absent: list[bool], height: int, width: int, options: dict) -> dict:
-        """The UNet's arguments by sample; absent: the samples without a negative prompt."""
+        """The UNet's arguments with a row a sample. absent: which samples have no negative prompt."""
         cond, uncond = encoded
         return {"encoder_hidden_states": torch.cat([uncond, cond])}
 
@@ -94,7 +86,7 @@ class StableDiffusion(Family):
 
 @contextmanager
 def _final_norm_found(encoder: nn.Module | None) -> Iterator[None]:
-    """diffusers' `clip_skip` asks for `text_model.final_layer_norm`, which is the encoder's own since transformers 5."""
+    """Let diffusers' `clip_skip` find `text_model.final_layer_norm`, which transformers 5 moved to the encoder itself."""
     places = {} if encoder is None or hasattr(encoder, "text_model") else vars(encoder)
     places["text_model"] = encoder
     try:

@@ -1,4 +1,4 @@
-"""SDXL: two text encoders, pooled text and the picture's sizes as conditions, an autoencoder that overflows in float16."""
+"""SDXL: two text encoders, pooled text and sizes as conditions, an autoencoder that overflows in float16."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import whole
-from .family import most_likely
+from .adapter import most_likely
 from .sd import StableDiffusion
 
 SIZES = ("original_size", "crops_coords_top_left", "target_size")
@@ -17,7 +17,7 @@ NEGATIVE_SIZES = tuple(f"negative_{name}" for name in SIZES)
 
 
 class StableDiffusionXL(StableDiffusion):
-    """A StableDiffusionXLPipeline as a `Model`."""
+    """The adapter of StableDiffusionXLPipeline."""
 
     texts = (
         *StableDiffusion.texts,
@@ -70,7 +70,7 @@ class StableDiffusionXL(StableDiffusion):
         return (most_likely(self.pipe.vae, pictures) - mean) / scale
 
     def _scale(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """(mean, scale) of the autoencoder's latents in the network's, in the dtype of `like`."""
+        """(mean, scale): the autoencoder takes latents * scale + mean. They have the dtype of `like`."""
         config = self.pipe.vae.config
         mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
         if mean is None or std is None:

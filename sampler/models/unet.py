@@ -1,4 +1,4 @@
-"""The UNet of SD and SDXL as the network of the loop."""
+"""The UNet of Stable Diffusion and SDXL."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .lean import LeanUNet
 from .network import Guided
 
 
 class GuidedUNet(Guided):
-    """A UNet2DConditionModel and the encoded prompts of one batch."""
+    """A UNet2DConditionModel with the encoded prompts of one batch."""
 
     lean = LeanUNet
 
@@ -22,8 +22,8 @@ class GuidedUNet(Guided):
         return net(latents, timesteps, **inputs, return_dict=False)[0]
 
 
-def memory_format(unet: nn.Module) -> torch.memory_format:
-    """That of the UNet's convolutions, in which it also returns its prediction."""
+def memory_format(unet: Any) -> torch.memory_format:
+    """The memory format of the UNet's convolutions, and so of its predictions."""
     weight = unet.conv_in.weight
     channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
     return torch.channels_last if channels_last else torch.contiguous_format

@@ -1,4 +1,4 @@
-"""Wan 2.1: videos; a multilingual T5, latents in float32 whatever the network's dtype."""
+"""Wan 2.1: videos, a multilingual T5, latents that are always float32."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from ..checks import whole
-from .family import most_likely
+from .adapter import most_likely
+from .base import Request
 from .lean import LeanWan
 from .qwen import scaled, unscaled
-from .texts import halves
 from .transformer import GuidedTransformer, Transformer
 
 
 class GuidedWan(GuidedTransformer):
-    """A WanTransformer3DModel, which takes the latents in the dtype of its text."""
+    """A WanTransformer3DModel. It takes latents in the dtype of its text."""
 
     lean = LeanWan
 
@@ -27,7 +27,7 @@ class GuidedWan(GuidedTransformer):
 
 
 class Wan(Transformer):
-    """A WanPipeline around one transformer as a `Model`; num_frames, an option, is how many frames a video has."""
+    """The adapter of WanPipeline with one transformer. The option num_frames is the number of frames of a video."""
 
     guided = GuidedWan
     kwargs = "attention_kwargs"
@@ -61,24 +61,16 @@ class Wan(Transformer):
         factor = self.pipe.vae_scale_factor_spatial
         return self.net.config.in_channels, (frames - 1) // step + 1, height // factor, width // factor
 
-    def _encoded(
-        self,
-        prompts: list[str] | None,
-        negative: list[str | None],
-        count: int,
-        height: int,
-        width: int,
-        options: dict[str, Any],
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _encoded(self, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
         cond, uncond = self.pipe.encode_prompt(
-            prompt=prompts,
-            negative_prompt=[text or "" for text in negative],
+            prompt=request.prompts,
+            negative_prompt=[text or "" for text in request.negative],
             do_classifier_free_guidance=True,
-            num_videos_per_prompt=count,
+            num_videos_per_prompt=request.count,
             device=self.device,
-            **{"max_sequence_length": 512, **self._text(options, "max_sequence_length")},
+            **{"max_sequence_length": 512, **request.get(*self.texts, "max_sequence_length")},
         )
-        return {"encoder_hidden_states": halves(uncond, cond, len(negative), count)}, {}
+        return {"encoder_hidden_states": request.halves(uncond, cond)}, {}
 
     def _readers(self, prompts: list[str], options: dict[str, Any]) -> Iterator[tuple[Any, list[str], int]]:
         yield self.pipe.tokenizer, prompts, options.get("max_sequence_length", 512)

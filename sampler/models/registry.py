@@ -1,8 +1,8 @@
-"""Which adapter a pipeline has."""
+"""The adapters by the pipelines they are for. A new model is one adapter file and one entry here."""
 
 from __future__ import annotations
 
-from .family import Family
+from .adapter import Adapter
 from .flux import Flux
 from .pixart import PixArtSigma
 from .qwen import QwenImage
@@ -11,8 +11,8 @@ from .sd3 import StableDiffusion3
 from .sdxl import StableDiffusionXL
 from .wan import Wan
 
-# By the name of diffusers' class: to look a class itself up imports it, and all that it needs.
-FAMILIES: dict[str, type[Family]] = {
+# By the name of diffusers' class. To look a class up would import it, and all that it needs.
+ADAPTERS: dict[str, type[Adapter]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,

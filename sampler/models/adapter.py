@@ -1,4 +1,4 @@
-"""What the models of all families have in common: checks, text, decoding. Each family's file adds what its pipeline does."""
+"""What all adapters share: checks, text, decoding. Each adapter's own file adds what its pipeline does differently."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..checks import whole
 from ..schedulers.schedule import Schedule
 from ..types import Settle, draw
-from .base import Decoded, Encoded
+from .base import Decoded, Encoded, Pixels, Request
 from .network import Guided, Networks
 from .precision import HALF, in_float32
 
@@ -23,28 +23,28 @@ log = logging.getLogger(__name__)
 ATTENTION = ("sdpa", "xformers")
 
 
-class Family:
-    """A pipeline as a `Model`. compile, lean: as for `Networks`."""
+class Adapter:
+    """A diffusers pipeline as a `Model`. compile, lean: see `Networks`."""
 
-    network_name: str  # the network, among the pipeline's parts
+    network_name: str  # of the pipeline's part that is the network
     guided: type[Guided]
-    texts: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")  # what stands for prompts, or goes with them
-    options: frozenset[str]  # of `encode`
-    scale = "guidance_scale"  # the pipeline's argument that is the guidance scale
-    kwargs: str | None = None  # the option that is handed to the network as it is
-    encoders: tuple[tuple[str, str], ...]  # text encoder and tokenizer, without which no prompt can be read
-    closing = 1  # tokens that end each text, and stay where it is cut
-    last_layer = 1  # the text is read that many layers from the end, counting back from the last one's result
+    texts: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")  # options that `encode_prompt` takes as they are
+    options: frozenset[str]  # all options of `encode`
+    scale = "guidance_scale"  # the argument of the pipeline's call that is the guidance scale
+    kwargs = ""  # the option that the network gets as it is; "" for none
+    encoders: tuple[tuple[str, str], ...]  # the parts that read a prompt: (text encoder, tokenizer) each
+    closing = 1  # how many tokens end each text; a text that is cut keeps them
+    last_layer = 1  # which of the text encoder's layers is read, counted from the end: 1 is the last
     settle: Settle | None = None
 
     def __init__(self, pipe: DiffusionPipeline, compile: bool = False, lean: bool = False):
-        self.pipe = pipe
+        self.pipe: Any = pipe  # diffusers declares no attributes for a pipeline's parts
         self._networks = Networks(self.guided, compile, lean)
         self._live = False
         self._overflowed = False
 
     @property
-    def net(self) -> nn.Module:
+    def net(self) -> Any:
         return getattr(self.pipe, self.network_name)
 
     @property
@@ -85,15 +85,15 @@ class Family:
 
     @property
     def multiple(self) -> int:
-        """Height and width are multiples of so many pixels."""
+        """Height and width must be multiples of this, in pixels."""
         return self.pipe.vae_scale_factor
 
     @property
     def own_size(self) -> tuple[int, int] | None:
-        """(height, width) in pixels by default; None where the pipeline names none."""
+        """The default (height, width) in pixels; None where the pipeline has none."""
         raise NotImplementedError
 
-    def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+    def size(self, height: Pixels = None, width: Pixels = None) -> tuple[int, int]:
         own = self.own_size or (None, None)
         found = []
         for name, pixels, default in zip(("height", "width"), (height, width), own, strict=True):
@@ -107,12 +107,10 @@ class Family:
 
     @property
     def own_steps(self) -> int:
-        """The number of steps that the pipeline itself takes."""
         return self._default("num_inference_steps")
 
     @property
     def own_scale(self) -> float:
-        """The guidance scale that the pipeline itself has."""
         return float(self._default(self.scale))
 
     def _default(self, name: str) -> Any:
@@ -126,12 +124,7 @@ class Family:
         return draw(self.shape(height, width, **options), generators)
 
     def scheduled(
-        self,
-        schedule: Schedule,
-        scheduler: SchedulerMixin,
-        height: int | None = None,
-        width: int | None = None,
-        **options: Any,
+        self, schedule: Schedule, scheduler: Any, height: Pixels = None, width: Pixels = None, **options: Any
     ) -> Schedule:
         return schedule
 
@@ -147,9 +140,10 @@ class Family:
         options = {name: value for name, value in options.items() if value is not None}
         self._check(prompts, negative_prompt, options)
         prompted = len(options["prompt_embeds"] if prompts is None else prompts)
-        negative = [None] * prompted if negative_prompt is None else list(negative_prompt)
+        negative = [None] * prompted if negative_prompt is None else negative_prompt
+        request = Request(prompts, list(negative), count, height, width, options)
         try:
-            inputs, shared = self._encoded(prompts, negative, count, height, width, options)
+            inputs, shared = self._encoded(request)
         except (AttributeError, TypeError) as error:
             missing = [part for pair in self.encoders for part in pair if getattr(self.pipe, part, None) is None]
             if not missing:
@@ -157,36 +151,24 @@ class Family:
             raise ValueError(
                 f"pipe has no {' and no '.join(missing)} to read a prompt with: give prompt_embeds and the like"
             ) from error
-        own = {self.kwargs: options[self.kwargs]} if self.kwargs in options else {}
-        truncated = self._truncated(prompts, options) if prompts else [""] * prompted
-        return Encoded(self._cast(inputs), self._cast(shared), own, [text for text in truncated for _ in range(count)])
+        cut = self._truncated(prompts, options) if prompts else [""] * prompted
+        truncated = [text for text in cut for _ in range(count)]
+        return Encoded(self._cast(inputs), self._cast(shared), request.get(self.kwargs), truncated)
 
-    def _encoded(
-        self,
-        prompts: list[str] | None,
-        negative: list[str | None],
-        count: int,
-        height: int,
-        width: int,
-        options: dict[str, Any],
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The network's arguments by sample, and those that are not; negative: one or None a prompt."""
+    def _encoded(self, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
+        """`inputs` and `shared` of the `Encoded`."""
         raise NotImplementedError
 
-    def _text(self, options: dict[str, Any], *names: str) -> dict[str, Any]:
-        """What the pipeline's `encode_prompt` is handed of the options, beside prompts."""
-        return {name: options[name] for name in (*self.texts, *names) if name in options}
-
-    def _lora_scale(self, options: dict[str, Any]) -> float | None:
-        return options.get(self.kwargs, {}).get("scale")
+    def _lora_scale(self, request: Request) -> float | None:
+        return request.options.get(self.kwargs, {}).get("scale")
 
     def _check(self, prompts: list[str] | None, negative: Sequence[str | None] | None, options: dict[str, Any]) -> None:
         unknown = sorted(set(options) - self.options)
         if unknown:
             takes = ", ".join(("height", "width", *sorted(self.options)))
             raise ValueError(f"{', '.join(unknown)}: no option of {type(self.pipe).__name__}, whose options are {takes}")
-        side = 16 * self.multiple  # a size that is right: the run's own has been checked
-        given = {"prompt": prompts, "negative_prompt": None if negative is None else list(negative)}
+        side = 16 * self.multiple  # a size that passes: the size of the run has been checked
+        given: dict[str, Any] = {"prompt": prompts, "negative_prompt": None if negative is None else list(negative)}
         given |= {"height": side, "width": side, "callback_steps": 1, **options}
         known = inspect.signature(self.pipe.check_inputs).parameters.values()
         required = {parameter.name: None for parameter in known if parameter.default is inspect.Parameter.empty}
@@ -207,14 +189,14 @@ class Family:
                 raise ValueError(f"{name} has {len(options[name])} entries for {len(prompts)} prompts")
 
     def _readers(self, prompts: list[str], options: dict[str, Any]) -> Iterator[tuple[Any, list[str], int]]:
-        """The tokenizers that read the text for the network, what each reads, and how many tokens at most."""
+        """For each tokenizer that reads for the network: itself, what it reads, and its limit in tokens."""
         for i, (_, name) in enumerate(self.encoders, 1):
             tokenizer = getattr(self.pipe, name, None)
             if tokenizer is not None:
                 yield tokenizer, options.get(f"prompt_{i}") or prompts, tokenizer.model_max_length
 
     def _truncated(self, prompts: list[str], options: dict[str, Any]) -> list[str]:
-        """What each prompt loses at the limit of the text encoder, by the first tokenizer that cuts it."""
+        """What each prompt loses at the text encoder's limit. The first tokenizer that cuts it decides."""
         cut = [""] * len(prompts)
         for tokenizer, texts, limit in self._readers(prompts, options):
             texts = [texts] if isinstance(texts, str) else list(texts)
@@ -225,7 +207,7 @@ class Family:
         return cut
 
     def _cast(self, value: Any) -> Any:
-        """To the network's device, and numbers to its dtype, whatever the text encoder's."""
+        """Tensors on the network's device, those of floating point in its dtype."""
         if isinstance(value, dict):
             return {name: self._cast(inner) for name, inner in value.items()}
         if isinstance(value, list):
@@ -235,7 +217,7 @@ class Family:
         return value.to(self.device, self.net.dtype if value.is_floating_point() else value.dtype)
 
     def network(self, encoded: Encoded, plain: bool = False) -> Guided:
-        if self._live or encoded.own:  # arguments of somebody's own: neither recorded nor compiled into a network
+        if self._live or encoded.own:  # replaced weights, or the caller's arguments: run the network as it is
             return self.guided(self.net, encoded.inputs, shared={**encoded.shared, **encoded.own})
         return (self._networks.plain if plain else self._networks.fast)(self.net, encoded.inputs, encoded.shared)
 
@@ -244,13 +226,13 @@ class Family:
         latents: Tensor,
         output: str,
         generators: list[torch.Generator] | None = None,
-        height: int | None = None,
-        width: int | None = None,
+        height: Pixels = None,
+        width: Pixels = None,
         **options: Any,
     ) -> Decoded:
-        """As the pipeline does, its safety checker and watermark included.
+        """Decode as the pipeline does, with its safety checker and watermark.
 
-        Where an autoencoder in half precision overflows, the picture is decoded again in float32.
+        Where an autoencoder in half precision overflows, it decodes again in float32.
         """
         pipe = self.pipe
         unpacked = self.unpacked(latents, height, width, options)
@@ -267,23 +249,26 @@ class Family:
         images = self._pictures(self._cropped(pixels, height, width, options), output, flagged)
         return Decoded(images, finite.cpu(), None if flagged is None else [bool(flag) for flag in flagged])
 
-    def unpacked(self, latents: Tensor, height: int | None, width: int | None, options: dict[str, Any]) -> Tensor:
-        """The latents (B, ...) as the autoencoder takes them, but for their scale."""
+    def unpacked(self, latents: Tensor, height: Pixels, width: Pixels, options: dict[str, Any]) -> Tensor:
+        """The latents (B, ...) in the autoencoder's layout, not yet in its scale."""
         return latents
 
     def nearest_size(self, height: int, width: int, **options: Any) -> tuple[int, int]:
-        return tuple(max(1, round(pixels / self.multiple)) * self.multiple for pixels in (height, width))
+        return self._rounded(height), self._rounded(width)
+
+    def _rounded(self, pixels: float) -> int:
+        return max(1, round(pixels / self.multiple)) * self.multiple
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         latents = self._through(lambda some, rows: self._latents(some), pictures.to(self.device))
         return self._packed(latents).to(self.dtype)
 
     def _latents(self, pictures: Tensor) -> Tensor:
-        """The autoencoder's latents of pictures in -1..1, scaled as the network has them: `_pixels` undone."""
+        """The reverse of `_pixels`: latents in the network's scale, of pictures in -1..1."""
         raise NotImplementedError
 
     def _packed(self, latents: Tensor) -> Tensor:
-        """`unpacked` undone."""
+        """The reverse of `unpacked`."""
         return latents
 
     def _upcast(self) -> bool:
@@ -291,9 +276,9 @@ class Family:
         return False
 
     def _through(self, run: Callable[[Tensor, Sequence[int]], Tensor], values: Tensor) -> Tensor:
-        """What `run` makes of values (B, ...) by the autoencoder, and again in float32 of those for which half overflows.
+        """What `run` makes of values (B, ...) with the autoencoder. It runs again in float32 for those that overflow in half.
 
-        run: is handed some of the values, and which these are.
+        run: takes some of the values, and their places in the batch.
         """
         vae = self.pipe.vae
         with in_float32([vae]) if self._upcast() else nullcontext():
@@ -308,11 +293,11 @@ class Family:
         return made
 
     def _pixels(self, latents: Tensor, generators: list[torch.Generator] | None) -> Tensor:
-        """The autoencoder's pictures of unpacked latents."""
+        """Pictures from unpacked latents."""
         raise NotImplementedError
 
-    def _cropped(self, pixels: Tensor, height: int | None, width: int | None, options: dict[str, Any]) -> Tensor:
-        """The pictures in the size that was asked for."""
+    def _cropped(self, pixels: Tensor, height: Pixels, width: Pixels, options: dict[str, Any]) -> Tensor:
+        """The pictures, cut to the size that was asked for."""
         return pixels
 
     def _pictures(self, pixels: Tensor, output: str, flagged: Sequence[Any] | None) -> Any:
@@ -329,12 +314,12 @@ class Family:
             self._live = live
 
 
-def most_likely(vae: nn.Module, pictures: Tensor) -> Tensor:
-    """The mode of the latents of pictures, unscaled; what an autoencoder without a distribution has instead."""
+def most_likely(vae: Any, pictures: Tensor) -> Tensor:
+    """The pictures' latents in the autoencoder's scale: the mode, where it gives a distribution."""
     made = vae.encode(pictures)
     return made.latents if hasattr(made, "latents") else made.latent_dist.mode()
 
 
 def _finite(values: Tensor) -> Tensor:
-    """(B,) bool, whether all of a sample's values (B, ...) are finite."""
+    """(B,) bool: whether all of a sample's values, (B, ...), are finite."""
     return values.isfinite().flatten(1).all(dim=1)
