@@ -36,7 +36,14 @@ setup(
     ],
     package_dir={"basinescape": "sampler", "basinescape.kernels": "kernels", "basinescape.bench": "bench"},
     package_data={
-        "basinescape": ["py.typed", "assets/captions.jsonl", "assets/tiny/**/*", "assets/tiny/*", "assets/flow/**/*", "assets/flow/*"],
+        "basinescape": [
+            "py.typed",
+            "assets/captions.jsonl",
+            "assets/tiny/**/*",
+            "assets/tiny/*",
+            "assets/flow/**/*",
+            "assets/flow/*",
+        ],
         "basinescape.audit": ["*.html.jinja"],
         "basinescape.bench.evaluation": ["*.html.jinja"],
         "basinescape.hosts.comfyui": ["example_workflows/*.json"],

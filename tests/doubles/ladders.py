@@ -20,5 +20,5 @@ def guarded(cautious: Guidance, threshold: float = EVERY) -> Guard:
 
 def delays(*thresholds: float, until: float = 900) -> Guard:
     """A plain attempt at scale 4, and delayed ones: a threshold each."""
-    later = [(Guidance.delayed(4.0, until=At(until)), one) for one in thresholds[1:]]
-    return guard((Guidance.cfg(4.0), thresholds[0]), *later)
+    later = [Attempt(Guidance.delayed(4.0, until=At(until)), one) for one in thresholds[1:]]
+    return Guard((Attempt(Guidance.cfg(4.0), thresholds[0]), *later))

@@ -1,0 +1,50 @@
+"""The pages: each diff under docs/extend applies to the package, and the code beneath it runs; docstrings become lists."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs/extend").glob("*.md"))
+DIFFS = [page for page in PAGES if page.with_suffix(".diff").is_file()]
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A copy of the package's source, and the folder that Python finds it in."""
+    ignored = shutil.ignore_patterns("__pycache__", "assets")
+    for folder in ("sampler", "kernels"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    (tmp_path / "sampler/assets").symlink_to(ROOT / "sampler/assets")
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path/basinescape").symlink_to(tmp_path / "sampler")
+    (tmp_path / "sampler/kernels").symlink_to(tmp_path / "kernels")
+    return tmp_path
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("page", DIFFS, ids=lambda page: page.stem)
+def test_a_diff_of_the_pages_works(package, page):
+    subprocess.run(["git", "apply", str(page.with_suffix(".diff"))], cwd=package, check=True)
+    *_, code = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    environment = os.environ | {"PYTHONPATH": str(package / "path"), "TRITON_INTERPRET": "0"}
+    found = subprocess.run([sys.executable, "-c", code], cwd=package, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+
+
+def test_every_diff_has_its_page():
+    assert {path.stem for path in (ROOT / "docs/extend").glob("*.diff")} == {page.stem for page in DIFFS}
+    assert all(f"({page.name})" in (ROOT / "docs/extend/index.md").read_text() for page in PAGES if page.stem != "index")
+
+
+def test_columns_of_a_docstring_become_a_list():
+    spec = importlib.util.spec_from_file_location("docstrings", ROOT / "docs/build/docstrings.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    found = module.listed("A sum.\n\nx, y:  numbers,\n       of any kind\nscale: a factor\n\nRaises ValueError: none.")
+    assert found == "A sum.\n\n- `x`, `y`: numbers,\n  of any kind\n- `scale`: a factor\n\nRaises ValueError: none."
