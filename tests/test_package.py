@@ -11,6 +11,7 @@ import zipfile
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import basinescape
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -33,10 +34,25 @@ def test_a_wheel_holds_the_pipelines_and_all_packages(tmp_path):
     for folder, package in (("sampler", ""), ("kernels", "kernels/"), ("bench", "bench/")):
         expected = {f"basinescape/{package}{path.relative_to(source / folder)}" for path in (source / folder).rglob("*.py")}
         assert expected <= names
+    assert "basinescape/py.typed" in names
     assert "basinescape/hosts/comfyui/example_workflows/delayed_guidance.json" in names
     for name, network in (("tiny", "unet"), ("flow", "transformer")):
         own = {f"basinescape/{path.relative_to(ROOT / 'sampler')}" for path in (ROOT / "sampler/assets" / name).rglob("*.*")}
         assert own <= names and f"basinescape/assets/{name}/{network}/diffusion_pytorch_model.safetensors" in own
+
+
+def test_type_checkers_see_every_public_name_where_it_is_loaded_from():
+    tree = ast.parse((ROOT / "sampler/__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    declared = {alias.name: node.module for node in block.body for alias in node.names}
+    assert declared == basinescape._MODULES and sorted(declared) == basinescape.__all__
+
+
+def test_the_changelog_names_modules_that_are_there():
+    table = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").partition("### Moved")[2]
+    now = [name for line in table.splitlines()[4:] for name in re.findall(r"`basinescape\.([\w.]+)`", line.split(" | ")[-1])]
+    missing = [name for name in now if not list((ROOT / "sampler").glob(f"{name.replace('.', '/')}*"))]
+    assert len(now) > 30 and not missing
 
 
 def imported(path):
