@@ -1,4 +1,4 @@
-"""A loop of your own: one call of `Escape` a step, between your network and your solver."""
+"""A loop of your own: between your network and your solver, one call of `Escape` a step."""
 
 import torch
 from basinescape import At, Escape, Guidance, Sampler

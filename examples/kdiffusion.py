@@ -1,8 +1,7 @@
 """k-diffusion: a denoiser for its samplers."""
 
 import torch
-from basinescape import At, Guidance, Sampler
-from basinescape.hosts.kdiffusion import EscapeDenoiser
+from basinescape import At, EscapeDenoiser, Guidance, Sampler
 from diffusers import StableDiffusionPipeline
 from k_diffusion.external import DiscreteEpsDDPMDenoiser
 from k_diffusion.sampling import get_sigmas_karras, sample_dpmpp_2m

@@ -1,8 +1,7 @@
 """diffusers' modular pipelines: a guider."""
 
 import torch
-from basinescape import FirstMinimum, Guidance
-from basinescape.hosts.modular import BasinEscapeGuidance
+from basinescape import BasinEscapeGuidance, FirstMinimum, Guidance
 from diffusers.modular_pipelines.stable_diffusion_xl import StableDiffusionXLAutoBlocks
 from small import xl_components
 

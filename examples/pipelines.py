@@ -1,4 +1,4 @@
-"""A stock diffusers pipeline: everything stays as it is, inside `escape`."""
+"""A stock diffusers pipeline: only `escape` is put around its call."""
 
 import torch
 from basinescape import FirstMinimum, Guidance, Sampler, escape

@@ -1,4 +1,4 @@
-"""The parts of an SDXL pipeline with random weights, so small that an example runs anywhere; it draws noise."""
+"""The parts of an SDXL pipeline with random weights. It is so small that an example runs anywhere; its pictures are noise."""
 
 import torch
 from basinescape import Sampler

@@ -18,13 +18,14 @@ DIFFS = [page for page in PAGES if page.with_suffix(".diff").is_file()]
 @pytest.fixture
 def package(tmp_path):
     """A copy of the package's source, and the folder that Python finds it in."""
-    ignored = shutil.ignore_patterns("__pycache__", "assets")
-    for folder in ("sampler", "kernels"):
+    ignored = shutil.ignore_patterns("__pycache__", "assets", "results")
+    for folder in ("sampler", "kernels", "bench"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
     (tmp_path / "sampler/assets").symlink_to(ROOT / "sampler/assets")
     (tmp_path / "path").mkdir()
     (tmp_path / "path/basinescape").symlink_to(tmp_path / "sampler")
-    (tmp_path / "sampler/kernels").symlink_to(tmp_path / "kernels")
+    for folder in ("kernels", "bench"):
+        (tmp_path / "sampler" / folder).symlink_to(tmp_path / folder)
     return tmp_path
 
 
