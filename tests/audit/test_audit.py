@@ -21,6 +21,7 @@ from basinescape.data.pictures import pixels
 from PIL import Image, ImageChops
 from scipy.stats import binomtest
 
+pytestmark = pytest.mark.shipped
 TINY = prompts(PRESETS["tiny"])
 
 

@@ -18,6 +18,7 @@ from basinescape.schedulers.solver import Solver
 from diffusers import DDIMScheduler, HeunDiscreteScheduler
 from PIL import Image
 
+pytestmark = pytest.mark.shipped
 TINY = replace(PRESETS["tiny"], steps=4)
 
 

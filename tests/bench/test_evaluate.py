@@ -24,6 +24,7 @@ from basinescape.bench.scenario import PRESETS, Prompt, Scenario, prompts
 from basinescape.data.captions import read_captions
 from PIL import Image
 
+pytestmark = pytest.mark.shipped
 TINY = replace(PRESETS["tiny"], steps=4)
 
 

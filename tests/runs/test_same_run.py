@@ -13,6 +13,8 @@ from bulkruns import QUICK, run, write
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.shipped
+
 
 @pytest.fixture
 def scenario(tmp_path):
