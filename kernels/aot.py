@@ -9,23 +9,20 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 from .dispatch import INTERPRETED, Launch, recorded, triton
 from .guide import launch_guide
-from .operands import sample_size
 from .rules import RULES
 from .state import State
 from .step import launch_step
 from .table import Column
-from .tiles import TILES, Tiles
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 DTYPES = ("float32", "float16", "bfloat16")
 SHAPES = ((4, 16, 16), (4, 32, 32), (4, 64, 64), (4, 128, 128))  # one for each block, and one of several tiles
-BATCH, STEPS, RESIDENT = 3, 50, 264
+BATCH, STEPS = 3, 50
 
 
 def launches(dtype: str, rule: str = "apg", shapes: Sequence[tuple[int, ...]] = SHAPES) -> Iterator[tuple[str, Launch]]:
@@ -39,21 +36,22 @@ def launches(dtype: str, rule: str = "apg", shapes: Sequence[tuple[int, ...]] = 
         gap, table = torch.empty(BATCH, device="meta"), torch.empty((STEPS, len(Column)), device="meta")
         state = State.empty(tuple(uncond.shape), STEPS, uncond.dtype, "meta", multistep=True)
         guided, step = torch.empty_like(uncond), partial(launch_step, uncond, cond, table)
-        with recorded() as made, patch.object(Tiles, "resident", lambda tiles, device: RESIDENT):
-            launch_guide(uncond, cond, gap, guided, gap)
-            launch_guide(uncond, cond, 0.0, None, gap)
-            step(False, None, state)
-            step(True, None, state)
-            step(True, None, state, rule)
-            launch_guide(uncond, cond, gap, guided, gap, RULES[rule])
-        names = ["guide", "noise_gap", "step", "step, first minimum", "step, rule", "guide, rule"]
-        if TILES.of(sample_size(uncond))[2] > 1:
-            names.insert(-1, "sums")
-            with recorded() as unmet:  # each after the launch that computes the gap and the sums
-                step(True, None, state)
-                step(True, None, state, rule)
-            yield from (("step, gap known", unmet[1]), ("step, rule, sums known", unmet[3]))
-        yield from zip(names, made, strict=True)
+        named: dict[str, Launch] = {}
+        for name, call in {
+            "guide": partial(launch_guide, uncond, cond, gap, guided, gap),
+            "noise_gap": partial(launch_guide, uncond, cond, 0.0, None, gap),
+            "guide, rule": partial(launch_guide, uncond, cond, gap, guided, gap, RULES[rule]),
+            "step": partial(step, False, None, state),
+            "step, first minimum": partial(step, True, None, state),
+            "step, rule": partial(step, True, None, state, rule),
+        }.items():
+            with recorded() as made:
+                call()
+            for launch in made:
+                kernel = launch.kernel.__name__.removesuffix("_kernel")
+                own = name if kernel in ("guide", "step", "tile") else f"{kernel} of {name}"
+                named[own] = launch
+        yield from named.items()
 
 
 def assembly(launch: Launch, target: str) -> dict[str, Any]:
