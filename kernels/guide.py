@@ -63,23 +63,24 @@ def guide_kernel(
     u = tl.load(uncond + sample * uncond_stride + start + lanes, mask=mask, other=0.0).to(tl.float32)
     c = tl.load(cond + sample * cond_stride + start + lanes, mask=mask, other=0.0).to(tl.float32)
     d = c - u
-    if partials is None:
-        distance = tl.sqrt_rn(tl.sum(d * d))
-        tl.store(gap + sample, distance)
-    elif RULE is None:
-        tl.store(partials + sample * tiles + tile, tl.sum(d * d))
-    else:
-        distance = total_gap(partials, sample, tiles)
-        tl.store(gap + sample, distance, mask=tile == 0)
     if guided is not None:
         w = tl.cast(weight if weight_stride is None else tl.load(weight + sample * weight_stride), tl.float32)
         if RULE is None:
             g = guided_prediction(u, d, w)
         else:
-            sums = sums_of(u, d) if partials is None else total_sums(partials, sample, batch, tiles)
+            if partials is None:
+                distance, sums = tl.sqrt_rn(tl.sum(d * d)), sums_of(u, d)
+            else:
+                distance, sums = total_gap(partials, sample, tiles), total_sums(partials, sample, batch, tiles)
             a, b = combined(RULE, w, sums, distance, size, first, second)
             g = a * u + b * d
         tl.store(guided + sample * guided_stride + start + lanes, g, mask=mask)
+    if partials is None:
+        tl.store(gap + sample, tl.sqrt_rn(tl.sum(d * d)))
+    elif RULE is None:
+        tl.store(partials + sample * tiles + tile, tl.sum(d * d))
+    else:
+        tl.store(gap + sample, distance, mask=tile == 0)
 
 
 def launch_guide(

@@ -7,7 +7,6 @@ import pytest
 import torch
 from basinescape import At, Guidance, Sampler
 from basinescape.kernels import definition, guide, step
-from basinescape.kernels.dispatch import INTERPRETED
 from basinescape.kernels.lockstep import Lockstep
 from basinescape.kernels.rules import RULES, columns_of, options_of
 from basinescape.kernels.state import State
@@ -15,10 +14,10 @@ from basinescape.kernels.table import Column
 from basinescape.kernels.tiles import Tiles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from interleaving import SMALL, interleaved
 from ladders import EVERY, NONE, guarded
 from rounding import assert_same_but_for_rounding
-from test_step import TOLERANCE, contents, table_of
+from test_step import TOLERANCE, table_of
+from tiled import SMALL
 
 pytestmark = pytest.mark.kernels
 
@@ -98,11 +97,11 @@ def test_rules_are_diffusers_own(way, rule, weight):
     assert (guided - exact).abs().max() <= 4 * rounding
 
 
-def started(batch, dtype=torch.float32):
+def started(batch, dtype=torch.float32, device="cpu"):
     rng = torch.Generator().manual_seed(batch)
     table = table_of(rng, steps=4, multistep=True)
     table[:, [Column.BEFORE, Column.AFTER]] = torch.tensor([[-2.0, 7.5], [1.0, 3.0], [0.0, 7.5], [3.0, 0.0]])
-    state = State.empty((batch, 4, 8, 8), 4, dtype, "cpu", True)
+    state = State.empty((batch, 4, 8, 8), 4, dtype, device, True)
     return state.start(torch.randn((batch, 4, 8, 8), generator=rng).to(dtype), table), table
 
 
@@ -110,9 +109,9 @@ def with_options(table, rule):
     table[:, Column.FIRST_OPTION :] = torch.tensor(columns_of(options_of(rule, {})))
 
 
-def follow(rule, finds, seed=0):
-    """A run of three samples, step after step, against the definition."""
-    (state, table), rng = started(3), torch.Generator().manual_seed(seed)
+def follow(rule, finds, device="cpu", take=step):
+    """A run of three samples, step after step, against the definition. take: what takes the step."""
+    (state, table), rng = started(3, device=device), torch.Generator().manual_seed(0)
     with_options(table, rule)
     samples = [definition.Sample(x.clone(), (math.nan,) * 4, 0, 3) for x in state.latents.x]
     if not finds:
@@ -120,14 +119,13 @@ def follow(rule, finds, seed=0):
     for _ in range(4):
         uncond, noise = torch.randn((2, 3, 4, 8, 8), generator=rng)
         cond = uncond + (torch.rand((3, 1, 1, 1), generator=rng) + 0.1) * noise
-        step(uncond, cond, table, state, finds, rule)
+        take(uncond, cond, table, state, finds, rule)
         samples = [definition.step(s, u, c, table, rule) for s, u, c in zip(samples, uncond, cond, strict=True)]
         for i, sample in enumerate(samples):
             x = state.latents.x[i]
             torch.testing.assert_close(x.double(), sample.latents.double(), atol=1e-4, rtol=1e-4)
             samples[i] = replace(sample, latents=x.clone())
         assert state.transition.at.tolist() == [sample.transition for sample in samples]
-    return state
 
 
 @pytest.mark.parametrize("rule", COMBINING)
@@ -135,16 +133,10 @@ def test_the_step_is_the_definition(way, rule):
     follow(rule, finds=rule != "tcfg")
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="programs are interleaved in the interpreter")
 @pytest.mark.parametrize(("rule", "finds"), [("apg", True), ("rescale", False)])
-def test_tiles_combine_whether_or_not_they_meet(monkeypatch, rule, finds):
+def test_tiles_are_the_definition(monkeypatch, rule, finds):
     monkeypatch.setattr(Tiles, "of", SMALL.of)
-    after = []
-    for resident in (0, 1000):
-        monkeypatch.setattr(Tiles, "resident", lambda tiles, device, count=resident: count)
-        with interleaved(1):
-            after.append(contents(follow(rule, finds)))
-    assert all(map(torch.equal, *after))
+    follow(rule, finds)
 
 
 @pytest.mark.parametrize("rule", COMBINING)

@@ -13,7 +13,7 @@ from basinescape.kernels.table import Column
 from basinescape.kernels.tiles import Tiles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from interleaving import SMALL, interleaved
+from tiled import SMALL
 
 pytestmark = pytest.mark.kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernel runs, compiled or interpreted
@@ -104,10 +104,10 @@ def predictions(run, rng):
     return uncond, laid_out((uncond.float() + sizes * torch.randn(shape, generator=rng)).to(dtype), run["layout"])
 
 
-def check_run(run, alone=(), device="cpu"):
+def check_run(run, alone=(), device="cpu", take=step):
     """Take a state from the first to the last row and past it, and compare it with its samples after each call.
 
-    alone: calls that need one prediction.
+    alone: calls that need one prediction. take: what takes the step.
     """
     state, table, noise, rng = begin(run, device)
     rows = table.to(device)
@@ -120,7 +120,7 @@ def check_run(run, alone=(), device="cpu"):
     for call in range(len(table)):
         uncond, cond = predictions(run, rng)
         cond = None if call in alone else cond
-        step(uncond.to(device), None if cond is None else cond.to(device), rows, state, finds(table))
+        take(uncond.to(device), None if cond is None else cond.to(device), rows, state, finds(table))
         for i, sample in enumerate(samples):
             after = definition.step(sample, uncond[i], None if cond is None else cond[i], table)
             x = state.latents.x[i].cpu()
@@ -153,32 +153,11 @@ def test_the_eager_step_is_the_definition(eager, run, alone):
     check_run(run, alone)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="programs are interleaved in the interpreter")
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(runs([(3, 10, 11), (4, 8, 9)]), st.sampled_from([0, 6, 1000]), st.integers(0, 2**16))
-def test_the_programs_of_a_sample_may_run_in_any_order(monkeypatch, run, resident, seed):
-    """Tiles that meet, and that do not: `resident` programs may wait for each other. On a GPU bench.gpu has them meet."""
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(runs([(3, 10, 11), (4, 8, 9)]), st.sets(st.integers(0, STEPS - 1), max_size=2))
+def test_tiles_are_the_definition(monkeypatch, run, alone):
     monkeypatch.setattr(Tiles, "of", SMALL.of)
-    monkeypatch.setattr(Tiles, "resident", lambda tiles, device: resident)
-    with interleaved(seed):
-        check_run(run)
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="programs are interleaved in the interpreter")
-def test_tiles_that_meet_have_the_bits_of_those_that_do_not(monkeypatch):
-    monkeypatch.setattr(Tiles, "of", SMALL.of)
-
-    def after(resident, seed):
-        monkeypatch.setattr(Tiles, "resident", lambda tiles, device: resident)
-        state, table = started((3, 4, 8, 9), multistep=True)
-        with interleaved(seed):
-            for uncond, cond in torch.randn((4, 2, 3, 4, 8, 9), generator=torch.Generator().manual_seed(1)):
-                step(uncond, cond, table, state)
-        return contents(state)
-
-    strangers = after(0, 0)
-    for resident, seed in ((6, 1), (1000, 2)):
-        assert all(map(torch.equal, after(resident, seed), strangers))
+    check_run(run, alone, DEVICE)
 
 
 def contents(state):
