@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test matrix lint types
+.PHONY: install demo test sanitize matrix lint types
 
 install: .venv/installed
 
@@ -27,6 +27,11 @@ types: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The kernels as Triton compiles them, run on the CPU: out of bounds, unwritten, two programs at one address.
+sanitize: install
+	$(BIN)/pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0  # runs on Python 3.11, too
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels/test_compiled.py
 
 matrix: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "whole or not whole" tests/schedulers/test_matrix.py

@@ -97,27 +97,27 @@ def test_rules_are_diffusers_own(way, rule, weight):
     assert (guided - exact).abs().max() <= 4 * rounding
 
 
-def started(batch, dtype=torch.float32, device="cpu"):
+def started(batch, dtype=torch.float32, shape=(4, 8, 8), device="cpu"):
     rng = torch.Generator().manual_seed(batch)
     table = table_of(rng, steps=4, multistep=True)
     table[:, [Column.BEFORE, Column.AFTER]] = torch.tensor([[-2.0, 7.5], [1.0, 3.0], [0.0, 7.5], [3.0, 0.0]])
-    state = State.empty((batch, 4, 8, 8), 4, dtype, device, True)
-    return state.start(torch.randn((batch, 4, 8, 8), generator=rng).to(dtype), table), table
+    state = State.empty((batch, *shape), 4, dtype, device, True)
+    return state.start(torch.randn((batch, *shape), generator=rng).to(dtype), table), table
 
 
 def with_options(table, rule):
     table[:, Column.FIRST_OPTION :] = torch.tensor(columns_of(options_of(rule, {})))
 
 
-def follow(rule, finds, device="cpu", take=step):
+def follow(rule, finds, shape=(4, 8, 8), device="cpu", take=step):
     """A run of three samples, step after step, against the definition. take: what takes the step."""
-    (state, table), rng = started(3, device=device), torch.Generator().manual_seed(0)
+    (state, table), rng = started(3, shape=shape, device=device), torch.Generator().manual_seed(0)
     with_options(table, rule)
     samples = [definition.Sample(x.clone(), (math.nan,) * 4, 0, 3) for x in state.latents.x]
     if not finds:
         table[:, Column.KEEP], table[:, Column.LIMIT] = -math.inf, torch.tensor([-math.inf, -math.inf, math.inf, math.inf])
     for _ in range(4):
-        uncond, noise = torch.randn((2, 3, 4, 8, 8), generator=rng)
+        uncond, noise = torch.randn((2, 3, *shape), generator=rng)
         cond = uncond + (torch.rand((3, 1, 1, 1), generator=rng) + 0.1) * noise
         take(uncond, cond, table, state, finds, rule)
         samples = [definition.step(s, u, c, table, rule) for s, u, c in zip(samples, uncond, cond, strict=True)]
@@ -136,7 +136,7 @@ def test_the_step_is_the_definition(way, rule):
 @pytest.mark.parametrize(("rule", "finds"), [("apg", True), ("rescale", False)])
 def test_tiles_are_the_definition(monkeypatch, rule, finds):
     monkeypatch.setattr(Tiles, "of", SMALL.of)
-    follow(rule, finds)
+    follow(rule, finds, (4, 8, 9))
 
 
 @pytest.mark.parametrize("rule", COMBINING)
