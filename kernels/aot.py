@@ -19,7 +19,7 @@ from .state import State
 from .step import launch_step
 from .table import Column
 
-TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 DTYPES = ("float32", "float16", "bfloat16")
 SHAPES = ((4, 16, 16), (4, 32, 32), (4, 64, 64), (4, 128, 128))  # one for each block, and one of several tiles
 BATCH, STEPS = 3, 50
@@ -49,18 +49,22 @@ def launches(dtype: str, rule: str = "apg", shapes: Sequence[tuple[int, ...]] = 
                 call()
             for launch in made:
                 kernel = launch.kernel.__name__.removesuffix("_kernel")
-                own = name if kernel in ("guide", "step", "tile") else f"{kernel} of {name}"
-                named[own] = launch
+                what = ", rule" if launch.options.get("ALL") else ", first minimum" if launch.options.get("FINDS") else ""
+                named[name if kernel in ("guide", "step", "tile") else kernel + what] = launch
         yield from named.items()
 
 
 def assembly(launch: Launch, target: str) -> dict[str, Any]:
-    """What a launch's kernel becomes for `target` on its way: "ptx", text, and "cubin", machine code, among others."""
+    """What a launch's kernel becomes for `target` on its way: "ttir", "ptx" and "cubin", or "amdgcn", among others."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    gpu, kernel = GPUTarget("cuda", int(target.removeprefix("sm_")), 32), launch.kernel
+    if target.startswith("gfx"):
+        gpu = GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
+    else:
+        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    kernel = launch.kernel
     backend = make_backend(gpu)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)  # as Triton itself reads arguments
     bound, specialization, options = bind(*launch.arguments, **launch.options)
@@ -69,8 +73,12 @@ def assembly(launch: Launch, target: str) -> dict[str, Any]:
     return triton.compile(source, target=gpu, options=options.__dict__).asm
 
 
-def resources(code: bytes) -> dict[str, int]:
-    """registers and spill_bytes (local memory) of a thread, and load_bits, the widest load from global memory."""
+def resources(code: dict[str, Any]) -> dict[str, int]:
+    """registers and spill_bytes of a thread, and load_bits, the widest load from global memory, of what `assembly` gave."""
+    return _of_amd(code["amdgcn"]) if "amdgcn" in code else _of_nvidia(code["cubin"])
+
+
+def _of_nvidia(code: bytes) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(code)
@@ -80,8 +88,19 @@ def resources(code: bytes) -> dict[str, int]:
     loads = re.findall(r"\bLDG(\.\S+)? ", text)
     return {
         "registers": usage["REG"],
-        "spill_bytes": usage["STACK"] + usage["LOCAL"],
+        "spill_bytes": usage["STACK"] + usage["LOCAL"],  # local memory
         "load_bits": max(_bits(modifiers) for modifiers in loads),
+    }
+
+
+def _of_amd(text: str) -> dict[str, int]:
+    """registers are the vector ones."""
+    used = {name: int(value) for name, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text)}
+    words = re.findall(r"\b(?:global|buffer)_load_(?:dword(?:x(\d))?|b(\d+))\b", text)
+    return {
+        "registers": used["vgpr_count"],
+        "spill_bytes": used["private_segment_fixed_size"],
+        "load_bits": max(int(bits) if bits else 32 * int(count or 1) for count, bits in words),
     }
 
 
@@ -102,10 +121,10 @@ def rows(targets: Sequence[str] = TARGETS, dtypes: Sequence[str] = DTYPES) -> It
             for name, launch in launches(dtype):
                 yield {
                     "kernel": name,
-                    "block": launch.options["BLOCK"],
-                    "split": launch.programs > BATCH,
+                    "block": launch.options.get("BLOCK"),  # None: a program adds up a sample's tiles
+                    "split": launch.programs > BATCH or "BLOCK" not in launch.options,
                     "dtype": dtype,
                     "target": target,
                     "num_warps": launch.options["num_warps"],
-                    **resources(assembly(launch, target)["cubin"]),
+                    **resources(assembly(launch, target)),
                 }
