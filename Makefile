@@ -4,7 +4,7 @@ PACKAGE := .venv/src/basinescape
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 QUICK := not aot and not interpreter and not process and not shipped
 
-.PHONY: install demo lint links types check test matrix docs
+.PHONY: install demo lint links types check test sanitize matrix docs
 
 install: .venv/installed
 
@@ -37,6 +37,11 @@ check: lint types
 
 test: install
 	$(PYTEST)
+
+# The kernels as Triton compiles them, run on the CPU: out of bounds, unwritten, two programs at one address.
+sanitize: install
+	$(BIN)/pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0  # runs on Python 3.11, too
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels/test_compiled.py
 
 # Every scheduler with every option, prediction type, spacing and number of steps.
 matrix: install

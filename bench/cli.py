@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from enum import StrEnum
-from json import dumps
+from json import dumps, loads
 from pathlib import Path
 from typing import Annotated
 
@@ -93,6 +93,14 @@ def bench(
     typer.echo(tables(rows))
     if json:
         json.write_text(dumps({**taken(checks.device(device)), "rows": rows}, indent=1) + "\n")
+
+
+@app.command()
+def report_gpu(file: Annotated[Path, typer.Argument(help="what python -m basinescape.bench.gpu --out wrote")]) -> None:
+    """Print a result file of the checks and benchmarks on a GPU as tables."""
+    from .gpu.report import rendered
+
+    typer.echo(rendered(loads(file.read_text())))
 
 
 def main() -> None:

@@ -9,23 +9,20 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 from .dispatch import INTERPRETED, Launch, recorded, triton
 from .guide import launch_guide
-from .operands import sample_size
 from .rules import RULES
 from .state import State
 from .step import launch_step
 from .table import Column
-from .tiles import TILES, Tiles
 
-TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 DTYPES = ("float32", "float16", "bfloat16")
 SHAPES = ((4, 16, 16), (4, 32, 32), (4, 64, 64), (4, 128, 128))  # one for each block, and one of several tiles
-BATCH, STEPS, RESIDENT = 3, 50, 264
+BATCH, STEPS = 3, 50
 
 
 def launches(dtype: str, rule: str = "apg", shapes: Sequence[tuple[int, ...]] = SHAPES) -> Iterator[tuple[str, Launch]]:
@@ -39,30 +36,35 @@ def launches(dtype: str, rule: str = "apg", shapes: Sequence[tuple[int, ...]] = 
         gap, table = torch.empty(BATCH, device="meta"), torch.empty((STEPS, len(Column)), device="meta")
         state = State.empty(tuple(uncond.shape), STEPS, uncond.dtype, "meta", multistep=True)
         guided, step = torch.empty_like(uncond), partial(launch_step, uncond, cond, table)
-        with recorded() as made, patch.object(Tiles, "resident", lambda tiles, device: RESIDENT):
-            launch_guide(uncond, cond, gap, guided, gap)
-            launch_guide(uncond, cond, 0.0, None, gap)
-            step(False, None, state)
-            step(True, None, state)
-            step(True, None, state, rule)
-            launch_guide(uncond, cond, gap, guided, gap, RULES[rule])
-        names = ["guide", "noise_gap", "step", "step, first minimum", "step, rule", "guide, rule"]
-        if TILES.of(sample_size(uncond))[2] > 1:
-            names.insert(-1, "sums")
-            with recorded() as unmet:  # each after the launch that computes the gap and the sums
-                step(True, None, state)
-                step(True, None, state, rule)
-            yield from (("step, gap known", unmet[1]), ("step, rule, sums known", unmet[3]))
-        yield from zip(names, made, strict=True)
+        named: dict[str, Launch] = {}
+        for name, call in {
+            "guide": partial(launch_guide, uncond, cond, gap, guided, gap),
+            "noise_gap": partial(launch_guide, uncond, cond, 0.0, None, gap),
+            "guide, rule": partial(launch_guide, uncond, cond, gap, guided, gap, RULES[rule]),
+            "step": partial(step, False, None, state),
+            "step, first minimum": partial(step, True, None, state),
+            "step, rule": partial(step, True, None, state, rule),
+        }.items():
+            with recorded() as made:
+                call()
+            for launch in made:
+                kernel = launch.kernel.__name__.removesuffix("_kernel")
+                what = ", rule" if launch.options.get("ALL") else ", first minimum" if launch.options.get("FINDS") else ""
+                named[name if kernel in ("guide", "step", "tile") else kernel + what] = launch
+        yield from named.items()
 
 
 def assembly(launch: Launch, target: str) -> dict[str, Any]:
-    """What a launch's kernel becomes for `target` on its way: "ptx", text, and "cubin", machine code, among others."""
+    """What a launch's kernel becomes for `target` on its way: "ttir", "ptx" and "cubin", or "amdgcn", among others."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    gpu, kernel = GPUTarget("cuda", int(target.removeprefix("sm_")), 32), launch.kernel
+    if target.startswith("gfx"):
+        gpu = GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
+    else:
+        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    kernel = launch.kernel
     backend = make_backend(gpu)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)  # as Triton itself reads arguments
     bound, specialization, options = bind(*launch.arguments, **launch.options)
@@ -71,8 +73,12 @@ def assembly(launch: Launch, target: str) -> dict[str, Any]:
     return triton.compile(source, target=gpu, options=options.__dict__).asm
 
 
-def resources(code: bytes) -> dict[str, int]:
-    """registers and spill_bytes (local memory) of a thread, and load_bits, the widest load from global memory."""
+def resources(code: dict[str, Any]) -> dict[str, int]:
+    """registers and spill_bytes of a thread, and load_bits, the widest load from global memory, of what `assembly` gave."""
+    return _of_amd(code["amdgcn"]) if "amdgcn" in code else _of_nvidia(code["cubin"])
+
+
+def _of_nvidia(code: bytes) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(code)
@@ -82,8 +88,19 @@ def resources(code: bytes) -> dict[str, int]:
     loads = re.findall(r"\bLDG(\.\S+)? ", text)
     return {
         "registers": usage["REG"],
-        "spill_bytes": usage["STACK"] + usage["LOCAL"],
+        "spill_bytes": usage["STACK"] + usage["LOCAL"],  # local memory
         "load_bits": max(_bits(modifiers) for modifiers in loads),
+    }
+
+
+def _of_amd(text: str) -> dict[str, int]:
+    """registers are the vector ones."""
+    used = {name: int(value) for name, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text)}
+    words = re.findall(r"\b(?:global|buffer)_load_(?:dword(?:x(\d))?|b(\d+))\b", text)
+    return {
+        "registers": used["vgpr_count"],
+        "spill_bytes": used["private_segment_fixed_size"],
+        "load_bits": max(int(bits) if bits else 32 * int(count or 1) for count, bits in words),
     }
 
 
@@ -104,10 +121,10 @@ def rows(targets: Sequence[str] = TARGETS, dtypes: Sequence[str] = DTYPES) -> It
             for name, launch in launches(dtype):
                 yield {
                     "kernel": name,
-                    "block": launch.options["BLOCK"],
-                    "split": launch.programs > BATCH,
+                    "block": launch.options.get("BLOCK"),  # None: a program adds up a sample's tiles
+                    "split": launch.programs > BATCH or "BLOCK" not in launch.options,
                     "dtype": dtype,
                     "target": target,
                     "num_warps": launch.options["num_warps"],
-                    **resources(assembly(launch, target)["cubin"]),
+                    **resources(assembly(launch, target)),
                 }

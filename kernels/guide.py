@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .dispatch import backend, jit, launch, tl, triton
+from .dispatch import backend, jit, launch, tl
 from .operands import (
     check_gap,
     check_guided,
@@ -31,8 +31,8 @@ from .rules import (
     guided_prediction_eager,
     options_of,
 )
-from .sums import empty_sums, keep_sums, known_sums, met_sums, norms, sample_sums, sums_of
-from .tiles import OPTIONS, SUMS, TILES, arrive, norm_of
+from .sums import SUMS, gap_kernel, launch_sums, norms, sample_sums, sums_of, total_gap, total_sums
+from .tiles import OPTIONS, TILES
 
 
 @jit
@@ -42,9 +42,7 @@ def guide_kernel(
     weight,  # float, or pointer to one number a sample
     guided,  # None: the noise gap alone
     gap,
-    sums,  # (SUMS - 1, B) float32 for a rule of several tiles, computed with the gap and read with both; or None
-    partials,  # (SUMS, B, tiles) float32; None where one program holds a whole sample, or all is computed
-    arrivals,  # (B,) int32, zero between launches
+    partials,  # (SUMS, B, tiles) float32: read by a rule, written by plain guidance; None where one program holds a sample
     first,  # options of the rule
     second,
     batch,
@@ -64,51 +62,25 @@ def guide_kernel(
     mask = lanes < size - start
     u = tl.load(uncond + sample * uncond_stride + start + lanes, mask=mask, other=0.0).to(tl.float32)
     c = tl.load(cond + sample * cond_stride + start + lanes, mask=mask, other=0.0).to(tl.float32)
-    difference = c - u
+    d = c - u
     if guided is not None:
         w = tl.cast(weight if weight_stride is None else tl.load(weight + sample * weight_stride), tl.float32)
         if RULE is None:
-            g = guided_prediction(u, difference, w)
+            g = guided_prediction(u, d, w)
         else:
-            if sums is None:
-                distance, own = tl.sqrt_rn(tl.sum(difference * difference)), sums_of(u, difference)
+            if partials is None:
+                distance, sums = tl.sqrt_rn(tl.sum(d * d)), sums_of(u, d)
             else:
-                distance, own = tl.load(gap + sample), known_sums(sums, sample, batch)
-            a, b = combined(RULE, w, own, distance, size, first, second)
-            g = a * u + b * difference
+                distance, sums = total_gap(partials, sample, tiles), total_sums(partials, sample, batch, tiles)
+            a, b = combined(RULE, w, sums, distance, size, first, second)
+            g = a * u + b * d
         tl.store(guided + sample * guided_stride + start + lanes, g, mask=mask)
-    if guided is None or sums is None:
-        squares = tl.sum(difference * difference)
-        if partials is None:
-            tl.store(gap + sample, tl.sqrt_rn(squares))
-        else:
-            if sums is not None:
-                keep_sums(partials, sums_of(u, difference), sample, tile, batch, tiles)
-            if arrive(partials, arrivals, squares, sample, tile, tiles) == tiles - 1:
-                tl.store(gap + sample, norm_of(partials, sample, tiles))
-                if sums is not None:
-                    met = met_sums(partials, sample, batch, tiles)
-                    for i in tl.static_range(4):
-                        tl.store(sums + i * batch + sample, met[i])
-                tl.store(arrivals + sample, 0)  # ready for the next launch
-
-
-_arrivals: dict[tuple[int, int], torch.Tensor] = {}
-
-
-def _arrival_counters(batch: int, device: torch.device) -> torch.Tensor:
-    """(batch,) int32 zeros. The kernel puts them back to zero, so launches in one stream share a buffer.
-
-    A stream runs its launches one after another, hence a buffer a stream. A captured graph may be replayed in any stream,
-    beside anything: it gets a buffer of its own, zeroed by a node of the graph. So does the interpreter, which can be
-    interrupted half-way.
-    """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(batch, dtype=torch.int32, device=device)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _arrivals or len(_arrivals[key]) < batch:
-        _arrivals[key] = torch.zeros(triton.next_power_of_2(batch), dtype=torch.int32, device=device)
-    return _arrivals[key]
+    if partials is None:
+        tl.store(gap + sample, tl.sqrt_rn(tl.sum(d * d)))
+    elif RULE is None:
+        tl.store(partials + sample * tiles + tile, tl.sum(d * d))
+    else:
+        tl.store(gap + sample, distance, mask=tile == 0)
 
 
 def launch_guide(
@@ -119,21 +91,16 @@ def launch_guide(
     gap: torch.Tensor,
     rule: GuidanceRule | None = None,
     options: tuple[float, float] = (0.0, 0.0),
-    sums: torch.Tensor | None = None,
 ) -> None:
-    """Without `guided` the gap, and `sums` where a tensor is given. A rule takes two launches over tiles."""
+    """Without `guided` the gap alone. Over tiles a rule needs the sums first, and plain guidance adds up the gap last."""
     batch, size = len(uncond), sample_size(uncond)
     if batch == 0:
         return
     block, warps, tiles = TILES.of(size)
     with torch.cuda.device_of(uncond):
-        partials = arrivals = None
-        if rule is not None and tiles > 1:
-            sums = empty_sums(uncond)
-            launch_guide(uncond, cond, 0.0, None, gap, sums=sums)
-        elif tiles > 1:
-            partials = torch.empty(SUMS * batch * tiles, dtype=torch.float32, device=uncond.device)
-            arrivals = _arrival_counters(batch, uncond.device)
+        partials = None if tiles == 1 else torch.empty((SUMS, batch, tiles), dtype=torch.float32, device=uncond.device)
+        if partials is not None and rule is not None:
+            launch_sums(uncond, cond, partials, True)
         launch(
             guide_kernel,
             batch * tiles,
@@ -142,9 +109,7 @@ def launch_guide(
             weight,
             guided,
             gap,
-            sums,
             partials,
-            arrivals,
             *options,
             batch,
             size,
@@ -158,6 +123,8 @@ def launch_guide(
             num_warps=warps,
             **OPTIONS,
         )
+        if partials is not None and rule is None:
+            launch(gap_kernel, batch, partials, gap, tiles, num_warps=1, **OPTIONS)
 
 
 def guide_eager(

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .dispatch import backend
 from .operands import sample_size
+from .sums import SUMS
 from .table import Column
-from .tiles import SUMS, TILES
+from .tiles import TILES
 
 Index = Tensor | slice  # which samples of a batch: (N,) int64, or a slice
 
@@ -96,11 +97,10 @@ class Latents:
 
 @dataclass
 class Workspace:
-    """partials (SUMS, B, tiles) float32 and arrivals (B,) int32, where the programs of one large sample meet; scratch
-    (2, B, ...) float32, for the eager step. None where the device does not need them."""
+    """partials (SUMS, B, tiles) float32, the sums of the tiles of large samples; scratch (2, B, ...) float32, for the eager
+    step. None where the device does not need them."""
 
     partials: Tensor | None
-    arrivals: Tensor | None
     scratch: Tensor | None
 
     @classmethod
@@ -110,7 +110,6 @@ class Workspace:
         tiles = 1 if eager else TILES.of(sample_size(x))[2]
         return cls(
             partials=torch.empty((SUMS, len(x), tiles), device=x.device) if tiles > 1 else None,
-            arrivals=torch.zeros(len(x), dtype=torch.int32, device=x.device) if tiles > 1 else None,
             scratch=torch.empty_like(latents.model_input, dtype=torch.float32).unflatten(0, (2, len(x))) if eager else None,
         )
 
@@ -153,8 +152,6 @@ class State:
 
     def start(self, noise: Tensor, table: Tensor, row: int | Tensor = 0, last: int | Tensor | None = None) -> State:
         """All samples at the first row (of the table, or their own) with the initial noise (B, ...); returns itself."""
-        if self.workspace.arrivals is not None:
-            self.workspace.arrivals.zero_()
         self.restart(slice(None), noise, table, row, len(table) - 1 if last is None else last)
         return self
 

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from .dispatch import backend, jit, launch, tl
 from .eager import eager_step
-from .guide import launch_guide
 from .operands import arranged, check_predictions, sample_size, sample_stride
 from .rules import RULES, combined, guided_prediction, options_of, transition
 from .state import BUFFERS, State, buffers_of, state_of
-from .sums import added, empty_sums, keep_sums, known_sums, met_sums, sums_of
+from .sums import added, launch_sums, sums_of, total_gap, total_sums
 from .table import (
     AFTER,
     BEFORE,
@@ -41,7 +40,7 @@ from .table import (
     P,
     Q,
 )
-from .tiles import OPTIONS, RESIDENT, TILES, arrive, norm_of, parts
+from .tiles import OPTIONS, TILES, parts
 
 
 def step(uncond: Tensor, cond: Tensor | None, table: Tensor, state: State, finds: bool = True, rule: str = "cfg") -> None:
@@ -89,7 +88,7 @@ def _check(uncond: Tensor, cond: Tensor | None, table: Tensor, state: State, rul
         raise ValueError(f"table is {table.dtype} with strides {table.stride()}; it must be contiguous torch.float32")
 
 
-_MUTATED = ", ".join(f"Tensor({alias}!)? {name}" for alias, name in zip("abcdefghijklm", ["guided", *BUFFERS], strict=True))
+_MUTATED = ", ".join(f"Tensor({alias}!)? {name}" for alias, name in zip("abcdefghijkl", ["guided", *BUFFERS], strict=True))
 torch.library.define(
     "basinescape::step", f"(Tensor uncond, Tensor? cond, Tensor table, bool finds, {_MUTATED}, *, str rule='cfg') -> ()"
 )
@@ -120,6 +119,42 @@ torch.library.impl("basinescape::step", ("cpu", "cuda"), _step)
 
 
 @jit
+def place(table, row, last, sample):
+    """(number of its row, whether it goes on, its row, the row after) of a sample; one that is done stays at its last row."""
+    end, k = tl.load(last + sample), tl.load(row + sample)
+    goes = k <= end
+    k = tl.minimum(k, end)
+    return k, goes, table + k * COLUMNS, table + tl.minimum(k + 1, end) * COLUMNS
+
+
+@jit
+def look(here, at, gaps, peak, sample, gaps_stride, gap, FINDS: tl.constexpr):
+    """(solver step, step of the transition or -1, largest gap) of a sample once this gap is known."""
+    s = tl.load(here + STEP).to(tl.int64)
+    left, limit, wait = tl.load(at + sample), tl.load(here + LIMIT), tl.load(here + WAIT)
+    top = gap
+    if FINDS:
+        own = gaps + sample * gaps_stride + s
+        before = tl.load(own - 2, mask=s >= 2, other=float("nan"))
+        earlier = tl.load(own - 1, mask=s >= 1, other=float("nan"))
+        peak_before = tl.load(peak + sample)
+        left = transition(s, left, gap, before, earlier, peak_before, tl.load(here + KEEP), limit, tl.load(here + FALL), wait)
+        top = tl.where(gap > peak_before, gap, peak_before)
+    else:
+        left = tl.where((limit == float("inf")) & (left < 0), s + wait.to(tl.int64), left)
+    return s, left, top
+
+
+@jit
+def factors(here, s, left, sums, gap, size, RULE: tl.constexpr):
+    """(a, b): the guided prediction is a uncond + b (cond - uncond)."""
+    a, b = 1.0, tl.load(here + tl.where((left >= 0) & (s >= left), AFTER, BEFORE))
+    if RULE is not None:
+        a, b = combined(RULE, b, sums, gap, size, tl.load(here + FIRST_OPTION), tl.load(here + SECOND_OPTION))
+    return a, b
+
+
+@jit
 def finish(g, guided, model_input, second, unscaled, history, here, following, lanes, mask):
     """Store the guided prediction, or go on to the solver and store what follows from it."""
     if guided is not None:
@@ -145,13 +180,46 @@ def moved(pointer, by):
 
 
 @jit
+def keep_books(
+    here,
+    following,
+    row,
+    at,
+    gaps,
+    peak,
+    timestep,
+    sample,
+    batch,
+    gaps_stride,
+    k,
+    s,
+    left,
+    gap,
+    top,
+    SEES: tl.constexpr,  # a gap was computed
+    FINDS: tl.constexpr,
+    MOVES: tl.constexpr,  # the sample goes on to its next row
+):
+    """Note where a sample is now."""
+    tl.store(at + sample, left)
+    if SEES:
+        first = tl.load(here + FIRST) > 0
+        tl.store(gaps + sample * gaps_stride + s, gap, mask=first)
+        if FINDS:
+            tl.store(peak + sample, top, mask=first)
+    if MOVES:
+        tl.store(row + sample, k + 1)
+        told = tl.load(following + TIMESTEP)
+        tl.store(timestep + sample, told)
+        tl.store(timestep + batch + sample, told)
+
+
+@jit
 def step_kernel(
     uncond,
     cond,  # None: `uncond` is the guided prediction
     table,
     guided,  # None: go on to the solver
-    known,  # (B,) float32, gaps computed beforehand; None
-    sums,  # (SUMS - 1, B) float32, the same for a rule; None
     row,
     last,
     at,
@@ -161,130 +229,199 @@ def step_kernel(
     timestep,
     unscaled,  # or None
     history,  # or None
-    partials,  # None where one program holds a whole sample
-    arrivals,
+    batch,
+    size,
+    uncond_stride,
+    cond_stride,
+    gaps_stride,
+    RULE: tl.constexpr,  # a guidance rule's device function; None: cfg, or one prediction alone
+    FINDS: tl.constexpr,  # samples look for their transition in their gaps
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,  # a block is guided part after part, to stay within the registers
+):
+    """A program a sample."""
+    sample = tl.program_id(0).to(tl.int64)
+    k, goes, here, following = place(table, row, last, sample)
+    rest = tl.where(goes, size, 0)  # a sample that is done has nothing left to work on
+    PART: tl.constexpr = BLOCK // PARTS
+    lanes = tl.arange(0, PART)
+    predictions = ()
+    differences = ()
+    squared = tl.zeros((PART,), tl.float32)
+    sums = (0.0, 0.0, 0.0, 0.0)
+    gap = float("nan")
+    for part in tl.static_range(PARTS):
+        mask = lanes < rest - part * PART
+        u = tl.load(uncond + sample * uncond_stride + part * PART + lanes, mask=mask, other=0.0).to(tl.float32)
+        predictions = predictions + (u,)  # noqa: RUF005 (Triton knows no starred tuple)
+        if cond is not None:
+            c = tl.load(cond + sample * cond_stride + part * PART + lanes, mask=mask, other=0.0).to(tl.float32)
+            differences = differences + (c - u,)  # noqa: RUF005
+            squared += (c - u) * (c - u)
+            if RULE is not None:
+                sums = added(sums, sums_of(u, c - u))
+    if cond is not None:
+        gap = tl.sqrt_rn(tl.sum(squared))
+    s, left, top = look(here, at, gaps, peak, sample, gaps_stride, gap, FINDS)
+    a, b = factors(here, s, left, sums, gap, size, RULE)
+    for part in tl.static_range(PARTS):
+        if PARTS > 1:
+            tl.debug_barrier()  # keeps the compiler from loading the latents and histories of all parts at once
+        by = sample * size + part * PART
+        if cond is None:
+            g = predictions[part]
+        elif RULE is None:
+            g = guided_prediction(predictions[part], differences[part], b)
+        else:
+            g = a * predictions[part] + b * differences[part]
+        finish(
+            g,
+            moved(guided, by),
+            model_input + by,
+            model_input + tl.cast(batch, tl.int64) * size + by,
+            moved(unscaled, by),
+            moved(history, by),
+            here,
+            following,
+            lanes,
+            lanes < rest - part * PART,
+        )
+    tl.debug_barrier()  # all threads have read the state
+    if goes:
+        keep_books(
+            here,
+            following,
+            row,
+            at,
+            gaps,
+            peak,
+            timestep,
+            sample,
+            batch,
+            gaps_stride,
+            k,
+            s,
+            left,
+            gap,
+            top,
+            cond is not None,
+            FINDS,
+            guided is None,
+        )
+
+
+@jit
+def tile_kernel(
+    uncond,
+    cond,
+    table,
+    guided,
+    row,
+    last,
+    at,
+    gaps,
+    peak,
+    model_input,
+    timestep,
+    unscaled,
+    history,
+    partials,  # (SUMS, B, tiles) float32: read where the weight depends on them, else written; None with one prediction
     batch,
     size,
     tiles,
     uncond_stride,
     cond_stride,
     gaps_stride,
-    RULE: tl.constexpr,  # a guidance rule's device function; None: cfg, or one prediction alone
-    FINDS: tl.constexpr,  # samples look for their transition in their gaps
-    MEETS: tl.constexpr,  # ... and the programs of one sample wait for each other's sums
+    RULE: tl.constexpr,
+    FINDS: tl.constexpr,
     BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,  # a block is guided part after part, to stay within the registers
 ):
-    tile = tl.program_id(0) % tiles
+    """A program a tile of a sample: all of `step_kernel` but the books, so that the state is only read."""
     sample = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
     start = tile.to(tl.int64) * BLOCK
-    PART: tl.constexpr = BLOCK // PARTS
-    lanes = tl.arange(0, PART)
-    while sample < batch:
-        end = tl.load(last + sample)
-        k = tl.load(row + sample)
-        goes = k <= end
-        k = tl.minimum(k, end)
-        here = table + k * COLUMNS
-        s = tl.load(here + STEP).to(tl.int64)
-        left = tl.load(at + sample)
-        rest = tl.where(goes, tl.cast(size - start, tl.int32), 0)  # a sample that is done has nothing left to work on
-        if FINDS:
-            own = gaps + sample * gaps_stride + s
-            before = tl.load(own - 2, mask=s >= 2, other=float("nan"))
-            earlier = tl.load(own - 1, mask=s >= 1, other=float("nan"))
-            top = tl.load(peak + sample)
-        predictions = ()
-        differences = ()
-        squared = tl.zeros((PART,), tl.float32)
-        own = (0.0, 0.0, 0.0, 0.0)
-        for part in tl.static_range(PARTS):
-            mask = lanes < rest - part * PART
-            by = start + part * PART
-            u = tl.load(uncond + sample * uncond_stride + by + lanes, mask=mask, other=0.0).to(tl.float32)
-            predictions = predictions + (u,)  # noqa: RUF005 (Triton knows no starred tuple)
-            if cond is not None:
-                c = tl.load(cond + sample * cond_stride + by + lanes, mask=mask, other=0.0).to(tl.float32)
-                differences = differences + (c - u,)  # noqa: RUF005
-                squared += (c - u) * (c - u)
-                if RULE is not None and sums is None:
-                    own = added(own, sums_of(u, c - u))
-        squares = tl.sum(squared)
-        if partials is None:
-            gap = tl.sqrt_rn(squares)
+    _, goes, here, following = place(table, row, last, sample)
+    lanes = tl.arange(0, BLOCK)
+    mask = lanes < tl.where(goes, tl.cast(size - start, tl.int32), 0)
+    u = tl.load(uncond + sample * uncond_stride + start + lanes, mask=mask, other=0.0).to(tl.float32)
+    gap = float("nan")
+    sums = (0.0, 0.0, 0.0, 0.0)
+    if cond is not None:
+        d = tl.load(cond + sample * cond_stride + start + lanes, mask=mask, other=0.0).to(tl.float32) - u
+        if FINDS or RULE is not None:
+            gap = total_gap(partials, sample, tiles)
+            if RULE is not None:
+                sums = total_sums(partials, sample, batch, tiles)
         else:
-            if RULE is not None and sums is None:
-                keep_sums(partials, own, sample, tile, batch, tiles)
-            arrived = arrive(partials, arrivals, squares, sample, tile, tiles)
-            if MEETS:
-                goal = (arrived // tiles + 1) * tiles
-                seen = arrived + 1
-                while seen < goal:
-                    seen = tl.atomic_add(arrivals + sample, 0, sem="acquire")
-                gap = norm_of(partials, sample, tiles)
-                if RULE is not None:
-                    own = met_sums(partials, sample, batch, tiles)
-            if known is not None:
-                gap = tl.load(known + sample)
-                if RULE is not None:
-                    own = known_sums(sums, sample, batch)
-        limit, wait = tl.load(here + LIMIT), tl.load(here + WAIT)
-        if FINDS:
-            keep, fall = tl.load(here + KEEP), tl.load(here + FALL)
-            left = transition(s, left, gap, before, earlier, top, keep, limit, fall, wait)
-        else:
-            left = tl.where((limit == float("inf")) & (left < 0), s + wait.to(tl.int64), left)
-        weight = tl.load(here + tl.where((left >= 0) & (s >= left), AFTER, BEFORE))
-        if RULE is not None:
-            option, other = tl.load(here + FIRST_OPTION), tl.load(here + SECOND_OPTION)
-            a, b = combined(RULE, weight, own, gap, size, option, other)
-        following = table + tl.minimum(k + 1, end) * COLUMNS
-        for part in tl.static_range(PARTS):
-            if PARTS > 1:
-                tl.debug_barrier()  # keeps the compiler from loading the latents and histories of all parts at once
-            by = sample * size + start + part * PART
-            if cond is None:
-                g = predictions[part]
-            elif RULE is None:
-                g = guided_prediction(predictions[part], differences[part], weight)
-            else:
-                g = a * predictions[part] + b * differences[part]
-            finish(
-                g,
-                moved(guided, by),
-                model_input + by,
-                model_input + tl.cast(batch, tl.int64) * size + by,
-                moved(unscaled, by),
-                moved(history, by),
-                here,
-                following,
-                lanes,
-                lanes < rest - part * PART,
-            )
+            tl.store(partials + sample * tiles + tile, tl.sum(d * d))
+    s, left, _ = look(here, at, gaps, peak, sample, gaps_stride, gap, FINDS)
+    a, b = factors(here, s, left, sums, gap, size, RULE)
+    if cond is None:
+        g = u
+    elif RULE is None:
+        g = guided_prediction(u, d, b)
+    else:
+        g = a * u + b * d
+    by = sample * size + start
+    finish(
+        g,
+        moved(guided, by),
+        model_input + by,
+        model_input + tl.cast(batch, tl.int64) * size + by,
+        moved(unscaled, by),
+        moved(history, by),
+        here,
+        following,
+        lanes,
+        mask,
+    )
 
-        # One program keeps the books, once all of the sample's programs have read the state.
-        if partials is None:
-            tl.debug_barrier()
-            keeps = goes
-        elif MEETS:
-            keeps = goes & (tile == 0)
-        else:
-            keeps = goes & (arrived % tiles == tiles - 1)
-        if keeps:
-            tl.store(at + sample, left)
-            if cond is not None:
-                if partials is not None and not MEETS and known is None:
-                    gap = norm_of(partials, sample, tiles)
-                first = tl.load(here + FIRST) > 0
-                tl.store(gaps + sample * gaps_stride + s, gap, mask=first)
-                if FINDS:
-                    tl.store(peak + sample, tl.where(gap > top, gap, top), mask=first)
-            if guided is None:
-                tl.store(row + sample, k + 1)
-                told = tl.load(following + TIMESTEP)
-                tl.store(timestep + sample, told)
-                tl.store(timestep + batch + sample, told)
-        sample += tl.num_programs(0) // tiles
+
+@jit
+def books_kernel(
+    table,
+    row,
+    last,
+    at,
+    gaps,
+    peak,
+    timestep,
+    partials,  # None: no gap was computed
+    batch,
+    tiles,
+    gaps_stride,
+    FINDS: tl.constexpr,
+    MOVES: tl.constexpr,  # samples go on to their next rows
+):
+    """A program a sample, after its tiles: the same decision again, noted."""
+    sample = tl.program_id(0).to(tl.int64)
+    k, goes, here, following = place(table, row, last, sample)
+    gap = float("nan")
+    if partials is not None:
+        gap = total_gap(partials, sample, tiles)
+    s, left, top = look(here, at, gaps, peak, sample, gaps_stride, gap, FINDS)
+    tl.debug_barrier()  # all threads have read the state
+    if goes:
+        keep_books(
+            here,
+            following,
+            row,
+            at,
+            gaps,
+            peak,
+            timestep,
+            sample,
+            batch,
+            gaps_stride,
+            k,
+            s,
+            left,
+            gap,
+            top,
+            partials is not None,
+            FINDS,
+            MOVES,
+        )
 
 
 def launch_step(
@@ -296,7 +433,8 @@ def launch_step(
     state: State,
     rule: str = "cfg",
 ) -> None:
-    way, latents, space = state.transition, state.latents, state.workspace
+    """The launches of `step`, or, where `guided` is given, of `guide_step`."""
+    way, latents, partials = state.transition, state.latents, state.workspace.partials
     batch, size = len(uncond), sample_size(uncond)
     if not batch:
         return
@@ -304,47 +442,19 @@ def launch_step(
     cond = cond if cond is None else arranged(cond, latents.x)
     block, warps, tiles = TILES.of(size)
     finds, combines = finds and cond is not None, None if cond is None else RULES[rule]
-    groups, known, sums, meets = batch, None, None, False
+    operands = uncond, cond, table, guided, way.row, way.last, way.at, way.gaps, way.peak
+    operands += latents.model_input, latents.timestep, latents.unscaled, latents.history
+    strides = sample_stride(uncond), 0 if cond is None else sample_stride(cond), way.gaps.stride(0)
+    options = {"RULE": None if combines is None else combines.device, "FINDS": finds, "BLOCK": block, "num_warps": warps}
     with torch.cuda.device_of(uncond):
-        if tiles > 1 and (finds or combines is not None):
-            groups = TILES.resident(uncond.device) // tiles
-            meets = groups > 0
-            if not meets:
-                groups, known = batch, uncond.new_empty(batch, dtype=torch.float32)
-                sums = None if combines is None else empty_sums(uncond)
-                launch_guide(uncond, cond, 0.0, None, known, sums=sums)
-        launch(
-            step_kernel,
-            min(groups, batch) * tiles,
-            uncond,
-            cond,
-            table,
-            guided,
-            known,
-            sums,
-            way.row,
-            way.last,
-            way.at,
-            way.gaps,
-            way.peak,
-            latents.model_input,
-            latents.timestep,
-            latents.unscaled,
-            latents.history,
-            space.partials,
-            space.arrivals,
-            batch,
-            size,
-            tiles,
-            sample_stride(uncond),
-            0 if cond is None else sample_stride(cond),
-            way.gaps.stride(0),
-            RULE=None if combines is None else combines.device,
-            FINDS=finds,
-            MEETS=meets,
-            BLOCK=block,
-            PARTS=parts(block, uncond.element_size()),
-            num_warps=warps,
-            **OPTIONS,
-            **(RESIDENT if meets else {}),
-        )
+        if tiles == 1:
+            options["PARTS"] = parts(block, uncond.element_size())
+            launch(step_kernel, batch, *operands, batch, size, *strides, **options, **OPTIONS)
+            return
+        partials = None if cond is None else partials
+        if finds or combines is not None:
+            launch_sums(uncond, cond, partials, combines is not None)
+        launch(tile_kernel, batch * tiles, *operands, partials, batch, size, tiles, *strides, **options, **OPTIONS)
+        operands = table, way.row, way.last, way.at, way.gaps, way.peak, latents.timestep, partials
+        options = {"FINDS": finds, "MOVES": guided is None, "num_warps": 1}
+        launch(books_kernel, batch, *operands, batch, tiles, way.gaps.stride(0), **options, **OPTIONS)

@@ -7,8 +7,11 @@ from collections.abc import Callable
 
 import torch
 
-from .dispatch import jit, tl
-from .tiles import SUMS, sum_of
+from .dispatch import jit, launch, tl
+from .operands import sample_size, sample_stride
+from .tiles import OPTIONS, TILES
+
+SUMS = 5  # of a sample: that of its squared difference, and those that a guidance rule needs beside it
 
 
 @jit
@@ -30,29 +33,60 @@ def added(some, more):
 
 
 @jit
-def keep_sums(partials, own, sample, tile, batch, tiles):
-    """Store a tile's sums beside that of its squares, before it arrives."""
-    for i in tl.static_range(4):
-        tl.store(partials + ((i + 1) * batch + sample) * tiles + tile, own[i])
+def total(partials, sample, tiles, LANES: tl.constexpr = 256):
+    """What the tiles of a sample stored, added in a fixed order."""
+    lanes = tl.arange(0, LANES)
+    sums = tl.zeros((LANES,), tl.float32)
+    start = 0
+    while start < tiles:
+        sums += tl.load(partials + sample * tiles + start + lanes, mask=lanes < tiles - start, other=0.0)
+        start += LANES
+    return tl.sum(sums)
 
 
 @jit
-def met_sums(partials, sample, batch, tiles):
-    """A sample's sums once all of its tiles have arrived."""
-    u, d = sum_of(partials, batch + sample, tiles), sum_of(partials, 2 * batch + sample, tiles)
-    return u, d, sum_of(partials, 3 * batch + sample, tiles), sum_of(partials, 4 * batch + sample, tiles)
+def total_gap(partials, sample, tiles):
+    return tl.sqrt_rn(total(partials, sample, tiles))
 
 
 @jit
-def known_sums(sums, sample, batch):
-    """A sample's sums, computed beforehand."""
-    u, d = tl.load(sums + sample), tl.load(sums + batch + sample)
-    return u, d, tl.load(sums + 2 * batch + sample), tl.load(sums + 3 * batch + sample)
+def total_sums(partials, sample, batch, tiles):
+    """`sums_of` a whole sample."""
+    u, d = total(partials, batch + sample, tiles), total(partials, 2 * batch + sample, tiles)
+    return u, d, total(partials, 3 * batch + sample, tiles), total(partials, 4 * batch + sample, tiles)
 
 
-def empty_sums(uncond: torch.Tensor) -> torch.Tensor:
-    """Room for the sums of every sample that a guidance rule needs beside the gap."""
-    return torch.empty((SUMS - 1, len(uncond)), dtype=torch.float32, device=uncond.device)
+@jit
+def sums_kernel(uncond, cond, partials, batch, size, tiles, uncond_stride, cond_stride, ALL: tl.constexpr, BLOCK: tl.constexpr):
+    """A program a tile: its sum of squared differences, and with ALL the others, into partials (SUMS, B, tiles)."""
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    start = tile.to(tl.int64) * BLOCK
+    lanes = tl.arange(0, BLOCK)
+    mask = lanes < size - start
+    u = tl.load(uncond + sample * uncond_stride + start + lanes, mask=mask, other=0.0).to(tl.float32)
+    c = tl.load(cond + sample * cond_stride + start + lanes, mask=mask, other=0.0).to(tl.float32)
+    tl.store(partials + sample * tiles + tile, tl.sum((c - u) * (c - u)))
+    if ALL:
+        sums = sums_of(u, c - u)
+        for i in tl.static_range(4):
+            tl.store(partials + ((i + 1) * batch + sample) * tiles + tile, sums[i])
+
+
+def launch_sums(uncond: torch.Tensor, cond: torch.Tensor, partials: torch.Tensor, all_sums: bool) -> None:
+    """Fill `partials` from samples of several tiles: the sums of squared differences, or all."""
+    batch, size = len(uncond), sample_size(uncond)
+    block, warps, tiles = TILES.of(size)
+    strides = sample_stride(uncond), sample_stride(cond)
+    options = {"ALL": all_sums, "BLOCK": block, "num_warps": warps, **OPTIONS}
+    launch(sums_kernel, batch * tiles, uncond, cond, partials, batch, size, tiles, *strides, **options)
+
+
+@jit
+def gap_kernel(partials, gap, tiles):
+    """A program a sample: its noise gap, from its tiles' sums."""
+    sample = tl.program_id(0).to(tl.int64)
+    tl.store(gap + sample, total_gap(partials, sample, tiles))
 
 
 PART = 256  # elements whose squares are added first: rounding does not grow with the size of a sample

@@ -9,9 +9,9 @@ from basinescape import FirstMinimum, Guidance, Sampler
 from basinescape.kernels import noise_gap, noise_gap_eager
 from basinescape.kernels.dispatch import INTERPRETED
 from basinescape.kernels.tiles import Tiles
-from interleaving import SMALL, interleaved
-from mutants import host_mutant, module, mutant
-from stepruns import check_run
+from kernelruns import check_run
+from mutants import host_mutant, mutant
+from tiled import SMALL
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.skipif(not INTERPRETED, reason="mutants of kernels are interpreted")]
 
@@ -34,43 +34,32 @@ RUN = {
 }
 
 
-def steps(resident, **changes):
-    """Some orders in which the programs of the samples of a run may go on; `resident` of them may wait for each other."""
+def steps(**changes):
+    """A run in tiles."""
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(Tiles, "of", SMALL.of)
-        patches.setattr(Tiles, "resident", lambda tiles, device: resident)
-        for seed in range(2):
-            with interleaved(seed):
-                check_run(RUN | changes)
+        check_run(RUN | changes)
 
 
 def gaps():
-    """Two launches in one stream."""
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(Tiles, "of", SMALL.of)
-        kept = torch.zeros(2, dtype=torch.int32)
-        patches.setattr(module("kernels.guide"), "_arrival_counters", lambda *_: kept)
-        for seed in range(2):
-            uncond, cond = torch.randn((2, 2, 4, 8, 9), generator=torch.Generator().manual_seed(seed))
-            with interleaved(seed):
-                torch.testing.assert_close(noise_gap(uncond, cond), noise_gap_eager(uncond, cond))
+        uncond, cond = torch.randn((2, 2, 4, 8, 9), generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(noise_gap(uncond, cond), noise_gap_eager(uncond, cond))
 
 
-MEET, STRANGERS, AFTER = partial(steps, 1000), partial(steps, 0, latest=0), partial(steps, 1000, wait=2)
-FALLEN = partial(steps, 1000, earliest=7, fall=0.6)
+KNOWN, WAITING, FALLEN = partial(steps, latest=0), partial(steps, wait=2), partial(steps, earliest=7, fall=0.6)
 MUTANTS = {
-    "no wait for the other programs": (MEET, "step", "step_kernel", "while seen < goal:", "while seen < 0:"),
-    "one program too few is waited for": (MEET, "step", "step_kernel", "while seen < goal:", "while seen < goal - 1:"),
-    "the goal of the first launch": (MEET, "step", "step_kernel", "(arrived // tiles + 1) * tiles", "tiles"),
-    "a sum is not stored": (MEET, "tiles", "arrive", "tl.store(partials + sample * tiles + tile, squares)", "pass"),
-    "the first to arrive keeps the books": (STRANGERS, "step", "step_kernel", "% tiles == tiles - 1", "% tiles == 0"),
-    "counters are not put back": (gaps, "guide", "guide_kernel", "tl.store(arrivals + sample, 0)", "pass"),
-    "the gap of two steps ago is the last one": (MEET, "step", "step_kernel", "tl.load(own - 2", "tl.load(own - 1"),
-    "the minimum may be at its end": (MEET, "rules", "transition", "(last < gap)", "(last > gap)"),
+    "a sum is not stored": (steps, "sums", "sums_kernel", "tl.store(partials + sample * tiles + tile,", "(0,"),
+    "a tile's sum is not stored": (gaps, "guide", "guide_kernel", "tl.store(partials + sample * tiles + tile,", "(0,"),
+    "the last tiles are not added": (gaps, "sums", "total", "mask=lanes < tiles - start", "mask=lanes < tiles - start - 1"),
+    "the books are not kept": (KNOWN, "step", "books_kernel", "if goes:", "if goes & (sample > 0):"),
+    "the gap of two steps ago is the last one": (steps, "step", "look", "tl.load(own - 2", "tl.load(own - 1"),
+    "the minimum may be at its end": (steps, "rules", "transition", "(last < gap)", "(last > gap)"),
     "a gap has fallen where it is above": (FALLEN, "rules", "transition", "(gap < fall * peak)", "(gap > fall * peak)"),
-    "the wait is not kept": (AFTER, "rules", "transition", "step + wait.to(tl.int64)", "step"),
-    "a sample that is done goes on": (MEET, "step", "step_kernel", "goes = k <= end", "goes = k >= 0"),
-    "a sample goes past its own last row": (MEET, "step", "step_kernel", "end = tl.load(last + sample)", "end = tl.load(last)"),
+    "the wait is not kept": (WAITING, "rules", "transition", "step + wait.to(tl.int64)", "step"),
+    "a sample that is done goes on": (steps, "step", "place", "goes = k <= end", "goes = k >= 0"),
+    "a sample goes past its own last row": (steps, "step", "place", "tl.load(last + sample)", "tl.load(last)"),
 }
 
 
@@ -81,9 +70,9 @@ def test_a_broken_kernel_is_found(name):
         check()
 
 
-@pytest.mark.parametrize("check", [MEET, STRANGERS, AFTER, FALLEN, gaps])
+@pytest.mark.parametrize("check", [steps, KNOWN, WAITING, FALLEN, gaps])
 def test_the_whole_kernel_passes(check):
-    with mutant("step", "step_kernel", "while seen < goal:", "while seen < goal:"):
+    with mutant("step", "place", "goes = k <= end", "goes = k <= end"):
         check()
 
 

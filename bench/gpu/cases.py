@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from unittest.mock import patch
 
 import torch
 from basinescape.kernels import definition, step
 from basinescape.kernels.state import State
 from basinescape.kernels.table import Column
-from basinescape.kernels.tiles import Tiles
 from torch import Tensor
 
 STEPS = 7
@@ -25,30 +22,24 @@ LAYOUTS = ("contiguous", "channels last", "halves", "spread")
 class Mode:
     """A way the step is launched: latents of `shape`, samples that look for their transition or not.
 
-    alone: one prediction is all that is needed. strangers: tiles are not allowed to meet. launches: how many it takes.
+    alone: one prediction is all that is needed. launches: how many it takes.
     """
 
     shape: tuple[int, ...]
     finds: bool
     alone: bool = False
-    strangers: bool = False
     launches: int = 1
-
-    def active(self) -> AbstractContextManager:
-        """The context that brings it about."""
-        return patch.object(Tiles, "resident", return_value=0) if self.strangers else nullcontext()
 
 
 MODES = {
     "one block": Mode(SD, finds=False),
     "one block, first minimum": Mode(SD, finds=True),
     "one prediction": Mode(SD, finds=False, alone=True),
-    "tiles, weight known": Mode(SDXL, finds=False),
-    "tiles that meet, SDXL": Mode(SDXL, finds=True),
-    "tiles that meet, SD3": Mode(SD3, finds=True),
-    "tiles, one prediction": Mode(SDXL, finds=False, alone=True),
-    "tiles, gap known, SDXL": Mode(SDXL, finds=True, strangers=True, launches=2),
-    "tiles, gap known, video": Mode(VIDEO, finds=True, launches=2),
+    "tiles, weight known": Mode(SDXL, finds=False, launches=2),
+    "tiles, first minimum, SDXL": Mode(SDXL, finds=True, launches=3),
+    "tiles, first minimum, SD3": Mode(SD3, finds=True, launches=3),
+    "tiles, first minimum, video": Mode(VIDEO, finds=True, launches=3),
+    "tiles, one prediction": Mode(SDXL, finds=False, alone=True, launches=2),
 }
 
 

@@ -5,7 +5,6 @@ A check takes a device and returns its figures; it raises AssertionError where t
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -16,7 +15,6 @@ from basinescape.kernels import guide, guide_eager, noise_gap, step
 from basinescape.kernels.rules import RULES
 from basinescape.kernels.state import State
 from basinescape.kernels.table import Column
-from basinescape.kernels.tiles import TILES
 from torch import Tensor
 
 from .cases import (
@@ -83,21 +81,19 @@ def check_step(device: torch.device) -> Figures:
     """The step in every mode, dtype and layout, with and without history, samples at steps of their own."""
     figures = {}
     for name, mode in MODES.items():
-        with mode.active():
-            for dtype, tolerance in DTYPES.items():
-                worst = max(_follow(mode, dtype, wide, layout, device) for wide in (True, False) for layout in LAYOUTS)
-                figures[f"{name}, {dtype}"] = worst
-                require(worst <= tolerance, f"{name}, {dtype}: latents off by {worst:.2g}")
+        for dtype, tolerance in DTYPES.items():
+            worst = max(_follow(mode, dtype, wide, layout, device) for wide in (True, False) for layout in LAYOUTS)
+            figures[f"{name}, {dtype}"] = worst
+            require(worst <= tolerance, f"{name}, {dtype}: latents off by {worst:.2g}")
     return figures
 
 
 def check_rules(device: torch.device) -> Figures:
-    """The step under every guidance rule, in one program, in tiles that meet and in tiles that do not."""
+    """The step under every guidance rule, in one program and in tiles."""
     figures = {}
     for rule, (name, mode), (dtype, tolerance) in product(RULES, MODES.items(), DTYPES.items()):
         if not mode.alone:
-            with mode.active():
-                worst = _follow(mode, dtype, True, "contiguous", device, rule)
+            worst = _follow(mode, dtype, True, "contiguous", device, rule)
             figures[f"{rule}, {name}, {dtype}"] = worst
             require(worst <= tolerance, f"{rule}, {name}, {dtype}: latents off by {worst:.2g}")
     return figures
@@ -132,13 +128,12 @@ def _require_fed(state: State, table: Tensor, dtype: torch.dtype, where: str) ->
 def check_batches(device: torch.device) -> Figures:
     """A sample has the same bits in any batch."""
     for name, mode in MODES.items():
-        with mode.active():
-            for dtype in DTYPES:
-                after = {chosen: _bits(mode, list(chosen), dtype, device) for chosen in ((0, 1, 2, 3, 4), (3,), (3, 1))}
-                for chosen, found in after.items():
-                    at = chosen.index(3)
-                    same = (torch.equal(a[at], b[3]) for a, b in zip(found, after[0, 1, 2, 3, 4], strict=True))
-                    require(all(same), f"{name}, {dtype}: sample 3 differs in batch {chosen}")
+        for dtype in DTYPES:
+            after = {chosen: _bits(mode, list(chosen), dtype, device) for chosen in ((0, 1, 2, 3, 4), (3,), (3, 1))}
+            for chosen, found in after.items():
+                at = chosen.index(3)
+                agree = (torch.equal(a[at], b[3]) for a, b in zip(found, after[0, 1, 2, 3, 4], strict=True))
+                require(all(agree), f"{name}, {dtype}: sample 3 differs in batch {chosen}")
     return {"modes": len(MODES), "dtypes": len(DTYPES)}
 
 
@@ -155,56 +150,12 @@ def same(found: list[Tensor], expected: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def check_streams(device: torch.device) -> Figures:
-    """Launches that meet, overlapping on many streams from one thread and from many, beside work that fills the GPU."""
-    meeting = [mode for mode in MODES.values() if mode.finds and not mode.strangers]
-    runs = [Run.of(mode, batch, torch.float16, device) for mode in meeting for batch in (1, 3)]
-    expected = [run.result() for run in runs]
-    streams = [torch.cuda.Stream() for _ in runs]
-    filler, square = torch.cuda.Stream(), torch.randn((2048, 2048), device=device)
-    torch.cuda.synchronize()
-    rounds = 30
-    for turn in range(rounds):
-        with torch.cuda.stream(filler):
-            for _ in range(20):
-                square @ square
-        (_in_threads if turn % 2 else _interleaved)(runs, streams)
-        torch.cuda.synchronize()
-        for run, right in zip(runs, expected, strict=True):
-            require(same(run.snapshot(), right), f"round {turn}: {run.mode} differs from its serial run")
-    return {"streams": len(streams), "rounds": rounds, "launches": rounds * len(runs) * STEPS}
-
-
-def _interleaved(runs: list[Run], streams: list[torch.cuda.Stream]) -> None:
-    for k in range(STEPS):
-        for run, stream in zip(runs, streams, strict=True):
-            with torch.cuda.stream(stream):
-                if k == 0:
-                    run.restart()
-                run.take()
-
-
-def _in_threads(runs: list[Run], streams: list[torch.cuda.Stream]) -> None:
-    def work(run: Run, stream: torch.cuda.Stream) -> None:
-        with torch.cuda.stream(stream):
-            run.restart()
-            for _ in range(STEPS):
-                run.take()
-
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(runs, streams, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
 def each_run(device: torch.device) -> Iterator[tuple[str, Run]]:
-    """A warmed-up run of each mode, active."""
+    """A warmed-up run of each mode."""
     for name, mode in MODES.items():
-        with mode.active():
-            run = Run.of(mode, 2, torch.float16, device)
-            run.result()
-            yield name, run
+        run = Run.of(mode, 2, torch.float16, device)
+        run.result()
+        yield name, run
 
 
 def check_synchronisation(device: torch.device) -> Figures:
@@ -262,22 +213,6 @@ def _kernels(call: Callable[[], object]) -> int:
     return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
 
 
-def check_residence(device: torch.device) -> Figures:
-    """One sample that needs every resident program at once: the launch is refused, or hangs, unless they all are."""
-    programs, (tile, _) = TILES.resident(device), TILES.tile
-    mode = Mode((programs, tile), finds=True)
-    figures = {"programs": programs, "elements": programs * tile}
-    for dtype, tolerance in DTYPES.items():
-        state, table = started(mode, 1, dtype, device)
-        exact = Exact(state, table)
-        for uncond, cond in predictions(mode, 1, dtype, device):
-            step(uncond, cond, table, state)
-            exact.take(uncond, cond)
-            error = exact.compare(state, str(dtype))
-            require(error <= tolerance, f"{dtype}: latents off by {error:.2g}")
-    return figures
-
-
 CHECKS: dict[str, Callable[[torch.device], Figures]] = {
     "guide": check_guide,
     "step": check_step,
@@ -286,6 +221,4 @@ CHECKS: dict[str, Callable[[torch.device], Figures]] = {
     "launches": check_launches,
     "synchronisation": check_synchronisation,
     "capture": check_capture,
-    "residence": check_residence,
-    "streams": check_streams,
 }

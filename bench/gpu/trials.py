@@ -1,10 +1,12 @@
-"""Everything there is to find out on a GPU: checks first, then under a sanitizer, then the benchmarks, into one JSON file.
+"""Everything there is to find out on a GPU, into one JSON file.
 
-python -m basinescape.bench.gpu --out FILE.json [--quick]
+python -m basinescape.bench.gpu --out FILE.json [--minutes M]
 
-Each check and each bench runs in a process of its own, under a time limit: one that fails, crashes or hangs is recorded, and
-the others go on. The file is written anew after each. Where compute-sanitizer is installed (`pip install
-nvidia-cuda-sanitizer-api`), checks run under it, too.
+What is worth most comes first: the kernels against float64 and under a sanitizer, capture, waits and launches, then the
+benchmarks. Each check and each bench runs in a process of its own, under a time limit: one that fails, crashes or hangs is
+recorded, and the others go on. The file is written anew with every result. With --minutes there are fewer sizes, and what is
+left when time is up is recorded as not reached. Where diffusers is missing, what needs it is skipped. Where compute-sanitizer
+is installed (`pip install nvidia-cuda-sanitizer-api`), checks run under it, too.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib import import_module, metadata
 from importlib.util import find_spec
@@ -29,23 +32,30 @@ import torch
 
 from .. import speed
 from ..speed.timing import taken
-from ..tables import tables
 from .checks import CHECKS, Skipped
+from .report import rendered
 
-SAMPLER_CHECKS = ("sampler synchronisation", "sampler launches", "sampler capture", "sampler images")
-NEED_DIFFUSERS = (*SAMPLER_CHECKS, "bench step", "bench images")
+SAMPLER_CHECKS = ("sampler launches", "sampler synchronisation", "sampler capture", "sampler images")
 BENCH = "bench "
-SANITIZED = {f"{check}, {tool}": (check, tool) for tool in ("memcheck", "racecheck") for check in ("guide", "batches")}
+BENCHES = tuple(BENCH + name for name in speed.BENCHES)
+NEED_DIFFUSERS = {*SAMPLER_CHECKS, *BENCHES} - {"bench kernel"}
+SANITIZED = {f"{check}, {tool}": (check, tool) for tool in ("racecheck", "memcheck") for check in ("guide", "batches")}
 FOUND = 99  # what compute-sanitizer exits with where it has found something
 # Our kernels alone, and no failed calls of the driver's: libraries ask it for what may not be there, and go on.
-OURS = [f"--kernel-name=kernel_substring={kernel}" for kernel in ("guide_kernel", "step_kernel")]
+KERNELS = ("guide_kernel", "step_kernel", "tile_kernel", "books_kernel", "sums_kernel", "gap_kernel")
+OURS = [f"--kernel-name=kernel_substring={kernel}" for kernel in KERNELS]
 WATCH = ["--error-exitcode", str(FOUND), "--report-api-errors", "no", *OURS]
-LIMITS = {False: {"check": 900, "bench": 4 * 3600}, True: {"check": 300, "bench": 550}}  # seconds, by whether it is quick
+LIMITS = {False: {"check": 900, "bench": 4 * 3600}, True: {"check": 60, "bench": 150}}  # seconds, by whether time is short
+LEAST = 10  # seconds in which a process can find anything out
+
+Result = dict[str, Any]
 
 
 def trial_names() -> list[str]:
-    """Checks by their names, under a sanitizer before its tool; benches after "bench "."""
-    return [*CHECKS, *SAMPLER_CHECKS, *SANITIZED, *(BENCH + name for name in speed.BENCHES)]
+    """Checks by their names, under a sanitizer before its tool; benches after "bench ". What is worth most comes first."""
+    first, *slow = SANITIZED
+    exact = ["guide", "step", "rules", "batches"]
+    return [*exact, first, *(check for check in CHECKS if check not in exact), *SAMPLER_CHECKS, *BENCHES, *slow]
 
 
 def sanitizer() -> str | None:
@@ -60,7 +70,8 @@ def sanitizer() -> str | None:
 
 def perform(name: str, out: Path, quick: bool) -> None:
     """Make one trial in this process and write {status, figures | error, rows} to `out`; rows as they come."""
-    device, result = torch.device("cuda"), {"status": "passed", "rows": []}
+    device = torch.device("cuda")
+    result: Result = {"status": "passed", "rows": []}
     try:
         if name.startswith(BENCH):
             for row in speed.run([name.removeprefix(BENCH)], device, "quick" if quick else "cuda"):
@@ -77,74 +88,110 @@ def perform(name: str, out: Path, quick: bool) -> None:
     write(out, result)
 
 
-def isolated(name: str, quick: bool) -> dict[str, Any]:
-    """Make one trial in another process; its result, whatever becomes of it, and the seconds it took."""
-    if name in NEED_DIFFUSERS and find_spec("diffusers") is None:
-        return {"status": "skipped", "error": "diffusers is not installed", "rows": [], "seconds": 0.0}
+def isolated(name: str, quick: bool, limit: float, found: Callable[[Result], None] = lambda result: None) -> Result:
+    """Make one trial in another process of at most `limit` seconds; its result, whatever becomes of it, and its seconds.
+
+    found: called with what there is so far, while it runs.
+    """
     check, tool = SANITIZED.get(name, (name, None))
-    watcher = []
+    watcher: list[str] = []
     if tool is not None:
-        if (program := sanitizer()) is None:
-            return {"status": "skipped", "error": "compute-sanitizer is not installed", "rows": [], "seconds": 0.0}
+        program = sanitizer()
+        if program is None:
+            return _skipped("compute-sanitizer is not installed")
         watcher = [program, "--tool", tool, *WATCH]
-    limit = LIMITS[quick]["bench" if name.startswith(BENCH) else "check"]
+    if name in NEED_DIFFUSERS and find_spec("diffusers") is None:
+        return _skipped("diffusers is not installed")
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "result.json")
-        command = [sys.executable, "-m", __package__, "--only", check, "--out", str(out), *(["--quick"] if quick else [])]
-        code = ending([*watcher, *command], limit)
-        result = json.loads(out.read_text()) if out.exists() else {"status": "unfinished", "rows": []}
+        command = [
+            sys.executable,
+            "-m",
+            __package__,
+            "--only",
+            check,
+            "--out",
+            str(out),
+            *(["--minutes", "1"] if quick else []),
+        ]
+        code = ending([*watcher, *command], limit, lambda: found(read(out)))
+        result = read(out)
     if result["status"] == "unfinished" or (code != 0 and result["status"] != "failed"):
-        error = f"not done after {limit} s" if code is None else f"ended with code {code}"
+        error = f"not done after {limit:.0f} s" if code is None else f"ended with code {code}"
         result |= {"status": "failed", "error": f"{tool} has found errors" if tool and code == FOUND else error}
     return {**result, "seconds": time.perf_counter() - start}
 
 
-def ending(command: list[str], limit: float) -> int | None:
+def _skipped(why: str) -> Result:
+    return {"status": "skipped", "error": why, "rows": [], "seconds": 0.0}
+
+
+def ending(command: Sequence[str], limit: float, meanwhile: Callable[[], None] = lambda: None) -> int | None:
     """The exit code of a command; None if it was not done after `limit` seconds. Nothing of it is left running."""
     process = subprocess.Popen(command, start_new_session=True)
+    end = time.monotonic() + limit
     try:
-        return process.wait(limit)
-    except subprocess.TimeoutExpired:
-        return None
+        while True:
+            try:
+                return process.wait(min(5.0, max(0.0, end - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                if time.monotonic() >= end:
+                    return None
+                meanwhile()
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def write(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=1) + "\n")
+def read(path: Path) -> Result:
+    """What a trial has written so far."""
+    return json.loads(path.read_text()) if path.exists() else {"status": "unfinished", "rows": []}
 
 
-def main() -> None:
+def write(path: Path, data: Result) -> None:
+    """Whoever reads the file finds the old or the new one, whole."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(json.dumps(data, indent=1) + "\n")
+    new.replace(path)
+
+
+def trials(minutes: float | None, report: Callable[[str, Result], None]) -> Iterator[tuple[str, Result]]:
+    """(name, result) of one trial after another. report: called with what a trial has found so far, while it runs."""
+    end = time.monotonic() + (sys.maxsize if minutes is None else 60 * minutes)
+    quick = minutes is not None
+    for name in trial_names():
+        limit = min(LIMITS[quick]["bench" if name.startswith(BENCH) else "check"], end - time.monotonic())
+        if limit < LEAST:
+            yield name, {"status": "not reached", "rows": [], "seconds": 0.0}
+        else:
+            yield name, isolated(name, quick, limit, lambda result, name=name: report(name, result))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Check, then time, on the GPU of this machine.")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON file to write")
-    parser.add_argument("--quick", action="store_true", help="fewer sizes: minutes instead of hours")
-    parser.add_argument(
-        "--only",
-        choices=[name for name in trial_names() if name not in SANITIZED],
-        metavar="TRIAL",
-        help="one trial, in this process",
-    )
-    args = parser.parse_args()
+    parser.add_argument("--minutes", type=float, metavar="M", help="end after so many, with fewer sizes; default: hours")
+    parser.add_argument("--only", choices=[*CHECKS, *SAMPLER_CHECKS, *BENCHES], metavar="TRIAL", help="one, in this process")
+    args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         sys.exit(f"basinescape.bench.gpu: torch {torch.__version__} sees no CUDA GPU here, and these checks are for one")
     if args.only:
-        return perform(args.only, args.out, args.quick)
-    report: dict[str, Any] = {**taken(torch.device("cuda")), "quick": args.quick, "checks": [], "rows": []}
-    for name in trial_names():
-        result = isolated(name, args.quick)
-        rows = result.pop("rows")
-        report["checks"].append({"check": name, **result})
-        report["rows"] += rows
-        write(args.out, report)
-        print(f"{result['status']:8} {name}, {result['seconds']:.0f} s  {result.get('error', '')}", flush=True)
-        if rows:
-            print(tables(rows), flush=True)
-    if any(check["status"] == "failed" for check in report["checks"]):
+        return perform(args.only, args.out, args.minutes is not None)
+    taken_here, results = taken(torch.device("cuda")), {}
+
+    def report(name: str, result: Result) -> None:
+        results[name] = result
+        checks = [
+            {"check": name, **{key: value for key, value in found.items() if key != "rows"}} for name, found in results.items()
+        ]
+        rows = [row for found in results.values() for row in found["rows"]]
+        write(args.out, {**taken_here, "minutes": args.minutes, "checks": checks, "rows": rows})
+
+    for name, result in trials(args.minutes, report):
+        report(name, result)
+        print(f"{result['status']:11} {name}, {result['seconds']:.0f} s  {result.get('error', '')}", flush=True)
+    print(rendered(json.loads(args.out.read_text())))
+    if any(result["status"] == "failed" for result in results.values()):
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -8,18 +8,24 @@ import linecache
 import textwrap
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from types import FunctionType, ModuleType
 from typing import Any
 from unittest.mock import patch
 
 from basinescape.kernels.dispatch import jit
 
-JITTED = {
-    "tiles": ("arrive", "norm_of"),
-    "rules": ("guided_prediction", "transition"),
-    "step": ("finish", "moved", "step_kernel"),
+KERNELS = {
+    "sums": ("sums_kernel", "gap_kernel"),
+    "guide": ("guide_kernel",),
+    "step": ("step_kernel", "tile_kernel", "books_kernel"),
 }
-JITTED |= {"guide": ("guide_kernel",)}
+JITTED = {
+    "rules": ("guided_prediction", "transition", "combined"),
+    "sums": ("sums_of", "added", "total", "total_gap", "total_sums", *KERNELS["sums"]),
+    "guide": KERNELS["guide"],
+    "step": ("place", "look", "factors", "finish", "moved", "keep_books", *KERNELS["step"]),
+}
 
 
 def module(name: str) -> ModuleType:
@@ -52,8 +58,9 @@ def mutant(where: str, name: str, old: str, new: str) -> Iterator[None]:
             source = changed(source, old, new) if (part, each) == (where, name) else source
             namespace[each] = jit(function(source, each, namespace))
     with ExitStack() as stack:
-        for part, kernel in (("step", "step_kernel"), ("guide", "guide_kernel")):
-            stack.enter_context(patch.object(module(f"kernels.{part}"), kernel, namespace[kernel]))
+        for part, name in product(KERNELS, sum(KERNELS.values(), ())):
+            if hasattr(module(f"kernels.{part}"), name):
+                stack.enter_context(patch.object(module(f"kernels.{part}"), name, namespace[name]))
         yield
 
 

@@ -12,7 +12,8 @@ from basinescape.kernels import backend, guide, guide_eager, noise_gap, noise_ga
 from basinescape.kernels.tiles import Tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interleaving import SMALL, interleaved
+from kernelruns import assert_defined
+from tiled import SMALL
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.interpreter
@@ -26,24 +27,6 @@ SIZES = (1, 7, 1024, 3000, 16384, 16385)  # odd, one program a sample, several
 def predictions(*shape, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randn(shape, generator=generator).to(DEVICE, dtype) for _ in range(2))
-
-
-def assert_defined(uncond, cond, weight, guided, gap):
-    """`guided` and `gap` are those of the float64 definition, up to float32 arithmetic and one rounding at the store."""
-    u, c = uncond.double(), cond.double()
-    w = weight.double() if isinstance(weight, torch.Tensor) else weight
-    expected, expected_gap = guide_eager(u, c, w)
-    size = w.abs().view(-1, *[1] * (u.ndim - 1)) if isinstance(w, torch.Tensor) else abs(w)
-    bound = (
-        4 * torch.finfo(torch.float32).eps * (u.abs() + size * (u.abs() + c.abs()))
-        + torch.finfo(uncond.dtype).eps * expected.abs()
-        + torch.finfo(uncond.dtype).smallest_normal
-    )
-    assert guided.dtype == uncond.dtype
-    assert guided.shape == uncond.shape
-    assert ((guided.double() - expected).abs() <= bound).all()
-    assert gap.dtype == torch.float32
-    torch.testing.assert_close(gap.double(), expected_gap, rtol=1e-5, atol=1e-30)
 
 
 @st.composite
@@ -84,16 +67,13 @@ def test_kernel_is_the_definition(given_operands):
     assert torch.equal(noise_gap(uncond, cond), gap)
 
 
-@pytest.mark.skipif(backend(DEVICE) != "triton-interpreter", reason="programs are interleaved in the interpreter")
-@pytest.mark.parametrize("seed", range(5))
-def test_whichever_program_of_a_sample_ends_last_completes_its_gap(monkeypatch, seed):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_are_the_definition(monkeypatch, dtype):
     monkeypatch.setattr(Tiles, "of", SMALL.of)
-    monkeypatch.setattr(module, "_arrival_counters", lambda *_, kept=torch.zeros(3, dtype=torch.int32): kept)
-    uncond, cond = predictions(3, 4, 8, 9, dtype=torch.float16)
-    with interleaved(seed):
-        for weight in (7.5, -2.0):  # the second launch finds the first one's counters
-            guided, gap = guide(uncond, cond, weight)
-            assert_defined(uncond, cond, weight, guided, gap)
+    uncond, cond = predictions(3, 4, 8, 9, dtype=dtype)
+    guided, gap = guide(uncond, cond, -2.0)
+    assert_defined(uncond, cond, -2.0, guided, gap)
+    assert torch.equal(noise_gap(uncond, cond), gap)
 
 
 @settings(max_examples=120, deadline=None)
@@ -161,18 +141,9 @@ def test_not_a_number_stays_in_its_sample(operand, size, bad):
 
 def test_many_rounds_of_partial_sums(monkeypatch):
     """A sample of more tiles than a tile has elements, the last one ragged."""
-    monkeypatch.setattr(module, "TILES", Tiles(blocks=(), tile=(16, 1)))
+    monkeypatch.setattr(Tiles, "of", Tiles(blocks=(), tile=(16, 1)).of)
     uncond, cond = predictions(2, 16 * 40 + 5)
     assert_defined(uncond, cond, 3.0, *guide(uncond, cond, 3.0))
-
-
-def test_arrival_counters_are_zero_again_after_a_launch(monkeypatch):
-    counters = torch.zeros(3, dtype=torch.int32, device=DEVICE)
-    monkeypatch.setattr(module, "_arrival_counters", lambda batch, device: counters)
-    uncond, cond = predictions(3, 16385)
-    first = noise_gap(uncond, cond)
-    assert not counters.any()
-    assert torch.equal(noise_gap(uncond, cond), first)
 
 
 class Ops(TorchDispatchMode):

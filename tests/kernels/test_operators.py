@@ -4,7 +4,7 @@ import pytest
 import torch
 from basinescape.kernels import guide
 from basinescape.kernels.state import buffers_of
-from stepruns import started
+from kernelruns import started
 
 pytestmark = pytest.mark.interpreter
 

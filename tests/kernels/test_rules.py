@@ -1,28 +1,22 @@
 """Guidance rules: kernels, eager twins and lockstep against the definition in float64."""
 
-import math
-from dataclasses import replace
-
 import pytest
 import torch
 from basinescape import At, Guidance, Sampler
 from basinescape.kernels import definition, guide, step
-from basinescape.kernels.dispatch import INTERPRETED
 from basinescape.kernels.lockstep import Lockstep
-from basinescape.kernels.rules import RULES, columns_of, options_of
-from basinescape.kernels.state import State
-from basinescape.kernels.table import Column
+from basinescape.kernels.rules import columns_of, options_of
 from basinescape.kernels.tiles import Tiles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from interleaving import SMALL, interleaved
+from kernelruns import TOLERANCE
 from ladders import EVERY, NONE, guarded
 from rounding import assert_same_but_for_rounding
-from stepruns import TOLERANCE, contents, table_of
+from ruleruns import COMBINING, check, follow, started, with_options
+from tiled import SMALL
 
 pytestmark = pytest.mark.interpreter
 
-COMBINING = [name for name, rule in RULES.items() if rule is not None]
 QUIET = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
@@ -37,17 +31,6 @@ def cases(draw):
     weight = draw(st.lists(st.sampled_from([-2.0, 0.0, 0.5, 1.0, 3.0, 7.5]), min_size=batch, max_size=batch))
     dtype = draw(st.sampled_from(list(TOLERANCE)))
     return uncond.to(dtype), cond.to(dtype), torch.tensor(weight)
-
-
-def exact(uncond, cond, weight, rule):
-    options = columns_of(options_of(rule, {}))
-    together = zip(uncond, cond, weight.tolist(), strict=True)
-    return torch.stack([definition.guided(u, c, w, rule, options) for u, c, w in together])
-
-
-def check(found, uncond, cond, weight, rule):
-    expected, room = exact(uncond, cond, weight, rule), 5 * TOLERANCE[uncond.dtype]
-    torch.testing.assert_close(found.double(), expected, atol=room, rtol=room)
 
 
 @pytest.fixture(params=["kernel", "eager"])
@@ -98,53 +81,15 @@ def test_rules_are_diffusers_own(way, rule, weight):
     assert (guided - exact).abs().max() <= 4 * rounding
 
 
-def started(batch, dtype=torch.float32):
-    rng = torch.Generator().manual_seed(batch)
-    table = table_of(rng, steps=4, multistep=True)
-    table[:, [Column.BEFORE, Column.AFTER]] = torch.tensor([[-2.0, 7.5], [1.0, 3.0], [0.0, 7.5], [3.0, 0.0]])
-    state = State.empty((batch, 4, 8, 8), 4, dtype, "cpu", True)
-    return state.start(torch.randn((batch, 4, 8, 8), generator=rng).to(dtype), table), table
-
-
-def with_options(table, rule):
-    table[:, Column.FIRST_OPTION :] = torch.tensor(columns_of(options_of(rule, {})))
-
-
-def follow(rule, finds, seed=0):
-    """A run of three samples, step after step, against the definition."""
-    (state, table), rng = started(3), torch.Generator().manual_seed(seed)
-    with_options(table, rule)
-    samples = [definition.Sample(x.clone(), (math.nan,) * 4, 0, 3) for x in state.latents.x]
-    if not finds:
-        table[:, Column.KEEP], table[:, Column.LIMIT] = -math.inf, torch.tensor([-math.inf, -math.inf, math.inf, math.inf])
-    for _ in range(4):
-        uncond, noise = torch.randn((2, 3, 4, 8, 8), generator=rng)
-        cond = uncond + (torch.rand((3, 1, 1, 1), generator=rng) + 0.1) * noise
-        step(uncond, cond, table, state, finds, rule)
-        samples = [definition.step(s, u, c, table, rule) for s, u, c in zip(samples, uncond, cond, strict=True)]
-        for i, sample in enumerate(samples):
-            x = state.latents.x[i]
-            torch.testing.assert_close(x.double(), sample.latents.double(), atol=1e-4, rtol=1e-4)
-            samples[i] = replace(sample, latents=x.clone())
-        assert state.transition.at.tolist() == [sample.transition for sample in samples]
-    return state
-
-
 @pytest.mark.parametrize("rule", COMBINING)
 def test_the_step_is_the_definition(way, rule):
     follow(rule, finds=rule != "tcfg")
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="programs are interleaved in the interpreter")
 @pytest.mark.parametrize(("rule", "finds"), [("apg", True), ("rescale", False)])
-def test_tiles_combine_whether_or_not_they_meet(monkeypatch, rule, finds):
+def test_tiles_are_the_definition(monkeypatch, rule, finds):
     monkeypatch.setattr(Tiles, "of", SMALL.of)
-    after = []
-    for resident in (0, 1000):
-        monkeypatch.setattr(Tiles, "resident", lambda tiles, device, count=resident: count)
-        with interleaved(1):
-            after.append(contents(follow(rule, finds)))
-    assert all(map(torch.equal, *after))
+    follow(rule, finds, (4, 8, 9))
 
 
 @pytest.mark.parametrize("rule", COMBINING)

@@ -12,8 +12,8 @@ from basinescape.kernels.table import Column
 from basinescape.kernels.tiles import Tiles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from interleaving import SMALL, interleaved
-from stepruns import DEVICE, STEPS, begin, check_run, contents, predictions, runs, started, table_of
+from kernelruns import DEVICE, STEPS, begin, check_run, contents, predictions, runs, started, table_of
+from tiled import SMALL
 
 pytestmark = pytest.mark.interpreter
 
@@ -31,32 +31,11 @@ def test_the_eager_step_is_the_definition(eager, run, alone):
     check_run(run, alone)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="programs are interleaved in the interpreter")
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(runs([(3, 10, 11), (4, 8, 9)]), st.sampled_from([0, 6, 1000]), st.integers(0, 2**16))
-def test_the_programs_of_a_sample_may_run_in_any_order(monkeypatch, run, resident, seed):
-    """Tiles that meet, and that do not: `resident` programs may wait for each other. On a GPU bench.gpu has them meet."""
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(runs([(3, 10, 11), (4, 8, 9)]), st.sets(st.integers(0, STEPS - 1), max_size=2))
+def test_tiles_are_the_definition(monkeypatch, run, alone):
     monkeypatch.setattr(Tiles, "of", SMALL.of)
-    monkeypatch.setattr(Tiles, "resident", lambda tiles, device: resident)
-    with interleaved(seed):
-        check_run(run)
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="programs are interleaved in the interpreter")
-def test_tiles_that_meet_have_the_bits_of_those_that_do_not(monkeypatch):
-    monkeypatch.setattr(Tiles, "of", SMALL.of)
-
-    def after(resident, seed):
-        monkeypatch.setattr(Tiles, "resident", lambda tiles, device: resident)
-        state, table = started((3, 4, 8, 9), multistep=True)
-        with interleaved(seed):
-            for uncond, cond in torch.randn((4, 2, 3, 4, 8, 9), generator=torch.Generator().manual_seed(1)):
-                step(uncond, cond, table, state)
-        return contents(state)
-
-    strangers = after(0, 0)
-    for resident, seed in ((6, 1), (1000, 2)):
-        assert all(map(torch.equal, after(resident, seed), strangers))
+    check_run(run, alone, DEVICE)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

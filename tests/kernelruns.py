@@ -1,10 +1,10 @@
-"""Runs of the fused step on random predictions, compared with the definition in float64 after each call."""
+"""What the kernels make of random predictions, compared with the definition in float64."""
 
 import math
 from dataclasses import replace
 
 import torch
-from basinescape.kernels import definition, step
+from basinescape.kernels import definition, guide_eager, step
 from basinescape.kernels.state import State
 from basinescape.kernels.table import Column
 from hypothesis import strategies as st
@@ -97,10 +97,10 @@ def predictions(run, rng):
     return uncond, laid_out((uncond.float() + sizes * torch.randn(shape, generator=rng)).to(dtype), run["layout"])
 
 
-def check_run(run, alone=(), device="cpu"):
+def check_run(run, alone=(), device="cpu", take=step):
     """Take a state from the first to the last row and past it, and compare it with its samples after each call.
 
-    alone: calls that need one prediction.
+    alone: calls that need one prediction. take: what takes the step.
     """
     state, table, noise, rng = begin(run, device)
     rows = table.to(device)
@@ -113,7 +113,7 @@ def check_run(run, alone=(), device="cpu"):
     for call in range(len(table)):
         uncond, cond = predictions(run, rng)
         cond = None if call in alone else cond
-        step(uncond.to(device), None if cond is None else cond.to(device), rows, state, finds(table))
+        take(uncond.to(device), None if cond is None else cond.to(device), rows, state, finds(table))
         for i, sample in enumerate(samples):
             after = definition.step(sample, uncond[i], None if cond is None else cond[i], table)
             x = state.latents.x[i].cpu()
@@ -143,3 +143,21 @@ def started(shape, steps=STEPS, dtype=torch.float32, multistep=False):
     torch.manual_seed(0)
     table = table_of(torch.Generator().manual_seed(0), steps, multistep=multistep)
     return State.empty(shape, steps, dtype, "cpu", multistep).start(torch.randn(shape).to(dtype), table), table
+
+
+def assert_defined(uncond, cond, weight, guided, gap):
+    """`guided` and `gap` are those of the float64 definition, up to float32 arithmetic and one rounding at the store."""
+    u, c = uncond.double(), cond.double()
+    w = weight.double() if isinstance(weight, torch.Tensor) else weight
+    expected, expected_gap = guide_eager(u, c, w)
+    size = w.abs().view(-1, *[1] * (u.ndim - 1)) if isinstance(w, torch.Tensor) else abs(w)
+    bound = (
+        4 * torch.finfo(torch.float32).eps * (u.abs() + size * (u.abs() + c.abs()))
+        + torch.finfo(uncond.dtype).eps * expected.abs()
+        + torch.finfo(uncond.dtype).smallest_normal
+    )
+    assert guided.dtype == uncond.dtype
+    assert guided.shape == uncond.shape
+    assert ((guided.double() - expected).abs() <= bound).all()
+    assert gap.dtype == torch.float32
+    torch.testing.assert_close(gap.double(), expected_gap, rtol=1e-5, atol=1e-30)
