@@ -11,8 +11,7 @@ import torch
 from diffusers import SchedulerMixin
 from diffusers.guiders import BaseGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
-from diffusers.modular_pipelines import BlockState
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..detection.judging import Verdict
 from ..guidance.guard import PROBES, THRESHOLD, Guard
@@ -44,14 +43,13 @@ class BasinEscapeGuidance(BaseGuidance):
 
     def __init__(self, guidance: Guidance | Mapping | Sequence[Guidance | Mapping], enabled: bool = True):
         super().__init__(enabled=enabled)
-        shared = isinstance(guidance, (Guidance, Guard, Mapping))
-        given = [guidance] if shared else list(guidance)
+        self._shared = isinstance(guidance, (Guidance, Guard, Mapping))
+        given = [guidance] if isinstance(guidance, (Guidance, Guard, Mapping)) else list(guidance)
         self.guidance = each([Guidance.from_dict(one) if isinstance(one, Mapping) else one for one in given])
         for one in self.guidance:
             one.over([], None)  # raises for a transition by log SNR, which a guider is not told
         plain = [one.to_dict() for one in self.guidance]
-        self.register_to_config(guidance=plain[0] if shared else plain, enabled=enabled)
-        self._shared = shared
+        self.register_to_config(guidance=plain[0] if self._shared else plain, enabled=enabled)
         self._branch: Branch = "both"
         self._hooks = ExitStack()
         self._asked: dict[str, Asked] = {}  # the first call of the network for each prediction
