@@ -138,13 +138,13 @@ class EscapeDenoiser:
             return self._both(x, sigma, uncond, cond, model_kwargs)
         return self.inner_model(x, sigma, cond=cond if branch == "cond" else uncond, **model_kwargs), None
 
-    def _both(
-        self, x: Tensor, sigma: Tensor, uncond: Any, cond: Any, model_kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
+    def _both(self, x: Tensor, sigma: Tensor, uncond: Any, cond: Any, model_kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(unconditional, conditional) denoised predictions."""
         (first, form), (second, other) = tree_flatten(uncond), tree_flatten(cond)
         if model_kwargs or form != other or any(a.shape != b.shape for a, b in zip(first, second, strict=True)):
-            return self.inner_model(x, sigma, cond=uncond, **model_kwargs), self.inner_model(x, sigma, cond=cond, **model_kwargs)
+            return self.inner_model(x, sigma, cond=uncond, **model_kwargs), self.inner_model(
+                x, sigma, cond=cond, **model_kwargs
+            )
         doubled = tree_unflatten([torch.cat(pair) for pair in zip(first, second, strict=True)], form)
         denoised = self.inner_model(torch.cat([x, x]), torch.cat([sigma, sigma]), cond=doubled)
         return denoised[: len(x)], denoised[len(x) :]
