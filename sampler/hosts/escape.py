@@ -185,7 +185,7 @@ class Escape:
             return State(self._way, latents, Workspace.beside(latents))
 
 
-def each(guidance: Guidance | Sequence[Guidance], batch: int | None = None) -> list[Guidance]:
+def each(guidance: Guidance | Guard | Sequence[Guidance | Guard], batch: int | None = None) -> list[Guidance]:
     """One guidance for each of `batch` samples, as a host can follow it; ValueError for anything else.
 
     Without `batch` the list as it is given, of one where there is one for all.
@@ -195,11 +195,9 @@ def each(guidance: Guidance | Sequence[Guidance], batch: int | None = None) -> l
             "a guard begins samples again, which this loop cannot: use Sampler or escape(pipe, guard), or plain guidance here "
             "and basinescape.hosts.escape.judge for the finished pictures"
         )
-    if isinstance(guidance, Guidance):
-        found = [guidance] * (batch or 1)
-    else:
-        found = list(guidance) if isinstance(guidance, Sequence) else []
-    if not found or not all(isinstance(one, Guidance) for one in found):
+    given = [guidance] * (batch or 1) if isinstance(guidance, Guidance) else guidance
+    found = [one for one in given if isinstance(one, Guidance)] if isinstance(given, Sequence) else []
+    if not found or len(found) != len(given):
         raise ValueError(f"guidance must be a Guidance, or a list of one a sample, got {guidance!r}")
     if batch is not None and len(found) != batch:
         raise ValueError(f"guidance has {len(found)} entries for {batch} samples")

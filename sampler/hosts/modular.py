@@ -45,8 +45,7 @@ class BasinEscapeGuidance(BaseGuidance):
         super().__init__(enabled=enabled)
         self._shared = isinstance(guidance, (Guidance, Guard, Mapping))
         given: list[Any] = [guidance] if isinstance(guidance, (Guidance, Guard, Mapping)) else list(guidance)
-        read: list[Any] = [Guidance.from_dict(one) if isinstance(one, Mapping) else one for one in given]
-        self.guidance = each(read)
+        self.guidance = each([Guidance.from_dict(one) if isinstance(one, Mapping) else one for one in given])
         for one in self.guidance:
             one.over([], None)  # raises for a transition by log SNR, which a guider is not told
         plain = [one.to_dict() for one in self.guidance]

@@ -26,41 +26,13 @@ from sglang.multimodal_gen.runtime.distributed.cfg_policy import CFGPolicy, _app
 from torch import Tensor
 
 from ..detection.basin import Probe, suspects
-from ..guidance.guard import PROBES, THRESHOLD, Attempt, Guard
-from ..guidance.guidance import Guidance
 from ..kernels import guide
 from ..kernels.state import per_sample
-from ..schedulers.schedule import levels, log_snrs
 from .escape import Escape, each, judge
+from .serving import KEY, Asked, noise_levels
 
-KEY = "basinescape"  # in a request's diffusers_kwargs, a batch's extra and a response's usage
 MERGED_IN = {"CFGPolicy": None, "ZImageCFGPolicy": torch.float32}  # policies known, and the dtype that each combines in
 RUNTIME = "sglang.multimodal_gen.runtime"
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a request asks for: the guidance of its pictures, and whether they are judged. A guard's always are.
-
-    Raises ValueError for anything else.
-    """
-
-    guidance: Guidance | Guard
-    judge: bool = False
-
-    @classmethod
-    def by(cls, named: Mapping[str, Any]) -> Asked:
-        """What a request has named under KEY."""
-        unknown = set(named) - {"guidance", "judge"}
-        if unknown or "guidance" not in named or not isinstance(named.get("judge", False), bool):
-            raise ValueError(f"{KEY} takes guidance (see Guidance.to_dict) and judge (true or false), got {dict(named)!r}")
-        guidance = Guidance.from_dict(named["guidance"])
-        return cls(guidance, named.get("judge", False) or isinstance(guidance, Guard))
-
-    @property
-    def attempts(self) -> Sequence[Attempt]:
-        """The only one of plain data; those of a guard."""
-        return self.guidance.attempts if isinstance(self.guidance, Guard) else [Attempt(self.guidance, THRESHOLD, PROBES)]
 
 
 @dataclass
@@ -92,9 +64,7 @@ class EscapePolicy(CFGPolicy):
         for asked in self.asked:
             tried = asked.attempts
             guidance += [tried[min(attempt, len(tried) - 1)].guidance] * (rows // len(self.asked))
-        known = len(batch.scheduler.timesteps) == len(batch.timesteps)
-        level, noise = (levels(batch.scheduler), log_snrs(batch.scheduler)) if known else (None, None)
-        timesteps = batch.timesteps if level is None else level
+        timesteps, noise = noise_levels(batch.scheduler, batch.timesteps)
         self.run = Escape(guidance, timesteps, rows, device, log_snrs=noise)
         self._need()
 

@@ -23,10 +23,12 @@ class Host:
 
 
 SGLANG = Host("SGLang-Diffusion", "sglang", "0.5.23", "November 2026", "own code", "test_sglang.py")
+VLLM_OMNI = Host("vLLM-Omni", "vllm-omni", "0.30.0", "November 2026", "own code", "test_vllm_omni.py")
 HOSTS = [
     Host("diffusers pipelines", "diffusers", "0.42.1", "November 2026", "package", "test_pipelines.py"),
     Host("diffusers modular", "diffusers", "0.42.1", "November 2026", "package", "test_modular.py"),
     Host("k-diffusion", "k-diffusion", "0.1.1.post1", "November 2026", "package", "test_kdiffusion.py"),
     Host("ComfyUI", "comfyui", "0.18.1", "November 2026", "stand-in", "test_comfyui.py"),
     SGLANG,
+    VLLM_OMNI,
 ]
