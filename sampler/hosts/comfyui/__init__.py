@@ -4,6 +4,8 @@ An example workflow is in `example_workflows`. ComfyUI prefers NODE_CLASS_MAPPIN
 knows the schema V3 gets `comfy_entrypoint` alone.
 """
 
+from basinescape.hosts.widgets import WIDGETS
+
 from . import node
 
 try:
@@ -20,7 +22,7 @@ except ImportError:  # an older ComfyUI
                 options = dict(widget.options)
                 return (options.pop("options") if widget.kind == "Combo" else widget.kind.upper(), options)
 
-            return {"required": {"model": ("MODEL",), **{name: typed(widget) for name, widget in node.WIDGETS.items()}}}
+            return {"required": {"model": ("MODEL",), **{name: typed(widget) for name, widget in WIDGETS.items()}}}
 
         def execute(self, **given):
             return (node.patched(**given),)
@@ -32,7 +34,7 @@ else:
     class BasinEscape(io.ComfyNode):
         @classmethod
         def define_schema(cls):
-            widgets = [getattr(io, widget.kind).Input(name, **widget.options) for name, widget in node.WIDGETS.items()]
+            widgets = [getattr(io, widget.kind).Input(name, **widget.options) for name, widget in WIDGETS.items()]
             return io.Schema(
                 node_id=node.ID,
                 display_name=node.NAME,

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from basinescape.guidance.guidance import Guidance
 from basinescape.guidance.transitions import Rule
+from basinescape.hosts.sigma_run import Run, timestep
+from basinescape.hosts.sigma_steps import Steps, evaluates_twice
 from torch import Tensor
-
-from .run import Run, timestep
-from .steps import Steps, evaluates_twice
 
 logger = logging.getLogger(__name__)
 CFG_FUNCTION = "sampler_cfg_function"  # the model option
@@ -100,7 +99,9 @@ class Guided:
         if run is None:  # another node has made the predictions
             run = self._go(args, args["input_uncond"])
         self._went = False
-        return run.guided(args, self._alone)
+        x, uncond, cond = (args[name] for name in ("input", "uncond_denoised", "cond_denoised"))
+        scale, sampling = float(args["cond_scale"]), args["model"].model_sampling
+        return x - run.guided(x, args["sigma"], uncond, None if self._alone else cond, scale, sampling)
 
     def _go(self, args: dict[str, Any], negative: Any) -> Run:
         """Go to the next call of the model."""
