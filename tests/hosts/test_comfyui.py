@@ -2,14 +2,16 @@
 
 import json
 import logging
+import tomllib
 from pathlib import Path
 
 import comfy
 import pytest
 import torch
-from basinescape import At, FirstMinimum, Guidance
+from basinescape import At, FirstMinimum, Guidance, __version__
 from basinescape.hosts import comfyui
-from basinescape.hosts.comfyui import node
+from basinescape.hosts.comfyui import judge, node
+from basinescape.hosts.comfyui.described import CATEGORY
 from basinescape.hosts.kdiffusion import EscapeDenoiser
 from basinescape.hosts.widgets import FALLEN, MINIMUM, TIMESTEP, WIDGETS
 from comfy_runs import BATCH, CFG, DEFAULTS, SIGMAS, STEPS, function_of, given, network, patched, sampled, state_of, visits
@@ -201,11 +203,13 @@ def test_the_log_tells_what_became_of_each_sample(kd, caplog):
 
 @pytest.mark.parametrize("schema", [True, False], ids=["V3", "V1"])
 def test_the_folder_can_be_put_into_custom_nodes(monkeypatch, schema):
-    made = comfy.load(FOLDER, "custom_nodes_x_basinescape", monkeypatch, schema)[node.ID]
+    nodes = comfy.load(FOLDER, "custom_nodes_x_basinescape", monkeypatch, schema)
+    assert list(nodes) == [node.ID, judge.NODE.id]
+    made = nodes[node.ID]
     model = comfy.Patcher(network, comfy.EPS())
     if schema:
         described = made.define_schema()
-        assert [one.id for one in described.inputs] == ["model", *WIDGETS] and described.category == node.CATEGORY
+        assert [one.id for one in described.inputs] == ["model", *WIDGETS] and described.category == CATEGORY
         assert all(one.tooltip for one in described.inputs[1:])
         (result,) = made.execute(model=model, **DEFAULTS).result
     else:
@@ -248,3 +252,44 @@ def test_the_example_workflow_holds_together():
     widgets = dict(zip(WIDGETS, ours["widgets_values"], strict=True))
     assert widgets == DEFAULTS
     node.patched(comfy.Patcher(network, comfy.EPS()), **widgets)
+
+
+@pytest.mark.parametrize("sampling", [comfy.EPS, comfy.CONST])
+def test_the_second_node_judges_as_the_other_hosts(kd, sampling):
+    """And tells what became of each sample's guidance."""
+    sigmas, asked = FLOW if sampling is comfy.CONST else SIGMAS, []
+
+    def counted(x, t, prompt):
+        asked.append(prompt)
+        return network(x, t, prompt)
+
+    patcher = node.patched(comfy.Patcher(counted, sampling()), **DEFAULTS | {"until": MINIMUM})
+    latents = sampled(kd, "euler", patcher, sigmas)
+    state, (_, uncond, cond) = state_of(patcher), given()
+    before, asked[:] = (state.transition_step.tolist(), state.noise_gap.tolist()), []
+    latent, scores, suspects, steps, gaps = judge.judged(patcher, {"samples": latents}, cond, uncond, 5, 0.0, 2)
+    assert latent["samples"] is latents and len(asked) == 4
+    assert (steps, [json.loads(row) for row in gaps]) == before and state_of(patcher) is state
+
+    class Model:
+        def __call__(self, x, sigma, cond):
+            model = sampling()
+            output = network(model.calculate_input(sigma, x), model.timestep(sigma), cond)
+            return model.calculate_denoised(sigma, output, x)
+
+    guidance = Guidance.cfg(CFG)
+    denoiser = EscapeDenoiser(Model(), guidance, scalings=lambda sigma: (torch.ones_like(sigma), -sigma))
+    expected = denoiser.judge(latents, cond, uncond, [5, 6], 0.0, 2, flow=sampling is comfy.CONST)
+    assert torch.allclose(torch.tensor(scores), expected.score, rtol=1e-3, atol=1e-5)
+    assert suspects == expected.suspect.tolist() == [score > 0 for score in scores]
+    assert torch.equal(sampled(kd, "euler", patcher, sigmas), latents)  # the model is as it was
+    plain = comfy.Patcher(network, sampling())
+    assert judge.judged(plain, {"samples": latents}, cond, uncond, 5, 0.0, 2)[3:] == ([-1] * BATCH, [""] * BATCH)
+    with pytest.raises(ValueError, match="probes must be"):
+        judge.judged(plain, {"samples": latents}, cond, uncond, 5, 0.0, 0)
+
+
+def test_the_registry_finds_what_it_needs():
+    made = tomllib.loads((FOLDER / "pyproject.toml").read_text(encoding="utf-8"))
+    assert made["project"]["version"] == __version__ and made["project"]["dependencies"] == ["basinescape"]
+    assert made["tool"]["comfy"]["DisplayName"]

@@ -51,7 +51,8 @@ def sampled(kind, kd, name="euler", sliders=None, cfg=CFG, parts=(1.0,), change=
 @pytest.mark.parametrize("parts", [(1.0,), (0.7, 0.6)], ids=["a prompt", "parts by AND"])
 @pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m"])
 def test_constant_guidance_is_the_webuis_own(kind, kd, name, parts):
-    for cfg in (CFG, 1.0):
+    # At 1 Forge leaves the negative prompt out, and then weighs a prompt's parts against nothing.
+    for cfg in (CFG, 1.0) if len(parts) == 1 else (CFG,):
         stock, _ = sampled(kind, kd, name, cfg=cfg, parts=parts)
         found, p = sampled(kind, kd, name, {"timestep": 1000.0}, cfg=cfg, parts=parts)
         assert close(found, stock) and p.extra_generation_params[STEP] == [0, 0]

@@ -1,4 +1,4 @@
-"""The node: its widgets, and what it does to a model."""
+"""The node that guides, and what it does to a model."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import logging
 from functools import partial
 from typing import Any
 
-from basinescape.hosts.widgets import transition
+from basinescape.hosts.widgets import WIDGETS, transition
 
+from .described import Node, Output
 from .guided import CFG_FUNCTION, Guided
 
 logger = logging.getLogger(__name__)
-ID, NAME, CATEGORY = "BasinEscape", "Basin Escape (delayed or opposite guidance)", "sampling/custom_sampling/guiders"
-DESCRIPTION = (
-    "Keeps samples from reproducing training images: guidance is held back, or reversed, until a sample has left the basin of "
-    "attraction of a training image; then it has the sampler's cfg. Connect it between the model and the sampler."
-)
+ID = "BasinEscape"
 OUTER_SAMPLE = "outer_sample"  # comfy.patcher_extension.WrappersMP's, around a run
 
 
@@ -35,3 +32,15 @@ def patched(model: Any, before: float, until: str, timestep: float, latest: floa
     clone.remove_wrappers_with_key(OUTER_SAMPLE, ID)
     clone.add_wrapper_with_key(OUTER_SAMPLE, ID, guided.sampled)
     return clone
+
+
+NODE = Node(
+    ID,
+    "Basin Escape (delayed or opposite guidance)",
+    "Keeps samples from reproducing training images: guidance is held back, or reversed, until a sample has left the basin of "
+    "attraction of a training image; then it has the sampler's cfg. Connect it between the model and the sampler.",
+    {"model": "Model"},
+    WIDGETS,
+    (Output("MODEL", "Model"),),
+    lambda **given: (patched(**given),),
+)
