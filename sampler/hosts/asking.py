@@ -109,7 +109,11 @@ def _laid(made: Tensor, own: Tensor) -> Tensor:
 
 def _replaced(own: Tensor | list[Tensor], latents: Tensor) -> Tensor | list[Tensor]:
     if isinstance(own, list):
-        return list(_replaced(torch.stack(own), latents).unbind())
+        return list(_put_into(torch.stack(own), latents).unbind())
+    return _put_into(own, latents)
+
+
+def _put_into(own: Tensor, latents: Tensor) -> Tensor:
     made, rows = own.clone(), len(own) // len(latents)
     there = made[:, : latents.shape[1]]
     if len(own) != rows * len(latents) or there[0].numel() != latents[0].numel():
@@ -121,7 +125,7 @@ def _replaced(own: Tensor | list[Tensor], latents: Tensor) -> Tensor | list[Tens
     return made
 
 
-def uncached(network: nn.Module) -> AbstractContextManager[None]:
+def uncached(network: Any) -> AbstractContextManager[None]:
     """Inside, a network that keeps parts of its last calls (diffusers' caches) computes anew."""
     if not getattr(network, "is_cache_enabled", False):
         return nullcontext()
@@ -130,7 +134,7 @@ def uncached(network: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def seen(network: nn.Module, see: Callable[[tuple, dict, Any], Any]) -> Iterator[None]:
+def seen(network: Any, see: Callable[[tuple, dict, Any], Any]) -> Iterator[None]:
     """`see` gets (arguments, named ones, output) of every call, and its result is the output; compiled or not."""
     compiled = network._compiled_call_impl
     if compiled is None:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor, nn
 
@@ -42,7 +42,8 @@ class Call:
     def __init__(
         self, pipe: DiffusionPipeline, family: Family, guidance: Guidance | list[Guidance], arguments: Mapping[str, Any]
     ):
-        self.pipe, self.family, self.arguments = pipe, family, dict(arguments)
+        self.pipe: Any = pipe  # its components are attributes that its own class has
+        self.family, self.arguments = family, dict(arguments)
         for name, allowed in family.only:
             if self.arguments[name] != allowed:
                 raise ValueError(
@@ -86,6 +87,13 @@ class Call:
                         own["_" + name] = given
 
     @property
+    def begun(self) -> Escape:
+        """The guidance's state. Raises ValueError before the first step."""
+        if self.state is None:
+            raise ValueError(f"{self._name} has not asked for two predictions: escape cannot follow")
+        return self.state
+
+    @property
     def interrupted(self) -> bool:
         """Whether a callback has stopped the pipeline."""
         return bool(vars(self.pipe).get("_interrupt", False))
@@ -96,13 +104,14 @@ class Call:
         Raises ValueError where the pictures cannot be judged.
         """
         self.check()
-        if self.interrupted or not self._asked:
+        found = self.latents if latents is None else latents
+        if self.interrupted or not self._asked or found is None:
             what = "was stopped in" if self.interrupted else "never asked for both predictions in"
             raise ValueError(f"{self._name} {what} its last call: its pictures cannot be judged")
         given = self.arguments.get("generator")
-        one_each = given if isinstance(given, Sequence) else [given] * self.state.batch
+        one_each = given if isinstance(given, Sequence) else [given] * self.begun.batch
         seeds = [0 if one is None else one.initial_seed() & SEEDS for one in one_each]
-        verdict = judge(self._asks, self.pipe.scheduler, self.latents if latents is None else latents, seeds, threshold, probes)
+        verdict = judge(self._asks, self.pipe.scheduler, found, seeds, threshold, probes)
         self.pipe.maybe_free_model_hooks()
         return verdict
 
@@ -183,10 +192,10 @@ class Call:
                 f"{self._name} does not ask for two predictions of each sample at once here (guidance is off, or by something "
                 "else): escape cannot follow"
             )
-        *halves, rest = self._halves(stacked(prediction))
-        self._begin(given, named, halves[0])
+        earlier, later, rest = self._halves(stacked(prediction))
+        self._begin(given, named, earlier)
         self._keep(network, given, named)
-        m = self._guide(*halves)
+        m = self._guide(earlier, later)
         both = torch.cat([m, m])
         if rest is not None:
             both = torch.cat([both, rest.to(both.dtype)], dim=1)
@@ -209,14 +218,15 @@ class Call:
         channels = doubled.shape[1]
         if self.family.variance and channels == 2 * network_of(self.pipe, self.family).config.in_channels:
             channels //= 2
-        return *doubled[:, :channels].chunk(2), doubled[:, channels:] if channels < doubled.shape[1] else None
+        earlier, later = doubled[:, :channels].chunk(2)
+        return earlier, later, doubled[:, channels:] if channels < doubled.shape[1] else None
 
     def _guide(self, earlier: Tensor, later: Tensor) -> Tensor:
         """The guided prediction of a step, from its two in the order in which they came."""
         cond, uncond = (earlier, later) if self.family.cond_first else (later, earlier)
-        m = self.state(uncond, cond, dtype=self.family.merge)
+        m = self.begun(uncond, cond, dtype=self.family.merge)
         if self._per_token:
-            m = renormalised(m, cond, self.state.weight)
+            m = renormalised(m, cond, self.begun.weight)
         self._guided = m
         return m
 
@@ -241,7 +251,7 @@ class Call:
 
     def _keep(self, network: nn.Module, given: tuple, named: dict[str, Any]) -> None:
         """Keep the arguments of the first step's calls, then of those whose noise level is that of a judged picture."""
-        call = self.state.calls
+        call = self.begun.calls
         if call not in (0, self._nearest):
             return
         if self._first is None:
@@ -299,7 +309,7 @@ def _is_doubled(sample: Tensor) -> bool:
     return len(halves) == 2 and halves[0].shape == halves[1].shape and torch.equal(*halves)
 
 
-def _first_call(scheduler: SchedulerMixin, timestep: Any) -> int:
+def _first_call(scheduler: Any, timestep: Any) -> int:
     """Which of the scheduler's timesteps is taken first; `timestep` is what the network is told there."""
     begin = getattr(scheduler, "begin_index", None)
     if begin is not None:
@@ -309,7 +319,7 @@ def _first_call(scheduler: SchedulerMixin, timestep: Any) -> int:
 
 
 @contextmanager
-def _stepping(scheduler: SchedulerMixin, take: Callable[..., Any]) -> Iterator[None]:
+def _stepping(scheduler: Any, take: Callable[..., Any]) -> Iterator[None]:
     """`take` gets the scheduler's step and its arguments in the place of every step."""
     step = scheduler.step
     own = vars(scheduler).get("step")

@@ -62,8 +62,8 @@ class Escape:
         self.device = torch.device(device)
         self.calls = 0
         count = checks.whole(timesteps)
-        self._told = count is not None
-        self.timesteps = [math.nan] * checks.at_least_one("timesteps", count) if self._told else _levels(timesteps)
+        self._told = count is not None  # in each call
+        self.timesteps = _levels(timesteps) if count is None else [math.nan] * checks.at_least_one("timesteps", count)
         self.guidance = [one.over(self.timesteps, _log_snrs(log_snrs, len(self.timesteps))) for one in given]
         self._step = torch.arange(len(self.timesteps)) if step is None else torch.as_tensor(step, dtype=torch.int64).cpu()
         if not set(self._step.tolist()) <= set(range(len(self.timesteps))):
@@ -81,10 +81,13 @@ class Escape:
         self._state: State | None = None
 
     @torch.no_grad()
-    def __call__(self, uncond: Tensor, cond: Tensor, timestep: float | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    def __call__(
+        self, uncond: Tensor, cond: Tensor | None, timestep: float | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """The guided prediction of the next call, (B, ...), in memory of its own.
 
-        uncond, cond: (B, ...) float32, float16 or bfloat16, what the network itself returned.
+        uncond, cond: (B, ...) float32, float16 or bfloat16, what the network itself returned. Where `branch` says that one
+                      alone is needed, that one and None.
         timestep: of this step, where timesteps were not given. dtype: of the result; None: that of the predictions.
 
         Raises ValueError for predictions that do not match, a call too many, and a timestep that is missing.
@@ -182,7 +185,7 @@ class Escape:
             return State(self._way, latents, Workspace.beside(latents))
 
 
-def each(guidance: Guidance | Sequence[Guidance], batch: int | None = None) -> list[Guidance]:
+def each(guidance: Guidance | Guard | Sequence[Guidance | Guard], batch: int | None = None) -> list[Guidance]:
     """One guidance for each of `batch` samples, as a host can follow it; ValueError for anything else.
 
     Without `batch` the list as it is given, of one where there is one for all.
@@ -192,9 +195,9 @@ def each(guidance: Guidance | Sequence[Guidance], batch: int | None = None) -> l
             "a guard begins samples again, which this loop cannot: use Sampler or escape(pipe, guard), or plain guidance here "
             "and basinescape.hosts.escape.judge for the finished pictures"
         )
-    shared = isinstance(guidance, Guidance)
-    found = [guidance] * (batch or 1) if shared else list(guidance) if isinstance(guidance, Sequence) else []
-    if not found or not all(isinstance(one, Guidance) for one in found):
+    given = [guidance] * (batch or 1) if isinstance(guidance, Guidance) else guidance
+    found = [one for one in given if isinstance(one, Guidance)] if isinstance(given, Sequence) else []
+    if not found or len(found) != len(given):
         raise ValueError(f"guidance must be a Guidance, or a list of one a sample, got {guidance!r}")
     if batch is not None and len(found) != batch:
         raise ValueError(f"guidance has {len(found)} entries for {batch} samples")
@@ -218,7 +221,7 @@ def idle(guidance: Sequence[Guidance], timesteps: Sequence[float]) -> list[str]:
     return lines
 
 
-def _levels(timesteps: Sequence[float] | Tensor) -> list[float]:
+def _levels(timesteps: Sequence[float] | Tensor | int) -> list[float]:
     """As numbers; ValueError where they are none, or out of range."""
     found = torch.as_tensor(timesteps, dtype=torch.float64).cpu()
     if found.ndim != 1 or not len(found) or bool(((found < -1) | (found > 1001)).any()):

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def family_of(pipe: DiffusionPipeline) -> Family:
+def family_of(pipe: Any) -> Family:
     """The family of a pipeline, or of the class that its class was made from.
 
     Raises ValueError for a pipeline that is of none, and for a network that knows no guidance by two predictions.
@@ -99,6 +98,6 @@ def family_of(pipe: DiffusionPipeline) -> Family:
     return family
 
 
-def network_of(pipe: DiffusionPipeline, family: Family) -> torch.nn.Module:
-    """The first of its networks."""
+def network_of(pipe: Any, family: Family) -> Any:
+    """The first of a pipeline's networks, a module of diffusers."""
     return next(getattr(pipe, name) for name in family.networks if getattr(pipe, name, None) is not None)

@@ -20,6 +20,7 @@ from ..guidance.guidance import Guidance
 from ..guidance.transitions import At, Settled
 from ..kernels.state import per_sample
 from ..schedulers.schedule import timestep_of_ratio
+from ..types import Branch, Pair
 from .escape import Escape, each, judge
 
 MOST_STEPS = 1000  # of a run whose number of steps is not given
@@ -85,13 +86,10 @@ class EscapeDenoiser:
             self._sigma = high
         level = self._level(sigma)
         branch = self.run.branch(level)
-        if branch == "both":
-            both = self._both(x, sigma, uncond, cond, model_kwargs)
-        else:
-            both = self.inner_model(x, sigma, cond=cond if branch == "cond" else uncond, **model_kwargs), None
+        first, second = self._made(branch, x, sigma, uncond, cond, model_kwargs)
         skip, out = (per_sample(scale.expand(len(x)), x) for scale in self._scalings(sigma))
-        raw = [None if denoised is None else (denoised - skip * x) / out for denoised in both]
-        return skip * x + out * self.run(*raw, timestep=level)
+        guided = self.run((first - skip * x) / out, None if second is None else (second - skip * x) / out, timestep=level)
+        return skip * x + out * guided
 
     @torch.no_grad()
     def judge(
@@ -113,7 +111,7 @@ class EscapeDenoiser:
         sigma = ratio / (1 + ratio) if flow else ratio * getattr(self.inner_model, "sigma_data", 1.0)
         probe = Probe(sigma, LOG_SNR, (1 - sigma if flow else 1.0, sigma), (1.0, 0.0))  # denoised it would be x0 itself
 
-        def predict(x: Tensor, told: Tensor) -> Sequence[Tensor]:
+        def predict(x: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
             return self._both(x, told.to(x), uncond, cond, model_kwargs)
 
         return judge(predict, probe, x0, seeds, threshold, probes)
@@ -134,13 +132,22 @@ class EscapeDenoiser:
             raise ValueError(f"{name} is known when the denoiser has been called")
         return self.run
 
-    def _both(self, x: Tensor, sigma: Tensor, uncond: Any, cond: Any, model_kwargs: dict[str, Any]) -> Sequence[Tensor]:
+    def _made(self, branch: Branch, x: Tensor, sigma: Tensor, uncond: Any, cond: Any, model_kwargs: dict[str, Any]) -> Pair:
+        """The denoised predictions that a call needs."""
+        if branch == "both":
+            return self._both(x, sigma, uncond, cond, model_kwargs)
+        return self.inner_model(x, sigma, cond=cond if branch == "cond" else uncond, **model_kwargs), None
+
+    def _both(self, x: Tensor, sigma: Tensor, uncond: Any, cond: Any, model_kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(unconditional, conditional) denoised predictions."""
         (first, form), (second, other) = tree_flatten(uncond), tree_flatten(cond)
         if model_kwargs or form != other or any(a.shape != b.shape for a, b in zip(first, second, strict=True)):
-            return [self.inner_model(x, sigma, cond=one, **model_kwargs) for one in (uncond, cond)]
+            return self.inner_model(x, sigma, cond=uncond, **model_kwargs), self.inner_model(
+                x, sigma, cond=cond, **model_kwargs
+            )
         doubled = tree_unflatten([torch.cat(pair) for pair in zip(first, second, strict=True)], form)
-        return self.inner_model(torch.cat([x, x]), torch.cat([sigma, sigma]), cond=doubled).chunk(2)
+        denoised = self.inner_model(torch.cat([x, x]), torch.cat([sigma, sigma]), cond=doubled)
+        return denoised[: len(x)], denoised[len(x) :]
 
     def _over(self, guidance: Guidance) -> Guidance:
         """The same with a transition that is stated as a log SNR as the timestep that has it."""
@@ -153,7 +160,8 @@ class EscapeDenoiser:
     def _scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(c_skip, c_out), (B,) each."""
         if self.scalings is not None:
-            return tuple(torch.as_tensor(scale).to(sigma) for scale in self.scalings(sigma))
+            first, second = (torch.as_tensor(scale).to(sigma) for scale in self.scalings(sigma))
+            return first, second
         *skip, out, _ = self.inner_model.get_scalings(sigma) if hasattr(self.inner_model, "get_scalings") else (-sigma, None)
         return skip[0] if skip else torch.ones_like(sigma), out
 

@@ -11,8 +11,7 @@ import torch
 from diffusers import SchedulerMixin
 from diffusers.guiders import BaseGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
-from diffusers.modular_pipelines import BlockState
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..detection.judging import Verdict
 from ..guidance.guard import PROBES, THRESHOLD, Guard
@@ -40,18 +39,17 @@ class BasinEscapeGuidance(BaseGuidance):
     than once a step or whose timesteps count otherwise than the guidance asks: use `Sampler` there.
     """
 
-    _input_predictions = ["pred_cond", "pred_uncond"]  # noqa: RUF012 (diffusers wants a list)
+    _input_predictions: Any = ["pred_cond", "pred_uncond"]  # noqa: RUF012 (diffusers wants a list)
 
     def __init__(self, guidance: Guidance | Mapping | Sequence[Guidance | Mapping], enabled: bool = True):
         super().__init__(enabled=enabled)
-        shared = isinstance(guidance, (Guidance, Guard, Mapping))
-        given = [guidance] if shared else list(guidance)
+        self._shared = isinstance(guidance, (Guidance, Guard, Mapping))
+        given: list[Any] = [guidance] if isinstance(guidance, (Guidance, Guard, Mapping)) else list(guidance)
         self.guidance = each([Guidance.from_dict(one) if isinstance(one, Mapping) else one for one in given])
         for one in self.guidance:
             one.over([], None)  # raises for a transition by log SNR, which a guider is not told
         plain = [one.to_dict() for one in self.guidance]
-        self.register_to_config(guidance=plain[0] if shared else plain, enabled=enabled)
-        self._shared = shared
+        self.register_to_config(guidance=plain[0] if self._shared else plain, enabled=enabled)
         self._branch: Branch = "both"
         self._hooks = ExitStack()
         self._asked: dict[str, Asked] = {}  # the first call of the network for each prediction
@@ -59,7 +57,7 @@ class BasinEscapeGuidance(BaseGuidance):
         self._sign = 1.0  # -1 where the pipeline hands over the opposite
         self.run: Escape | None = None
 
-    def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
+    def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
         """Stand before a step. Raises ValueError for steps that cannot be followed."""
         last = self._timestep
         super().set_state(step, num_inference_steps, timestep)
@@ -74,22 +72,24 @@ class BasinEscapeGuidance(BaseGuidance):
                     "factor for each step, or another scheduler"
                 )
             self.run, self._asked = self._begin(len(self.guidance), "cpu"), {}
+        elif self.run is None:
+            raise ValueError(f"a run starts at step 0, and this one at {step}: use Escape in a loop of your own")
         elif step >= num_inference_steps or level == float(last):
             raise ValueError("the scheduler calls the network more than once a step, which a guider cannot see: use Sampler")
         self._branch = self.run.branch(level)
 
-    def prepare_models(self, denoiser: nn.Module) -> None:
+    def prepare_models(self, denoiser: Any) -> None:
         super().prepare_models(denoiser)
         self._hooks.close()  # of a network that failed
         name = self._needed()[self._count_prepared - 1][1]
         if self._enabled and name not in self._asked:
             self._hooks.enter_context(seen(denoiser, partial(self._keep, name, denoiser)))
 
-    def cleanup_models(self, denoiser: nn.Module) -> None:
+    def cleanup_models(self, denoiser: Any) -> None:
         super().cleanup_models(denoiser)
         self._hooks.close()
 
-    def _keep(self, name: str, denoiser: nn.Module, given: tuple, named: dict[str, Any], output: Any) -> Any:
+    def _keep(self, name: str, denoiser: Any, given: tuple, named: dict[str, Any], output: Any) -> Any:
         self._asked[name] = Asked.kept(denoiser, given, named, float(self._timestep))
         self._raw[name] = stacked(output[0]).clone()
         return output
@@ -112,19 +112,21 @@ class BasinEscapeGuidance(BaseGuidance):
         if missing:
             raise ValueError(f"the last run never asked for {' and '.join(sorted(missing))}: its pictures cannot be judged")
 
-        def predict(x: Tensor, timesteps: Tensor) -> tuple[Tensor, ...]:
-            made = (self._asked[name].again(x, float(timesteps[0])) for name in ("pred_uncond", "pred_cond"))
-            return tuple(self._sign * one.reshape(x.shape) for one in made)
+        def asked(name: str, x: Tensor, timesteps: Tensor) -> Tensor:
+            return self._sign * self._asked[name].again(x, float(timesteps[0])).reshape(x.shape)
+
+        def predict(x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+            return asked("pred_uncond", x, timesteps), asked("pred_cond", x, timesteps)
 
         return judge(predict, scheduler, latents, seeds, threshold, probes)
 
-    def prepare_inputs(self, data: dict[str, Any]) -> list[BlockState]:
+    def prepare_inputs(self, data: Any) -> list[Any]:
         return [self._prepare_batch(data, i, name) for i, name in self._needed()]
 
-    def prepare_inputs_from_block_state(self, data: BlockState, input_fields: dict[str, Any]) -> list[BlockState]:
+    def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
         return [self._prepare_batch_from_block_state(input_fields, data, i, name) for i, name in self._needed()]
 
-    def __call__(self, data: list[BlockState]) -> GuiderOutput:
+    def __call__(self, data: list[Any]) -> GuiderOutput:
         """The stock one counts predictions by `num_conditions`, which says what a run needs, not a step."""
         return self.forward(**{getattr(one, self._identifier_key): one.noise_pred for one in data})
 
@@ -133,12 +135,14 @@ class BasinEscapeGuidance(BaseGuidance):
         if not self._enabled:
             return GuiderOutput(pred=pred_cond, pred_cond=pred_cond, pred_uncond=None)
         first, second = (pred_cond, None) if pred_uncond is None else (pred_uncond, pred_cond)
-        level = float(self._timestep)
+        if first is None or self.run is None:
+            raise ValueError("a guider is given predictions after set_state(0, ...): use Escape in a loop of your own")
         if self.run.calls == 0 and (self.run.batch != len(first) or self.run.device != first.device):
             self.run = self._begin(len(first), first.device)
-        pred = self.run(first, second, timestep=level)
+        pred = self.run(first, second, timestep=float(self._timestep))
         for name, own in (("pred_cond", pred_cond), ("pred_uncond", pred_uncond)):
-            if (raw := self._raw.pop(name, None)) is not None and raw.numel() == own.numel():
+            raw = self._raw.pop(name, None)
+            if raw is not None and own is not None and raw.numel() == own.numel():
                 self._sign = -1.0 if bool((raw.flatten() * own.flatten()).nansum() < 0) else 1.0
         # Some pipelines give the guided prediction the conditional one's norm: as everywhere, for weights above 1 alone.
         norm = pred if pred_cond is None else torch.where(per_sample(self.run.weight, pred) > 1, pred_cond, pred)

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from ..detection.judging import Verdict
 from ..guidance.guard import PROBES, THRESHOLD, Guard
 from ..guidance.guidance import Guidance
 from .call import Call
-from .escape import each
+from .escape import Escape, each
 from .families import Family, family_of
+
+log = logging.getLogger(__name__)
 
 
 def escape(pipe: DiffusionPipeline, guidance: Guidance | Guard | Sequence[Guidance]) -> EscapeRun:
@@ -38,7 +40,9 @@ def escape(pipe: DiffusionPipeline, guidance: Guidance | Guard | Sequence[Guidan
     A guard judges what the pipeline made, and calls it again for all samples while any is suspect: with the same arguments and
     the next noise of the call's generators, but without `latents`, which are the first attempt's alone. Each sample is returned
     from the attempt that it passed, else from the last. The noises that judge it are made from its generator's seed, or from 0.
-    A calibrated guard's early look is left out, since the samples of a batch go on together. Callbacks are called in each.
+    A calibrated guard's early look is left out, since the samples of a batch go on together. Callbacks are called in each. An
+    error in a later attempt does not lose what the attempts before it made: that is returned, its suspect samples stay marked,
+    the log says so, and `run.error` holds the error.
 
     Raises ValueError for a pipeline that is not guided by two predictions, or is inside another `escape`, and for guidance that
     needs a loop of its own; when `pipe` is called, for arguments that cannot be followed and pictures that cannot be judged;
@@ -72,6 +76,7 @@ class EscapeRun:
         self._taken: Tensor | None = None  # (B,) int64, which of the calls each sample is from
         self._latents: Tensor | None = None
         self._verdict: Verdict | None = None
+        self.error: Exception | None = None  # what ended a later attempt of the last call's guard
         scales = {f"_{name}" for name in (family.scale, family.capped, "guidance_rescale")}
         self._before = {name: value for name, value in vars(pipe).items() if name in scales}
 
@@ -114,87 +119,106 @@ class EscapeRun:
     @property
     def timesteps(self) -> list[float]:
         """Of the steps, in 0..1000; NaN where they are not known."""
-        return self._known("timesteps")[-1].state.timesteps
+        return self._known("timesteps")[-1].timesteps
 
     @property
     def calls(self) -> int:
         """How many predictions were guided, of all attempts together; those that judge are not counted."""
-        return sum(call.state.calls for call in self._known("calls"))
+        return sum(state.calls for state in self._known("calls"))
 
     @property
     def attempts(self) -> Tensor | None:
-        """(B,) int64 on the CPU: how often a guard began each sample. None without a guard."""
+        """(B,) int64 on the CPU: which attempt of a guard each sample is from, counted from 1. None without a guard."""
         self._known("attempts")
-        return self._taken + 1 if isinstance(self._guidance, Guard) else None
+        return self._taken + 1 if isinstance(self._guidance, Guard) and self._taken is not None else None
 
     @property
     def score(self) -> Tensor | None:
         """(B,) float32 on the CPU: the basin score of each picture, see `basin`. None without a guard, until `judge`."""
         self._known("score")
-        return self._verdict and self._verdict.score
+        return None if self._verdict is None else self._verdict.score
 
     @property
     def suspect(self) -> Tensor | None:
         """(B,) bool on the CPU: the pictures that look like copies. None without a guard, until `judge`."""
         self._known("suspect")
-        return self._verdict and self._verdict.suspect
+        return None if self._verdict is None else self._verdict.suspect
 
     def judge(self, threshold: float = THRESHOLD, probes: int = PROBES) -> Verdict:
         """Judge the pictures of the last call: `score` and `suspect` are this verdict's then. See `escape.judge`.
 
         Raises ValueError before a call, and for pictures that cannot be judged.
         """
-        self._verdict = self._known("judge")[-1].judge(threshold, probes, self._latents)
+        self._known("judge")
+        self._verdict = self._calls[-1].judge(threshold, probes, self._latents)
         return self._verdict
 
-    def _known(self, name: str) -> list[Call]:
-        """The calls that have taken a step."""
-        begun = [call for call in self._calls if call.state is not None]
+    def _known(self, name: str) -> list[Escape]:
+        """The guidance of each call that has taken a step."""
+        begun = [call.state for call in self._calls if call.state is not None]
         if not begun:
             raise ValueError(f"{name} is known when the pipeline has been called inside escape(...)")
         return begun
 
     def _of_each(self, name: str) -> Tensor:
         """Of each sample what its own call says."""
-        found = torch.stack([getattr(call.state, name) for call in self._known(name)])
+        found = torch.stack([getattr(state, name) for state in self._known(name)])
         taken = torch.zeros(found.shape[1], dtype=torch.int64) if self._taken is None else self._taken
         return found[taken.to(found.device), torch.arange(found.shape[1], device=found.device)]
 
     def _run(self, arguments: Mapping[str, Any]) -> Any:
         """A call of the pipeline, or as many as a guard asks for."""
-        self._calls, self._taken, self._latents, self._verdict = [], None, None, None
+        self._calls, self._taken, self._latents, self._verdict, self.error = [], None, None, None, None
         if not isinstance(self._guidance, Guard):
-            return self._attempt(self._guidance, arguments)
-        made = None
-        for attempt in self._guidance.attempts:
-            own = dict(arguments) | ({"latents": None} if self._calls and "latents" in arguments else {})
-            again = None if self._verdict is None else self._verdict.suspect.clone()
-            following = self._attempt(attempt.guidance, own, again)
-            call = self._calls[-1]
-            if call.interrupted:
-                return following if again is None else made
-            made = following if again is None else chosen(made, following, again)
-            verdict = call.judge(attempt.threshold, attempt.probes)
-            self._verdict = verdict if again is None else chosen(self._verdict, verdict, again)
-            if not self._verdict.suspect.any():
+            call, made = self._called(self._guidance, arguments)
+            self._take(call, None)
+            return made
+        first, *later = self._guidance.attempts
+        call, made = self._called(first.guidance, arguments)
+        self._take(call, None)
+        if call.interrupted:
+            return made
+        self._verdict = call.judge(first.threshold, first.probes)
+        arguments = {name: None if name == "latents" else value for name, value in arguments.items()}
+        for number, attempt in enumerate(later, start=2):
+            again = self._verdict.suspect.clone()
+            if not again.any():
                 break
+            try:
+                call, following = self._called(attempt.guidance, arguments)
+                if call.interrupted:
+                    break
+                verdict = call.judge(attempt.threshold, attempt.probes)
+            except Exception as error:
+                self.error = error
+                log.exception(
+                    f"attempt {number} of the guard failed: {int(again.sum())} of {len(again)} samples stay suspect, and are "
+                    "returned as the attempts before it made them"
+                )
+                break
+            made, self._verdict = chosen(made, following, again), chosen(self._verdict, verdict, again)
+            self._take(call, again)
         return made
 
-    def _attempt(self, guidance: Guidance | list[Guidance], arguments: Mapping[str, Any], again: Tensor | None = None) -> Any:
-        """One call of the pipeline, of which the samples `again` (B,) are taken; None: all."""
-        for earlier in self._calls:
-            earlier.forget()
+    def _called(self, guidance: Guidance | list[Guidance], arguments: Mapping[str, Any]) -> tuple[Call, Any]:
+        """One call of the pipeline, and what it returned."""
         call = Call(self._pipe, self._family, guidance, arguments)
         if isinstance(self._guidance, Guard):
             call.check()
+        if not self._calls:
+            self._calls.append(call)  # known even if it fails
+        return call, call.run(self._host.__call__)
+
+    def _take(self, call: Call, again: Tensor | None) -> None:
+        """Take the samples `again` (B,) from this call, the last; None: all, from the first."""
+        if again is None or self._taken is None or self._latents is None:
+            self._taken, self._latents = torch.zeros(call.begun.batch, dtype=torch.int64), call.latents
+            return
+        for earlier in self._calls:
+            earlier.forget()
         self._calls.append(call)
-        made = call.run(self._host.__call__)
-        if again is None:
-            self._taken, self._latents = torch.zeros(call.state.batch, dtype=torch.int64), call.latents
-        elif not call.interrupted:
-            self._taken = self._taken.masked_fill(again, len(self._calls) - 1)
-            self._latents = chosen(self._latents, call.latents, again)
-        return made
+        self._taken = self._taken.masked_fill(again, len(self._calls) - 1)
+        self._latents = chosen(self._latents, call.latents, again)
 
 
 def chosen(old: Any, new: Any, again: Tensor) -> Any:
@@ -204,7 +228,7 @@ def chosen(old: Any, new: Any, again: Tensor) -> Any:
     """
     if old is None or new is None:
         return new
-    if isinstance(old, (BaseOutput, Verdict)):
+    if is_dataclass(old) and not isinstance(old, type):  # diffusers' outputs, and a `Verdict`
         names = [field.name for field in fields(old)]
         return type(old)(**{name: chosen(getattr(old, name), getattr(new, name), again) for name in names})
     if isinstance(old, tuple):

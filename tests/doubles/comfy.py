@@ -193,6 +193,35 @@ sys.modules["comfy.samplers"] = ModuleType("comfy.samplers")
 sys.modules["comfy.samplers"].calc_cond_batch = calc_cond_batch
 
 
+class KSampler:
+    """`comfy.samplers.KSAMPLER`: a sampling function with options."""
+
+    def __init__(self, sampler_function, extra_options=None):
+        self.sampler_function, self.extra_options = sampler_function, extra_options or {}
+
+
+class CoreGuider(CFGGuider):
+    """`comfy.samplers.CFGGuider` as nodes make it: it noises the latents by itself."""
+
+    def __init__(self, model_patcher):
+        super().__init__(model_patcher, 1.0)
+
+    def set_conds(self, positive, negative):
+        self.conds = {"positive": positive, "negative": negative}
+
+    def set_cfg(self, cfg):
+        self.cfg = cfg
+
+    def sample(self, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None):
+        assert not self.model_patcher.wrappers.get("outer_sample"), "another node's run around this one"
+        self.model_options = copy_nested(self.model_patcher.model_options)
+        x = self.model_patcher.model.model_sampling.noise_scaling(sigmas[0], noise, latent_image)
+        return self.outer_sample(noise, x, sampler, sigmas, seed=seed)
+
+
+sys.modules["comfy.samplers"].KSAMPLER, sys.modules["comfy.samplers"].CFGGuider = KSampler, CoreGuider
+
+
 def load(folder, name, monkeypatch, schema):
     """Load a folder of `custom_nodes` as ComfyUI does. schema: whether this is a version that knows V3. The nodes, by id."""
     if schema:
@@ -218,8 +247,8 @@ def io():
     def recorded(kind, required):
         def make(id=None, **options):
             known = {"Int": {"min", "max"}, "Float": {"min", "max", "step"}, "Combo": {"options"}}.get(kind, set())
-            assert required or not options
-            assert set(options) <= known | {"default", "tooltip", "display_name"}
+            known |= {"default", "tooltip", "display_name"} if required else {"display_name", "is_output_list"}
+            assert set(options) <= known and (id is not None) == required
             return SimpleNamespace(kind=kind, id=id, **options)
 
         return make
@@ -233,4 +262,4 @@ def io():
     )
 
 
-KINDS = ("Model", "Int", "Float", "Combo")
+KINDS = ("Model", "Latent", "Conditioning", "Int", "Float", "Boolean", "String", "Combo")

@@ -3,10 +3,11 @@
 import comfy
 import torch
 from basinescape.hosts.comfyui import node
+from basinescape.hosts.widgets import WIDGETS
 
 STEPS, BATCH, CFG = 8, 2, 4.0
 SIGMAS = torch.cat([torch.linspace(10.0**0.2, 0.1**0.2, STEPS) ** 5, torch.zeros(1)])
-DEFAULTS = {name: widget.options["default"] for name, widget in node.WIDGETS.items()}
+DEFAULTS = {name: widget.options["default"] for name, widget in WIDGETS.items()}
 
 
 def network(x, t, cond):

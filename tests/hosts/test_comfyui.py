@@ -2,15 +2,18 @@
 
 import json
 import logging
+import tomllib
 from pathlib import Path
 
 import comfy
 import pytest
 import torch
-from basinescape import At, FirstMinimum, Guidance
+from basinescape import At, FirstMinimum, Guidance, __version__
 from basinescape.hosts import comfyui
-from basinescape.hosts.comfyui import node
+from basinescape.hosts.comfyui import judge, node
+from basinescape.hosts.comfyui.described import CATEGORY
 from basinescape.hosts.kdiffusion import EscapeDenoiser
+from basinescape.hosts.widgets import FALLEN, MINIMUM, TIMESTEP, WIDGETS
 from comfy_runs import BATCH, CFG, DEFAULTS, SIGMAS, STEPS, function_of, given, network, patched, sampled, state_of, visits
 from kd_package import package
 
@@ -44,7 +47,7 @@ def test_plain_guidance_is_what_the_sampler_would_do(kd, name, sampling):
     [
         ({"timestep": 600.0}, Guidance.delayed(CFG, until=At(600))),
         (
-            {"until": node.MINIMUM, "latest": 5 / STEPS, "before": -1.0, "rule": "rescale"},
+            {"until": MINIMUM, "latest": 5 / STEPS, "before": -1.0, "rule": "rescale"},
             Guidance.opposite(1.0, scale=CFG, until=FirstMinimum(latest=5), rule="rescale"),
         ),
     ],
@@ -72,7 +75,7 @@ def test_steps_gaps_and_transitions_are_those_of_the_other_hosts(kd, name, widge
 
 
 def test_a_run_begins_anew_and_samples_go_their_own_ways(kd):
-    patcher = patched(until=node.MINIMUM)
+    patcher = patched(until=MINIMUM)
     first = sampled(kd, "heun", patcher)
     together = state_of(patcher).transition_step
     assert torch.equal(sampled(kd, "heun", patcher), first)
@@ -152,7 +155,7 @@ def test_another_cfg_function_is_told_of(kd, caplog):
     [
         ({}, CFG, False, True),
         ({"before": -1.0}, CFG, False, False),
-        ({"until": node.MINIMUM}, CFG, False, False),
+        ({"until": MINIMUM}, CFG, False, False),
         ({}, 0.0, False, False),
         ({}, CFG, True, False),  # another node's function is given both predictions
     ],
@@ -182,7 +185,7 @@ def args_of(args):
 
 def test_the_log_tells_what_became_of_each_sample(kd, caplog):
     caplog.set_level(logging.INFO)
-    patcher = patched(until=node.MINIMUM)
+    patcher = patched(until=MINIMUM)
     sampled(kd, "euler", patcher)
     lines = [record.getMessage() for record in caplog.records]
     for i, (line, step, gaps) in enumerate(
@@ -200,17 +203,19 @@ def test_the_log_tells_what_became_of_each_sample(kd, caplog):
 
 @pytest.mark.parametrize("schema", [True, False], ids=["V3", "V1"])
 def test_the_folder_can_be_put_into_custom_nodes(monkeypatch, schema):
-    made = comfy.load(FOLDER, "custom_nodes_x_basinescape", monkeypatch, schema)[node.ID]
+    nodes = comfy.load(FOLDER, "custom_nodes_x_basinescape", monkeypatch, schema)
+    assert list(nodes) == [node.ID, judge.NODE.id]
+    made = nodes[node.ID]
     model = comfy.Patcher(network, comfy.EPS())
     if schema:
         described = made.define_schema()
-        assert [one.id for one in described.inputs] == ["model", *node.WIDGETS] and described.category == node.CATEGORY
+        assert [one.id for one in described.inputs] == ["model", *WIDGETS] and described.category == CATEGORY
         assert all(one.tooltip for one in described.inputs[1:])
         (result,) = made.execute(model=model, **DEFAULTS).result
     else:
         required = made.INPUT_TYPES()["required"]
-        assert list(required) == ["model", *node.WIDGETS] and made.RETURN_TYPES == ("MODEL",)
-        assert required["until"][0] == [node.TIMESTEP, node.MINIMUM, node.FALLEN] and required["before"][0] == "FLOAT"
+        assert list(required) == ["model", *WIDGETS] and made.RETURN_TYPES == ("MODEL",)
+        assert required["until"][0] == [TIMESTEP, MINIMUM, FALLEN] and required["before"][0] == "FLOAT"
         assert all(options["tooltip"] and "default" in options for _, options in list(required.values())[1:])
         (result,) = getattr(made(), made.FUNCTION)(model=model, **DEFAULTS)
     assert "sampler_cfg_function" in result.model_options and "sampler_cfg_function" not in model.model_options
@@ -219,7 +224,7 @@ def test_the_folder_can_be_put_into_custom_nodes(monkeypatch, schema):
 @pytest.mark.parametrize("latest", [-1, 1.5, "0.5"])
 def test_widgets_out_of_range_are_refused(latest):
     with pytest.raises(ValueError, match="latest must be a number from 0 to 1"):
-        patched(until=node.MINIMUM, latest=latest)
+        patched(until=MINIMUM, latest=latest)
     with pytest.raises(ValueError, match="timestep must be at most 1000"):
         patched(timestep=1001.0)
 
@@ -244,6 +249,47 @@ def test_the_example_workflow_holds_together():
         assert number in out["links"] and into["link"] == number and kind == out["type"] == into["type"]
     assert all(slot["link"] is not None for one in nodes.values() for slot in one["inputs"])
     (ours,) = (one for one in nodes.values() if one["type"] == node.ID)
-    widgets = dict(zip(node.WIDGETS, ours["widgets_values"], strict=True))
+    widgets = dict(zip(WIDGETS, ours["widgets_values"], strict=True))
     assert widgets == DEFAULTS
     node.patched(comfy.Patcher(network, comfy.EPS()), **widgets)
+
+
+@pytest.mark.parametrize("sampling", [comfy.EPS, comfy.CONST])
+def test_the_second_node_judges_as_the_other_hosts(kd, sampling):
+    """And tells what became of each sample's guidance."""
+    sigmas, asked = FLOW if sampling is comfy.CONST else SIGMAS, []
+
+    def counted(x, t, prompt):
+        asked.append(prompt)
+        return network(x, t, prompt)
+
+    patcher = node.patched(comfy.Patcher(counted, sampling()), **DEFAULTS | {"until": MINIMUM})
+    latents = sampled(kd, "euler", patcher, sigmas)
+    state, (_, uncond, cond) = state_of(patcher), given()
+    before, asked[:] = (state.transition_step.tolist(), state.noise_gap.tolist()), []
+    latent, scores, suspects, steps, gaps = judge.judged(patcher, {"samples": latents}, cond, uncond, 5, 0.0, 2)
+    assert latent["samples"] is latents and len(asked) == 4
+    assert (steps, [json.loads(row) for row in gaps]) == before and state_of(patcher) is state
+
+    class Model:
+        def __call__(self, x, sigma, cond):
+            model = sampling()
+            output = network(model.calculate_input(sigma, x), model.timestep(sigma), cond)
+            return model.calculate_denoised(sigma, output, x)
+
+    guidance = Guidance.cfg(CFG)
+    denoiser = EscapeDenoiser(Model(), guidance, scalings=lambda sigma: (torch.ones_like(sigma), -sigma))
+    expected = denoiser.judge(latents, cond, uncond, [5, 6], 0.0, 2, flow=sampling is comfy.CONST)
+    assert torch.allclose(torch.tensor(scores), expected.score, rtol=1e-3, atol=1e-5)
+    assert suspects == expected.suspect.tolist() == [score > 0 for score in scores]
+    assert torch.equal(sampled(kd, "euler", patcher, sigmas), latents)  # the model is as it was
+    plain = comfy.Patcher(network, sampling())
+    assert judge.judged(plain, {"samples": latents}, cond, uncond, 5, 0.0, 2)[3:] == ([-1] * BATCH, [""] * BATCH)
+    with pytest.raises(ValueError, match="probes must be"):
+        judge.judged(plain, {"samples": latents}, cond, uncond, 5, 0.0, 0)
+
+
+def test_the_registry_finds_what_it_needs():
+    made = tomllib.loads((FOLDER / "pyproject.toml").read_text(encoding="utf-8"))
+    assert made["project"]["version"] == __version__ and made["project"]["dependencies"] == ["basinescape"]
+    assert made["tool"]["comfy"]["DisplayName"]

@@ -7,8 +7,9 @@ import comfy
 import pytest
 import torch
 from basinescape.hosts.comfyui import node
-from basinescape.hosts.comfyui.run import timestep
-from basinescape.hosts.comfyui.steps import Steps, evaluates_twice
+from basinescape.hosts.sigma_run import timestep
+from basinescape.hosts.sigma_steps import Steps, evaluates_twice
+from basinescape.hosts.widgets import FALLEN, MINIMUM, WIDGETS
 from comfy_runs import (
     BATCH,
     CFG,
@@ -108,7 +109,7 @@ def test_a_sampler_off_the_schedule_or_back_on_it_is_guided_by_noise_level(caplo
 
 
 @pytest.mark.parametrize("name", ["dpm_fast", "dpm_adaptive"])
-@pytest.mark.parametrize("widgets", [{"timestep": 600.0}, {"until": node.MINIMUM}, {"until": node.FALLEN}])
+@pytest.mark.parametrize("widgets", [{"timestep": 600.0}, {"until": MINIMUM}, {"until": FALLEN}])
 def test_samplers_with_steps_of_their_own_reach_full_guidance(kd, name, widgets):
     sampler = getattr(kd[0], f"sample_{name}")
     ends = {"sigma_min": float(SIGMAS[-2]), "sigma_max": float(SIGMAS[0])} | ({"n": STEPS} if name == "dpm_fast" else {})
@@ -132,7 +133,7 @@ def test_what_a_sampler_noted_before_it_came_back_is_undone(order, gaps, expecte
     made = iter(gaps)
     patcher = node.patched(
         comfy.Patcher(lambda x, t, prompt: torch.full_like(x, next(made) if prompt else 0.0), comfy.EPS()),
-        **DEFAULTS | {"until": node.MINIMUM, "latest": 1.0},
+        **DEFAULTS | {"until": MINIMUM, "latest": 1.0},
     )
     x = given()[0]
     seen = []
@@ -143,7 +144,7 @@ def test_what_a_sampler_noted_before_it_came_back_is_undone(order, gaps, expecte
     assert torch.allclose(state_of(patcher).noise_gap[0, 3], x[0].numel() ** 0.5 * torch.tensor(float(gaps[-1])), rtol=1e-3)
 
 
-@pytest.mark.parametrize("until", [node.MINIMUM, node.FALLEN])
+@pytest.mark.parametrize("until", [MINIMUM, FALLEN])
 @pytest.mark.parametrize(
     ("start", "noise", "timestep", "expected"),
     [
@@ -163,17 +164,17 @@ def test_a_run_that_begins_past_its_basin_is_guided_in_full(kd, until, start, no
 
 
 def test_a_run_without_new_noise_from_the_highest_level_on_does_not_go_on(kd):
-    patcher, top = patched(until=node.MINIMUM), float(comfy.EPS().sigma_max)
+    patcher, top = patched(until=MINIMUM), float(comfy.EPS().sigma_max)
     sigmas = torch.cat([torch.tensor([top]), SIGMAS])
     sampled(kd, "euler", patcher, sigmas, noise=torch.zeros(BATCH, 12))
     assert state_of(patcher).transition_step.min() >= 2
 
 
 @pytest.mark.parametrize("count", [2, 3, 8, 20])
-@pytest.mark.parametrize("until", [node.MINIMUM, node.FALLEN])
+@pytest.mark.parametrize("until", [MINIMUM, FALLEN])
 def test_every_latest_share_on_offer_works(kd, until, count):
-    least, sigmas = {node.MINIMUM: 2, node.FALLEN: 1}[until], torch.linspace(10.0, 0.0, count + 1)
-    options = node.WIDGETS["latest"].options
+    least, sigmas = {MINIMUM: 2, FALLEN: 1}[until], torch.linspace(10.0, 0.0, count + 1)
+    options = WIDGETS["latest"].options
     for latest in (options["min"], options["min"] + options["step"], options["default"], options["max"]):
         patcher = patched(until=until, latest=latest)
         sampled(kd, "euler", patcher, sigmas)
@@ -214,7 +215,7 @@ def test_a_scale_that_changes_in_a_run_is_followed(kd):
         guider = Changing(patcher, CFG, positive=cond, negative=uncond)
         found[name] = guider.sample(kd[0].sample_heun, SIGMAS[0] * x, SIGMAS)
     assert torch.allclose(found["ours"], found["stock"], rtol=1e-3, atol=1e-3)
-    patcher = patched(until=node.FALLEN)
+    patcher = patched(until=FALLEN)
     sampled(kd, "euler", patcher)
     fixed = state_of(patcher)
     Changing(patcher, CFG, positive=cond, negative=uncond).sample(kd[0].sample_euler, SIGMAS[0] * x, SIGMAS)

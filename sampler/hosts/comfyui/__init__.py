@@ -1,54 +1,23 @@
-"""A ComfyUI node: put this folder, or a link to it, into `custom_nodes`, and basinescape into ComfyUI's environment.
+"""ComfyUI nodes: put this folder, or a link to it, into `custom_nodes`, and basinescape into ComfyUI's environment.
 
-An example workflow is in `example_workflows`. ComfyUI prefers NODE_CLASS_MAPPINGS where a module has both, so a version that
-knows the schema V3 gets `comfy_entrypoint` alone.
+`pyproject.toml` has the form of ComfyUI's registry, `example_workflows` a workflow. ComfyUI prefers NODE_CLASS_MAPPINGS where a
+module has both, so a version that knows the schema V3 gets `comfy_entrypoint` alone.
 """
 
-from . import node
+from . import judge, node
+
+NODES = (node.NODE, judge.NODE)
 
 try:
     from comfy_api.latest import ComfyExtension, io
 except ImportError:  # an older ComfyUI
-
-    class BasinEscape:
-        CATEGORY, DESCRIPTION, FUNCTION = node.CATEGORY, node.DESCRIPTION, "execute"
-        RETURN_TYPES = ("MODEL",)
-
-        @classmethod
-        def INPUT_TYPES(cls):
-            def typed(widget):
-                options = dict(widget.options)
-                return (options.pop("options") if widget.kind == "Combo" else widget.kind.upper(), options)
-
-            return {"required": {"model": ("MODEL",), **{name: typed(widget) for name, widget in node.WIDGETS.items()}}}
-
-        def execute(self, **given):
-            return (node.patched(**given),)
-
-    NODE_CLASS_MAPPINGS = {node.ID: BasinEscape}
-    NODE_DISPLAY_NAME_MAPPINGS = {node.ID: node.NAME}
+    NODE_CLASS_MAPPINGS = {one.id: one.first_version() for one in NODES}
+    NODE_DISPLAY_NAME_MAPPINGS = {one.id: one.name for one in NODES}
 else:
-
-    class BasinEscape(io.ComfyNode):
-        @classmethod
-        def define_schema(cls):
-            widgets = [getattr(io, widget.kind).Input(name, **widget.options) for name, widget in node.WIDGETS.items()]
-            return io.Schema(
-                node_id=node.ID,
-                display_name=node.NAME,
-                category=node.CATEGORY,
-                description=node.DESCRIPTION,
-                inputs=[io.Model.Input("model"), *widgets],
-                outputs=[io.Model.Output()],
-            )
-
-        @classmethod
-        def execute(cls, **given):
-            return io.NodeOutput(node.patched(**given))
 
     class Extension(ComfyExtension):
         async def get_node_list(self):
-            return [BasinEscape]
+            return [one.third_version(io) for one in NODES]
 
     async def comfy_entrypoint():
         return Extension()

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from basinescape.guidance.guidance import Guidance
 from basinescape.guidance.transitions import Rule
+from basinescape.hosts.sigma_run import Run, timestep
+from basinescape.hosts.sigma_steps import Steps, evaluates_twice
 from torch import Tensor
-
-from .run import Run, timestep
-from .steps import Steps, evaluates_twice
 
 logger = logging.getLogger(__name__)
 CFG_FUNCTION = "sampler_cfg_function"  # the model option
@@ -86,8 +85,7 @@ class Guided:
 
         conds, options = args["conds"], args["model_options"]
         if options.get(CFG_FUNCTION) is self:
-            self._go(args, conds[1])
-            self._alone = not self.run.needs_cond and not any(options.get(name) for name in WATCHERS)
+            self._alone = not self._go(args, conds[1]).needs_cond and not any(options.get(name) for name in WATCHERS)
             conds = [None if self._alone else conds[0], *conds[1:]]
         return calc_cond_batch(args["model"], conds, args["input"], args["sigma"], options)
 
@@ -97,12 +95,15 @@ class Guided:
 
         Raises ValueError without a negative conditioning, and where no sampler runs.
         """
-        if not self._went:  # another node has made the predictions
-            self._go(args, args["input_uncond"])
+        run = self.run if self._went else None
+        if run is None:  # another node has made the predictions
+            run = self._go(args, args["input_uncond"])
         self._went = False
-        return self.run.guided(args, self._alone)
+        x, uncond, cond = (args[name] for name in ("input", "uncond_denoised", "cond_denoised"))
+        scale, sampling = float(args["cond_scale"]), args["model"].model_sampling
+        return x - run.guided(x, args["sigma"], uncond, None if self._alone else cond, scale, sampling)
 
-    def _go(self, args: dict[str, Any], negative: Any) -> None:
+    def _go(self, args: dict[str, Any], negative: Any) -> Run:
         """Go to the next call of the model."""
         if negative is None:
             raise ValueError("Basin Escape needs a negative conditioning, which may be empty: use CFGGuider, not BasicGuider")
@@ -111,3 +112,4 @@ class Guided:
         self.run = self.run or self._begin(args)
         self.run.go(args["sigma"])
         self._went = True
+        return self.run

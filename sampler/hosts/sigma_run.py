@@ -1,4 +1,4 @@
-"""One run of a sampler: where it stands, and what guides its calls."""
+"""One run of a sampler that goes by noise levels, in ComfyUI or a webui: where it stands, and what guides its calls."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from basinescape.guidance.guidance import Guidance
-from basinescape.hosts.escape import Escape
-from basinescape.kernels.state import Transition, per_sample
-from basinescape.schedulers.schedule import timestep_of_ratio
 from torch import Tensor
 
-from .steps import Steps
+from ..guidance.guidance import Guidance
+from ..kernels.state import Transition, per_sample
+from ..schedulers.schedule import timestep_of_ratio
+from .escape import Escape
+from .sigma_steps import Steps
 
 logger = logging.getLogger(__name__)
 
@@ -55,18 +55,19 @@ class Run:
         # A scale of 0 may be another one by the time that the predictions are combined.
         return self.scale == 0 or self.state.branch() != "uncond"
 
-    def guided(self, args: dict[str, Any], uncond_alone: bool) -> Tensor:
-        """x - denoised, (B, ...), from ComfyUI's arguments of a CFG function; its scale may be another one in each call."""
-        scale = float(args["cond_scale"])
+    def guided(self, x: Tensor, sigma: Tensor, uncond: Tensor, cond: Tensor | None, scale: float, sampling: Any) -> Tensor:
+        """The denoised prediction, (B, ...), from those that the model made, (B, ...) each; cond: None where it has no weight.
+
+        x: (B, ...) of the call. sigma: (B,), or one for all. scale: after the transition; it may be another one in each call.
+        sampling: of the model, as `scalings` takes it.
+        """
         if scale != self.scale:
             last, self.scale = self.state, scale
             self.state = self._at(scale, last.batch, last.device)
             self.state.forget(last.mark())
             self.state.seek(last.calls)
-        x, sigma = args["input"], args["sigma"].reshape(-1)
-        skip, out = (per_sample(scale, x) for scale in scalings(args["model"].model_sampling, sigma.expand(len(x)).to(x)))
-        uncond, cond = ((args[name] - skip * x) / out for name in ("uncond_denoised", "cond_denoised"))
-        return x - (skip * x + out * self.state(uncond, None if uncond_alone else cond))
+        skip, out = (per_sample(part, x) for part in scalings(sampling, sigma.reshape(-1).expand(len(x)).to(x)))
+        return skip * x + out * self.state((uncond - skip * x) / out, None if cond is None else (cond - skip * x) / out)
 
     def report(self, finished: bool) -> None:
         """Log what became of each sample: a warning where its last step is done and it was never guided."""
@@ -88,9 +89,12 @@ class Run:
 
 
 def scalings(model: Any, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """(c_skip, c_out), (B,) each, of denoised = c_skip x + c_out * (what the network returned), by ComfyUI's model sampling."""
+    """(c_skip, c_out), (B,) each, of denoised = c_skip x + c_out * (what the network returned).
+
+    model: what ComfyUI calls a model sampling and Forge a predictor.
+    """
     one, zero = torch.ones_like(sigma)[:, None], torch.zeros_like(sigma)[:, None]
-    return tuple(model.calculate_denoised(sigma, *given).flatten() for given in ((zero, one), (one, zero)))
+    return model.calculate_denoised(sigma, zero, one).flatten(), model.calculate_denoised(sigma, one, zero).flatten()
 
 
 def timestep(model: Any, sigma: float) -> float:

@@ -1,0 +1,181 @@
+"""The guidance where the webuis call it: around their denoiser, and where it combines the predictions.
+
+Forge calls the model's CFG function, as ComfyUI does (`backend/sampling/sampling_function.py`). AUTOMATIC1111 calls
+`CFGDenoiser.combine_denoised` (`modules/sd_samplers_cfg_denoiser.py`). Neither tells the sampler's noise levels there: they are
+taken from the sampler's `get_sigmas`. A webui goes on without a script that fails, so what cannot be followed is refused by the
+denoiser's first call.
+
+Read in November 2026: AUTOMATIC1111 of February 2025, Forge of June 2025.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...guidance.guidance import Guidance
+from ..sigma_run import Run, timestep
+from ..sigma_steps import Steps
+from ..widgets import transition
+
+NAME = "Basin Escape"
+UNEVEN = {"sample_dpm_fast", "sample_dpm_adaptive"}  # their noise levels are not those of the schedule
+
+
+def guide(p: Any, refused: str | None = None, **sliders: Any) -> None:
+    """Guide the sampling of the job `p` that is about to begin, by the sliders; refused: why its first call is to fail."""
+    try:
+        guided = None if refused else Guided(p, **sliders)
+    except ValueError as error:
+        guided, refused = None, str(error)
+    refused = refused or _unfit(p.sampler)
+    if refused:
+        p.sampler.model_wrap_cfg.forward = partial(_refuse, refused)
+    elif guided is not None:
+        guided.install()
+
+
+def _unfit(sampler: Any) -> str | None:
+    """Why a sampler cannot be followed."""
+    if not hasattr(sampler, "get_sigmas"):
+        return "the samplers DDIM, PLMS and UniPC, which go by timesteps, are not followed: use one of the others"
+    if getattr(sampler, "funcname", None) in UNEVEN:
+        return f"{sampler.funcname} chooses its noise levels by itself: use another sampler"
+    return None
+
+
+def _refuse(reason: str, *given: Any, **named: Any) -> None:
+    raise ValueError(f"{NAME}: {reason}")
+
+
+class Guided:
+    """The guidance of one sampling of a webui's job `p`: of all its pictures, each with a transition of its own.
+
+    before, until, timestep, latest, rule: the sliders, see `widgets.WIDGETS`. The CFG scale is the webui's.
+
+    `install` sets it on the job's sampler and model, which the webui makes anew, or puts back, for the next sampling.
+    """
+
+    def __init__(self, p: Any, before: float, until: str, timestep: float, latest: float, rule: str):
+        self.p, self.before, self.rule = p, before, rule
+        self.until = partial(transition, until, timestep, latest)
+        self.guidance(self.until([1000.0], False), 1.0)  # raises for what is not allowed
+        self.shown = {"before": before, "until": until, "timestep": timestep, "latest": latest, "rule": rule}
+        self.run: Run | None = None
+        self._sigmas: list[float] = []
+        self._now: tuple[Tensor, Tensor] | None = None  # the latents and noise levels of the call that is going on
+        self._weight = 1.0  # of a prompt's parts together, where Forge is told so
+
+    def guidance(self, until: Any, scale: float) -> Guidance:
+        """Of a run with this transition, at the webui's scale."""
+        return Guidance(scale, self.before, until, rule=self.rule)
+
+    def install(self) -> None:
+        """Guide the sampling that is about to begin."""
+        sampler = self.p.sampler
+        denoiser = sampler.model_wrap_cfg
+        denoiser.forward = partial(self._called, denoiser.forward)
+        sampler.get_sigmas = partial(self._scheduled, sampler.get_sigmas)
+        if self.forge:
+            unet = self.p.sd_model.forge_objects.unet.clone()
+            unet.set_model_sampler_cfg_function(self.in_forge, disable_cfg1_optimization=True)
+            unet.set_model_sampler_pre_cfg_function(self._weighted)
+            self.p.sd_model.forge_objects.unet = unet
+        else:
+            denoiser.combine_denoised = partial(self.in_a1111, denoiser)
+        self.p.extra_generation_params.update({f"{NAME} {name}": value for name, value in self.shown.items()})
+        self._told = self.p.extra_generation_params.setdefault(self._key, [None] * (self.p.n_iter * self.p.batch_size))
+
+    @property
+    def forge(self) -> bool:
+        """Whether the webui is Forge."""
+        return hasattr(self.p.sd_model, "forge_objects")
+
+    @property
+    def _key(self) -> str:
+        again = " hires" if getattr(self.p, "is_hr_pass", False) else ""
+        return f"{NAME}{again} full guidance from step"
+
+    def _called(self, forward: Callable[..., Tensor], x: Tensor, sigma: Tensor, *given: Any, **named: Any) -> Tensor:
+        """Around the denoiser: what its call is given. Raises ValueError for what cannot be followed."""
+        if float(named.get("s_min_uncond") or 0) > 0:
+            raise ValueError(f"{NAME}: negative guidance minimum sigma leaves predictions out: set it to 0")
+        if named.get("uncond", True) is None:
+            raise ValueError(f"{NAME}: guidance needs a negative prompt, which may be empty, and a CFG scale other than 1")
+        self._now = x, sigma
+        return forward(x, sigma, *given, **named)
+
+    def _scheduled(self, get_sigmas: Callable[[Any, int], Tensor], p: Any, steps: int) -> Tensor:
+        """Around the sampler's schedule."""
+        sigmas = get_sigmas(p, steps)
+        self._sigmas, self.run = sigmas.tolist(), None
+        return sigmas
+
+    def _weighted(self, model: Any, cond: Any, uncond: Any, x: Tensor, sigma: Tensor, options: dict) -> tuple:
+        """Before Forge's predictions: the weight of a prompt's parts together, which multiplies its scale."""
+        self._weight = sum(part.get("strength", 1.0) for part in cond)
+        return model, cond, uncond, x, sigma, options
+
+    def in_forge(self, args: dict[str, Any]) -> Tensor:
+        """Forge's `sampler_cfg_function`: x - denoised, (B, ...)."""
+        uncond, cond = args["uncond_denoised"], args["cond_denoised"]
+        scale = float(args["cond_scale"]) * self._weight
+        return args["input"] - self._guided(args["input"], args["sigma"], uncond, cond, scale, args["model"].predictor)
+
+    def in_a1111(self, denoiser: Any, x_out: Tensor, conds_list: Sequence, uncond: Any, cond_scale: float) -> Tensor:
+        """AUTOMATIC1111's `combine_denoised`: the guided prediction, (B, ...).
+
+        x_out: the denoised predictions, those of the B negative prompts last. conds_list: of each picture (row, weight) of the
+        parts of its prompt, which count together as one conditional prediction.
+        """
+        if self._now is None:
+            raise ValueError(f"{NAME}: predictions are combined outside the denoiser's call")
+        x, sigma = self._now
+        without = x_out[-len(x) :]
+        parts = [
+            sum(weight * (x_out[row] - one) for row, weight in rows) for rows, one in zip(conds_list, without, strict=True)
+        ]
+        cond = without + torch.stack(parts)
+        return self._guided(x, sigma, without, cond, float(cond_scale), _Wrapped(denoiser.inner_model))
+
+    def _guided(self, x: Tensor, sigma: Tensor, uncond: Tensor, cond: Tensor, scale: float, sampling: Any) -> Tensor:
+        """The guided prediction of the call at the noise level sigma (B,), and what is known of the pictures by now."""
+        if self.run is None:
+            steps = Steps(self._from(float(sigma.max())))
+            timesteps = [timestep(sampling, level) for level in steps.sigmas]
+            until = self.until(timesteps, False)
+            self.run = Run(lambda scale: self.guidance(until, scale), scale, steps, timesteps, len(x), x.device)
+        self.run.go(sigma)
+        made = self.run.guided(x, sigma, uncond, cond, scale, sampling).to(uncond.dtype)
+        first = getattr(self.p, "iteration", 0) * self.p.batch_size
+        self._told[first : first + len(x)] = ["none" if step < 0 else step for step in self.run.state.transition_step.tolist()]
+        return made
+
+    def _from(self, sigma: float) -> list[float]:
+        """The noise levels of the run, which begins at `sigma`: image to image takes the later ones of a schedule."""
+        levels = [level for level in self._sigmas if level > 0 and level <= sigma * (1 + 1e-4)]
+        return levels or [sigma]
+
+
+class _Wrapped:
+    """A k-diffusion wrapper of a network, as `sigma_run` takes a model's sampling."""
+
+    def __init__(self, wrapper: Any):
+        if not hasattr(wrapper, "get_scalings"):
+            raise ValueError(f"{NAME}: {type(wrapper).__name__} is not a denoiser of Stable Diffusion 1, 2 or XL: use Forge")
+        self.wrapper = wrapper
+        self.sigma_data, self.num_timesteps = getattr(wrapper, "sigma_data", 1.0), 1000 if hasattr(wrapper, "sigmas") else None
+
+    def calculate_denoised(self, sigma: Tensor, output: Tensor, x: Tensor) -> Tensor:
+        *skip, out, _ = self.wrapper.get_scalings(sigma)
+        return (skip[0] if skip else torch.ones_like(sigma))[:, None] * x + out[:, None] * output
+
+    def noise_scaling(self, sigma: Tensor, noise: Tensor, latent: Tensor) -> Tensor:
+        return noise * sigma + latent
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return self.wrapper.sigma_to_t(sigma) * 1000 / len(self.wrapper.sigmas)
