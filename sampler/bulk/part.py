@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..data.prompts import Job, Prompts
 from ..runs.atomic import whole
+from ..runs.jsontext import json_bytes
 from ..runs.manifest import JOBS, belongs, read_jobs
 
 
@@ -37,6 +37,6 @@ class Part:
         """Write the ids of all jobs of the run into its folder, so that what is missing there can be named."""
         if sum(1 for _ in read_jobs(out)) == len(self.prompts):
             return
-        with whole(out / JOBS) as part, part.open("w", encoding="utf-8") as file:
+        with whole(out / JOBS) as part, part.open("wb") as file:
             for position, job in self._asked():
-                file.write(json.dumps({"position": position, "id": job.id}) + "\n")
+                file.write(json_bytes({"position": position, "id": job.id}) + b"\n")

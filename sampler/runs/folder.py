@@ -20,6 +20,7 @@ except ImportError:  # Windows
     fcntl = None
 
 from .atomic import whole
+from .jsontext import json_bytes
 
 LEFTOVERS = (".DS_Store", "Thumbs.db", "desktop.ini", "*.part")  # of desktops, and of a run killed while it wrote a file
 # What names an image's file, and every file of that name with a suffix. Windows keeps some names for devices: con.png is one.
@@ -41,7 +42,7 @@ def open_folder(out: str | Path, run: dict[str, Any]) -> None:
         (out / "images").mkdir(exist_ok=True)
         if not (out / "run.json").exists():
             with whole(out / "run.json") as part:
-                part.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+                part.write_bytes(json_bytes(run, indent=2) + b"\n")
 
 
 def _admit(out: Path, run: dict[str, Any]) -> None:

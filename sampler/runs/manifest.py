@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .atomic import whole
 from .journal import read_lines
+from .jsontext import json_bytes
 
 MANIFEST, JOBS = "manifest.jsonl", "jobs.jsonl"
 NEEDED = {"id": str, "prompt": str, "seed": int, "status": str}  # of every line of the manifest
@@ -34,3 +36,17 @@ def read_jobs(out: Path) -> Iterator[tuple[int, str]]:
     for line in read_lines(out / JOBS):
         if isinstance(line.get("position"), int) and isinstance(line.get("id"), str):
             yield line["position"], line["id"]
+
+
+def noted(
+    line: dict[str, Any], notes: Mapping[str, Mapping[str, Any]], names: Sequence[str]
+) -> dict[str, Any]:
+    """A line with the note about its image, by id, in the place of what it said of `names`."""
+    return {name: value for name, value in line.items() if name not in names} | dict(notes.get(line.get("id", ""), {}))
+
+
+def note(out: Path, notes: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Write notes into the lines of a folder's manifest; see `noted`."""
+    with whole(out / MANIFEST) as part, part.open("wb") as file:
+        for line in read_lines(out / MANIFEST):
+            file.write(json_bytes(noted(line, notes, names)) + b"\n")
