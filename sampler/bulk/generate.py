@@ -27,7 +27,8 @@ from torch import nn
 
 from .. import checks
 from ..data.prompts import OWN, Job, Prompts
-from ..data.writers import Made, writer
+from ..data.encoding import Encoder, Made
+from ..data.writers import writer
 from ..guidance.guard import Guard
 from ..guidance.guidance import Guidance
 from ..models import memory
@@ -141,7 +142,7 @@ def generate(
     shown = progress if isinstance(progress, Progress) else Progress("auto" if progress else "none")
 
     def finished(line: dict[str, Any]) -> str | None:
-        return line["id"] if line.get("status") == "ok" and writes.holds(line) else None
+        return line["id"] if writes.holds(line) else None
 
     with Journal(out / MANIFEST, finished) as journal, shown, Stop() as stop:
         mine = Part(prompts, shard)
@@ -170,6 +171,7 @@ def generate(
         take(run.in_float32(again, stop))
         shown.summary.signal = stop.signal
         run.close()
+        writes.finish()
     if mine.fault is not None:
         raise mine.fault
     return shown.summary
@@ -319,7 +321,7 @@ class Run:
         if picture.image is None:
             return Made(picture.position, picture.line)
         near = self.copies(picture.image) if self.copies else {}
-        return Made.of(picture.position, picture.line | near, picture.image, self.format)
+        return Encoder(self.format)(picture.position, picture.line | near, picture.image)
 
     def in_float32(self, jobs: Sequence[tuple[int, Job]], stop: Stop) -> Iterator[Made]:
         """What float32 makes of samples that were not finite, one at a time."""

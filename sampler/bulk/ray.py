@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..data.prompts import Job
-from ..data.writers import Made
+from ..data.encoding import Made
 from ..guidance.guard import Guard
 from ..guidance.guidance import Guidance
 from ..sampler import Sampler

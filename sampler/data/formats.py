@@ -16,7 +16,7 @@ from .names import COLUMN, KNOWN, TEXT, Ids, columns
 HUB = "hf:"
 NUMBERS = ("seed", "steps", "scale")  # columns of a CSV file
 PLAIN = ("Value", "ClassLabel", "List", "LargeList", "Sequence")  # kinds of columns of the library `datasets`
-ENCODING = {"encoding": "utf-8-sig", "errors": "surrogateescape"}  # a byte order mark is no text; other bytes are told by line
+ENCODING, ERRORS = "utf-8-sig", "surrogateescape"  # a byte order mark is no text; other bytes are told by line
 
 
 class Row(NamedTuple):
@@ -44,8 +44,12 @@ def fault_of(text: str) -> str | None:
 def _text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     """The file open for reading. Raises ValueError where it is compressed and broken."""
     try:
-        with (gzip.open if path.suffix.casefold() == ".gz" else open)(path, "rt", newline=newline, **ENCODING) as file:
-            yield file
+        if path.suffix.casefold() == ".gz":
+            with gzip.open(path, "rt", encoding=ENCODING, errors=ERRORS, newline=newline) as file:
+                yield file
+        else:
+            with path.open(encoding=ENCODING, errors=ERRORS, newline=newline) as file:
+                yield file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"which is no whole .gz file: {error}") from error
 
@@ -202,7 +206,7 @@ def _cells(row: dict[str | None, Any], names: dict[str, str], behind: str | None
     if fault := next((fault for cell in row.values() if cell and (fault := fault_of(cell))), None):
         return fault
     said = {names[name]: cell or None for name, cell in row.items() if name in names}
-    return said | {name: _number(said[name]) for name in NUMBERS if said.get(name)}
+    return said | {name: _number(cell) for name in NUMBERS if (cell := said.get(name))}
 
 
 def _number(cell: str) -> int | float | str:

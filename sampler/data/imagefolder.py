@@ -42,7 +42,8 @@ def fault(out: Path) -> str | None:
 
 def _rows(out: Path) -> Iterator[bytes]:
     """Nothing holds all of them: the manifest's lines are looked up one by one."""
-    digests, places, place, names = array("Q"), array("Q"), 0, set()
+    digests, places, place = array("Q"), array("Q"), 0
+    names: set[str] = set()
     for text, line in texts(out / MANIFEST):
         if line is not None and not lacks(line) and line["status"] == "ok":
             digests.append(Keys.digest(line["id"]))

@@ -31,7 +31,7 @@ class Shard(ABC):
 
 
 class Parquet(Shard):
-    """A row a picture: the fields of its line, its position, and `image`, {bytes, path}, an Image for the library `datasets`."""
+    """A row a picture: the fields of its line, its position, and `image`, {bytes, path}, which `datasets` reads as an Image."""
 
     suffix = "parquet"
 

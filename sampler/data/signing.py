@@ -35,7 +35,7 @@ class Signer:
     certificate, key: PEM files: the certificate, followed by those above it, and its private key, without a password.
     settings: what a run's settings say of it, which is the certificate's SHA-256.
 
-    Raises FileNotFoundError for a missing file, ImportError without the package c2pa-python, and ValueError for a format without
+    Raises FileNotFoundError for a missing file, ImportError without the package c2pa-python, ValueError for a format without
     pictures and where no picture can be signed with these.
     """
 
@@ -55,8 +55,8 @@ class Signer:
             self._sign(trial, "")
         except (self._c2pa.C2paError, ValueError, TypeError) as error:
             raise ValueError(
-                f"no picture can be signed with {str(certificate)!r} and {str(key)!r}: {error}; C2PA needs the certificate of an "
-                "end entity with the key usage digitalSignature, followed by the one that signed it"
+                f"no picture can be signed with {str(certificate)!r} and {str(key)!r}: {error}; C2PA needs the certificate of "
+                "an end entity with the key usage digitalSignature, followed by the one that signed it"
             ) from error
 
     def __call__(self, made: Made) -> Made:
@@ -64,7 +64,8 @@ class Signer:
         if made.data is None:
             return made
         data = self._sign(made.data, made.line["id"])
-        return replace(made, data=data, line=made.line | {"signed_sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)})
+        line = made.line | {"signed_sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        return replace(made, line=line, data=data)
 
     def _sign(self, data: bytes, title: str) -> bytes:
         agent = {"name": "basinescape", "version": version_of("basinescape") or "unknown"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -39,21 +39,28 @@ def verify(out: str | Path) -> Iterator[Wrong]:
     if total != settings["prompts"]:
         yield JOBS, f"names {total} of {settings['prompts']} jobs" if (out / JOBS).is_file() else "is missing"
     listed, files = array("Q"), array("Q")  # digests of what the manifest tells of
-    yield from _lines(out, writes, jobs, listed, files)
+    sound = True
+    for wrong in chain(_lines(out, writes, jobs, listed, files), _unlisted(out, writes, jobs, listed)):
+        sound = False
+        yield wrong
+    if sound and writes.index and (fault := imagefolder.fault(out)):  # else it follows from the rest
+        yield imagefolder.METADATA, fault
+    expected = (name for job in jobs for name in _with_beside(writes, writes.file(*job)))
+    yield from _foreign(out, Keys(chain(files, map(Keys.digest, chain(writes.index, expected)))))
+
+
+def _with_beside(writes: Writer, file: str) -> list[str]:
+    return [file, *writes.beside(file)]
+
+
+def _unlisted(out: Path, writes: Writer, jobs: Jobs, listed: Iterable[int]) -> Iterator[Wrong]:
+    """The images of jobs of which no line of the manifest tells."""
     told = Keys(listed)
     for position, id in jobs:
         if id not in told:
             file = writes.file(position, id)
             there = (out / file).is_file()
             yield writes.image(file, id), f"has no line in {MANIFEST}" if there else "is missing"
-    own = list(writes.index)
-    yield from ((name, fault) for name in own if (fault := imagefolder.fault(out)))
-    expected = (name for job in jobs for name in _with_beside(writes, writes.file(*job)))
-    yield from _foreign(out, Keys(chain(files, map(Keys.digest, chain(own, expected)))))
-
-
-def _with_beside(writes: Writer, file: str) -> list[str]:
-    return [file, *writes.beside(file)]
 
 
 def _inspection(settings: Mapping[str, Any]) -> Callable[[bytes], str | None]:
@@ -94,12 +101,12 @@ def _lines(out: Path, writes: Writer, jobs: Jobs, listed: array, files: array) -
         yield MANIFEST, "is missing"
     said: set[Wrong] = set()
     for number, (_, line) in enumerate(texts(out / MANIFEST), 1):
-        if isinstance(id := (line or {}).get("id"), str):
+        if line is not None and isinstance(id := line.get("id"), str):
             listed.append(Keys.digest(id))
         wrong = _line(f"{MANIFEST}, line {number}", line, writes, jobs)
-        if wrong is None:
+        if line is not None and wrong is None:
             files.extend(map(Keys.digest, _with_beside(writes, line["file"])))
-        elif wrong not in said:
+        if wrong is not None and wrong not in said:
             said.add(wrong)
             yield wrong
     if twice := len(listed) - len(Keys(listed)):

@@ -1,8 +1,8 @@
 """The files of a run: one an image, or shards that hold many.
 
-A file is whole before the manifest names it, and has the same bytes whether or not the run was stopped on the way. A shard holds
-the images of a fixed range of positions, in their order, and is written once all of them are made or have failed. A part of a
-run writes its share of each shard; `join` makes whole shards of these.
+A file is whole before the manifest names it, and has the same bytes whether or not the run was stopped on the way. A shard
+holds the images of a fixed range of positions, in their order, and is written once all of them are made or have failed. A part
+of a run writes its share of each shard; `join` makes whole shards of these.
 """
 
 from __future__ import annotations
@@ -61,9 +61,11 @@ class Writer(ABC):
     def flush(self) -> Sequence[dict[str, Any]]:
         """Write what is still held back."""
 
+    @abstractmethod
     def finish(self) -> None:
         """Write what tells of all images, once the manifest does."""
 
+    @abstractmethod
     def note(self, notes: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
         """Write notes into the lines that files of many images hold; see `manifest.noted`."""
 
@@ -160,6 +162,9 @@ class Files(Writer):
         if self.index:
             imagefolder.write(self.out)
 
+    def note(self, notes: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
+        pass  # such a file holds no line
+
     def beside(self, file: str) -> list[str]:
         return [f"{file.removesuffix(self.suffix)}txt"] if self.captions else []
 
@@ -224,7 +229,7 @@ class Shards(Writer):
         return bool(re.fullmatch(rf"shards/[0-9]{{6,}}\.{self.kind.suffix}", file))
 
     def contents(self, file: Path) -> Iterator[tuple[str, bytes]]:
-        return ((row.line["id"], row.data) for row in self.kind.read(file.read_bytes()))
+        return ((row.line["id"], row.data) for row in self.kind.read(file.read_bytes()) if row.data is not None)
 
     def join(self, parts: Sequence[Path]) -> None:
         found = {f"shards/{path.name}" for part in parts for path in (part / "shards").glob("*")}
@@ -234,6 +239,9 @@ class Shards(Writer):
                 rows = rows | self._rows(part / name)
             if rows != own:
                 self._write(name, rows)
+
+    def finish(self) -> None:
+        pass  # each shard tells of its own
 
     def note(self, notes: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
         for path in self.files():

@@ -27,7 +27,16 @@ RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 OWN = "urn:basinescape:xmp#"
 NAMES = {"Iptc4xmpExt": IPTC, "xmp": XMP, "basinescape": OWN}
 SOURCE, PROMPT = "Iptc4xmpExt:DigitalSourceType", "Iptc4xmpExt:AIPromptInformation"
-SETTINGS = ("seed", "negative_prompt", "steps", "scale", "guidance", "scheduler", "height", "width")  # fields of a manifest line
+SETTINGS = (
+    "seed",
+    "negative_prompt",
+    "steps",
+    "scale",
+    "guidance",
+    "scheduler",
+    "height",
+    "width",
+)  # of a line of the manifest
 MOST = 65502  # bytes of a packet that a JPEG file can hold
 NO_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -61,7 +70,7 @@ def _packet(fields: Mapping[str, str]) -> bytes:
     return text.encode()
 
 
-def fields_in(info: Mapping[str, Any]) -> dict[str, str]:
+def fields_in(info: Mapping[Any, Any]) -> dict[str, str]:
     """The fields of a picture's XMP by the names of `packet`; none where it has no XMP that can be read.
 
     info: that of a Pillow image.
@@ -88,4 +97,6 @@ def fault_of(source: Path | bytes) -> str | None:
     """What is wrong with the mark of a picture's file; None where it says that a machine made it."""
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         kind = fields_in(image.info).get(SOURCE)
-    return None if kind == TRAINED else f"is not marked as made by a machine: its XMP's DigitalSourceType is {kind or 'missing'}"
+    if kind == TRAINED:
+        return None
+    return f"is not marked as made by a machine: the DigitalSourceType in its XMP is {kind or 'missing'}"

@@ -20,7 +20,7 @@ except ImportError:  # Windows
     fcntl = None
 
 from .atomic import whole
-from .jsontext import json_bytes
+from .jsontext import finite, json_bytes
 
 LEFTOVERS = (".DS_Store", "Thumbs.db", "desktop.ini", "*.part")  # of desktops, and of a run killed while it wrote a file
 # What names an image's file, and every file of that name with a suffix. Windows keeps some names for devices: con.png is one.
@@ -33,7 +33,7 @@ def open_folder(out: str | Path, run: dict[str, Any]) -> None:
     Raises ValueError where `out` holds anything but this same run or another process is at work there, before anything is
     written.
     """
-    out, run = Path(out), json.loads(json.dumps(run))  # as it will be read back
+    out, run = Path(out), json.loads(json_bytes(run))  # as it will be read back
     if out.exists() and not out.is_dir():
         raise ValueError(f"output folder {str(out)!r} is a file: choose another")
     out.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def leftover(path: Path) -> bool:
 def read_settings(folder: Path) -> dict[str, Any]:
     """The contents of a folder's run.json. Raises ValueError, saying what to do, where that is missing or not whole."""
     try:
-        settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        settings = finite(json.loads((folder / "run.json").read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise ValueError(f"run folder {str(folder)!r} has no run.json, so it holds no run: choose another") from error
     except ValueError:  # not JSON, or not even text

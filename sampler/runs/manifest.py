@@ -38,9 +38,7 @@ def read_jobs(out: Path) -> Iterator[tuple[int, str]]:
             yield line["position"], line["id"]
 
 
-def noted(
-    line: dict[str, Any], notes: Mapping[str, Mapping[str, Any]], names: Sequence[str]
-) -> dict[str, Any]:
+def noted(line: dict[str, Any], notes: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
     """A line with the note about its image, by id, in the place of what it said of `names`."""
     return {name: value for name, value in line.items() if name not in names} | dict(notes.get(line.get("id", ""), {}))
 
