@@ -32,7 +32,7 @@ def conclude(summary: Summary, out: Path) -> None:
     if counts["ok"] + counts["failed"]:
         typer.echo(
             f"{counts['attempts']} attempts in {summary.seconds:.1f} s, {summary.rate:.3g} images/s, "
-            f"{summary.calls_an_image:.4g} network calls an image; one branch alone spared {100 * summary.spared:.0f}% of them"
+            f"{summary.calls_an_image:.4g} predictions of the network an image"
         )
     for kind, (what, field) in NOTES.items():
         if counts[kind]:
@@ -41,6 +41,7 @@ def conclude(summary: Summary, out: Path) -> None:
     if summary.skipped:
         typer.echo(f"{summary.skipped} rows of the prompts skipped", err=True)
     if summary.signal is not None:
+        typer.echo(f"stopped: {summary.left} of {summary.total} images are left; the same command makes them", err=True)
         raise typer.Exit(128 + summary.signal)
     if counts["failed"]:
         raise typer.Exit(1)
