@@ -31,11 +31,16 @@ def belongs(position: int, shard: tuple[int, int] | None) -> bool:
     return shard is None or position % shard[1] == shard[0]
 
 
-def read_jobs(out: Path) -> Iterator[tuple[int, str]]:
-    """Positions and ids of all jobs of a run; none where the file is missing, and not those on lines that are damaged."""
+def job_lines(out: Path) -> Iterator[dict[str, Any]]:
+    """The lines about the jobs of a run: position, id, and what was asked; none where the file is missing, and no damaged ones."""
     for line in read_lines(out / JOBS):
         if isinstance(line.get("position"), int) and isinstance(line.get("id"), str):
-            yield line["position"], line["id"]
+            yield line
+
+
+def read_jobs(out: Path) -> Iterator[tuple[int, str]]:
+    """Positions and ids of all jobs of a run, as `job_lines` has them."""
+    return ((line["position"], line["id"]) for line in job_lines(out))
 
 
 def noted(line: dict[str, Any], notes: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:

@@ -6,12 +6,12 @@ import shutil
 import sys
 from pathlib import Path
 
+import bulkruns
 import pytest
 from basinescape import Guidance
 from basinescape.bench import cli
 from basinescape.bench.evaluation.sheet import sheet
 from basinescape.bench.speed.standin import StandIn, stand_in
-from basinescape.bulk.generate import generate
 from basinescape.data.merge import merge
 from basinescape.data.prompts import Job, Prompts
 from basinescape.data.verify import verify
@@ -35,7 +35,7 @@ def format(request):
 
 
 def make(sampler, out, jobs=JOBS, **options):
-    return generate(sampler, jobs, out, Guidance.cfg(2.0), "tiny", **{"steps": 1, "batch_size": 3, "progress": False} | options)
+    return bulkruns.make(sampler, jobs, out, Guidance.cfg(2.0), **{"steps": 1, "batch_size": 3} | options)
 
 
 def contents(out):
