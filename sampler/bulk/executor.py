@@ -12,8 +12,8 @@ from typing import Protocol
 
 from torch import nn
 
-from ..data.prompts import Job
 from ..data.encoding import Encoder, Made
+from ..data.prompts import Job
 from ..models.network import hooked
 from ..sampler import Sampler
 from ..sampling.engine import Engine

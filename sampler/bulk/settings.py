@@ -84,7 +84,7 @@ class Files:
     prompt_metadata: whether a picture's own file tells its prompt, seed and settings; that a machine made it, it always tells.
     signer: signs pictures, see `data.signing`.
     copies: what else a manifest line says of its picture, as how near it is to which training image; not on a cluster.
-    duplicates: what manifest lines say of pictures beside the others of the set; it reads them all again at the end of each run.
+    duplicates: what manifest lines say of pictures beside the others of the set, all of which are read again at each run's end.
 
     Raises ValueError for what needs pictures, of a format that has none.
     """
