@@ -42,7 +42,7 @@ class Forecast:
         if self._steps > WARM + 1:
             return
         now, made = time.monotonic(), sum(count for kind, count in calls.items() if kind != "spared")
-        if self._steps == WARM + 1 and made > self.calls:
+        if self._steps == WARM + 1 and made > self._calls:
             self._tell((now - self._time) / (made - self._calls) / self._pixels)
         self._steps, self._time, self._calls = self._steps + 1, now, made
 

@@ -20,7 +20,7 @@ from ..data.prompts import Job, Prompts
 from ..data.writers import Writer, files_of, writer
 from ..models import memory
 from ..runs.environment import own_numbers
-from ..runs.folder import open_folder, read_settings
+from ..runs.folder import differences, open_folder, read_settings
 from ..runs.journal import Journal
 from ..runs.manifest import MANIFEST, note
 from ..runs.progress import Progress, Summary
@@ -151,11 +151,12 @@ def _note(writes: Writer, duplicates: Duplicates) -> list[str]:
 
 def _grown(out: Path, settings: Mapping[str, Any], prompts: Prompts, known: Mapping[str, Any]) -> None:
     """Raises ValueError where what differs from a folder's `known` settings is not that prompts were added."""
-    grown(out, known, prompts)
-    before, now = known.get("named", {}), settings.get("named", {})
-    for name in before:
-        if before[name] != now.get(name):
-            raise ValueError(f"{str(out)!r} holds another run: its guidance {name!r} is {before[name]}, now {now.get(name)}")
+    before = known.get("named", {})
+    now = {name: one for name, one in settings.get("named", {}).items() if name in before}
+    if said := differences({"named": before}, {"named": now}):
+        raise ValueError(f"output folder {str(out)!r} holds another run ({said}): choose another")
+    if known["prompts_sha256"] != prompts.sha256:
+        grown(out, known, prompts)
 
 
 def _slots(out: Path, placement: Placement, plans: Plans, prompts: Prompts) -> int:

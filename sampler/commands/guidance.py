@@ -78,7 +78,8 @@ class GuidanceOptions:
         """
         methods = {self.method, *names}
         if self.until is not None and not methods & {Method.delayed, Method.opposite}:
-            raise ValueError(f"until is {self.until!r}, which {self.method} has not: leave it out, or take --guidance delayed")
+            found = "which a guard finds by itself" if self.method == Method.guard else "and plain guidance has no transition"
+            raise ValueError(f"until is {self.until!r}, {found}: leave it out, or take --guidance delayed")
         fitted = None if known is None or methods == {Method.cfg} else known.fitted(sampler, steps)
         enough = options.of_enough(fitted, self.calibration) if Method.guard in methods else None
         made = {method: self._made(method, scale, enough if method == Method.guard else fitted) for method in methods}

@@ -23,6 +23,7 @@ from .atomic import whole
 from .jsontext import finite, json_bytes
 
 LEFTOVERS = (".DS_Store", "Thumbs.db", "desktop.ini", "*.part")  # of desktops, and of a run killed while it wrote a file
+DIGEST = re.compile("[0-9a-f]{64}")
 SHORT = 60  # letters of a value in a message
 # What names an image's file, and every file of that name with a suffix. Windows keeps some names for devices: con.png is one.
 SAFE_ID = re.compile(r"(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))[a-z0-9_][a-z0-9._-]{0,127}", re.IGNORECASE | re.ASCII)
@@ -73,16 +74,16 @@ def differences(known: Mapping[str, Any], run: Mapping[str, Any], but: Collectio
     if not names:
         return ""
     both = "; ".join(text for name in names for text in _both(name, known.get(name), run.get(name)))
-    return f"its {', '.join(names)} differ: {both}"
+    return f"its {', '.join(names)} differ" + (f": {both}" if both else "")
 
 
 def _both(name: str, there: Any, now: Any) -> Iterator[str]:
-    """The two values of a setting, or of what differs in it."""
+    """The two values of a setting, or of what differs in it; digests tell a reader nothing."""
     if isinstance(there, dict) and isinstance(now, dict):
         for inner in {**there, **now}:
             if there.get(inner) != now.get(inner):
                 yield from _both(f"{name}.{inner}", there.get(inner), now.get(inner))
-    else:
+    elif not all(isinstance(value, str) and DIGEST.fullmatch(value) for value in (there, now)):
         yield f"{name} {_short(there)} there, {_short(now)} now"
 
 

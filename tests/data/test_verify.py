@@ -141,7 +141,7 @@ def test_the_list_of_jobs_is_missed_and_written_again(sampler, tmp_path, damage)
         expected = ("jobs.jsonl", "is missing")
     else:
         jobs.write_bytes(whole[:100] if damage == "cut" else b"")
-        expected = ("jobs.jsonl", f"names {3 if damage == 'cut' else 0} of 7 jobs")
+        expected = ("jobs.jsonl", f"names {len(jobs.read_text().splitlines()[:-1])} of 7 jobs")
     assert expected in list(verify(out))
     make(sampler, out)
     assert jobs.read_bytes() == whole and list(verify(out)) == []
