@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from basinescape import __version__
 from basinescape.commands.audit import audit
 from basinescape.commands.calibrate import calibrate
-from basinescape.commands.generate import generate
+from basinescape.commands.generate import EXAMPLE, generate
+from basinescape.commands.grouping import add
 from basinescape.commands.judge import judge
 from basinescape.commands.quiet import quieten
 from basinescape.commands.runs import merge, verify
@@ -25,6 +27,7 @@ SUMMARY = "Sample guided diffusion models without reproducing training images."
 DEBUG = "BASINESCAPE_DEBUG"  # an environment variable: where it is set, errors show where they come from
 app = typer.Typer(
     help=SUMMARY,
+    invoke_without_command=True,
     epilog=f"Set {DEBUG}=1 to see where an error comes from.",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,7 +45,15 @@ class Bench(StrEnum):
     all = "all"
 
 
-for command in (generate, verify, merge, calibrate, audit, judge):
+@app.callback()
+def top(version: Annotated[bool, typer.Option("--version", help="say which version this is", is_eager=True)] = False) -> None:
+    if version:
+        typer.echo(f"basinescape {__version__}")
+        raise typer.Exit
+
+
+add(app, generate, EXAMPLE)
+for command in (verify, merge, calibrate, audit, judge):
     app.command()(command)
 
 

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
 from basinescape import Guidance, checks
 from basinescape.bench import cli
 from basinescape.bulk.generate import generate
+from basinescape.bulk.settings import Files, Placement, Recipe
 from basinescape.data.prompts import Job
 from basinescape.models import Decoded, Encoded, GuidedUNet
 from PIL import Image
@@ -44,8 +46,16 @@ def jobs(count):
     return [Job(f"p{i}", f"a picture of a cat {i}", i) for i in range(count)]
 
 
-def make(sampler, jobs, out, **options):
-    return generate(sampler, jobs, out, Guidance.cfg(7.5), "tiny", **{"steps": 2, "progress": False} | options)
+def make(sampler, jobs, out, guidance=Guidance.cfg(7.5), **options):
+    """`generate` with the options of all its objects by their names."""
+    options = {"steps": 2} | options
+    owners = {Recipe: {"guidance": guidance}, Files: {}, Placement: {}}
+    for owner, own in owners.items():
+        own |= {field.name: options.pop(field.name) for field in fields(owner) if field.name in options}
+    recipe, files, placement = (owner(**own) for owner, own in owners.items())
+    return generate(
+        sampler, jobs, out, recipe, files=files, placement=placement, **{"model": "tiny", "progress": False} | options
+    )
 
 
 class Drawn:

@@ -30,6 +30,7 @@ from ..detection import basin
 from ..guidance.guard import RATE, THRESHOLD
 from ..runs.atomic import whole
 from ..runs.folder import open_folder
+from ..runs.jsontext import json_bytes
 from ..runs.provenance import weights_sha256
 from ..sampler import Sampler
 from . import page
@@ -132,7 +133,7 @@ def audit(
     told |= verified_record(found, len(tasks) * settings.seeds, threshold, index)
     told |= {"training_images": len(images), "without_caption": len(images) - len(_images(captions))}
     with whole(out / "audit.json") as part:
-        part.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        part.write_bytes(json_bytes(told, indent=1) + b"\n")
     page.write(out, told, {prompt.id: prompt.image for prompt in captions}, rows, found)
     return rows
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.pictures import readings
+from ..data.pictures import opened, readings
 from ..data.rows import Faults
 from .measures import BATCH, THRESHOLDS, Similarity, installed
+
+BLOCK = 64  # pictures of a set that are compared together
 
 
 @dataclass(frozen=True)
@@ -27,16 +31,55 @@ class Found:
     copy: bool
 
 
-class Index:
-    """Training images, and how like them pictures are.
+class Comparison:
+    """Pictures with which others are compared, by one measure or by several.
 
     measures: names in THRESHOLDS; None: what is `installed`. threshold: of them all, in the place of their own.
-    on_error: of an image that cannot be read; see `Faults`.
 
-    images: those that could be read. sha256: of their names and contents. thresholds: by measure.
+    thresholds: by measure.
 
-    Raises ValueError for an unknown measure, an image that cannot be read, or where there is none; ImportError or OSError for a
-    measure that lacks something.
+    Raises ValueError for an unknown measure or a bad threshold; ImportError or OSError for a measure that lacks something.
+    """
+
+    def __init__(self, measures: Sequence[str] | None = None, threshold: float | None = None):
+        self.measures = list(dict.fromkeys(measures or filter(installed, THRESHOLDS)))
+        unknown = [name for name in self.measures if name not in THRESHOLDS]
+        if unknown:
+            raise ValueError(f"similarity must be among {', '.join(THRESHOLDS)}; got {unknown[0]!r}")
+        if threshold is not None and not 0 < threshold < 1:
+            raise ValueError(f"threshold must be between 0 and 1, got {threshold!r}")
+        self.thresholds = {name: threshold or THRESHOLDS[name] for name in self.measures}
+        self._similarity = {name: Similarity(name) for name in self.measures}
+
+    def add(self, pictures: Sequence[Image.Image | Sequence[Image.Image]]) -> None:
+        """More pictures to compare with, each one or the several that trainers make of one file."""
+        for measure in self._similarity.values():
+            measure.add(pictures)
+
+    def similarity(self, pictures: Sequence[Image.Image], measure: str | None = None) -> Tensor:
+        """(N, M) float32: every picture against every one that was added, by one of the measures, the first unless named."""
+        return self._similarity[measure or self.measures[0]](pictures)
+
+    def clearest(self, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor, Tensor]:
+        """Every picture against every one that was added, by the measure that speaks clearest: each (N, M).
+
+        Returns how far above that measure's threshold they are, as a share of what is left to 1, where above 0 is a copy; the
+        similarity; and the number of the measure in `measures`.
+        """
+        values = torch.stack([self.similarity(pictures, name) for name in self.measures])
+        thresholds = torch.tensor([self.thresholds[name] for name in self.measures])[:, None, None]
+        margins, chosen = ((values - thresholds) / (1 - thresholds)).max(dim=0)
+        return margins, values.gather(0, chosen[None])[0], chosen
+
+
+class Index(Comparison):
+    """Training images, and how like them pictures are.
+
+    on_error: of an image that cannot be read; see `Faults`. The rest is `Comparison`'s.
+
+    images: those that could be read. sha256: of their names and contents.
+
+    Raises ValueError, too, for an image that cannot be read, or where there is none.
     """
 
     def __init__(
@@ -46,16 +89,9 @@ class Index:
         threshold: float | None = None,
         on_error: str = "stop",
     ):
-        self.measures = list(dict.fromkeys(measures or filter(installed, THRESHOLDS)))
-        unknown = [name for name in self.measures if name not in THRESHOLDS]
-        if unknown:
-            raise ValueError(f"similarity must be among {', '.join(THRESHOLDS)}; got {unknown[0]!r}")
-        if threshold is not None and not 0 < threshold < 1:
-            raise ValueError(f"threshold must be between 0 and 1, got {threshold!r}")
+        super().__init__(measures, threshold)
         if not images:
             raise ValueError("there are no training images to compare with")
-        self.thresholds = {name: threshold or THRESHOLDS[name] for name in self.measures}
-        self._similarity = {name: Similarity(name) for name in self.measures}
         self.images: list[Path] = []
         self._read(images, Faults(on_error))
 
@@ -74,36 +110,22 @@ class Index:
             self.images.append(path)
             digest.update(repr((path.name, hashlib.sha256(data).hexdigest())).encode("utf-8", "surrogateescape"))
             if len(held) == BATCH:
-                self._add(held)
+                self.add(held)
                 held = []
         if held:
-            self._add(held)
+            self.add(held)
         if not self.images:
             raise ValueError("there are no training images that can be read")
         self.sha256 = digest.hexdigest()
 
-    def _add(self, held: Sequence[Sequence[Image.Image]]) -> None:
-        for measure in self._similarity.values():
-            measure.add(held)
-
-    def similarity(self, pictures: Sequence[Image.Image], measure: str | None = None) -> Tensor:
-        """(N, M) float32: every picture against every one of `images`, by one of the measures, the first unless named."""
-        return self._similarity[measure or self.measures[0]](pictures)
-
     def __call__(self, pictures: Sequence[Image.Image]) -> list[Found]:
         """The nearest training image of each picture: that of the measure in which it stands out most from its threshold."""
+        margins, values, chosen = self.clearest(pictures)
         found = []
-        for name in self.measures:
-            best = self.similarity(pictures, name).max(dim=1)
-            found.append([self._found(name, *one) for one in zip(best.values.tolist(), best.indices.tolist(), strict=True)])
-        return [max(of, key=self._margin) for of in zip(*found, strict=True)]
-
-    def _found(self, name: str, value: float, where: int) -> Found:
-        return Found(name, round(value, 4), self.images[where], value > self.thresholds[name])
-
-    def _margin(self, found: Found) -> float:
-        threshold = self.thresholds[found.measure]
-        return (found.similarity - threshold) / (1 - threshold)
+        for k, where in enumerate(margins.argmax(dim=1).tolist()):
+            name, value = self.measures[int(chosen[k, where])], values[k, where].item()
+            found.append(Found(name, round(value, 4), self.images[where], value > self.thresholds[name]))
+        return found
 
 
 class Copies:
@@ -128,3 +150,54 @@ class Copies:
         (found,) = self._index([image])
         nearest = str(found.image.relative_to(self._folder))
         return {"similarity": found.similarity, "measure": found.measure, "nearest": nearest, "copy": found.copy}
+
+
+class Duplicates:
+    """What the manifest of a run says of each picture beside the others of the set, against a model's favourite picture.
+
+    nearest_in_set, similarity_in_set, measure_in_set: the id of the other picture that is most like it, and how like it is.
+    duplicate_of: the id of the first picture before it, in the order of the prompts, that it is a near-duplicate of and that is
+        itself none; only where there is one. So those without it are a set without near-duplicates.
+
+    A picture takes about 10 KB of memory by its pixels and 2 KB by sscd, and is compared with every other. The rest is
+    `Comparison`'s.
+    """
+
+    names = ("nearest_in_set", "similarity_in_set", "measure_in_set", "duplicate_of")
+
+    def __init__(self, measures: Sequence[str] | None = None, threshold: float | None = None):
+        self._given = measures, threshold
+        self.settings = {"thresholds": Comparison(measures, threshold).thresholds}
+
+    def __call__(self, pictures: Iterable[tuple[str, bytes]]) -> dict[str, dict[str, Any]]:
+        """What is said of each picture, by id. pictures: ids and files, in the order of the prompts, read one after another."""
+        compared, ids, kept = Comparison(*self._given), list[str](), torch.empty(0, dtype=torch.bool)
+        nearest, notes, pictures = torch.empty(4, 0, dtype=torch.float64), dict[str, dict[str, Any]](), iter(pictures)
+        while some := list(islice(pictures, BLOCK)):
+            start = len(ids)
+            ids += [id for id, _ in some]
+            images = [opened(data, f"image {id}") for id, data in some]
+            compared.add(images)
+            margins, values, measures = compared.clearest(images)
+            for k, id in enumerate(ids[start:]):
+                margins[k, start + k] = -torch.inf
+                earlier = torch.nonzero((margins[k, : start + k] > 0) & kept).flatten()
+                kept = torch.cat([kept, torch.tensor([not len(earlier)])])
+                notes[id] = {"duplicate_of": ids[int(earlier[0])]} if len(earlier) else {}
+            if start:
+                of_earlier = _nearest(margins[:, :start], values[:, :start], measures[:, :start], 0)
+                of_earlier[3] += start
+                nearest = torch.where(of_earlier[0] > nearest[0], of_earlier, nearest)
+            nearest = torch.cat([nearest, _nearest(margins, values, measures, 1)], dim=1)
+        for id, (margin, value, measure, where) in zip(ids, nearest.T.tolist(), strict=True):
+            if margin > -torch.inf:  # it is not the only one
+                name = compared.measures[int(measure)]
+                notes[id] |= {"nearest_in_set": ids[int(where)], "similarity_in_set": round(value, 4), "measure_in_set": name}
+        return notes
+
+
+def _nearest(margins: Tensor, values: Tensor, measures: Tensor, dim: int) -> Tensor:
+    """Of what `Comparison.clearest` returns, the largest margins over a dimension, with value, measure and place: (4, n)."""
+    top, where = margins.max(dim)
+    chosen = where.unsqueeze(dim)
+    return torch.stack([top.double(), *(one.gather(dim, chosen).squeeze(dim) for one in (values, measures)), where])

@@ -32,6 +32,7 @@ from ..guidance.guard import PROBES, THRESHOLD
 from ..runs.atomic import whole
 from ..runs.folder import open_folder, read_settings
 from ..runs.journal import Journal, read_lines
+from ..runs.jsontext import json_bytes
 from ..runs.provenance import weights_sha256
 from ..sampler import Sampler
 from . import judge_page
@@ -143,7 +144,7 @@ def _opened(out: Path, run: dict[str, Any], shard: tuple[int, int] | None) -> Pa
         home = out / f"shard-{shard[0]}-of-{shard[1]}"
         open_folder(home, run | {"shard": list(shard)})
         return home
-    run = json.loads(json.dumps(run | {"shard": None}))  # as a shard's is read back
+    run = json.loads(json_bytes(run | {"shard": None}))  # as a shard's is read back
     shards = sorted(path.parent for path in out.glob(f"{SHARDS}/run.json"))
     for part in shards:
         earlier = read_settings(part) | {"shard": None}
@@ -154,7 +155,7 @@ def _opened(out: Path, run: dict[str, Any], shard: tuple[int, int] | None) -> Pa
             )
     if shards and not (out / "run.json").exists():
         with whole(out / "run.json") as file:
-            file.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+            file.write_bytes(json_bytes(run, indent=2) + b"\n")
     open_folder(out, run)
     return out
 

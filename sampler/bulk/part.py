@@ -1,14 +1,19 @@
-"""Which jobs of a run are this process's."""
+"""Which jobs of a run are to be made here, in which order, and whether a folder's earlier ones are still among them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from ..data.prompts import Job, Prompts
 from ..runs.atomic import whole
-from ..runs.manifest import JOBS, belongs, read_jobs
+from ..runs.jsontext import json_bytes
+from ..runs.manifest import JOBS, belongs, job_lines, read_jobs
+
+WINDOW = 1024  # jobs that are put into order together, and so are in memory
 
 
 class Part:
@@ -18,7 +23,8 @@ class Part:
     """
 
     def __init__(self, prompts: Prompts, shard: tuple[int, int] | None):
-        self.prompts, self.shard, self.fault = prompts, shard, None
+        self.prompts, self.shard = prompts, shard
+        self.fault: Exception | None = None
         self.count = len(prompts) if shard is None else sum(1 for _ in self)
 
     def __len__(self) -> int:
@@ -34,9 +40,55 @@ class Part:
             self.fault = error
 
     def record(self, out: Path) -> None:
-        """Write the ids of all jobs of the run into its folder, so that what is missing there can be named."""
+        """Write all jobs of the run into its folder, so that what is missing or changed there can be named."""
         if sum(1 for _ in read_jobs(out)) == len(self.prompts):
             return
-        with whole(out / JOBS) as part, part.open("w", encoding="utf-8") as file:
+        with whole(out / JOBS) as part, part.open("wb") as file:
             for position, job in self._asked():
-                file.write(json.dumps({"position": position, "id": job.id}) + "\n")
+                file.write(json_bytes(_line(position, job)) + b"\n")
+
+
+def by_size(jobs: Iterable[tuple[int, Job]], size: Callable[[Job], tuple[int, int]]) -> Iterator[tuple[int, Job]]:
+    """The jobs, those of one size after each other among every WINDOW: a batch is of one size, and runs empty before another."""
+    jobs, last = iter(jobs), None
+    while some := list(islice(jobs, WINDOW)):
+        groups: dict[tuple[int, int] | None, list[tuple[int, Job]]] = {last: []}  # that of the batch that is open comes first
+        for placed in some:
+            groups.setdefault(size(placed[1]), []).append(placed)
+        for last, group in groups.items():  # noqa: B007 (the last of them stays open)
+            yield from group
+
+
+def grown(out: Path, known: Mapping[str, Any], prompts: Prompts) -> None:
+    """Raises ValueError unless the jobs of a folder, whose run.json is `known`, are the first of these, none of them changed."""
+    if sum(1 for _ in read_jobs(out)) < known["prompts"]:
+        raise ValueError(
+            f"{str(out)!r} holds a run of other prompts, and its {JOBS}, which says which, is missing or cut off: start it with "
+            "those once more, or choose another folder"
+        )
+    earlier = job_lines(out)
+    for position, job in prompts:
+        line = next(earlier, None)
+        if line is None:
+            return
+        if line != (now := json.loads(json_bytes(_line(position, job)))):
+            raise ValueError(f"{str(out)!r} holds another run: {_changed(line, now)}")
+    if (line := next(earlier, None)) is not None:
+        left = 1 + sum(1 for _ in earlier)
+        raise ValueError(f"{str(out)!r} holds a run of {left} more images, {line['id']!r} the first: choose another folder")
+
+
+def _line(position: int, job: Job) -> dict[str, Any]:
+    return {"position": position, **job.asked()}
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What to say of a job that is not what it was."""
+    if before["id"] == now["id"]:
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        what = ", ".join(f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in names)
+        return f"{now['id']!r} was asked for with {what}: give the new one an id of its own behind the others"
+    return (
+        f"image {before['position']} was {before['id']!r} ({before.get('prompt')!r}), now {now['id']!r} ({now['prompt']!r}): "
+        "add new prompts behind the others"
+    )

@@ -11,18 +11,18 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import torch
 
-from ..data.prompts import Job
-from ..data.writers import Made
-from ..guidance.guard import Guard
-from ..guidance.guidance import Guidance
+from ..data.encoding import Made
 from ..sampler import Sampler
-from .generate import Ladders, Run, Stop
-from .stages import Request
+from .executor import LocalExecutor, Placed
+from .plans import Plans
+from .settings import Files, Placement, Recipe
+from .stop import Stop
 
 ROUNDS = 8  # times the slots of an engine: the jobs of a block
 AHEAD = 2  # blocks an actor: one that it makes, one that waits for it
@@ -45,58 +45,58 @@ def cluster(workers: int | None = None) -> tuple[int, bool]:
 
 
 class Worker:
-    """An actor: a sampler and its engine. threads: for what runs on a CPU, whose last bits depend on their number."""
+    """An actor: a sampler and its engine. threads: for what runs on a CPU, whose last bits depend on their number.
+
+    options: of every call of the sampler.
+    """
 
     def __init__(
         self,
         threads: int,
         load: Callable[[], Sampler],
-        pixels: dict[str, Any],
-        steps: int,
-        guidance: Guidance | Guard,
+        options: dict[str, Any],
+        recipe: Recipe,
+        model: str,
         slots: int,
-        format: str,
+        files: Files,
     ):
         torch.set_num_threads(threads)
-        sampler = load().using(**pixels)
-        self.run = Run(sampler, Ladders(sampler, steps, guidance), slots, format)
+        sampler = load().using(recipe.height, recipe.width, **options)
+        self.executor = LocalExecutor(sampler, Plans(sampler, recipe, model), slots, files)
 
-    def make(self, jobs: list[tuple[int, Job]]) -> tuple[list[Made], Counter[str]]:
-        """What comes of a block of jobs, in order, and the network calls that it took."""
-        before, again = Counter(self.run.calls), []
-        made = list(self.run.made(jobs, Stop(), again.append if self.run.sampler.model.half else None))
-        made += self.run.in_float32(again, Stop())
-        return sorted(made, key=lambda one: one.position), self.run.calls - before
+    def make(self, jobs: list[Placed]) -> tuple[list[Made], Counter[str]]:
+        """What comes of a block of jobs, in the order of their positions, and the network calls that it took."""
+        before = Counter(self.executor.calls)
+        made = sorted(self.executor.made(jobs, Stop()), key=lambda one: one.position)
+        return made, self.executor.calls - before
 
 
-class RayRun:
-    """A `Run` by workers, each of which calls `load` for its sampler.
+class RayExecutor:
+    """An `Executor` by workers, each of which calls `placement.load` for its sampler. The rest as for `Worker`."""
 
-    pixels: size and options, as `Sampler.using` takes them. The rest as for `Run`.
-    """
-
-    def __init__(
-        self,
-        load: Callable[[], Sampler],
-        workers: int | None,
-        pixels: dict[str, Any],
-        steps: int,
-        guidance: Guidance | Guard,
-        slots: int,
-        format: str,
-    ):
+    def __init__(self, placement: Placement, options: dict[str, Any], recipe: Recipe, model: str, slots: int, files: Files):
         import ray
 
-        count, gpu = cluster(workers)
-        options = {"num_gpus": 1} if gpu else {"num_cpus": 1}
-        actor = ray.remote(**options, max_restarts=-1, max_task_retries=RETRIES)(Worker)
-        given = torch.get_num_threads(), load, pixels, steps, guidance, slots, format
+        count, gpu = cluster(placement.workers)
+        resources = {"num_gpus": 1} if gpu else {"num_cpus": 1}
+        actor = ray.remote(**resources, max_restarts=-1, max_task_retries=RETRIES)(Worker)
+        given = (
+            torch.get_num_threads(),
+            placement.load,
+            options,
+            recipe,
+            model,
+            slots,
+            replace(files, signer=None, duplicates=None),
+        )
         self.workers = [actor.remote(*given) for _ in range(count)]
-        self.block, self.calls = ROUNDS * slots, Counter()
+        self.block, self.calls = ROUNDS * slots, Counter[str]()
+        self.stepped: Callable[[float], None] = lambda under_way: None  # nobody tells of steps taken elsewhere
 
-    def made(self, jobs: Iterable[tuple[int, Job]], stop: Stop, again: Any = None) -> Iterator[Made]:
-        """What comes of the jobs, in their order; what is not finite is made again by the worker that had it."""
-        jobs, under_way, turn = stop.until(jobs), deque(), 0
+    def made(self, jobs: Iterable[Placed], stop: Stop) -> Iterator[Made]:
+        """What comes of the jobs, block by block; what is not finite is made again by the worker that had it."""
+        jobs, turn = stop.until(jobs), 0
+        under_way: deque[tuple[Any, list[Placed]]] = deque()
         while True:
             while len(under_way) < AHEAD * len(self.workers) and (block := list(islice(jobs, self.block))):
                 under_way.append((self.workers[turn % len(self.workers)].make.remote(block), block))
@@ -105,19 +105,16 @@ class RayRun:
                 return
             yield from self._made(*under_way.popleft())
 
-    def _made(self, reference: Any, block: list[tuple[int, Job]]) -> list[Made]:
+    def _made(self, reference: Any, block: list[Placed]) -> list[Made]:
         import ray
 
         try:
             made, calls = ray.get(reference)
         except ray.exceptions.RayError as error:
             said = f"failed: its worker: {' '.join(str(error).split())[:200]}"
-            return [Made(position, Request(position, job).asked() | {"status": said}) for position, job in block]
+            return [Made(position, job.asked() | {"status": said}) for position, job in block]
         self.calls += calls
         return made
-
-    def in_float32(self, jobs: Any, stop: Stop) -> Iterator[Made]:
-        return iter(())
 
     def close(self) -> None:
         """Give the workers back."""

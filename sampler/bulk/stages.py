@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import count, groupby, islice
 from queue import Empty, Full, Queue
 from threading import Event, Thread
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from torch import Tensor
 from ..data.prompts import Job
 from ..models import Decoded, Encoded, Model
 from ..sampling.engine import Result, Sample
-from ..sampling.ladder import Ladder
+from .plans import Plans, Size
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -112,59 +112,70 @@ def _one_by_one(items: Iterable[T]) -> Iterator[T]:
 
 @dataclass(frozen=True)
 class Request:
-    """A job on its way, and what its prompt loses at the text encoder's limit."""
+    """A job on its way: its position in the run, the size of its picture, and what its prompt loses at the encoder's limit."""
 
     position: int
     job: Job
+    size: Size
     truncated: str = ""
 
-    def asked(self) -> dict[str, Any]:
-        return self.job.asked()
 
+class Texts:
+    """The encodings of prompts for one size after another; the last CACHE are kept."""
 
-def encoded(
-    model: Model, jobs: Iterable[tuple[int, Job]], ladder: Callable[[Job], Ladder], height: int, width: int, **options: Any
-) -> Iterator[Sample | Result]:
-    """The samples of jobs, TEXTS prompts at a time; one that cannot be encoded is a result that failed."""
-    jobs, shape = iter(jobs), model.shape(height, width, **options)
-    initial = partial(model.noise, height=height, width=width, **options)
-    cache: OrderedDict[tuple[str, str | None], Encoded] = OrderedDict()
+    def __init__(self, model: Model, **options: Any):
+        self.model, self.options = model, options
+        self._cache: OrderedDict[tuple, Encoded] = OrderedDict()
 
-    def encode(texts: Sequence[tuple[str, str | None]]) -> None:
-        """Put the encodings of up to TEXTS prompts into the cache."""
-        padded = [*texts, *[("", None)] * (TEXTS - len(texts))]
-        prompts, negative = map(list, zip(*padded, strict=True))
-        found = model.encode(prompts, height, width, negative_prompt=negative, **options)
-        cache.update({text: found.select([i]) for i, text in enumerate(texts)})
-
-    while some := list(islice(jobs, TEXTS)):
-        texts = {(job.prompt, job.negative_prompt): None for _, job in some}
-        missing, errors = [text for text in texts if text not in cache], {}
+    def __call__(self, jobs: Sequence[Job], size: Size) -> list[Encoded | Exception]:
+        """Each job's encoding, or why it has none."""
+        keys = [(job.prompt, job.negative_prompt, size) for job in jobs]
+        errors: dict[tuple, Exception] = {}
+        missing = [key for key in dict.fromkeys(keys) if key not in self._cache]
         try:
-            if missing:
-                encode(missing)
+            self._encode(missing)
         except Exception:  # what a prompt does to a tokenizer: nobody can list it
-            for text in missing:
+            for key in missing:
                 try:
-                    encode([text])
+                    self._encode([key])
                 except Exception as error:
-                    errors[text] = error
-        good = [(position, job) for position, job in some if (job.prompt, job.negative_prompt) not in errors]
-        rows = [cache[job.prompt, job.negative_prompt] for _, job in good]
-        if rows:
-            network = model.network(Encoded.joined(rows + rows[:1] * (TEXTS - len(rows))))
-        fine = iter(range(len(rows)))
-        for position, job in some:
-            text = job.prompt, job.negative_prompt
-            if text in errors:
-                yield Result(Sample(Request(position, job), ladder(job), shape, None, 0), error=errors[text])
-            else:
-                row = next(fine)
-                request = Request(position, job, rows[row].truncated[0])
-                yield Sample(request, ladder(job), shape, network, row, job.seed, initial)
-                cache.move_to_end(text)
-        while len(cache) > CACHE:
-            cache.popitem(last=False)
+                    errors[key] = error
+        found = [errors[key] if key in errors else self._cache[key] for key in keys]
+        for key in keys:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+        while len(self._cache) > CACHE:
+            self._cache.popitem(last=False)
+        return found
+
+    def _encode(self, keys: Sequence[tuple]) -> None:
+        """Put the encodings of up to TEXTS prompts for one size into the cache."""
+        if not keys:
+            return
+        padded = [*keys, *[("", None, None)] * (TEXTS - len(keys))]
+        prompts, negative = ([key[i] for key in padded] for i in range(2))
+        found = self.model.encode(prompts, *keys[0][2], negative_prompt=negative, **self.options)
+        self._cache.update({key: found.select([i]) for i, key in enumerate(keys)})
+
+
+def encoded(model: Model, jobs: Iterable[tuple[int, Job]], plans: Plans, **options: Any) -> Iterator[Sample | Result]:
+    """The samples of jobs, up to TEXTS of one size at a time; one that cannot be encoded is a result that failed."""
+    texts = Texts(model, **options)
+    for size, group in groupby(jobs, key=lambda placed: plans.size_of(placed[1])):
+        shape = model.shape(*size, **options)
+        initial = partial(model.noise, height=size[0], width=size[1], **options)
+        while some := list(islice(group, TEXTS)):
+            rows = texts([job for _, job in some], size)
+            good = [row for row in rows if isinstance(row, Encoded)]
+            network = model.network(Encoded.joined(good + good[:1] * (TEXTS - len(good)))) if good else None
+            numbers = count()
+            for (position, job), row in zip(some, rows, strict=True):
+                ladder = plans.ladder_of(job)
+                if isinstance(row, Exception):
+                    yield Result(Sample(Request(position, job, size), ladder, shape, None, 0), error=row)
+                else:
+                    request = Request(position, job, size, row.truncated[0])
+                    yield Sample(request, ladder, shape, network, next(numbers), job.seed, initial)
 
 
 @dataclass(frozen=True)
@@ -178,9 +189,7 @@ class Picture:
     finite: bool = True
 
 
-def decoded(
-    model: Model, results: Iterable[Result], latents: bool, height: int, width: int, **options: Any
-) -> Iterator[Picture]:
+def decoded(model: Model, results: Iterable[Result], latents: bool, **options: Any) -> Iterator[Picture]:
     """The pictures of results, one at a time: a fault costs one, and its bits are those of its latents alone.
 
     latents: undecoded.
@@ -189,7 +198,7 @@ def decoded(
         error = result.error
         for _ in range(2 if error is None else 0):  # whatever ends a decoding, even the thread's end, is tried again once
             try:
-                picture = _picture(partial(model.decode, height=height, width=width, **options), result, latents)
+                picture = _picture(partial(model.decode, **options), result, latents)
                 break
             except (Exception, SystemExit) as raised:
                 error = raised
@@ -200,7 +209,7 @@ def decoded(
 
 def _picture(decode: Callable[..., Decoded], result: Result, latents: bool) -> Picture:
     request, solver = result.sample.key, result.sample.ladder.solver
-    step, line = result.transition.item(), request.asked()
+    step, line = result.transition.item(), request.job.asked()
     found = step if step < solver.steps else -1  # settled too late to wait
     call = int(solver.first_calls[found])
     line |= {
@@ -213,7 +222,8 @@ def _picture(decode: Callable[..., Decoded], result: Result, latents: bool) -> P
         line |= {name: getattr(result, name) for name in ("attempts", "score", "suspect")}
     image, finite = result.latents, bool(result.latents.isfinite().all())
     if not latents:
-        made = decode(image[None], "pil", [result.sample.generator])
+        height, width = request.size
+        made = decode(image[None], "pil", [result.sample.generator], height=height, width=width)
         image, finite = made.images[0], finite and bool(made.finite[0])
         if made.flagged is not None:
             line["nsfw_content_detected"] = made.flagged[0]
@@ -229,7 +239,7 @@ def _failed(result: Result, error: BaseException) -> Picture:
     request = result.sample.key
     log.error("%s: %s", request.job.id, said(error))
     log.debug("%s", request.job.id, exc_info=error)
-    return Picture(request.position, request.job, request.asked() | {"status": f"failed: {said(error)}"})
+    return Picture(request.position, request.job, request.job.asked() | {"status": f"failed: {said(error)}"})
 
 
 def said(error: BaseException) -> str:

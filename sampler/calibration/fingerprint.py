@@ -32,6 +32,11 @@ def fingerprint(pipe: DiffusionPipeline) -> dict[str, dict[str, Any]]:
     return {name: _part(part) for name in PARTS if isinstance(part := getattr(pipe, name, None), nn.Module)}
 
 
+def digest(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """A fingerprint in short, in hexadecimal; another dtype has another."""
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
 def differing(one: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The parts in which two fingerprints differ; none for the same model."""
     return [name for name in PARTS if not _same(one.get(name), other.get(name))]

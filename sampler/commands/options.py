@@ -83,10 +83,13 @@ def sampler(
     return made.using(**{"height": height, "width": width, **of_call(option)})
 
 
-def scheduler_of(given: str | None, known: Calibration | None) -> str | SchedulerMixin:
-    """The scheduler that is given, else the calibration's, else the model's own."""
+def scheduler_of(given: str | SchedulerMixin | None, known: Calibration | None) -> str | SchedulerMixin:
+    """The scheduler that is given, else the calibration's, else the model's own; where there is no such, that is said."""
     if given is not None or known is None:
         return given or "own"
+    if known.scheduler is None and (name := known.settings.get("scheduler", {}).get("class")):
+        said = f"the calibration's scheduler {name} is not in this diffusers: the model's own is taken, as by --scheduler own"
+        typer.echo(said, err=True)
     return known.scheduler or "own"
 
 

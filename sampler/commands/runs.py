@@ -19,6 +19,7 @@ NOTES = {  # kinds of images -> (what is said of them, the field of the manifest
     "again": ("looked memorized and began again", "attempts"),
     "suspect": ("may still be copies of training images", "suspect"),
     "copies": ("marked as copies of training images", "copy and nearest"),
+    "duplicates": ("near-duplicates of other images of the set", "duplicate_of"),
     "truncated": ("cut at the text encoder's limit", "truncated"),
     "flagged": ("flagged and blacked out", "nsfw_content_detected"),
     "failed": ("failed", "status"),
@@ -32,7 +33,7 @@ def conclude(summary: Summary, out: Path) -> None:
     if counts["ok"] + counts["failed"]:
         typer.echo(
             f"{counts['attempts']} attempts in {summary.seconds:.1f} s, {summary.rate:.3g} images/s, "
-            f"{summary.calls_an_image:.4g} network calls an image; one branch alone spared {100 * summary.spared:.0f}% of them"
+            f"{summary.calls_an_image:.4g} predictions of the network an image"
         )
     for kind, (what, field) in NOTES.items():
         if counts[kind]:
@@ -41,6 +42,7 @@ def conclude(summary: Summary, out: Path) -> None:
     if summary.skipped:
         typer.echo(f"{summary.skipped} rows of the prompts skipped", err=True)
     if summary.signal is not None:
+        typer.echo(f"stopped: {summary.left} of {summary.total} images are left; the same command makes them", err=True)
         raise typer.Exit(128 + summary.signal)
     if counts["failed"]:
         raise typer.Exit(1)

@@ -13,13 +13,14 @@ from typing import Any
 
 from PIL import Image
 
-from .formats import ENCODING, Rows, parquet_rows, row_of
+from .formats import ENCODING, ERRORS, Rows, parquet_rows, row_of
 from .layout import BESIDE, Layout, decoded, text_of, there
 from .names import COLUMN, IMAGE, TEXT, Ids, first
 from .pictures import opened, suffixes
 from .prompt_in_file import prompt_in
 from .rows import Faults
 from .rows import opened as opened_rows
+from .shards import contents
 
 SOURCES = "a folder, a file that names pictures and prompts, as manifest.jsonl, a .tar, a .parquet, or a picture"
 MANIFEST = "manifest.jsonl"
@@ -165,14 +166,15 @@ def _while_whole(rows: Rows, name: str, faults: Faults) -> Rows:
 
 def _tar(path: Path, ids: Ids, faults: Faults) -> Iterator[Captioned]:
     """The samples of a WebDataset: members that follow one another and have one name but for what is behind its first dot."""
-    key, held = None, {}
+    held: dict[str, tuple[str, bytes]] = {}
+    last = None
     try:
         for name, data in _members(path):
             home, _, file = name.rpartition("/")
             stem, _, kind = file.partition(".")
-            if (home, stem) != key:
+            if (home, stem) != last:
                 yield from _sample(path, held, ids)
-                key, held = (home, stem), {}
+                last, held = (home, stem), {}
             held[name] = (f".{kind.casefold()}", data)
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         faults(f"images file {str(path)!r} is no whole .tar file: {error}")
@@ -184,9 +186,10 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(path) as tar:
         for member in tar:
             if member.isfile():
-                yield member.name, tar.extractfile(member).read()
-        tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # which tarfile takes for the end
+                yield member.name, contents(tar, member)
+        file = tar.fileobj
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # which tarfile takes for the end
             raise tarfile.ReadError("it is cut off or broken behind its last member that can be read")
 
 
@@ -209,7 +212,7 @@ def _sample(path: Path, members: Mapping[str, tuple[str, bytes]], ids: Ids) -> I
 
 def _id_in(data: bytes) -> str | None:
     """The id in a JSON object, as `generate` writes them into its shards."""
-    row = row_of(data.decode(**ENCODING))
+    row = row_of(data.decode(ENCODING, ERRORS))
     return str(row["id"]) if isinstance(row, dict) and row.get("id") is not None else None
 
 

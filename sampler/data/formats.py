@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import Any, NamedTuple, TextIO
 from .names import COLUMN, KNOWN, TEXT, Ids, columns
 
 HUB = "hf:"
-NUMBERS = ("seed", "steps", "scale")  # columns of a CSV file
+NUMBERS = ("seed", "steps", "scale", "height", "width", "count")  # columns of a CSV file
 PLAIN = ("Value", "ClassLabel", "List", "LargeList", "Sequence")  # kinds of columns of the library `datasets`
-ENCODING = {"encoding": "utf-8-sig", "errors": "surrogateescape"}  # a byte order mark is no text; other bytes are told by line
+ENCODING, ERRORS = "utf-8-sig", "surrogateescape"  # a byte order mark is no text; other bytes are told by line
 
 
 class Row(NamedTuple):
@@ -44,8 +45,12 @@ def fault_of(text: str) -> str | None:
 def _text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     """The file open for reading. Raises ValueError where it is compressed and broken."""
     try:
-        with (gzip.open if path.suffix.casefold() == ".gz" else open)(path, "rt", newline=newline, **ENCODING) as file:
-            yield file
+        if path.suffix.casefold() == ".gz":
+            with gzip.open(path, "rt", encoding=ENCODING, errors=ERRORS, newline=newline) as file:
+                yield file
+        else:
+            with path.open(encoding=ENCODING, errors=ERRORS, newline=newline) as file:
+                yield file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"which is no whole .gz file: {error}") from error
 
@@ -154,11 +159,10 @@ def csv_file(path: Path, delimiters: str = ",;\t") -> Rows:
     with _text(path, newline="") as file:
         delimiter = _delimiter(file.readline(), delimiters)
     with _text(path, newline="") as file:
-        reader = csv.DictReader(file, strict=True, delimiter=delimiter)
-        try:
-            given = reader.fieldnames or []
-        except csv.Error as error:
-            raise ValueError(f"line 1: not CSV: {error}") from error
+        records = _records(file, delimiter)
+        _, given = next(records, ("line 1", []))
+        if isinstance(given, str):
+            raise ValueError(f"line 1: {given}")
         try:
             names = columns(tuple(given))
         except ValueError as error:
@@ -166,15 +170,40 @@ def csv_file(path: Path, delimiters: str = ",;\t") -> Rows:
         if given and not set(TEXT) & set(names.values()):
             raise NoText(f"line 1: must name {COLUMN}, and each column once; got {', '.join(given)}")
         behind = _behind_text(given, names) if delimiter == "," else None
-        while True:
-            try:
-                row = next(reader, None)
-            except csv.Error as error:
-                yield Row(f"line {reader.line_num}", f"not CSV: {error}")
-                continue
-            if row is None:
-                return
-            yield Row(f"line {reader.line_num}", _cells(row, names, behind))
+        for where, cells in records:
+            yield Row(where, cells if isinstance(cells, str) else _cells(given, cells, names, behind))
+
+
+def _records(file: TextIO, delimiter: str) -> Iterator[tuple[str, list[str] | str]]:
+    """Where each record of a CSV file ends, and its cells; or what is wrong with it.
+
+    A line that is wrong costs itself alone: the reader goes on behind it, also where an open quote has swallowed all others.
+    """
+    taken: deque[str] = deque()  # the lines of the record that is read
+    ahead: deque[str] = deque()  # lines to be read again
+
+    def lines() -> Iterator[str]:
+        while line := ahead.popleft() if ahead else file.readline():
+            taken.append(line)
+            yield line
+
+    before = 0
+    while True:
+        taken.clear()
+        reader = csv.reader(lines(), strict=True, delimiter=delimiter)
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            before += 1
+            taken.popleft()
+            ahead.extendleft(reversed(taken))
+            yield f"line {before}", f"not CSV: {error}"
+            continue
+        if cells is None:
+            return
+        before += reader.line_num
+        if cells:
+            yield f"line {before}", cells
 
 
 def _delimiter(header: str, delimiters: str) -> str:
@@ -194,14 +223,15 @@ def _behind_text(given: Sequence[str], names: dict[str, str]) -> str | None:
     return given[place + 1] if place + 1 < len(given) and given[place + 1][:1] != " " else None
 
 
-def _cells(row: dict[str | None, Any], names: dict[str, str], behind: str | None) -> dict[str, Any] | str:
-    if None in row:
+def _cells(given: Sequence[str], cells: Sequence[str], names: dict[str, str], behind: str | None) -> dict[str, Any] | str:
+    if len(cells) > len(given):
         return "more cells than columns; quote a cell that holds a comma"
+    row: dict[str, str | None] = {**dict.fromkeys(given), **dict(zip(given, cells, strict=False))}
     if behind is not None and (row[behind] or "")[:1] == " ":
         return f"{behind} starts with a space, as if a prompt went on behind its comma; quote a cell that holds a comma"
-    if fault := next((fault for cell in row.values() if cell and (fault := fault_of(cell))), None):
+    if fault := next((fault for cell in cells if cell and (fault := fault_of(cell))), None):
         return fault
-    said = {names[name]: cell or None for name, cell in row.items() if name in names}
+    said: dict[str, Any] = {names[name]: cell or None for name, cell in row.items() if name in names}
     return said | {name: _number(said[name]) for name in NUMBERS if said.get(name)}
 
 

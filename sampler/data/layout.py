@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from .formats import ENCODING, NoText, fault_of, row_of
+from .formats import ENCODING, ERRORS, NoText, fault_of, row_of
 from .names import IMAGE, TEXT, first
 from .pictures import files_in, pictures_among, suffixes
 from .rows import format_of, opened
@@ -109,11 +109,11 @@ def text_of(path: Path) -> str:
 
 def decoded(data: bytes, suffix: str, name: str) -> str:
     """The caption in the bytes of a text file, which has a suffix of BESIDE. Raises ValueError where there is none."""
-    text = data.decode(**ENCODING).strip()
-    fault = fault_of(text)
+    text = data.decode(ENCODING, ERRORS).strip()
+    fault, caption = fault_of(text), text
     if fault is None and suffix == ".json":
         row = row_of(text)
-        fault, text = (row, None) if isinstance(row, str) else (None, first(row, TEXT))
-    if fault is not None or not isinstance(text, str) or not text.strip():
+        fault, caption = (row, "") if isinstance(row, str) else (None, first(row, TEXT))
+    if fault is not None or not isinstance(caption, str) or not caption.strip():
         raise ValueError(f"{name}: {fault or 'holds no caption'}")
-    return text.strip()
+    return caption.strip()

@@ -12,7 +12,7 @@ from ..runs.atomic import whole
 from ..runs.folder import open_folder, read_settings
 from ..runs.journal import Journal
 from ..runs.manifest import JOBS, MANIFEST, sound
-from .writers import writer
+from .writers import files_of, writer
 
 log = logging.getLogger(__name__)
 NAME = re.compile(r"shard-(\d+)-of-(\d+)", re.ASCII)
@@ -31,10 +31,10 @@ def merge(run: str | Path, out: str | Path) -> tuple[int, int]:
     parts, settings = _shards(Path(run))
     out = Path(out)
     open_folder(out, settings | {"shard": None})
-    writes = writer(out, settings["format"])
+    writes = writer(out, *files_of(settings))
 
     def there(line: dict[str, Any]) -> str | None:
-        return line["id"] if line.get("status") == "ok" and writes.holds(line) else None
+        return line["id"] if writes.holds(line) else None
 
     with Journal(out / MANIFEST, there) as journal:
         if not (out / JOBS).is_file() and (parts[0] / JOBS).is_file():  # the same in all of them
@@ -42,7 +42,7 @@ def merge(run: str | Path, out: str | Path) -> tuple[int, int]:
                 shutil.copyfile(parts[0] / JOBS, part)
         writes.join(parts)
         for part in parts:
-            own = writer(part, settings["format"])
+            own = writer(part, *files_of(settings))
             for line in sound(part):
                 if line["id"] in journal:
                     continue
@@ -51,6 +51,7 @@ def merge(run: str | Path, out: str | Path) -> tuple[int, int]:
                     journal.append(line)
                 else:
                     log.warning("%s: %s %s: left out", part.name, *wrong)
+        writes.finish()
     return sum(line["status"] == "ok" for line in sound(out)), settings["prompts"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -67,7 +67,7 @@ def _slip(name: str, known: str) -> bool:
     return one[1:] == other or one == other[1:] or exchanged or (len(known) > 4 and one[1:] == other[1:])
 
 
-def first(row: dict[str, Any], names: Sequence[str]) -> Any:
+def first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
     """What the first of these columns that says something says; None where none does."""
     return next((row[name] for name in names if row.get(name) not in (None, "")), None)
 

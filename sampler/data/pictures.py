@@ -112,7 +112,7 @@ def _in_rgb(image: Image.Image) -> list[Image.Image]:
     if image.mode not in ALPHA and "transparency" not in image.info:
         return [image.convert("RGB")]
     whole = image.convert("RGBA")
-    if whole.getextrema()[3][0] == 255:
+    if whole.getchannel("A").getextrema()[0] == 255:
         return [image.convert("RGB")]
     return [whole.convert("RGB"), Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")]
 

@@ -1,4 +1,4 @@
-"""The prompt that a picture's file says it was made from, as the programs that make them write it into PNG files."""
+"""The prompt that a picture's file says it was made from: in its XMP, or as common programs write it into PNG files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 from PIL import Image
 
+from .xmp import PROMPT, fields_in
+
 A1111, COMFYUI = "parameters", "prompt"  # the names of their texts
 END = re.compile(r"\n(?:Negative prompt: |Steps: \d)")  # of the prompt in A1111's parameters
 # of ComfyUI: the inputs that lead from a sampler to its prompt, and those that hold it
@@ -22,11 +24,13 @@ def prompt_in(source: Path | bytes, otherwise: str) -> tuple[str | None, str]:
     """(the prompt, ""), or (None, why there is none); otherwise: what is said where the file says nothing of itself."""
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            if image.format == "PNG" and not {A1111, COMFYUI} & image.info.keys():
+            if image.format == "PNG" and not {A1111, COMFYUI, "xmp"} & image.info.keys():
                 image.load()  # texts may stand behind the pixels
             said = dict(image.info)
     except Exception as error:  # whatever Pillow makes of what is broken
         return None, f"{otherwise}, and it cannot be read: {error}"
+    if prompt := fields_in(said).get(PROMPT):
+        return prompt, ""
     parameters, graph = said.get(A1111), said.get(COMFYUI)
     prompt = END.split(f"\n{parameters}", maxsplit=1)[0].strip() if isinstance(parameters, str) else ""
     if prompt and not prompt.startswith("{"):  # JSON of other programs
@@ -56,8 +60,9 @@ def _of_comfyui(text: str) -> Iterator[str]:
 
 def _texts(nodes: Mapping[str, Any], link: Any, seen: set[str]) -> Iterator[str]:
     """The texts behind a link, [id of a node, output], through whatever changes a conditioning on its way."""
-    id = str(link[0]) if isinstance(link, list) and link else None
-    node = nodes.get(id) if id is not None and id not in seen else None
+    if not isinstance(link, list) or not link or (id := str(link[0])) in seen:
+        return
+    node = nodes.get(id)
     if not isinstance(node, Mapping) or not isinstance(node.get("inputs"), Mapping):
         return
     seen.add(id)

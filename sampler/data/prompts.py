@@ -7,11 +7,12 @@ import json
 import logging
 import numbers
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,17 @@ from .names import COLUMN, IDS, IMAGE, TEXT
 from .rows import Faults, opened
 
 log = logging.getLogger(__name__)
+GUIDANCES = ("cfg", "delayed", "opposite", "guard")  # that a job may ask for by name
+
+
+class Kind(NamedTuple):
+    """The settings that a job has of its own; None where it has those of the run."""
+
+    steps: int | None = None
+    scale: float | None = None
+    height: int | None = None
+    width: int | None = None
+    guidance: str | None = None
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,8 @@ class Job:
     """One image to make.
 
     id: names its file; 1 to 128 letters, digits, '.', '_' or '-', not starting with '.' or '-'.
-    negative_prompt, steps, scale: None for the run's own.
+    negative_prompt, steps, scale, height, width (pixels): None for the run's own.
+    guidance: one of GUIDANCES, as the run has it; None for the run's own.
     more: what else is known of the prompt, for its line of the manifest: values by names, which JSON can write.
 
     Raises ValueError for anything that is not so.
@@ -42,6 +55,9 @@ class Job:
     negative_prompt: str | None = None
     steps: int | None = None
     scale: float | None = None
+    height: int | None = None
+    width: int | None = None
+    guidance: str | None = None
     more: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -53,87 +69,77 @@ class Job:
             raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}")
         if not isinstance(self.negative_prompt, str | None):
             raise ValueError(f"negative_prompt must be a string, got {self.negative_prompt!r}")
+        if self.guidance is not None and self.guidance not in GUIDANCES:
+            raise ValueError(
+                f"guidance must be one of {', '.join(GUIDANCES)}, got {self.guidance!r}; its scale is called scale"
+            )
         object.__setattr__(self, "seed", int(self.seed))  # of numpy's integers too
-        if self.steps is not None:
-            object.__setattr__(self, "steps", checks.at_least_one("steps", self.steps))
+        for name in ("steps", "height", "width"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, checks.at_least_one(name, given))
         if self.scale is not None:
             object.__setattr__(self, "scale", checks.finite("scale", self.scale))
 
     @property
-    def kind(self) -> tuple[int | None, float | None]:
-        """(steps, scale), None for the run's own."""
-        return self.steps, self.scale
+    def kind(self) -> Kind:
+        return Kind(self.steps, self.scale, self.height, self.width, self.guidance)
+
+    def again(self, k: int) -> Job:
+        """The k-th further image of the same prompt: its id ends in -k, and its seed is k higher. The 0th is this one."""
+        return replace(self, id=f"{self.id}-{k}", seed=self.seed + k) if k else self
 
     def asked(self) -> dict[str, Any]:
         """What a line of the manifest says of it."""
         own = {name: value for name in ALLOWED if (value := getattr(self, name)) is not None}
         return own | dict(self.more or {})
 
-    def digested(self) -> tuple:
-        """What counts of it for the digest of a run's prompts."""
-        own = tuple(getattr(self, name) for name in ALLOWED)
-        own = own if self.kind != OWN else own[:4]  # whose digest is that of before there were kinds
-        return (*own, json.dumps(self.more, sort_keys=True)) if self.more else own
-
 
 ALLOWED = tuple(field.name for field in fields(Job) if field.name != "more")
-LATER = ("height", "width", "count", "guidance")  # columns that a run has one value of
 MANIFEST = {  # fields of a manifest's line that say what came out, which a column of that name would pass for
     *("transition_step", "transition_timestep", "transition_log_snr", "noise_gap", "attempts", "score", "suspect"),
     *("nsfw_content_detected", "truncated", "retried", "status", "sha256", "bytes", "file", "position", "image"),
-    *("similarity", "measure", "nearest", "copy"),
+    *("similarity", "measure", "nearest", "copy", "nearest_in_set", "similarity_in_set", "measure_in_set", "duplicate_of"),
+    *("scheduler", "model", "fingerprint", "versions", "signed_sha256"),
 }
-KINDS = 1000  # of jobs, by steps and scale: each takes some memory
-OWN = (None, None)  # the run's own steps and scale
+KINDS = 1000  # of jobs: each takes some memory
+NAMED = 5  # jobs that are named of many
 
 
 class Prompts:
     """The jobs of a source that may be larger than memory: each iteration reads it anew, as (position, job).
 
     source:   as for `rows.opened`, or a list of jobs. Columns: prompt, or caption or text in its place, and perhaps id, seed,
-              negative_prompt, steps and scale. Others are carried into the manifest, unless they are named as what that says
-              of an image itself, which a warning tells.
-    seed:     a prompt without an id gets its position, zero-padded; one without a seed gets `seed` plus its position.
+              count, negative_prompt, steps, scale, height, width and guidance. Others are carried into the manifest, unless
+              they are named as what that says of an image itself, which a warning tells.
+    seed:     a row without an id gets its number, counted from 0 and zero-padded; one without a seed gets `seed` plus its number.
+    count:    images of a row that does not say how many. The first has the row's id and seed, the k-th after it has ID-k and
+              seed + k. So a higher count adds images and changes none.
     on_error: of a row that is wrong, which "stop" lets end everything before any work; see `Faults`.
 
-    The source is read once to look at every row, and again for the work.
+    The source is read once to look at every row, and again for the work. A warning names jobs that ask for the same image.
 
     Raises ValueError naming the line for malformed, duplicate or unsafe entries; FileNotFoundError for a missing file,
     ImportError for a format whose library is missing.
     """
 
-    def __init__(self, source: str | Path | Sequence[Job], seed: int = 0, on_error: str = "stop"):
-        self.seed, self._faults = seed, Faults(on_error)
+    def __init__(self, source: str | Path | Sequence[Job], seed: int = 0, on_error: str = "stop", count: int = 1):
+        self.seed, self._faults, self._count = seed, Faults(on_error), checks.at_least_one("count", count)
         self.name, self._read = opened(str(source)) if isinstance(source, str | Path) else ("jobs", partial(_listed, source))
-        self._digits = max(4, len(str(sum(1 for _ in self._read()) - 1)))
         self._repeated: frozenset[int] = frozenset()
+        self._unfit: frozenset[Kind] = frozenset()
         self._others = Others()
-        digest, ids, positions = hashlib.sha256(), array("Q"), array("Q")
-        self.kinds: dict[tuple[int | None, float | None], str] = {}  # of steps and scale; where the first of each stands
-        for position, where, job in self._jobs(self._refuse):
-            digest.update(repr((position, *job.digested())).encode("utf-8", "surrogatepass"))
-            self.kinds.setdefault(job.kind, where)
-            if len(self.kinds) > KINDS:
-                raise ValueError(f"{self.name} asks for more than {KINDS} different pairs of steps and scale")
-            ids.append(Keys.digest(job.id.casefold()))  # some file systems do not tell A.png from a.png
-            positions.append(position)
-        _, earliest = np.unique(np.frombuffer(ids, np.uint64), return_index=True)
-        if len(earliest) < len(ids):
-            again = frozenset(np.delete(np.frombuffer(positions, np.uint64), earliest).tolist())
-            self._refuse_repeated(again)
-            self._repeated = again
-        if not len(earliest):
-            raise ValueError(f"{self.name} holds no prompts")
+        same = self._look(self._refuse)
         if self._others.left_out:
             names = ", ".join(sorted(self._others.left_out))
             log.warning("%s: not carried into the manifest, which says this of its own images: %s", self.name, names)
-        self.count, self.sha256 = len(earliest), digest.hexdigest()
+        if same:
+            log.warning("%s", self._said_twice(same))
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[tuple[int, Job]]:
-        return ((position, job) for position, _, job in self._jobs(lambda error: None))
+        return ((position, job) for position, _, job in self._jobs(_passed_over))
 
     @property
     def skipped(self) -> int:
@@ -145,43 +151,122 @@ class Prompts:
         """What a run's settings say of its prompts."""
         return {"prompts": self.count, "prompts_sha256": self.sha256}
 
-    def _jobs(self, refuse: Callable[[str], None]) -> Iterator[tuple[int, str, Job]]:
-        """(position, where it stands, job); `refuse` is told what is wrong with the others."""
-        for position, (where, said) in enumerate(self._read()):
-            if position in self._repeated:
-                continue
-            try:
-                yield position, where, self._job(position, said)
-            except ValueError as error:
-                refuse(f"{where}: {error}")
+    def check(self, fits: Callable[[Kind], object]) -> None:
+        """Refuse the jobs of the kinds for which `fits` raises ValueError, each by the place where it stands; see `Faults`.
 
-    def _job(self, position: int, said: Job | Mapping[str, Any] | str) -> Job:
+        What is wrong with the run's own settings is raised as it is.
+        """
+        unfit: dict[Kind, str] = {}
+        for kind in self.kinds:
+            try:
+                fits(kind)
+            except ValueError as error:
+                if kind == Kind():
+                    raise
+                unfit[kind] = str(error)
+        if not unfit:
+            return
+        for _, where, job in self._jobs(_passed_over):
+            if job.kind in unfit:
+                self._refuse(f"{where}: {unfit[job.kind]}")
+        self._unfit = frozenset(unfit)
+        self._look(_passed_over)
+
+    def _look(self, refuse: Callable[[str], None]) -> frozenset[int]:
+        """Read all rows; returns the positions of jobs that ask for an image that an earlier one asks for."""
+        digest, ids, images, positions = hashlib.sha256(), array("Q"), array("Q"), array("Q")
+        self.kinds: Counter[Kind] = Counter()
+        for position, _, job in self._jobs(refuse):
+            digest.update(json.dumps([position, job.asked()], sort_keys=True).encode())
+            self.kinds[job.kind] += 1
+            if len(self.kinds) > KINDS:
+                raise ValueError(f"{self.name} asks for more than {KINDS} different settings (steps, scale, size, guidance)")
+            ids.append(Keys.digest(job.id.casefold()))  # some file systems do not tell A.png from a.png
+            images.append(Keys.digest(_image(job)))
+            positions.append(position)
+        if again := _later(ids, positions):
+            self._refuse_repeated(again)
+            self._repeated |= again
+            return self._look(_passed_over)
+        if not len(ids):
+            raise ValueError(f"{self.name} holds no prompts")
+        self.count, self.sha256 = len(ids), digest.hexdigest()
+        return _later(images, positions)
+
+    def _jobs(self, refuse: Callable[[str], None]) -> Iterator[tuple[int, str, Job]]:
+        """(position, where it stands, job); `refuse` is told what is wrong with the others, each of which has a position too."""
+        position = 0
+        for number, (where, said) in enumerate(self._read()):
+            k, count = 0, 1
+            while k < count:
+                try:
+                    if not k:
+                        first, count = self._row(number, said)
+                    job = first.again(k)
+                except ValueError as error:
+                    refuse(f"{where}: {error}")
+                else:
+                    if position not in self._repeated and job.kind not in self._unfit:
+                        yield position, where, job
+                k, position = k + 1, position + 1
+
+    def _row(self, number: int, said: Job | Mapping[str, Any] | str) -> tuple[Job, int]:
+        """The first job of a row, and how many images it asks for."""
         if isinstance(said, Job):
-            return said
+            return said, self._count
         if isinstance(said, str):
             raise ValueError(said)
         if not said.keys() & set(TEXT):
             raise ValueError(f"needs {COLUMN}; it has {', '.join(said) or 'nothing'}")
-        late = next((name for name in LATER if said.get(name) is not None), None)
-        if late:
-            raise ValueError(f"{late} cannot be a prompt's own, only the whole run's: leave the column out or rename it")
+        count = checks.at_least_one("count", self._count if said.get("count") is None else said["count"])
         used = next((name for name in TEXT if said.get(name) not in (None, "")), TEXT[0])
         own = {name: said[name] for name in ALLOWED if name != TEXT[0] and said.get(name) is not None}
-        others = {name: value for name, value in said.items() if value is not None and name not in (*ALLOWED, used)}
-        given = {"id": f"{position:0{self._digits}d}", "seed": self.seed + position} | own
-        return Job(**given, prompt=said.get(used), more=self._others(others) or None)
+        known = (*ALLOWED, "count", used)
+        others = {name: value for name, value in said.items() if value is not None and name not in known}
+        given = {"id": f"{number:04d}", "seed": self.seed + number} | own
+        return Job(**given, prompt=said.get(used), more=self._others(others) or None), count
 
     def _refuse(self, said: str) -> None:
         self._faults(f"{self.name}, {said}")
 
     def _refuse_repeated(self, again: frozenset[int]) -> None:
-        ids = {job.id.casefold() for position, _, job in self._jobs(lambda error: None) if position in again}
+        ids = {job.id.casefold() for position, _, job in self._jobs(_passed_over) if position in again}
         places: dict[str, str] = {}
-        for position, where, job in self._jobs(lambda error: None):
+        for position, where, job in self._jobs(_passed_over):
             if job.id.casefold() in ids:
                 earlier = places.setdefault(job.id.casefold(), where)
                 if position in again:
                     self._refuse(f"{where}: id {job.id!r} is already used in {earlier}")
+
+    def _said_twice(self, same: frozenset[int]) -> str:
+        """What to say of jobs that ask for an image that an earlier one asks for; NAMED of them by their ids."""
+        first: dict[tuple, str] = {}
+        shown = set(sorted(same)[:NAMED])
+        named = {_image(job) for position, _, job in self._jobs(_passed_over) if position in shown}
+        pairs: list[str] = []
+        for position, _, job in self._jobs(_passed_over):
+            if _image(job) in named:
+                earlier = first.setdefault(_image(job), job.id)
+                if position in shown:
+                    pairs.append(f"{job.id} as {earlier}")
+        more = ", ..." if len(same) > len(pairs) else ""
+        asked = f"{len(same)} of {self.count} images are asked for twice, by the same prompt, seed and settings"
+        return f"{self.name}: {asked} ({', '.join(pairs)}{more}): each is made all the same; give them other seeds"
+
+
+def _passed_over(said: str) -> None:
+    """What is told of a row that is wrong when the source is read again."""
+
+
+def _image(job: Job) -> tuple:
+    """What decides a job's image."""
+    return job.prompt, job.seed, job.negative_prompt, job.kind
+
+
+def _later(digests: array, positions: array) -> frozenset[int]:
+    """The positions of those whose digest an earlier one has."""
+    _, earliest = np.unique(np.frombuffer(digests, np.uint64), return_index=True)
+    return frozenset(np.delete(np.frombuffer(positions, np.uint64), earliest).tolist())
 
 
 class Others:
@@ -220,9 +305,9 @@ def _kind(value: Any) -> str | None:
     return {str: "text", bool: "truth", float: "number"}.get(type(value))
 
 
-def read_prompts(path: str | Path, seed: int = 0, on_error: str = "stop") -> list[Job]:
+def read_prompts(path: str | Path, seed: int = 0, on_error: str = "stop", count: int = 1) -> list[Job]:
     """All jobs of a source that fits into memory; see `Prompts`."""
-    return [job for _, job in Prompts(path, seed, on_error)]
+    return [job for _, job in Prompts(path, seed, on_error, count)]
 
 
 def _listed(jobs: Sequence[Job]) -> Rows:

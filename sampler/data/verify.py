@@ -1,10 +1,11 @@
-"""Whether a run's folder holds what its run.json promises: every image as it was made, and nothing else."""
+"""Whether a run's folder holds what its run.json promises: every image as it was made and marked, and nothing else."""
 
 from __future__ import annotations
 
+import logging
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 from ..runs.folder import leftover, read_settings
 from ..runs.journal import Keys, texts
 from ..runs.manifest import JOBS, MANIFEST, belongs, lacks, read_jobs
-from .writers import Writer, writer
+from . import imagefolder, signing, xmp
+from .writers import Writer, files_of, writer
 
+log = logging.getLogger(__name__)
 IMAGES = ("images", "shards")  # the folders that hold nothing but a run's images
 Wrong = tuple[str, str]  # (file, image or line, what is wrong with it)
 
@@ -22,25 +25,59 @@ def verify(out: str | Path) -> Iterator[Wrong]:
     """What is wrong with a run's folder, as (where, what): images that are missing, changed or failed, damaged lines of its
     manifest, and files that are none of the run's. The same command of `generate` makes what is missing or changed again.
 
-    Each image is checked against its SHA-256. Raises ValueError where the folder holds no run of `generate`.
+    Each image is checked against its SHA-256; each picture must say in its XMP that a machine made it and, where the run signed
+    its pictures, have a C2PA manifest that holds. A warning tells where the library for that is missing.
+
+    Raises ValueError where the folder holds no run of `generate`.
     """
     out = Path(out)
     settings = read_settings(out) if (out / "run.json").is_file() else {}
     if not {"format", "prompts"} <= settings.keys():
         raise ValueError(f"{str(out)!r} holds no run of generate: its run.json is missing or another command's")
-    writes, jobs = writer(out, settings["format"]), Jobs(out, settings.get("shard"))
+    writes, jobs = writer(out, *files_of(settings), inspect=_inspection(settings)), Jobs(out, settings.get("shard"))
     total = sum(1 for _ in read_jobs(out))
     if total != settings["prompts"]:
         yield JOBS, f"names {total} of {settings['prompts']} jobs" if (out / JOBS).is_file() else "is missing"
     listed, files = array("Q"), array("Q")  # digests of what the manifest tells of
-    yield from _lines(out, writes, jobs, listed, files)
+    sound = True
+    for wrong in chain(_lines(out, writes, jobs, listed, files), _unlisted(out, writes, jobs, listed)):
+        sound = False
+        yield wrong
+    if sound and writes.index and (fault := imagefolder.fault(out)):  # else it follows from the rest
+        yield imagefolder.METADATA, fault
+    expected = (name for job in jobs for name in _with_beside(writes, writes.file(*job)))
+    yield from _foreign(out, Keys(chain(files, map(Keys.digest, chain(writes.index, expected)))))
+
+
+def _with_beside(writes: Writer, file: str) -> list[str]:
+    return [file, *writes.beside(file)]
+
+
+def _unlisted(out: Path, writes: Writer, jobs: Jobs, listed: Iterable[int]) -> Iterator[Wrong]:
+    """The images of jobs of which no line of the manifest tells."""
     told = Keys(listed)
     for position, id in jobs:
         if id not in told:
             file = writes.file(position, id)
             there = (out / file).is_file()
             yield writes.image(file, id), f"has no line in {MANIFEST}" if there else "is missing"
-    yield from _foreign(out, Keys(chain(files, (Keys.digest(writes.file(*job)) for job in jobs))))
+
+
+def _inspection(settings: Mapping[str, Any]) -> Callable[[bytes], str | None]:
+    """What finds the fault in the marks of a picture of a run."""
+    format, signed = settings["format"], "c2pa_certificate" in settings
+    marked = "prompt_metadata" in settings and format != "latents"  # no picture of an older run is
+    if signed:
+        try:
+            signing.library()
+        except ImportError as error:
+            log.warning("whether the pictures' signatures hold is not looked at: %s", error)
+            signed = False
+
+    def fault(data: bytes) -> str | None:
+        return (xmp.fault_of(data) if marked else None) or (signing.fault_of(data, format) if signed else None)
+
+    return fault
 
 
 class Jobs:
@@ -64,12 +101,12 @@ def _lines(out: Path, writes: Writer, jobs: Jobs, listed: array, files: array) -
         yield MANIFEST, "is missing"
     said: set[Wrong] = set()
     for number, (_, line) in enumerate(texts(out / MANIFEST), 1):
-        if isinstance(id := (line or {}).get("id"), str):
+        if line is not None and isinstance(id := line.get("id"), str):
             listed.append(Keys.digest(id))
         wrong = _line(f"{MANIFEST}, line {number}", line, writes, jobs)
-        if wrong is None:
-            files.append(Keys.digest(line["file"]))
-        elif wrong not in said:
+        if line is not None and wrong is None:
+            files.extend(map(Keys.digest, _with_beside(writes, line["file"])))
+        if wrong is not None and wrong not in said:
             said.add(wrong)
             yield wrong
     if twice := len(listed) - len(Keys(listed)):
@@ -77,6 +114,7 @@ def _lines(out: Path, writes: Writer, jobs: Jobs, listed: array, files: array) -
 
 
 def _line(where: str, line: dict[str, Any] | None, writes: Writer, jobs: Jobs) -> Wrong | None:
+    """What is wrong with a line of the manifest or with its image; None where nothing is."""
     if line is None:
         return where, "is no JSON object"
     if lacking := lacks(line):

@@ -1,78 +1,57 @@
-"""What becomes of the images of a run: files of their own, or shards that hold many; each with its line of the manifest.
+"""The files of a run: one an image, or shards that hold many.
 
-A file is there whole before the manifest says so, and has the same bytes whether or not the run was stopped on the way: a shard
-holds the images of a fixed range of positions, in their order, and is written once all of them are made or have failed. In a
-part of a run that is each shard's share of its images; `join` makes whole ones of those.
+A file is whole before the manifest names it, and has the same bytes whether or not the run was stopped on the way. A shard
+holds the images of a fixed range of positions, in their order, and is written once all of them are made or have failed. A part
+of a run writes its share of each shard; `join` makes whole shards of these.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import logging
 import re
-import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
-from importlib import import_module
+from itertools import groupby
 from pathlib import Path
-from typing import Any
-
-import safetensors.torch
-from PIL import Image
-from torch import Tensor
+from typing import Any, NamedTuple
 
 from .. import checks
 from ..runs.atomic import link, save_bytes, whole
 from ..runs.folder import SAFE_ID
-from ..runs.journal import finite
-from ..runs.manifest import sound
+from ..runs.manifest import noted, read_jobs, sound
+from . import imagefolder
+from .encoding import PICTURES, Made
+from .shards import SHARDS
 
 log = logging.getLogger(__name__)
 SHARD = 256  # positions a shard
-FRAMES_A_SECOND = 16  # of a video, which Wan was trained for
-Picture = Image.Image | Sequence[Image.Image] | Tensor  # a picture, the frames of a video, or latents
-PICTURES = {  # how an image becomes bytes: the same ones each time
-    "png": {"format": "PNG"},
-    "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
-    "webp": {"format": "WEBP", "quality": 95, "method": 4},
-}
+FORMATS = (*PICTURES, "latents", *SHARDS)
+SUFFIXES = {"latents": "safetensors"}  # of those that are not named by them
 
 
-@dataclass(frozen=True)
-class Made:
-    """What came of the job at a position: its line of the manifest, and the bytes of its image, None where it failed."""
-
-    position: int
-    line: dict[str, Any]
-    data: bytes | None = None
-
-    @classmethod
-    def of(cls, position: int, line: dict[str, Any], image: Picture, format: str) -> Made:
-        data = encoded(image, format, line)
-        return cls(position, line | {"status": "ok", "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}, data)
+Inspect = Callable[[bytes], str | None]
 
 
-def encoded(image: Picture, format: str, line: dict[str, Any]) -> bytes:
-    """An image as a file of its format, a video moving; latents as safetensors, the line of the manifest their metadata."""
-    if format == "latents":
-        text = {"line": json.dumps(finite(line))}  # one entry: several come in any order
-        return safetensors.torch.save({"latents": image.contiguous().cpu()}, text)
-    first, *others = image if isinstance(image, Sequence) else [image]
-    moving = {"save_all": True, "append_images": others, "duration": 1000 / FRAMES_A_SECOND, "loop": 0} if others else {}
-    first.save(file := io.BytesIO(), **PICTURES.get(format, PICTURES["png"]), **moving)
-    return file.getvalue()
+class Found(NamedTuple):
+    """An image that is there: the SHA-256 of its bytes, and what `inspect` says is wrong with them."""
+
+    sha256: str
+    fault: str | None
 
 
 class Writer(ABC):
-    """Writes what is made, in the order of positions, and tells whether what is there is as it was made."""
+    """Writes what is made, in the order of positions, and tells whether what is there is as it was made.
 
-    def __init__(self, out: Path):
-        self.out = out
-        self._digests = lru_cache(maxsize=16)(self._read_digests)  # asked line by line
+    inspect: what else may be wrong with the bytes of an image whose SHA-256 is right; None where nothing is.
+    """
+
+    def __init__(self, out: Path, inspect: Inspect | None = None):
+        self.out, self._inspect = out, inspect
+        self.index: tuple[str, ...] = ()  # the files that tell of all images, which `finish` writes
+        self._found = lru_cache(maxsize=16)(self._read)  # asked line by line
 
     @abstractmethod
     def add(self, made: Made) -> Sequence[dict[str, Any]]:
@@ -83,8 +62,26 @@ class Writer(ABC):
         """Write what is still held back."""
 
     @abstractmethod
+    def finish(self) -> None:
+        """Write what tells of all images, once the manifest does."""
+
+    @abstractmethod
+    def note(self, notes: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
+        """Write notes into the lines that files of many images hold; see `manifest.noted`."""
+
+    @abstractmethod
     def file(self, position: int, id: str) -> str:
         """The file of a job's image, in the run's folder."""
+
+    def beside(self, file: str) -> list[str]:
+        """The files that belong to the image in `file`."""
+        return []
+
+    def files(self) -> Iterator[Path]:
+        """The files of images that are there, in the order of the run's jobs, read from its folder."""
+        for name, _ in groupby(self.file(*job) for job in read_jobs(self.out)):
+            if (self.out / name).is_file():
+                yield self.out / name
 
     @abstractmethod
     def image(self, file: str, id: str) -> str:
@@ -103,45 +100,55 @@ class Writer(ABC):
         """Whether a file is one that this writer may put an image into; such a one is nowhere but in the run's folder."""
 
     def holds(self, line: dict[str, Any]) -> bool:
-        """Whether the image of a line of the manifest is as it was made."""
-        return self.wrong(line) is None
+        """Whether the image of a line of the manifest is there as it was made."""
+        return line.get("status") == "ok" and self.wrong(line) is None
 
     def wrong(self, line: dict[str, Any]) -> tuple[str, str] | None:
         """What is wrong with the image of a line of the manifest, as (where, what); None where it is as it was made.
 
         Raises KeyError for a line that lacks its id, file or sha256.
         """
-        id, file, digest = line["id"], line["file"], line["sha256"]
+        id, file, digest = line["id"], line["file"], line.get("signed_sha256", line["sha256"])
         if not self.names(file, id):
             return f"image {id}", f"is said to be in {file!r}, which is no file of this run"
-        found = self._digests(file)
-        if isinstance(found, str):
-            return file, found
-        if found.get(id) == digest:
-            return None
-        return self.image(file, id), "is changed" if id in found else "is missing"
+        images = self._found(file)
+        if isinstance(images, str):
+            return file, images
+        found = images.get(id)
+        if found is None or found.sha256 != digest:
+            return self.image(file, id), "is missing" if found is None else "is changed"
+        return None if found.fault is None else (self.image(file, id), found.fault)
 
-    def _read_digests(self, file: str) -> dict[str, str] | str:
-        """The SHA-256 of each image in a file, by its id; or what is wrong with the file."""
+    def _read(self, file: str) -> dict[str, Found] | str:
+        """The images in a file, by their ids; or what is wrong with the file."""
         try:
-            return {id: hashlib.sha256(data).hexdigest() for id, data in self.contents(self.out / file)}
+            return {id: self._look(data) for id, data in self.contents(self.out / file)}
         except FileNotFoundError:
             return "is missing"
         except Exception as error:  # whatever a library makes of a file that is damaged
             return f"cannot be read: {checks.line(error)}"
 
+    def _look(self, data: bytes) -> Found:
+        return Found(hashlib.sha256(data).hexdigest(), self._inspect(data) if self._inspect else None)
+
 
 class Files(Writer):
-    """A file an image: images/<id>.<suffix>."""
+    """A file an image: images/<id>.<suffix>, and with `captions` images/<id>.txt, its prompt.
 
-    def __init__(self, out: Path, format: str):
-        super().__init__(out)
-        self.suffix = {"latents": "safetensors"}.get(format, format)
+    A folder of pictures is an imagefolder of the library `datasets`; see `imagefolder`.
+    """
+
+    def __init__(self, out: Path, format: str, captions: bool = False, inspect: Inspect | None = None):
+        super().__init__(out, inspect)
+        self.suffix, self.captions = SUFFIXES.get(format, format), captions
+        self.index = (imagefolder.METADATA,) if format in PICTURES else ()
 
     def add(self, made: Made) -> Sequence[dict[str, Any]]:
         if made.data is None:
             return [made.line]
         line = made.line | {"file": self.file(made.position, made.line["id"])}
+        for file in self.beside(line["file"]):
+            save_bytes(_caption(line), self.out / file)
         save_bytes(made.data, self.out / line["file"])
         return [line]
 
@@ -150,6 +157,26 @@ class Files(Writer):
 
     def file(self, position: int, id: str) -> str:
         return f"images/{id}.{self.suffix}"
+
+    def finish(self) -> None:
+        if self.index:
+            imagefolder.write(self.out)
+
+    def note(self, notes: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
+        pass  # such a file holds no line
+
+    def beside(self, file: str) -> list[str]:
+        return [f"{file.removesuffix(self.suffix)}txt"] if self.captions else []
+
+    def wrong(self, line: dict[str, Any]) -> tuple[str, str] | None:
+        if wrong := super().wrong(line):
+            return wrong
+        for file in self.beside(line["file"]):
+            if not (self.out / file).is_file():
+                return file, "is missing"
+            if (self.out / file).read_bytes() != _caption(line):
+                return file, "is changed"
+        return None
 
     def names(self, file: str, id: str) -> bool:
         return bool(SAFE_ID.fullmatch(id)) and file == self.file(0, id)
@@ -162,20 +189,25 @@ class Files(Writer):
 
     def join(self, parts: Sequence[Path]) -> None:
         for part in parts:
-            there = Files(part, self.suffix)
+            there = Files(part, self.suffix, self.captions)
             for line in sound(part):
-                if line["status"] == "ok" and not self.holds(line) and there.holds(line):
-                    link(part / line["file"], self.out / line["file"])
-        self._digests.cache_clear()
+                if not self.holds(line) and there.holds(line):
+                    for file in (line["file"], *self.beside(line["file"])):
+                        link(part / file, self.out / file)
+        self._found.cache_clear()
+
+
+def _caption(line: Mapping[str, Any]) -> bytes:
+    return str(line["prompt"]).encode("utf-8", "replace")
 
 
 class Shards(Writer):
     """Files of SHARD positions each: shards/<number>.<suffix>. What one held before is kept beside what is new."""
 
-    def __init__(self, out: Path, format: str):
-        super().__init__(out)
+    def __init__(self, out: Path, format: str, inspect: Inspect | None = None):
+        super().__init__(out, inspect)
         self.held: list[Made] = []
-        self.kind = KINDS[format]()
+        self.kind = SHARDS[format]()
 
     def add(self, made: Made) -> Sequence[dict[str, Any]]:
         lines = self.flush() if self.held and made.position // SHARD != self.held[0].position // SHARD else []
@@ -197,7 +229,7 @@ class Shards(Writer):
         return bool(re.fullmatch(rf"shards/[0-9]{{6,}}\.{self.kind.suffix}", file))
 
     def contents(self, file: Path) -> Iterator[tuple[str, bytes]]:
-        return ((row.line["id"], row.data) for row in self.kind.read(file.read_bytes()))
+        return ((row.line["id"], row.data) for row in self.kind.read(file.read_bytes()) if row.data is not None)
 
     def join(self, parts: Sequence[Path]) -> None:
         found = {f"shards/{path.name}" for part in parts for path in (part / "shards").glob("*")}
@@ -207,6 +239,16 @@ class Shards(Writer):
                 rows = rows | self._rows(part / name)
             if rows != own:
                 self._write(name, rows)
+
+    def finish(self) -> None:
+        pass  # each shard tells of its own
+
+    def note(self, notes: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
+        for path in self.files():
+            rows = self._rows(path)
+            changed = {place: replace(row, line=noted(row.line, notes, names)) for place, row in rows.items()}
+            if changed != rows:
+                self._write(path.relative_to(self.out).as_posix(), changed)
 
     def image(self, file: str, id: str) -> str:
         return f"{file}, image {id}"
@@ -233,80 +275,23 @@ class Shards(Writer):
         path.parent.mkdir(exist_ok=True)
         with whole(path) as part:
             self.kind.write(part, [row for _, row in sorted(rows.items())])
-        self._digests.cache_clear()
+        self._found.cache_clear()
 
 
-class Parquet:
-    """A row an image: the fields of its line, its position, and `image`, {bytes, path}, as `datasets` has images."""
-
-    suffix = "parquet"
-
-    def __init__(self) -> None:
-        self.arrow, self.parquet = (library(name, "pyarrow", "parquet") for name in ("pyarrow", "pyarrow.parquet"))
-
-    def _types(self) -> dict[str, Any]:
-        text, whole, real, truth = self.arrow.string(), self.arrow.int64(), self.arrow.float64(), self.arrow.bool_()
-        types = dict.fromkeys(("id", "prompt", "negative_prompt", "truncated", "retried", "status", "sha256"), text)
-        types |= dict.fromkeys(("seed", "transition_step", "attempts", "bytes", "position"), whole)
-        types |= dict.fromkeys(("transition_timestep", "score"), real) | {"noise_gap": self.arrow.list_(real)}
-        types |= dict.fromkeys(("suspect", "nsfw_content_detected"), truth)
-        return types | {"image": self.arrow.struct([("bytes", self.arrow.binary()), ("path", text)])}
-
-    def write(self, path: Path, rows: Sequence[Made]) -> None:
-        types = self._types()
-        found = [
-            finite(row.line) | {"position": row.position, "image": {"bytes": row.data, "path": f"{row.line['id']}.png"}}
-            for row in rows
-        ]
-        names = dict.fromkeys((*types, *(name for row in found for name in row)))
-        columns = {name: self.arrow.array([row.get(name) for row in found], types.get(name)) for name in names}
-        self.parquet.write_table(self.arrow.table(columns), path, write_page_checksum=True)
-
-    def read(self, data: bytes) -> Iterator[Made]:
-        for row in self.parquet.read_table(io.BytesIO(data), page_checksum_verification=True).to_pylist():
-            line = {name: value for name, value in row.items() if value is not None}
-            image, position = line.pop("image"), line.pop("position")
-            yield Made(position, line, image["bytes"])
+def files_of(settings: Mapping[str, Any]) -> tuple[str, bool]:
+    """What the settings of a run say of its files: the format, and whether captions lie beside its pictures."""
+    return settings["format"], settings.get("captions", False)
 
 
-class WebDataset:
-    """Two members an image: <position>.png and <position>.json, its line."""
+def writer(out: Path, format: str, captions: bool = False, inspect: Inspect | None = None) -> Writer:
+    """The writer of a format.
 
-    suffix = "tar"
+    captions: put each prompt into a .txt file beside its picture. inspect: see `Writer`.
 
-    def __init__(self) -> None:
-        self.writer = library("webdataset", "webdataset", "webdataset").TarWriter
-
-    def write(self, path: Path, rows: Sequence[Made]) -> None:
-        with path.open("wb") as stream, self.writer(stream, user="", group="", mtime=0, encoder=False) as tar:
-            for row in rows:
-                tar.write({"__key__": f"{row.position:012d}", "png": row.data, "json": json.dumps(finite(row.line)).encode()})
-
-    def read(self, data: bytes) -> Iterator[Made]:
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            found: dict[str, bytes] = {}
-            for member in tar:
-                key, _, kind = member.name.partition(".")
-                found[kind] = tar.extractfile(member).read()
-                if len(found) == 2:
-                    yield Made(int(key), json.loads(found["json"]), found["png"])
-                    found = {}
-
-
-def library(name: str, package: str, format: str) -> Any:
-    """A module that a format needs. Raises ImportError naming the package where it is missing."""
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ImportError(f"format {format!r} needs the package {package}: pip install {package}") from error
-
-
-KINDS = {"parquet": Parquet, "webdataset": WebDataset}
-FORMATS = (*PICTURES, "latents", *KINDS)
-
-
-def writer(out: Path, format: str) -> Writer:
-    """The writer of a format. Raises ValueError for an unknown one, ImportError where its library is missing."""
+    Raises ValueError for an unknown format and for captions beside no picture, ImportError where its library is missing.
+    """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    return (Shards if format in KINDS else Files)(out, format)
+    if captions and format not in PICTURES:
+        raise ValueError(f"captions lie beside pictures, so format must be one of {', '.join(PICTURES)}, got {format!r}")
+    return Shards(out, format, inspect) if format in SHARDS else Files(out, format, captions, inspect)

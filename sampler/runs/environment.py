@@ -28,13 +28,14 @@ def own_numbers() -> Iterator[None]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """device, a GPU by its name; versions, of Python, of CUDA where torch has it, and of those PACKAGES that are there."""
-    versions = {"python": platform.python_version()} | {name: found for name in PACKAGES if (found := _version(name))}
+    versions = {"python": platform.python_version()} | {name: found for name in PACKAGES if (found := version_of(name))}
     if torch.version.cuda is not None:
         versions["cuda"] = torch.version.cuda
     return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, "versions": versions}
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The version of an installed package; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,38 +20,76 @@ except ImportError:  # Windows
     fcntl = None
 
 from .atomic import whole
+from .jsontext import finite, json_bytes
 
 LEFTOVERS = (".DS_Store", "Thumbs.db", "desktop.ini", "*.part")  # of desktops, and of a run killed while it wrote a file
+DIGEST = re.compile("[0-9a-f]{64}")
+SHORT = 60  # letters of a value in a message
 # What names an image's file, and every file of that name with a suffix. Windows keeps some names for devices: con.png is one.
 SAFE_ID = re.compile(r"(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))[a-z0-9_][a-z0-9._-]{0,127}", re.IGNORECASE | re.ASCII)
 
 
-def open_folder(out: str | Path, run: dict[str, Any]) -> None:
+def open_folder(
+    out: str | Path,
+    run: Mapping[str, Any],
+    growing: Collection[str] = (),
+    grown: Callable[[dict[str, Any]], None] = lambda known: None,
+) -> None:
     """Make `out` ready for `run`, new or to be gone on with.
+
+    growing: the settings that may differ from those in the folder, where `grown`, which is told these, raises no ValueError.
 
     Raises ValueError where `out` holds anything but this same run or another process is at work there, before anything is
     written.
     """
-    out, run = Path(out), json.loads(json.dumps(run))  # as it will be read back
+    out, run = Path(out), json.loads(json_bytes(run))  # as it will be read back
     if out.exists() and not out.is_dir():
         raise ValueError(f"output folder {str(out)!r} is a file: choose another")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):  # of two new runs at a time, one finds the other's settings
-        _admit(out, run)
+        known = _admit(out, run, growing)
+        if known and known != run:
+            grown(known)
         (out / "images").mkdir(exist_ok=True)
-        if not (out / "run.json").exists():
+        if known != run:
             with whole(out / "run.json") as part:
-                part.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+                part.write_bytes(json_bytes(run, indent=2) + b"\n")
 
 
-def _admit(out: Path, run: dict[str, Any]) -> None:
+def _admit(out: Path, run: Mapping[str, Any], growing: Collection[str]) -> dict[str, Any]:
+    """The settings of the run that `out` holds, which may go on as `run`; none where it is empty."""
     if (out / "run.json").exists():
-        earlier = read_settings(out)
-        differs = [name for name in run if earlier.get(name) != run[name]]
-        if differs:
-            raise ValueError(f"output folder {str(out)!r} holds another run (its {', '.join(differs)} differ): choose another")
-    elif any(not path.is_dir() and not leftover(path) for path in out.rglob("*")):
+        known = read_settings(out)
+        if said := differences(known, run, growing):
+            raise ValueError(f"output folder {str(out)!r} holds another run ({said}): choose another")
+        return known
+    if any(not path.is_dir() and not leftover(path) for path in out.rglob("*")):
         raise ValueError(f"output folder {str(out)!r} is not empty and holds no run of this program: choose another")
+    return {}
+
+
+def differences(known: Mapping[str, Any], run: Mapping[str, Any], but: Collection[str] = ()) -> str:
+    """What to say of settings that differ, but for those in `but`: "its steps, scale differ", and both values of each."""
+    names = [name for name in {**known, **run} if name not in but and known.get(name) != run.get(name)]
+    if not names:
+        return ""
+    both = "; ".join(text for name in names for text in _both(name, known.get(name), run.get(name)))
+    return f"its {', '.join(names)} differ" + (f": {both}" if both else "")
+
+
+def _both(name: str, there: Any, now: Any) -> Iterator[str]:
+    """The two values of a setting, or of what differs in it; digests tell a reader nothing."""
+    if isinstance(there, dict) and isinstance(now, dict):
+        for inner in {**there, **now}:
+            if there.get(inner) != now.get(inner):
+                yield from _both(f"{name}.{inner}", there.get(inner), now.get(inner))
+    elif not all(isinstance(value, str) and DIGEST.fullmatch(value) for value in (there, now)):
+        yield f"{name} {_short(there)} there, {_short(now)} now"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= SHORT else f"{text[: SHORT - 3]}..."
 
 
 def leftover(path: Path) -> bool:
@@ -62,7 +100,7 @@ def leftover(path: Path) -> bool:
 def read_settings(folder: Path) -> dict[str, Any]:
     """The contents of a folder's run.json. Raises ValueError, saying what to do, where that is missing or not whole."""
     try:
-        settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        settings = finite(json.loads((folder / "run.json").read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise ValueError(f"run folder {str(folder)!r} has no run.json, so it holds no run: choose another") from error
     except ValueError:  # not JSON, or not even text

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 from array import array
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -17,6 +16,7 @@ import numpy as np
 
 from .atomic import room, whole
 from .folder import locked
+from .jsontext import json_bytes
 
 
 class Keys:
@@ -71,7 +71,7 @@ class Journal:
 
     def append(self, *lines: dict[str, Any]) -> None:
         """Add lines; they are on the disk when this returns. Raises FileNotFoundError where the file was removed meanwhile."""
-        text = memoryview("".join(map(_text, lines)).encode())
+        text = memoryview(b"".join(map(_text, lines)))
         with room(self.path):
             while text:
                 text = text[os.write(self._file, text) :]
@@ -98,7 +98,7 @@ def _repair(path: Path, key: Callable[[dict[str, Any]], Hashable | None]) -> Key
             name = None if line is None else key(line)
         except (LookupError, TypeError):  # it lacks what is looked for, or has another kind of thing there
             name = None
-        sound = sound and name is not None and text == _text(line).encode()
+        sound = sound and name is not None and text == _text(line)
         if name is not None:
             digests.append(Keys.digest(name))
             numbers.append(number)
@@ -111,22 +111,13 @@ def _repair(path: Path, key: Callable[[dict[str, Any]], Hashable | None]) -> Key
     with whole(path) as part, part.open("wb") as file:
         for number, (_, line) in enumerate(texts(path)):
             if number == following:
-                file.write(_text(line).encode())
+                file.write(_text(line))
                 following = next(wanted, None)
     return keys
 
 
-def _text(line: dict[str, Any]) -> str:
-    return json.dumps(finite(line), allow_nan=False) + "\n"
-
-
-def finite(value: Any) -> Any:
-    """The same with None for NaN and infinities, which JSON has not."""
-    if isinstance(value, dict):
-        return {name: finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _text(line: dict[str, Any]) -> bytes:
+    return json_bytes(line) + b"\n"
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .atomic import whole
 from .journal import read_lines
+from .jsontext import json_bytes
 
 MANIFEST, JOBS = "manifest.jsonl", "jobs.jsonl"
 NEEDED = {"id": str, "prompt": str, "seed": int, "status": str}  # of every line of the manifest
@@ -29,8 +31,25 @@ def belongs(position: int, shard: tuple[int, int] | None) -> bool:
     return shard is None or position % shard[1] == shard[0]
 
 
-def read_jobs(out: Path) -> Iterator[tuple[int, str]]:
-    """Positions and ids of all jobs of a run; none where the file is missing, and not those on lines that are damaged."""
+def job_lines(out: Path) -> Iterator[dict[str, Any]]:
+    """The lines about the jobs of a run: position, id, and what was asked; none where the file is missing, and no damaged ones."""
     for line in read_lines(out / JOBS):
         if isinstance(line.get("position"), int) and isinstance(line.get("id"), str):
-            yield line["position"], line["id"]
+            yield line
+
+
+def read_jobs(out: Path) -> Iterator[tuple[int, str]]:
+    """Positions and ids of all jobs of a run, as `job_lines` has them."""
+    return ((line["position"], line["id"]) for line in job_lines(out))
+
+
+def noted(line: dict[str, Any], notes: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """A line with the note about its image, by id, in the place of what it said of `names`."""
+    return {name: value for name, value in line.items() if name not in names} | dict(notes.get(line.get("id", ""), {}))
+
+
+def note(out: Path, notes: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Write notes into the lines of a folder's manifest; see `noted`."""
+    with whole(out / MANIFEST) as part, part.open("wb") as file:
+        for line in read_lines(out / MANIFEST):
+            file.write(json_bytes(noted(line, notes, names)) + b"\n")

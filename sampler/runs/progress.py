@@ -30,7 +30,7 @@ class Summary:
 
     total: jobs of this run. before: those that were done when it began. skipped: rows of the prompts that are no jobs.
     counts: of the images of this call: ok, failed, suspect, copies (of training images), again (those that a guard made more
-            than once), flagged (by a safety checker), truncated; and all attempts.
+            than once), flagged (by a safety checker), truncated; and all attempts. Of all images: duplicates (of others).
     ids:    the first ids of those.
     calls:  network calls of samples, by branch; "spared" are those that one branch alone saved.
     seconds: of this call. signal: of what stopped it, None where nothing did.
@@ -57,10 +57,19 @@ class Summary:
                 self.ids.setdefault(kind, []).append(line["id"])
         self.counts["attempts"] += line.get("attempts", 1)
 
+    def mark(self, kind: str, ids: Sequence[str]) -> None:
+        """Count images of a kind that is known at the end alone."""
+        self.counts[kind], self.ids[kind] = len(ids), list(ids[:NAMED])
+
     @property
     def done(self) -> int:
         """Images that are there."""
         return self.before + self.counts["ok"]
+
+    @property
+    def left(self) -> int:
+        """Images that are not there."""
+        return self.total - self.done
 
     @property
     def rate(self) -> float:
@@ -90,11 +99,17 @@ class Summary:
         }
 
     def __str__(self) -> str:
-        left = self.total - self.before - self.counts["ok"] - self.counts["failed"]
+        left = self.left - self.counts["failed"]
         text = f"{self.done:,} of {self.total:,} images, {self.rate:.3g} images/s"
         if left and self.rate:
-            text += f", {time.strftime('%H:%M:%S', time.gmtime(left / self.rate))} left"
+            text += f", {duration(left / self.rate)} left"
         return text + "".join(f", {self.counts[kind]} {kind}" for kind in ("suspect", "failed") if self.counts[kind])
+
+
+def duration(seconds: float) -> str:
+    """A time as hours:minutes:seconds."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{second:02d}"
 
 
 class Progress:
@@ -149,15 +164,24 @@ class Progress:
             counts = self.summary.counts
             self._bar.update(self.summary.before + counts["ok"] + counts["failed"] + under_way - self._bar.n)
 
+    def tell(self, text: str, facts: dict[str, Any]) -> None:
+        """Tell of what is expected: a line, or for "json" its facts."""
+        if self._bar is not None:
+            self._bar.write(text, file=self.stream)
+        elif self.kind != "none":
+            self._print(json.dumps({"event": "expected", **facts}) if self.kind == "json" else text)
+
+    def _print(self, text: str) -> None:
+        with suppress(ValueError, OSError):  # nobody listens any more
+            print(text, file=self.stream, flush=True)
+
     def _tell(self, event: str, due: bool) -> None:
         for name, value in self.summary.facts().items() if self._gauges else ():
             self._gauges[name].set(value)
         if not due or self.kind in ("bar", "none"):
             return
         self._shown = time.monotonic()
-        text = json.dumps({"event": event, **self.summary.facts()}) if self.kind == "json" else str(self.summary)
-        with suppress(ValueError, OSError):  # nobody listens any more
-            print(text, file=self.stream, flush=True)
+        self._print(json.dumps({"event": event, **self.summary.facts()}) if self.kind == "json" else str(self.summary))
 
     def __enter__(self) -> Self:
         return self

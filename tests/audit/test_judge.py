@@ -12,14 +12,13 @@ from basinescape.audit import judge as module
 from basinescape.audit.judge import Settings, judge
 from basinescape.audit.judge_page import bars
 from basinescape.bench import cli
-from basinescape.bulk.generate import generate
 from basinescape.data.captioned import captioned
 from basinescape.data.merge import merge
 from basinescape.detection import basin
 from basinescape.guidance.guard import RATE
 from basinescape.models.sd import StableDiffusion
 from basinescape.runs.folder import locked
-from bulkruns import jobs
+from bulkruns import jobs, make
 from captionedsets import SOURCES
 from families import CASES
 from PIL import Image
@@ -84,7 +83,7 @@ def test_pictures_from_every_source_have_the_score_that_each_has_alone(tmp_path,
 
 def test_a_run_of_generate_is_judged_by_its_manifest(tmp_path, tiny):
     sampler = Sampler.from_pipeline(tiny)
-    generate(sampler, jobs(2), tmp_path / "run", Guidance.cfg(3.0), "small", steps=2, progress=False, height=16, width=16)
+    make(sampler, jobs(2), tmp_path / "run", Guidance.cfg(3.0), model="small", height=16, width=16)
     rows = judged(sampler, tmp_path / "run", tmp_path / "out")
     assert {(row["id"], row["prompt"]) for row in rows} == {(job.id, job.prompt) for job in jobs(2)}
     assert all(row["status"] == "ok" for row in rows)
@@ -305,7 +304,7 @@ def test_only_the_model_that_made_the_pictures_judges_them(tmp_path, monkeypatch
     images = kept(tmp_path / "set", 2)
     code, _, said = run(monkeypatch, capsys, "--images", images, "--out", tmp_path / "none")
     assert code == 2 and "model must be given: the one that made the pictures" in said and not (tmp_path / "none").exists()
-    generate(sampler, jobs(1), tmp_path / "run", Guidance.cfg(5.0), "tiny", 2, progress=False)
+    make(sampler, jobs(1), tmp_path / "run", Guidance.cfg(5.0))
     code, out, said = run(monkeypatch, capsys, "--images", tmp_path / "run", "--out", tmp_path / "own")
     assert code == 0 and "as tiny judges" in out and "made the pictures" not in said
     read = ("--images", tmp_path / "run", "--model", "flow", "--probes", 1)

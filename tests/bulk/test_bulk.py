@@ -10,13 +10,14 @@ import sys
 import urllib.request
 import weakref
 
+import bulkruns
 import pytest
 from basinescape import Guidance
 from basinescape.bench import cli
 from basinescape.bench.evaluation.sheet import sheet
 from basinescape.bench.speed.standin import stand_in
 from basinescape.bulk import stages
-from basinescape.bulk.generate import balanced, generate
+from basinescape.bulk.generate import balanced
 from basinescape.data.merge import merge
 from basinescape.data.prompts import Job
 from basinescape.data.verify import verify
@@ -42,7 +43,7 @@ def small_shards(monkeypatch):
 
 
 def make(sampler, out, jobs=JOBS, **options):
-    return generate(sampler, jobs, out, Guidance.cfg(2.0), "tiny", **{"steps": 2, "batch_size": 3, "progress": False} | options)
+    return bulkruns.make(sampler, jobs, out, Guidance.cfg(2.0), **{"batch_size": 3} | options)
 
 
 def images(out, format):

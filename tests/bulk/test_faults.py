@@ -236,7 +236,7 @@ class Breaking(Prompts):
 def test_a_source_that_breaks_keeps_what_came_before(sampler, drawn, tmp_path, monkeypatch, format, threads, row, time):
     if format == "parquet":
         pytest.importorskip("pyarrow")
-    monkeypatch.setattr("basinescape.bulk.generate.threaded", lambda sampler: threads)
+    monkeypatch.setattr("basinescape.bulk.executor.threaded", lambda sampler: threads)
     with pytest.raises(ConnectionError, match="the source is gone"):
         make(sampler, Breaking(jobs(8), row, time), tmp_path / "out", format=format, batch_size=3)
     assert [line["id"] for line in read_lines(tmp_path / "out" / "manifest.jsonl")] == [f"p{i}" for i in range(row)]

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from basinescape import At, Guidance, Sampler
-from basinescape.bulk.generate import generate
 from basinescape.data.prompts import Job
 from basinescape.guidance.early import EarlyLook
 from bulkruns import QUICK, jobs, make, run, sound, write
@@ -91,7 +90,6 @@ def test_an_image_is_that_of_the_sampler_alone(random_pipeline, tmp_path):
         ({"width": 128}, "width"),
         ({"clip_skip": 1}, "clip_skip"),
         ({"negative_prompt": "ugly"}, "negative_prompt"),
-        ({"jobs": [Job("p0", "a picture of a cat 0", 0, "ugly")]}, "prompts_sha256"),
     ],
 )
 def test_other_settings_are_another_run(sampler, drawn, tmp_path, change, differs):
@@ -110,14 +108,14 @@ def test_jobs_of_one_id_are_refused(sampler, tmp_path):
 def test_jobs_of_other_steps_and_scales_are_as_in_runs_of_their_own(small, tmp_path):
     sampler = Sampler.from_pipeline(small, "ddim")
     asked = [Job("a", "a", 0), Job("b", "b", 1, steps=5), Job("c", "c", 2, scale=2), Job("d", "d", 3, None, 3, -1)]
-    options = {"model": "small", "steps": 4, "batch_size": 4, "progress": False, "format": "latents"}
+    options = {"steps": 4, "batch_size": 4, "format": "latents"}
     delayed = partial(Guidance.delayed, until=At(600))
-    generate(sampler, asked, tmp_path / "all", delayed(5.0), **options)
+    make(sampler, asked, tmp_path / "all", delayed(5.0), **options)
     lines = {line["id"]: line for line in sound(tmp_path / "all")}
     for job in asked:
         own = {**options, "steps": job.steps or 4}
         guidance = delayed(5.0 if job.scale is None else job.scale)
-        generate(sampler, [Job(job.id, job.prompt, job.seed)], tmp_path / job.id, guidance, **own)
+        make(sampler, [Job(job.id, job.prompt, job.seed)], tmp_path / job.id, guidance, **own)
         (alone,), together = sound(tmp_path / job.id), lines[job.id]
         assert {k: together[k] for k in ("steps", "scale") if k in together} == {
             k: v for k, v in (("steps", job.steps), ("scale", job.scale)) if v is not None
@@ -130,9 +128,8 @@ def test_jobs_of_other_steps_and_scales_are_as_in_runs_of_their_own(small, tmp_p
 def test_a_job_that_the_guidance_does_not_fit_is_named_before_any_work(small, tmp_path):
     sampler, out = Sampler.from_pipeline(small, "ddim"), tmp_path / "out"
     asked = [Job("a", "a", 0), Job("b", "b", 1, steps=5)]
-    options = {"model": "small", "steps": 4, "progress": False}
     with pytest.raises(ValueError, match=r"jobs, job 2: .*shape"):
-        generate(sampler, asked, out, Guidance.cfg(5.0, shape=(1.0,) * 4), **options)
+        make(sampler, asked, out, Guidance.cfg(5.0, shape=(1.0,) * 4), steps=4)
     assert not out.exists()
 
 
@@ -142,7 +139,7 @@ def test_a_guard_follows_a_jobs_own_steps_and_scale(small, tmp_path):
     early = EarlyLook((1.0,) * 4, tuple(sampler.solver(4).levels), 1, 0.0)  # gives up every attempt that it looks at
     made = replace(guarded(Guidance.delayed(5.0, until=At(600)), NONE), early=early)
     asked = [Job("a", "a", 0), Job("b", "b", 1, steps=5), Job("c", "c", 2, scale=2.0)]
-    generate(sampler, asked, tmp_path, made, "small", steps=4, format="latents", progress=False)
+    make(sampler, asked, tmp_path, made, steps=4, format="latents")
     lines = {line["id"]: line for line in sound(tmp_path)}
     assert [lines[id]["attempts"] for id in "abc"] == [2, 1, 1] and not any(line["suspect"] for line in lines.values())
     for id, job in zip("bc", asked[1:], strict=True):

@@ -4,10 +4,10 @@ import os
 import signal
 import time
 
+import bulkruns
 import pytest
 from basinescape import Guidance
 from basinescape.bench.speed.standin import stand_in
-from basinescape.bulk.generate import generate
 from basinescape.data.merge import merge
 from basinescape.data.prompts import Job
 from basinescape.data.verify import verify
@@ -38,8 +38,8 @@ def through(monkeypatch, system):
     return system
 
 
-def make(sampler, out, format):
-    return generate(sampler, JOBS, out, Guidance.cfg(2.0), "tiny", steps=1, batch_size=3, progress=False, format=format)
+def make(sampler, out, format, **options):
+    return bulkruns.make(sampler, JOBS, out, Guidance.cfg(2.0), steps=1, batch_size=3, format=format, **options)
 
 
 def contents(out):
@@ -97,9 +97,7 @@ def test_a_run_killed_at_any_point_ends_as_if_it_had_not_been(sampler, tmp_path,
 @pytest.mark.parametrize("format", ["png", "webdataset"])
 def test_a_merge_killed_at_any_point_ends_as_if_it_had_not_been(sampler, tmp_path, monkeypatch, format):
     for i in range(2):
-        generate(
-            sampler, JOBS, tmp_path / "parts", Guidance.cfg(2.0), "tiny", 1, 3, progress=False, format=format, shard=(i, 2)
-        )
+        make(sampler, tmp_path / "parts", format, shard=(i, 2))
     counting = through(monkeypatch, Dying(10**6))
     merge(tmp_path / "parts", tmp_path / "whole")
     expected, points = contents(tmp_path / "whole"), 10**6 - counting.left

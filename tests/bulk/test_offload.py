@@ -6,9 +6,9 @@ from unittest.mock import patch
 import pytest
 import torch
 from basinescape import At, Guidance, Sampler
-from basinescape.bulk.generate import generate, threaded
+from basinescape.bulk.executor import threaded
 from basinescape.data.prompts import Job
-from bulkruns import sound
+from bulkruns import make, sound
 from ladders import EVERY, NONE, guard
 from safetensors.torch import load_file
 
@@ -22,7 +22,7 @@ OFFLOADS = {
 
 
 def latents(sampler, out, guidance=PLAIN):
-    generate(sampler, JOBS, out, guidance, "small", steps=3, batch_size=2, format="latents", progress=False)
+    make(sampler, JOBS, out, guidance, steps=3, batch_size=2, format="latents")
     lines = sound(out)
     assert [line["status"] for line in lines] == ["ok"] * len(JOBS)
     return torch.stack([load_file(out / line["file"])["latents"] for line in lines])
@@ -44,7 +44,7 @@ def test_stages_in_threads_and_without_make_the_same(small, tmp_path, guidance):
     sampler = Sampler.from_pipeline(small)
     assert not threaded(sampler)  # on a CPU nothing that computes runs beside the network
     inline = latents(sampler, tmp_path / "inline", guidance)
-    with patch("basinescape.bulk.generate.threaded", lambda sampler: True):
+    with patch("basinescape.bulk.executor.threaded", lambda sampler: True):
         assert torch.equal(latents(sampler, tmp_path / "threads", guidance), inline)
 
 

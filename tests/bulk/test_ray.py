@@ -5,12 +5,12 @@ import signal
 from functools import partial
 from pathlib import Path
 
+import bulkruns
 import pytest
 import torch
 from basinescape import Guidance, Sampler
 from basinescape.bench.speed.standin import stand_in
 from basinescape.bulk import ray as spread
-from basinescape.bulk.generate import generate
 from basinescape.data.prompts import Job
 from basinescape.runs.journal import read_lines
 
@@ -62,8 +62,7 @@ def load(marker=None, always=False, threads=None):
 
 
 def make(sampler, out, **options):
-    options = {"steps": 2, "batch_size": 2, "progress": False} | options
-    return generate(sampler, JOBS, out, Guidance.cfg(2.0), "tiny", **options)
+    return bulkruns.make(sampler, JOBS, out, Guidance.cfg(2.0), **{"batch_size": 2} | options)
 
 
 def contents(out):

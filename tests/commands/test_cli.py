@@ -13,13 +13,12 @@ import pytest
 from basinescape import At, Calibration, FirstMinimum, Guidance, Sampler, Settled
 from basinescape.bench import cli
 from basinescape.bench.scenario import PRESETS, prompts
-from basinescape.bulk.generate import generate
 from basinescape.calibration.ordinary import Ordinary
 from basinescape.commands.quiet import quieten
 from basinescape.data.prompts import Job
 from basinescape.models.sd import StableDiffusion
 from basinescape.runs.progress import Progress
-from bulkruns import QUICK, run, sound, write
+from bulkruns import QUICK, make, run, sound, write
 from PIL import Image
 from tqdm import tqdm
 from typer.main import get_command
@@ -300,7 +299,7 @@ def test_the_bar_moves_with_the_steps(tmp_path, monkeypatch, drawn):
     shares, tell = [], tqdm.update
     monkeypatch.setattr(tqdm, "update", lambda self, n=1: (tell(self, n), shares.append(self.n))[0])
     sampler, jobs = Sampler.from_pretrained("tiny", "cpu", scheduler="ddim"), [Job(f"p{i}", f"p{i}", i) for i in range(2)]
-    generate(sampler, jobs, tmp_path / "out", Guidance.cfg(2.0), "tiny", 4, 2, progress=Progress(stream=Terminal()))
+    make(sampler, jobs, tmp_path / "out", Guidance.cfg(2.0), steps=4, batch_size=2, progress=Progress(stream=Terminal()))
     assert {0.5, 1.0, 1.5} <= set(shares) and shares[-1] == 2 and max(shares) == 2
 
 

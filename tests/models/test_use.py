@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from basinescape import At, Calibration, FirstMinimum, Guidance, Sampler
-from basinescape.bulk.generate import generate
 from basinescape.calibration.fingerprint import differing, fingerprint
 from basinescape.data.prompts import Job
 from basinescape.models import adapt
 from basinescape.runs.journal import read_lines
+from bulkruns import make
 from families import CASES
 from ladders import guarded
 from PIL import Image
@@ -176,7 +176,7 @@ def test_a_saved_pipeline_is_loaded_calibrated_and_makes_files(pipes, name, tmp_
         calibration = Calibration.measure(sampler, PROMPTS, steps=STEPS, scale=3.0, progress=False)
         guidance = Guidance.guard(3.0, calibration, threshold=0.1, later=0.1, rate=0.8)
     jobs = [Job("a", "a cat", 1), Job("b", "a frog", 2, "fog")]
-    generate(sampler, jobs, tmp_path / "out", guidance, "m", steps=STEPS, height=16, width=32, progress=False)
+    make(sampler, jobs, tmp_path / "out", guidance, steps=STEPS, height=16, width=32)
     lines = list(read_lines(tmp_path / "out" / "manifest.jsonl"))
     assert [line["status"] for line in lines] == ["ok", "ok"] and all(("score" in line) == (name == "sd3") for line in lines)
     with Image.open(tmp_path / "out" / "images" / "a.png") as image:

@@ -5,11 +5,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 from basinescape import Guidance, Sampler
-from basinescape.bulk.generate import generate
 from basinescape.data.prompts import Job
 from basinescape.schedulers.schedule import Schedule
 from basinescape.schedulers.solver import Solver
-from bulkruns import sound
+from bulkruns import make, sound
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from safetensors.torch import load_file
 
@@ -38,7 +37,7 @@ def test_what_is_around_a_call_changes_nothing(small, tmp_path, around):
     with around():
         found = sampler(["a cat"], [3], 4, guard, output="latent", progress=False)
         assert torch.equal(sampler.judge(right.latents, "a cat", 3).score, verdict)
-        generate(sampler, [Job("a", "a cat", 3)], tmp_path, guard, "m", 4, format="latents", progress=False)
+        make(sampler, [Job("a", "a cat", 3)], tmp_path, guard, steps=4, format="latents")
     assert torch.equal(found.latents, right.latents) and found.latents.dtype == torch.float32
     (line,) = sound(tmp_path)
     torch.testing.assert_close(load_file(tmp_path / line["file"])["latents"], right.latents[0], rtol=1e-3, atol=1e-3)

@@ -1,0 +1,143 @@
+"""How jobs become files in this process: prompts encoded, samples denoised, latents decoded and pictures compressed."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Protocol
+
+from torch import nn
+
+from ..data.encoding import Encoder, Made
+from ..data.prompts import Job
+from ..models.network import hooked
+from ..sampler import Sampler
+from ..sampling.engine import Engine
+from .plans import Plans
+from .settings import Files
+from .stages import TEXTS, Picture, Stages, decoded, encoded, said
+from .stop import Stop
+
+PRESSES = 2  # threads that turn pictures into files
+Placed = tuple[int, Job]  # a job and its position in the run
+
+
+class Executor(Protocol):
+    """Who makes a run's pictures: this process, or the workers of a cluster.
+
+    calls: the network's calls so far, see `Engine`. stepped: is told of every step, and of how many samples' worth is not yet done.
+    """
+
+    stepped: Callable[[float], None]
+
+    @property
+    def calls(self) -> Counter[str]: ...
+
+    def made(self, jobs: Iterable[Placed], stop: Stop) -> Iterator[Made]:
+        """What comes of the jobs, in their order, but for those that are not finite, which come last."""
+
+    def close(self) -> None:
+        """Give back what was taken for the run."""
+
+
+class LocalExecutor:
+    """An `Executor` in this process; see `stages`."""
+
+    def __init__(self, sampler: Sampler, plans: Plans, slots: int, files: Files):
+        self.sampler, self.plans, self.slots, self.files = sampler, plans, slots, files
+        self.engine = Engine(sampler.runner.lane, slots, fixed=True, local=True)
+        self.stepped: Callable[[float], None] = lambda under_way: None
+
+    @property
+    def calls(self) -> Counter[str]:
+        return self.engine.calls
+
+    def close(self) -> None:
+        pass
+
+    def made(self, jobs: Iterable[Placed], stop: Stop) -> Iterator[Made]:
+        """Samples that are not finite in half precision are made again in float32, at the end."""
+        again: list[Placed] = []
+        yield from self._made(jobs, stop, again.append if self.sampler.model.half else None)
+        yield from self._in_float32(again, stop)
+
+    def _made(self, jobs: Iterable[Placed], stop: Stop, again: Callable[[Placed], None] | None) -> Iterator[Made]:
+        """What comes of the jobs, in their order; `again` is told of those that are not finite, which are left out then."""
+        model, options, order = self.sampler.model, self.sampler.options, deque[int]()
+
+        def noted() -> Iterator[Placed]:
+            for position, job in stop.until(jobs):
+                order.append(position)
+                yield position, job
+
+        threads = threaded(self.sampler)
+        stages = Stages(threads)
+
+        def tick() -> None:
+            stages.check()
+            self.stepped(self.engine.under_way)
+
+        try:
+            with ThreadPoolExecutor(PRESSES) if threads else nullcontext() as pool:
+                samples = stages.ahead(encoded(model, noted(), self.plans, **options), TEXTS)
+                results = stages.ahead(self.engine.run(stop.until(samples), tick), self.slots)
+                pictures = decoded(model, results, self.files.format == "latents", **options)
+                press = partial(self._press, retried=again is not None)
+                if pool is None:
+                    yield from _in_order(stages.ahead(map(press, pictures), self.slots), order, again)
+                else:  # most of this is compression, which runs beside Python
+                    pressed = stages.ahead(map(partial(pool.submit, press), pictures), self.slots)
+                    yield from _in_order(map(Future.result, pressed), order, again)
+        finally:
+            stages.halt()
+
+    def _press(self, picture: Picture, retried: bool) -> Made | Picture:
+        if retried and not picture.finite:
+            return picture
+        if picture.image is None:
+            return Made(picture.position, picture.line)
+        near = self.files.copies(picture.image) if self.files.copies else {}
+        line = picture.line | self.plans.facts(picture.job) | near
+        return Encoder(self.files.format, self.files.prompt_metadata)(picture.position, line, picture.image)
+
+    def _in_float32(self, jobs: Sequence[Placed], stop: Stop) -> Iterator[Made]:
+        """What float32 makes of samples that were not finite, one at a time."""
+        retried, engine = {"retried": "float32"}, self.engine
+        if not jobs or stop.signal is not None:
+            return
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self.sampler.in_float32())
+            except Exception as error:
+                for position, job in jobs:
+                    status = {"status": f"failed: the sample is not finite, and in float32: {said(error)}"}
+                    yield Made(position, job.asked() | status | retried)
+                return
+            self.engine = Engine(self.sampler.runner.lane, 1, fixed=True, local=True)
+            self.engine.calls = engine.calls
+            for one in self._made(jobs, stop, None):
+                yield replace(one, line=one.line | retried)
+            self.engine = engine
+
+
+def _in_order(pressed: Iterable[Made | Picture], order: deque[int], again: Callable[[Placed], None] | None) -> Iterator[Made]:
+    """What is made in the order of its jobs; `again` is told of pictures that are not finite."""
+    kept: dict[int, Made | Picture] = {}
+    for one in pressed:
+        kept[one.position] = one
+        while order and order[0] in kept:
+            first = kept.pop(order.popleft())
+            if isinstance(first, Made):
+                yield first
+            elif again is not None:
+                again((first.position, first.job))
+
+
+def threaded(sampler: Sampler) -> bool:
+    """Whether its stages may run beside each other: beside a GPU, unless parts of the pipeline come and go between devices."""
+    parts = (part for part in sampler.pipe.components.values() if isinstance(part, nn.Module))
+    return sampler.model.device.type == "cuda" and not any(map(hooked, parts))

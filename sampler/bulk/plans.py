@@ -1,0 +1,94 @@
+"""What each job of a run comes to: its size, its steps and the guidance over them; and how many calls of the network."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..calibration.fingerprint import digest, fingerprint
+from ..data.prompts import Job, Kind
+from ..guidance.guard import Guard
+from ..guidance.guidance import Guidance
+from ..sampler import Sampler
+from ..sampling.ladder import Ladder
+from .settings import Recipe
+
+Size = tuple[int, int]
+
+
+class Plans:
+    """The guidance over the sampler's steps, for jobs of every kind.
+
+    A guard's early look is calibrated for the run's steps, scale and size: jobs that have others go without it.
+    """
+
+    def __init__(self, sampler: Sampler, recipe: Recipe, model: str):
+        """model: what a picture's file and line call the sampler's model; of a folder, its name."""
+        self.sampler, self.recipe = sampler, recipe
+        self._made: dict[Kind, Ladder] = {}
+        self._facts = {
+            "scheduler": type(sampler.scheduler).__name__,
+            "model": Path(model).resolve().name if Path(model).is_dir() else model,
+            "fingerprint": digest(fingerprint(sampler.pipe)),
+            "versions": sampler.provenance["versions"],
+        }
+
+    def facts(self, job: Job) -> dict[str, Any]:
+        """What a line of the manifest says of how its picture is made."""
+        kind, (height, width), guidance = job.kind, self.size(job.kind), self.guidance(job.kind)
+        own = {"steps": kind.steps or self.recipe.steps, "scale": guidance.scale, "guidance": _name(guidance)}
+        return own | {"height": height, "width": width} | self._facts
+
+    def guidance(self, kind: Kind) -> Guidance | Guard:
+        """Raises ValueError for a name that the run has no guidance of."""
+        guidance = self.recipe.guidance_of(kind.guidance)
+        return guidance if kind.scale in (None, guidance.scale) else guidance.scaled(kind.scale)
+
+    def size(self, kind: Kind) -> Size:
+        """(height, width) in pixels. Raises ValueError for a size that the model cannot make."""
+        return self.sampler.size(kind.height, kind.width)
+
+    def of(self, kind: Kind) -> Ladder:
+        """Raises ValueError for steps, a scale, a size or a guidance that do not fit."""
+        if kind not in self._made:
+            self._made[kind] = self._of(kind)
+        return self._made[kind]
+
+    def _of(self, kind: Kind) -> Ladder:
+        guidance, own = self.guidance(kind), self.recipe.steps
+        steps, size = kind.steps or own, self.size(kind)
+        if isinstance(guidance, Guard) and (steps, size) != (own, self.sampler.size()):
+            guidance = replace(guidance, early=None)
+        solver, model = self.sampler.solver(steps, *size), self.sampler.model
+        return Ladder.make(solver, guidance, model.device, model.settle)
+
+    def size_of(self, job: Job) -> Size:
+        return self.size(job.kind)
+
+    def ladder_of(self, job: Job) -> Ladder:
+        return self.of(job.kind)
+
+    def calls(self, kind: Kind) -> int:
+        """The network's calls that a first attempt takes, the judging of its picture included."""
+        ladder = self.of(kind)
+        needed = sum(2 if branch == "both" else 1 for branch in ladder.whole.branches[: ladder.starts[1]])
+        return needed + (2 * ladder.guard.attempts[0].probes if ladder.guard else 0)
+
+    def bytes(self, kind: Kind, latents: bool) -> int:
+        """At most what the file of a picture takes: 3 bytes a pixel of each frame, or 4 a number of its latents."""
+        (height, width), options = self.size(kind), self.sampler.options
+        if latents:
+            return 4 * math.prod(self.sampler.model.shape(height, width, **options))
+        frames = options.get("num_frames", getattr(self.sampler.model, "frames", 1))
+        return 3 * height * width * frames
+
+
+def _name(guidance: Guidance | Guard) -> str:
+    """That by which a job asks for such guidance; see `data.prompts.GUIDANCES`."""
+    if isinstance(guidance, Guard):
+        return "guard"
+    if guidance.until is None:
+        return "cfg"
+    return "opposite" if guidance.before < 0 else "delayed"

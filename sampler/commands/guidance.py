@@ -1,0 +1,138 @@
+"""Options that say how pictures are guided, and the guidance that they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import typer
+
+from . import options
+
+if TYPE_CHECKING:
+    from .. import Calibration, Guard, Guidance, Sampler
+    from ..guidance.transitions import Rule
+
+
+class Method(StrEnum):
+    """How guidance is scheduled."""
+
+    cfg = "cfg"
+    delayed = "delayed"
+    opposite = "opposite"
+    guard = "guard"
+
+
+@dataclass(frozen=True)
+class GuidanceOptions:
+    """How pictures are guided."""
+
+    TITLE: ClassVar = "Guidance"
+    guidance: Annotated[
+        Method | None, typer.Option(help="plain, delayed, opposite or guarded, of rows that do not say; default guard")
+    ] = None
+    scale: Annotated[
+        float | None, typer.Option(help="guidance scale (after the transition); default as calibrated, else the model's own")
+    ] = None
+    calibration: Annotated[
+        str | None, typer.Option(help="thresholds at a stated false-alarm rate; default calibration.json in the model's folder")
+    ] = None
+    rule: Annotated[str, typer.Option(help="how predictions combine: cfg, rescale, cfg-zero, apg, tcfg, ...")] = "cfg"
+    rule_option: Annotated[list[str] | None, typer.Option(help="of the rule, as phi=0.5; may be repeated")] = None
+    before: Annotated[float, typer.Option(help="weight before the transition, with --guidance delayed")] = 0.0
+    opposite_scale: Annotated[float, typer.Option(help="with --guidance opposite: weight -N before the transition")] = 2.0
+    until: Annotated[
+        str | None,
+        typer.Option(
+            help="transition of delayed and opposite guidance: a timestep; 'auto', the first minimum of the noise gap; or "
+            "'settled', when that is ordinary; default the calibration's timestep, else 500"
+        ),
+    ] = None
+    earliest: Annotated[int, typer.Option(help="with --until auto: first step that may be the transition")] = 2
+    latest: Annotated[int | None, typer.Option(help="with --until auto: step at which guidance starts in any case")] = None
+    restart: Annotated[
+        str | None, typer.Option(help="LOW,HIGH,TIMES: at timestep LOW go back to HIGH by new noise, so many times")
+    ] = None
+
+    def check(self) -> None:
+        """Raises ValueError for what no guidance can be, before a model is loaded."""
+        from .. import Guidance
+
+        Guidance.cfg(7.5 if self.scale is None else self.scale, **self._given())
+        if self.until not in (None, "auto", "settled"):
+            _timestep(self.until)
+
+    @property
+    def method(self) -> Method:
+        """Of rows that do not say: a guard, unless options of another one are given."""
+        return self.guidance or (Method.delayed if self.until or self.restart else Method.guard)
+
+    def plans(
+        self, sampler: Sampler, known: Calibration | None, steps: int, scale: float, names: Collection[Method]
+    ) -> tuple[Guidance | Guard, dict[str, Guidance | Guard]]:
+        """The guidance of rows that do not say, and those that rows ask for by name.
+
+        Raises ValueError where they do not fit the rest.
+        """
+        methods = {self.method, *names}
+        if self.until is not None and not methods & {Method.delayed, Method.opposite}:
+            found = "which a guard finds by itself" if self.method == Method.guard else "and plain guidance has no transition"
+            raise ValueError(f"until is {self.until!r}, {found}: leave it out, or take --guidance delayed")
+        fitted = None if known is None or methods == {Method.cfg} else known.fitted(sampler, steps)
+        enough = options.of_enough(fitted, self.calibration) if Method.guard in methods else None
+        made = {method: self._made(method, scale, enough if method == Method.guard else fitted) for method in methods}
+        return made[self.method], {name.value: made[name] for name in names}
+
+    def _made(self, method: Method, scale: float, known: Calibration | None) -> Guidance | Guard:
+        from .. import Guidance
+
+        given = self._given()
+        if method == Method.cfg:
+            return Guidance.cfg(scale, **given)
+        if method == Method.guard:
+            fits = known is not None and known.scale == scale
+            if known is not None and not fits:
+                without = f"the guard goes without it; --scale {known.scale:g} has it"
+                typer.echo(f"the calibration is of scale {known.scale:g}, not {scale:g}: {without}", err=True)
+            return Guidance.guard(scale, known if fits else None, **given)
+        transition = self._transition(known)
+        if method == Method.delayed:
+            return Guidance.delayed(scale, until=transition, before=self.before, **given)
+        return Guidance.opposite(self.opposite_scale, scale=scale, until=transition, **given)
+
+    def _given(self) -> dict[str, Any]:
+        given: dict[str, Any] = {"rule": self.rule, **options.named("rule_option", self.rule_option, float)}
+        return given | ({"restart": _restart(self.restart)} if self.restart else {})
+
+    def _transition(self, known: Calibration | None) -> Rule:
+        """Where guidance starts: as asked for, else where the calibration says, else the paper's timestep."""
+        from .. import At, FirstMinimum
+        from ..calibration.ordinary import STATIC
+
+        if self.until == "auto":
+            return FirstMinimum(self.earliest, self.latest)
+        if self.until == "settled":
+            if known is None:
+                made = "which `basinescape calibrate --settled` makes, and the model has none"
+                raise ValueError(f"until 'settled' needs a calibration, {made}")
+            return known.settled()
+        if self.until is not None:
+            return At(_timestep(self.until))
+        return At(STATIC if known is None or known.ordinary is None else known.ordinary.transition)
+
+
+def _timestep(until: str) -> float:
+    try:
+        return float(until)
+    except ValueError as error:
+        raise ValueError(f"until must be a timestep, 'auto' or 'settled', got {until!r}") from error
+
+
+def _restart(text: str) -> tuple[float, float, int]:
+    try:
+        low, high, times = text.split(",")
+        return float(low), float(high), int(times)
+    except ValueError as error:
+        raise ValueError(f"restart must be LOW,HIGH,TIMES, two timesteps and a number, as 300,500,2; got {text!r}") from error

@@ -1,0 +1,78 @@
+"""How what is made becomes the bytes of a file: a picture marked as made by a machine (see `xmp`), a video, or latents."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from ..runs.jsontext import json_bytes
+from . import xmp
+
+FRAMES_A_SECOND = 16  # of a video, which Wan was trained for
+Frames = Image.Image | Sequence[Image.Image]  # a picture, or the frames of a video
+PICTURES: dict[str, dict[str, Any]] = {  # how Pillow saves a picture: the same bytes each time
+    "png": {"format": "PNG"},
+    "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
+    "webp": {"format": "WEBP", "quality": 95, "method": 4},
+}
+MIME = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What came of the job at a position: its line of the manifest, and the bytes of its image, None where it failed."""
+
+    position: int
+    line: dict[str, Any]
+    data: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Images as the bytes of files.
+
+    format: of the run. Pictures of formats that hold many a file are PNG.
+    prompt_metadata: whether a picture's XMP tells its prompt, seed and settings.
+    """
+
+    format: str = "png"
+    prompt_metadata: bool = True
+
+    def __call__(self, position: int, line: dict[str, Any], image: Frames | Tensor) -> Made:
+        """line: of the manifest, to which status, sha256 and bytes are added."""
+        data = latents(image, line) if isinstance(image, Tensor) else self.picture(image, line)
+        return Made(position, line | {"status": "ok", "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}, data)
+
+    def picture(self, image: Frames, line: dict[str, Any]) -> bytes:
+        """The file of a picture, or of a video, which moves."""
+        first, *others = [image] if isinstance(image, Image.Image) else image
+        mark = xmp.packet(line, self.prompt_metadata)
+        options = dict(PICTURES[picture_format(self.format)])
+        if options["format"] == "PNG":
+            options["pnginfo"] = PngInfo()
+            options["pnginfo"].add_itxt("XML:com.adobe.xmp", mark.decode())
+        else:
+            options["xmp"] = mark
+        if others:
+            options |= {"save_all": True, "append_images": others, "duration": 1000 / FRAMES_A_SECOND, "loop": 0}
+        first.save(file := io.BytesIO(), **options)
+        return file.getvalue()
+
+
+def picture_format(format: str) -> str:
+    """The format of the pictures of a run: its own, or PNG where a file holds many."""
+    return format if format in PICTURES else "png"
+
+
+def latents(image: Tensor, line: dict[str, Any]) -> bytes:
+    """Latents as safetensors, with the line of the manifest as their metadata."""
+    text = {"line": json_bytes(line).decode()}  # one entry: several come in any order
+    return safetensors.torch.save({"latents": image.contiguous().cpu()}, text)

@@ -1,0 +1,65 @@
+"""What makes a folder of pictures an imagefolder: images/metadata.jsonl, which the library `datasets` reads.
+
+`datasets.load_dataset("imagefolder", data_dir=...)` gives each picture with its text.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from ..runs.atomic import whole
+from ..runs.journal import Keys, texts
+from ..runs.jsontext import json_bytes
+from ..runs.manifest import MANIFEST, lacks, read_jobs
+
+METADATA = "images/metadata.jsonl"
+# Fields of the manifest by which people choose pictures; every row has those that any row has.
+CHOSEN = ("id", "seed", "score", "suspect", "similarity", "copy", "nearest_in_set", "similarity_in_set", "duplicate_of")
+
+
+def write(out: Path) -> None:
+    """Write the metadata of a run's folder: a row for each picture of its manifest, in the order of the jobs."""
+    if fault(out) is None:
+        return
+    with whole(out / METADATA) as part, part.open("wb") as file:
+        file.writelines(_rows(out))
+
+
+def fault(out: Path) -> str | None:
+    """What is wrong with the metadata of a run's folder; None where they say what its manifest says."""
+    if not (out / METADATA).is_file():
+        return "is missing"
+    with (out / METADATA).open("rb") as file:
+        same = all(one == other for one, other in zip_longest(file, _rows(out)))
+    return None if same else f"does not say what {MANIFEST} says"
+
+
+def _rows(out: Path) -> Iterator[bytes]:
+    """Nothing holds all of them: the manifest's lines are looked up one by one."""
+    digests, places, place = array("Q"), array("Q"), 0
+    names: set[str] = set()
+    for text, line in texts(out / MANIFEST):
+        if line is not None and not lacks(line) and line["status"] == "ok":
+            digests.append(Keys.digest(line["id"]))
+            places.append(place)
+            names |= line.keys()
+        place += len(text)
+    if not places:
+        return
+    keys = np.frombuffer(digests, np.uint64)
+    order = np.argsort(keys, kind="stable")
+    keys, columns = keys[order], [name for name in CHOSEN if name in names]
+    with (out / MANIFEST).open("rb") as file:
+        for _, id in read_jobs(out):
+            found = int(np.searchsorted(keys, np.uint64(Keys.digest(id)), side="right")) - 1  # the last line about it
+            if found >= 0 and keys[found] == Keys.digest(id):
+                file.seek(places[order[found]])
+                line = json.loads(file.readline())
+                row = {"file_name": PurePosixPath(line["file"]).name, "text": line["prompt"]}
+                yield json_bytes(row | {name: line.get(name) for name in columns}) + b"\n"

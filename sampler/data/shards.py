@@ -1,0 +1,107 @@
+"""Files that hold many pictures with their lines of the manifest: a class a format, which writes and reads them."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from itertools import groupby
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..runs.jsontext import finite, json_bytes
+from .encoding import Made
+
+
+class Shard(ABC):
+    """A format of such files. Raises ImportError where its library is missing."""
+
+    suffix: ClassVar[str]
+
+    @abstractmethod
+    def write(self, path: Path, rows: Sequence[Made]) -> None:
+        """Write a file of pictures that were made."""
+
+    @abstractmethod
+    def read(self, data: bytes) -> Iterator[Made]:
+        """What the bytes of a file hold. What is raised for a file that is damaged depends on the library."""
+
+
+class Parquet(Shard):
+    """A row a picture: the fields of its line, its position, and `image`, {bytes, path}, which `datasets` reads as an Image."""
+
+    suffix = "parquet"
+
+    def __init__(self) -> None:
+        self.arrow, self.parquet = (library(name, "pyarrow", "parquet") for name in ("pyarrow", "pyarrow.parquet"))
+
+    def _types(self) -> dict[str, Any]:
+        """Of the columns that every file has: those of a set must be the same."""
+        text, whole, real, truth = self.arrow.string(), self.arrow.int64(), self.arrow.float64(), self.arrow.bool_()
+        types = dict.fromkeys(("id", "prompt", "negative_prompt", "truncated", "retried", "status", "sha256"), text)
+        types |= dict.fromkeys(("scheduler", "guidance", "model", "fingerprint"), text)
+        types |= dict.fromkeys(("seed", "steps", "height", "width", "transition_step", "attempts", "bytes", "position"), whole)
+        types |= dict.fromkeys(("scale", "transition_timestep", "transition_log_snr", "score"), real)
+        types |= {"noise_gap": self.arrow.list_(real)} | dict.fromkeys(("suspect", "nsfw_content_detected"), truth)
+        return types | {"image": self.arrow.struct([("bytes", self.arrow.binary()), ("path", text)])}
+
+    def write(self, path: Path, rows: Sequence[Made]) -> None:
+        types = self._types()
+        found = [
+            finite(row.line) | {"position": row.position, "image": {"bytes": row.data, "path": f"{row.line['id']}.png"}}
+            for row in rows
+        ]
+        names = dict.fromkeys((*types, *(name for row in found for name in row)))
+        columns = {name: self.arrow.array([row.get(name) for row in found], types.get(name)) for name in names}
+        features = json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})  # the others' are those of their types
+        table = self.arrow.table(columns).replace_schema_metadata({"huggingface": features})
+        self.parquet.write_table(table, path, write_page_checksum=True)
+
+    def read(self, data: bytes) -> Iterator[Made]:
+        for row in self.parquet.read_table(io.BytesIO(data), page_checksum_verification=True).to_pylist():
+            line = {name: value for name, value in row.items() if value is not None}
+            image, position = line.pop("image"), line.pop("position")
+            yield Made(position, line, image["bytes"])
+
+
+class WebDataset(Shard):
+    """Three members a picture: <position>.png, <position>.txt, its prompt, and <position>.json, its line."""
+
+    suffix = "tar"
+
+    def __init__(self) -> None:
+        self.writer = library("webdataset", "webdataset", "webdataset").TarWriter
+
+    def write(self, path: Path, rows: Sequence[Made]) -> None:
+        with path.open("wb") as stream, self.writer(stream, user="", group="", mtime=0, encoder=False) as tar:
+            for row in rows:
+                texts = {"txt": row.line["prompt"].encode("utf-8", "replace"), "json": json_bytes(row.line)}
+                tar.write({"__key__": f"{row.position:012d}", "png": row.data, **texts})
+
+    def read(self, data: bytes) -> Iterator[Made]:
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            for key, members in groupby(tar, lambda member: member.name.partition(".")[0]):
+                found = {member.name.partition(".")[2]: contents(tar, member) for member in members}
+                yield Made(int(key), json.loads(found["json"]), found["png"])
+
+
+def contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """The bytes of a member. Raises tarfile.ReadError for what is no file, as a folder."""
+    file = tar.extractfile(member)
+    if file is None:
+        raise tarfile.ReadError(f"{member.name!r} is no file")
+    return file.read()
+
+
+def library(name: str, package: str, format: str) -> Any:
+    """A module that a format needs. Raises ImportError naming the package where it is missing."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ImportError(f"format {format!r} needs the package {package}: pip install {package}") from error
+
+
+SHARDS: dict[str, type[Shard]] = {"parquet": Parquet, "webdataset": WebDataset}

@@ -1,0 +1,125 @@
+"""C2PA manifests in pictures: who says that a machine made them, signed with the user's certificate by the library c2pa.
+
+See https://spec.c2pa.org. The bytes of a signed picture differ each time, for a manifest holds random numbers. So a line of a
+run's manifest has two digests: `sha256`, of the picture before it is signed, is the same when it is made again, and
+`signed_sha256` is that of the file. No time stamp of an authority is asked for, as that needs the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..runs.environment import version_of
+from .encoding import MIME, Encoder, Made, picture_format
+from .xmp import TRAINED
+
+CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}  # of keys -> C2PA's names of algorithms
+SOUND = ("Valid", "Trusted")  # the library's words; Trusted: by somebody on a list of trust that it was given
+
+SETTINGS = {  # of the library: no thumbnails, which are larger than many a picture, and nothing from the network
+    "builder": {"thumbnail": {"enabled": False}},
+    "verify": {"remote_manifest_fetch": False},
+}
+
+
+class Signer:
+    """Signs pictures of a format.
+
+    certificate, key: PEM files: the certificate, followed by those above it, and its private key, without a password.
+    settings: what a run's settings say of it, which is the certificate's SHA-256.
+
+    Raises FileNotFoundError for a missing file, ImportError without the package c2pa-python, ValueError for a format without
+    pictures and where no picture can be signed with these.
+    """
+
+    def __init__(self, certificate: Path, key: Path, format: str):
+        self._c2pa = library()
+        if format == "latents":
+            raise ValueError("c2pa_certificate signs pictures, and format is 'latents': leave one of them out")
+        for name, path in (("c2pa_certificate", certificate), ("c2pa_key", key)):
+            if not path.is_file():
+                raise FileNotFoundError(f"{name} {str(path)!r} does not exist")
+        self.format = picture_format(format)
+        self.settings = {"c2pa_certificate": hashlib.sha256(certificate.read_bytes()).hexdigest()}
+        trial = Encoder(self.format).picture(Image.new("RGB", (8, 8)), {})
+        try:
+            info = self._c2pa.C2paSignerInfo(_algorithm(key.read_bytes()), certificate.read_bytes(), key.read_bytes(), None)
+            self._signer = self._c2pa.Signer.from_info(info)
+            self._sign(trial, "")
+        except (self._c2pa.C2paError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"no picture can be signed with {str(certificate)!r} and {str(key)!r}: {error}; C2PA needs the certificate of "
+                "an end entity with the key usage digitalSignature, followed by the one that signed it"
+            ) from error
+
+    def __call__(self, made: Made) -> Made:
+        """The same with its picture signed."""
+        if made.data is None:
+            return made
+        data = self._sign(made.data, made.line["id"])
+        line = made.line | {"signed_sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        return replace(made, line=line, data=data)
+
+    def _sign(self, data: bytes, title: str) -> bytes:
+        agent = {"name": "basinescape", "version": version_of("basinescape") or "unknown"}
+        action = {"action": "c2pa.created", "digitalSourceType": TRAINED, "softwareAgent": agent}
+        told = {
+            "claim_generator_info": [agent],
+            "title": title,
+            "format": MIME[self.format],
+            "assertions": [{"label": "c2pa.actions.v2", "data": {"actions": [action]}}],
+        }
+        signed = io.BytesIO()
+        self._c2pa.Builder(told, _context(self._c2pa)).sign(self._signer, MIME[self.format], io.BytesIO(data), signed)
+        return signed.getvalue()
+
+
+def library() -> Any:
+    """Raises ImportError where the package c2pa-python is missing."""
+    try:
+        import c2pa
+    except ImportError as error:
+        raise ImportError("C2PA needs the package c2pa-python: pip install 'basinescape[provenance]'") from error
+    return c2pa
+
+
+def fault_of(data: bytes, format: str) -> str | None:
+    """What is wrong with the C2PA manifest of a picture in a run of this format; None where its signature holds.
+
+    Whom the certificate belongs to, and whether they are to be trusted, is not looked at.
+    """
+    c2pa = library()
+    try:
+        found = json.loads(c2pa.Reader(MIME[picture_format(format)], io.BytesIO(data), context=_context(c2pa)).json())
+    except c2pa.C2paError as error:
+        return f"has no C2PA manifest that can be read: {error}"
+    if found.get("validation_state") in SOUND:
+        return None
+    codes = ", ".join(dict.fromkeys(status["code"] for status in found.get("validation_status", ())))
+    return f"has a C2PA manifest that does not hold: {codes}"
+
+
+def _context(c2pa: Any) -> Any:
+    return c2pa.Context(c2pa.Settings.from_dict(SETTINGS))
+
+
+def _algorithm(key: bytes) -> str:
+    """C2PA's name of the algorithm that a private key signs by. Raises ValueError or TypeError for another kind."""
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    found = load_pem_private_key(key, password=None)
+    if isinstance(found, ed25519.Ed25519PrivateKey):
+        return "ed25519"
+    if isinstance(found, rsa.RSAPrivateKey):
+        return "ps256"
+    if isinstance(found, ec.EllipticCurvePrivateKey) and found.curve.name in CURVES:
+        return CURVES[found.curve.name]
+    raise ValueError(f"its key must be Ed25519, RSA or on one of the curves {', '.join(CURVES)}")

@@ -1,0 +1,129 @@
+"""Every picture says in its own file that a machine made it and, unless told not to, from what."""
+
+import io
+import json
+from xml.sax.saxutils import quoteattr
+
+import bulkruns
+import numpy as np
+import pytest
+from basinescape import Guidance
+from basinescape.bench.speed.standin import stand_in
+from basinescape.data import xmp
+from basinescape.data.captioned import captioned
+from basinescape.data.encoding import PICTURES, Encoder
+from basinescape.data.prompt_in_file import prompt_in
+from basinescape.data.prompts import Job
+from basinescape.data.shards import SHARDS
+from basinescape.data.verify import verify
+from basinescape.runs.journal import read_lines
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+TRAINED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"  # as IPTC has it
+LINE = {"id": "a", "prompt": 'ein Bär & <ü>\r\n"熊"', "seed": 3, "steps": 5, "scale": 7.5, "negative_prompt": "unscharf"}
+LIBRARIES = {"parquet": "pyarrow", "webdataset": "webdataset"}
+
+
+def noise():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 16, 3), dtype=np.uint8))
+
+
+def packet_in(data):
+    """The bytes of a file's XMP, as Pillow finds them."""
+    with Image.open(io.BytesIO(data)) as image:
+        return image.info["xmp"]
+
+
+@pytest.mark.parametrize("format", PICTURES)
+def test_a_picture_says_who_made_it_and_from_what(format):
+    image, plain = noise(), io.BytesIO()
+    data = Encoder(format)(0, LINE, image).data
+    fields = xmp.fields_in(Image.open(io.BytesIO(data)).info)
+    assert fields["Iptc4xmpExt:DigitalSourceType"] == TRAINED and fields["xmp:CreatorTool"].startswith("basinescape")
+    assert fields["Iptc4xmpExt:AIPromptInformation"] == LINE["prompt"] and prompt_in(data, "") == (LINE["prompt"], "")
+    assert json.loads(fields["basinescape:settings"]) == {
+        name: LINE[name] for name in ("seed", "steps", "scale", "negative_prompt")
+    }
+    image.save(plain, **PICTURES[format])
+    assert Image.open(io.BytesIO(data)).tobytes() == Image.open(plain).tobytes()  # its pixels are as they were
+    assert Encoder(format)(0, LINE, image).data == data
+
+
+@pytest.mark.parametrize("format", PICTURES)
+def test_a_prompt_may_be_left_out_but_not_the_mark(format):
+    made = Encoder(format, prompt_metadata=False)(0, LINE, noise())
+    assert xmp.fault_of(made.data) is None and prompt_in(made.data, "none given") == (None, "none given, and none in it")
+    assert not {LINE["prompt"].encode(), b"unscharf", b"7.5"} & {*packet_in(made.data).split(b">")}
+    assert b"Iptc4xmpExt:AI" not in packet_in(made.data)
+
+
+@given(st.text(st.characters(exclude_categories=()), min_size=1))
+@settings(max_examples=50, deadline=None)
+def test_any_prompt_is_read_back_but_for_what_xml_cannot_hold(prompt):
+    data = Encoder("png")(0, LINE | {"prompt": prompt}, noise()).data
+    found = xmp.fields_in(Image.open(io.BytesIO(data)).info)["Iptc4xmpExt:AIPromptInformation"]
+    assert len(found) == len(prompt.strip()) and xmp.fault_of(data) is None
+    assert all(one == other or one == "\ufffd" for one, other in zip(found, prompt.strip(), strict=True))
+
+
+@pytest.mark.parametrize("format", PICTURES)
+def test_a_prompt_that_is_too_long_for_a_file_costs_no_mark(format):
+    data = Encoder(format)(0, LINE | {"prompt": "cat " * 20_000}, noise()).data
+    assert xmp.fault_of(data) is None and prompt_in(data, "none")[0] is None
+
+
+def test_fields_that_other_programs_write_as_attributes_are_read():
+    attributes = {"Iptc4xmpExt:DigitalSourceType": TRAINED, "Iptc4xmpExt:AIPromptInformation": 'a "cat" & a dog'}
+    given = " ".join(f"{name}={quoteattr(value)}" for name, value in attributes.items())
+    text = (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description '
+        f'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" {given}/></rdf:RDF></x:xmpmeta>'
+    )
+    assert xmp.fields_in({"xmp": text.encode() + b"\0"}) == attributes
+
+
+BOMB = '<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;">]><x>&b;</x>'
+
+
+@pytest.mark.parametrize("text", ["", "<x", "<x/>", BOMB, "\udcff"])
+def test_xmp_that_is_broken_or_meant_to_harm_says_nothing(text):
+    note = PngInfo()
+    note.add_itxt("XML:com.adobe.xmp", text.encode("utf-8", "replace").decode())
+    noise().save(file := io.BytesIO(), "PNG", pnginfo=note)
+    assert "DigitalSourceType in its XMP is missing" in xmp.fault_of(file.getvalue())
+    assert prompt_in(file.getvalue(), "no text beside it") == (None, "no text beside it, and none in it")
+
+
+@pytest.mark.parametrize("format", [*PICTURES, *SHARDS])
+@pytest.mark.parametrize("told", [True, False])
+def test_all_pictures_of_a_run_are_marked_and_judged_by_their_own_prompts(pipe, tmp_path, format, told):
+    pytest.importorskip(LIBRARIES.get(format, "PIL"))
+    jobs = [Job(f"p{i}", f"ein Kätzchen {i}", i) for i in range(4)]
+    make = {"format": format, "prompt_metadata": told, "steps": 1}
+    bulkruns.make(stand_in(pipe), jobs, tmp_path, Guidance.cfg(2.0), **make)
+    assert list(verify(tmp_path)) == []
+    if format in PICTURES:
+        (tmp_path / "manifest.jsonl").rename(tmp_path / "away")
+        (tmp_path / "images" / "metadata.jsonl").unlink()
+        found = {one.id: one.prompt for one in captioned(tmp_path / "images")}
+        assert found == {job.id: job.prompt if told else None for job in jobs}
+
+
+def test_a_picture_that_lost_its_mark_is_named(pipe, tmp_path):
+    """Even one whose SHA-256 is right by a manifest that was changed with it."""
+    bulkruns.make(stand_in(pipe), [Job(f"p{i}", "a cat", i) for i in range(3)], tmp_path, Guidance.cfg(2.0), steps=1)
+    path = tmp_path / "images" / "p1.png"
+    with Image.open(path) as image:
+        image.load()
+        Image.frombytes(image.mode, image.size, image.tobytes()).save(path)
+    assert list(verify(tmp_path)) == [("images/p1.png", "is changed")]
+    lines = [
+        line | ({"sha256": bulkruns.hashlib.sha256(path.read_bytes()).hexdigest()} if line["id"] == "p1" else {})
+        for line in read_lines(tmp_path / "manifest.jsonl")
+    ]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ((where, what),) = verify(tmp_path)
+    assert where == "images/p1.png" and what.startswith("is not marked as made by a machine")
