@@ -1,6 +1,11 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
+
+# Benchmarks run in a checkout alone.
+BENCH = find_packages("bench", exclude=["speed*", "gpu*"])
+PACKAGES = ["basinescape", *(f"basinescape.{name}" for name in find_packages("sampler"))]
+PACKAGES += ["basinescape.kernels", "basinescape.bench", *(f"basinescape.bench.{name}" for name in BENCH)]
 
 setup(
     name="basinescape",
@@ -10,30 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=[
-        "basinescape",
-        "basinescape.kernels",
-        "basinescape.guidance",
-        "basinescape.detection",
-        "basinescape.schedulers",
-        "basinescape.sampling",
-        "basinescape.models",
-        "basinescape.hosts",
-        "basinescape.hosts.comfyui",
-        "basinescape.calibration",
-        "basinescape.data",
-        "basinescape.runs",
-        "basinescape.bulk",
-        "basinescape.audit",
-        "basinescape.commands",
-        "basinescape.bench",
-        "basinescape.bench.commands",
-        "basinescape.bench.evaluation",
-        "basinescape.bench.gpu",
-        "basinescape.bench.methods",
-        "basinescape.bench.speed",
-        "basinescape.bench.testbed",
-    ],
+    packages=PACKAGES,
     package_dir={"basinescape": "sampler", "basinescape.kernels": "kernels", "basinescape.bench": "bench"},
     package_data={
         "basinescape": [
@@ -46,7 +28,8 @@ setup(
         ],
         "basinescape.audit": ["*.html.jinja"],
         "basinescape.bench.evaluation": ["*.html.jinja"],
-        "basinescape.hosts.comfyui": ["example_workflows/*.json"],
+        "basinescape.hosts.comfyui": ["example_workflows/*.json", "pyproject.toml"],
+        "basinescape.hosts.webui": ["scripts/*.py"],
     },
     install_requires=[
         "torch>=2.11",

@@ -6,9 +6,10 @@ import logging
 import os
 import sys
 from enum import StrEnum
+from importlib import import_module
 from json import dumps, loads
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from basinescape import __version__
@@ -97,21 +98,25 @@ def bench(
     quieten()
     from basinescape import checks
 
-    from . import speed
-    from .speed.timing import taken
-
+    speed = _benchmarks("speed")
     rows = list(speed.run(speed.BENCHES if what == Bench.all else [what.value], device))
     typer.echo(tables(rows))
     if json:
-        json.write_text(dumps({**taken(checks.device(device)), "rows": rows}, indent=1) + "\n")
+        json.write_text(dumps({**_benchmarks("speed.timing").taken(checks.device(device)), "rows": rows}, indent=1) + "\n")
 
 
 @app.command()
 def report_gpu(file: Annotated[Path, typer.Argument(help="what python -m basinescape.bench.gpu --out wrote")]) -> None:
     """Print a result file of the checks and benchmarks on a GPU as tables."""
-    from .gpu.report import rendered
+    typer.echo(_benchmarks("gpu.report").rendered(loads(file.read_text())))
 
-    typer.echo(rendered(loads(file.read_text())))
+
+def _benchmarks(name: str) -> Any:
+    """A module of the benchmarks, which are not part of what is installed. Raises ImportError where there are none."""
+    try:
+        return import_module(f".{name}", __package__)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error.name} is not installed: benchmarks run in a checkout of the repository") from error
 
 
 def main() -> None:
