@@ -1,12 +1,11 @@
-"""Images for a file of prompts of any length, in one process; start it again after whatever stopped it, and it goes on.
+"""Images for a file of prompts of any length, in one process. Start it again after it stopped, and it goes on.
 
 python examples/bulk.py prompts.jsonl out [--model your/model] [--format png|jpg|webp|parquet|webdataset|latents] [--shard 0/8]
 """
 
 import argparse
 
-from basinescape import At, Calibration, Guidance, Sampler
-from basinescape.bulk.generate import generate
+from basinescape import At, Calibration, Files, Guidance, Placement, Recipe, Sampler, generate
 from basinescape.data.prompts import Prompts
 from basinescape.data.verify import verify
 from basinescape.data.writers import FORMATS
@@ -29,17 +28,10 @@ if calibration is None:  # `basinescape calibrate` measures one; without it ever
 else:
     guidance = Guidance.guard(7.5, Calibration.load(calibration))
 
-summary = generate(
-    sampler,
-    Prompts(given.prompts, on_error="skip"),  # nothing holds them all
-    given.out,
-    guidance,
-    given.model,
-    given.steps,
-    given.batch_size,
-    format=given.format,
-    shard=tuple(map(int, given.shard.split("/"))) if given.shard else None,
-)
+prompts = Prompts(given.prompts, on_error="skip")  # read line by line
+recipe = Recipe(guidance, given.steps)
+files = Files(given.format, shard=tuple(map(int, given.shard.split("/"))) if given.shard else None)
+summary = generate(sampler, prompts, given.out, recipe, given.model, files, Placement(given.batch_size))
 print(summary)
 print(f"still suspect: {summary.ids.get('suspect', [])}, failed: {summary.ids.get('failed', [])}")
 if not given.shard:

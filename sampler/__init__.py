@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` do
     from .audit.audit import audit
     from .audit.judge import judge
     from .bulk.generate import generate
+    from .bulk.settings import Files, Placement, Recipe
     from .calibration.calibration import Calibration
     from .guidance.guard import Guard
     from .guidance.guidance import Guidance
@@ -30,10 +31,13 @@ __all__ = [
     "Escape",
     "EscapeDenoiser",
     "Fallen",
+    "Files",
     "FirstMinimum",
     "Guard",
     "Guidance",
     "Output",
+    "Placement",
+    "Recipe",
     "Sampler",
     "Settled",
     "audit",
@@ -45,6 +49,7 @@ _MODULES = {
     "audit": "audit.audit",
     "judge": "audit.judge",
     "generate": "bulk.generate",
+    **dict.fromkeys(("Files", "Placement", "Recipe"), "bulk.settings"),
     "Calibration": "calibration.calibration",
     "Guard": "guidance.guard",
     "Guidance": "guidance.guidance",
