@@ -1,4 +1,4 @@
-"""The pages: each diff under docs/extend applies to the package, and the code beneath it runs; docstrings become lists."""
+"""The pages: each diff of docs/ applies to the package, and the code beneath it runs; docstrings become lists."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted((ROOT / "docs/extend").glob("*.md"))
+PAGES = sorted((ROOT / "docs").glob("add-a-*.md"))
 DIFFS = [page for page in PAGES if page.with_suffix(".diff").is_file()]
 
 
@@ -40,8 +40,7 @@ def test_a_diff_of_the_pages_works(package, page):
 
 
 def test_every_diff_has_its_page():
-    assert {path.stem for path in (ROOT / "docs/extend").glob("*.diff")} == {page.stem for page in DIFFS}
-    assert all(f"({page.name})" in (ROOT / "docs/extend/index.md").read_text() for page in PAGES if page.stem != "index")
+    assert {path.stem for path in (ROOT / "docs").glob("*.diff")} == {page.stem for page in DIFFS} != set()
 
 
 def test_columns_of_a_docstring_become_a_list():
