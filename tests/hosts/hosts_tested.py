@@ -29,6 +29,14 @@ INVOKEAI = Host("InvokeAI", "invokeai", "6.14.2", "November 2026", "own code", "
 HOSTS = [
     Host("diffusers pipelines", "diffusers", "0.42.1", "November 2026", "package", "test_pipelines.py"),
     Host("diffusers modular", "diffusers", "0.42.1", "November 2026", "package", "test_modular.py"),
+    Host(
+        "diffusers modular: Flux.2, Qwen-Image, Wan",
+        "diffusers",
+        "0.42.1",
+        "November 2026",
+        "package",
+        "test_modular_families.py",
+    ),
     Host("k-diffusion", "k-diffusion", "0.1.1.post1", "November 2026", "package", "test_kdiffusion.py"),
     Host("ComfyUI", "comfyui", "0.18.1", "November 2026", "stand-in", "test_comfyui.py"),
     SGLANG,

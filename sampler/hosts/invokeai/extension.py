@@ -46,9 +46,10 @@ class BasinEscapeExtension(ExtensionBase):
     def begin(self, ctx: Any) -> None:
         """Lay the guidance over the steps. Raises ValueError for what cannot be followed."""
         timesteps, noise, step = taken(ctx.scheduler, called(ctx.scheduler, ctx.inputs.timesteps))
-        scale, shape = ctx.inputs.conditioning_data.guidance_scale, "static"
+        scale: Any = ctx.inputs.conditioning_data.guidance_scale
+        shape: Any = "static"
         if isinstance(scale, list):
-            if len(set(step.tolist())) < len(step):
+            if len(timesteps) < len(step):
                 raise ValueError(
                     "cfg_scale is a list, and the scheduler calls the network more than once a step: give a number"
                 )
