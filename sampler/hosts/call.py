@@ -20,10 +20,10 @@ from ..detection.basin import LOG_SNR, Probe
 from ..detection.judging import Verdict
 from ..guidance.guidance import Guidance
 from ..kernels.state import per_sample
-from ..schedulers.schedule import levels, log_snrs, step_of_calls
 from .asking import Asked, sample_of, seen, stacked, timestep_of
 from .escape import Escape, idle, judge
 from .families import Family, network_of
+from .taken import taken
 
 log = logging.getLogger(__name__)
 ON = 2.0  # a scale at which every pipeline asks for both predictions; it multiplies zero
@@ -237,15 +237,11 @@ class Call:
         scheduler = self.pipe.scheduler
         calls = vars(self.pipe).get("_num_timesteps")
         start = _first_call(scheduler, timestep_of(given, named))
-        taken = slice(start, None if calls is None else start + calls)
-        step, level, noise = step_of_calls(scheduler)[taken], levels(scheduler), log_snrs(scheduler)
-        step = step - step[0]
-        first = torch.searchsorted(step, torch.arange(int(step[-1]) + 1))
-        timesteps = [torch.nan] * len(first) if level is None else level[taken][first]
-        noises = None if noise is None else noise[taken][first]
-        self._told = scheduler.timesteps[taken].tolist()
-        self._nearest = 0 if noise is None else int((noise[taken] - LOG_SNR).nan_to_num(torch.inf).abs().argmin())
-        self.state = Escape(self._guidance, timesteps, len(prediction), prediction.device, step, noises)
+        which = slice(start, None if calls is None else start + calls)
+        timesteps, noise, step = taken(scheduler, which)
+        self._told = scheduler.timesteps[which].tolist()
+        self._nearest = 0 if noise is None else int((noise[step] - LOG_SNR).nan_to_num(torch.inf).abs().argmin())
+        self.state = Escape(self._guidance, timesteps, len(prediction), prediction.device, step, noise)
         for line in idle(self.state.guidance, self.state.timesteps):
             log.warning(line)
 

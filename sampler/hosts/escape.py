@@ -92,7 +92,7 @@ class Escape:
 
         Raises ValueError for predictions that do not match, a call too many, and a timestep that is missing.
         """
-        if self.calls == len(self._step):
+        if self.done:
             raise ValueError(f"the run has {self.calls} calls of the network, and all are done: make another Escape")
         if len(uncond) != self.batch:
             raise ValueError(f"uncond has {len(uncond)} samples; the run was made for {self.batch}")
@@ -119,6 +119,11 @@ class Escape:
         columns = [one.calls(self.timesteps, self._step, self._first) for one in self._distinct]
         needed = {branches(laid, looks(laid))[self.calls] for laid in columns}
         return needed.pop() if len(needed) == 1 else "both"
+
+    @property
+    def done(self) -> bool:
+        """Whether all calls of the run are made."""
+        return self.calls == len(self._step)
 
     def seek(self, call: int) -> None:
         """Stand before another call, with all that was noted so far: for hosts that say which call it is."""

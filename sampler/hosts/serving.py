@@ -1,4 +1,4 @@
-"""What the servers share: how a request names its guidance, and the noise levels of a scheduler's steps."""
+"""What the servers share: how a request names its guidance."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from ..guidance.guard import PROBES, THRESHOLD, Attempt, Guard
 from ..guidance.guidance import Guidance
-from ..schedulers.schedule import levels, log_snrs
 
 KEY = "basinescape"  # the name under which a request says what it asks for
 
@@ -38,13 +35,3 @@ class Asked:
     def attempts(self) -> Sequence[Attempt]:
         """Those of a guard; plain guidance is the only one."""
         return self.guidance.attempts if isinstance(self.guidance, Guard) else [Attempt(self.guidance, THRESHOLD, PROBES)]
-
-
-def noise_levels(scheduler: Any, timesteps: Sequence[float] | Tensor) -> tuple[Any, Tensor | None]:
-    """(timesteps in 0..1000, log SNRs) of the steps of a run, for `Escape`; None for log SNRs that are not known.
-
-    timesteps: of the steps that are taken. A part of the scheduler's own is taken as it is.
-    """
-    if len(scheduler.timesteps) != len(timesteps) or (known := levels(scheduler)) is None:
-        return timesteps, None
-    return known, log_snrs(scheduler)

@@ -29,7 +29,8 @@ from ..detection.basin import Probe, suspects
 from ..kernels import guide
 from ..kernels.state import per_sample
 from .escape import Escape, each, judge
-from .serving import KEY, Asked, noise_levels
+from .serving import KEY, Asked
+from .taken import called, taken
 
 MERGED_IN = {"CFGPolicy": None, "ZImageCFGPolicy": torch.float32}  # policies known, and the dtype that each combines in
 RUNTIME = "sglang.multimodal_gen.runtime"
@@ -64,8 +65,8 @@ class EscapePolicy(CFGPolicy):
         for asked in self.asked:
             tried = asked.attempts
             guidance += [tried[min(attempt, len(tried) - 1)].guidance] * (rows // len(self.asked))
-        timesteps, noise = noise_levels(batch.scheduler, batch.timesteps)
-        self.run = Escape(guidance, timesteps, rows, device, log_snrs=noise)
+        timesteps, noise, step = taken(batch.scheduler, called(batch.scheduler, batch.timesteps))
+        self.run = Escape(guidance, timesteps, rows, device, step, noise)
         self._need()
 
     def combine(
@@ -97,8 +98,7 @@ class EscapePolicy(CFGPolicy):
 
     def _need(self) -> None:
         """Only the branches of the next step, if there is one."""
-        done = self.state.calls == len(self.state.timesteps)
-        branch = "both" if done else self.state.branch()
+        branch = "both" if self.state.done else self.state.branch()
         self.branches = [one for one in self.both if branch in ("both", "cond" if one.is_conditional else "uncond")]
 
 
@@ -112,8 +112,6 @@ def check(built: CFGPolicy, batch: Any, asked: list[Asked]) -> None:
             f"{KEY} guides by two predictions, and this request makes {len(built.branches)}: give a negative_prompt, which may "
             "be empty, and a guidance_scale (or true_cfg_scale) above 1; the guidance's own scale counts"
         )
-    if getattr(batch.scheduler, "order", 1) != 1:
-        raise ValueError(f"scheduler {type(batch.scheduler).__name__} calls the network more than once a step")
     if batch.guidance_scale_2 not in (None, batch.guidance_scale):
         raise ValueError("guidance_scale_2 is not followed: guidance that varies over time is Guidance's shape and interval")
     if batch.cfg_gate_step is not None and batch.cfg_gate_step < 1:

@@ -32,7 +32,8 @@ from ..guidance.guidance import Guidance
 from ..kernels.state import per_sample
 from ..types import Branch
 from .escape import Escape, each
-from .serving import KEY, Asked, noise_levels
+from .serving import KEY, Asked
+from .taken import called, taken
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +69,8 @@ class Request:
     def begin(self, scheduler: Any, timesteps: Any, rows: int, device: torch.device) -> None:
         """Lay the guidance over the steps, once."""
         if self.guidance is not None and self.run is None:
-            if getattr(scheduler, "order", 1) != 1:
-                raise ValueError(f"scheduler {type(scheduler).__name__} calls the network more than once a step")
-            told, noise = noise_levels(scheduler, timesteps)
-            self.run = Escape(self.guidance, told, rows, device, log_snrs=noise)
+            levels, noise, step = taken(scheduler, called(scheduler, torch.as_tensor(timesteps)))
+            self.run = Escape(self.guidance, levels, rows, device, step, noise)
 
     @property
     def branch(self) -> Branch:
@@ -83,7 +82,7 @@ class Request:
         if self.run is None:
             raise ValueError(f"request {self.id} names no guidance")
         guided = self.run(uncond, cond)
-        if self.run.calls == len(self.run.timesteps):
+        if self.run.done:
             log.info(f"basinescape: request {self.id}: guided from step {self.run.transition_step.tolist()} on; -1: never")
         return guided, self.run.weight
 

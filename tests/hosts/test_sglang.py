@@ -225,7 +225,7 @@ def test_what_cannot_be_followed_is_refused_before_work(server, guidance, given,
     assert not stage.calls
 
 
-def test_unknown_names_policies_and_schedulers_are_refused(server):
+def test_unknown_names_and_policies_are_refused(server):
     class Own(server.policy.CFGPolicy):
         pass
 
@@ -234,8 +234,8 @@ def test_unknown_names_policies_and_schedulers_are_refused(server):
         stage.forward(batch_of(extra=named(DELAYED)), arguments(), Own())
     with pytest.raises(ValueError, match="basinescape takes guidance"):
         stage.forward(batch_of(extra=named(DELAYED, juge=True)), arguments(), server.policy.CFGPolicy())
-    scheduler = scheduler_of()
-    scheduler.order = 2
-    with pytest.raises(ValueError, match="more than once a step"):
-        stage.forward(batch_of(extra=named(DELAYED), scheduler=scheduler), arguments(), server.policy.CFGPolicy())
+    batch = batch_of(extra=named(DELAYED))
+    batch.timesteps = batch.timesteps - 1
+    with pytest.raises(ValueError, match="none of the scheduler's own"):
+        stage.forward(batch, arguments(), server.policy.CFGPolicy())
     assert not stage.calls
