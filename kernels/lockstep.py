@@ -30,7 +30,8 @@ class Lockstep:
     """
 
     def __init__(self, state: State, table: Tensor, rows: Tensor | None = None, rule: str = "cfg"):
-        self.state, self.shape, self.k = state, state.latents.x.shape, 0
+        self.shape, self.k = state.latents.x.shape, 0
+        self.row, self.timestep = state.transition.row, state.latents.timestep
         batch = self.shape[0]
         if rows is not None and (table[rows] != table[rows[:, :1]])[..., Column.A : Column.FIRST + 1].any():
             raise ValueError("rows lead to steps of different solvers; samples in lockstep may differ in their guidance alone")
@@ -41,19 +42,19 @@ class Lockstep:
 
     def __call__(self, uncond: Tensor, cond: Tensor | None) -> None:
         """Take the step, from predictions as for `step`; raises ValueError for another shape than the latents'."""
-        for name, prediction in (("uncond", uncond), ("cond", cond)):
-            if prediction is not None and prediction.shape != self.shape:
-                raise ValueError(f"{name} is {tuple(prediction.shape)}; it must be {tuple(self.shape)}, as the latents")
-        for group, u, c in zip(self.groups, self._split(uncond), self._split(cond), strict=True):
-            group.take(u, c, group.orders[self.k])
-        self.state.transition.row.add_(self.one)
-        self.state.latents.timestep.fill_(self.groups[0].orders[self.k].timestep)
-        self.k += 1
-
-    def _split(self, prediction: Tensor | None) -> Sequence[Tensor | None]:
-        if prediction is None or len(self.groups) == 1:
-            return [prediction] * len(self.groups)
-        return prediction.split(self.size)
+        if uncond.shape != self.shape or (cond is not None and cond.shape != self.shape):
+            name, other = ("cond", cond) if uncond.shape == self.shape else ("uncond", uncond)
+            raise ValueError(f"{name} is {tuple(other.shape)}; it must be {tuple(self.shape)}, as the latents")
+        groups, k = self.groups, self.k
+        if len(groups) == 1:
+            groups[0].take(uncond, cond, groups[0].orders[k])
+        else:
+            conds = [None] * len(groups) if cond is None else cond.split(self.size)
+            for group, u, c in zip(groups, uncond.split(self.size), conds, strict=True):
+                group.take(u, c, group.orders[k])
+        self.row.add_(self.one)
+        self.timestep.fill_(groups[0].orders[k].timestep)
+        self.k = k + 1
 
 
 class Look(IntEnum):
@@ -97,16 +98,19 @@ def orders(table: Tensor, rows: Tensor | None, index: slice) -> list[Order]:
         for k, c in (own != own[:, :1]).any(dim=1).nonzero().tolist():
             numbers[k][c] = own[k, :, c]
     a, p, scale = (lines[:, column].unbind() for column in (Column.A, Column.P, Column.INPUT_SCALE))
-    scale, timestep = [*scale[1:], *scale[-1:]], [row[Column.TIMESTEP] for row in (*numbers[1:], *numbers[-1:])]
-    found = []
-    for row, a_k, p_k, *following in zip(numbers, a, p, scale, timestep, strict=True):
+    last, found = len(numbers) - 1, []
+    for k, row in enumerate(numbers):
         before, after, _, b, _, q, _, _, step, first, keep, limit, fall, wait, *options = row
-        one = not any(isinstance(value, Tensor) for value in (keep, limit, fall, wait))
+        following = min(k + 1, last)
         look = Look.BY_GAP
-        if one and (limit == math.inf or (keep == limit == -math.inf and not fall)):
-            look = Look.ALL if limit == math.inf else Look.NOBODY
-        leaving = keep, limit, fall, wait
-        found.append(Order(int(step), bool(first), before, after, look, *leaving, a_k, b, p_k, q, tuple(options), *following))
+        if rows is None or not any(isinstance(value, Tensor) for value in row[Column.KEEP : Column.WAIT + 1]):
+            if limit == math.inf:
+                look = Look.ALL
+            elif keep == limit == -math.inf and not fall:
+                look = Look.NOBODY
+        leaving = look, keep, limit, fall, wait
+        solver = a[k], b, p[k], q, tuple(options), scale[following], numbers[following][Column.TIMESTEP]
+        found.append(Order(int(step), bool(first), before, after, *leaving, *solver))
     return found
 
 

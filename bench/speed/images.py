@@ -36,23 +36,24 @@ TOLERANCE = {torch.float32: 1.0, torch.bfloat16: 4.0, torch.float16: 2.0}  # of 
 
 @dataclass(frozen=True)
 class Case:
-    """One model: its steps and batches, and how often each peer is timed."""
+    """One model: its steps and batches, how often each peer is timed, and which of the WAYS."""
 
     model: str
     dtype: torch.dtype
     steps: int
     batches: tuple[int, ...]
     rounds: int
+    ways: str = "cuda"
 
 
 CASES = {
-    "cpu": (Case("tiny", torch.float32, 50, (1, 16), 5),),
+    "cpu": (Case("tiny", torch.float32, 50, (1, 16), 5, "cpu"),),
     "cuda": (
         Case("sd15", torch.float16, 50, (1, 4, 16), 5),
         Case("sd15", torch.bfloat16, 50, (1, 4, 16), 5),
         Case("sdxl", torch.bfloat16, 20, (1, 4, 16), 3),
     ),
-    "quick": (Case("sd15", torch.float16, 20, (1,), 3),),
+    "quick": (Case("sd15", torch.float16, 20, (1, 4, 16), 3, "quick"),),
 }
 # (name, keyword arguments of the sampler, methods); the methods are timed where they are cheapest and plainest.
 WAYS = {
@@ -63,6 +64,10 @@ WAYS = {
         ("ours, compiled", {"compile": True}, ("cfg",)),
         ("ours, compiled, captured", {"compile": True, "capture": True}, tuple(METHODS)),
         ("ours, captured, xformers", {"capture": True, "attention": "xformers"}, ("cfg",)),
+    ),
+    "quick": (
+        ("ours, captured", {"capture": True}, ("cfg",)),
+        ("ours, compiled, captured", {"compile": True, "capture": True}, ("cfg", "delayed, t <= 500")),
     ),
 }
 
@@ -117,7 +122,7 @@ class Bench:
             found["diffusers, compiled, channels-last, packed"] = Peer("cfg", lambda: self.diffusers(best))
         if len(self.prompts) == 1:  # it takes one at a time, so other batches say the same
             found["published style"] = Peer("cfg", lambda: self.published(METHODS["cfg"]))
-        for way, options, methods in WAYS[self.device.type]:
+        for way, options, methods in WAYS[self.case.ways]:
             if options.get("attention") == "xformers" and find_spec("xformers") is None:
                 continue
             pipe = twin(self.pipe) if options.get("compile") or "attention" in options else self.pipe
@@ -182,13 +187,21 @@ def images(device: torch.device, preset: str) -> Iterator[Row]:
             torch._dynamo.reset()
             gc.collect()
             torch.cuda.empty_cache()
-            yield from _rows(Bench(case, device, pipe, batch), batch, rate)
+            try:
+                yield from _rows(Bench(case, device, pipe, batch), batch, rate)
+            except torch.OutOfMemoryError:
+                yield {"bench": "images", "what": _what(case, batch), "left out": "not enough memory"}
+
+
+def _what(case: Case, batch: int) -> str:
+    return f"{case.model}, {str(case.dtype).removeprefix('torch.')}, {case.steps} steps, batch {batch}"
 
 
 def _rows(bench: Bench, batch: int, rate: float) -> Iterator[Row]:
     case, peers, flops = bench.case, bench.peers(), bench.flops()
     made = {name: peer.images() for name, peer in peers.items()}
-    expected = {method: bench.published(METHODS[method]) for method in METHODS if method != "cfg"}
+    methods = dict.fromkeys(peer.method for peer in peers.values() if peer.method != "cfg")
+    expected = {method: bench.published(METHODS[method]) for method in methods}
     expected["cfg"] = made[BASELINE]
     apart = {name: {m: difference(made[name], right, case.dtype) for m, right in expected.items()} for name in peers}
     times = interleaved({name: peer.images for name, peer in peers.items()}, bench.device, case.rounds)
@@ -199,7 +212,7 @@ def _rows(bench: Bench, batch: int, rate: float) -> Iterator[Row]:
         rates = summary([batch / t for t in times[name]], None)
         yield {
             "bench": "images",
-            "what": f"{case.model}, {str(case.dtype).removeprefix('torch.')}, {case.steps} steps, batch {batch}",
+            "what": _what(case, batch),
             "peer": name,
             "unit": "images/s",
             **rates,

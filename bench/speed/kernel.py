@@ -30,19 +30,21 @@ REPEATS = 20
 
 @dataclass(frozen=True)
 class Cases:
-    """What is timed: names in SIZES, batches, dtypes; each peer for `least` seconds in each of `rounds` rounds."""
+    """What is timed: names in SIZES, batches, dtypes; each peer for `least` seconds in each of `rounds` rounds. compiled: the
+    sizes at which the chain is compiled, too, which takes long."""
 
     sizes: tuple[str, ...]
     batches: tuple[int, ...]
     dtypes: tuple[str, ...]
     rounds: int
     least: float
+    compiled: tuple[str, ...] = tuple(SIZES)
 
 
 CASES = {
     "cpu": Cases(("SD", "SDXL"), (1, 4, 16), ("float32", "bfloat16"), 9, 0.01),
     "cuda": Cases(tuple(SIZES), (1, 4, 16, 64), ("float32", "float16", "bfloat16"), 15, 0.003),
-    "quick": Cases(tuple(SIZES), (1, 16), ("float16",), 9, 0.003),
+    "quick": Cases(("video", "SD", "SDXL", "SD3"), (16, 1), ("float16",), 9, 0.003, ("SD",)),
 }
 
 
@@ -87,8 +89,8 @@ def compiled(call: Callable[..., object], device: torch.device) -> Callable[...,
     return torch.compile(call, fullgraph=True, dynamic=False, mode=mode)
 
 
-def step_work(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Work:
-    """A step of a two-step solver in which every sample looks for its first minimum."""
+def step_work(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, compiles: bool = True) -> Work:
+    """A step of a two-step solver in which every sample looks for its first minimum. compiles: the chain compiled, too."""
     batch = shape[0]
     prediction, noise = _predictions(shape, dtype, device)
     table = table_of(STEPS, device)
@@ -108,10 +110,12 @@ def step_work(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
         step(uncond, cond, table, state)
         return state.latents.model_input, state.latents.history, state.transition.gaps[:, 2], state.transition.at
 
-    fast = compiled(chain, device)
     numbers = noise.numel()
     moved = numbers * (5 * dtype.itemsize + 2 * 4)
-    peers = {"fused step": fused, BASELINE: lambda: chain(*operands), "compiled chain": lambda: fast(*operands)}
+    peers: dict[str, Callable[[], object]] = {"fused step": fused, BASELINE: lambda: chain(*operands)}
+    if compiles:
+        fast = compiled(chain, device)
+        peers["compiled chain"] = lambda: fast(*operands)
     return Work({**peers, "copy": _copy(moved, device)}, moved)
 
 
@@ -125,19 +129,20 @@ def table_of(steps: int, device: torch.device) -> Tensor:
     return columns.T.contiguous().to(device)
 
 
-def guide_work(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Work:
+def guide_work(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, compiles: bool = True) -> Work:
     """Guidance and noise gap alone."""
     prediction, _ = _predictions(shape, dtype, device)
     uncond, cond = prediction.chunk(2)
     weight = torch.linspace(BEFORE, AFTER, shape[0], device=device).to(dtype)
     out = torch.empty_like(uncond), torch.empty(shape[0], device=device)
-    fast = compiled(guide_chain, device)
     moved = 3 * uncond.numel() * dtype.itemsize
-    peers = {
+    peers: dict[str, Callable[[], object]] = {
         "guide": lambda: guide(uncond, cond, weight, out=out),
         BASELINE: lambda: guide_chain(prediction, weight),
-        "compiled chain": lambda: fast(prediction, weight),
     }
+    if compiles:
+        fast = compiled(guide_chain, device)
+        peers["compiled chain"] = lambda: fast(prediction, weight)
     return Work({**peers, "copy": _copy(moved, device)}, moved)
 
 
@@ -184,7 +189,7 @@ def kernel(device: torch.device, preset: str) -> Iterator[Row]:
         for size in cases.sizes:
             for dtype in cases.dtypes:
                 for batch in cases.batches:
-                    work = make((batch, *SIZES[size]), getattr(torch, dtype), device)
+                    work = make((batch, *SIZES[size]), getattr(torch, dtype), device, size in cases.compiled)
                     what = f"{name}, {size} x {batch}, {dtype}"
                     yield from _rows(what, work, TOLERANCE[dtype], device, cases)
 

@@ -34,20 +34,22 @@ WAIT = re.compile(r"cud?a?(Stream|Device|Event|Ctx)Synchronize")
 
 @dataclass(frozen=True)
 class Cases:
-    """Schedulers, pixels a side and batches of the comparison; batches and steps of the table of cost."""
+    """Schedulers, models, each at a number of pixels a side, and batches of the comparison; batches and steps of the table of
+    cost."""
 
     schedulers: tuple[str, ...]
-    heights: tuple[int, ...]
+    models: tuple[tuple[str, int], ...]
     batches: tuple[int, ...]
     cost_batches: tuple[int, ...]
     cost_steps: tuple[int, ...]
     rounds: int
 
 
+BASE = ("sd15", 512), ("sdxl", 1024)
 CASES = {
-    "cpu": Cases(("ddim", "dpmsolver++"), (64, 256), (1, 4, 16), (1, 4, 16, 64), (10, 50, 200), 9),
-    "cuda": Cases(("ddim", "dpmsolver++", "euler"), (256,), (1, 4, 16), (1, 4, 16, 64), (10, 50, 200), 9),
-    "quick": Cases(("dpmsolver++",), (256,), (1, 16), (1, 64), (10, 200), 5),
+    "cpu": Cases(("ddim", "dpmsolver++"), (("tiny", 64), ("tiny", 256)), (1, 4, 16), (1, 4, 16, 64), (10, 50, 200), 9),
+    "cuda": Cases(("ddim", "dpmsolver++", "euler"), BASE, (1, 4, 16), (1, 4, 16, 64), (10, 50, 200), 9),
+    "quick": Cases(("dpmsolver++",), BASE, (1, 16), (1, 64), (10, 200), 3),
 }
 
 
@@ -65,11 +67,14 @@ def stubbed(pipe: StableDiffusionPipeline) -> Iterator[None]:
     def read(ids: Tensor, *_: object, **__: object) -> tuple[Tensor]:
         return (torch.zeros((*ids.shape, pipe.text_encoder.config.hidden_size), dtype=pipe.dtype, device=ids.device),)
 
-    pipe.unet.forward, pipe.text_encoder.forward = predict, read
+    stubs = {pipe.unet: predict} | ({} if pipe.text_encoder is None else {pipe.text_encoder: read})
+    for module, stub in stubs.items():
+        module.forward = stub
     try:
         yield
     finally:
-        del pipe.unet.forward, pipe.text_encoder.forward
+        for module in stubs:
+            del module.forward
 
 
 def peers(
@@ -137,18 +142,19 @@ def step(device: torch.device, preset: str) -> Iterator[Row]:
     A peer of plain guidance whose latents are not diffusers' gets no ratio.
     """
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    pipe, cases = pipeline("tiny", dtype, device), CASES[preset]
-    with stubbed(pipe):
-        for scheduler in cases.schedulers:
-            for height in cases.heights:
+    cases = CASES[preset]
+    for model, height in cases.models:
+        pipe = pipeline(model, dtype, device)
+        name = f"{model}, {_latents(pipe, height)}"
+        with stubbed(pipe):
+            for scheduler in cases.schedulers:
                 for batch in cases.batches:
-                    what = f"{scheduler}, {_latents(pipe, height)}, batch {batch}"
+                    what = f"{scheduler}, {name}, batch {batch}"
                     yield from _compared(what, peers(pipe, scheduler, height, batch), device, cases.rounds)
-        for scheduler in cases.schedulers:
-            for peer, (call, _) in peers(pipe, scheduler, cases.heights[-1], 1).items():
-                what = f"{scheduler}, {_latents(pipe, cases.heights[-1])}, batch 1"
-                yield {"bench": "step, counted", "what": what, "peer": peer, **counts(call, device)}
-        yield from _cost(pipe, cases)
+                for peer, (call, _) in peers(pipe, scheduler, height, 1).items():
+                    what = f"{scheduler}, {name}, batch 1"
+                    yield {"bench": "step, counted", "what": what, "peer": peer, **counts(call, device)}
+            yield from _cost(pipe, height, cases)
 
 
 def _latents(pipe: StableDiffusionPipeline, height: int) -> str:
@@ -183,9 +189,9 @@ def _of(call: Callable[[int], Tensor], steps: int) -> Callable[[], Tensor]:
 
 
 @torch.inference_mode()
-def _cost(pipe: StableDiffusionPipeline, cases: Cases) -> Iterator[Row]:
+def _cost(pipe: StableDiffusionPipeline, height: int, cases: Cases) -> Iterator[Row]:
     """Microseconds of the whole loop; ratio: to it from the fitted (a + b * batch) + steps * (c + d * batch)."""
-    device, height = pipe.device, cases.heights[-1]
+    device = pipe.device
     sampler = Sampler.from_pipeline(pipe)
     side = height // pipe.vae_scale_factor
     calls = {}
