@@ -122,7 +122,14 @@ def test_a_guard_looks_early_only_at_pictures_as_it_was_calibrated_for(small, tm
     early = EarlyLook((1.0,) * 4, tuple(sampler.solver(4).levels), 1, 0.0)  # gives up every attempt that it looks at
     looking = replace(guard_of((PLAIN, NONE), (PLAIN, NONE)), early=early)
     height = sampler.size()[0]
-    own = [{}, {"height": 32}, {"steps": 5}, {"scale": 2.0}, {"height": height, "steps": 4, "scale": 5.0}, {"guidance": "guard"}]
+    own = [
+        {},
+        {"height": 32},
+        {"steps": 5},
+        {"scale": 2.0},
+        {"height": height, "steps": 4, "scale": 5.0},
+        {"guidance": "guard"},
+    ]
     asked = [Job(f"{i}", "a", i, **one) for i, one in enumerate(own)]
     make(sampler, asked, tmp_path, looking, steps=4, named={"guard": looking}, format="latents")
     attempts = {line["id"]: line["attempts"] for line in sound(tmp_path)}
@@ -146,8 +153,16 @@ def test_a_set_that_grows_makes_what_is_new_alone(small, drawn, tmp_path, format
 
 REFUSED = {
     "'p1' was asked for with prompt 'a picture of a cat 1', now 'a dog'": lambda j: [j[0], replace(j[1], prompt="a dog"), j[2]],
-    "'p2' was asked for with seed 2, now 7, steps None, now 3": lambda j: [*j[:2], replace(j[2], seed=7, steps=3), Job("n", "n", 0)],
-    "image 1 was 'p1' .'a picture of a cat 1'., now 'new' .'a'.: add new prompts behind": lambda j: [j[0], Job("new", "a", 9), *j[1:]],
+    "'p2' was asked for with seed 2, now 7, steps None, now 3": lambda j: [
+        *j[:2],
+        replace(j[2], seed=7, steps=3),
+        Job("n", "n", 0),
+    ],
+    "image 1 was 'p1' .'a picture of a cat 1'., now 'new' .'a'.: add new prompts behind": lambda j: [
+        j[0],
+        Job("new", "a", 9),
+        *j[1:],
+    ],
     "holds a run of 2 more images, 'p1' the first": lambda j: j[:1],
 }
 
