@@ -53,7 +53,9 @@ def make(sampler, jobs, out, guidance=Guidance.cfg(7.5), **options):
     for owner, own in owners.items():
         own |= {field.name: options.pop(field.name) for field in fields(owner) if field.name in options}
     recipe, files, placement = (owner(**own) for owner, own in owners.items())
-    return generate(sampler, jobs, out, recipe, files=files, placement=placement, **{"model": "tiny", "progress": False} | options)
+    return generate(
+        sampler, jobs, out, recipe, files=files, placement=placement, **{"model": "tiny", "progress": False} | options
+    )
 
 
 class Drawn:

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -29,7 +29,8 @@ Placed = tuple[int, Job]  # a job and its position in the run
 class Executor(Protocol):
     """Who makes a run's pictures: this process, or the workers of a cluster.
 
-    calls: the network's calls so far, see `Engine`. stepped: is told of every step, and of how many samples' worth is not yet done.
+    calls: the network's calls so far, see `Engine`.
+    stepped: is told of every step, with what the samples in the making amount to, in samples.
     """
 
     stepped: Callable[[float], None]
@@ -123,9 +124,7 @@ class LocalExecutor:
             self.engine = engine
 
 
-def _in_order(
-    pressed: Iterable[Made | Picture], order: deque[int], again: Callable[[Placed], None] | None
-) -> Iterator[Made]:
+def _in_order(pressed: Iterable[Made | Picture], order: deque[int], again: Callable[[Placed], None] | None) -> Iterator[Made]:
     """What is made in the order of its jobs; `again` is told of pictures that are not finite."""
     kept: dict[int, Made | Picture] = {}
     for one in pressed:
@@ -140,5 +139,6 @@ def _in_order(
 
 def threaded(sampler: Sampler) -> bool:
     """Whether its stages may run beside each other: beside a GPU, unless parts of the pipeline come and go between devices."""
-    parts = (part for part in sampler.pipe.components.values() if isinstance(part, nn.Module))
+    components: dict[str, Any] = sampler.pipe.components  # type: ignore[attr-defined]  # diffusers does not say its type
+    parts = (part for part in components.values() if isinstance(part, nn.Module))
     return sampler.model.device.type == "cuda" and not any(map(hooked, parts))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.prompts import Job, Prompts
-from ..data.writers import Made, Writer, writer
+from ..data.writers import Writer, writer
 from ..models import memory
 from ..runs.environment import own_numbers
 from ..runs.folder import differences, open_folder, read_settings
@@ -161,7 +161,9 @@ def _slots(out: Path, placement: Placement, plans: Plans, prompts: Prompts) -> i
     if known is None or known == wanted:
         return wanted
     if placement.batch_size is not None and known > most:
-        raise ValueError(f"{str(out)!r} holds a run of {known} samples at a time, on which its images depend; got batch_size {most}")
+        raise ValueError(
+            f"{str(out)!r} holds a run of {known} samples at a time, on which its images depend; got batch_size {most}"
+        )
     if known < wanted:
         log.warning("the run goes on with %d samples at a time, as it began; a new one would have %d", known, wanted)
     return known

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import Image
-
 from .. import checks
 from ..data.prompts import Job
 from ..guidance.guard import Guard
@@ -57,7 +55,7 @@ class Copies(Protocol):
 
     settings: Mapping[str, Any]
 
-    def __call__(self, image: Image.Image) -> dict[str, Any]: ...
+    def __call__(self, image: Any) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ def fault_of(text: str) -> str | None:
 def _text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     """The file open for reading. Raises ValueError where it is compressed and broken."""
     try:
-        with (gzip.open if path.suffix.casefold() == ".gz" else open)(path, "rt", newline=newline, **ENCODING) as file:
+        opens: Callable[..., Any] = gzip.open if path.suffix.casefold() == ".gz" else open
+        with opens(path, "rt", newline=newline, **ENCODING) as file:
             yield file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"which is no whole .gz file: {error}") from error
@@ -179,7 +180,7 @@ def _records(file: TextIO, delimiter: str) -> Iterator[tuple[str, list[str] | st
     ahead: deque[str] = deque()  # lines to be read again
 
     def lines() -> Iterator[str]:
-        while (line := ahead.popleft() if ahead else file.readline()):
+        while line := ahead.popleft() if ahead else file.readline():
             taken.append(line)
             yield line
 

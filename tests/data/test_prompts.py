@@ -118,8 +118,16 @@ def test_standard_input_and_pipes_are_read_once(tmp_path, monkeypatch):
         ("p.jsonl", b'{"prompt": "a", "sede": 3}', "line 1: unknown column 'sede': call it 'seed'"),
         ("p.jsonl", b'{"prompt": "a", "height": "tall"}', "line 1: height must be a whole number of at least 1, got 'tall'"),
         ("p.jsonl", b'{"prompt": "a", "count": 0}', "line 1: count must be a whole number of at least 1, got 0"),
-        ("p.jsonl", b'{"prompt": "a", "guidance": 7.5}', "line 1: guidance must be one of cfg, .*, got 7.5; its scale is called"),
-        ("p.jsonl", b'{"prompt": "a", "id": "x-1"}\n{"prompt": "b", "id": "x", "count": 2}', "line 2: id 'x-1' is already used in"),
+        (
+            "p.jsonl",
+            b'{"prompt": "a", "guidance": 7.5}',
+            "line 1: guidance must be one of cfg, .*, got 7.5; its scale is called",
+        ),
+        (
+            "p.jsonl",
+            b'{"prompt": "a", "id": "x-1"}\n{"prompt": "b", "id": "x", "count": 2}',
+            "line 2: id 'x-1' is already used in",
+        ),
         ("p.jsonl", b'{"prompt": "a", "prompt": "b"}', "line 1: not JSON: the key 'prompt' comes twice"),
         ("p.jsonl", b'{"prompt": "a", "Prompt": "b"}', "line 1: must name each column once; 'prompt' comes twice"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "a \\ud83d"}', "line 2: holds half a surrogate pair"),
@@ -295,7 +303,15 @@ def test_a_row_may_ask_for_several_images_of_its_own_size_and_guidance(tmp_path)
     expected += [Job("0001", "b", 11), Job("0002", "c", 12), Job("0002-1", "c", 13)]
     found = Prompts(tmp_path / "p.csv", 10)
     assert list(found) == list(enumerate(expected)) and len(found) == 6
-    assert [job.id for _, job in Prompts(tmp_path / "p.csv", count=2)] == ["x", "x-1", "x-2", "0001", "0001-1", "0002", "0002-1"]
+    assert [job.id for _, job in Prompts(tmp_path / "p.csv", count=2)] == [
+        "x",
+        "x-1",
+        "x-2",
+        "0001",
+        "0001-1",
+        "0002",
+        "0002-1",
+    ]
     (tmp_path / "p.csv").write_text(text.replace("x,3", "x,1"))
     assert {job for _, job in Prompts(tmp_path / "p.csv", 10)} < set(expected)
 
@@ -318,7 +334,7 @@ def test_jobs_that_do_not_fit_are_left_out_one_by_one_on_request(tmp_path, caplo
     assert found.sha256 not in (before, Prompts(tmp_path / "right.jsonl").sha256)  # a row keeps its place beside wrong ones
 
 
-@pytest.mark.parametrize("wrong", ['"a dog,2', '"a" dog,2', 'a dog,2,3', ',2', "a dog,x"])
+@pytest.mark.parametrize("wrong", ['"a dog,2', '"a" dog,2', "a dog,2,3", ",2", "a dog,x"])
 def test_a_line_of_csv_that_is_wrong_costs_itself_alone(tmp_path, wrong):
     """An open quote would swallow all that follow."""
     rows = ["prompt,seed", "a cat,1", wrong, "a bird,3", '"a ""fish"" and\nmore",4', "a cow,5"]
