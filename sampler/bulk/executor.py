@@ -48,9 +48,9 @@ class Executor(Protocol):
 class LocalExecutor:
     """An `Executor` in this process; see `stages`."""
 
-    def __init__(self, sampler: Sampler, plans: Plans, slots: int, files: Files):
-        self.sampler, self.plans, self.slots, self.files = sampler, plans, slots, files
-        self.engine = Engine(sampler.runner.lane, slots, fixed=True, local=True)
+    def __init__(self, plans: Plans, slots: int, files: Files):
+        self.sampler, self.plans, self.slots, self.files = plans.sampler, plans, slots, files
+        self.engine = Engine(self.sampler.runner.lane, slots, fixed=True, local=True)
         self.stepped: Callable[[float], None] = lambda under_way: None
 
     @property

@@ -48,7 +48,7 @@ class Part:
 
 
 def by_size(jobs: Iterable[tuple[int, Job]], size: Callable[[Job], tuple[int, int]]) -> Iterator[tuple[int, Job]]:
-    """The jobs, in every WINDOW of them those of one size together: a batch has one size, and runs empty before the next one.
+    """The jobs, those of one size together in every WINDOW: a batch has one size, and runs empty before the next.
 
     Each window begins with the size that the one before ended with.
     """
@@ -65,8 +65,8 @@ def grown(out: Path, known: Mapping[str, Any], prompts: Prompts) -> None:
     """Raises ValueError unless the jobs of a folder are the first of these prompts, unchanged. known: the folder's run.json."""
     if sum(1 for _ in read_jobs(out)) < known["prompts"]:
         raise ValueError(
-            f"{str(out)!r} holds a run of other prompts, and its {JOBS}, which says which, is missing or cut off: start it with "
-            "those once more, or choose another folder"
+            f"{str(out)!r} holds a run of other prompts, and its {JOBS}, which says which, is missing or cut off: start it "
+            "with those once more, or choose another folder"
         )
     earlier = job_lines(out)
     for position, job in prompts:

@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:
-    """The function as a command. Its arguments are dataclasses; each of their fields is an option, in a group named by TITLE."""
+    """The function as a command. Its arguments are dataclasses; each of their fields is an option, in the group TITLE."""
     groups = {name: group for name, group in get_type_hints(function).items() if name != "return"}
 
     def command(**given: Any) -> None:
