@@ -7,6 +7,7 @@ import argparse
 
 from basinescape import At, Calibration, Guidance, Sampler
 from basinescape.bulk.generate import generate
+from basinescape.bulk.settings import Files, Placement, Recipe
 from basinescape.data.prompts import Prompts
 from basinescape.data.verify import verify
 from basinescape.data.writers import FORMATS
@@ -33,12 +34,10 @@ summary = generate(
     sampler,
     Prompts(given.prompts, on_error="skip"),  # nothing holds them all
     given.out,
-    guidance,
+    Recipe(guidance, given.steps),
     given.model,
-    given.steps,
-    given.batch_size,
-    format=given.format,
-    shard=tuple(map(int, given.shard.split("/"))) if given.shard else None,
+    Files(given.format, tuple(map(int, given.shard.split("/"))) if given.shard else None),
+    Placement(given.batch_size),
 )
 print(summary)
 print(f"still suspect: {summary.ids.get('suspect', [])}, failed: {summary.ids.get('failed', [])}")

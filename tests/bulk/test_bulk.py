@@ -28,6 +28,7 @@ from bulkruns import QUICK, run, write
 from PIL import Image
 from safetensors import safe_open
 
+pytestmark = pytest.mark.usefixtures("ways")
 JOBS = [Job(f"p.{i}", f"cat {i}", i, "blurry" if i == 3 else None) for i in range(7)]
 LIBRARIES = {"parquet": "pyarrow", "webdataset": "webdataset"}
 
