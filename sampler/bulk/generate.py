@@ -59,9 +59,9 @@ def generate(
     A manifest line says what was asked (id, prompt, seed, what is the job's own, and what else the file of prompts says of it),
     `transition_step`, `transition_timestep`, `transition_log_snr`, `noise_gap`, and `status`: "ok" where the image is there and
     its pixels were finite, else "failed: " and why. That of an image has its `file` and `sha256`, and how it was made; see
-    `Plans.facts`. Under a guard it has `attempts`, `score` and `suspect`. `nsfw_content_detected` is there where the pipeline has
-    a safety checker, `truncated` where a prompt was cut at the text encoder's limit (the text that was left out), `retried` where
-    the sample was not finite and was made again in float32.
+    `Plans.facts`. Under a guard it has `attempts`, `score` and `suspect`. `nsfw_content_detected` is there where the pipeline
+    has a safety checker, `truncated` where a prompt was cut at the text encoder's limit (the text that was left out), `retried`
+    where the sample was not finite and was made again in float32.
 
     A fault of one sample costs that one: it is marked, and made again when the run is started again. Where the prompts cannot
     be read to their end, the images of those before are finished, and the error is raised then. After SIGINT or SIGTERM what is
