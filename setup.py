@@ -49,6 +49,8 @@ setup(
     ],
     extras_require={
         "test": [
+            "c2pa-python",
+            "datasets",
             "peft",
             "pyarrow",
             "pytest",
@@ -66,6 +68,7 @@ setup(
         "xformers": ["xformers"],
         "ray": ["ray"],
         "formats": ["datasets", "prometheus_client", "pyarrow", "webdataset"],
+        "provenance": ["c2pa-python"],
     },
     entry_points={"console_scripts": ["basinescape=basinescape.bench.cli:main"]},
 )

@@ -61,7 +61,7 @@ def _rank(line: dict[str, Any]) -> tuple:
 def _images(folder: Path, format: str, lines: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes | None]]:
     """Each line with its image's bytes, None where there are none to show. A shard is read once."""
     shown, writes = {}, writer(folder, format)
-    ok = [line for line in lines if line["status"] == "ok" and format != "latents" and writes.names(line["file"], line["id"])]
+    ok = [line for line in lines if line["status"] == "ok" and format != "latents" and writes.owns(line["file"], line["id"])]
     for file, some in itertools.groupby(sorted(ok, key=lambda line: line["file"]), key=lambda line: line["file"]):
         wanted = {line["id"] for line in some}
         if (folder / file).is_file():

@@ -18,7 +18,10 @@ from pathlib import Path
 
 import torch
 from basinescape import At, Guard, Guidance, Sampler
-from basinescape.bulk.generate import Stop, generate
+from basinescape.bulk.generate import generate
+from basinescape.bulk.plans import Plans
+from basinescape.bulk.settings import Files, Placement, Recipe
+from basinescape.bulk.stop import Stop
 from basinescape.data.prompts import Job
 from basinescape.guidance.guard import Attempt
 from basinescape.sampling.engine import Engine, Sample
@@ -175,13 +178,13 @@ def scaling(workers: Sequence[int] = (1, 2, 4), steps: int = 10) -> Iterator[Row
         return
     import ray
     from basinescape.bulk.ray import ROUNDS as blocks
-    from basinescape.bulk.ray import RayRun
+    from basinescape.bulk.ray import RayExecutor
 
     ray.init(num_cpus=max(workers), include_dashboard=False, log_to_driver=False)
     jobs = [(i, Job(f"{i}", f"a picture of a {i}", i)) for i in range(2 * max(workers) * blocks * SLOTS)]
     rates: list[float] = []
     for count in workers:
-        run = RayRun(worker, count, {}, steps, Guidance.cfg(SCALE), SLOTS, "png")
+        run = RayExecutor(Plans(worker(), Recipe(Guidance.cfg(SCALE), steps)), SLOTS, Files(), Placement(SLOTS, worker, count))
         sum(1 for _ in run.made(iter(jobs[: count * blocks * SLOTS]), Stop()))  # until every worker is there
         start = time.perf_counter()
         rates.append(sum(1 for _ in run.made(iter(jobs), Stop())) / (time.perf_counter() - start))
@@ -212,7 +215,8 @@ def busy(sampler: Sampler, jobs: int = 96, slots: int = 16, steps: int = 50) -> 
         with tempfile.TemporaryDirectory() as folder:
             work = [Job(f"{i}", f"a picture of a {i}", i) for i in range(jobs)]
             start = time.perf_counter()
-            generate(sampler, work, folder, Guidance.cfg(SCALE), "tiny", steps, slots, progress=False)
+            recipe = Recipe(Guidance.cfg(SCALE), steps)
+            generate(sampler, work, folder, recipe, "tiny", placement=Placement(slots), progress=False)
             share = spent[0] / (time.perf_counter() - start)
     finally:
         del sampler.model.network
@@ -253,8 +257,9 @@ def _measured(count: int) -> float:
             file.writelines(f'{{"prompt": "a picture of a cat {i}"}}\n' for i in range(count))
         from basinescape.data.prompts import Prompts
 
-        options = {"steps": 1, "batch_size": 16, "progress": False, "format": "parquet"}
-        summary = generate(sampler, Prompts(prompts), Path(folder) / "out", Guidance.cfg(SCALE), "tiny", **options)
+        recipe, files = Recipe(Guidance.cfg(SCALE), 1), Files("parquet")
+        out = Path(folder) / "out"
+        summary = generate(sampler, Prompts(prompts), out, recipe, "tiny", files, Placement(16), progress=False)
         if summary.done != count:
             raise RuntimeError(f"{summary.done} of {count} images were made")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -29,7 +29,8 @@ Placed = tuple[int, Job]  # a job and its position in the run
 class Executor(Protocol):
     """Who makes a run's pictures: this process, or the workers of a cluster.
 
-    calls: the network's calls so far, see `Engine`. stepped: is told of every step, and of how many samples' worth is not yet done.
+    calls: the network's calls so far, see `Engine`.
+    stepped: is told of every step, with what the samples in the making amount to, in samples.
     """
 
     stepped: Callable[[float], None]
@@ -47,9 +48,9 @@ class Executor(Protocol):
 class LocalExecutor:
     """An `Executor` in this process; see `stages`."""
 
-    def __init__(self, sampler: Sampler, plans: Plans, slots: int, files: Files):
-        self.sampler, self.plans, self.slots, self.files = sampler, plans, slots, files
-        self.engine = Engine(sampler.runner.lane, slots, fixed=True, local=True)
+    def __init__(self, plans: Plans, slots: int, files: Files):
+        self.sampler, self.plans, self.slots, self.files = plans.sampler, plans, slots, files
+        self.engine = Engine(self.sampler.runner.lane, slots, fixed=True, local=True)
         self.stepped: Callable[[float], None] = lambda under_way: None
 
     @property
@@ -139,5 +140,6 @@ def _in_order(pressed: Iterable[Made | Picture], order: deque[int], again: Calla
 
 def threaded(sampler: Sampler) -> bool:
     """Whether its stages may run beside each other: beside a GPU, unless parts of the pipeline come and go between devices."""
-    parts = (part for part in sampler.pipe.components.values() if isinstance(part, nn.Module))
+    components: dict[str, Any] = sampler.pipe.components  # type: ignore[attr-defined]  # diffusers does not say its type
+    parts = (part for part in components.values() if isinstance(part, nn.Module))
     return sampler.model.device.type == "cuda" and not any(map(hooked, parts))

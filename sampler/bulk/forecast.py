@@ -1,4 +1,4 @@
-"""What is left of a run is told before it takes long: images, attempts, time and room on the disk, from a first measured step."""
+"""What a run will take, told after its first measured step: images, attempts, time and room on the disk."""
 
 from __future__ import annotations
 
@@ -58,8 +58,7 @@ class Forecast:
         attempts = f"{self.left:,} attempts" + (", and more for what looks like a copy" if again else "")
         free = shutil.disk_usage(self.out).free
         self.shown.tell(
-            f"{self.left:,} images to make: {attempts}; about {duration(took)}; at most {_human(size)} of the {_human(free)} that "
-            "the disk has left",
+            f"{self.left:,} images to make: {attempts}; about {duration(took)}; at most {_human(size)} of {_human(free)} free",
             {"images": self.left, "attempts": self.left, "seconds": round(took), "bytes": round(size), "free": free},
         )
 

@@ -58,8 +58,8 @@ def generate(
 
     A manifest line says what was asked (id, prompt, seed, what is the job's own, and what else the file of prompts says of it),
     `transition_step`, `transition_timestep`, `transition_log_snr`, `noise_gap`, and `status`: "ok" where the image is there and
-    its pixels were finite, with its `file` and `sha256`, else "failed: " and why. That of an image has what `Plans.facts` says
-    of how it was made. Under a guard it has `attempts`, `score` and `suspect`. `nsfw_content_detected` is there where the pipeline
+    its pixels were finite, else "failed: " and why. That of an image has its `file` and `sha256`, and how it was made; see
+    `Plans.facts`. Under a guard it has `attempts`, `score` and `suspect`. `nsfw_content_detected` is there where the pipeline
     has a safety checker, `truncated` where a prompt was cut at the text encoder's limit (the text that was left out), `retried`
     where the sample was not finite and was made again in float32.
 
@@ -88,17 +88,21 @@ def generate(
     settings |= {"options": options} if options else {}
     settings |= prompts.settings | {"weights": weights_sha256(sampler.pipe)} | sampler.provenance
     open_folder(out, settings, GROWING, partial(_grown, out, settings, prompts))
-    executor: Executor = LocalExecutor(sampler, plans, slots, files)
-    if placement.load is not None:
-        from .ray import RayExecutor
-
-        executor = RayExecutor(placement, sampler.options, recipe, model, slots, files)
+    executor = _executor(plans, slots, files, placement)
     shown = progress if isinstance(progress, Progress) else Progress("auto" if progress else "none")
     part, forecast = Part(prompts, files.shard), Forecast(plans, prompts.kinds, files.format == "latents", out, shown)
     _fill(writes, files, executor, part, plans, forecast, shown)
     if part.fault is not None:
         raise part.fault
     return shown.summary
+
+
+def _executor(plans: Plans, slots: int, files: Files, placement: Placement) -> Executor:
+    if placement.load is None:
+        return LocalExecutor(plans, slots, files)
+    from .ray import RayExecutor
+
+    return RayExecutor(plans, slots, files, placement)
 
 
 def _fill(

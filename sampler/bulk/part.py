@@ -49,10 +49,13 @@ class Part:
 
 
 def by_size(jobs: Iterable[tuple[int, Job]], size: Callable[[Job], tuple[int, int]]) -> Iterator[tuple[int, Job]]:
-    """The jobs, those of one size after each other among every WINDOW: a batch is of one size, and runs empty before another."""
+    """The jobs, those of one size together in every WINDOW: a batch has one size, and runs empty before the next.
+
+    Each window begins with the size that the one before ended with.
+    """
     jobs, last = iter(jobs), None
     while some := list(islice(jobs, WINDOW)):
-        groups: dict[tuple[int, int] | None, list[tuple[int, Job]]] = {last: []}  # that of the batch that is open comes first
+        groups: dict[tuple[int, int] | None, list[tuple[int, Job]]] = {last: []}
         for placed in some:
             groups.setdefault(size(placed[1]), []).append(placed)
         for last, group in groups.items():  # noqa: B007 (the last of them stays open)
@@ -60,11 +63,11 @@ def by_size(jobs: Iterable[tuple[int, Job]], size: Callable[[Job], tuple[int, in
 
 
 def grown(out: Path, known: Mapping[str, Any], prompts: Prompts) -> None:
-    """Raises ValueError unless the jobs of a folder, whose run.json is `known`, are the first of these, none of them changed."""
+    """Raises ValueError unless the jobs of a folder are the first of these prompts, unchanged. known: the folder's run.json."""
     if sum(1 for _ in read_jobs(out)) < known["prompts"]:
         raise ValueError(
-            f"{str(out)!r} holds a run of other prompts, and its {JOBS}, which says which, is missing or cut off: start it with "
-            "those once more, or choose another folder"
+            f"{str(out)!r} holds a run of other prompts, and its {JOBS}, which says which, is missing or cut off: start it "
+            "with those once more, or choose another folder"
         )
     earlier = job_lines(out)
     for position, job in prompts:

@@ -26,7 +26,7 @@ class Plans:
 
     def __init__(self, sampler: Sampler, recipe: Recipe, model: str):
         """model: what a picture's file and line call the sampler's model; of a folder, its name."""
-        self.sampler, self.recipe = sampler, recipe
+        self.sampler, self.recipe, self.model = sampler, recipe, model
         self._made: dict[Kind, Ladder] = {}
         self._facts = {
             "scheduler": type(sampler.scheduler).__name__,

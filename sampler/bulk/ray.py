@@ -62,7 +62,7 @@ class Worker:
     ):
         torch.set_num_threads(threads)
         sampler = load().using(recipe.height, recipe.width, **options)
-        self.executor = LocalExecutor(sampler, Plans(sampler, recipe, model), slots, files)
+        self.executor = LocalExecutor(Plans(sampler, recipe, model), slots, files)
 
     def make(self, jobs: list[Placed]) -> tuple[list[Made], Counter[str]]:
         """What comes of a block of jobs, in the order of their positions, and the network calls that it took."""
@@ -72,23 +72,16 @@ class Worker:
 
 
 class RayExecutor:
-    """An `Executor` by workers, each of which calls `placement.load` for its sampler. The rest as for `Worker`."""
+    """An `Executor` by workers, each of which calls `placement.load` for its sampler."""
 
-    def __init__(self, placement: Placement, options: dict[str, Any], recipe: Recipe, model: str, slots: int, files: Files):
+    def __init__(self, plans: Plans, slots: int, files: Files, placement: Placement):
         import ray
 
         count, gpu = cluster(placement.workers)
         resources = {"num_gpus": 1} if gpu else {"num_cpus": 1}
         actor = ray.remote(**resources, max_restarts=-1, max_task_retries=RETRIES)(Worker)
-        given = (
-            torch.get_num_threads(),
-            placement.load,
-            options,
-            recipe,
-            model,
-            slots,
-            replace(files, signer=None, duplicates=None),
-        )
+        here = replace(files, signer=None, duplicates=None)  # the rest is this process's work
+        given = torch.get_num_threads(), placement.load, plans.sampler.options, plans.recipe, plans.model, slots, here
         self.workers = [actor.remote(*given) for _ in range(count)]
         self.block, self.calls = ROUNDS * slots, Counter[str]()
         self.stepped: Callable[[float], None] = lambda under_way: None  # nobody tells of steps taken elsewhere

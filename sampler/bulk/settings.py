@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import Image
-
 from .. import checks
 from ..data.prompts import Job
 from ..data.signing import Signer
@@ -58,7 +56,7 @@ class Copies(Protocol):
 
     settings: Mapping[str, Any]
 
-    def __call__(self, image: Image.Image) -> dict[str, Any]: ...
+    def __call__(self, image: Any) -> dict[str, Any]: ...
 
 
 class Duplicates(Protocol):

@@ -101,12 +101,13 @@ class Stages:
 
 def _one_by_one(items: Iterable[T]) -> Iterator[T]:
     """The same items, each made when it is asked for; in inference mode, which is a thread's own."""
-    items, nothing = iter(items), object()
+    items = iter(items)
     while True:
         with torch.inference_mode():
-            item = next(items, nothing)
-        if item is nothing:
-            return
+            try:
+                item = next(items)
+            except StopIteration:
+                return
         yield item
 
 
@@ -154,7 +155,8 @@ class Texts:
             return
         padded = [*keys, *[("", None, None)] * (TEXTS - len(keys))]
         prompts, negative = ([key[i] for key in padded] for i in range(2))
-        found = self.model.encode(prompts, *keys[0][2], negative_prompt=negative, **self.options)
+        height, width = keys[0][2]
+        found = self.model.encode(prompts, height, width, negative_prompt=negative, **self.options)
         self._cache.update({key: found.select([i]) for i, key in enumerate(keys)})
 
 
@@ -167,12 +169,12 @@ def encoded(model: Model, jobs: Iterable[tuple[int, Job]], plans: Plans, **optio
         while some := list(islice(group, TEXTS)):
             rows = texts([job for _, job in some], size)
             good = [row for row in rows if isinstance(row, Encoded)]
-            network = model.network(Encoded.joined(good + good[:1] * (TEXTS - len(good)))) if good else None
+            network: Any = model.network(Encoded.joined(good + good[:1] * (TEXTS - len(good)))) if good else None
             numbers = count()
             for (position, job), row in zip(some, rows, strict=True):
                 ladder = plans.ladder_of(job)
                 if isinstance(row, Exception):
-                    yield Result(Sample(Request(position, job, size), ladder, shape, None, 0), error=row)
+                    yield Result(Sample(Request(position, job, size), ladder, shape, network, 0), error=row)
                 else:
                     request = Request(position, job, size, row.truncated[0])
                     yield Sample(request, ladder, shape, network, next(numbers), job.seed, initial)
@@ -194,17 +196,25 @@ def decoded(model: Model, results: Iterable[Result], latents: bool, **options: A
 
     latents: undecoded.
     """
+    decode = partial(model.decode, **options)
     for result in results:
-        error = result.error
-        for _ in range(2 if error is None else 0):  # whatever ends a decoding, even the thread's end, is tried again once
-            try:
-                picture = _picture(partial(model.decode, **options), result, latents)
-                break
-            except (Exception, SystemExit) as raised:
-                error = raised
-        else:
-            picture = _failed(result, error)
-        yield picture
+        yield (
+            _tried(partial(_picture, decode, result, latents), result)
+            if result.error is None
+            else _failed(result, result.error)
+        )
+
+
+def _tried(make: Callable[[], Picture], result: Result) -> Picture:
+    """The picture of a result. Whatever ends its making, even what would end the thread, is tried again once."""
+    try:
+        return make()
+    except (Exception, SystemExit):
+        log.debug("%s is decoded once more", result.sample.key.job.id, exc_info=True)
+    try:
+        return make()
+    except (Exception, SystemExit) as error:
+        return _failed(result, error)
 
 
 def _picture(decode: Callable[..., Decoded], result: Result, latents: bool) -> Picture:

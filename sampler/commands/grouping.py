@@ -8,13 +8,12 @@ from dataclasses import MISSING, fields
 from inspect import Parameter, Signature
 from typing import Annotated, Any, get_args, get_type_hints
 
-import click
 import typer
 from typer.core import TyperCommand
 
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:
-    """The function as a command. Its arguments are dataclasses, each field of which is an option in a group that `TITLE` names."""
+    """The function as a command. Its arguments are dataclasses; each of their fields is an option, in the group TITLE."""
     groups = {name: group for name, group in get_type_hints(function).items() if name != "return"}
 
     def command(**given: Any) -> None:
@@ -43,7 +42,7 @@ def _options(group: Any) -> list[Parameter]:
 class Grouped(TyperCommand):
     """A command whose help has a section for each group of its options."""
 
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
         for option in self.get_params(ctx):
             record = option.get_help_record(ctx)
@@ -53,7 +52,7 @@ class Grouped(TyperCommand):
             with formatter.section(title):
                 formatter.write_dl(records)
 
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """The example, its lines as they are."""
         if self.epilog:
             formatter.write_paragraph()

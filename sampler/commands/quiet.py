@@ -18,6 +18,6 @@ def quieten() -> None:
     import diffusers
     import transformers
 
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    for loaded in (diffusers, transformers):
+        loaded.utils.logging.set_verbosity_error()
+        loaded.utils.logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Pictures with the prompts that they were made from, one after another, from wherever people keep them."""
+"""Reads pictures together with the prompts that they were made from, one after another, from every layout of a set."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from typing import Any
 from PIL import Image
 
 from .formats import ENCODING, ERRORS, Rows, parquet_rows, row_of
-from .layout import BESIDE, Layout, decoded, text_of, there
+from .layout import BESIDE, Layout, caption_in, caption_of, file_in
 from .names import COLUMN, IMAGE, TEXT, Ids, first
 from .pictures import opened, suffixes
 from .prompt_in_file import prompt_in
-from .rows import Faults
-from .rows import opened as opened_rows
+from .rows import Faults, open_rows
 from .shards import contents
 
 SOURCES = "a folder, a file that names pictures and prompts, as manifest.jsonl, a .tar, a .parquet, or a picture"
@@ -31,10 +30,10 @@ BATCH = 16  # rows of a Parquet file in memory at a time: each holds a picture
 class Captioned:
     """A picture and the prompt that it was made from.
 
-    id:     names it among the others, and can name a file.
-    file:   its path; of a member or a row of a file, that file's with "/" and the member's name, or the row, behind it.
-    where:  it stands, as messages say it: a file, perhaps with the row or the member of it.
-    open:   reads the picture upright in RGB. Raises ValueError, naming where it stands, for one that cannot be read.
+    id:     differs from that of every other picture, and can name a file.
+    file:   its path. For a member or a row of a file: that file's path, "/", and the member's name or the row's number.
+    where:  the words by which messages name its place.
+    open:   reads the picture, upright and in RGB. Raises ValueError, naming its place, where it cannot be read.
     prompt: None where it is not known; `reason` then says why.
     """
 
@@ -47,14 +46,17 @@ class Captioned:
 
 
 def captioned(source: str | Path, on_error: str = "stop") -> Iterator[Captioned]:
-    """The pictures of a source, each read when it is opened; nothing holds more of them than a few.
+    """The pictures of a source. Each is read when it is opened, and few are in memory at a time.
 
-    source: a folder of pictures, whose prompts are in its manifest.jsonl, as `generate` writes it, or in any layout of
-            `captions.read_captions` but folders' names; a file, as for `rows.opened`, of image (file_name, path, file) and
-            prompt (caption, text); a .tar, as WebDataset has them, with .txt, .caption or .json beside each picture; a .parquet
-            with a column of pictures' bytes, as `datasets` writes them; a picture; or a pattern of such names.
-            A picture without a prompt there may have it in itself, as PNG files of common programs do.
-    on_error: of a row, a member or a file that is wrong; see `Faults`.
+    source: one of these, or a pattern of their names:
+            a folder of pictures with their prompts in manifest.jsonl, as `generate` writes it, or in a layout of
+            `captions.read_captions`, other than in the names of folders;
+            a table, as for `rows.open_rows`, with the columns image (file_name, path, file) and prompt (caption, text);
+            a .tar of a WebDataset with .txt, .caption or .json beside each picture;
+            a .parquet with a column of pictures' bytes, as `datasets` writes it;
+            a picture.
+            Where none of these has a picture's prompt, the picture's own file may tell it; see `prompt_in_file`.
+    on_error: what a row, a member or a file that is wrong does; see `Faults`.
 
     Raises FileNotFoundError where there is nothing, ValueError for another kind of file and what `Faults` says.
     """
@@ -83,20 +85,20 @@ def _reader(path: Path) -> Reader:
 
 
 def _of_file(path: Path, id: str, prompt: str | None, reason: str = "no text beside it") -> Captioned:
-    """A picture that is a file; its prompt, where it is not given, is what the file says of itself."""
+    """A picture that is a file. Where no prompt is given, the file itself may tell it."""
     where = f"image {str(path)!r}"
     found = (prompt, "") if prompt else prompt_in(path, reason)
     return Captioned(id, str(path), where, partial(opened, path, where), *found)
 
 
 def _of_data(data: bytes, file: str, where: str, id: str, prompt: Any, reason: str) -> Captioned:
-    """A picture that is held in memory, as long as whoever reads it keeps it."""
+    """A picture whose bytes are in memory, for as long as the caller keeps it."""
     found = (prompt, "") if isinstance(prompt, str) and prompt.strip() else prompt_in(data, reason)
     return Captioned(id, file, where, partial(opened, data, where), *found)
 
 
 def _folder(folder: Path, ids: Ids, faults: Faults) -> Iterator[Captioned]:
-    """The pictures that tables name, then the others with the text beside them or in them."""
+    """First the pictures that tables name, then the others, with the text beside them or in them."""
     if (folder / MANIFEST).is_file():  # a run's, which may hold its pictures in shards
         yield from _run(folder, ids, faults)
         return
@@ -111,7 +113,7 @@ def _folder(folder: Path, ids: Ids, faults: Faults) -> Iterator[Captioned]:
         id, prompt, reason = ids(_stem(image, folder)), None, "no text beside it"
         for text in layout.beside(image):
             try:
-                prompt = prompt or text_of(text)
+                prompt = prompt or caption_of(text)
             except ValueError as error:
                 reason = str(error)
         yield _of_file(image, id, prompt, reason)
@@ -131,12 +133,12 @@ def _run(folder: Path, ids: Ids, faults: Faults) -> Iterator[Captioned]:
 
 
 def _table(path: Path, ids: Ids, faults: Faults) -> Iterator[Captioned]:
-    return _rows(path, partial(there, home=path.parent), ids, faults, set())
+    return _rows(path, partial(file_in, home=path.parent), ids, faults, set())
 
 
 def _rows(path: Path, find: Callable[[str], Path], ids: Ids, faults: Faults, seen: set[Path]) -> Iterator[Captioned]:
-    """The pictures that a table's rows name, which are added to `seen`. Those that a run failed to make are left out."""
-    name, read = opened_rows(str(path), "images")
+    """The pictures that a table's rows name. They are added to `seen`. Rows about pictures that failed are left out."""
+    name, read = open_rows(str(path), "images")
     for where, said in _while_whole(read(), "", faults):
         try:
             if isinstance(said, str):
@@ -157,7 +159,7 @@ def _rows(path: Path, find: Callable[[str], Path], ids: Ids, faults: Faults, see
 
 
 def _while_whole(rows: Rows, name: str, faults: Faults) -> Rows:
-    """The rows of a file as far as it can be read; name: what the fault that ends them does not say."""
+    """The rows of a file, as far as it can be read. name: comes before the fault that ends them."""
     try:
         yield from rows
     except ValueError as error:
@@ -165,7 +167,7 @@ def _while_whole(rows: Rows, name: str, faults: Faults) -> Rows:
 
 
 def _tar(path: Path, ids: Ids, faults: Faults) -> Iterator[Captioned]:
-    """The samples of a WebDataset: members that follow one another and have one name but for what is behind its first dot."""
+    """The samples of a WebDataset: members in a row whose names are the same up to the first dot."""
     held: dict[str, tuple[str, bytes]] = {}
     last = None
     try:
@@ -194,14 +196,14 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _sample(path: Path, members: Mapping[str, tuple[str, bytes]], ids: Ids) -> Iterator[Captioned]:
-    """The pictures of a sample, with the first of its texts; members: (kind, contents) by names."""
+    """The pictures of a sample, each with the sample's first text. members: (suffix, bytes), by name."""
     prompt, reason, own = None, "no text beside it", None
     for name, (kind, data) in sorted(members.items(), key=lambda one: BESIDE.index(one[1][0]) if one[1][0] in BESIDE else -1):
         if kind == ".json":
             own = _id_in(data)
         if kind in BESIDE and prompt is None:
             try:
-                prompt = decoded(data, kind, f"member {name!r} of {str(path)!r}")
+                prompt = caption_in(data, kind, f"member {name!r} of {str(path)!r}")
             except ValueError as error:
                 reason = str(error)
     for name, (kind, data) in members.items():
@@ -217,7 +219,7 @@ def _id_in(data: bytes) -> str | None:
 
 
 def _parquet(path: Path, ids: Ids, faults: Faults) -> Iterator[Captioned]:
-    """The pictures of a file whose rows hold their bytes, or else their names."""
+    """The pictures of a file, whose rows hold their bytes or their names."""
 
     def wanted(name: str, kind: Any) -> bool:
         return name in (*TEXT, *IMAGE, "id") or "binary" in str(kind)
@@ -235,7 +237,10 @@ def _parquet(path: Path, ids: Ids, faults: Faults) -> Iterator[Captioned]:
 
 
 def _bytes_in(row: Mapping[str, Any], home: Path) -> bytes:
-    """The bytes of the picture that a row holds, itself or in {bytes, path}, or names. Raises ValueError without one."""
+    """The bytes of a row's picture: in the row, in its {bytes, path}, or in the file that it names.
+
+    Raises ValueError where there is none.
+    """
     for value in row.values():
         held = value.get("bytes") if isinstance(value, Mapping) else value
         if isinstance(held, bytes):
@@ -244,4 +249,4 @@ def _bytes_in(row: Mapping[str, Any], home: Path) -> bytes:
     named = named.get("path") if isinstance(named, Mapping) else named
     if not isinstance(named, str):
         raise ValueError(f"needs a column of pictures' bytes, or {', '.join(IMAGE)}; it has {', '.join(row) or 'nothing'}")
-    return there(named, home).read_bytes()
+    return file_in(named, home).read_bytes()

@@ -1,4 +1,4 @@
-"""Captions, and the training images that they belong to, in the layouts that people keep them in."""
+"""Reads captions together with their training images, from every layout of a training set."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any
 
 from ..runs.folder import SAFE_ID
 from .formats import HUB
-from .layout import METADATA, Layout, text_of, there
+from .layout import METADATA, Layout, caption_of, file_in
 from .names import COLUMN, IDS, IMAGE, TEXT, Ids, first
-from .rows import SAVED, Faults, opened
+from .rows import SAVED, Faults, open_rows
 
 Find = Callable[[str], Path]  # the picture that a row names
 log = logging.getLogger(__name__)
-# Names of folders that say nothing of what the pictures in them show.
+# Folders of these names do not say what the pictures in them show.
 NO_CAPTION = {"train", "test", "val", "valid", "validation", "images", "image", "img", "imgs", "data", "pictures", "photos"}
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt; `image` is the training image it belongs to, `concept` what its picture must show, where known."""
+    """A prompt with its training image and with the concept that its picture must show, where these are known."""
 
     id: str
     text: str
@@ -38,18 +38,20 @@ def read_captions(
 ) -> list[Prompt]:
     """Captions and their training images.
 
-    source: a file, as for `rows.opened`, of prompt (caption, text) and perhaps image (file_name, path, file), id, concept;
-            or a folder of images, searched through, whose captions are, the first of these that there is:
-            in metadata.jsonl, .csv or .parquet, in that folder or below it, as the library `datasets` has them;
-            in .txt, .caption or .json files beside the images, named as they are;
-            in other tables of captions in the folder or below it, as captions.jsonl;
-            in the names of the folders that the images lie in, without kohya's "20_", which a warning tells.
-    where:  where to get what is missing. images: the folder that image paths are in, by default that of the file; a prompt
-            without one belongs to the image there that has its id for a name, if any.
-    every:  all captions of an image that has several, not the first one alone.
-    on_error: of a caption or an image that is wrong or missing; see `Faults`.
+    source: a table, as for `rows.open_rows`, with the column prompt (caption, text) and perhaps image (file_name, path, file),
+            id and concept; or a folder, which is searched for images. The captions of a folder's images are taken from the
+            first of these places that has some:
+            metadata.jsonl, .csv or .parquet in the folder or below it, as the library `datasets` has them;
+            .txt, .caption or .json files beside the images, with the images' names;
+            other tables of captions in the folder or below it, as captions.jsonl;
+            the names of the folders that the images lie in, without kohya's repeats, such as "20_". A warning says so.
+    where:  for a message: where to get a source that is missing.
+    images: the folder that paths of images start from, by default that of the table. A prompt without a path belongs to the
+            image in that folder that is named as its id, if there is one.
+    every:  take all captions of an image, not its first one alone.
+    on_error: what a caption or an image that is wrong or missing does; see `Faults`.
 
-    Raises FileNotFoundError where there is no `source` or `images`, ValueError, naming the file and what in it, for the rest.
+    Raises FileNotFoundError for a missing `source` or `images`, and ValueError, with file and place, for the rest.
     """
     path, faults, name = Path(source), Faults(on_error), f"captions {str(source)!r}"
     hub = str(source).startswith(HUB)
@@ -60,7 +62,7 @@ def read_captions(
         found = _folder(path, every, faults)
     else:
         layout = Layout(Path(images)) if images is not None else None
-        find = partial(there if layout is None else layout.find, home=path.parent if layout is None else layout.folder)
+        find = partial(file_in if layout is None else layout.find, home=path.parent if layout is None else layout.folder)
         found = _with_images(_table(path, find, every, faults, count()), layout.images if layout else ())
     kept = list(_unlike(found, name, faults))
     if not kept:
@@ -69,13 +71,13 @@ def read_captions(
 
 
 def _with_images(found: Iterator[Prompt], images: Sequence[Path]) -> Iterator[Prompt]:
-    """A prompt without an image has the one that its id names, if any."""
+    """The same prompts. One without an image gets the image that is named as its id, if there is one."""
     named = {image.stem: image for image in images}
     return (prompt if prompt.image else replace(prompt, image=named.get(prompt.id)) for prompt in found)
 
 
 def _unlike(found: Iterator[Prompt], name: str, faults: Faults) -> Iterator[Prompt]:
-    """Those that have text, and an id that can name a file and that no other has."""
+    """The prompts that have text, and an id that can name a file and that no earlier one has."""
     known: set[str] = set()
     for prompt in found:
         if not prompt.text.strip():
@@ -115,8 +117,8 @@ def _tables(layout: Layout, every: bool, faults: Faults) -> Iterator[Prompt]:
 
 
 def _table(path: Path, find: Find, every: bool, faults: Faults, numbers: Iterator[int]) -> Iterator[Prompt]:
-    """The captions of a file; numbers: the ids of those that have none."""
-    name, read = opened(str(path), "captions")
+    """The captions of a file. numbers: make the ids of rows that have none."""
+    name, read = open_rows(str(path), "captions")
     for (where, said), number in zip(read(), numbers, strict=False):
         try:
             yield from _prompts(said, number, find, every)
@@ -125,7 +127,7 @@ def _table(path: Path, find: Find, every: bool, faults: Faults, numbers: Iterato
 
 
 def _prompts(said: Mapping[str, Any] | str, number: int, find: Find, every: bool) -> list[Prompt]:
-    """The prompts of a row: as many as it has captions. Raises ValueError for what is wrong with it."""
+    """The prompts of a row, one a caption. Raises ValueError for a row that is wrong."""
     if isinstance(said, str):
         raise ValueError(said)
     text, image, id, concept = first(said, TEXT), first(said, IMAGE), said.get("id"), said.get("concept")
@@ -141,7 +143,7 @@ def _prompts(said: Mapping[str, Any] | str, number: int, find: Find, every: bool
 
 
 def _beside(layout: Layout, every: bool, faults: Faults) -> Iterator[Prompt]:
-    """The captions in the files beside images."""
+    """The captions in text files beside images."""
     without, ids = [image for image in layout.images if not layout.beside(image)], Ids()
     if without:
         example = without[0]
@@ -158,7 +160,7 @@ def _beside(layout: Layout, every: bool, faults: Faults) -> Iterator[Prompt]:
         wrong: list[str] = []
         for path in layout.beside(image):
             try:
-                texts.setdefault(text_of(path))
+                texts.setdefault(caption_of(path))
             except ValueError as error:
                 wrong.append(str(error))
         if wrong and not texts:
@@ -176,7 +178,7 @@ def _named(layout: Layout) -> bool:
 
 
 def _by_folder(layout: Layout) -> Iterator[Prompt]:
-    """The names of the images' folders, without the repeats that kohya's trainer reads off their beginning."""
+    """The names of the images' folders, without the number of repeats that kohya's trainer expects before them."""
     ids = Ids()
     named = {
         image: re.sub(r"^\d+_", "", image.parent.name).replace("_", " ").strip() or image.parent.name for image in layout.images

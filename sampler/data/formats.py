@@ -1,4 +1,4 @@
-"""Formats of prompts and captions: a function each that reads its rows, one after another, with the places where they stand."""
+"""Formats of prompts and captions. Each is a function that yields the rows of a file, one after another, with their places."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENCODING, ERRORS = "utf-8-sig", "surrogateescape"  # a byte order mark is no tex
 
 
 class Row(NamedTuple):
-    """Where it stands, as "line 3", and what it says by the names of `names.columns`, or what is wrong with it."""
+    """A row: its place, such as "line 3", and its values by the names of `names.columns`, or text that says what is wrong."""
 
     where: str
     said: Any
@@ -35,7 +35,7 @@ class NoText(ValueError):
 
 
 def fault_of(text: str) -> str | None:
-    """What makes text that was read with ENCODING unfit, if anything: bytes that are no UTF-8, as of UTF-16 and cp1252."""
+    """What is wrong with text that was read with ENCODING: bytes that are no UTF-8. None where nothing is."""
     if "\0" in text or (not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text)):
         return "not UTF-8 text: save it in that encoding"
     return None
@@ -78,7 +78,7 @@ def json_lines(path: Path) -> Rows:
 
 
 def parsed(text: str) -> Any:
-    """What JSON text says; the ValueError, not raised, that it is none or names a key twice."""
+    """The value of JSON text. A ValueError is returned, not raised, for what is no JSON or has a key twice."""
     try:
         return _JSON.decode(text.lstrip("\ufeff"))
     except (ValueError, RecursionError) as error:
@@ -97,7 +97,7 @@ _JSON = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def row_of(text: str) -> dict[str, Any] | str:
-    """A row that is a JSON object, or what is wrong with it."""
+    """The row that a JSON object is, or what is wrong with it."""
     if fault := fault_of(text):
         return fault
     found = parsed(text)
@@ -105,7 +105,7 @@ def row_of(text: str) -> dict[str, Any] | str:
 
 
 def _named(found: Any, text: str) -> dict[str, Any] | str:
-    """A row by the names of its columns, or what is wrong with it."""
+    """The row with the names of `names.columns`, or what is wrong with it."""
     if not isinstance(found, Mapping):
         return f'must be an object such as {{"prompt": "a cat"}}, got {text[:60]}'
     try:

@@ -34,7 +34,7 @@ def write(out: Path) -> None:
 def fault(out: Path) -> str | None:
     """What is wrong with the metadata of a run's folder; None where they say what its manifest says."""
     if not (out / METADATA).is_file():
-        return "is missing"
+        return "is missing" if next(_rows(out), None) else None  # nothing tells of no picture
     with (out / METADATA).open("rb") as file:
         same = all(one == other for one, other in zip_longest(file, _rows(out)))
     return None if same else f"does not say what {MANIFEST} says"

@@ -1,4 +1,4 @@
-"""What lies in a folder of pictures: the pictures, the text files beside them, and the tables that caption many."""
+"""Finds what a folder of pictures holds: the pictures, the text files beside them, and the tables of their captions."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 from .formats import ENCODING, ERRORS, NoText, fault_of, row_of
 from .names import IMAGE, TEXT, first
 from .pictures import files_in, pictures_among, suffixes
-from .rows import format_of, opened
+from .rows import format_of, open_rows
 
 METADATA = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet"))  # as the library `datasets` has them
-BESIDE = (".txt", ".caption", ".json")  # suffixes of a picture's own text; the first there is counts
+BESIDE = (".txt", ".caption", ".json")  # suffixes of text files beside a picture; the first that is there counts
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
 class Layout:
-    """A folder of pictures, searched through with all below it.
+    """A folder of pictures, with all folders below it.
 
     images: the pictures, in the order of their paths.
-    metadata: the files of METADATA, which caption many.
+    metadata: the files named as in METADATA.
 
-    Raises FileNotFoundError where there is no such folder.
+    Raises FileNotFoundError for a missing folder.
     """
 
     def __init__(self, folder: Path):
@@ -42,9 +42,9 @@ class Layout:
 
     @cached_property
     def tables(self) -> list[Path]:
-        """The files that caption many: `metadata` or, where there is none, others that have captions.
+        """The tables of captions: `metadata` or, where there is none, other tables that have captions.
 
-        Raises ValueError where one folder has two of METADATA.
+        Raises ValueError for a folder with two files of METADATA.
         """
         homes = [path.parent for path in self.metadata]
         twice = next((home for home in homes if homes.count(home) > 1), None)
@@ -54,43 +54,43 @@ class Layout:
         return self.metadata or [path for path in self._others if _has_captions(path)]
 
     def beside(self, image: Path) -> list[Path]:
-        """The text files that have a picture's name, the one that counts first."""
+        """The text files beside a picture that have its name. The first one counts."""
         texts = self._texts.get((image.parent, image.stem), {})
         return [texts[suffix] for suffix in BESIDE if suffix in texts]
 
     @property
     def elsewhere(self) -> Path | None:
-        """A text file that has a picture's name and lies in another folder than that, if there is one."""
+        """A text file that has a picture's name but lies in another folder, if there is one."""
         stems = {path.stem for path in self.images}
         own = {(path.parent, path.stem) for path in self.images}
         texts = (found for key, found in self._texts.items() if key[1] in stems and key not in own)
         return next((path for found in texts for path in found.values()), None)
 
     def find(self, name: str, home: Path) -> Path:
-        """The picture that a table in the folder `home` names: there, or the only one below whose path ends so.
+        """The picture that a table in the folder `home` names: in `home`, or else the only picture whose path ends in `name`.
 
-        Raises ValueError where there is none, and where it could be several.
+        Raises ValueError where no picture or several fit.
         """
         parts = Path(name).parts
         found = [path for path in self._by_name.get(Path(name).name, ()) if path.parts[-len(parts) :] == parts]
         if (home / name).is_file() or not found:
-            return there(name, home)
+            return file_in(name, home)
         if len(found) > 1:
             raise ValueError(f"its image {name[:80]!r} may be {str(found[0])!r} or {str(found[1])!r}: name its folder, too")
         return found[0]
 
 
-def there(name: str, home: Path) -> Path:
-    """The file of that name in a folder. Raises ValueError where there is none."""
+def file_in(name: str, home: Path) -> Path:
+    """The file `name` in the folder `home`. Raises ValueError where it is missing."""
     if not (home / name).is_file():
         raise ValueError(f"its image {name[:80]!r} is not in {str(home)!r}")
     return home / name
 
 
 def _has_captions(path: Path) -> bool:
-    """Whether the first row of a table has a caption, of a picture if it says of what. One that cannot be read might."""
+    """Whether a table may hold captions, by its first row: a text and, if it names a file, a picture. An unreadable row may."""
     try:
-        row = next(opened(str(path))[1](), None)
+        row = next(open_rows(str(path))[1](), None)
     except NoText:
         return False
     except ValueError:
@@ -102,13 +102,13 @@ def _has_captions(path: Path) -> bool:
     return named and isinstance(text, str | list)
 
 
-def text_of(path: Path) -> str:
-    """The caption in a text file beside a picture. Raises ValueError, naming the file, where there is none."""
-    return decoded(path.read_bytes(), path.suffix.casefold(), f"caption file {str(path)!r}")
+def caption_of(path: Path) -> str:
+    """The caption in a text file beside a picture. Raises ValueError, naming the file, where it holds none."""
+    return caption_in(path.read_bytes(), path.suffix.casefold(), f"caption file {str(path)!r}")
 
 
-def decoded(data: bytes, suffix: str, name: str) -> str:
-    """The caption in the bytes of a text file, which has a suffix of BESIDE. Raises ValueError where there is none."""
+def caption_in(data: bytes, suffix: str, name: str) -> str:
+    """The caption in the bytes of a text file. suffix: one of BESIDE. Raises ValueError where they hold none."""
     text = data.decode(ENCODING, ERRORS).strip()
     fault, caption = fault_of(text), text
     if fault is None and suffix == ".json":

@@ -1,4 +1,4 @@
-"""The shards of a run made one, as if it had been made in one."""
+"""Joins the shards of a run into one folder, as if the run had been made in one."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from .writers import files_of, writer
 
 log = logging.getLogger(__name__)
 NAME = re.compile(r"shard-(\d+)-of-(\d+)", re.ASCII)
-OWN = ("shard", "device")  # settings in which the shards of a run may differ
+MAY_DIFFER = ("shard", "device")  # settings that shards of one run need not share
 
 
 def merge(run: str | Path, out: str | Path) -> tuple[int, int]:
     """Make `out` of the folders shard-i-of-n in `run`; returns (images that are there, jobs of the run).
 
-    A merge that was stopped goes on when it is started again. A warning names each image that is missing or changed, and it is
-    left out. `generate` makes in `out` what is missing there, given the same settings without a shard.
+    A merge that was stopped goes on when it is started again. An image that is missing or changed is left out, with a warning.
+    `generate` with the same settings, without a shard, makes what is missing in `out`, and finds near-duplicates in the whole:
+    what the lines say of these until then is of their shards alone.
 
     Raises ValueError, before any work, where there are no shards, a shard is missing or of another run, or `out` holds
     something else.
@@ -33,10 +34,10 @@ def merge(run: str | Path, out: str | Path) -> tuple[int, int]:
     open_folder(out, settings | {"shard": None})
     writes = writer(out, *files_of(settings))
 
-    def there(line: dict[str, Any]) -> str | None:
+    def finished(line: dict[str, Any]) -> str | None:
         return line["id"] if writes.holds(line) else None
 
-    with Journal(out / MANIFEST, there) as journal:
+    with Journal(out / MANIFEST, finished) as journal:
         if not (out / JOBS).is_file() and (parts[0] / JOBS).is_file():  # the same in all of them
             with whole(out / JOBS) as part:
                 shutil.copyfile(parts[0] / JOBS, part)
@@ -75,7 +76,7 @@ def _shards(run: Path) -> tuple[list[Path], dict[str, Any]]:
     settings = [read_settings(part) for part in parts]
     if "format" not in settings[0]:
         raise ValueError(f"{str(run)!r} holds no run of generate: judge, without --shard, puts its own shards together")
-    common = {name: value for name, value in settings[0].items() if name not in OWN}
+    common = {name: value for name, value in settings[0].items() if name not in MAY_DIFFER}
     for shard, part, own in zip(sorted(found), parts, settings, strict=True):
         if own.get("shard") != list(shard):
             raise ValueError(f"{part.name} holds shard {own.get('shard')}, by its run.json: give it its name back")

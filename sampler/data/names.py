@@ -1,4 +1,4 @@
-"""Names: the columns of prompts and captions however they are spelled, ids that can name files, and cells of a CSV file."""
+"""Names of columns in any spelling, ids that can name files, and cells that no spreadsheet takes for a formula."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from ..runs.folder import SAFE_ID
 
 IDS = "1 to 128 letters, digits, '.', '_' or '-', not starting with '.' or '-' and no device of Windows, as con or nul"
-# Columns of which the first that says something counts. "file" is a manifest's, whose rows may have carried others.
+# Of the columns TEXT, and of IMAGE, the first that is not empty counts. "file" is the manifest's, so it goes before the others.
 TEXT, IMAGE = ("prompt", "caption", "text"), ("image", "file", "file_name", "path")
 COLUMN = "prompt, caption or text"
 KNOWN = (*TEXT, *IMAGE, "id", "seed", "negative_prompt", "steps", "scale", "concept", "height", "width", "count", "guidance")
@@ -20,7 +20,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def _letters(name: str) -> str:
-    """A column's name without what spellings differ in: "File name", "file-name" and "fileName" are one."""
+    """A column's name without the differences of spelling: "File name", "file-name" and "fileName" become one."""
     return re.sub(r"[\s_-]", "", name).casefold()
 
 
@@ -30,9 +30,9 @@ _MEANT = {_letters(name): meant for name, meant in MEANT.items()}
 
 @lru_cache(maxsize=256)
 def columns(names: tuple[str, ...]) -> dict[str, str]:
-    """What each column is called here; those that are not known keep their names, and those without one are left out.
+    """The name that each column has here, by its name in the file. Unknown columns keep theirs; a blank name is left out.
 
-    Raises ValueError for a column that comes twice, and for one that is nearly a known one, which it would pass for in silence.
+    Raises ValueError for a column that comes twice, and for an unknown one that looks like a known one misspelled.
     """
     found: dict[str, str] = {}
     for name in names:
@@ -48,13 +48,16 @@ def columns(names: tuple[str, ...]) -> dict[str, str]:
 
 
 def _nearly(name: str) -> str | None:
-    """The known column that this one may be meant for: one letter too many or too few, another letter, or two exchanged."""
+    """The known column that an unknown one may be a misspelling of; None where it is none."""
     letters = _letters(name)
     return _MEANT.get(letters) or next((known for given, known in _KNOWN.items() if _slip(letters, given)), None)
 
 
 def _slip(name: str, known: str) -> bool:
-    """Short words are too near others for more: "idx" is not "id", and "test" not "text"."""
+    """Whether `name` is `known` with a letter too many or too few, another letter, or two exchanged.
+
+    Short words are close to other words: "idx" is no slip of "id", nor "test" of "text".
+    """
     if len(known) < 4 or len(name) < 3 or name[0] != known[0]:
         return False
     same = next(
@@ -68,21 +71,21 @@ def _slip(name: str, known: str) -> bool:
 
 
 def first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
-    """What the first of these columns that says something says; None where none does."""
+    """The value of the first of these columns that is not empty; None where all are."""
     return next((row[name] for name in names if row.get(name) not in (None, "")), None)
 
 
 class Ids:
-    """Ids for files, of their names: readable, safe to name files, and never the same for two names.
+    """Makes ids of names: readable, fit to name files, and different for different names.
 
-    A name that is not safe as it is gets a digest of itself at its end, and so does one whose id is taken.
+    A name that is not fit as it is, or whose id is taken, gets its digest appended.
     """
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
 
     def __call__(self, name: str) -> str:
-        """name: a path inside the set, with "/" between its parts and without the suffix where no other has that name."""
+        """name: a path inside the set, with "/" between its parts."""
         plain = name.replace("/", "-")
         found = re.sub(r"[^A-Za-z0-9._-]", "_", plain).lstrip(".-")[:100]
         digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
@@ -97,9 +100,9 @@ class Ids:
 
 
 def cell(value: Any) -> Any:
-    """What to write into a cell of a CSV file: text that a spreadsheet would take for a formula has a "'" before it.
+    """The value for a cell of a CSV file: text that a spreadsheet would take for a formula gets a "'" before it.
 
-    Half a surrogate pair, which no file can hold, becomes "?".
+    Half a surrogate pair, which UTF-8 cannot hold, becomes "?".
     """
     if not isinstance(value, str):
         return value

@@ -1,4 +1,4 @@
-"""Pictures as files hold them: what a folder has of them, and each as trainers see it, an RGB picture of 8 bits."""
+"""Finds the pictures of a folder, and reads each as trainers do: in RGB of 8 bits."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # that Pillow knows by name, and needs others to read
-SNIFFED = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # formats that are told without a suffix
-TEXTS = (".txt", ".caption", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz")  # lie beside pictures
+NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # Pillow knows their names, but cannot read them alone
+SNIFFED = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # formats that are known by a file's first bytes
+TEXTS = (".txt", ".caption", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz")  # expected beside pictures
 MOST = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535}  # the white of a mode of more than 8 bits
 ALPHA = ("RGBA", "LA", "PA", "RGBa")
 
 
 @cache
 def suffixes() -> frozenset[str]:
-    """The suffixes of pictures that Pillow reads here, as ".png"."""
+    """The suffixes of pictures that the installed Pillow reads, such as ".png"."""
     return frozenset(end for end, format in Image.registered_extensions().items() if format in {*Image.OPEN} - NO_PICTURES)
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The files of a folder and of those below it, links followed, in the order of their names; hidden ones are left out.
+    """The files of a folder and of the folders below it, in the order of their paths. Links are followed, hidden files not.
 
-    What is neither file nor folder, as a pipe, is named by a warning. Raises FileNotFoundError where there is no such folder.
+    A warning names what is neither file nor folder, such as a pipe. Raises FileNotFoundError for a missing folder.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"images folder {str(folder)!r} does not exist")
@@ -53,9 +53,9 @@ def _unlisted(error: OSError) -> None:
 
 
 def pictures_among(files: Sequence[Path], folder: Path) -> list[Path]:
-    """Those of the files of a folder that are pictures, by their suffix or, where that says nothing, by their first bytes.
+    """The pictures among a folder's files, by suffix or, where that says nothing, by their first bytes.
 
-    A warning counts the others and names the first of them, but for text files.
+    A warning counts the other files, except text files, and names the first.
     """
     found = [path for path in files if path.suffix.casefold() in suffixes() or _is_picture(path)]
     chosen = set(found)
@@ -77,22 +77,23 @@ def _is_picture(path: Path) -> bool:
 
 
 def images_in(folder: str | Path) -> list[Path]:
-    """The pictures of a folder and of those below it; see both, which warn of what is passed over."""
+    """The pictures of a folder and of the folders below it; see `files_in` and `pictures_among`, which warn."""
     return pictures_among(files_in(Path(folder)), Path(folder))
 
 
 def opened(source: Path | bytes, name: str) -> Image.Image:
-    """A picture upright, in RGB; of an animation the first frame. name: what messages call it.
+    """A picture, upright and in RGB; of an animation, the first frame. name: what messages call it.
 
-    Raises ValueError where it cannot be read: none, broken, cut off, or so large that it may be meant to fill the memory.
+    Raises ValueError for what cannot be read: no picture, a broken one, or one so large that it may be meant as an attack.
     """
     return next(readings(source, name))
 
 
 def readings(source: Path | bytes, name: str) -> Iterator[Image.Image]:
-    """The different RGB pictures that trainers make of one file: as `opened`, unturned, and transparency over white.
+    """The different RGB pictures that trainers make of one file.
 
-    That is one for most: those without a note of how the camera was held, and without transparency. Raises as `opened`.
+    Most files have one. A file that says how the camera was held has two, upright and as it is stored; one with transparency
+    has its colours alone, and these over white. Raises as `opened` does.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
@@ -106,7 +107,7 @@ def readings(source: Path | bytes, name: str) -> Iterator[Image.Image]:
 
 
 def _in_rgb(image: Image.Image) -> list[Image.Image]:
-    """In RGB: its colours alone and, where it has transparency, these over white."""
+    """The picture in RGB: its colours alone and, where it has transparency, these over white."""
     if image.mode in MOST or image.mode in ("I", "F"):
         return [_in_8_bits(image).convert("RGB")]
     if image.mode not in ALPHA and "transparency" not in image.info:
@@ -118,10 +119,10 @@ def _in_rgb(image: Image.Image) -> list[Image.Image]:
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
-    """A grey picture of more bits, whose white is that of its mode or else the least usual one that none of it exceeds."""
+    """A grey picture of more than 8 bits. White is its mode's or, without one, the least of 1, 255, 65535 that fits."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     most = MOST.get(image.mode) or next((white for white in (1, 255, 65535) if values.max() <= white), values.max())
-    if image.mode == "I" and most == 1:  # black, or nearly, and no share of white
+    if image.mode == "I" and most == 1:  # whole numbers: black, or nearly
         most = 255
     return Image.fromarray(np.rint(np.clip(values / most, 0, 1) * 255).astype(np.uint8))
 

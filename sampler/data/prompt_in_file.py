@@ -13,15 +13,15 @@ from PIL import Image
 
 from .xmp import PROMPT, fields_in
 
-A1111, COMFYUI = "parameters", "prompt"  # the names of their texts
-END = re.compile(r"\n(?:Negative prompt: |Steps: \d)")  # of the prompt in A1111's parameters
-# of ComfyUI: the inputs that lead from a sampler to its prompt, and those that hold it
+A1111, COMFYUI = "parameters", "prompt"  # the keywords of the texts that these programs write
+END = re.compile(r"\n(?:Negative prompt: |Steps: \d)")  # what follows the prompt in A1111's parameters
+# ComfyUI's inputs: those that lead from a sampler to its prompt, and those that hold it
 POSITIVE = ("positive", "conditioning", "conditioning_1", "conditioning_2", "conditioning_to", "conditioning_from", "guider")
 WORDS = ("text", "text_g", "t5xxl", "prompt", "string", "value")
 
 
 def prompt_in(source: Path | bytes, otherwise: str) -> tuple[str | None, str]:
-    """(the prompt, ""), or (None, why there is none); otherwise: what is said where the file says nothing of itself."""
+    """(the prompt, ""), or (None, why there is none). otherwise: the beginning of that reason."""
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             if image.format == "PNG" and not {A1111, COMFYUI, "xmp"} & image.info.keys():
@@ -44,7 +44,7 @@ def prompt_in(source: Path | bytes, otherwise: str) -> tuple[str | None, str]:
 
 
 def _of_comfyui(text: str) -> Iterator[str]:
-    """The texts that the samplers of a workflow, as ComfyUI runs it, are led by."""
+    """The positive prompts of the samplers in a ComfyUI workflow, in its API format."""
     try:
         nodes = json.loads(text)
     except (ValueError, RecursionError):
@@ -59,7 +59,7 @@ def _of_comfyui(text: str) -> Iterator[str]:
 
 
 def _texts(nodes: Mapping[str, Any], link: Any, seen: set[str]) -> Iterator[str]:
-    """The texts behind a link, [id of a node, output], through whatever changes a conditioning on its way."""
+    """The texts behind a link, [id of a node, output], through the nodes that change a conditioning on its way."""
     if not isinstance(link, list) or not link or (id := str(link[0])) in seen:
         return
     node = nodes.get(id)

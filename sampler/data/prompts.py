@@ -21,7 +21,7 @@ from ..runs.folder import SAFE_ID
 from ..runs.journal import Keys
 from .formats import Row, Rows
 from .names import COLUMN, IDS, IMAGE, TEXT
-from .rows import Faults, opened
+from .rows import Faults, open_rows
 
 log = logging.getLogger(__name__)
 GUIDANCES = ("cfg", "delayed", "opposite", "guard")  # that a job may ask for by name
@@ -108,10 +108,10 @@ NAMED = 5  # jobs that are named of many
 class Prompts:
     """The jobs of a source that may be larger than memory: each iteration reads it anew, as (position, job).
 
-    source:   as for `rows.opened`, or a list of jobs. Columns: prompt, or caption or text in its place, and perhaps id, seed,
-              count, negative_prompt, steps, scale, height, width and guidance. Others are carried into the manifest, unless
-              they are named as what that says of an image itself, which a warning tells.
-    seed:     a row without an id gets its number, counted from 0 and zero-padded; one without a seed gets `seed` plus its number.
+    source:   as for `rows.open_rows`, or a list of jobs. Columns: prompt, or caption or text in its place, and perhaps id,
+              seed, count, negative_prompt, steps, scale, height, width and guidance. Others are carried into the manifest,
+              unless they are named as what that says of an image itself, which a warning tells.
+    seed:     a row without a seed gets `seed` plus its number, counted from 0; one without an id gets its number, zero-padded.
     count:    images of a row that does not say how many. The first has the row's id and seed, the k-th after it has ID-k and
               seed + k. So a higher count adds images and changes none.
     on_error: of a row that is wrong, which "stop" lets end everything before any work; see `Faults`.
@@ -124,7 +124,7 @@ class Prompts:
 
     def __init__(self, source: str | Path | Sequence[Job], seed: int = 0, on_error: str = "stop", count: int = 1):
         self.seed, self._faults, self._count = seed, Faults(on_error), checks.at_least_one("count", count)
-        self.name, self._read = opened(str(source)) if isinstance(source, str | Path) else ("jobs", partial(_listed, source))
+        self.name, self._read = open_rows(str(source)) if isinstance(source, str | Path) else ("jobs", partial(_listed, source))
         self._repeated: frozenset[int] = frozenset()
         self._unfit: frozenset[Kind] = frozenset()
         self._others = Others()
@@ -194,7 +194,7 @@ class Prompts:
         return _later(images, positions)
 
     def _jobs(self, refuse: Callable[[str], None]) -> Iterator[tuple[int, str, Job]]:
-        """(position, where it stands, job); `refuse` is told what is wrong with the others, each of which has a position too."""
+        """(position, where it stands, job). `refuse` is told what is wrong with others; these have positions too."""
         position = 0
         for number, (where, said) in enumerate(self._read()):
             k, count = 0, 1
@@ -220,11 +220,11 @@ class Prompts:
             raise ValueError(f"needs {COLUMN}; it has {', '.join(said) or 'nothing'}")
         count = checks.at_least_one("count", self._count if said.get("count") is None else said["count"])
         used = next((name for name in TEXT if said.get(name) not in (None, "")), TEXT[0])
-        own = {name: said[name] for name in ALLOWED if name != TEXT[0] and said.get(name) is not None}
+        own: dict[str, Any] = {name: said[name] for name in ALLOWED if name != TEXT[0] and said.get(name) is not None}
         known = (*ALLOWED, "count", used)
         others = {name: value for name, value in said.items() if value is not None and name not in known}
-        given = {"id": f"{number:04d}", "seed": self.seed + number} | own
-        return Job(**given, prompt=said.get(used), more=self._others(others) or None), count
+        given: dict[str, Any] = {"id": f"{number:04d}", "seed": self.seed + number, "prompt": said.get(used)} | own
+        return Job(**given, more=self._others(others) or None), count
 
     def _refuse(self, said: str) -> None:
         self._faults(f"{self.name}, {said}")

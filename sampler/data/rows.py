@@ -1,4 +1,4 @@
-"""The one reader of files of prompts and captions: whoever reads them opens them here, and has one rule for what is wrong."""
+"""The one reader of tables of prompts and captions, with one rule for what is wrong in them."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ FORMATS: dict[str, Callable[[Path], Rows]] = {  # by suffix
 
 
 class Faults:
-    """What is done about what is wrong in a source: "stop" raises ValueError, "skip" passes it over with a warning.
+    """What a fault in a source does: "stop" raises ValueError, "skip" leaves the row out with a warning.
 
-    skipped: how much was passed over.
+    skipped: the number of faults that were skipped.
     """
 
     def __init__(self, on_error: str = "stop"):
@@ -42,46 +42,47 @@ class Faults:
         self.on_error, self.skipped = on_error, 0
 
     def __call__(self, said: str) -> None:
-        """said: which file, where in it, what is wrong, and what is allowed."""
+        """said: the file, the place in it, what is wrong, and what is allowed."""
         if self.on_error == "stop":
             raise ValueError(said)
         self.skipped += 1
         log.warning("%s: skipped", said)
 
 
-def opened(source: str, what: str = "prompts") -> tuple[str, Callable[[], Rows]]:
-    """What messages call a source, and what reads its rows anew each time.
+def open_rows(source: str, what: str = "prompts") -> tuple[str, Callable[[], Rows]]:
+    """(the name that messages have for a source, a function that reads its rows from the start).
 
-    source: a file of FORMATS, perhaps with .gz behind; "-", JSON Lines on standard input, or a pipe, which is first copied to a
-            temporary file; a folder that the `datasets` library saved, or "hf:NAME" or "hf:NAME:SPLIT", a dataset of its hub.
-    what:   is in it.
+    source: a file with a suffix of FORMATS, perhaps followed by .gz; "-", JSON Lines on standard input; a pipe of JSON Lines;
+            a folder that the library `datasets` saved; or "hf:NAME" or "hf:NAME:SPLIT", a dataset of its hub. Standard input
+            and pipes are first copied to a temporary file, as they can be read once only.
+    what:   the kind of its rows, for messages.
 
-    Raises FileNotFoundError for a missing file, ValueError for another format. Reading raises ValueError for what makes the
-    whole file unreadable, ImportError for a format whose library is missing.
+    Raises FileNotFoundError for a missing file, ValueError for another format. The function raises ValueError for a file that
+    cannot be read at all, ImportError for a format whose library is missing.
     """
     path = Path(source)
     if source.startswith(HUB):
-        return _told(f"dataset {source!r}", partial(dataset, source))
+        return _named(f"dataset {source!r}", partial(dataset, source))
     name = "standard input" if source == "-" else f"{what} file {source!r}"
     if source != "-" and not path.exists():
         raise FileNotFoundError(f"{name} does not exist")
     if path.is_dir():
         if not any((path / name).is_file() for name in SAVED):
             raise ValueError(f"{name} is a folder that the package datasets did not save: give a file, as its metadata.jsonl")
-        return _told(f"dataset {source!r}", partial(dataset, source))
+        return _named(f"dataset {source!r}", partial(dataset, source))
     if source == "-" or not path.is_file():  # can be read once only: copied to where it can be read again
         kept = tempfile.NamedTemporaryFile(prefix="prompts-")  # noqa: SIM115 (gone with the last that refers to it)
         with nullcontext(sys.stdin.buffer) if source == "-" else path.open("rb") as stream:
             shutil.copyfileobj(stream, kept)
         kept.flush()
-        return _told(name, lambda: json_lines(Path(kept.name)))
+        return _named(name, lambda: json_lines(Path(kept.name)))
     if format_of(path) not in FORMATS:
         raise ValueError(f"{name} must end in {', '.join(filter(None, FORMATS))}, and perhaps .gz")
-    return _told(name, partial(FORMATS[format_of(path)], path))
+    return _named(name, partial(FORMATS[format_of(path)], path))
 
 
-def _told(name: str, read: Callable[[], Rows]) -> tuple[str, Callable[[], Rows]]:
-    """Both, where what makes the whole file unreadable is raised with its name."""
+def _named(name: str, read: Callable[[], Rows]) -> tuple[str, Callable[[], Rows]]:
+    """The name, and a function that reads the same rows and puts the name before every error."""
 
     def rows() -> Rows:
         try:
@@ -95,5 +96,5 @@ def _told(name: str, read: Callable[[], Rows]) -> tuple[str, Callable[[], Rows]]
 
 
 def format_of(path: Path) -> str:
-    """The suffix that says a file's format, in small letters: that before .gz where it is compressed."""
+    """The suffix that tells a file's format, in small letters; of a compressed file, the one before .gz."""
     return Path(path.name.casefold().removesuffix(".gz")).suffix

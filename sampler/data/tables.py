@@ -1,4 +1,4 @@
-"""Tables as files."""
+"""Writes tables as CSV files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .names import cell
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """rows: each with the columns of the first; their text is written so that no spreadsheet takes it for a formula."""
+    """rows: one or more, each with the columns of the first. Text that looks like a formula is quoted; see `cell`."""
     with whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

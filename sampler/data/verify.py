@@ -60,7 +60,7 @@ def _unlisted(out: Path, writes: Writer, jobs: Jobs, listed: Iterable[int]) -> I
         if id not in told:
             file = writes.file(position, id)
             there = (out / file).is_file()
-            yield writes.image(file, id), f"has no line in {MANIFEST}" if there else "is missing"
+            yield writes.label(file, id), f"has no line in {MANIFEST}" if there else "is missing"
 
 
 def _inspection(settings: Mapping[str, Any]) -> Callable[[bytes], str | None]:

@@ -84,7 +84,7 @@ class Writer(ABC):
                 yield self.out / name
 
     @abstractmethod
-    def image(self, file: str, id: str) -> str:
+    def label(self, file: str, id: str) -> str:
         """What messages call an image that is in a file."""
 
     @abstractmethod
@@ -96,7 +96,7 @@ class Writer(ABC):
         """Put the images of `parts`, folders of the same run, into this one's files."""
 
     @abstractmethod
-    def names(self, file: str, id: str) -> bool:
+    def owns(self, file: str, id: str) -> bool:
         """Whether a file is one that this writer may put an image into; such a one is nowhere but in the run's folder."""
 
     def holds(self, line: dict[str, Any]) -> bool:
@@ -109,15 +109,15 @@ class Writer(ABC):
         Raises KeyError for a line that lacks its id, file or sha256.
         """
         id, file, digest = line["id"], line["file"], line.get("signed_sha256", line["sha256"])
-        if not self.names(file, id):
+        if not self.owns(file, id):
             return f"image {id}", f"is said to be in {file!r}, which is no file of this run"
         images = self._found(file)
         if isinstance(images, str):
             return file, images
         found = images.get(id)
         if found is None or found.sha256 != digest:
-            return self.image(file, id), "is missing" if found is None else "is changed"
-        return None if found.fault is None else (self.image(file, id), found.fault)
+            return self.label(file, id), "is missing" if found is None else "is changed"
+        return None if found.fault is None else (self.label(file, id), found.fault)
 
     def _read(self, file: str) -> dict[str, Found] | str:
         """The images in a file, by their ids; or what is wrong with the file."""
@@ -178,10 +178,10 @@ class Files(Writer):
                 return file, "is changed"
         return None
 
-    def names(self, file: str, id: str) -> bool:
+    def owns(self, file: str, id: str) -> bool:
         return bool(SAFE_ID.fullmatch(id)) and file == self.file(0, id)
 
-    def image(self, file: str, id: str) -> str:
+    def label(self, file: str, id: str) -> str:
         return file
 
     def contents(self, file: Path) -> Iterator[tuple[str, bytes]]:
@@ -225,7 +225,7 @@ class Shards(Writer):
     def file(self, position: int, id: str) -> str:
         return f"shards/{position // SHARD:06d}.{self.kind.suffix}"
 
-    def names(self, file: str, id: str) -> bool:
+    def owns(self, file: str, id: str) -> bool:
         return bool(re.fullmatch(rf"shards/[0-9]{{6,}}\.{self.kind.suffix}", file))
 
     def contents(self, file: Path) -> Iterator[tuple[str, bytes]]:
@@ -233,7 +233,7 @@ class Shards(Writer):
 
     def join(self, parts: Sequence[Path]) -> None:
         found = {f"shards/{path.name}" for part in parts for path in (part / "shards").glob("*")}
-        for name in sorted(name for name in found if self.names(name, "")):
+        for name in sorted(name for name in found if self.owns(name, "")):
             own = rows = self._rows(self.out / name)
             for part in parts:
                 rows = rows | self._rows(part / name)
@@ -250,7 +250,7 @@ class Shards(Writer):
             if changed != rows:
                 self._write(path.relative_to(self.out).as_posix(), changed)
 
-    def image(self, file: str, id: str) -> str:
+    def label(self, file: str, id: str) -> str:
         return f"{file}, image {id}"
 
     def _rows(self, path: Path) -> dict[int, Made]:

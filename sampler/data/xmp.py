@@ -86,11 +86,16 @@ def fields_in(info: Mapping[Any, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for about in tree.iter(f"{{{RDF}}}Description"):
         attributes = about.attrib.items()  # other programs write simple fields so
-        for name, value in [*attributes, *((one.tag, "".join(one.itertext()).strip()) for one in about)]:
+        for name, value in [*attributes, *((one.tag, _text(one)) for one in about)]:
             for prefix, uri in NAMES.items():
                 if name.startswith(f"{{{uri}}}"):
                     found[f"{prefix}:{name.partition('}')[2]}"] = value
     return found
+
+
+def _text(field: ElementTree.Element) -> str:
+    """What a field says, which may be in a list of one."""
+    return "".join(field.itertext()).strip() if len(field) else field.text or ""
 
 
 def fault_of(source: Path | bytes) -> str | None:

@@ -98,7 +98,7 @@ def _repair(path: Path, key: Callable[[dict[str, Any]], Hashable | None]) -> Key
             name = None if line is None else key(line)
         except (LookupError, TypeError):  # it lacks what is looked for, or has another kind of thing there
             name = None
-        sound = sound and name is not None and text == _text(line)
+        sound = sound and line is not None and name is not None and text == _text(line)
         if name is not None:
             digests.append(Keys.digest(name))
             numbers.append(number)
@@ -110,7 +110,7 @@ def _repair(path: Path, key: Callable[[dict[str, Any]], Hashable | None]) -> Key
     following = next(wanted, None)
     with whole(path) as part, part.open("wb") as file:
         for number, (_, line) in enumerate(texts(path)):
-            if number == following:
+            if number == following and line is not None:
                 file.write(_text(line))
                 following = next(wanted, None)
     return keys

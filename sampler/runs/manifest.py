@@ -32,7 +32,7 @@ def belongs(position: int, shard: tuple[int, int] | None) -> bool:
 
 
 def job_lines(out: Path) -> Iterator[dict[str, Any]]:
-    """The lines about the jobs of a run: position, id, and what was asked; none where the file is missing, and no damaged ones."""
+    """The sound lines about the jobs of a run: position, id and what was asked; none where the file is missing."""
     for line in read_lines(out / JOBS):
         if isinstance(line.get("position"), int) and isinstance(line.get("id"), str):
             yield line

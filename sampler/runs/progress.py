@@ -127,7 +127,8 @@ class Progress:
         self.stream = sys.stderr if stream is None else stream
         terminal = bool(getattr(self.stream, "isatty", bool)())
         self.kind = {"auto": "bar" if terminal else "plain"}.get(log, log)
-        self.summary, self._bar, self._gauges = Summary(0), None, {}
+        self.summary, self._gauges = Summary(0), dict[str, Any]()
+        self._bar: tqdm | None = None
         if metrics is not None:
             self._serve(metrics, host)
 

@@ -7,14 +7,13 @@ import json
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
 from .environment import environment
 
 
-def settings_of(scheduler: SchedulerMixin, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What a run's images owe to these, and to the versions of what computes them."""
+def settings_of(scheduler: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What a run's images owe to a diffusers scheduler, to a dtype, a device and the versions of what computes them."""
     return {
         "scheduler": {"class": type(scheduler).__name__, **_public(scheduler.config)},
         "dtype": str(dtype).removeprefix("torch."),
@@ -22,8 +21,8 @@ def settings_of(scheduler: SchedulerMixin, dtype: torch.dtype, device: torch.dev
     }
 
 
-def weights_sha256(pipe: DiffusionPipeline) -> str:
-    """Of the pipeline as it is: every tensor of its modules, by name, what they are made of, and its vocabularies."""
+def weights_sha256(pipe: Any) -> str:
+    """The SHA-256 of a diffusers pipeline as it is: its modules' tensors and configurations by name, and its vocabularies."""
     digest = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
         if isinstance(part, nn.Module):

@@ -28,7 +28,7 @@ def test_a_folder_is_filled_and_refused_to_another_run(tmp_path, monkeypatch, ca
     assert run(monkeypatch, capsys, *arguments)[0] == 0
     lines = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
     assert [(line["id"], line["status"], line["seed"]) for line in lines] == [("cat", "ok", 0), ("0001", "ok", 1)]
-    assert sorted(path.name for path in (out / "images").iterdir()) == ["0001.png", "cat.png"]
+    assert sorted(path.name for path in (out / "images").iterdir()) == ["0001.png", "cat.png", "metadata.jsonl"]
     assert json.loads((out / "run.json").read_text())["steps"] == 3
     code, error = run(monkeypatch, capsys, *arguments, "--scale", 3)
     assert code == 2 and "another run" in error
@@ -117,9 +117,7 @@ def test_jobs_of_other_steps_and_scales_are_as_in_runs_of_their_own(small, tmp_p
         guidance = delayed(5.0 if job.scale is None else job.scale)
         make(sampler, [Job(job.id, job.prompt, job.seed)], tmp_path / job.id, guidance, **own)
         (alone,), together = sound(tmp_path / job.id), lines[job.id]
-        assert {k: together[k] for k in ("steps", "scale") if k in together} == {
-            k: v for k, v in (("steps", job.steps), ("scale", job.scale)) if v is not None
-        }
+        assert (together["steps"], together["scale"]) == (job.steps or 4, 5.0 if job.scale is None else job.scale)
         assert len(together["noise_gap"]) == own["steps"] and together["transition_step"] == alone["transition_step"]
         found, expected = (load_file(tmp_path / run / together["file"])["latents"] for run in ("all", job.id))
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)  # a text is encoded beside others: rounding

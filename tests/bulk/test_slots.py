@@ -23,7 +23,7 @@ def test_a_run_goes_on_with_as_many_and_is_refused_with_others(small, tmp_path):
     kept = (tmp_path / "a" / "images" / "p4.png").read_bytes()
     (tmp_path / "a" / "images" / "p4.png").unlink()
     assert make(sampler, tmp_path / "a", None) == 3 and (tmp_path / "a" / "images" / "p4.png").read_bytes() == kept
-    with pytest.raises(ValueError, match="holds a run of 3 samples at a time, .* got batch_size 2"):
+    with pytest.raises(ValueError, match=r"holds a run of 3 samples at a time, .* got batch_size 2"):
         make(sampler, tmp_path / "a", 2)
     assert make(sampler, tmp_path / "b", None) == 6  # what the device holds, and no more than there are jobs
     with pytest.raises(ValueError, match="batch_size must be a whole number of at least 1, got 0"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import warnings
 from dataclasses import replace
 from io import StringIO
 
+import basinescape
 import pytest
 from basinescape import At, Calibration, FirstMinimum, Guidance, Sampler, Settled
 from basinescape.bench import cli
@@ -37,6 +39,10 @@ COMMANDS = tuple(get_command(cli.app).commands)
         ('{"prompt": "a"}', ("--until", "soon"), "until"),
         ('{"prompt": "a"}', ("--until", "settled", "--steps", "4"), "no unguided gaps of these steps"),
         ('{"prompt": "a"}', ("--guidance", "guard", "--until", "500"), "which a guard finds by itself"),
+        ('{"prompt": "a"}', ("--guidance", "cfg", "--until", "500"), "and plain guidance has no transition: leave it out"),
+        ('{"prompt": "a"}\n{"prompt": "b", "width": 63}', (), "line 2: width must be a multiple of"),
+        ('{"prompt": "a", "guidance": "guarded"}', (), "line 1: guidance must be one of cfg, delayed, opposite, guard"),
+        ('{"prompt": "a"}', ("--count", "0"), "count must be a whole number of at least 1, got 0"),
         ('{"prompt": "a"}', ("--restart", "300"), "restart must be LOW,HIGH,TIMES"),
         ('{"prompt": "a"}', ("--restart", "500,300,1"), "restart must go back"),
         ('{"prompt": "a"}', ("--rule", "rescale", "--rule-option", "phi"), "rule_option must be a name and a number"),
@@ -153,7 +159,7 @@ def test_the_commands_options_reach_the_sampler(tmp_path, monkeypatch, capsys, d
         "--scale",
         3,
     )
-    assert run(monkeypatch, capsys, "--prompts", prompts, "--out", tmp_path / "out", *QUICK, *options)[0] == 0
+    assert run(monkeypatch, capsys, "--prompts", prompts, "--out", tmp_path / "out", *QUICK[:2], *QUICK[-2:], *options)[0] == 0
     (asked,) = drawn.asked
     assert (asked["prompts"], asked["negative_prompt"]) == (["a cat", "a dog"], ["ugly", "blurry"])
     assert (asked["height"], asked["width"], asked["clip_skip"]) == (128, 192, 1)
@@ -320,3 +326,43 @@ def test_prompts_are_read_before_a_library_is_loaded_and_so_silenced(tmp_path):
     code = f"import sys, basinescape.data.prompts, basinescape.runs.progress; print({loaded})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert found.stdout.strip() == "[]"
+
+
+def test_the_version_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["basinescape", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code in (0, None) and capsys.readouterr().out == f"basinescape {basinescape.__version__}\n"
+
+
+def test_every_option_of_generate_stands_in_its_group(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["basinescape", "generate", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    sections = re.split(r"^(\w+):\n", capsys.readouterr().out, flags=re.MULTILINE)
+    groups = dict(zip(sections[1::2], sections[2::2], strict=True))
+    assert list(groups) == ["What", "Model", "Guidance", "Output", "Speed", "Other", "Example"]
+    homes = {"--prompts": "What", "--count": "What", "--steps": "Model", "--until": "Guidance", "--out": "Output"}
+    for option, home in {**homes, "--batch-size": "Speed", "--help": "Other"}.items():
+        assert [group for group, text in groups.items() if f"\n  {option} " in "\n" + text] == [home]
+    assert "basinescape generate --model" in groups["Example"]
+
+
+def test_rows_ask_for_their_own_number_size_and_guidance(tmp_path, monkeypatch, capsys, mine):
+    rows = [
+        {"prompt": "a", "height": 32, "guidance": "opposite"},
+        {"prompt": "b", "guidance": "cfg", "count": 1},
+        {"prompt": "c"},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = ("--prompts", tmp_path / "p.jsonl", "--model", mine, "--device", "cpu", "--steps", 2, "--out", tmp_path / "out")
+    assert run(monkeypatch, capsys, *asked, "--count", 2, "--seed", 5, "--until", 600) == (0, "")
+    lines = {line["id"]: line for line in sound(tmp_path / "out")}
+    assert {id: line["seed"] for id, line in lines.items()} == {"0000": 5, "0000-1": 6, "0001": 6, "0002": 7, "0002-1": 8}
+    for id, line in lines.items():
+        with Image.open(tmp_path / "out" / line["file"]) as image:
+            assert image.size == ((64, 32) if id.startswith("0000") else (64, 64))
+    stored = json.loads((tmp_path / "out" / "run.json").read_text())
+    named = {name: Guidance.from_dict(one) for name, one in stored["named"].items()}
+    assert named == {"cfg": Guidance.cfg(7.5), "opposite": Guidance.opposite(2.0, 7.5, At(600))}
+    assert Guidance.from_dict(stored["guidance"]) == Guidance.delayed(7.5, until=At(600))
