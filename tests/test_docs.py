@@ -44,7 +44,7 @@ def test_every_diff_has_its_page():
 
 
 def test_columns_of_a_docstring_become_a_list():
-    spec = importlib.util.spec_from_file_location("docstrings", ROOT / "docs/build/docstrings.py")
+    spec = importlib.util.spec_from_file_location("docstrings", ROOT / "docs/tools/docstrings.py")
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     found = module.listed("A sum.\n\nx, y:  numbers,\n       of any kind\nscale: a factor\n\nRaises ValueError: none.")
     assert found == "A sum.\n\n- `x`, `y`: numbers,\n  of any kind\n- `scale`: a factor\n\nRaises ValueError: none."
