@@ -15,7 +15,7 @@ Capitals are columns of the table (`table.Column`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,7 +61,7 @@ def tcfg(u: Tensor, c: Tensor, w: float, *_: float) -> Tensor:
 
 def mambo_g(u: Tensor, c: Tensor, w: float, alpha: float, *_: float) -> Tensor:
     """With a weight that falls to 1 as the difference grows (MAMBO-G, https://arxiv.org/abs/2508.03442)."""
-    return cfg(u, c, 1 + (w - 1) * torch.exp(-alpha * (c - u).norm() / u.norm()).item())
+    return cfg(u, c, 1 + (w - 1) * torch.exp(-alpha * (c - u).norm() / u.norm()))
 
 
 def norm_cap(u: Tensor, c: Tensor, w: float, kappa: float, *_: float) -> Tensor:
@@ -70,7 +70,7 @@ def norm_cap(u: Tensor, c: Tensor, w: float, kappa: float, *_: float) -> Tensor:
     return (kappa * c.norm() / g.norm()).clamp(max=1) * g
 
 
-RULES: dict[str, Callable[..., Tensor]] = {
+RULES = {
     "cfg": cfg,
     "rescale": rescale,
     "cfg-zero": cfg_zero,

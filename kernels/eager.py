@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,10 +60,8 @@ class Part:
 
     @classmethod
     def of(cls, state: State, index: slice) -> Part:
-        scratch: Any = state.workspace.scratch  # there wherever the eager step runs
-        buffers = (state.latents.x, *state.latents.halves, state.latents.history, *scratch)
-        parts: list[Any] = [None if b is None else b[index] for b in buffers]
-        x, first, second, history, difference, following = parts
+        buffers = (state.latents.x, *state.latents.halves, state.latents.history, *state.workspace.scratch)
+        x, first, second, history, difference, following = (None if b is None else b[index] for b in buffers)
         return cls(x, first, second, history, difference, following, Folded(in_memory_order(difference)))
 
     def differ(self, uncond: Tensor, cond: Tensor, out: Tensor | None = None) -> Tensor:
@@ -80,8 +77,8 @@ class Part:
         if rule is None:
             weight = per_sample(weight, wide) if isinstance(weight, Tensor) else weight
             return guided_prediction_eager(wide, difference, weight, out=difference)
-        each = [value if isinstance(value, Tensor) else torch.full_like(gap, value) for value in (weight, *options)]
-        a, b = combined_eager(rule, each[0], sample_sums(wide, difference), gap, wide[0].numel(), each[1], each[2])
+        weight, *options = (value if isinstance(value, Tensor) else torch.full_like(gap, value) for value in (weight, *options))
+        a, b = combined_eager(rule, weight, sample_sums(wide, difference), gap, wide[0].numel(), *options)
         return difference.mul_(per_sample(b, wide)).addcmul_(wide, per_sample(a, wide))
 
     def solve(self, guided: Tensor, a: float | Tensor, b: float | Tensor, p: float | Tensor, q: float | Tensor) -> None:

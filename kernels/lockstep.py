@@ -43,7 +43,7 @@ class Lockstep:
     def __call__(self, uncond: Tensor, cond: Tensor | None) -> None:
         """Take the step, from predictions as for `step`; raises ValueError for another shape than the latents'."""
         if uncond.shape != self.shape or (cond is not None and cond.shape != self.shape):
-            name, other = ("uncond", uncond) if cond is None or uncond.shape != self.shape else ("cond", cond)
+            name, other = ("cond", cond) if uncond.shape == self.shape else ("uncond", uncond)
             raise ValueError(f"{name} is {tuple(other.shape)}; it must be {tuple(self.shape)}, as the latents")
         groups, k = self.groups, self.k
         if len(groups) == 1:
@@ -81,12 +81,12 @@ class Order(NamedTuple):
     fall: Value
     wait: Value
     a: Tensor
-    b: Value
+    b: float
     p: Tensor
-    q: Value
+    q: float
     options: tuple[Value, ...]
     scale: Tensor
-    timestep: Value
+    timestep: float
 
 
 def orders(table: Tensor, rows: Tensor | None, index: slice) -> list[Order]:
@@ -109,8 +109,8 @@ def orders(table: Tensor, rows: Tensor | None, index: slice) -> list[Order]:
             elif keep == limit == -math.inf and not fall:
                 look = Look.NOBODY
         leaving = look, keep, limit, fall, wait
-        to, t = scale[following], numbers[following][Column.TIMESTEP]
-        found.append(Order(int(step), bool(first), before, after, *leaving, a[k], b, p[k], q, tuple(options), to, t))
+        solver = a[k], b, p[k], q, tuple(options), scale[following], numbers[following][Column.TIMESTEP]
+        found.append(Order(int(step), bool(first), before, after, *leaving, *solver))
     return found
 
 
@@ -141,11 +141,12 @@ class Group:
         return cls(Part.of(state, index), way.at[index], way.peak[index], way.gaps[index].unbind(1), orders, rule, peaks, waits)
 
     def take(self, uncond: Tensor, cond: Tensor | None, order: Order) -> None:
-        part, prediction = self.part, uncond
-        gap = None if cond is None else part.differ(uncond, cond, self.gaps[order.k] if order.first else None)
+        part, gap, prediction = self.part, None, uncond
+        if cond is not None:
+            gap = part.differ(uncond, cond, self.gaps[order.k] if order.first else None)
         if order.look and self.latest == math.inf:
             self._look(gap, order)
-        if gap is not None:
+        if cond is not None:
             if self.peaks and order.first:
                 torch.fmax(self.peak, gap, out=self.peak)
             prediction = part.guide(uncond, self._weight(order), self.rule, gap, *order.options)
@@ -156,7 +157,7 @@ class Group:
         """Note who leaves the basin in this call."""
         k, wait, waiting = order.k, order.wait, self.at < 0
         if order.look == Look.ALL:
-            self.latest = k + int(wait)
+            self.latest = k + wait
         else:
             self.own = True
             gap = torch.full_like(self.peak, torch.nan) if gap is None else gap

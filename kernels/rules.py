@@ -160,8 +160,7 @@ def options_of(rule: str, given: Mapping[str, float]) -> dict[str, float]:
     """All options of a guidance rule. Raises ValueError for an unknown rule or option, or a number that is not allowed."""
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    found = RULES[rule]
-    known = found.options if found else {}
+    known = RULES[rule].options if RULES[rule] else {}
     for name, value in given.items():
         if name not in known:
             raise ValueError(f"rule {rule!r} has no option {name!r}; it has {', '.join(known) or 'none'}")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -203,6 +201,5 @@ def buffers_of(state: State) -> list[Tensor | None]:
 
 
 def state_of(buffers: tuple[Tensor | None, ...]) -> State:
-    rest: Iterator[Any] = iter(buffers)
-    parts: Iterator[Any] = (form(*(next(rest) for _ in fields(form))) for form in _FORMS)
-    return State(*parts)
+    rest = iter(buffers)
+    return State(*(form(*(next(rest) for _ in fields(form))) for form in _FORMS))

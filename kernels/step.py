@@ -253,10 +253,10 @@ def step_kernel(
     for part in tl.static_range(PARTS):
         mask = lanes < rest - part * PART
         u = tl.load(uncond + sample * uncond_stride + part * PART + lanes, mask=mask, other=0.0).to(tl.float32)
-        predictions = predictions + (u,)  # type: ignore[assignment] # noqa: RUF005 (in Triton a tuple grows so)
+        predictions = predictions + (u,)  # noqa: RUF005 (Triton knows no starred tuple)
         if cond is not None:
             c = tl.load(cond + sample * cond_stride + part * PART + lanes, mask=mask, other=0.0).to(tl.float32)
-            differences = differences + (c - u,)  # type: ignore[assignment] # noqa: RUF005
+            differences = differences + (c - u,)  # noqa: RUF005
             squared += (c - u) * (c - u)
             if RULE is not None:
                 sums = added(sums, sums_of(u, c - u))
@@ -269,7 +269,7 @@ def step_kernel(
             tl.debug_barrier()  # keeps the compiler from loading the latents and histories of all parts at once
         by = sample * size + part * PART
         if cond is None:
-            g = predictions[part]  # type: ignore[var-annotated] # of a tuple that has grown
+            g = predictions[part]
         elif RULE is None:
             g = guided_prediction(predictions[part], differences[part], b)
         else:
@@ -442,7 +442,7 @@ def launch_step(
     cond = cond if cond is None else arranged(cond, latents.x)
     block, warps, tiles = TILES.of(size)
     finds, combines = finds and cond is not None, None if cond is None else RULES[rule]
-    operands: tuple[Tensor | None, ...] = uncond, cond, table, guided, way.row, way.last, way.at, way.gaps, way.peak
+    operands = uncond, cond, table, guided, way.row, way.last, way.at, way.gaps, way.peak
     operands += latents.model_input, latents.timestep, latents.unscaled, latents.history
     strides = sample_stride(uncond), 0 if cond is None else sample_stride(cond), way.gaps.stride(0)
     options = {"RULE": None if combines is None else combines.device, "FINDS": finds, "BLOCK": block, "num_warps": warps}
@@ -452,7 +452,7 @@ def launch_step(
             launch(step_kernel, batch, *operands, batch, size, *strides, **options, **OPTIONS)
             return
         partials = None if cond is None else partials
-        if cond is not None and partials is not None and (finds or combines is not None):
+        if finds or combines is not None:
             launch_sums(uncond, cond, partials, combines is not None)
         launch(tile_kernel, batch * tiles, *operands, partials, batch, size, tiles, *strides, **options, **OPTIONS)
         operands = table, way.row, way.last, way.at, way.gaps, way.peak, latents.timestep, partials
