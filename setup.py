@@ -20,6 +20,9 @@ setup(
         "basinescape.models",
         "basinescape.hosts",
         "basinescape.hosts.comfyui",
+        "basinescape.hosts.invokeai",
+        "basinescape.hosts.webui",
+        "basinescape.hosts.webui.scripts",
         "basinescape.calibration",
         "basinescape.data",
         "basinescape.runs",
@@ -39,7 +42,7 @@ setup(
         "basinescape": ["assets/captions.jsonl", "assets/tiny/**/*", "assets/tiny/*", "assets/flow/**/*", "assets/flow/*"],
         "basinescape.audit": ["*.html.jinja"],
         "basinescape.bench.evaluation": ["*.html.jinja"],
-        "basinescape.hosts.comfyui": ["example_workflows/*.json"],
+        "basinescape.hosts.comfyui": ["example_workflows/*.json", "pyproject.toml"],
     },
     install_requires=[
         "torch>=2.11",
@@ -71,10 +74,15 @@ setup(
             "webdataset",
         ],
         "evaluate": ["faiss-cpu", "onnxruntime", "pyyaml", "scikit-learn", "torchmetrics"],
-        "kdiffusion": ["k-diffusion"],
+        "kdiffusion": ["k-diffusion", "setuptools<82"],  # its clip-anytorch imports pkg_resources, which later ones lack
         "xformers": ["xformers"],
         "ray": ["ray"],
         "formats": ["datasets", "prometheus_client", "pyarrow", "webdataset"],
     },
-    entry_points={"console_scripts": ["basinescape=basinescape.bench.cli:main"]},
+    entry_points={
+        "console_scripts": ["basinescape=basinescape.bench.cli:main"],
+        # Plugins of servers, which find them by these groups.
+        "sglang.multimodal_gen.plugins": ["basinescape=basinescape.hosts.sglang:register"],
+        "vllm_omni.general_plugins": ["basinescape=basinescape.hosts.vllm_omni:register"],
+    },
 )
