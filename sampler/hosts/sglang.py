@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -213,7 +214,8 @@ class _Still:
 def compared(original: Callable[..., Any], scheduler: Any, value: Any) -> Any:
     """Around `Scheduler._freeze_signature_value`: requests whose guidance alone differs may share a batch, under one rule."""
     if isinstance(value, Mapping) and KEY in value:
-        value = {**value, KEY: RequestGuidance.by(value[KEY]).attempts[0].guidance.rule}
+        with suppress(ValueError):  # a request that is refused later stands alone
+            value = {**value, KEY: RequestGuidance.by(value[KEY]).attempts[0].guidance.rule}
     return original(scheduler, value)
 
 
