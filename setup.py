@@ -64,11 +64,16 @@ setup(
         ],
         "docs": ["mkdocs", "mkdocstrings-python"],
         "evaluate": ["faiss-cpu", "onnxruntime", "pyyaml", "scikit-learn", "torchmetrics"],
-        "kdiffusion": ["k-diffusion"],
+        "kdiffusion": ["k-diffusion", "setuptools<82"],  # its clip-anytorch imports pkg_resources, which later ones lack
         "xformers": ["xformers"],
         "ray": ["ray"],
         "formats": ["datasets", "prometheus_client", "pyarrow", "webdataset"],
         "provenance": ["c2pa-python"],
     },
-    entry_points={"console_scripts": ["basinescape=basinescape.bench.cli:main"]},
+    entry_points={
+        "console_scripts": ["basinescape=basinescape.bench.cli:main"],
+        # Plugins of servers, which find them by these groups.
+        "sglang.multimodal_gen.plugins": ["basinescape=basinescape.hosts.sglang:register"],
+        "vllm_omni.general_plugins": ["basinescape=basinescape.hosts.vllm_omni:register"],
+    },
 )

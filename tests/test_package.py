@@ -36,8 +36,8 @@ def test_a_wheel_holds_the_pipelines_and_all_packages(tmp_path):
         expected = {f"basinescape/{package}{path.relative_to(source / folder)}" for path in (source / folder).rglob("*.py")}
         assert {name for name in expected if not name.startswith(BENCHMARKS)} <= names
     assert not [name for name in names if name.startswith(BENCHMARKS)]
-    assert "basinescape/py.typed" in names
-    assert "basinescape/hosts/comfyui/example_workflows/delayed_guidance.json" in names
+    own = ("hosts/comfyui/example_workflows/delayed_guidance.json", "hosts/comfyui/pyproject.toml")
+    assert {f"basinescape/{name}" for name in ("py.typed", *own)} <= names
     for name, network in (("tiny", "unet"), ("flow", "transformer")):
         own = {f"basinescape/{path.relative_to(ROOT / 'sampler')}" for path in (ROOT / "sampler/assets" / name).rglob("*.*")}
         assert own <= names and f"basinescape/assets/{name}/{network}/diffusion_pytorch_model.safetensors" in own

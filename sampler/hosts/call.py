@@ -20,9 +20,9 @@ from ..detection.basin import LOG_SNR, Probe
 from ..detection.judging import Verdict
 from ..guidance.guidance import Guidance
 from ..kernels.state import per_sample
-from .asking import Asked, sample_of, seen, stacked, timestep_of
 from .escape import Escape, idle, judge
-from .families import Family, network_of
+from .network_call import NetworkCall, sample_of, seen, stacked, timestep_of
+from .stock_pipelines import StockPipeline, network_of
 from .taken import taken
 
 log = logging.getLogger(__name__)
@@ -32,25 +32,26 @@ SEEDS = 2**63 - 1
 
 
 class Call:
-    """A call of `pipe` with these arguments under `guidance`, of all samples or one a sample.
+    """A call of the pipeline `pipe` under `guidance`: one for all samples, or one a sample.
 
-    state: the guidance's, None before the first step. latents: what the last step came to.
+    stock: what is known of such pipelines. arguments: of the call. state: the guidance's, None before the first step. latents:
+    after the last step.
 
     Raises ValueError for arguments that cannot be followed.
     """
 
     def __init__(
-        self, pipe: DiffusionPipeline, family: Family, guidance: Guidance | list[Guidance], arguments: Mapping[str, Any]
+        self, pipe: DiffusionPipeline, stock: StockPipeline, guidance: Guidance | list[Guidance], arguments: Mapping[str, Any]
     ):
         self.pipe: Any = pipe  # its components are attributes that its own class has
-        self.family, self.arguments = family, dict(arguments)
-        for name, allowed in family.only:
+        self.stock, self.arguments = stock, dict(arguments)
+        for name, allowed in stock.only:
             if self.arguments[name] != allowed:
                 raise ValueError(
                     f"{name} is {self.arguments[name]!r}, which escape cannot follow: leave it at {allowed!r}; guidance that "
                     "varies over time is Guidance's shape and interval"
                 )
-        network = network_of(pipe, family)
+        network = network_of(pipe, stock)
         if network.dtype == torch.float64:
             raise ValueError(
                 f"pipe's {type(network).__name__} is in {network.dtype}, and guidance computes in float32: use "
@@ -58,7 +59,7 @@ class Call:
             )
         self.state: Escape | None = None
         self.latents: Tensor | None = None
-        self._asked: list[Asked] = []  # the network's call that a picture is judged by, or both of a pair
+        self._network_calls: list[NetworkCall] = []  # the network's call that a picture is judged by, or both of a pair
         self._nearest = 0  # the step's call whose noise level is that of a judged picture, of those taken
         self._sign = 1.0  # -1 where the pipeline steps with the opposite of what its network predicts
         self._first: Tensor | None = None  # of a pair, as the pipeline holds it
@@ -71,7 +72,7 @@ class Call:
     def run(self, method: Callable[..., Any]) -> Any:
         """What the pipeline's `__call__` returns. The pipeline is left as its own call leaves it, after errors too."""
         bound = inspect.BoundArguments(inspect.signature(method), self.arguments)
-        own, networks = vars(self.pipe), (getattr(self.pipe, name, None) for name in self.family.networks)
+        own, networks = vars(self.pipe), (getattr(self.pipe, name, None) for name in self.stock.networks)
         counted = own.pop("_num_timesteps", None)  # the pipeline counts its steps anew
         with ExitStack() as stack:
             for network in (network for network in networks if network is not None):
@@ -105,19 +106,19 @@ class Call:
         """
         self.check()
         found = self.latents if latents is None else latents
-        if self.interrupted or not self._asked or found is None:
+        if self.interrupted or not self._network_calls or found is None:
             what = "was stopped in" if self.interrupted else "never asked for both predictions in"
             raise ValueError(f"{self._name} {what} its last call: its pictures cannot be judged")
         given = self.arguments.get("generator")
         one_each = given if isinstance(given, Sequence) else [given] * self.begun.batch
         seeds = [0 if one is None else one.initial_seed() & SEEDS for one in one_each]
-        verdict = judge(self._asks, self.pipe.scheduler, found, seeds, threshold, probes)
+        verdict = judge(self._predict, self.pipe.scheduler, found, seeds, threshold, probes)
         self.pipe.maybe_free_model_hooks()
         return verdict
 
     def forget(self) -> None:
         """What only `judge` needs."""
-        self._asked, self.latents = [], None
+        self._network_calls, self.latents = [], None
 
     def check(self) -> None:
         """Raises ValueError where the pictures of such a call cannot be judged."""
@@ -128,24 +129,24 @@ class Call:
                 "use the guard, or judge, there"
             )
 
-    def _asks(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Both predictions for latents (B, ...), as the scheduler would be given them."""
-        made = [asked.again(latents, float(timesteps[0])) for asked in self._asked]
-        earlier, later = made if self.family.pair else self._halves(made[0])[:2]
-        uncond, cond = (later, earlier) if self.family.cond_first else (earlier, later)
+        made = [asked.repeated(latents, float(timesteps[0])) for asked in self._network_calls]
+        earlier, later = made if self.stock.pair else self._halves(made[0])[:2]
+        uncond, cond = (later, earlier) if self.stock.cond_first else (earlier, later)
         return self._sign * uncond.reshape(latents.shape), self._sign * cond.reshape(latents.shape)
 
     def _followed(self, guidance: Guidance | list[Guidance]) -> Guidance | list[Guidance]:
         """The guidance with what the call's own arguments ask for as its rule; those are switched off."""
-        family, given = self.family, self.arguments
-        followed = [_followed(one, family, given) for one in ([guidance] if isinstance(guidance, Guidance) else guidance)]
-        self._per_token = given[family.per_token] if isinstance(family.per_token, str) else family.per_token
-        changes = {family.scale: ON, "guidance_rescale": 0.0}
-        if family.capped and given[family.capped]:
-            changes[family.capped] = False
+        stock, given = self.stock, self.arguments
+        followed = [_with_its_rule(one, stock, given) for one in ([guidance] if isinstance(guidance, Guidance) else guidance)]
+        self._per_token = given[stock.per_token] if isinstance(stock.per_token, str) else stock.per_token
+        changes = {stock.scale: ON, "guidance_rescale": 0.0}
+        if stock.capped and given[stock.capped]:
+            changes[stock.capped] = False
         self._changed = {name: (value, given[name]) for name, value in changes.items() if name in given}
         given |= {name: ours for name, (ours, _) in self._changed.items()}
-        if family.negated and all(value is None for name, value in given.items() if name.startswith("negative_prompt")):
+        if stock.negated and all(value is None for name, value in given.items() if name.startswith("negative_prompt")):
             given["negative_prompt"] = ""
         return followed[0] if isinstance(guidance, Guidance) else followed
 
@@ -168,12 +169,12 @@ class Call:
 
     def _follow_scale(self) -> None:
         """Guidance that a callback has cut off stays off. Raises ValueError for another scale."""
-        scale = vars(self.pipe).get("_" + self.family.scale, ON)
+        scale = vars(self.pipe).get("_" + self.stock.scale, ON)
         if scale == ON or self._cut_off:
             return
         if scale > OFF:
             raise ValueError(
-                f"callback_on_step_end has set {self.family.scale} to {scale!r}, which escape cannot follow: guidance that "
+                f"callback_on_step_end has set {self.stock.scale} to {scale!r}, which escape cannot follow: guidance that "
                 "varies over time is Guidance's shape and interval"
             )
         self._cut_off = True
@@ -185,7 +186,7 @@ class Call:
         if self._guided is not None:
             raise ValueError(f"{self._name} asks for a third prediction in a step, which escape cannot follow")
         prediction = output[0]
-        if self.family.pair:
+        if self.stock.pair:
             return (self._paired(network, given, named, prediction), *output[1:])
         if self.state is None and not _is_doubled(sample_of(given, named)):
             raise ValueError(
@@ -205,7 +206,7 @@ class Call:
         if self._first is None:  # a copy: the network may use its own memory again
             self._begin(given, named, prediction)
             self._keep(network, given, named)
-            self._first = prediction.to(self.family.merge or prediction.dtype, copy=True)
+            self._first = prediction.to(self.stock.merge or prediction.dtype, copy=True)
             return self._first
         self._keep(network, given, named)
         m = self._guide(self._first, prediction)
@@ -216,15 +217,15 @@ class Call:
     def _halves(self, doubled: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Both predictions in the order in which they stand there, and channels that are no prediction, of both."""
         channels = doubled.shape[1]
-        if self.family.variance and channels == 2 * network_of(self.pipe, self.family).config.in_channels:
+        if self.stock.variance and channels == 2 * network_of(self.pipe, self.stock).config.in_channels:
             channels //= 2
         earlier, later = doubled[:, :channels].chunk(2)
         return earlier, later, doubled[:, channels:] if channels < doubled.shape[1] else None
 
     def _guide(self, earlier: Tensor, later: Tensor) -> Tensor:
         """The guided prediction of a step, from its two in the order in which they came."""
-        cond, uncond = (earlier, later) if self.family.cond_first else (later, earlier)
-        m = self.begun(uncond, cond, dtype=self.family.merge)
+        cond, uncond = (earlier, later) if self.stock.cond_first else (later, earlier)
+        m = self.begun(uncond, cond, dtype=self.stock.merge)
         if self._per_token:
             m = renormalised(m, cond, self.begun.weight)
         self._guided = m
@@ -239,7 +240,7 @@ class Call:
         start = _first_call(scheduler, timestep_of(given, named))
         which = slice(start, None if calls is None else start + calls)
         timesteps, noise, step = taken(scheduler, which)
-        self._told = scheduler.timesteps[which].tolist()
+        self._timesteps = scheduler.timesteps[which].tolist()
         self._nearest = 0 if noise is None else int((noise[step] - LOG_SNR).nan_to_num(torch.inf).abs().argmin())
         self.state = Escape(self._guidance, timesteps, len(prediction), prediction.device, step, noise)
         for line in idle(self.state.guidance, self.state.timesteps):
@@ -251,9 +252,9 @@ class Call:
         if call not in (0, self._nearest):
             return
         if self._first is None:
-            self._asked = []
+            self._network_calls = []
         counted = self.pipe.scheduler.config.get("num_train_timesteps", 1000)
-        self._asked.append(Asked.kept(network, given, named, self._told[call], counted))
+        self._network_calls.append(NetworkCall.kept(network, given, named, self._timesteps[call], counted))
 
     def _step(self, step: Callable[..., Any], model_output: Tensor, *given: Any, **named: Any) -> Any:
         """A step of the scheduler with what the pipeline made of the predictions."""
@@ -279,14 +280,14 @@ class Call:
         return type(self.pipe).__name__
 
 
-def _followed(guidance: Guidance, family: Family, arguments: Mapping[str, Any]) -> Guidance:
+def _with_its_rule(guidance: Guidance, stock: StockPipeline, arguments: Mapping[str, Any]) -> Guidance:
     """The guidance with what the call's own arguments ask for as its rule."""
     guidance = guidance.rescaled(arguments.get("guidance_rescale", 0.0))
-    cap = float(arguments[family.capped] or 0) if family.capped else 0.0
+    cap = float(arguments[stock.capped] or 0) if stock.capped else 0.0
     if cap > 0:
         if guidance.rule != "cfg":
             raise ValueError(
-                f"{family.capped} is the rule 'norm-cap', and the guidance has the rule {guidance.rule!r}: give one"
+                f"{stock.capped} is the rule 'norm-cap', and the guidance has the rule {guidance.rule!r}: give one"
             )
         guidance = replace(guidance, rule="norm-cap", options={"kappa": cap})
     return guidance

@@ -18,8 +18,8 @@ from ..guidance.guard import PROBES, THRESHOLD, Guard
 from ..guidance.guidance import Guidance
 from ..kernels.state import per_sample
 from ..types import Branch
-from .asking import Asked, seen, stacked
 from .escape import Escape, each, judge
+from .network_call import NetworkCall, seen, stacked
 
 CONTINUOUS = 2.0  # a schedule that begins below this timestep does not count in 0..1000
 
@@ -52,7 +52,7 @@ class BasinEscapeGuidance(BaseGuidance):
         self.register_to_config(guidance=plain[0] if self._shared else plain, enabled=enabled)
         self._branch: Branch = "both"
         self._hooks = ExitStack()
-        self._asked: dict[str, Asked] = {}  # the first call of the network for each prediction
+        self._network_calls: dict[str, NetworkCall] = {}  # the first call of the network for each prediction
         self._raw: dict[str, Tensor] = {}  # what it returned there
         self._sign = 1.0  # -1 where the pipeline hands over the opposite
         self.run: Escape | None = None
@@ -71,7 +71,7 @@ class BasinEscapeGuidance(BaseGuidance):
                     f"guidance asks for timesteps in 0..1000, and the scheduler's begin at {level:g}: use FirstMinimum(), a "
                     "factor for each step, or another scheduler"
                 )
-            self.run, self._asked = self._begin(len(self.guidance), "cpu"), {}
+            self.run, self._network_calls = self._begin(len(self.guidance), "cpu"), {}
         elif self.run is None:
             raise ValueError(f"a run starts at step 0, and this one at {step}: use Escape in a loop of your own")
         elif step >= num_inference_steps or level == float(last):
@@ -82,7 +82,7 @@ class BasinEscapeGuidance(BaseGuidance):
         super().prepare_models(denoiser)
         self._hooks.close()  # of a network that failed
         name = self._needed()[self._count_prepared - 1][1]
-        if self._enabled and name not in self._asked:
+        if self._enabled and name not in self._network_calls:
             self._hooks.enter_context(seen(denoiser, partial(self._keep, name, denoiser)))
 
     def cleanup_models(self, denoiser: Any) -> None:
@@ -90,7 +90,7 @@ class BasinEscapeGuidance(BaseGuidance):
         self._hooks.close()
 
     def _keep(self, name: str, denoiser: Any, given: tuple, named: dict[str, Any], output: Any) -> Any:
-        self._asked[name] = Asked.kept(denoiser, given, named, float(self._timestep))
+        self._network_calls[name] = NetworkCall.kept(denoiser, given, named, float(self._timestep))
         self._raw[name] = stacked(output[0]).clone()
         return output
 
@@ -108,12 +108,12 @@ class BasinEscapeGuidance(BaseGuidance):
 
         Raises ValueError for latents of another shape, and where a run has not asked for both predictions.
         """
-        missing = set(self._input_predictions) - self._asked.keys()
+        missing = set(self._input_predictions) - self._network_calls.keys()
         if missing:
             raise ValueError(f"the last run never asked for {' and '.join(sorted(missing))}: its pictures cannot be judged")
 
         def asked(name: str, x: Tensor, timesteps: Tensor) -> Tensor:
-            return self._sign * self._asked[name].again(x, float(timesteps[0])).reshape(x.shape)
+            return self._sign * self._network_calls[name].repeated(x, float(timesteps[0])).reshape(x.shape)
 
         def predict(x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
             return asked("pred_uncond", x, timesteps), asked("pred_cond", x, timesteps)

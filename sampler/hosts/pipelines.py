@@ -24,7 +24,7 @@ from ..guidance.guard import PROBES, THRESHOLD, Guard
 from ..guidance.guidance import Guidance
 from .call import Call
 from .escape import Escape, each
-from .families import Family, family_of
+from .stock_pipelines import StockPipeline, stock_pipeline_of
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +56,10 @@ def escape(pipe: DiffusionPipeline, guidance: Guidance | Guard | Sequence[Guidan
             "pipe is inside another escape: leave that first (the end of its `with`, or run.leave()), or give a list of one "
             "guidance a sample"
         )
-    family = family_of(pipe)
+    stock = stock_pipeline_of(pipe)
     for one in [attempt.guidance for attempt in guidance.attempts] if isinstance(guidance, Guard) else [guidance]:
         each(one)
-    return EscapeRun(pipe, family, guidance)
+    return EscapeRun(pipe, stock, guidance)
 
 
 class _Escaping:
@@ -69,15 +69,15 @@ class _Escaping:
 class EscapeRun:
     """A pipeline inside `escape`, and what is known of its last call: of each of B samples what its attempt came to."""
 
-    def __init__(self, pipe: DiffusionPipeline, family: Family, guidance: Guidance | Guard | Sequence[Guidance]):
-        self._pipe, self._family, self._host = pipe, family, type(pipe)
+    def __init__(self, pipe: DiffusionPipeline, stock: StockPipeline, guidance: Guidance | Guard | Sequence[Guidance]):
+        self._pipe, self._stock, self._host = pipe, stock, type(pipe)
         self._guidance = guidance if isinstance(guidance, (Guidance, Guard)) else list(guidance)
         self._calls: list[Call] = []
         self._taken: Tensor | None = None  # (B,) int64, which of the calls each sample is from
         self._latents: Tensor | None = None
         self._verdict: Verdict | None = None
         self.error: Exception | None = None  # what ended a later attempt of the last call's guard
-        scales = {f"_{name}" for name in (family.scale, family.capped, "guidance_rescale")}
+        scales = {f"_{name}" for name in (stock.scale, stock.capped, "guidance_rescale")}
         self._before = {name: value for name, value in vars(pipe).items() if name in scales}
 
         @functools.wraps(self._host.__call__)
@@ -202,7 +202,7 @@ class EscapeRun:
 
     def _called(self, guidance: Guidance | list[Guidance], arguments: Mapping[str, Any]) -> tuple[Call, Any]:
         """One call of the pipeline, and what it returned."""
-        call = Call(self._pipe, self._family, guidance, arguments)
+        call = Call(self._pipe, self._stock, guidance, arguments)
         if isinstance(self._guidance, Guard):
             call.check()
         if not self._calls:

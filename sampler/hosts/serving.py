@@ -13,7 +13,7 @@ KEY = "basinescape"  # the name under which a request says what it asks for
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestGuidance:
     """What a request asks for: the guidance of its pictures, and whether they are judged. A guard's always are.
 
     Raises ValueError for anything else.
@@ -23,7 +23,7 @@ class Asked:
     judge: bool = False
 
     @classmethod
-    def by(cls, named: Mapping[str, Any]) -> Asked:
+    def by(cls, named: Mapping[str, Any]) -> RequestGuidance:
         """What a request has named under KEY."""
         unknown = set(named) - {"guidance", "judge"}
         if unknown or "guidance" not in named or not isinstance(named.get("judge", False), bool):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..detection.basin import Probe, suspects
 from ..kernels import guide
 from ..kernels.state import per_sample
 from .escape import Escape, each, judge
-from .serving import KEY, Asked
+from .serving import KEY, RequestGuidance
 from .taken import called, taken
 
 MERGED_IN = {"CFGPolicy": None, "ZImageCFGPolicy": torch.float32}  # policies known, and the dtype that each combines in
@@ -45,14 +46,14 @@ class EscapePolicy(CFGPolicy):
     """
 
     parallel_uses_serial_arithmetic: bool = True
-    asked: list[Asked] = field(default_factory=list)
+    asked: list[RequestGuidance] = field(default_factory=list)
     merge: torch.dtype | None = None
     both: list[Any] = field(default_factory=list)
     run: Escape | None = None
     predicted: list[Any] | None = None  # the predictions of a step that is only asked about
 
     @classmethod
-    def of(cls, built: CFGPolicy, batch: Any, asked: list[Asked]) -> EscapePolicy:
+    def of(cls, built: CFGPolicy, batch: Any, asked: list[RequestGuidance]) -> EscapePolicy:
         """The server's own policy, guided. Raises ValueError for what cannot be followed."""
         check(built, batch, asked)
         made = cls(branches=built.branches, asked=asked, merge=MERGED_IN[type(built).__name__], both=built.branches)
@@ -102,7 +103,7 @@ class EscapePolicy(CFGPolicy):
         self.branches = [one for one in self.both if branch in ("both", "cond" if one.is_conditional else "uncond")]
 
 
-def check(built: CFGPolicy, batch: Any, asked: list[Asked]) -> None:
+def check(built: CFGPolicy, batch: Any, asked: list[RequestGuidance]) -> None:
     """Raises ValueError, before the first step, for a batch whose guidance cannot be followed."""
     guidance = each([attempt.guidance for one in asked for attempt in one.attempts])
     if type(built).__name__ not in MERGED_IN:
@@ -133,10 +134,10 @@ def check(built: CFGPolicy, batch: Any, asked: list[Asked]) -> None:
         )
 
 
-def asked_of(batch: Any) -> list[Asked]:
+def asked_of(batch: Any) -> list[RequestGuidance]:
     """What the requests of a batch ask for; none where the batch is to be sampled as the server does."""
     named = batch.extra.get(KEY) or [(batch.extra.get("diffusers_kwargs") or {}).get(KEY)]
-    return [Asked.by(one) for one in named if one is not None]
+    return [RequestGuidance.by(one) for one in named if one is not None]
 
 
 def built(original: Callable[..., CFGPolicy], policy: CFGPolicy, batch: Any, *given: Any, **named: Any) -> CFGPolicy:
@@ -213,7 +214,8 @@ class _Still:
 def compared(original: Callable[..., Any], scheduler: Any, value: Any) -> Any:
     """Around `Scheduler._freeze_signature_value`: requests whose guidance alone differs may share a batch, under one rule."""
     if isinstance(value, Mapping) and KEY in value:
-        value = {**value, KEY: Asked.by(value[KEY]).attempts[0].guidance.rule}
+        with suppress(ValueError):  # a request that is refused later stands alone
+            value = {**value, KEY: RequestGuidance.by(value[KEY]).attempts[0].guidance.rule}
     return original(scheduler, value)
 
 

@@ -32,7 +32,7 @@ from ..guidance.guidance import Guidance
 from ..kernels.state import per_sample
 from ..types import Branch
 from .escape import Escape, each
-from .serving import KEY, Asked
+from .serving import KEY, RequestGuidance
 from .taken import called, taken
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Request:
         named = (sampling.extra_args or {}).get(KEY)
         if named is None:
             return cls(id, None, rows)
-        asked = Asked.by(named)
+        asked = RequestGuidance.by(named)
         (guidance,) = each(asked.guidance, 1)
         if asked.judge:
             raise ValueError("judge is not known here: the server does not hand over finished latents; use basinescape judge")

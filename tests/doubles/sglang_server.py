@@ -1,34 +1,20 @@
 """SGLang-Diffusion's contract with a plugin, as a stand-in, in its names: sglang 0.5.23, read in November 2026.
 
-`installed("stand-in")` puts it where `import sglang...` finds it; `installed("0.5.23")` puts the package's own code there, from
-the wheel: `cfg_policy.py`, `hook_registry.py`, the functions of `cfg_parallel_utils.py`, and these methods of others:
-`DenoisingStage._predict_noise_with_cfg`, `_run_denoising_step`; `Scheduler`'s of signature, merging and splitting.
+`sglang_code.installed` puts it, or the package's own code, where `import sglang...` finds it.
 """
 
 import copy
 import dataclasses
 import functools
-import importlib
-import logging
 import sys
 import threading
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
-import own_code
 import torch
 
-RUNTIME = "sglang.multimodal_gen.runtime"
-POLICY, STAGE, SCHEDULER = (
-    f"{RUNTIME}.{name}" for name in ("distributed.cfg_policy", "pipelines_core.stages.denoising", "managers.scheduler")
-)
-STEPPING = ["DenoisingStage._predict_noise_with_cfg", "DenoisingStage._run_denoising_step"]
-MERGING = ["_freeze_signature_value", "_sampling_param_signature_items", "_diffusers_kwargs_signature_value"]
-MERGING += ["_build_dynamic_batch_signature", "_try_merge_generation_reqs", "_count_first_dim", "_slice_batched_value"]
-MERGING += ["_split_batched_output"]
 RANKS = threading.local()  # .rank, and .group of those that run together
 
 
@@ -298,80 +284,3 @@ class Req(SimpleNamespace):
         if name.startswith("__") or "sampling_params" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.sampling_params, name)
-
-
-# --------------------------------------------------------------------------------------------------------- where it is found
-
-
-@contextmanager
-def installed(code, monkeypatch):
-    """`basinescape.hosts.sglang`, with the stand-in or the package's own code under it, and its hooks applied."""
-    names = dict(vars(sys.modules[__name__]))
-    policy, stage, scheduler, registry = (ModuleType(name) for name in (POLICY, STAGE, SCHEDULER, "plugins"))
-    if code == "stand-in":
-        for made in (policy, stage, scheduler, registry):
-            vars(made).update({name: value for name, value in names.items() if not name.startswith("__")})
-        kept = [CFGPolicy, DenoisingStage, Scheduler]
-        before = {one: dict(vars(one)) for one in kept}
-        HookRegistry._hooks = []
-    else:
-        before = {}
-        policy = own_code.find("sglang", "multimodal_gen/runtime/distributed/cfg_policy.py")
-        runtime, srt = policy.parent.parent, policy.parents[3] / "srt"
-        registry = own_code.module(srt / "plugins/hook_registry.py", f"{RUNTIME}.platforms.plugins")
-        policy = own_policy(policy, monkeypatch)
-        stage = own_stage(runtime, policy)
-        known = names | {"logger": logging.getLogger(__name__), "deepcopy": copy.deepcopy, "dataclasses": dataclasses}
-        known |= {"List": list, "normalize_output_seeds": lambda seed, num_outputs_per_prompt: [seed]}
-        path = runtime / "managers/scheduler.py"
-        scheduler = own_code.parts(path, [f"Scheduler.{name}" for name in MERGING], known)
-        scheduler.Scheduler = type("Scheduler", (scheduler.Scheduler, Admission), {})
-    found = {POLICY: policy, STAGE: stage, SCHEDULER: scheduler, f"{RUNTIME}.platforms.plugins": registry}
-    for name in list(found):
-        for i in range(1, name.count(".") + 1):
-            found.setdefault(".".join(name.split(".")[:i]), ModuleType(name))
-    for name, made in found.items():
-        made.__path__ = getattr(made, "__path__", [])
-        monkeypatch.setitem(sys.modules, name, made)
-    for name in found:  # `pkgutil.resolve_name` goes from attribute to attribute
-        home, _, own = name.rpartition(".")
-        if home:
-            monkeypatch.setattr(found[home], own, found[name], raising=False)
-    monkeypatch.delitem(sys.modules, "basinescape.hosts.sglang", raising=False)
-    ours = importlib.import_module("basinescape.hosts.sglang")
-    ours.register()
-    registry.HookRegistry.apply_hooks()
-    try:
-        yield SimpleNamespace(ours=ours, policy=policy, stage=stage.DenoisingStage, scheduler=scheduler.Scheduler)
-    finally:
-        sys.modules.pop("basinescape.hosts.sglang", None)
-        for one, own in before.items():
-            for name, value in own.items():
-                if callable(value) and not name.startswith("__"):
-                    setattr(one, name, value)
-
-
-def own_policy(path, monkeypatch):
-    """The file as a module: it is known by name while its dataclasses are made."""
-    monkeypatch.setitem(sys.modules, POLICY, ModuleType(POLICY))
-    return own_code.module(path, POLICY)
-
-
-def own_stage(runtime, policy):
-    ranks = {
-        "get_local_torch_device": lambda: torch.device("cpu"),
-        "get_classifier_free_guidance_rank": lambda: RANKS.rank,
-        "get_classifier_free_guidance_world_size": lambda: 2,
-        "cfg_model_parallel_all_gather": all_gather,
-        "_logged_dispatch_keys": set(),
-        "logger": logging.getLogger(__name__),
-        "dataclasses": dataclasses,
-    }
-    shared = vars(policy) | ranks
-    names = ["_run", "run_cfg_parallel", "run_two_branch_cfg_parallel", "dispatch_branches"]
-    parallel = own_code.parts(runtime / "distributed/cfg_parallel_utils.py", names, shared)
-    context = {"set_forward_context": lambda **given: nullcontext(), "maybe_nvtx_range": lambda *given: nullcontext()}
-    context |= {name: getattr(parallel, name) for name in names}
-    made = own_code.parts(runtime / "pipelines_core/stages/denoising.py", STEPPING, shared | context)
-    made.DenoisingStage = type("DenoisingStage", (made.DenoisingStage, Loop), {})
-    return made

@@ -9,7 +9,8 @@ import pytest
 import torch
 from basinescape import At, Guard, Guidance, Sampler, escape
 from basinescape.detection.basin import Probe, nearer, noises
-from basinescape.guidance.guard import Attempt
+from basinescape.guidance.guard import PROBES, Attempt
+from basinescape.hosts.call import Call
 from components import PIPELINES, SEEDS, WORDS, build, call, stable_diffusion
 from diffusers import StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
@@ -163,6 +164,46 @@ def test_what_stays_suspect_is_the_last_attempts_and_marked(random_pipeline):
     with escape(pipe, guard(FAILS, FAILS, FAILS)) as run:
         stable_diffusion(pipe)
     assert run.attempts.tolist() == [3, 3] and run.suspect.all() and run.calls == 18 and run.weight.tolist() == [4.0, 4.0]
+
+
+@pytest.mark.parametrize("fails", ["the network", "the verdict"])
+def test_an_error_in_a_later_attempt_keeps_what_there_is(random_pipeline, caplog, monkeypatch, fails):
+    """The samples stay marked, the log says so, and the error is at hand; one in the first attempt is raised."""
+    pipe, calls = random_pipeline("sd", 8, "epsilon"), []
+    with escape(pipe, guard(FAILS)) as run:
+        expected = stable_diffusion(pipe)
+        score = run.score
+
+    class Broken(Exception):
+        pass
+
+    def breaks(*given):
+        calls.append(given)
+        if len(calls) > steps:
+            raise Broken
+
+    with escape(pipe, guard(FAILS, PASSES, PASSES)) as run:
+        if fails == "the verdict":
+            own = Call.judge
+            monkeypatch.setattr(Call, "judge", lambda call, *given: (breaks(), own(call, *given))[1])
+            steps = 1
+        else:
+            handle, steps = pipe.unet.register_forward_pre_hook(lambda *given: breaks(given)), 6 + PROBES + 2
+        found = stable_diffusion(pipe)
+        assert torch.equal(found, expected) and torch.equal(run.score, score)
+        assert run.suspect.all() and run.attempts.tolist() == [1, 1] and isinstance(run.error, Broken)
+        assert "attempt 2 of the guard failed: 2 of 2 samples stay suspect" in caplog.text
+        assert run.transition_step.tolist() == [0, 0] and run.calls == 6
+        if fails == "the network":
+            steps = 0
+            with pytest.raises(Broken):
+                stable_diffusion(pipe)
+            handle.remove()
+        else:
+            calls.clear()
+            monkeypatch.setattr(Call, "judge", own)
+        stable_diffusion(pipe)
+        assert run.error is None and not run.suspect.any()
 
 
 def test_given_latents_are_the_first_attempts_alone(random_pipeline):

@@ -2,10 +2,12 @@
 
 import oracle
 import pytest
+import sglang_code
 import sglang_server
 import torch
 from basinescape import At, FirstMinimum, Guidance
 from basinescape.detection.basin import Probe
+from basinescape.guidance.guard import PROBES
 from basinescape.hosts.escape import judge
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hosts_tested import SGLANG
@@ -20,7 +22,7 @@ MINIMUM = Guidance.delayed(SCALE, until=FirstMinimum(), before=1.0)
 
 @pytest.fixture(params=["stand-in", SGLANG.version], ids=["stand-in", str(SGLANG)])
 def server(request, monkeypatch):
-    with sglang_server.installed(request.param, monkeypatch) as found:
+    with sglang_code.installed(request.param, monkeypatch) as found:
         yield found
 
 
@@ -94,6 +96,12 @@ def test_it_is_what_the_definition_says(server, guidance):
     check(found, facts, [guidance] * 3)
 
 
+def test_what_has_a_default_may_be_left_out(server):
+    short = {"scale": SCALE, "until": {"rule": "At", "timestep": 700}}
+    found, _, _ = denoise(server, {"diffusers_kwargs": {"basinescape": {"guidance": short}}})
+    assert torch.equal(found, denoise(server, named(DELAYED))[0])
+
+
 def check(found, facts, guidance, rows=slice(None)):
     scheduler, x, prompt = scheduler_of(), batch_of(rows).latents, prompts()[rows].double()
     sigmas = scheduler.sigmas.double()
@@ -132,11 +140,11 @@ def test_requests_of_one_batch_go_their_own_ways(server):
 
 @pytest.mark.parametrize("guidance", [DELAYED, MINIMUM], ids=repr)
 def test_two_ranks_agree_with_one(server, guidance):
-    alone, facts, _ = denoise(server, named(guidance))
-    made = sglang_server.on_two_ranks(lambda rank: denoise(server, named(guidance), args=arguments(parallel=True)))
+    alone, facts, _ = denoise(server, named(guidance, judge=True))
+    made = sglang_server.on_two_ranks(lambda rank: denoise(server, named(guidance, judge=True), args=arguments(parallel=True)))
     for found, told, calls in made:
         assert torch.equal(found, alone) and told == facts
-        assert len(calls) == STEPS  # one of the branches in each step, or the same one on both
+        assert len(calls) == STEPS + PROBES  # one of the branches in each, or the same one on both
 
 
 def test_a_models_own_renormalisation_is_for_weights_above_one(server):
@@ -199,7 +207,9 @@ def test_requests_share_a_batch_under_one_rule(server):
     made = scheduler._try_merge_generation_reqs(reqs)
     assert made.prompt == ["prompt 1", "prompt 2"]
     assert [one.guidance for one in server.ours.asked_of(made)] == [DELAYED, Guidance.cfg(3.0)]
-    for other in (request(None, 2), request(Guidance.cfg(3.0, rule="apg"), 2)):
+    wrong = request(DELAYED, 2)
+    wrong.extra["diffusers_kwargs"]["basinescape"]["guidance"] = {}  # it is its own error, not the scheduler's
+    for other in (wrong, request(None, 2), request(Guidance.cfg(3.0, rule="apg"), 2)):
         assert scheduler._try_merge_generation_reqs([reqs[0], other]) is None
     output = sglang_server.OutputBatch(output=torch.zeros(2, 1), usage={"basinescape": ["first", "second"]})
     assert [one.usage["basinescape"] for one in scheduler._split_batched_output(output, reqs)] == [["first"], ["second"]]

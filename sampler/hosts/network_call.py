@@ -1,4 +1,4 @@
-"""A host's network asked about a finished picture: a call of its run again, with other latents and at another noise level.
+"""A call of a host's network, kept, and repeated with other latents at another noise level: how pictures are judged there.
 
 Whatever else the host hands to the network (prompts, adapters, control, masks, positions) stays as it was in that call.
 """
@@ -14,16 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-Told = Callable[[float, int], float]
+TimeInput = Callable[[float, int], float]
 
-# What networks are told at timestep t of a scheduler that counts n: by the family the same, its share, or what it leaves.
-TELLING: tuple[Told, ...] = (lambda t, n: t, lambda t, n: t / n, lambda t, n: 1 - t / n)
-NEAR = 0.02  # how far that may be off what a network was told, relatively: half precision rounds it
+# What a network is given as its time at timestep t of a scheduler that counts to n: t itself, its share of n, or the rest.
+TIME_INPUTS: tuple[TimeInput, ...] = (lambda t, n: t, lambda t, n: t / n, lambda t, n: 1 - t / n)
+NEAR = 0.02  # how far, relatively, a network's time may be off one of these: half precision rounds it
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A call of a network: its arguments, and the scheduler's timestep there, of so many of the training schedule."""
+class NetworkCall:
+    """A call of a network.
+
+    given, named: its arguments. timestep: the scheduler's there. counted: the length of the scheduler's training schedule.
+    """
 
     network: nn.Module
     given: tuple
@@ -32,35 +35,35 @@ class Asked:
     counted: int
 
     @classmethod
-    def kept(cls, network: nn.Module, given: tuple, named: dict[str, Any], timestep: float, counted: int = 1000) -> Asked:
+    def kept(cls, network: nn.Module, given: tuple, named: dict[str, Any], timestep: float, counted: int = 1000) -> NetworkCall:
         """A call with copies of its tensors: a host may write into them later."""
         given, named = tree_map(
-            lambda value: _laid(value.clone(), value) if isinstance(value, Tensor) else value, (given, named)
+            lambda value: _laid_out(value.clone(), value) if isinstance(value, Tensor) else value, (given, named)
         )
         return cls(network, given, named, timestep, counted)
 
-    def again(self, latents: Tensor, timestep: float) -> Tensor:
-        """The prediction (rows, ...) for latents (B, ...) in the place of the call's, at a timestep of the scheduler.
+    def repeated(self, latents: Tensor, timestep: float) -> Tensor:
+        """The prediction (rows, ...) for other latents (B, ...), at another timestep of the scheduler.
 
         Channels or tokens that the call had beyond those of the latents stay. Raises ValueError for latents of another shape,
-        and where it is not known how the network is told the time.
+        and where it is not known what the network is given as its time.
         """
-        told = self._telling()(timestep, self.counted)
-        given, named = _put(self.given, self.named, "timestep", lambda own: _retold(own, told))
-        given, named = _put(given, named, sample_name(given, named), lambda own: _replaced(own, latents))
+        time = self._time_input()(timestep, self.counted)
+        given, named = _with(self.given, self.named, "timestep", lambda own: _as_time(own, time))
+        given, named = _with(given, named, sample_name(given, named), lambda own: _replaced(own, latents))
         with uncached(self.network):
             return stacked(self.network(*given, **named)[0])
 
-    def _telling(self) -> Told:
-        """How what the network is told follows from the scheduler's timestep."""
-        told = float(torch.as_tensor(timestep_of(self.given, self.named)).flatten()[0])
-        off, telling = min(((_off(how(self.timestep, self.counted), told), how) for how in TELLING), key=lambda one: one[0])
+    def _time_input(self) -> TimeInput:
+        """How what the network is given as its time follows from the scheduler's timestep."""
+        time = float(torch.as_tensor(timestep_of(self.given, self.named)).flatten()[0])
+        off, found = min(((_off(one(self.timestep, self.counted), time), one) for one in TIME_INPUTS), key=lambda one: one[0])
         if off > NEAR:
             raise ValueError(
-                f"{type(self.network).__name__} is told {told:g} at the scheduler's timestep {self.timestep:g}: how it is told "
+                f"{type(self.network).__name__} is told {time:g} at the scheduler's timestep {self.timestep:g}: how it is told "
                 "the time is not known here, so pictures cannot be judged; use judge(...) with a function of your own"
             )
-        return telling
+        return found
 
 
 def sample_name(given: tuple, named: dict[str, Any]) -> str:
@@ -74,7 +77,7 @@ def sample_of(given: tuple, named: dict[str, Any]) -> Tensor:
 
 
 def timestep_of(given: tuple, named: dict[str, Any]) -> Any:
-    """What it was told."""
+    """What a network was given as its time."""
     return named["timestep"] if "timestep" in named else given[1]
 
 
@@ -83,11 +86,11 @@ def stacked(tensors: Tensor | list[Tensor]) -> Tensor:
     return torch.stack(tensors) if isinstance(tensors, list) else tensors
 
 
-def _off(guess: float, told: float) -> float:
-    return abs(guess - told) / max(abs(told), 0.1)
+def _off(guess: float, time: float) -> float:
+    return abs(guess - time) / max(abs(time), 0.1)
 
 
-def _put(given: tuple, named: dict[str, Any], name: str, change: Callable[[Any], Any]) -> tuple[tuple, dict[str, Any]]:
+def _with(given: tuple, named: dict[str, Any], name: str, change: Callable[[Any], Any]) -> tuple[tuple, dict[str, Any]]:
     """The arguments with one changed: the latents are a network's first, the timestep its second."""
     if name in named:
         return given, named | {name: change(named[name])}
@@ -95,13 +98,13 @@ def _put(given: tuple, named: dict[str, Any], name: str, change: Callable[[Any],
     return (*given[:place], change(given[place]), *given[place + 1 :]), named
 
 
-def _retold(own: Any, value: float) -> Any:
+def _as_time(own: Any, value: float) -> Any:
     if not isinstance(own, Tensor):
         return type(own)(value)
-    return _laid(torch.full_like(own, value if own.is_floating_point() else round(value)), own)
+    return _laid_out(torch.full_like(own, value if own.is_floating_point() else round(value)), own)
 
 
-def _laid(made: Tensor, own: Tensor) -> Tensor:
+def _laid_out(made: Tensor, own: Tensor) -> Tensor:
     """`made` as expanded in memory as `own` is: a compiled network would compile anew for another layout."""
     first = tuple(slice(1) if stride == 0 else slice(None) for stride in own.stride())
     return made[first].expand(own.shape)

@@ -10,7 +10,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Family:
+class StockPipeline:
     """Pipelines that are guided alike.
 
     networks:   the components that make the predictions, those that the pipeline has.
@@ -38,14 +38,14 @@ class Family:
     only: tuple[tuple[str, Any], ...] = ()
 
 
-_UNET = Family(networks=("unet",))
-_DOUBLED = Family()
+_UNET = StockPipeline(networks=("unet",))
+_DOUBLED = StockPipeline()
 _WIDE = replace(_DOUBLED, merge=torch.float32)
-_PAIR = Family(pair=True, cond_first=True)
+_PAIR = StockPipeline(pair=True, cond_first=True)
 _TRUE_CFG = replace(_PAIR, scale="true_cfg_scale", negated=True)
 _WAN = replace(_PAIR, networks=("transformer", "transformer_2"), only=(("guidance_scale_2", None),))
 
-FAMILIES: Mapping[str, Family] = {
+STOCK_PIPELINES: Mapping[str, StockPipeline] = {
     **dict.fromkeys(
         (
             "StableDiffusionPipeline",
@@ -78,26 +78,26 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def family_of(pipe: Any) -> Family:
-    """The family of a pipeline, or of the class that its class was made from.
+def stock_pipeline_of(pipe: Any) -> StockPipeline:
+    """What is known of a pipeline, by its class or the class that this one was made from.
 
     Raises ValueError for a pipeline that is of none, and for a network that knows no guidance by two predictions.
     """
     names = [made.__name__ for made in type(pipe).__mro__]
-    family = next((FAMILIES[name] for name in names if name in FAMILIES), None)
-    if family is None:
+    stock = next((STOCK_PIPELINES[name] for name in names if name in STOCK_PIPELINES), None)
+    if stock is None:
         guided = "give it a guider, basinescape.hosts.modular.BasinEscapeGuidance" if hasattr(pipe, "guider") else ""
         raise ValueError(
-            f"pipe is a {names[0]}, which is not among those whose two predictions are known ({', '.join(FAMILIES)}): "
+            f"pipe is a {names[0]}, which is not among those whose two predictions are known ({', '.join(STOCK_PIPELINES)}): "
             f"{guided or 'guide in a loop of your own with Escape'}"
         )
-    network = network_of(pipe, family)
+    network = network_of(pipe, stock)
     distilled = getattr(network.config, "time_cond_proj_dim", None) is not None or pipe.config.get("is_distilled", False)
     if distilled:
         raise ValueError(f"pipe's {type(network).__name__} is distilled: it makes one prediction, guidance needs two")
-    return family
+    return stock
 
 
-def network_of(pipe: Any, family: Family) -> Any:
+def network_of(pipe: Any, stock: StockPipeline) -> Any:
     """The first of a pipeline's networks, a module of diffusers."""
-    return next(getattr(pipe, name) for name in family.networks if getattr(pipe, name, None) is not None)
+    return next(getattr(pipe, name) for name in stock.networks if getattr(pipe, name, None) is not None)
