@@ -76,11 +76,13 @@ class Parquet(Shard):
 
     def match(self, paths: Sequence[Path]) -> None:
         """Give all files the same columns, as `datasets` reads no others together: prompts' own may be in some alone."""
-        schemas = {}
+        schemas: dict[Path, Any] = {}
         for path in paths:
             with suppress(self.arrow.ArrowInvalid):  # it is damaged, and is made again when the run goes on
                 schemas[path] = self.parquet.read_schema(path)
-        common = self.arrow.unify_schemas(schemas.values(), promote_options="permissive") if schemas else None
+        if not schemas:
+            return
+        common = self.arrow.unify_schemas(schemas.values(), promote_options="permissive")
         for path, schema in schemas.items():
             if not schema.equals(common):
                 table = self.parquet.read_table(path, page_checksum_verification=True)
