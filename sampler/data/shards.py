@@ -7,11 +7,13 @@ import json
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ..runs.atomic import whole
 from ..runs.jsontext import finite, json_bytes
 from .encoding import Made
 
@@ -29,6 +31,10 @@ class Shard(ABC):
     def read(self, data: bytes) -> Iterator[Made]:
         """What the bytes of a file hold. What is raised for a file that is damaged depends on the library."""
 
+    @abstractmethod
+    def match(self, paths: Sequence[Path]) -> None:
+        """Make the files of a set fit each other, once all are written."""
+
 
 class Parquet(Shard):
     """A row a picture: the fields of its line, its position, and `image`, {bytes, path}, which `datasets` reads as an Image."""
@@ -40,10 +46,12 @@ class Parquet(Shard):
 
     def _types(self) -> dict[str, Any]:
         """Of the columns that every file has: those of a set must be the same."""
-        text, whole, real, truth = self.arrow.string(), self.arrow.int64(), self.arrow.float64(), self.arrow.bool_()
+        text, integer, real, truth = self.arrow.string(), self.arrow.int64(), self.arrow.float64(), self.arrow.bool_()
         types = dict.fromkeys(("id", "prompt", "negative_prompt", "truncated", "retried", "status", "sha256"), text)
         types |= dict.fromkeys(("scheduler", "guidance", "model", "fingerprint"), text)
-        types |= dict.fromkeys(("seed", "steps", "height", "width", "transition_step", "attempts", "bytes", "position"), whole)
+        types |= dict.fromkeys(
+            ("seed", "steps", "height", "width", "transition_step", "attempts", "bytes", "position"), integer
+        )
         types |= dict.fromkeys(("scale", "transition_timestep", "transition_log_snr", "score"), real)
         types |= {"noise_gap": self.arrow.list_(real)} | dict.fromkeys(("suspect", "nsfw_content_detected"), truth)
         return types | {"image": self.arrow.struct([("bytes", self.arrow.binary()), ("path", text)])}
@@ -58,13 +66,33 @@ class Parquet(Shard):
         columns = {name: self.arrow.array([row.get(name) for row in found], types.get(name)) for name in names}
         features = json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})  # the others' are those of their types
         table = self.arrow.table(columns).replace_schema_metadata({"huggingface": features})
-        self.parquet.write_table(table, path, write_page_checksum=True)
+        self._save(table, path)
 
     def read(self, data: bytes) -> Iterator[Made]:
         for row in self.parquet.read_table(io.BytesIO(data), page_checksum_verification=True).to_pylist():
             line = {name: value for name, value in row.items() if value is not None}
             image, position = line.pop("image"), line.pop("position")
             yield Made(position, line, image["bytes"])
+
+    def match(self, paths: Sequence[Path]) -> None:
+        """Give all files the same columns, as `datasets` reads no others together: prompts' own may be in some alone."""
+        schemas: dict[Path, Any] = {}
+        for path in paths:
+            with suppress(self.arrow.ArrowInvalid):  # it is damaged, and is made again when the run goes on
+                schemas[path] = self.parquet.read_schema(path)
+        if not schemas:
+            return
+        common = self.arrow.unify_schemas(schemas.values(), promote_options="permissive")
+        for path, schema in schemas.items():
+            if not schema.equals(common):
+                table = self.parquet.read_table(path, page_checksum_verification=True)
+                nulls = {field.name: self.arrow.nulls(len(table), field.type) for field in common}
+                found = {name: table[name].cast(common.field(name).type) for name in table.column_names}
+                with whole(path) as part:
+                    self._save(self.arrow.table(nulls | found, schema=common), part)
+
+    def _save(self, table: Any, path: Path) -> None:
+        self.parquet.write_table(table, path, write_page_checksum=True)
 
 
 class WebDataset(Shard):
@@ -86,6 +114,9 @@ class WebDataset(Shard):
             for key, members in groupby(tar, lambda member: member.name.partition(".")[0]):
                 found = {member.name.partition(".")[2]: contents(tar, member) for member in members}
                 yield Made(int(key), json.loads(found["json"]), found["png"])
+
+    def match(self, paths: Sequence[Path]) -> None:
+        pass  # lines of JSON may have any fields
 
 
 def contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

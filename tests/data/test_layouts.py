@@ -61,6 +61,21 @@ def test_parquet_is_that_of_datasets(sampler, tmp_path):
     assert [row["steps"] for row in found] == [1] * 6 + [2]
 
 
+def test_parquet_files_have_the_same_columns_whatever_their_rows_have(sampler, tmp_path):
+    pytest.importorskip("pyarrow")
+    more = [None, {"stars": 3}, None, {"stars": 2.5, "tags": ["a"]}, {"tags": ["b", "c"]}, None, {"artist": "M. Ernst"}]
+    jobs = [Job(job.id, job.prompt, job.seed, more=own) for job, own in zip(JOBS, more, strict=True)]
+    make(sampler, tmp_path / "out", jobs, format="parquet")
+    found = loaded("parquet", tmp_path, data_files=str(tmp_path / "out" / "shards" / "*.parquet"))
+    for name in ("stars", "tags", "artist"):
+        assert [row[name] for row in found] == [(own or {}).get(name) for own in more]
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out" / "shards").iterdir()}
+    (tmp_path / "out" / "shards" / "000001.parquet").unlink()
+    assert make(sampler, tmp_path / "out", jobs, format="parquet").counts["ok"] == 3
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "shards").iterdir()} == before
+    assert list(verify(tmp_path / "out")) == []
+
+
 def test_a_webdataset_has_text_and_line_beside_each_picture(sampler, tmp_path):
     webdataset = pytest.importorskip("webdataset")
     make(sampler, tmp_path / "out", format="webdataset")
