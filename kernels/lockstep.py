@@ -109,9 +109,9 @@ def orders(table: Tensor, rows: Tensor | None, index: slice) -> list[Order]:
                 look = Look.ALL
             elif keep == limit == -math.inf and not fall:
                 look = Look.NOBODY
+        told = scale[following], numbers[following][Column.TIMESTEP]
         leaving = look, keep, limit, fall, wait
-        solver = a[k], b, p[k], q, tuple(options), scale[following], numbers[following][Column.TIMESTEP]
-        found.append(Order(int(step), bool(first), before, after, *leaving, *solver))
+        found.append(Order(int(step), bool(first), before, after, *leaving, a[k], b, p[k], q, tuple(options), *told))
     return found
 
 
