@@ -15,7 +15,7 @@ Capitals are columns of the table (`table.Column`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,7 +29,7 @@ def noise_gap(uncond: Tensor, cond: Tensor) -> float:
     return (cond.double() - uncond.double()).norm().item()
 
 
-def cfg(u: Tensor, c: Tensor, w: float, *_: float) -> Tensor:
+def cfg(u: Tensor, c: Tensor, w: float | Tensor, *_: float) -> Tensor:
     """u + w (c - u)."""
     return u + w * (c - u)
 
@@ -70,7 +70,7 @@ def norm_cap(u: Tensor, c: Tensor, w: float, kappa: float, *_: float) -> Tensor:
     return (kappa * c.norm() / g.norm()).clamp(max=1) * g
 
 
-RULES = {
+RULES: dict[str, Callable[..., Tensor]] = {
     "cfg": cfg,
     "rescale": rescale,
     "cfg-zero": cfg_zero,

@@ -60,9 +60,20 @@ class Part:
 
     @classmethod
     def of(cls, state: State, index: slice) -> Part:
-        buffers = (state.latents.x, *state.latents.halves, state.latents.history, *state.workspace.scratch)
-        x, first, second, history, difference, following = (None if b is None else b[index] for b in buffers)
-        return cls(x, first, second, history, difference, following, Folded(in_memory_order(difference)))
+        latents, scratch = state.latents, state.workspace.scratch
+        assert scratch is not None  # this device's states have it
+        first, second = latents.halves
+        history = None if latents.history is None else latents.history[index]
+        difference, following = scratch[:, index]
+        return cls(
+            x=latents.x[index],
+            first=None if first is None else first[index],
+            second=second[index],
+            history=history,
+            difference=difference,
+            following=following,
+            folded=Folded(in_memory_order(difference)),
+        )
 
     def differ(self, uncond: Tensor, cond: Tensor, out: Tensor | None = None) -> Tensor:
         """Keep cond - uncond; returns the gaps (n,)."""
@@ -77,8 +88,9 @@ class Part:
         if rule is None:
             weight = per_sample(weight, wide) if isinstance(weight, Tensor) else weight
             return guided_prediction_eager(wide, difference, weight, out=difference)
-        weight, *options = (value if isinstance(value, Tensor) else torch.full_like(gap, value) for value in (weight, *options))
-        a, b = combined_eager(rule, weight, sample_sums(wide, difference), gap, wide[0].numel(), *options)
+        given = (value if isinstance(value, Tensor) else torch.full_like(gap, value) for value in (weight, *options))
+        own, first, second = given
+        a, b = combined_eager(rule, own, sample_sums(wide, difference), gap, wide[0].numel(), first, second)
         return difference.mul_(per_sample(b, wide)).addcmul_(wide, per_sample(a, wide))
 
     def solve(self, guided: Tensor, a: float | Tensor, b: float | Tensor, p: float | Tensor, q: float | Tensor) -> None:

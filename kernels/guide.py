@@ -142,8 +142,8 @@ def guide_eager(
     norms(in_memory_order(difference), gap)
     each = -1, *[1] * (uncond.ndim - 1)
     if rule is not None:
-        weight, *options = (torch.as_tensor(value).to(gap).expand(len(gap)) for value in (weight, *options))
-        a, b = combined_eager(rule, weight, sample_sums(wide, difference), gap, sample_size(uncond), *options)
+        own, first, second = (torch.as_tensor(value).to(gap).expand(len(gap)) for value in (weight, *options))
+        a, b = combined_eager(rule, own, sample_sums(wide, difference), gap, sample_size(uncond), first, second)
         return guided.copy_(a.view(each) * wide + b.view(each) * difference), gap
     if isinstance(weight, torch.Tensor):
         weight = weight.to(wide.dtype).view(each)
@@ -179,13 +179,13 @@ def _guide(
     rule: str = "cfg",
     options: Sequence[float] = (0.0, 0.0),
 ) -> None:
-    weight = scale if weights is None else weights
+    weight, (first, second) = scale if weights is None else weights, options
     if backend(uncond.device) != "eager":
-        launch_guide(uncond, cond, weight, guided, gap, RULES[rule], tuple(options))
+        launch_guide(uncond, cond, weight, guided, gap, RULES[rule], (first, second))
     elif guided is None:
         noise_gap_eager(uncond, cond, gap)
     else:
-        guide_eager(uncond, cond, weight, (guided, gap), RULES[rule], tuple(options))
+        guide_eager(uncond, cond, weight, (guided, gap), RULES[rule], (first, second))
 
 
 torch.library.impl("basinescape::guide", ("cpu", "cuda"), _guide)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,9 +42,10 @@ class Lockstep:
 
     def __call__(self, uncond: Tensor, cond: Tensor | None) -> None:
         """Take the step, from predictions as for `step`; raises ValueError for another shape than the latents'."""
-        if uncond.shape != self.shape or (cond is not None and cond.shape != self.shape):
-            name, other = ("cond", cond) if uncond.shape == self.shape else ("uncond", uncond)
-            raise ValueError(f"{name} is {tuple(other.shape)}; it must be {tuple(self.shape)}, as the latents")
+        if uncond.shape != self.shape:
+            raise ValueError(f"uncond is {tuple(uncond.shape)}; it must be {tuple(self.shape)}, as the latents")
+        if cond is not None and cond.shape != self.shape:
+            raise ValueError(f"cond is {tuple(cond.shape)}; it must be {tuple(self.shape)}, as the latents")
         groups, k = self.groups, self.k
         if len(groups) == 1:
             groups[0].take(uncond, cond, groups[0].orders[k])
@@ -92,7 +93,7 @@ class Order(NamedTuple):
 def orders(table: Tensor, rows: Tensor | None, index: slice) -> list[Order]:
     """Those of the samples `index`, for every call; rows as for `Lockstep`."""
     lines = table if rows is None else table[rows[:, index.start]]
-    numbers: list[list[Value]] = lines.tolist()
+    numbers: list[list[Any]] = lines.tolist()
     if rows is not None:
         own = table[rows[:, index]]
         for k, c in (own != own[:, :1]).any(dim=1).nonzero().tolist():
@@ -108,9 +109,9 @@ def orders(table: Tensor, rows: Tensor | None, index: slice) -> list[Order]:
                 look = Look.ALL
             elif keep == limit == -math.inf and not fall:
                 look = Look.NOBODY
+        told = scale[following], numbers[following][Column.TIMESTEP]
         leaving = look, keep, limit, fall, wait
-        solver = a[k], b, p[k], q, tuple(options), scale[following], numbers[following][Column.TIMESTEP]
-        found.append(Order(int(step), bool(first), before, after, *leaving, *solver))
+        found.append(Order(int(step), bool(first), before, after, *leaving, a[k], b, p[k], q, tuple(options), *told))
     return found
 
 
@@ -146,7 +147,7 @@ class Group:
             gap = part.differ(uncond, cond, self.gaps[order.k] if order.first else None)
         if order.look and self.latest == math.inf:
             self._look(gap, order)
-        if cond is not None:
+        if gap is not None:
             if self.peaks and order.first:
                 torch.fmax(self.peak, gap, out=self.peak)
             prediction = part.guide(uncond, self._weight(order), self.rule, gap, *order.options)
@@ -157,7 +158,7 @@ class Group:
         """Note who leaves the basin in this call."""
         k, wait, waiting = order.k, order.wait, self.at < 0
         if order.look == Look.ALL:
-            self.latest = k + wait
+            self.latest = k + float(wait)
         else:
             self.own = True
             gap = torch.full_like(self.peak, torch.nan) if gap is None else gap

@@ -160,7 +160,8 @@ def options_of(rule: str, given: Mapping[str, float]) -> dict[str, float]:
     """All options of a guidance rule. Raises ValueError for an unknown rule or option, or a number that is not allowed."""
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    known = RULES[rule].options if RULES[rule] else {}
+    found = RULES[rule]
+    known = {} if found is None else found.options
     for name, value in given.items():
         if name not in known:
             raise ValueError(f"rule {rule!r} has no option {name!r}; it has {', '.join(known) or 'none'}")

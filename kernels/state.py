@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -201,5 +203,6 @@ def buffers_of(state: State) -> list[Tensor | None]:
 
 
 def state_of(buffers: tuple[Tensor | None, ...]) -> State:
-    rest = iter(buffers)
-    return State(*(form(*(next(rest) for _ in fields(form))) for form in _FORMS))
+    rest: Iterator[Any] = iter(buffers)
+    parts: list[Any] = [form(*(next(rest) for _ in fields(form))) for form in _FORMS]
+    return State(*parts)

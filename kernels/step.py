@@ -253,10 +253,10 @@ def step_kernel(
     for part in tl.static_range(PARTS):
         mask = lanes < rest - part * PART
         u = tl.load(uncond + sample * uncond_stride + part * PART + lanes, mask=mask, other=0.0).to(tl.float32)
-        predictions = predictions + (u,)  # noqa: RUF005 (Triton knows no starred tuple)
+        predictions = predictions + (u,)  # type: ignore[assignment]  # noqa: RUF005 (Triton's tuples grow by +)
         if cond is not None:
             c = tl.load(cond + sample * cond_stride + part * PART + lanes, mask=mask, other=0.0).to(tl.float32)
-            differences = differences + (c - u,)  # noqa: RUF005
+            differences = differences + (c - u,)  # type: ignore[assignment]  # noqa: RUF005
             squared += (c - u) * (c - u)
             if RULE is not None:
                 sums = added(sums, sums_of(u, c - u))
@@ -264,28 +264,6 @@ def step_kernel(
         gap = tl.sqrt_rn(tl.sum(squared))
     s, left, top = look(here, at, gaps, peak, sample, gaps_stride, gap, FINDS)
     a, b = factors(here, s, left, sums, gap, size, RULE)
-    for part in tl.static_range(PARTS):
-        if PARTS > 1:
-            tl.debug_barrier()  # keeps the compiler from loading the latents and histories of all parts at once
-        by = sample * size + part * PART
-        if cond is None:
-            g = predictions[part]
-        elif RULE is None:
-            g = guided_prediction(predictions[part], differences[part], b)
-        else:
-            g = a * predictions[part] + b * differences[part]
-        finish(
-            g,
-            moved(guided, by),
-            model_input + by,
-            model_input + tl.cast(batch, tl.int64) * size + by,
-            moved(unscaled, by),
-            moved(history, by),
-            here,
-            following,
-            lanes,
-            lanes < rest - part * PART,
-        )
     tl.debug_barrier()  # all threads have read the state
     if goes:
         keep_books(
@@ -307,6 +285,28 @@ def step_kernel(
             cond is not None,
             FINDS,
             guided is None,
+        )
+    for part in tl.static_range(PARTS):
+        if PARTS > 1:
+            tl.debug_barrier()  # keeps the compiler from loading the latents and histories of all parts at once
+        by = sample * size + part * PART
+        if cond is None:
+            g = predictions[part]  # type: ignore[var-annotated]
+        elif RULE is None:
+            g = guided_prediction(predictions[part], differences[part], b)
+        else:
+            g = a * predictions[part] + b * differences[part]
+        finish(
+            g,
+            moved(guided, by),
+            model_input + by,
+            model_input + tl.cast(batch, tl.int64) * size + by,
+            moved(unscaled, by),
+            moved(history, by),
+            here,
+            following,
+            lanes,
+            lanes < rest - part * PART,
         )
 
 
@@ -442,8 +442,8 @@ def launch_step(
     cond = cond if cond is None else arranged(cond, latents.x)
     block, warps, tiles = TILES.of(size)
     finds, combines = finds and cond is not None, None if cond is None else RULES[rule]
-    operands = uncond, cond, table, guided, way.row, way.last, way.at, way.gaps, way.peak
-    operands += latents.model_input, latents.timestep, latents.unscaled, latents.history
+    books = way.row, way.last, way.at, way.gaps, way.peak
+    operands = uncond, cond, table, guided, *books, latents.model_input, latents.timestep, latents.unscaled, latents.history
     strides = sample_stride(uncond), 0 if cond is None else sample_stride(cond), way.gaps.stride(0)
     options = {"RULE": None if combines is None else combines.device, "FINDS": finds, "BLOCK": block, "num_warps": warps}
     with torch.cuda.device_of(uncond):
@@ -452,9 +452,9 @@ def launch_step(
             launch(step_kernel, batch, *operands, batch, size, *strides, **options, **OPTIONS)
             return
         partials = None if cond is None else partials
-        if finds or combines is not None:
+        if cond is not None and partials is not None and (finds or combines is not None):
             launch_sums(uncond, cond, partials, combines is not None)
         launch(tile_kernel, batch * tiles, *operands, partials, batch, size, tiles, *strides, **options, **OPTIONS)
-        operands = table, way.row, way.last, way.at, way.gaps, way.peak, latents.timestep, partials
         options = {"FINDS": finds, "MOVES": guided is None, "num_warps": 1}
-        launch(books_kernel, batch, *operands, batch, tiles, way.gaps.stride(0), **options, **OPTIONS)
+        kept = table, *books, latents.timestep, partials, batch, tiles, way.gaps.stride(0)
+        launch(books_kernel, batch, *kept, **options, **OPTIONS)

@@ -106,8 +106,9 @@ def _follow(mode: Mode, dtype: torch.dtype, wide: bool, layout: str, device: tor
     state.start(state.latents.x.clone(), table, row=torch.tensor([0, 2, 1], device=device))
     exact, worst = Exact(state, table), 0.0
     for uncond, cond in list(predictions(mode, 3, dtype, device))[: STEPS - 1]:
-        cond = None if cond is None else laid_out(cond, layout)
-        step(laid_out(uncond, layout), cond, table, state, mode.finds, rule)
+        u, cond = laid_out(uncond, layout), None if cond is None else laid_out(cond, layout)
+        assert u is not None
+        step(u, cond, table, state, mode.finds, rule)
         exact.take(uncond, cond, rule)
         where = f"{mode}, {dtype}, {layout}"
         worst = max(worst, exact.compare(state, where))

@@ -23,6 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -166,7 +167,7 @@ def trials(minutes: float | None, report: Callable[[str, Result], None]) -> Iter
         if limit < LEAST:
             yield name, {"status": "not reached", "rows": [], "seconds": 0.0}
         else:
-            yield name, isolated(name, quick, limit, lambda result, name=name: report(name, result))
+            yield name, isolated(name, quick, limit, partial(report, name))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

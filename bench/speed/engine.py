@@ -31,6 +31,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from ..tables import Row
+from .command import command
 from .shapes import pipeline
 from .standin import stand_in
 from .timing import interleaved, summary
@@ -147,6 +148,7 @@ def engine(device: torch.device, preset: str) -> Iterator[Row]:
                 rates, row = summary([jobs / t for t in times[peer]], None), summary(times[peer], times["static batches"])
                 what = {"bench": "engine", "what": f"{name}, {kind}", "peer": peer, "unit": "images/s"}
                 yield {**what, **rates, "ratio": row["ratio"], "calls": calls[peer] or None}
+    yield from command(device, ROUNDS[preset])
     yield overhead(Case(stand_in(pipe), prompts), device, ROUNDS[preset])
     yield from busy(real)
     yield from scaling()

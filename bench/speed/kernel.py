@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from basinescape.kernels import backend, guide, step
@@ -52,7 +53,7 @@ CASES = {
 class Work:
     """One piece of work: what its peers do (equal work, results returned), and the bytes it has to move."""
 
-    peers: dict[str, Callable[[], object]]
+    peers: dict[str, Callable[[], Any]]
     moved: int
 
 
@@ -106,13 +107,13 @@ def step_work(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, 
     k, transition = torch.full((batch,), 2, device=device), torch.full((batch,), -1, device=device)
     operands = (prediction, noise, history, recent, k, transition)
 
-    def fused() -> tuple[Tensor, ...]:
+    def fused() -> tuple[Tensor | None, ...]:
         step(uncond, cond, table, state)
         return state.latents.model_input, state.latents.history, state.transition.gaps[:, 2], state.transition.at
 
     numbers = noise.numel()
     moved = numbers * (5 * dtype.itemsize + 2 * 4)
-    peers: dict[str, Callable[[], object]] = {"fused step": fused, BASELINE: lambda: chain(*operands)}
+    peers: dict[str, Callable[[], Any]] = {"fused step": fused, BASELINE: lambda: chain(*operands)}
     if compiles:
         fast = compiled(chain, device)
         peers["compiled chain"] = lambda: fast(*operands)
@@ -136,7 +137,7 @@ def guide_work(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
     weight = torch.linspace(BEFORE, AFTER, shape[0], device=device).to(dtype)
     out = torch.empty_like(uncond), torch.empty(shape[0], device=device)
     moved = 3 * uncond.numel() * dtype.itemsize
-    peers: dict[str, Callable[[], object]] = {
+    peers: dict[str, Callable[[], Any]] = {
         "guide": lambda: guide(uncond, cond, weight, out=out),
         BASELINE: lambda: guide_chain(prediction, weight),
     }

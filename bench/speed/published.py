@@ -5,16 +5,17 @@ Written from the method's definitions, so it is also what every guidance method'
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from basinescape import At, Guidance
 from basinescape.kernels.definition import is_minimum
 from basinescape.models import adapt
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 
 @torch.no_grad()
-def published(pipe: DiffusionPipeline, prompt: str, seed: int, steps: int, guidance: Guidance, height: int) -> Tensor:
+def published(pipe: Any, prompt: str, seed: int, steps: int, guidance: Guidance, height: int) -> Tensor:
     """Latents (1, C, h, w) of one square image under the pipeline's own scheduler and a guidance of constant scale."""
     scheduler, device = pipe.scheduler, pipe.device
     scheduler.set_timesteps(steps, device=device)

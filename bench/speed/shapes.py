@@ -14,7 +14,6 @@ from basinescape.models import load
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
-    DiffusionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -64,18 +63,19 @@ SCHEDULER = {
 }
 
 
-def pipeline(name: str, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
-    """The pipeline of a name: tiny, sd15 or sdxl."""
-    pipe = load(Sampler.model_path(name), dtype, False) if name == "tiny" else _random(name, dtype, device)
+def pipeline(name: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """The diffusers pipeline of a name: tiny, flow, sd15 or sdxl."""
+    pipe = load(Sampler.model_path(name), dtype, False) if name in ("tiny", "flow") else _random(name, dtype, device)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 
-def _random(name: str, dtype: torch.dtype, device: torch.device) -> DiffusionPipeline:
+def _random(name: str, dtype: torch.dtype, device: torch.device) -> Any:
     torch.manual_seed(0)
     with device:
         unet = UNet2DConditionModel(**UNETS[name]).to(dtype).eval()
         vae = AutoencoderKL(**VAE, scaling_factor=SCALING[name], force_upcast=False).to(dtype).eval()
+    pipe: Any
     parts = {"vae": vae, "unet": unet, "scheduler": DDIMScheduler(**SCHEDULER), "text_encoder": None, "tokenizer": None}
     if name == "sdxl":
         width = UNETS[name]["projection_class_embeddings_input_dim"] - 6 * UNETS[name]["addition_time_embed_dim"]
@@ -90,7 +90,13 @@ def _random(name: str, dtype: torch.dtype, device: torch.device) -> DiffusionPip
 
 def _projection(width: int) -> CLIPTextModelWithProjection:
     """A text encoder whose one use is that its configuration is asked for the width of what it would return."""
-    small = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    small: dict[str, Any] = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
     return CLIPTextModelWithProjection(CLIPTextConfig(**small, projection_dim=width))
 
 
@@ -103,7 +109,7 @@ class _Embeddings:
     def __call__(self, prompt: str | list[str], *_: object, **__: object) -> tuple[Tensor, ...]:
         count = 1 if isinstance(prompt, str) else len(prompt)
         rng = torch.Generator().manual_seed(0)
-        shapes = [(TOKENS, self.width), (TOKENS, self.width)]
+        shapes: list[tuple[int, ...]] = [(TOKENS, self.width), (TOKENS, self.width)]
         shapes += [] if self.pooled is None else [(self.pooled,), (self.pooled,)]
         drawn = [torch.randn((1, *shape), generator=rng) for shape in shapes]
         return tuple(one.expand(count, *one.shape[1:]).to(self.like.device, self.like.dtype) for one in drawn)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from basinescape import FirstMinimum, Guidance, Sampler
@@ -14,7 +15,6 @@ from basinescape.models import GuidedUNet
 from basinescape.sampling.plan import Plan
 from basinescape.sampling.steps import denoise, lockstep
 from basinescape.schedulers.schedule import make_scheduler
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.autograd.profiler import profile
 
@@ -54,7 +54,7 @@ CASES = {
 
 
 @contextmanager
-def stubbed(pipe: StableDiffusionPipeline) -> Iterator[None]:
+def stubbed(pipe: Any) -> Iterator[None]:
     """Let UNet and text encoder return the same tensor in every call, the two halves of the UNet's different."""
     kept: dict[torch.Size, Tensor] = {}
 
@@ -77,9 +77,7 @@ def stubbed(pipe: StableDiffusionPipeline) -> Iterator[None]:
             del module.forward
 
 
-def peers(
-    pipe: StableDiffusionPipeline, scheduler: str, height: int, batch: int
-) -> dict[str, tuple[Callable[[int], Tensor], Guidance]]:
+def peers(pipe: Any, scheduler: str, height: int, batch: int) -> dict[str, tuple[Callable[[int], Tensor], Guidance]]:
     """Each takes a number of steps, samples the whole batch and returns the latents."""
     cfg, first = Guidance.cfg(SCALE), Guidance.delayed(SCALE, until=FirstMinimum())
     prompts, seeds = ["a picture of a cat"] * batch, list(range(batch))
@@ -157,7 +155,7 @@ def step(device: torch.device, preset: str) -> Iterator[Row]:
             yield from _cost(pipe, height, cases)
 
 
-def _latents(pipe: StableDiffusionPipeline, height: int) -> str:
+def _latents(pipe: Any, height: int) -> str:
     side = height // pipe.vae_scale_factor
     return f"{pipe.unet.config.in_channels}x{side}x{side}"
 
@@ -189,7 +187,7 @@ def _of(call: Callable[[int], Tensor], steps: int) -> Callable[[], Tensor]:
 
 
 @torch.inference_mode()
-def _cost(pipe: StableDiffusionPipeline, height: int, cases: Cases) -> Iterator[Row]:
+def _cost(pipe: Any, height: int, cases: Cases) -> Iterator[Row]:
     """Microseconds of the whole loop; ratio: to it from the fitted (a + b * batch) + steps * (c + d * batch)."""
     device = pipe.device
     sampler = Sampler.from_pipeline(pipe)

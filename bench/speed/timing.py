@@ -15,10 +15,10 @@ from ..tables import Row
 def seconds(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
     """What one of `calls` calls takes from the first to the last kernel: CUDA events on a GPU, a clock elsewhere."""
     if device.type != "cuda":
-        start = time.perf_counter()
+        began = time.perf_counter()
         for _ in range(calls):
             call()
-        return (time.perf_counter() - start) / calls
+        return (time.perf_counter() - began) / calls
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()

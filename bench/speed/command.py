@@ -1,0 +1,74 @@
+"""What `basinescape generate` does, prompts to files, beside stock diffusers in batches. The start of the process is left out."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from basinescape import Guard, Guidance, Sampler
+from basinescape.bulk.generate import generate
+from basinescape.data.prompts import Job
+
+from ..tables import Row
+from .shapes import pipeline
+from .timing import interleaved, summary
+
+BATCH = 8
+SCALES = {"tiny": 7.5, "flow": 4.0}
+STOCK = "diffusers, plain guidance"
+
+
+def works(jobs: int, steps: int) -> dict[str, list[int]]:
+    """The steps of every job: all alike, from a fifth of `steps` on as they come, and those sorted."""
+    counts = torch.randint(steps // 5, steps + 1, (jobs,), generator=torch.Generator().manual_seed(0)).tolist()
+    return {"uniform": [3 * steps // 5] * jobs, "mixed steps, as they come": counts, "mixed steps, sorted": sorted(counts)}
+
+
+def ours(sampler: Sampler, work: Sequence[int], guidance: Guidance | Guard, model: str) -> None:
+    """The command's work, into a folder of its own."""
+    jobs = [Job(f"{i}", _prompt(i), i, steps=steps) for i, steps in enumerate(work)]
+    with tempfile.TemporaryDirectory() as folder:
+        done = generate(sampler, jobs, folder, guidance, model, max(work), BATCH, progress=False).done
+    if done != len(jobs):
+        raise RuntimeError(f"{done} of {len(jobs)} images were made")
+
+
+def stock(pipe: Any, work: Sequence[int], scale: float) -> None:
+    """A loop over diffusers' pipeline, which takes one number of steps a call: batches of neighbours that have the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        for steps, group in groupby(enumerate(work), key=lambda job: job[1]):
+            alike = [i for i, _ in group]
+            for batch in (alike[k : k + BATCH] for k in range(0, len(alike), BATCH)):
+                noise = [torch.Generator().manual_seed(i) for i in batch]
+                options = {"generator": noise, "num_inference_steps": steps, "guidance_scale": scale}
+                for i, image in zip(batch, pipe([_prompt(i) for i in batch], **options).images, strict=True):
+                    image.save(Path(folder, f"{i}.png"))
+
+
+def _prompt(i: int) -> str:
+    return f"a picture of a {i}"
+
+
+def command(device: torch.device, rounds: int, jobs: int = 48, steps: int = 20) -> Iterator[Row]:
+    """Rows in images a second. The guard's ratio is to plain guidance by diffusers, which judges nothing."""
+    for model, scale in SCALES.items():
+        pipe = pipeline(model, torch.float32, device)
+        sampler, plain, kinds = Sampler.from_pipeline(pipe), Guidance.cfg(scale), works(jobs, steps)
+        guidances = {**dict.fromkeys(kinds, plain), "uniform, guard": Guidance.guard(scale)}
+        kinds["uniform, guard"] = kinds["uniform"]
+        for kind, work in kinds.items():
+            peers: dict[str, Callable[[], None]] = {
+                "generate": lambda work=work, kind=kind: ours(sampler, work, guidances[kind], model),
+                STOCK: lambda work=work: stock(pipe, work, scale),
+            }
+            for call in peers.values():
+                call()
+            times = interleaved(peers, device, rounds)
+            for peer, found in times.items():
+                rates = summary([jobs / t for t in found], None)
+                what = {"bench": "engine, command", "what": f"{model}, {kind}", "peer": peer, "unit": "images/s"}
+                yield {**what, **rates, "ratio": summary(found, times[STOCK])["ratio"]}
