@@ -1,4 +1,4 @@
-"""Guidance and noise gap in one pass over the two predictions.
+"""Guidance and noise gap from the two predictions, in one pass over them under plain guidance.
 
 guided = uncond + w * (cond - uncond)     classifier-free guidance (Ho & Salimans, arXiv 2207.12598)
 gap    = || cond - uncond ||_2            basin-escape statistic (Jain et al., CVPR 2025, arXiv 2411.16738)
@@ -203,7 +203,7 @@ def guide(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Guided prediction and noise gap of each sample, in one launch; see `backend` for what runs where.
 
-    Under another rule than "cfg" a sample of more than 16,384 elements takes two: its sums must be known before it is guided.
+    A sample of more than 16,384 elements takes two: its gap is added up last or, under another rule than "cfg", the sums first.
 
     Args:
         uncond, cond: (B, ...) float32, float16 or bfloat16, of one shape, dtype, device and layout. A sample must be dense

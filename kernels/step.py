@@ -1,4 +1,5 @@
-"""One step after the network, in one launch: has the sample left its basin, which weight, guidance, the solver's update.
+"""One step after the network: has the sample left its basin, which weight, guidance, the solver's update. In one launch where
+a program holds a whole sample.
 
     gap      = || cond - uncond ||_2                        and from it whether this step is the sample's transition
     guided   = uncond + w * (cond - uncond)                 w: the weight before or after the transition; or a rule of `RULES`
@@ -14,26 +15,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .decision import books_kernel, factors, keep_books, look, place
 from .dispatch import backend, jit, launch, tl
 from .eager import eager_step
 from .operands import arranged, check_predictions, sample_size, sample_stride
-from .rules import RULES, combined, guided_prediction, options_of, transition
+from .rules import RULES, guided_prediction, options_of
 from .state import BUFFERS, State, buffers_of, state_of
 from .sums import added, launch_sums, sums_of, total_gap, total_sums
 from .table import (
-    AFTER,
-    BEFORE,
-    COLUMNS,
-    FALL,
-    FIRST,
-    FIRST_OPTION,
     INPUT_SCALE,
-    KEEP,
-    LIMIT,
-    SECOND_OPTION,
-    STEP,
-    TIMESTEP,
-    WAIT,
     A,
     B,
     Column,
@@ -46,8 +36,8 @@ from .tiles import OPTIONS, TILES, parts
 def step(uncond: Tensor, cond: Tensor | None, table: Tensor, state: State, finds: bool = True, rule: str = "cfg") -> None:
     """Take every sample of `state` one row on, from the network's predictions to its next input.
 
-    One launch on a GPU; two only where samples look for their transition, or are guided by another rule than "cfg", and one
-    sample alone is larger than the GPU's registers hold (a million elements on an H100). A sample that is done stays as it is.
+    One launch on a GPU for samples of up to 16,384 elements. Larger ones are cut into tiles and take two: the tiles, then the
+    books; three where the weight depends on the gap or the rule on sums: those first. A sample that is done stays as it is.
 
     uncond, cond: (B, ...) float32, float16 or bfloat16, as for `guide`; cond None where `uncond` is the one prediction the
                   step needs, and is its guided prediction.
@@ -119,42 +109,6 @@ torch.library.impl("basinescape::step", ("cpu", "cuda"), _step)
 
 
 @jit
-def place(table, row, last, sample):
-    """(number of its row, whether it goes on, its row, the row after) of a sample; one that is done stays at its last row."""
-    end, k = tl.load(last + sample), tl.load(row + sample)
-    goes = k <= end
-    k = tl.minimum(k, end)
-    return k, goes, table + k * COLUMNS, table + tl.minimum(k + 1, end) * COLUMNS
-
-
-@jit
-def look(here, at, gaps, peak, sample, gaps_stride, gap, FINDS: tl.constexpr):
-    """(solver step, step of the transition or -1, largest gap) of a sample once this gap is known."""
-    s = tl.load(here + STEP).to(tl.int64)
-    left, limit, wait = tl.load(at + sample), tl.load(here + LIMIT), tl.load(here + WAIT)
-    top = gap
-    if FINDS:
-        own = gaps + sample * gaps_stride + s
-        before = tl.load(own - 2, mask=s >= 2, other=float("nan"))
-        earlier = tl.load(own - 1, mask=s >= 1, other=float("nan"))
-        peak_before = tl.load(peak + sample)
-        left = transition(s, left, gap, before, earlier, peak_before, tl.load(here + KEEP), limit, tl.load(here + FALL), wait)
-        top = tl.where(gap > peak_before, gap, peak_before)
-    else:
-        left = tl.where((limit == float("inf")) & (left < 0), s + wait.to(tl.int64), left)
-    return s, left, top
-
-
-@jit
-def factors(here, s, left, sums, gap, size, RULE: tl.constexpr):
-    """(a, b): the guided prediction is a uncond + b (cond - uncond)."""
-    a, b = 1.0, tl.load(here + tl.where((left >= 0) & (s >= left), AFTER, BEFORE))
-    if RULE is not None:
-        a, b = combined(RULE, b, sums, gap, size, tl.load(here + FIRST_OPTION), tl.load(here + SECOND_OPTION))
-    return a, b
-
-
-@jit
 def finish(g, guided, model_input, second, unscaled, history, here, following, lanes, mask):
     """Store the guided prediction, or go on to the solver and store what follows from it."""
     if guided is not None:
@@ -177,41 +131,6 @@ def finish(g, guided, model_input, second, unscaled, history, here, following, l
 @jit
 def moved(pointer, by):
     return None if pointer is None else pointer + by
-
-
-@jit
-def keep_books(
-    here,
-    following,
-    row,
-    at,
-    gaps,
-    peak,
-    timestep,
-    sample,
-    batch,
-    gaps_stride,
-    k,
-    s,
-    left,
-    gap,
-    top,
-    SEES: tl.constexpr,  # a gap was computed
-    FINDS: tl.constexpr,
-    MOVES: tl.constexpr,  # the sample goes on to its next row
-):
-    """Note where a sample is now."""
-    tl.store(at + sample, left)
-    if SEES:
-        first = tl.load(here + FIRST) > 0
-        tl.store(gaps + sample * gaps_stride + s, gap, mask=first)
-        if FINDS:
-            tl.store(peak + sample, top, mask=first)
-    if MOVES:
-        tl.store(row + sample, k + 1)
-        told = tl.load(following + TIMESTEP)
-        tl.store(timestep + sample, told)
-        tl.store(timestep + batch + sample, told)
 
 
 @jit
@@ -375,53 +294,6 @@ def tile_kernel(
         lanes,
         mask,
     )
-
-
-@jit
-def books_kernel(
-    table,
-    row,
-    last,
-    at,
-    gaps,
-    peak,
-    timestep,
-    partials,  # None: no gap was computed
-    batch,
-    tiles,
-    gaps_stride,
-    FINDS: tl.constexpr,
-    MOVES: tl.constexpr,  # samples go on to their next rows
-):
-    """A program a sample, after its tiles: the same decision again, noted."""
-    sample = tl.program_id(0).to(tl.int64)
-    k, goes, here, following = place(table, row, last, sample)
-    gap = float("nan")
-    if partials is not None:
-        gap = total_gap(partials, sample, tiles)
-    s, left, top = look(here, at, gaps, peak, sample, gaps_stride, gap, FINDS)
-    tl.debug_barrier()  # all threads have read the state
-    if goes:
-        keep_books(
-            here,
-            following,
-            row,
-            at,
-            gaps,
-            peak,
-            timestep,
-            sample,
-            batch,
-            gaps_stride,
-            k,
-            s,
-            left,
-            gap,
-            top,
-            partials is not None,
-            FINDS,
-            MOVES,
-        )
 
 
 def launch_step(

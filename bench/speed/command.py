@@ -1,9 +1,10 @@
-"""What `basinescape generate` does, prompts to files, beside stock diffusers in batches. The start of the process is left out."""
+"""What `basinescape generate` does, prompts to files, beside stock diffusers in batches; a process's start is left out."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,8 @@ def command(device: torch.device, rounds: int, jobs: int = 48, steps: int = 20) 
         guidances = {**dict.fromkeys(kinds, plain), "uniform, guard": Guidance.guard(scale)}
         kinds["uniform, guard"] = kinds["uniform"]
         for kind, work in kinds.items():
-            peers: dict[str, Callable[[], None]] = {
-                "generate": lambda work=work, kind=kind: ours(sampler, work, guidances[kind], model),
-                STOCK: lambda work=work: stock(pipe, work, scale),
-            }
+            own = partial(ours, sampler, work, guidances[kind], model)
+            peers: dict[str, Callable[[], None]] = {"generate": own, STOCK: partial(stock, pipe, work, scale)}
             for call in peers.values():
                 call()
             times = interleaved(peers, device, rounds)

@@ -18,13 +18,15 @@ from basinescape.kernels.dispatch import jit
 KERNELS = {
     "sums": ("sums_kernel", "gap_kernel"),
     "guide": ("guide_kernel",),
-    "step": ("step_kernel", "tile_kernel", "books_kernel"),
+    "decision": ("books_kernel",),
+    "step": ("step_kernel", "tile_kernel"),
 }
 JITTED = {
     "rules": ("guided_prediction", "transition", "combined"),
     "sums": ("sums_of", "added", "total", "total_gap", "total_sums", *KERNELS["sums"]),
     "guide": KERNELS["guide"],
-    "step": ("place", "look", "factors", "finish", "moved", "keep_books", *KERNELS["step"]),
+    "decision": ("place", "look", "factors", "keep_books", *KERNELS["decision"]),
+    "step": ("finish", "moved", *KERNELS["step"]),
 }
 
 

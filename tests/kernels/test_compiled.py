@@ -203,7 +203,7 @@ MUTANTS = {  # what is broken, what it is found by, the run that finds it, and t
     "the books are kept of the next sample": (
         "oob_write",
         {},
-        "step",
+        "decision",
         "keep_books",
         "tl.store(at + sample",
         "tl.store(at + 2 * batch + sample + 1",
