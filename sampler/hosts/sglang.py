@@ -151,6 +151,8 @@ def denoised(original: Callable[..., Any], stage: Any, ctx: Any, batch: Any, ser
     """Around `DenoisingStage._run_denoising_loop`: pictures are judged, and a guard's begun again."""
     policy = ctx.cfg_policy
     if not isinstance(policy, EscapePolicy):
+        if asked_of(batch) and not batch.is_warmup:
+            raise ValueError(f"this model builds its own {type(policy).__name__}: {KEY} cannot guide it")
         return original(stage, ctx, batch, server_args, **named)
     rows = [one for one in policy.asked for _ in range(len(ctx.latents) // len(policy.asked))]
     result = original(stage, ctx, batch, server_args, **named)

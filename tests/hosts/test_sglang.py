@@ -243,9 +243,15 @@ def test_unknown_names_and_policies_are_refused(server):
     class Own(server.policy.CFGPolicy):
         pass
 
+    class Builds(server.policy.CFGPolicy):
+        def build(self, *given):
+            return Builds()
+
     stage = server.stage(network)
     with pytest.raises(ValueError, match="its own Own"):
         stage.forward(batch_of(extra=named(DELAYED)), arguments(), Own())
+    with pytest.raises(ValueError, match="builds its own Builds"):
+        stage.forward(batch_of(extra=named(DELAYED)), arguments(), Builds())
     with pytest.raises(ValueError, match="basinescape takes guidance"):
         stage.forward(batch_of(extra=named(DELAYED, juge=True)), arguments(), server.policy.CFGPolicy())
     batch = batch_of(extra=named(DELAYED))
