@@ -74,6 +74,8 @@ def installed(code, monkeypatch):
     finally:
         sys.modules.pop("basinescape.hosts.sglang", None)
         for one, own in before.items():
+            for name in vars(one).keys() - own.keys():
+                delattr(one, name)
             for name, value in own.items():
                 if (callable(value) or isinstance(value, staticmethod)) and not name.startswith("__"):
                     setattr(one, name, value)
