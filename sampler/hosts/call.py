@@ -70,7 +70,10 @@ class Call:
         self._watch_callback()
 
     def run(self, method: Callable[..., Any]) -> Any:
-        """What the pipeline's `__call__` returns. The pipeline is left as its own call leaves it, after errors too."""
+        """Make the call, and return what the pipeline's `__call__` returns.
+
+        The pipeline is left as its own call leaves it, after errors too.
+        """
         bound = inspect.BoundArguments(inspect.signature(method), self.arguments)
         own, networks = vars(self.pipe), (getattr(self.pipe, name, None) for name in self.stock.networks)
         counted = own.pop("_num_timesteps", None)  # the pipeline counts its steps anew
@@ -100,7 +103,7 @@ class Call:
         return bool(vars(self.pipe).get("_interrupt", False))
 
     def judge(self, threshold: float, probes: int, latents: Tensor | None = None) -> Verdict:
-        """Of the call's pictures, or of these latents in their place; see `escape.judge`.
+        """The verdict on the call's pictures, or on these latents (B, ...) in their place; see `escape.judge`.
 
         Raises ValueError where the pictures cannot be judged.
         """
@@ -117,11 +120,11 @@ class Call:
         return verdict
 
     def forget(self) -> None:
-        """What only `judge` needs."""
+        """Let go of what only `judge` needs."""
         self._network_calls, self.latents = [], None
 
     def check(self) -> None:
-        """Raises ValueError where the pictures of such a call cannot be judged."""
+        """Raise ValueError where the pictures of such a call cannot be judged."""
         Probe.of(self.pipe.scheduler)
         if 0 < (self.arguments.get("denoising_end") or 0) < 1:
             raise ValueError(
@@ -130,14 +133,14 @@ class Call:
             )
 
     def _predict(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Both predictions for latents (B, ...), as the scheduler would be given them."""
-        made = [asked.repeated(latents, float(timesteps[0])) for asked in self._network_calls]
+        """(uncond, cond), (B, ...) each, for latents (B, ...): what the scheduler would be given."""
+        made = [call.repeated(latents, float(timesteps[0])) for call in self._network_calls]
         earlier, later = made if self.stock.pair else self._halves(made[0])[:2]
         uncond, cond = (later, earlier) if self.stock.cond_first else (earlier, later)
         return self._sign * uncond.reshape(latents.shape), self._sign * cond.reshape(latents.shape)
 
     def _followed(self, guidance: Guidance | list[Guidance]) -> Guidance | list[Guidance]:
-        """The guidance with what the call's own arguments ask for as its rule; those are switched off."""
+        """The guidance, with the rule that the call's own arguments ask for. The pipeline's own way to it is switched off."""
         stock, given = self.stock, self.arguments
         followed = [_with_its_rule(one, stock, given) for one in ([guidance] if isinstance(guidance, Guidance) else guidance)]
         self._per_token = given[stock.per_token] if isinstance(stock.per_token, str) else stock.per_token
@@ -151,7 +154,7 @@ class Call:
         return followed[0] if isinstance(guidance, Guidance) else followed
 
     def _watch_callback(self) -> None:
-        """See what the latents are after each step, and what a callback makes of the pipeline's guidance."""
+        """Wrap the call's callback, to know the latents after each step, and what it makes of the pipeline's guidance."""
         name, wanted = "callback_on_step_end", "callback_on_step_end_tensor_inputs"
         if name not in self.arguments:
             return
@@ -215,7 +218,7 @@ class Call:
         return m
 
     def _halves(self, doubled: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Both predictions in the order in which they stand there, and channels that are no prediction, of both."""
+        """(first prediction, second, other channels of both) of a doubled batch, in its own order; None for no others."""
         channels = doubled.shape[1]
         if self.stock.variance and channels == 2 * network_of(self.pipe, self.stock).config.in_channels:
             channels //= 2

@@ -151,6 +151,8 @@ def denoised(original: Callable[..., Any], stage: Any, ctx: Any, batch: Any, ser
     """Around `DenoisingStage._run_denoising_loop`: pictures are judged, and a guard's begun again."""
     policy = ctx.cfg_policy
     if not isinstance(policy, EscapePolicy):
+        if asked_of(batch) and not batch.is_warmup:
+            raise ValueError(f"this model builds its own {type(policy).__name__}: {KEY} cannot guide it")
         return original(stage, ctx, batch, server_args, **named)
     rows = [one for one in policy.asked for _ in range(len(ctx.latents) // len(policy.asked))]
     result = original(stage, ctx, batch, server_args, **named)
@@ -238,6 +240,14 @@ def split(result: Any, scheduler: Any, output_batch: Any, reqs: Sequence[Any]) -
     return result
 
 
+def joined(original: Callable[..., Any], merged: Any, output_batch: Any) -> None:
+    """Around `GPUWorker._merge_expanded_singletons`: a request's pictures that were made one by one keep their entries all."""
+    told = (merged.usage or {}).get(KEY, []) + (output_batch.usage or {}).get(KEY, [])
+    original(merged, output_batch)
+    if told:
+        merged.usage[KEY] = told
+
+
 def register() -> None:
     """The plugin: what the server calls in each of its processes, before it starts."""
     from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry, HookType
@@ -248,3 +258,4 @@ def register() -> None:
     HookRegistry.register(f"{scheduler}._freeze_signature_value", compared, HookType.AROUND)
     HookRegistry.register(f"{scheduler}._try_merge_generation_reqs", merged, HookType.AFTER)
     HookRegistry.register(f"{scheduler}._split_batched_output", split, HookType.AFTER)
+    HookRegistry.register(f"{RUNTIME}.managers.gpu_worker.GPUWorker._merge_expanded_singletons", joined, HookType.AROUND)

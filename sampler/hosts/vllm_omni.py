@@ -49,6 +49,7 @@ class Request:
     guidance: Guidance | None
     rows: int | None = None
     run: Escape | None = None
+    guided_steps: int = 0
 
     @classmethod
     def of(cls, id: str, sampling: Any, rows: int | None = None) -> Request:
@@ -81,10 +82,18 @@ class Request:
         """The guided prediction of its rows, and their weights (rows,)."""
         if self.run is None:
             raise ValueError(f"request {self.id} names no guidance")
-        guided = self.run(uncond, cond)
+        guided, self.guided_steps = self.run(uncond, cond), self.guided_steps + 1
         if self.run.done:
             log.info(f"basinescape: request {self.id}: guided from step {self.run.transition_step.tolist()} on; -1: never")
         return guided, self.run.weight
+
+    def warn(self) -> None:
+        """Log that nothing was guided, where the request has named guidance."""
+        if self.guidance is not None and not self.guided_steps:
+            log.warning(
+                f"basinescape: request {self.id} named guidance, and nothing was guided by it: its model does not combine "
+                "predictions by the shared function (or this is not the last rank of a pipeline)"
+            )
 
 
 class Denoising:
@@ -101,6 +110,8 @@ class Denoising:
             if KEY not in state.extra:
                 state.extra[KEY] = Request.of(state.request_id, state.sampling, len(state.latents))
             request = state.extra[KEY]
+            if state.step_index == 1:
+                request.warn()
             request.begin(state.scheduler, state.timesteps, len(state.latents), state.latents.device)
             if request.run is not None:
                 request.run.seek(state.step_index)
@@ -111,7 +122,10 @@ class Denoising:
         """Around `DiffusionModelRunner._execute_request_list`: requests that are denoised from the first step to the last."""
         self.requests = [Request.of(one.request_id, one.sampling_params) for one in reqs]
         try:
-            return original(runner, reqs, **named)
+            made = original(runner, reqs, **named)
+            for one in self.requests:
+                one.warn()
+            return made
         finally:
             self.requests = []
 

@@ -21,6 +21,7 @@ RUNTIME = "sglang.multimodal_gen.runtime"
 POLICY, STAGE, SCHEDULER = (
     f"{RUNTIME}.{name}" for name in ("distributed.cfg_policy", "pipelines_core.stages.denoising", "managers.scheduler")
 )
+WORKER = f"{RUNTIME}.managers.gpu_worker"
 STEPPING = ["DenoisingStage._predict_noise_with_cfg", "DenoisingStage._run_denoising_step"]
 MERGING = ["_freeze_signature_value", "_sampling_param_signature_items", "_diffusers_kwargs_signature_value"]
 MERGING += ["_build_dynamic_batch_signature", "_try_merge_generation_reqs", "_count_first_dim", "_slice_batched_value"]
@@ -31,11 +32,11 @@ MERGING += ["_split_batched_output"]
 def installed(code, monkeypatch):
     """`basinescape.hosts.sglang`, with the stand-in or the package's own code under it, and its hooks applied."""
     names = dict(vars(sglang_server))
-    policy, stage, scheduler, registry = (ModuleType(name) for name in (POLICY, STAGE, SCHEDULER, "plugins"))
+    policy, stage, scheduler, registry, worker = (ModuleType(name) for name in (POLICY, STAGE, SCHEDULER, "plugins", WORKER))
     if code == "stand-in":
-        for made in (policy, stage, scheduler, registry):
+        for made in (policy, stage, scheduler, registry, worker):
             vars(made).update({name: value for name, value in names.items() if not name.startswith("__")})
-        kept = [sglang_server.CFGPolicy, sglang_server.DenoisingStage, sglang_server.Scheduler]
+        kept = [sglang_server.CFGPolicy, sglang_server.DenoisingStage, sglang_server.Scheduler, sglang_server.GPUWorker]
         before = {one: dict(vars(one)) for one in kept}
         sglang_server.HookRegistry._hooks = []
     else:
@@ -49,8 +50,9 @@ def installed(code, monkeypatch):
         known |= {"List": list, "normalize_output_seeds": lambda seed, num_outputs_per_prompt: [seed]}
         path = runtime / "managers/scheduler.py"
         scheduler = own_code.parts(path, [f"Scheduler.{name}" for name in MERGING], known)
+        worker = own_code.parts(runtime / "managers/gpu_worker.py", ["GPUWorker._merge_expanded_singletons"], known)
         scheduler.Scheduler = type("Scheduler", (scheduler.Scheduler, Admission), {})
-    found = {POLICY: policy, STAGE: stage, SCHEDULER: scheduler, f"{RUNTIME}.platforms.plugins": registry}
+    found = {WORKER: worker, POLICY: policy, STAGE: stage, SCHEDULER: scheduler, f"{RUNTIME}.platforms.plugins": registry}
     for name in list(found):
         for i in range(1, name.count(".") + 1):
             found.setdefault(".".join(name.split(".")[:i]), ModuleType(name))
@@ -66,12 +68,16 @@ def installed(code, monkeypatch):
     ours.register()
     registry.HookRegistry.apply_hooks()
     try:
-        yield SimpleNamespace(ours=ours, policy=policy, stage=stage.DenoisingStage, scheduler=scheduler.Scheduler)
+        yield SimpleNamespace(
+            ours=ours, policy=policy, stage=stage.DenoisingStage, scheduler=scheduler.Scheduler, worker=worker.GPUWorker
+        )
     finally:
         sys.modules.pop("basinescape.hosts.sglang", None)
         for one, own in before.items():
+            for name in vars(one).keys() - own.keys():
+                delattr(one, name)
             for name, value in own.items():
-                if callable(value) and not name.startswith("__"):
+                if (callable(value) or isinstance(value, staticmethod)) and not name.startswith("__"):
                     setattr(one, name, value)
 
 

@@ -6,6 +6,7 @@
 import copy
 import dataclasses
 import functools
+import inspect
 import sys
 import threading
 from dataclasses import dataclass, field
@@ -88,7 +89,10 @@ class HookRegistry:
         for target, hook, hook_type in cls._hooks:
             home, owner, name = target.rsplit(".", 2)
             made = getattr(sys.modules[home], owner)
-            setattr(made, name, cls._wrapped(getattr(made, name), hook, hook_type))
+            wrapped = cls._wrapped(getattr(made, name), hook, hook_type)
+            setattr(
+                made, name, staticmethod(wrapped) if isinstance(inspect.getattr_static(made, name), staticmethod) else wrapped
+            )
 
     @staticmethod
     def _wrapped(original, hook, hook_type):
@@ -275,6 +279,13 @@ class Scheduler(Admission):
 
     def _split_batched_output(self, output_batch, reqs):
         return [OutputBatch(output=output_batch.output[i : i + 1]) for i in range(len(reqs))]
+
+
+class GPUWorker:
+    @staticmethod
+    def _merge_expanded_singletons(merged, output_batch):
+        """For each of a request's outputs that were made one by one."""
+        merged.usage = {**(merged.usage or {}), **(output_batch.usage or {})}
 
 
 class Req(SimpleNamespace):

@@ -213,6 +213,10 @@ def test_requests_share_a_batch_under_one_rule(server):
         assert scheduler._try_merge_generation_reqs([reqs[0], other]) is None
     output = sglang_server.OutputBatch(output=torch.zeros(2, 1), usage={"basinescape": ["first", "second"]})
     assert [one.usage["basinescape"] for one in scheduler._split_batched_output(output, reqs)] == [["first"], ["second"]]
+    merged = sglang_server.OutputBatch()
+    for told in ("first", "second"):
+        server.worker._merge_expanded_singletons(merged, sglang_server.OutputBatch(usage={"basinescape": [told]}))
+    assert merged.usage == {"basinescape": ["first", "second"]}
 
 
 @pytest.mark.parametrize(
@@ -239,9 +243,15 @@ def test_unknown_names_and_policies_are_refused(server):
     class Own(server.policy.CFGPolicy):
         pass
 
+    class Builds(server.policy.CFGPolicy):
+        def build(self, *given):
+            return Builds()
+
     stage = server.stage(network)
     with pytest.raises(ValueError, match="its own Own"):
         stage.forward(batch_of(extra=named(DELAYED)), arguments(), Own())
+    with pytest.raises(ValueError, match="builds its own Builds"):
+        stage.forward(batch_of(extra=named(DELAYED)), arguments(), Builds())
     with pytest.raises(ValueError, match="basinescape takes guidance"):
         stage.forward(batch_of(extra=named(DELAYED, juge=True)), arguments(), server.policy.CFGPolicy())
     batch = batch_of(extra=named(DELAYED))

@@ -215,3 +215,11 @@ def test_models_that_combine_by_themselves_and_unknown_names_are_refused(server)
     req.sampling_params = request
     with pytest.raises(ValueError, match="use basinescape judge"):
         server.runner(pipeline)._execute_request_list([req])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_that_combines_elsewhere_is_told_of(server, mode, caplog, monkeypatch):
+    monkeypatch.setattr(server.mixin, "predict_noise_maybe_with_cfg", lambda self, cfg, scale, cond, *_: network(**cond))
+    found, _ = denoise(server, mode, [None, DELAYED, None])
+    lines = [record.getMessage() for record in caplog.records if record.name == "basinescape.hosts.vllm_omni"]
+    assert len(lines) == 1 and "request 1 named guidance, and nothing was guided by it" in lines[0] and found.isfinite().all()

@@ -173,6 +173,22 @@ def test_samplers_by_timesteps_are_refused(kind, kd):
         own.sample(p, *given()[:1], [(given()[2], 1.0)], given()[1])
 
 
+def test_other_extensions_may_clone_the_model_but_not_combine(kd):
+    """Of Forge: an extension that comes later. And three predictions of AUTOMATIC1111 are refused."""
+    expected, _ = sampled("forge", kd, sliders={"until": MINIMUM})
+    p = webui.job("forge", kd, network, "sample_euler", SIGMAS)
+    guide(p, **DEFAULTS | {"until": MINIMUM})
+    p.sd_model.forge_objects.unet = p.sd_model.forge_objects.unet.clone()
+    assert torch.equal(sampled("forge", kd, job=p)[0], expected)
+    p.sd_model.forge_objects.unet.set_model_sampler_cfg_function(lambda args: args["input"])
+    with pytest.raises(ValueError, match="another extension combines"):
+        sampled("forge", kd, job=p)
+    edits = webui.job("a1111", kd, network, "sample_euler", SIGMAS)
+    edits.sd_model.cond_stage_key, edits.image_cfg_scale = "edit", 1.5
+    with pytest.raises(ValueError, match="three predictions"):
+        sampled("a1111", kd, sliders={}, job=edits)
+
+
 def test_the_script_has_its_sliders_and_reads_its_settings_back(monkeypatch, kd):
     made, options = webui.script(monkeypatch, SCRIPT)
     script = made.BasinEscape()

@@ -32,15 +32,18 @@ def guide(p: Any, refused: str | None = None, **sliders: Any) -> None:
         guided = None if refused else Guided(p, **sliders)
     except ValueError as error:
         guided, refused = None, str(error)
-    refused = refused or _unfit(p.sampler)
+    refused = refused or _unfit(p)
     if refused:
         p.sampler.model_wrap_cfg.forward = partial(_refuse, refused)
     elif guided is not None:
         guided.install()
 
 
-def _unfit(sampler: Any) -> str | None:
-    """Why a sampler cannot be followed."""
+def _unfit(p: Any) -> str | None:
+    """Why a job cannot be followed."""
+    sampler = p.sampler
+    if getattr(p.sd_model, "cond_stage_key", None) == "edit" and getattr(p, "image_cfg_scale", None) not in (None, 1.0):
+        return "InstructPix2Pix combines three predictions: set its image CFG scale to 1"
     if not hasattr(sampler, "get_sigmas"):
         return "the samplers DDIM, PLMS and UniPC, which go by timesteps, are not followed: use one of the others"
     if getattr(sampler, "funcname", None) in UNEVEN:
@@ -69,6 +72,10 @@ class Guided:
         self._sigmas: list[float] = []
         self._now: tuple[Tensor, Tensor] | None = None  # the latents and noise levels of the call that is going on
         self._weight = 1.0  # of a prompt's parts together, where Forge is told so
+
+    def __deepcopy__(self, memo: dict) -> Guided:
+        """Itself: the clone of a model in Forge has deep copies of its options."""
+        return self
 
     def guidance(self, until: Any, scale: float) -> Guidance:
         """Of a run with this transition, at the webui's scale."""
@@ -106,6 +113,10 @@ class Guided:
             raise ValueError(f"{NAME}: negative guidance minimum sigma leaves predictions out: set it to 0")
         if named.get("uncond", True) is None:
             raise ValueError(f"{NAME}: guidance needs a negative prompt, which may be empty, and a CFG scale other than 1")
+        if self.forge:
+            function = self.p.sd_model.forge_objects.unet.model_options.get("sampler_cfg_function")
+            if getattr(function, "__self__", None) is not self:
+                raise ValueError(f"{NAME}: another extension combines the predictions: switch one of the two off")
         self._now = x, sigma
         return forward(x, sigma, *given, **named)
 
