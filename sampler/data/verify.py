@@ -43,7 +43,8 @@ def verify(out: str | Path) -> Iterator[Wrong]:
     for wrong in chain(_lines(out, writes, jobs, listed, files), _unlisted(out, writes, jobs, listed)):
         sound = False
         yield wrong
-    if sound and writes.index and (fault := imagefolder.fault(out)):  # else it follows from the rest
+    indexed = bool(writes.index) and "prompt_metadata" in settings  # runs of older versions have no index
+    if sound and indexed and (fault := imagefolder.fault(out)):  # after other faults it would only follow from them
         yield imagefolder.METADATA, fault
     expected = (name for job in jobs for name in _with_beside(writes, writes.file(*job)))
     yield from _foreign(out, Keys(chain(files, map(Keys.digest, chain(writes.index, expected)))))
@@ -66,7 +67,7 @@ def _unlisted(out: Path, writes: Writer, jobs: Jobs, listed: Iterable[int]) -> I
 def _inspection(settings: Mapping[str, Any]) -> Callable[[bytes], str | None]:
     """What finds the fault in the marks of a picture of a run."""
     format, signed = settings["format"], "c2pa_certificate" in settings
-    marked = "prompt_metadata" in settings and format != "latents"  # no picture of an older run is
+    marked = "prompt_metadata" in settings  # not by an older version, and no latents are
     if signed:
         try:
             signing.library()

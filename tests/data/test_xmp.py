@@ -2,6 +2,7 @@
 
 import io
 import json
+from hashlib import sha256
 from xml.sax.saxutils import quoteattr
 
 import bulkruns
@@ -121,9 +122,39 @@ def test_a_picture_that_lost_its_mark_is_named(pipe, tmp_path):
         Image.frombytes(image.mode, image.size, image.tobytes()).save(path)
     assert list(verify(tmp_path)) == [("images/p1.png", "is changed")]
     lines = [
-        line | ({"sha256": bulkruns.hashlib.sha256(path.read_bytes()).hexdigest()} if line["id"] == "p1" else {})
+        line | ({"sha256": sha256(path.read_bytes()).hexdigest()} if line["id"] == "p1" else {})
         for line in read_lines(tmp_path / "manifest.jsonl")
     ]
     (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     ((where, what),) = verify(tmp_path)
     assert where == "images/p1.png" and what.startswith("is not marked as made by a machine")
+
+
+def test_a_run_of_before_there_were_marks_is_not_blamed_for_it(pipe, tmp_path):
+    bulkruns.make(stand_in(pipe), [Job("a", "a cat", 0)], tmp_path, Guidance.cfg(2.0), steps=1)
+    path = tmp_path / "images" / "a.png"
+    with Image.open(path) as image:
+        image.load()
+        Image.frombytes(image.mode, image.size, image.tobytes()).save(path)
+    (tmp_path / "images" / "metadata.jsonl").unlink()
+    (line,) = read_lines(tmp_path / "manifest.jsonl")
+    line["sha256"] = sha256(path.read_bytes()).hexdigest()
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(line) + "\n")
+    run = json.loads((tmp_path / "run.json").read_text())
+    del run["prompt_metadata"]
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    assert list(verify(tmp_path)) == []
+
+
+def test_the_commands_options_reach_the_files(tmp_path, monkeypatch, capsys):
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "a cat", "id": "{id}", "seed": 1}}\n' for id in "ab"))
+    given = ("--prompts", tmp_path / "p.jsonl", "--steps", 1, "--guidance", "cfg", "--device", "cpu", "--out")
+    asked = ("--captions", "--no-prompt-metadata", "--dedup", "--similarity", "pixels", "--format", "jpg")
+    code, said = bulkruns.run(monkeypatch, capsys, *given, tmp_path / "out", *asked)
+    assert code == 0 and "1 near-duplicates of other images of the set (b): see duplicate_of in manifest.jsonl" in said
+    assert (tmp_path / "out" / "images" / "b.txt").read_text() == "a cat"
+    assert prompt_in((tmp_path / "out" / "images" / "b.jpg").read_bytes(), "none")[0] is None
+    assert [line.get("duplicate_of") for line in read_lines(tmp_path / "out" / "manifest.jsonl")] == [None, "a"]
+    code, said = bulkruns.run(monkeypatch, capsys, *given, tmp_path / "other", "--c2pa-key", tmp_path / "key.pem")
+    assert code == 2 and "c2pa_certificate and c2pa_key need each other: give both, or neither" in said
+    assert not (tmp_path / "other").exists()
