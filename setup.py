@@ -14,6 +14,7 @@ setup(
         "basinescape",
         "basinescape.kernels",
         "basinescape.guidance",
+        "basinescape.guidance.transitions",
         "basinescape.detection",
         "basinescape.schedulers",
         "basinescape.sampling",

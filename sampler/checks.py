@@ -22,7 +22,7 @@ def whole(value: Any) -> int | None:
         return None
 
 
-def texts(name: str, given: str | Iterable[str]) -> list[str]:
+def texts(name: str, given: str | Iterable[str] | None) -> list[str]:
     """A string or a non-empty sequence of strings as a list."""
     found = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else []
     if not found or not all(isinstance(text, str) for text in found):
@@ -37,7 +37,7 @@ def one_each(name: str, given: str | Sequence[str | None] | None, count: int) ->
     """A string for all of `count` prompts, or one or None for each, as a list."""
     if given is None:
         return None
-    found = [given] * count if isinstance(given, str) else list(given)
+    found: list[str | None] = [given] * count if isinstance(given, str) else list(given)
     if len(found) != count:
         raise ValueError(f"{name} has {len(found)} entries for {count} prompts")
     if any(text is not None for text in found):
@@ -48,11 +48,10 @@ def one_each(name: str, given: str | Sequence[str | None] | None, count: int) ->
 def seeds(given: int | Sequence[int], count: int) -> list[int]:
     """One seed an image."""
     first = whole(given)
-    try:
-        found = list(range(first, first + count)) if first is not None else [whole(seed) for seed in given]
-    except TypeError:
-        found = [None]
-    if None in found or not all(0 <= seed < 2**63 for seed in found):
+    each: Iterable[Any] = range(first, first + count) if first is not None else given if isinstance(given, Iterable) else [None]
+    numbers = [whole(seed) for seed in each]
+    found = [seed for seed in numbers if seed is not None and 0 <= seed < 2**63]
+    if len(found) < len(numbers):
         raise ValueError(f"seeds must be whole numbers from 0 to 2**63 - 1, got {given!r}")
     if len(found) != count:
         raise ValueError(f"seeds must be as many as images: got {len(found)} seeds for {count} images")

@@ -14,7 +14,7 @@ from .runs import conclude, looked_at, shard_of, spread
 
 if TYPE_CHECKING:
     from .. import Calibration, Guard, Guidance, Sampler
-    from ..guidance.transitions import Rule
+    from ..guidance.transitions import Transition
 
 
 class Method(StrEnum):
@@ -57,12 +57,13 @@ def generate(
     until: Annotated[
         str | None,
         typer.Option(
-            help="transition of delayed and opposite guidance: a timestep; 'auto', the first minimum of the noise gap; or "
-            "'settled', when that is ordinary; default the calibration's timestep, else 500"
+            help="transition of delayed and opposite guidance: a timestep; 'auto', the first minimum of the noise gap; "
+            "'fallen', when that has halved; 'settled', when it is ordinary; or a rule of your own, FILE.py:NAME; default the "
+            "calibration's timestep, else 500"
         ),
     ] = None,
-    earliest: Annotated[int, typer.Option(help="with --until auto: first step that may be the transition")] = 2,
-    latest: Annotated[int | None, typer.Option(help="with --until auto: step at which guidance starts in any case")] = None,
+    earliest: Annotated[int | None, typer.Option(help="with --until auto: first step that may be it; default 2")] = None,
+    latest: Annotated[int | None, typer.Option(help="with --until NAME: step at which guidance starts in any case")] = None,
     restart: Annotated[
         str | None, typer.Option(help="LOW,HIGH,TIMES: at timestep LOW go back to HIGH by new noise, so many times")
     ] = None,
@@ -104,12 +105,13 @@ def generate(
     quieten()
     from .. import Guidance
     from ..bulk.generate import generate
+    from ..guidance.transitions import check
 
     given = {"rule": rule, **options.named("rule_option", rule_option, float)}
     given |= {"restart": _restart(restart)} if restart else {}
     Guidance.cfg(7.5 if scale is None else scale, **given)  # raises for what no guidance can be
-    if until not in (None, "auto", "settled"):
-        _timestep(until)
+    if until is not None:
+        check(until)
     copies = None
     if training_images is not None:
         from ..audit.index import Copies
@@ -172,29 +174,15 @@ def _plan(
     return Guidance.opposite(opposite_scale, scale=scale, until=transition, **given)
 
 
-def _transition(until: str | None, minimum: dict[str, int | None], calibration: Calibration | None) -> Rule:
+def _transition(until: str | None, minimum: dict[str, int | None], calibration: Calibration | None) -> Transition:
     """Where guidance starts: as asked for, else where the calibration says, else the paper's timestep."""
-    from .. import At, FirstMinimum
+    from .. import At
     from ..calibration.ordinary import STATIC
+    from ..guidance.transitions import named
 
-    if until == "auto":
-        return FirstMinimum(**minimum)
-    if until == "settled":
-        if calibration is None:
-            raise ValueError(
-                "until 'settled' needs a calibration, which `basinescape calibrate --settled` makes, and the model has none"
-            )
-        return calibration.settled()
     if until is not None:
-        return At(_timestep(until))
+        return named(until, calibration, **minimum)
     return At(STATIC if calibration is None or calibration.ordinary is None else calibration.ordinary.transition)
-
-
-def _timestep(until: str) -> float:
-    try:
-        return float(until)
-    except ValueError as error:
-        raise ValueError(f"until must be a timestep, 'auto' or 'settled', got {until!r}") from error
 
 
 def _restart(text: str) -> tuple[float, float, int]:

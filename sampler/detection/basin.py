@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 
 from ..kernels import noise_gap
 from ..schedulers.schedule import family, own_settings, vp_log_snr
-from ..types import Network
+from ..types import Network, Scheduler
 
 LOG_SNR = -4.0  # of a noised picture, one for all models
 NEAR = 1.5  # how far from it a network's level may be
@@ -48,7 +47,7 @@ class Probe:
     target: tuple[float, float]
 
     @classmethod
-    def of(cls, scheduler: SchedulerMixin, log_snr: float = LOG_SNR) -> Probe:
+    def of(cls, scheduler: Scheduler, log_snr: float = LOG_SNR) -> Probe:
         """At the level of `scheduler`'s training schedule that is nearest to `log_snr`.
 
         Raises ValueError where the schedule is not known, or has no level near it.
@@ -71,7 +70,7 @@ class Probe:
         return cls.at(scheduler, told, levels[timestep].item())
 
     @classmethod
-    def at(cls, scheduler: SchedulerMixin, timestep: float, log_snr: float) -> Probe:
+    def at(cls, scheduler: Scheduler, timestep: float, log_snr: float) -> Probe:
         """At a level of which both are known. Raises ValueError where it is not near LOG_SNR, or for an unknown prediction."""
         if not abs(log_snr - LOG_SNR) <= NEAR:
             raise ValueError(
@@ -104,7 +103,7 @@ class Probe:
         return (drawn * given.float() - share * predicted.float()) / (signal * drawn - share * clean)
 
 
-def _edm(scheduler: SchedulerMixin, sigma: float) -> tuple[tuple[float, float], tuple[float, float]]:
+def _edm(scheduler: Scheduler, sigma: float) -> tuple[tuple[float, float], tuple[float, float]]:
     """`given` and `target` under EDM's preconditioning (Karras et al., https://arxiv.org/abs/2206.00364, table 1)."""
     one, level = torch.ones(1), torch.tensor(sigma)
     scale = float(scheduler.precondition_inputs(one, level))

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import SchedulerMixin
 from PIL import Image
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from .. import checks
 from ..data.pictures import pixels
 from ..models import Model, memory
 from ..runs.progress import parts
+from ..types import Scheduler
 from . import basin
 
 Size = tuple[int | None, int | None]
@@ -48,7 +48,7 @@ class Lot:
 
 def judge(
     model: Model,
-    scheduler: SchedulerMixin,
+    scheduler: Scheduler,
     images: Any,
     prompts: str | Sequence[str],
     seeds: int | Sequence[int],
@@ -99,10 +99,10 @@ def lots(model: Model, images: Any, size: Size, options: dict[str, Any]) -> list
     for i, (*frames, height, width) in enumerate(found):
         wanted = model.size(*size) if any(size) else (height, width)
         fitting = model.nearest_size(*wanted, **options)
-        own = options | ({"num_frames": frames[0]} if video else {})
-        model.shape(*fitting, **own)  # raises for so many frames
+        framed = options | ({"num_frames": frames[0]} if video else {})
+        model.shape(*fitting, **framed)  # raises for so many frames
         latents = partial(_encoded, model, images, fitting, video)
-        made.setdefault((fitting, *frames), Lot([], fitting, own, latents)).rows.append(i)
+        made.setdefault((fitting, *frames), Lot([], fitting, framed, latents)).rows.append(i)
     return list(made.values())
 
 

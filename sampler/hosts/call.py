@@ -22,7 +22,7 @@ from ..guidance.guidance import Guidance
 from ..kernels.state import per_sample
 from ..schedulers.schedule import levels, log_snrs, step_of_calls
 from .asking import Asked, sample_of, seen, stacked, timestep_of
-from .escape import Escape, idle, judge
+from .escape import Escape, judge
 from .families import Family, network_of
 
 log = logging.getLogger(__name__)
@@ -236,8 +236,9 @@ class Call:
         self._told = scheduler.timesteps[taken].tolist()
         self._nearest = 0 if noise is None else int((noise[taken] - LOG_SNR).nan_to_num(torch.inf).abs().argmin())
         self.state = Escape(self._guidance, timesteps, len(prediction), prediction.device, step, noises)
-        for line in idle(self.state.guidance, self.state.timesteps):
-            log.warning(line)
+        for one in dict.fromkeys(self.state.guidance):
+            if (line := one.idle(self.state.timesteps)) is not None:
+                log.warning(line)
 
     def _keep(self, network: nn.Module, given: tuple, named: dict[str, Any]) -> None:
         """Keep the arguments of the first step's calls, then of those whose noise level is that of a judged picture."""

@@ -12,7 +12,8 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from ..schedulers.schedule import Schedule
-from ..types import Network, Settle
+from ..types import Settle
+from .network import Guided
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Model(Protocol):
         Raises ValueError for what does not fit the model or each other.
         """
 
-    def network(self, encoded: Encoded, plain: bool = False) -> Network:
+    def network(self, encoded: Encoded, plain: bool = False) -> Guided:
         """The fastest network for `encoded`; plain: one whose inputs are as they were encoded."""
 
     def decode(

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 
 from .. import models
+from ..kernels.state import State
 from ..runs.progress import Bar
-from ..types import Network
+from ..types import Network, Scheduler, Step
 from . import callbacks
 from .engine import guarded
 from .graphs import Graphs
 from .ladder import Ladder
 from .plan import Plan
-from .steps import Lane, Run, denoise, fused_step, lockstep, renoise, scheduler_step
+from .samples import Results
+from .steps import Lane, Move, denoise, fused_step, lockstep_move, renoise, scheduler_move, stepping
 
 Wrap = Callable[[models.Guided], Network]
 
@@ -46,37 +46,31 @@ class Runner:
     """
 
     model: models.Model
-    scheduler: SchedulerMixin
+    scheduler: Scheduler
     graphs: Graphs | None = None
     wrap: Wrap | None = None
 
     def lane(
-        self, ladder: Ladder, network: models.Guided, plan: Plan, noise: Tensor, generators: Sequence[torch.Generator]
+        self, ladder: Ladder, network: models.Guided, plan: Plan, noise: Tensor, generators: list[torch.Generator]
     ) -> Lane:
         """A batch from `noise` (B, ...) for the engine: captured, or by the scheduler's own step, or fused."""
         noise, form = noise.to(self.model.dtype), self.model.memory_format
-        if self._captures(ladder, network):
-            return self.graphs.lane(network, plan, noise, form)
+        if (graphs := self._graphs(network, plan, ladder.stepwise)) is not None:
+            return graphs.lane(network, plan, noise, form)
         state = plan.state(noise, form)
         if ladder.stepwise:
-            take = scheduler_step(ladder.solver, self.scheduler, generators, network, plan, state)
-            return Lane(network, state, take, plan.table)
+            move = scheduler_move(ladder.solver, self.scheduler, generators, plan, state)
+            return Lane(network, state, stepping(network, state, move), plan.table)
         return Lane(network, state, fused_step(network, plan, state))
 
-    def run(self, ladder: Ladder, batch: Batch, bar: Bar, callback: callbacks.Callback | None, scale: float) -> Run:
+    def run(self, ladder: Ladder, batch: Batch, bar: Bar, callback: callbacks.Callback | None, scale: float) -> Results:
         """All steps of a batch. callback, scale: as the call has them, None for no callback."""
         model, plan, solver = self.model, ladder.whole, ladder.solver
         noise, generators = (batch.noise * solver.init_sigma).to(model.device, model.dtype), batch.generators
         network = model.network(batch.encoded, plain=self.wrap is not None)
         if ladder.guard is not None:
             return guarded(self.lane, network, ladder, noise, generators, bar, batch.initial)
-        if self.wrap is None and self._captures(ladder, network):
-            lane = self.graphs.lane(network, plan, noise, model.memory_format)
-            take, state = lane.take, lane.state
-        else:
-            network, state = network if self.wrap is None else self.wrap(network), plan.state(noise, model.memory_format)
-            own = partial(scheduler_step, solver, self.scheduler, generators)
-            take = (own if ladder.stepwise else lockstep)(network, plan, state)
+        take, state = self._step(ladder, network, noise, generators)
 
         def after(row: int) -> bool:
             renoise(state, plan, row + 1, generators)
@@ -84,13 +78,34 @@ class Runner:
                 return True
             timestep, latents = solver.timesteps[plan.call[row]], state.latents.x.clone()
             state.put(callbacks.tell(callback, model.pipe, row, timestep, latents, scale), plan.table)
-            return not model.pipe._interrupt
+            return not callbacks.interrupted(model.pipe)
 
         seen = nullcontext() if callback is None else callbacks.found(model.pipe, len(plan.branches), scale)
         with seen:
             denoise(take, bar(plan.branches), after)
-        return Run.of(state)
+        return Results.of(state, solver.steps)
 
-    def _captures(self, ladder: Ladder, network: models.Guided) -> bool:
-        """Whether steps of this network are recorded."""
-        return self.graphs is not None and network.version is not None and not ladder.stepwise
+    def _step(
+        self, ladder: Ladder, network: models.Guided, noise: Tensor, generators: list[torch.Generator]
+    ) -> tuple[Step, State]:
+        """The step of a batch whose samples all go one way from `noise` (B, ...), and what it updates."""
+        plan, form = ladder.whole, self.model.memory_format
+        graphs = None if self.wrap is not None else self._graphs(network, plan, ladder.stepwise)
+        if graphs is not None:
+            lane = graphs.lane(network, plan, noise, form)
+            return lane.take, lane.state
+        state = plan.state(noise, form)
+        changed = network if self.wrap is None else self.wrap(network)
+        return stepping(changed, state, mover(ladder, self.scheduler, generators, state)), state
+
+    def _graphs(self, network: models.Guided, plan: Plan, stepwise: bool) -> Graphs | None:
+        """Where steps of this network are recorded; None where they are not."""
+        recorded = network.version is not None and not stepwise and not plan.statistics.rules
+        return self.graphs if recorded else None
+
+
+def mover(ladder: Ladder, scheduler: Scheduler, generators: list[torch.Generator], state: State) -> Move:
+    """What takes a batch, just started and all at the same row, through the steps of a ladder of one attempt."""
+    if ladder.stepwise:
+        return scheduler_move(ladder.solver, scheduler, generators, ladder.whole, state)
+    return lockstep_move(ladder.whole, state)

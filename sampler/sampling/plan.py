@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from ..guidance.guidance import Guidance
+from ..guidance.guidance import Guidance, first_of_step
+from ..guidance.transitions import Transition
 from ..kernels.state import State
 from ..kernels.table import Column
 from ..schedulers.solver import Solver
 from ..types import Branch, Settle
 from .branches import branches, looks
+from .statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Plan:
     call:      the solver's call of each row.
     jumps:     before which rows the latents go back to a higher noise level, scale * latents + sigma * noise.
     settle:    what the model's pipeline makes of a prediction that was guided, before the solver has it; None for nothing.
+    until:     the transition rules of the guidances whose rows stand after each other. rows: how many rows each has.
     """
 
     table: Tensor
@@ -43,6 +47,8 @@ class Plan:
     call: tuple[int, ...] = ()
     jumps: Mapping[int, tuple[float, float]] = field(default_factory=dict)
     settle: Settle | None = None
+    until: tuple[Transition | None, ...] = (None,)
+    rows: tuple[int, ...] = ()
 
     @classmethod
     def make(cls, solver: Solver, guidance: Guidance, device: torch.device, settle: Settle | None = None) -> Plan:
@@ -59,13 +65,12 @@ class Plan:
         guidance = guidance.over(solver.levels, solver.log_snrs)
         call, coefficients, jumps = _restarted(solver, guidance.restart)
         step = solver.step[call]
-        first = torch.cat([torch.ones(1), solver.step.diff().clamp(max=1).float()])[call]
-        columns = guidance.calls(solver.levels, step, first)
+        columns = guidance.calls(solver.levels, step, first_of_step(solver.step)[call])
         columns |= dict(zip((Column.A, Column.B, Column.P, Column.Q), coefficients.unbind(1), strict=True))
         columns |= {Column.INPUT_SCALE: solver.input_scale[call], Column.TIMESTEP: solver.timesteps[call]}
         finds = looks(columns)
         return cls(
-            table=torch.stack([columns[column] for column in Column], dim=1).to(device),
+            table=table_of(columns).to(device),
             step=tuple(step.tolist()),
             last=len(call) - 1,
             branches=branches(columns, finds),
@@ -76,7 +81,19 @@ class Plan:
             call=tuple(call.tolist()),
             jumps=jumps,
             settle=settle,
+            until=(guidance.until,),
+            rows=(len(call),),
         )
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Its rules that have a statistic of their own."""
+        return Statistics.of(self.until, self.rows, self.table.device)
+
+    def renoised(self, row: int, latents: Tensor, noise: Tensor) -> Tensor:
+        """Latents (...) that stand before a row of `jumps`, back at its noise level. noise: (...) float32 of deviation 1."""
+        scale, sigma = self.jumps[row]
+        return (scale * latents.float() + sigma * noise.to(latents.device)).to(latents.dtype)
 
     @property
     def steps(self) -> int:
@@ -99,6 +116,8 @@ class Plan:
             branches=tuple(branch for plan in plans for branch in plan.branches),
             jumps={start + row: jump for start, plan in zip(starts, plans, strict=False) for row, jump in plan.jumps.items()},
             finds=any(plan.finds for plan in plans),
+            until=tuple(rule for plan in plans for rule in plan.until),
+            rows=tuple(count for plan in plans for count in plan.rows),
         )
 
     def roomy(self, rows: int, steps: int) -> Plan:
@@ -113,6 +132,12 @@ class Plan:
         shape = tuple(noise.shape)
         empty = State.empty(shape, self.steps, noise.dtype, noise.device, self.multistep, self.scaled, memory_format)
         return empty.start(noise, self.table, last=self.last)
+
+
+def table_of(columns: Mapping[Column, Tensor]) -> Tensor:
+    """(K, len(Column)) float32 from (K,) each; 0 where a column is not given."""
+    nothing = torch.zeros_like(next(iter(columns.values())))
+    return torch.stack([columns.get(column, nothing) for column in Column], dim=1)
 
 
 def _restarted(

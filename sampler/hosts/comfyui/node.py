@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from basinescape.checks import share
-from basinescape.guidance.transitions import At, Fallen, FirstMinimum, Rule
+from basinescape.guidance.transitions import RULES as TRANSITIONS
+from basinescape.guidance.transitions import At, Fallen, FirstMinimum, Transition
 from basinescape.kernels.rules import RULES
 
 from .guided import CFG_FUNCTION, Guided
@@ -19,7 +20,8 @@ DESCRIPTION = (
     "attraction of a training image; then it has the sampler's cfg. Connect it between the model and the sampler."
 )
 OUTER_SAMPLE = "outer_sample"  # comfy.patcher_extension.WrappersMP's, around a run
-TIMESTEP, MINIMUM, FALLEN = "timestep", "first minimum of the noise gap", "noise gap has halved"
+TIMESTEP, MINIMUM, FALLEN = At.label, FirstMinimum.label, Fallen.label
+UNTIL = {rule.label: rule for rule in TRANSITIONS.values() if rule.label}  # what the menu offers
 
 
 class Widget(NamedTuple):
@@ -44,7 +46,7 @@ WIDGETS = {
     "until": Widget(
         "Combo",
         {
-            "options": [TIMESTEP, MINIMUM, FALLEN],
+            "options": list(UNTIL),
             "default": TIMESTEP,
             "tooltip": "Where the transition is: at a timestep, or, for each sample, where the distance between its two "
             "predictions has its first minimum or has halved.",
@@ -83,7 +85,7 @@ WIDGETS = {
 }
 
 
-def transition(until: str, timestep: float, latest: float, timesteps: list[float], goes_on: bool) -> Rule | None:
+def transition(until: str, timestep: float, latest: float, timesteps: list[float], goes_on: bool) -> Transition | None:
     """The transition rule that the widgets stand for in a run with steps at these timesteps.
 
     None where the run begins past its transition: it goes on from another run's latents, or begins at or below `timestep`.
@@ -91,9 +93,10 @@ def transition(until: str, timestep: float, latest: float, timesteps: list[float
     """
     if until == TIMESTEP:
         return At(timestep)
-    earliest, rule = {MINIMUM: (2, FirstMinimum), FALLEN: (1, Fallen)}[until]
-    step = max(round(share("latest", latest) * len(timesteps)), earliest)
-    return None if goes_on or timesteps[0] <= timestep else rule(latest=step)
+    rule = UNTIL[until]
+    step = max(round(share("latest", latest) * len(timesteps)), rule.earliest_step)
+    deadline = {"latest": step} if "latest" in rule.field_names() else {}
+    return None if goes_on or timesteps[0] <= timestep else rule.asked(**deadline)
 
 
 def patched(model: Any, before: float, until: str, timestep: float, latest: float, rule: str) -> Any:
