@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ..data.prompts import Job
 from ..models import Decoded, Encoded, Model
-from ..sampling.engine import Result, Sample
 from ..sampling.ladder import Ladder
+from ..sampling.samples import Result, Sample
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

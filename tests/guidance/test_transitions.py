@@ -157,7 +157,7 @@ def test_a_rule_must_be_registered():
     class Never(Transition):
         pass
 
-    with pytest.raises(ValueError, match="`transitions.register` it first"):
+    with pytest.raises(ValueError, match=r"`transitions\.register` it first"):
         Guidance.delayed(7.5, until=Never())
 
     class Again(Transition):
@@ -169,6 +169,6 @@ def test_a_rule_must_be_registered():
 
 def test_what_a_rule_says_wrongly_is_named(sampler, monkeypatch):
     monkeypatch.setattr(MeanFallen, "leaves", lambda self, gaps, step: gaps)
-    with pytest.raises(ValueError, match="MeanFallen.*must say of each of 5 samples whether it leaves, as bool"):
+    with pytest.raises(ValueError, match=r"MeanFallen.*must say of each of 5 samples whether it leaves, as bool"):
         sampled(sampler, OWN)
     assert issubclass(MeanFallen, Statistic)
