@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +16,16 @@ from .detection import judging
 from .detection.judging import Verdict
 from .guidance.guard import PROBES, THRESHOLD, Guard
 from .guidance.guidance import Guidance
-from .models import memory
 from .runs.environment import own_numbers
-from .runs.progress import Bar, bar, parts
 from .runs.provenance import settings_of
 from .sampling import callbacks
-from .sampling.batch import Batch, Runner, Wrap
+from .sampling.batch import Runner, Wrap
 from .sampling.call import Call, Prompts
 from .sampling.graphs import Graphs
-from .sampling.ladder import Ladder
 from .sampling.output import Output
 from .schedulers.schedule import Schedule, configured, make_scheduler
 from .schedulers.solver import Solver
 from .types import Pipeline, Scheduler
-
-log = logging.getLogger(__name__)
 
 
 class Sampler:
@@ -209,36 +202,9 @@ class Sampler:
                 callback_on_step_end,
                 self.wrap is not None,
             )
-            return self._sampled(call, progress)
-
-    def _sampled(self, call: Call, progress: bool | Callable[[float], None]) -> Output:
-        """What a call asks for, batch by batch. In inference mode."""
-        model, runner, prompts = self.model, self.runner, call.prompts
-        options = {"height": call.size[0], "width": call.size[1], **prompts.options}
-        solver = self.solver(call.schedule, **options)
-        ladder = Ladder.make(solver, call.guidance, model.device, model.settle).stopped(call.stop_after)
-        for line in ladder.idle:
-            log.warning(line)
-        generators = call.generators()
-        encoded = model.encode(prompts.texts, count=prompts.count, negative_prompt=prompts.negative, **options)
-
-        def initial(own: Sequence[torch.Generator]) -> Tensor:
-            return model.noise(own, **options)
-
-        def sampled(part: range, shown: Bar) -> Output:
-            own = [generators[i] for i in part]
-            noise = initial(own) if call.latents is None else call.latents[list(part)].cpu().float()
-            texts = encoded if len(part) == call.total else encoded.select(part)
-            results = runner.run(ladder, Batch(texts, noise, own, initial), shown, call.callback, call.guidance.scale)
-            decode = partial(model.decode, generators=own, **options)
-            return Output.of(results, texts, solver, call.output, decode)
-
-        size = call.batch_size or (call.total if call.seen else memory.size(model, *call.size))
-        some = parts(call.total, size)
-        made = [sampled(part, bar(progress, i, len(some))) for i, part in enumerate(some)]
-        self.pipe.maybe_free_model_hooks()
-        with torch.inference_mode(False):
-            return Output.joined(made)
+            made = self.runner.sampled(call, self.solver(call.schedule, *size, **options), progress)
+            self.pipe.maybe_free_model_hooks()
+        return Output.joined(made)
 
     @own_numbers()
     def judge(

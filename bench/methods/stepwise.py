@@ -30,7 +30,7 @@ Look = Callable[[State, Tensor, Tensor], None]  # sees the state and both predic
 Push = Callable[[int, State, Tensor], None]  # sees the step, the state and the table, and may put other latents into the state
 
 
-class Remembered:
+class PairKeeper:
     """The model's network, which keeps a copy of the pair of predictions that it gave last; otherwise as it is."""
 
     def __init__(self, network: Guided):
@@ -75,7 +75,7 @@ def sample(
     ladder = Ladder.make(solver, guidance, model.device, model.settle)
     plan, options = ladder.whole, dict(zip(("height", "width"), sampler.size(), strict=True)) | sampler.options
     encoded = model.encode(list(prompts), **options)
-    network = Remembered(model.network(encoded, plain=True))
+    network = PairKeeper(model.network(encoded, plain=True))
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     drawn = model.noise(generators, **options).to(model.device)
     state = plan.state((drawn * solver.init_sigma).to(model.dtype), model.memory_format)

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .. import models
 from ..kernels.state import State
-from ..runs.progress import Bar
+from ..models import memory
+from ..runs.progress import Bar, bar, parts
+from ..schedulers.solver import Solver
 from ..types import Network, Scheduler, Step
 from . import callbacks
+from .call import Call
 from .engine import guarded
 from .graphs import Graphs
 from .ladder import Ladder
+from .output import Output
 from .plan import Plan
 from .samples import Results
 from .steps import Lane, Move, denoise, fused_step, lockstep_move, renoise, scheduler_move, stepping
 
+log = logging.getLogger(__name__)
 Wrap = Callable[[models.Guided], Network]
 
 
@@ -50,6 +57,33 @@ class Runner:
     graphs: Graphs | None = None
     wrap: Wrap | None = None
 
+    def sampled(self, call: Call, solver: Solver, progress: bool | Callable[[float], None]) -> list[Output]:
+        """What a call asks for, batch by batch. solver: of its schedule. In inference mode.
+
+        Raises ValueError, before any work, for guidance that does not fit the steps.
+        """
+        model, prompts, total = self.model, call.prompts, call.total
+        options = {"height": call.size[0], "width": call.size[1], **prompts.options}
+        ladder = Ladder.make(solver, call.guidance, model.device, model.settle).stopped(call.stop_after)
+        for line in ladder.idle:
+            log.warning(line)
+        generators = call.generators()
+        encoded = model.encode(prompts.texts, count=prompts.count, negative_prompt=prompts.negative, **options)
+
+        def initial(own: Sequence[torch.Generator]) -> Tensor:
+            return model.noise(own, **options)
+
+        def batch(part: range, shown: Bar) -> Output:
+            own = [generators[i] for i in part]
+            noise = initial(own) if call.latents is None else call.latents[list(part)].cpu().float()
+            texts = encoded if len(part) == total else encoded.select(part)
+            results = self.run(ladder, Batch(texts, noise, own, initial), shown, call.callback, call.guidance.scale)
+            decode = partial(model.decode, generators=own, **options)
+            return Output.of(results, texts, solver, call.output, decode)
+
+        some = parts(total, call.batch_size or (total if call.seen else memory.size(model, *call.size)))
+        return [batch(part, bar(progress, i, len(some))) for i, part in enumerate(some)]
+
     def lane(
         self, ladder: Ladder, network: models.Guided, plan: Plan, noise: Tensor, generators: list[torch.Generator]
     ) -> Lane:
@@ -63,13 +97,13 @@ class Runner:
             return Lane(network, state, stepping(network, state, move), plan.table)
         return Lane(network, state, fused_step(network, plan, state))
 
-    def run(self, ladder: Ladder, batch: Batch, bar: Bar, callback: callbacks.Callback | None, scale: float) -> Results:
-        """All steps of a batch. callback, scale: as the call has them, None for no callback."""
+    def run(self, ladder: Ladder, batch: Batch, shown: Bar, callback: callbacks.Callback | None, scale: float) -> Results:
+        """All steps of a batch, which go through `shown`. callback, scale: as the call has them, None for no callback."""
         model, plan, solver = self.model, ladder.whole, ladder.solver
         noise, generators = (batch.noise * solver.init_sigma).to(model.device, model.dtype), batch.generators
         network = model.network(batch.encoded, plain=self.wrap is not None)
         if ladder.guard is not None:
-            return guarded(self.lane, network, ladder, noise, generators, bar, batch.initial)
+            return guarded(self.lane, network, ladder, noise, generators, shown, batch.initial)
         take, state = self._step(ladder, network, noise, generators)
 
         def after(row: int) -> bool:
@@ -82,7 +116,7 @@ class Runner:
 
         seen = nullcontext() if callback is None else callbacks.found(model.pipe, len(plan.branches), scale)
         with seen:
-            denoise(take, bar(plan.branches), after)
+            denoise(take, shown(plan.branches), after)
         return Results.of(state, solver.steps)
 
     def _step(
