@@ -116,9 +116,7 @@ def sample(
     return Output.of(Results.of(state, solver.steps), encoded, solver, output, decode)
 
 
-def _guided(
-    changed: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], guidance: Guidance, plan: Plan, state: State
-) -> Tensor:
+def _guided(changed: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], guidance: Guidance, plan: Plan, state: State) -> Tensor:
     """What guidance makes of `changed`, with gap and transition of the model's `own` predictions, (B, ...) all."""
     guided_prediction(*own, plan, state)
     weight = state.transition.weight(state.transition.rows(plan.table))

@@ -27,7 +27,10 @@ VIDEOS = "a list of PIL images, an array (frames, height, width, 3), or a tensor
 
 @dataclass
 class Verdict:
-    """What is said of B finished pictures: their basin score (B,) float32; suspect (B,) bool, above the threshold, or NaN."""
+    """The verdict on B finished pictures.
+
+    score: (B,) float32, the basin score. suspect: (B,) bool, the score is above the threshold, or NaN.
+    """
 
     score: Tensor
     suspect: Tensor
@@ -37,7 +40,7 @@ class Verdict:
 class Lot:
     """Pictures that are judged together: of one size (height, width), and with these options.
 
-    rows: which they are. latents: of some of the pictures, by what they are among all.
+    rows: their places among all pictures. latents: makes the latents of the pictures at given places.
     """
 
     rows: list[int]
@@ -83,7 +86,7 @@ def judge(
 
 
 def lots(model: Model, images: Any, size: Size, options: dict[str, Any]) -> list[Lot]:
-    """What is judged together. Raises ValueError for what are neither the model's latents nor pictures."""
+    """The pictures by lots. Raises ValueError for images that are neither the model's latents nor pictures."""
     shape = None
     if isinstance(images, Tensor):
         own = model.size(*size)

@@ -1,4 +1,4 @@
-"""`callback_on_step_end` of a sampler's call: what it finds in the pipeline, and what it may change."""
+"""A sampler's `callback_on_step_end`: what it finds in the pipeline, and what it may change."""
 
 from __future__ import annotations
 

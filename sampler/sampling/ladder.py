@@ -1,9 +1,9 @@
-"""A guard over the steps of a solver: the rows of all its attempts, and of the call that judges them, in one table.
+"""All attempts of a sample over the steps of a solver, in one step table.
 
-All samples run plain classifier-free guidance. Each finished picture is judged by its basin score (see `basin`); one that looks
-like a copy begins again, from the next noise of its own and under more careful guidance, until it passes or no attempt is left.
-Each sample goes its own way in one batch, by its own rows; the others keep the bits of plain guidance. The host reads between
-attempts alone.
+A guard's samples run plain classifier-free guidance first. Each finished picture is judged by its basin score (see `basin`).
+One that looks like a copy begins again, from the next noise of its own generator and under more careful guidance, until it
+passes or no attempt is left. The samples of a batch stand at rows of their own, so those that pass keep the bits of plain
+guidance. The host reads from the device only between attempts.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ BOTH: Branch = "both"
 
 @dataclass(frozen=True)
 class Ladder:
-    """The plans of all attempts in one: `whole` has their rows after each other, those of attempt i from `starts[i]` on.
+    """`whole` has the rows of all attempts after each other. Attempt i begins at row `starts[i]`.
 
     guidance: one attempt that nobody judges, or a guard.
-    check: the row at which the guard's early look knows what it needs; None without one.
-    probe: of the calls that judge; their row is the last one. None without a guard.
+    check: the row at which the guard's early look has seen its gaps; None without one.
+    probe: what the network is asked to judge a picture, in the last row; None without a guard.
     """
 
     guidance: Guidance | Guard
@@ -108,7 +108,7 @@ class Ladder:
         return [line for line in lines if line is not None]
 
     def computed(self, attempt: int) -> Tensor:
-        """(steps,) bool on the CPU, whether an attempt has a noise gap in a step."""
+        """(steps,) bool on the CPU: in which steps of an attempt there is a noise gap."""
         found = torch.zeros(self.whole.steps, dtype=torch.bool)
         rows = range(self.starts[attempt], self.starts[attempt + 1])
         found[[self.whole.step[row] for row in rows if self.whole.branches[row] == BOTH]] = True
@@ -116,7 +116,7 @@ class Ladder:
 
 
 def _asking(plain: Plan, probe: Probe) -> Plan:
-    """A plan of one row, at which the network is asked about what stands in the place of the latents, and nothing moves."""
+    """One row for the calls that judge: the network sees the question in the place of the latents, and nothing moves."""
     row = torch.zeros(1, len(Column))
     for column in (Column.BEFORE, Column.AFTER, Column.A, Column.INPUT_SCALE):
         row[0, column] = 1.0

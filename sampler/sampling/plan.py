@@ -1,10 +1,9 @@
-"""The step table of a run: all that its steps read, made before the first one."""
+"""The step table, made before the first step: all that the steps read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -22,7 +21,7 @@ from .statistics import Statistics
 
 @dataclass(frozen=True)
 class Plan:
-    """All that the steps of one run read.
+    """A step table, and what the host knows of it.
 
     table:     (K, len(Column)) float32 on the device, a row for each call of the network.
     step:      the solver step each row belongs to.
@@ -32,8 +31,9 @@ class Plan:
     multistep: the solver keeps a history. scaled: some row scales the network's input. rule: the guidance rule.
     call:      the solver's call of each row.
     jumps:     before which rows the latents go back to a higher noise level, scale * latents + sigma * noise.
-    settle:    what the model's pipeline makes of a prediction that was guided, before the solver has it; None for nothing.
-    until:     the transition rules of the guidances whose rows stand after each other. rows: how many rows each has.
+    settle:    what the model's pipeline changes in a guided prediction before the solver gets it; None: nothing.
+    until:     the transition rule of each guidance in the table. rows: how many rows each guidance has.
+    statistics: the rules among them that have a statistic of their own.
     """
 
     table: Tensor
@@ -49,6 +49,10 @@ class Plan:
     settle: Settle | None = None
     until: tuple[Transition | None, ...] = (None,)
     rows: tuple[int, ...] = ()
+    statistics: Statistics = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "statistics", Statistics.of(self.until, self.rows, self.table.device))
 
     @classmethod
     def make(cls, solver: Solver, guidance: Guidance, device: torch.device, settle: Settle | None = None) -> Plan:
@@ -85,11 +89,6 @@ class Plan:
             rows=(len(call),),
         )
 
-    @cached_property
-    def statistics(self) -> Statistics:
-        """Its rules that have a statistic of their own."""
-        return Statistics.of(self.until, self.rows, self.table.device)
-
     def renoised(self, row: int, latents: Tensor, noise: Tensor) -> Tensor:
         """Latents (...) that stand before a row of `jumps`, back at its noise level. noise: (...) float32 of deviation 1."""
         scale, sigma = self.jumps[row]
@@ -97,7 +96,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """The number of solver steps; of several runs' rows, the most of one."""
+        """The number of solver steps; where several guidances have rows, the largest."""
         return max(self.step) + 1
 
     def calls(self, steps: int) -> int:
@@ -106,7 +105,7 @@ class Plan:
 
     @classmethod
     def joined(cls, plans: Sequence[Plan]) -> Plan:
-        """The rows of several plans after each other, for samples that each go their own way."""
+        """The rows of several plans after each other."""
         starts = [0, *accumulate(len(plan.table) for plan in plans)]
         return replace(
             plans[0],
@@ -128,7 +127,7 @@ class Plan:
         )
 
     def state(self, noise: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> State:
-        """The state of a run that starts from `noise` (B, ...), in the network's dtype and on its device."""
+        """The state of a batch that starts from `noise` (B, ...), in the network's dtype and on its device."""
         shape = tuple(noise.shape)
         empty = State.empty(shape, self.steps, noise.dtype, noise.device, self.multistep, self.scaled, memory_format)
         return empty.start(noise, self.table, last=self.last)

@@ -19,12 +19,12 @@ from .ladder import Ladder
 class Sample:
     """What is to be sampled, under the caller's `key`.
 
-    ladder:  its attempts; a plain one has one that nobody judges. shape: of its latents (C, h, w).
-    network, row: its encoded prompt is this row of that network's.
-    seed:    of a generator of its own, from which all its noise comes.
-    initial: what draws initial noise from generators, (1, C, h, w); None: normal noise of its shape. Some models pack it.
+    ladder:  its attempts. shape: of its latents (C, h, w).
+    network, row: its encoded prompt is this row of the network's inputs.
+    seed:    of its own generator, from which all its noise comes.
+    initial: draws initial noise (1, C, h, w) from generators; None: normal noise of its shape. Some models pack theirs.
     generator: the one with that seed. noise: (C, h, w), the initial noise where the generator has drawn it already.
-    attempt, calls: the one it begins with, and the predictions that those before it needed.
+    attempt: the one it begins with. calls: the predictions that the attempts before that needed.
     """
 
     key: Any

@@ -22,9 +22,9 @@ Move = Callable[[Tensor, Tensor | None], None]  # takes the state one row on, fr
 
 @dataclass
 class Lane:
-    """A batch in which each sample goes its own way: what its steps read and update.
+    """A batch of the engine: its network, its state, and the step that moves all samples one row on.
 
-    table: of steps that read one of their own, which rows are copied into; None where `take` reads the plan's.
+    table: the memory that recorded steps read rows from; None where `take` reads the plan's table.
     """
 
     network: Guided
@@ -33,7 +33,7 @@ class Lane:
     table: Tensor | None = None
 
     def follow(self, plan: Plan) -> None:
-        """Go on under a plan with more rows."""
+        """From now on the steps read the rows of `plan`, which begins with those so far."""
         if self.table is None:
             self.take = fused_step(self.network, plan, self.state)
         else:
@@ -41,12 +41,12 @@ class Lane:
 
 
 def fused_step(network: Network, plan: Plan, state: State) -> Step:
-    """A step that is the network and one launch; two where a guided prediction is to settle in between."""
+    """The network and one launch; two launches where the pipeline changes the guided prediction (`Plan.settle`)."""
     return stepping(network, state, fused_move(plan, state))
 
 
 def lockstep(network: Network, plan: Plan, state: State) -> Step:
-    """`fused_step` from a state just started; where no kernel runs, without the gathers that steps of its own would need."""
+    """`fused_step` of a state that was just started; where no kernel runs, faster, and with the same bits."""
     return stepping(network, state, lockstep_move(plan, state))
 
 
@@ -62,7 +62,7 @@ def stepping(network: Network, state: State, move: Move) -> Step:
 
 
 def fused_move(plan: Plan, state: State) -> Move:
-    """By one launch; two where a guided prediction is to settle in between."""
+    """By one launch; two where the pipeline changes the guided prediction (`Plan.settle`)."""
 
     def move(uncond: Tensor, cond: Tensor | None) -> None:
         if cond is not None and plan.settle is not None:
@@ -75,7 +75,7 @@ def fused_move(plan: Plan, state: State) -> Move:
 
 
 def lockstep_move(plan: Plan, state: State) -> Move:
-    """`fused_move` of a state just started, without gathers where no kernel runs and the host knows where all samples are."""
+    """`fused_move` of a state that was just started. Where no kernel runs, the host knows each row, and nothing is gathered."""
     if backend(plan.table.device) != "eager" or plan.settle is not None or plan.statistics.rules:
         return fused_move(plan, state)
     return Lockstep(state, plan.table, rule=plan.rule)
@@ -97,7 +97,7 @@ def scheduler_move(solver: Solver, scheduler: Scheduler, generators: list[torch.
 
 
 def guided_prediction(uncond: Tensor, cond: Tensor, plan: Plan, state: State) -> Tensor:
-    """The guided prediction of every sample's step, (B, ...), settled; gaps and transitions are recorded."""
+    """The guided prediction of each sample, (B, ...), as the solver gets it. Gaps and transitions are recorded."""
     plan.statistics.ask(uncond, cond, plan.table, state.transition)
     guided = guide_step(uncond, cond, plan.table, state, plan.finds, plan.rule)
     if plan.settle is None:
@@ -127,7 +127,7 @@ def renoise(state: State, plan: Plan, row: int, generators: Sequence[torch.Gener
 
 
 def denoise(take: Step, branches: Iterable[Branch], after: Callable[[int], bool] | None = None) -> None:
-    """Take the steps of a plan. branches: the plan's, perhaps in a bar. after: told each one's index, whether to go on."""
+    """Take a step for each branch. after: is told the step's index, and answers whether to go on."""
     for k, branch in enumerate(branches):
         take(branch)
         if after is not None and not after(k):

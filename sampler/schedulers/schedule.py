@@ -106,7 +106,7 @@ def family(scheduler: Scheduler) -> Family:
 
 
 def configured(scheduler: Scheduler) -> tuple:
-    """What makes a scheduler's coefficients what they are."""
+    """All that a scheduler's coefficients depend on."""
     return scheduler, dict(scheduler.config), getattr(scheduler, "shift", None)
 
 
@@ -282,12 +282,12 @@ def log_snrs(scheduler: Scheduler) -> Tensor | None:
 
 
 def flow_log_snr(noise: Tensor) -> Tensor:
-    """That of (1 - t) x + t n, for t (...) in 0..1."""
+    """The log SNR of (1 - t) x + t n, for t (...) in 0..1."""
     return 2 * ((1 - noise) / noise).log()
 
 
 def vp_log_snr(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
-    """That of a variance-preserving schedule at timesteps (...), counted as the schedule does, interpolated between two."""
+    """The log SNR of a variance-preserving schedule at its own timesteps (...), interpolated between whole ones."""
     alphas = alphas_cumprod.double().cpu().numpy().clip(1e-12, 1 - 1e-12)
     known = np.log(alphas / (1 - alphas))
     return torch.from_numpy(np.interp(timesteps.double().cpu().numpy(), np.arange(len(known)), known)).float()
