@@ -6,8 +6,8 @@ A picture x0 is noised until almost nothing of it is left, and the network is as
     score = mean over noises of  ln( || target - uncond || / || target - cond || )
 
 target: what the network ought to predict so that this very picture comes out. Hardly anything of the picture is left in the
-noise, so for an ordinary picture the conditional prediction is hardly nearer to the target than the unconditional one: a caption
-says little. For a copy the caption alone leads straight to it. So the score judges the picture, not the caption.
+noise. A caption says little of an ordinary picture, so the conditional prediction is hardly nearer to the target than the
+unconditional one. For a copy the caption alone leads straight to it. So the score judges the picture, not the caption.
 Related: one-step synthesis (Webster, https://arxiv.org/abs/2305.08694), the conditional likelihood discrepancy (CLiD, NeurIPS
 2024, https://arxiv.org/abs/2405.14800).
 """

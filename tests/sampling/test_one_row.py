@@ -8,7 +8,7 @@ from basinescape import At, Guidance, Sampler
 from rounding import assert_same_but_for_rounding
 
 PROMPTS = [f"a picture of a {name}" for name in ("cat", "frog", "fish", "dog", "boat")]
-STEPS = 4
+STEPS = 3
 UNCOND, COND = Guidance.delayed(7.5, until=At(500)), Guidance.delayed(7.5, until=At(500), before=1.0)
 
 
