@@ -200,8 +200,7 @@ def decoded(
 
 def _picture(decode: Callable[..., Decoded], result: Result, latents: bool) -> Picture:
     request, solver = result.sample.key, result.sample.ladder.solver
-    step, line = result.transition.item(), request.asked()
-    found = step if step < solver.steps else -1  # settled too late to wait
+    found, line = int(result.transition.item()), request.asked()
     call = int(solver.first_calls[found])
     line |= {
         "transition_step": found,
