@@ -23,10 +23,10 @@ from ..detection import basin
 from ..guidance.guard import Guard
 from ..models import Guided
 from ..types import Branch, Pair
-from .flight import Begin, Flight, Place
+from .flight import Begin, Flight
 from .ladder import Ladder
 from .samples import Result, Results, Sample
-from .slots import Slots
+from .slots import Slot, Slots
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +68,10 @@ class Engine:
 
     def __init__(self, begin: Begin, slots: int, fixed: bool = False, local: bool = False, room: bool = True):
         self._begin, self._fixed, self._local, self._room = begin, fixed, local, room
-        self._slots: Slots[Sample] = Slots(slots, room)
+        self._slots: Slots = Slots(slots, room)
         self._flight: Flight | None = None
         self._form: Any = None  # of the batch in flight
-        self._trials: dict[Place, Trial] = {}
+        self._trials: dict[Slot, Trial] = {}
         self.calls: Counter[str] = Counter()  # network calls of samples by branch; "spared": those that were not needed
 
     def run(self, work: Iterable[Sample | Result], tick: Callable[[], Any] = lambda: None) -> Iterator[Result]:
@@ -109,7 +109,7 @@ class Engine:
         """The steps that samples in the slots have taken of their attempts, as so many samples' worth."""
         return sum(slot.progress for slot in list(self._slots.live))
 
-    def _step(self, fresh: Sequence[Place]) -> list[Result]:
+    def _step(self, fresh: Sequence[Slot]) -> list[Result]:
         """Begin the samples of slots that were free, take a step, and see what becomes of all."""
         slots = self._slots
         if self._flight is None or (fresh and self._form is not slots.form):
@@ -130,7 +130,7 @@ class Engine:
 
     def _settle(self, flight: Flight, pair: Pair) -> list[Result]:
         """What becomes of slots after a step that made these predictions: they go on, are judged, begin again, or are free."""
-        asked: list[Place] = []
+        asked: list[Slot] = []
         done, again = self._looked(flight)
         ended = [slot for slot in self._slots.live if slot.row == slot.end and slot not in again]
         self._hear(flight, ended, pair)
@@ -152,7 +152,7 @@ class Engine:
         self._go_on(flight, asked, again)
         return done
 
-    def _looked(self, flight: Flight) -> tuple[list[Result], list[Place]]:
+    def _looked(self, flight: Flight) -> tuple[list[Result], list[Slot]]:
         """(what is given up for good, slots that are to make their next attempt) by the first gaps of plain attempts."""
         done, again = [], []
         looked = [slot for slot in self._slots.live if _looked_at(slot)]
@@ -169,7 +169,7 @@ class Engine:
                 again.append(slot)
         return done, again
 
-    def _hear(self, flight: Flight, ended: Sequence[Place], pair: Pair) -> None:
+    def _hear(self, flight: Flight, ended: Sequence[Slot], pair: Pair) -> None:
         """Begin the trials of attempts that are done, and note the answers of those that are judged already."""
         begun = []
         for slot in ended:
@@ -185,7 +185,7 @@ class Engine:
         if begun and begun[0].sample.ladder.stepwise:
             self._judge_together(flight, begun)
 
-    def _judge_together(self, flight: Flight, ended: Sequence[Place]) -> None:
+    def _judge_together(self, flight: Flight, ended: Sequence[Slot]) -> None:
         """The scores of slots whose scheduler takes its own steps."""
         trials = [self._trials[slot] for slot in ended]
         wanted = [trial.guard.attempts[slot.attempt].probes for slot, trial in zip(ended, trials, strict=True)]
@@ -196,7 +196,7 @@ class Engine:
                     trial.scores = [found[slot.place]] * probes
                     slot.calls += 2 * probes
 
-    def _go_on(self, flight: Flight, asked: Sequence[Place], again: Sequence[Place]) -> None:
+    def _go_on(self, flight: Flight, asked: Sequence[Slot], again: Sequence[Slot]) -> None:
         """Send slots to the calls that judge them, and to their next attempts."""
         if again and again[0].sample.ladder.stepwise:
             self._slots.requeue(again)
@@ -222,7 +222,7 @@ class Engine:
         return []
 
 
-def _looked_at(slot: Place) -> bool:
+def _looked_at(slot: Slot) -> bool:
     """Whether a guard looks at the first gaps of a plain attempt here, and has another one left."""
     ladder = slot.sample.ladder
     if ladder.guard is None or ladder.check is None or slot.attempt or slot.judged:
@@ -236,7 +236,7 @@ def _lost(flight: Flight, result: Result) -> bool:
     return flight.half and not scored and not bool(result.latents.isfinite().all())
 
 
-def _judged(slot: Place, trial: Trial) -> Result:
+def _judged(slot: Slot, trial: Trial) -> Result:
     """What came of a slot's attempt, with the verdict on it: a read by the host."""
     score = torch.stack(trial.scores).mean().item()
     suspect = basin.suspects(score, trial.guard.attempts[slot.attempt].threshold)

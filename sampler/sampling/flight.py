@@ -19,7 +19,6 @@ from .slots import ROWS, STEPS, Slot
 from .steps import Lane, fused_step
 
 Begin = Callable[[Ladder, Guided, Plan, Tensor, list[torch.Generator]], Lane]
-Place = Slot[Sample]
 
 
 class Flight:
@@ -44,7 +43,7 @@ class Flight:
         """It computes in half precision."""
         return self.lane.state.latents.x.dtype != torch.float32
 
-    def begin(self, fresh: Sequence[Place]) -> None:
+    def begin(self, fresh: Sequence[Slot]) -> None:
         """Begin the samples of slots that were free."""
         for slot in fresh:
             if slot.offset == len(self.plan.table):
@@ -54,7 +53,7 @@ class Flight:
             self.network.put(slot.place, slot.sample.network, slot.sample.row)
         self.enter(fresh, [slot.sample.begin() for slot in fresh])
 
-    def enter(self, slots: Sequence[Place], latents: Sequence[Tensor]) -> None:
+    def enter(self, slots: Sequence[Slot], latents: Sequence[Tensor]) -> None:
         """Send slots to the rows where they stand, each with its latents (C, h, w)."""
         state = self.lane.state
         rows = torch.tensor([(slot.place, slot.row, slot.end - 1) for slot in slots])
@@ -63,7 +62,7 @@ class Flight:
             self.generators[slot.place] = slot.sample.generator
         state.restart(place, torch.stack(list(latents)).to(state.latents.x), self.plan.table, row, last)
 
-    def step(self, live: Sequence[Place]) -> tuple[Branch, Pair]:
+    def step(self, live: Sequence[Slot]) -> tuple[Branch, Pair]:
         """Take a step; returns (what ran, the predictions). A sample is charged with those that its own row needs."""
         each = [self.plan.branches[slot.row] for slot in live]
         branch: Branch = each[0] if len(set(each)) == 1 else "both"
@@ -72,7 +71,7 @@ class Flight:
             slot.calls += 2 if own == "both" else 1
         return branch, pair
 
-    def renoise(self, live: Sequence[Place]) -> None:
+    def renoise(self, live: Sequence[Slot]) -> None:
         """Bring the slots back to a higher noise level that stand before such a row."""
         back = [slot for slot in live if slot.row in self.plan.jumps and slot.row < slot.end]
         if not back:
@@ -88,7 +87,7 @@ class Flight:
         """(B, steps) on the CPU: a read by the host."""
         return self.lane.state.transition.gaps.cpu()
 
-    def result(self, slot: Place) -> Result:
+    def result(self, slot: Slot) -> Result:
         """What came of a slot's attempt, in memory of its own."""
         state, ladder = self.lane.state, slot.sample.ladder
         gaps = state.transition.gaps[slot.place, : ladder.steps]
@@ -97,7 +96,7 @@ class Flight:
         at = state.transition.within(ladder.solver.steps)[slot.place]
         return Result(slot.sample, state.latents.x[slot.place].clone(), at, gaps)
 
-    def scores(self, ended: Sequence[Place], probe: basin.Probe, probes: int) -> Tensor:
+    def scores(self, ended: Sequence[Slot], probe: basin.Probe, probes: int) -> Tensor:
         """(B,) the basin scores of what is in all slots, by so many noises of the samples that have ended.
 
         For a scheduler that takes its own steps, in which there is no room for calls that judge.

@@ -12,51 +12,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # they hold tensors; what is used here of them are numbers
+    from .ladder import Ladder
+    from .samples import Sample
 
 ROWS, STEPS = 1024, 128  # room of a batch for the rows of all its samples' step tables, and for the noise gaps of one
 AHEAD = 16  # a sample begins at most so many times the slots ahead of the oldest that is not done: what waits for it is bounded
 
 
-class Attempts(Protocol):
-    """The attempts of a sample as slots see them; see `ladder.Ladder`.
-
-    starts: the first row of each attempt, and the row after the last one's. rows, steps: how many.
-    multistep: its solver keeps a history. stepwise: its scheduler knows one step for all samples of a batch.
-    """
-
-    @property
-    def starts(self) -> Sequence[int]: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def steps(self) -> int: ...
-    @property
-    def multistep(self) -> bool: ...
-    @property
-    def stepwise(self) -> bool: ...
-
-
-class Waiting(Protocol):
-    """A sample as slots see it; see `samples.Sample`.
-
-    form: what samples of one batch have in common. attempt, calls: what it begins with.
-    """
-
-    attempt: int
-    calls: int
-
-    @property
-    def ladder(self) -> Attempts: ...
-    @property
-    def form(self) -> Hashable: ...
-
-
-S = TypeVar("S", bound=Waiting)
-
-
 @dataclass(eq=False)
-class Slot(Generic[S]):
+class Slot:
     """A place in the batch and the sample in it.
 
     number: which of all samples it is, in the order in which they came. offset: where its rows begin in the batch's table.
@@ -65,7 +32,7 @@ class Slot(Generic[S]):
     """
 
     place: int
-    sample: S
+    sample: Sample
     number: int
     offset: int
     calls: int
@@ -92,7 +59,7 @@ class Slot(Generic[S]):
         return 1.0 if self.judged else (self.row - self.start) / (self.end - self.start)
 
 
-class Slots(Generic[S]):
+class Slots:
     """The slots of a batch that stays full: `most` of them, fewer after a fault.
 
     room: samples may come whose rows are not in the table yet; else the batch is made for the first one's.
@@ -102,24 +69,24 @@ class Slots(Generic[S]):
 
     def __init__(self, most: int, room: bool = True):
         self.most = self.size = most
-        self.live: list[Slot[S]] = []
-        self.ladders: list[Attempts] = []
+        self.live: list[Slot] = []
+        self.ladders: list[Ladder] = []
         self.form: Hashable | None = None
         self.multistep = False  # one step alone has no history: once others were there, there is room for it
         self._room = room
         self._begun = False
         self._lost = -1  # the last sample that a fault sent back
-        self._waiting: deque[tuple[int, S]] = deque()
-        self._source: Callable[[], tuple[int, S] | None] = lambda: None
+        self._waiting: deque[tuple[int, Sample]] = deque()
+        self._source: Callable[[], tuple[int, Sample] | None] = lambda: None
 
-    def begin(self, work: Iterable[S]) -> None:
+    def begin(self, work: Iterable[Sample]) -> None:
         """Take samples from `work`, after those that wait already."""
         numbered = enumerate(work)
         self._source = lambda: next(numbered, None)
 
-    def admit(self) -> list[Slot[S]]:
+    def admit(self) -> list[Slot]:
         """Give free slots the next samples; returns those slots. Where none is in use, a batch is opened for the next one."""
-        fresh: list[Slot[S]] = []
+        fresh: list[Slot] = []
         while len(self.live) < self.size and (following := self._peek()) is not None:
             number, sample = following
             if number > self._lost and self.size < self.most:  # those that a fault sent back are through
@@ -146,11 +113,11 @@ class Slots(Generic[S]):
         for slot in self.live:
             slot.row += 1
 
-    def retire(self, slot: Slot[S]) -> None:
+    def retire(self, slot: Slot) -> None:
         """Its sample is done, and it is free."""
         self.live.remove(slot)
 
-    def requeue(self, slots: Sequence[Slot[S]]) -> None:
+    def requeue(self, slots: Sequence[Slot]) -> None:
         """Their samples begin their next attempt with the next batch, before all others."""
         for slot in reversed(slots):
             slot.sample.attempt, slot.sample.calls = slot.attempt + 1, slot.calls
@@ -170,7 +137,7 @@ class Slots(Generic[S]):
             slot.place = place
         return places
 
-    def retreat(self, for_good: bool) -> list[S]:
+    def retreat(self, for_good: bool) -> list[Sample]:
         """After a fault of all slots together their samples begin again in half as many; one alone has failed, and is returned.
 
         for_good: there stay no more than that; else there are as many as before once those samples are through.
@@ -187,7 +154,7 @@ class Slots(Generic[S]):
             self.most = self.size
         return []
 
-    def _peek(self) -> tuple[int, S] | None:
+    def _peek(self) -> tuple[int, Sample] | None:
         """The next sample in line, with its number."""
         if not self._waiting:
             following = self._source()
@@ -196,7 +163,7 @@ class Slots(Generic[S]):
             self._waiting.append(following)
         return self._waiting[0]
 
-    def _suits(self, sample: S) -> bool:
+    def _suits(self, sample: Sample) -> bool:
         """Whether the batch that is open can take the sample beside those that are in it."""
         if self.form != (self.size, sample.form):
             return False
@@ -207,12 +174,12 @@ class Slots(Generic[S]):
         room = self._room and rows + ladder.rows <= ROWS and ladder.steps <= STEPS and ladder.multistep <= self.multistep
         return room or any(ladder is known for known in self.ladders)
 
-    def _open(self, sample: S) -> None:
+    def _open(self, sample: Sample) -> None:
         """A batch of free slots that the sample can go into."""
         self.form, self.ladders, self._begun = (self.size, sample.form), [sample.ladder], False
         self.multistep |= sample.ladder.multistep
 
-    def _offset(self, ladder: Attempts) -> int:
+    def _offset(self, ladder: Ladder) -> int:
         """Where the ladder's rows begin in the batch's table, which they are added to where they are not there yet."""
         offset = 0
         for known in self.ladders:
