@@ -161,7 +161,7 @@ class Sampler:
         """Sample `num_images_per_prompt` images a prompt, those of one prompt after each other.
 
         seeds:  one an image, or one for the first image, counted up from there. An image depends on (model, prompt, seed,
-                settings) alone, never on the batch it is made in.
+                settings) alone, never on the batch it is made in, but for the rounding of float32 on a CPU.
         negative_prompt: one for all prompts, or one or None for each.
         height, width: pixels; default the model's own size.
         output: "pil", "np", "pt" or "latent", with diffusers' meaning.
