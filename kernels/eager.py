@@ -30,8 +30,7 @@ def eager_step(
         counts = going & (here[Column.FIRST] > 0)
         way.gaps.scatter_(1, k[:, None], torch.where(counts, gap, way.gaps.gather(1, k[:, None])[:, 0])[:, None])
         torch.where(counts, torch.fmax(way.peak, gap), way.peak, out=way.peak)
-        weight = torch.where((way.at >= 0) & (way.at <= k), here[Column.AFTER], here[Column.BEFORE])
-        prediction = part.guide(uncond, weight, RULES[rule], gap, *here[Column.FIRST_OPTION :])
+        prediction = part.guide(uncond, way.weight(rows), RULES[rule], gap, *here[Column.FIRST_OPTION :])
     if guided is not None:
         guided.copy_(prediction)
         return

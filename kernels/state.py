@@ -53,6 +53,15 @@ class Transition:
         """(B, len(Column)) float32, the row each sample is at; the last one for samples that are done."""
         return table[torch.minimum(self.row, self.last)]
 
+    def weight(self, rows: Tensor) -> Tensor:
+        """(B,) float32, each sample's weight at its row, (B, len(Column))."""
+        left = (self.at >= 0) & (self.at <= rows[:, Column.STEP])
+        return torch.where(left, rows[:, Column.AFTER], rows[:, Column.BEFORE])
+
+    def within(self, steps: int) -> Tensor:
+        """(B,) int64, the step of each transition; -1 for none, and where it would be past the last of so many steps."""
+        return self.at.where(self.at < steps, -1)
+
     def select(self, index: Tensor) -> Transition:
         """Some samples alone, in memory of their own."""
         return Transition(*(buffer[index] for buffer in vars(self).values()))

@@ -5,13 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor
 
 from . import checks, models
@@ -19,19 +16,16 @@ from .detection import judging
 from .detection.judging import Verdict
 from .guidance.guard import PROBES, THRESHOLD, Guard
 from .guidance.guidance import Guidance
-from .models import memory
 from .runs.environment import own_numbers
-from .runs.progress import Bar, bar, parts
 from .runs.provenance import settings_of
 from .sampling import callbacks
-from .sampling.batch import Batch, Runner, Wrap
+from .sampling.batch import Runner, Wrap
+from .sampling.call import Call, Prompts
 from .sampling.graphs import Graphs
-from .sampling.ladder import Ladder
 from .sampling.output import Output
 from .schedulers.schedule import Schedule, configured, make_scheduler
 from .schedulers.solver import Solver
-
-OUTPUTS = ("pil", "np", "pt", "latent")
+from .types import Pipeline, Scheduler
 
 
 class Sampler:
@@ -42,8 +36,8 @@ class Sampler:
 
     def __init__(
         self,
-        pipe: DiffusionPipeline,
-        scheduler: str | SchedulerMixin | None = None,
+        pipe: Pipeline,
+        scheduler: str | Scheduler | None = None,
         attention: str = "sdpa",
         compile: bool = False,
         capture: bool = False,
@@ -52,6 +46,7 @@ class Sampler:
         if capture and self.model.device.type != "cuda":
             raise ValueError(f"capture records CUDA graphs, and the pipeline is on {self.model.device}; leave it off there")
         self.pipe = pipe
+        self._scheduler: tuple[tuple, Scheduler] | None = None  # (the pipeline's own, what is sampled with there)
         self.scheduler = scheduler
         self.model.set_attention(attention)
         self.graphs = Graphs() if capture else None
@@ -61,7 +56,7 @@ class Sampler:
         self.options: dict[str, Any] = {}  # of every call, see `using`
 
     @property
-    def scheduler(self) -> SchedulerMixin:
+    def scheduler(self) -> Scheduler:
         """The one that is sampled with: the pipeline's as it is now, or what was chosen, with the pipeline's configuration."""
         own = self.pipe.scheduler
         if self._scheduler is None or self._scheduler[0] != configured(own):
@@ -69,15 +64,15 @@ class Sampler:
         return self._scheduler[1]
 
     @scheduler.setter
-    def scheduler(self, choice: str | SchedulerMixin | None) -> None:
+    def scheduler(self, choice: str | Scheduler | None) -> None:
         make_scheduler(choice, self.pipe.scheduler)  # raises for one that there is not
         self._choice, self._scheduler = choice, None
 
     @classmethod
     def from_pipeline(
         cls,
-        pipe: DiffusionPipeline,
-        scheduler: str | SchedulerMixin | None = None,
+        pipe: Pipeline,
+        scheduler: str | Scheduler | None = None,
         attention: str = "sdpa",
         compile: bool = False,
         capture: bool = False,
@@ -98,7 +93,7 @@ class Sampler:
         path_or_id: str | Path,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
-        scheduler: str | SchedulerMixin | None = None,
+        scheduler: str | Scheduler | None = None,
         attention: str = "sdpa",
         allow_pickle: bool = False,
         compile: bool = False,
@@ -119,7 +114,7 @@ class Sampler:
         if loading.get("device_map") is not None and device is not None:
             raise ValueError(f"device is {str(device)!r}, and device_map places the parts: give one of the two")
         device = checks.device(device)
-        pipe = models.load(path_or_id, checks.dtype(dtype, device), allow_pickle, **loading)
+        pipe: Pipeline = models.load(path_or_id, checks.dtype(dtype, device), allow_pickle, **loading)
         if loading.get("device_map") is None:
             pipe = pipe.to(device)
         return cls(pipe, scheduler, attention, compile, capture)
@@ -134,25 +129,31 @@ class Sampler:
     @own_numbers()
     def __call__(
         self,
+        # What is drawn, and how it is guided.
         prompts: str | Sequence[str] | None = None,
         seeds: int | Sequence[int] = 0,
         steps: int = 50,
         guidance: Guidance | Guard = Guidance.cfg(7.5),
         negative_prompt: str | Sequence[str | None] | None = None,
+        # Its size, and the form in which it is returned.
         height: int | None = None,
         width: int | None = None,
         output: str = "pil",
         progress: bool | Callable[[float], None] = True,
+        *,
+        # The rest of the schedule.
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         eta: float = 0.0,
         denoising_end: float | None = None,
         mu: float | None = None,
+        # The rest of diffusers' pipelines.
         guidance_rescale: float = 0.0,
         callback_on_step_end: callbacks.Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
+        # How much of it at once.
         batch_size: int | None = None,
         stop_after: int | None = None,
         **options: Any,
@@ -160,7 +161,7 @@ class Sampler:
         """Sample `num_images_per_prompt` images a prompt, those of one prompt after each other.
 
         seeds:  one an image, or one for the first image, counted up from there. An image depends on (model, prompt, seed,
-                settings) alone, never on the batch it is made in.
+                settings) alone, never on the batch it is made in, but for the rounding of float32 on a CPU.
         negative_prompt: one for all prompts, or one or None for each.
         height, width: pixels; default the model's own size.
         output: "pil", "np", "pt" or "latent", with diffusers' meaning.
@@ -185,55 +186,23 @@ class Sampler:
         """
         with torch.inference_mode():
             self.model.check()
-            count = checks.at_least_one("num_images_per_prompt", num_images_per_prompt)
-            embeds = options.get("prompt_embeds")
-            if prompts is not None or embeds is None:
-                prompts = checks.texts("prompts", prompts)
-            prompted = len(embeds if prompts is None else prompts)
-            seeds = checks.seeds(seeds, prompted * count)
-            negative_prompt = checks.one_each("negative_prompt", negative_prompt, prompted)
-            if not isinstance(guidance, Guidance | Guard):
-                raise ValueError(f"guidance must be a Guidance, got {guidance!r}")
-            if output not in OUTPUTS:
-                raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
-            height, width = self.size(height, width)
             options = {**self.options, **options}
-            shape = (len(seeds), *self.model.shape(height, width, **options))
-            if latents is not None and tuple(latents.shape) != shape:
-                raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
-            guidance = guidance.rescaled(guidance_rescale)
-            schedule = Schedule(steps, timesteps, sigmas, eta, denoising_end, mu)
-            solver = self.solver(schedule, height, width, **options)
+            size = self.size(height, width)
             callbacks.check(callback_on_step_end, callback_on_step_end_tensor_inputs)
-            seen = self.wrap is not None or callback_on_step_end is not None
-            if isinstance(guidance, Guard) and (seen or stop_after is not None or denoising_end is not None):
-                unfit = "a wrapped network, callback_on_step_end, stop_after or denoising_end"
-                raise ValueError(f"a guard judges finished pictures: it does not go with {unfit}")
-            ladder = Ladder.make(solver, guidance, self.model.device, self.model.settle)
-            if stop_after is not None:
-                if not 1 <= checks.at_least_one("stop_after", stop_after) <= solver.steps:
-                    raise ValueError(f"stop_after must be 1 to {solver.steps}, the steps; got {stop_after}")
-                taken = ladder.whole.branches[: ladder.whole.calls(stop_after)]
-                ladder = replace(ladder, whole=replace(ladder.whole, branches=taken))
-            total = len(seeds)
-            if batch_size is not None and checks.at_least_one("batch_size", batch_size) < total and self.wrap is not None:
-                raise ValueError(f"batch_size must be at least {total}, all samples of a wrapped network; got {batch_size}")
-            size = batch_size or (total if seen else memory.size(self.model, height, width))
-
-            runner, generators = self.runner, [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-            encoded = self.model.encode(prompts, height, width, count, negative_prompt, **options)
-
-            def sampled(part: range, shown: Bar) -> Output:
-                own = [generators[i] for i in part]
-                noise = self.noise(own, height, width, **options) if latents is None else latents[list(part)].cpu().float()
-                texts = encoded if len(part) == total else encoded.select(part)
-                batch = Batch(texts, noise, own, partial(self.noise, height=height, width=width, **options))
-                run = runner.run(ladder, batch, shown, callback_on_step_end, guidance.scale)
-                decode = partial(self.model.decode, generators=own, height=height, width=width, **options)
-                return Output.of(run, texts, solver, output, decode)
-
-            some = parts(total, size)
-            made = [sampled(part, bar(progress, i, len(some))) for i, part in enumerate(some)]
+            call = Call(
+                Prompts.checked(prompts, seeds, num_images_per_prompt, negative_prompt, options),
+                guidance.rescaled(guidance_rescale) if isinstance(guidance, Guidance | Guard) else guidance,
+                Schedule.of(steps, timesteps, sigmas, eta, denoising_end, mu),
+                size,
+                self.model.shape(*size, **options),
+                output,
+                latents,
+                batch_size,
+                stop_after,
+                callback_on_step_end,
+                self.wrap is not None,
+            )
+            made = self.runner.sampled(call, self.solver(call.schedule, *size, **options), progress)
             self.pipe.maybe_free_model_hooks()
         return Output.joined(made)
 

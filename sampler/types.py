@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+# diffusers' classes have attributes that depend on the class and on what was loaded: type checkers know none of them.
+Scheduler = Any  # a diffusers.SchedulerMixin
+Pipeline = Any  # a diffusers.DiffusionPipeline
 
 Branch = Literal["both", "uncond", "cond"]  # which predictions a call of the network makes
 Pair = tuple[Tensor, Tensor | None]  # (uncond, cond), or (the one branch that was needed, None)

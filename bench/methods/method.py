@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from basinescape import Guard, Guidance, Output, Sampler
@@ -62,5 +61,6 @@ class Method:
             batch = replace(batch, prompts=self.prompts(batch))
         if self.wrap is None and self.noise is None:
             return sampler(batch.prompts, seeds, steps, self.guidance, output=output, progress=False, batch_size=len(seeds))
-        wrap = None if self.wrap is None else partial(self.wrap, batch=batch)
+        own = self.wrap
+        wrap = None if own is None else lambda network: own(network, batch)
         return stepwise.sample(sampler, batch.prompts, seeds, steps, self.guidance, wrap, self.noise, output=output)

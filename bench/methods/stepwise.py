@@ -7,32 +7,33 @@ it, and it is what is recorded.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from basinescape import Guard, Guidance, Output, Sampler
-from basinescape.kernels import guide, guide_step, step
+from basinescape.kernels import guide
 from basinescape.kernels.state import State
-from basinescape.kernels.table import Column
-from basinescape.models import GuidedUNet
+from basinescape.models import Guided
+from basinescape.sampling.batch import mover
+from basinescape.sampling.ladder import Ladder
 from basinescape.sampling.plan import Plan
-from basinescape.sampling.steps import renoise
-from basinescape.schedulers.schedule import own_step, prepared
-from basinescape.schedulers.solver import Solver
-from basinescape.types import Branch, Network
+from basinescape.sampling.samples import Results
+from basinescape.sampling.steps import denoise, guided_prediction, predicted, renoise
+from basinescape.types import Branch, Network, Pair
 from torch import Tensor
 
-Wrap = Callable[[GuidedUNet], Network]  # the network that is sampled from, of the model's
+Wrap = Callable[[Any], Network]  # the network that is sampled from, of the model's
 Predict = Callable[[Tensor], tuple[Tensor, Tensor]]  # noise (B, ...) -> the first step's uncond and cond, float32
 Noise = Callable[[Predict, Tensor], Tensor]  # the noise to begin from, of that drawn: (B, ...) float32 of deviation 1
 Look = Callable[[State, Tensor, Tensor], None]  # sees the state and both predictions, (B, ...), before a step is taken
 Push = Callable[[int, State, Tensor], None]  # sees the step, the state and the table, and may put other latents into the state
 
 
-class Remembered:
+class PairKeeper:
     """The model's network, which keeps a copy of the pair of predictions that it gave last; otherwise as it is."""
 
-    def __init__(self, network: GuidedUNet):
+    def __init__(self, network: Guided):
         self._network = network
         self.pair: Tensor | None = None
 
@@ -71,12 +72,12 @@ def sample(
     """
     check(guidance)
     model, solver = sampler.model, sampler.solver(steps)
-    plan = Plan.make(solver, guidance, model.device, model.settle)
-    height, width = sampler.size()
-    encoded = model.encode(list(prompts), height, width, **sampler.options)
-    network = Remembered(model.network(encoded, plain=True))
+    ladder = Ladder.make(solver, guidance, model.device, model.settle)
+    plan, options = ladder.whole, dict(zip(("height", "width"), sampler.size(), strict=True)) | sampler.options
+    encoded = model.encode(list(prompts), **options)
+    network = PairKeeper(model.network(encoded, plain=True))
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    drawn = sampler.noise(generators, height, width).to(model.device)
+    drawn = model.noise(generators, **options).to(model.device)
     state = plan.state((drawn * solver.init_sigma).to(model.dtype), model.memory_format)
     if noise is not None:
 
@@ -85,76 +86,39 @@ def sample(
 
         def predict(drawn: Tensor) -> tuple[Tensor, Tensor]:
             begin(drawn)
-            return network(state.latents.model_input, state.latents.timestep, "both").float().chunk(2)
+            uncond, cond = network(state.latents.model_input, state.latents.timestep, "both").float().chunk(2)
+            return uncond, cond
 
         begin(noise(predict, drawn))
     changed = network if wrap is None else wrap(network)
-    take = _linear if solver.coefficients is not None else _own_steps(sampler, solver, generators)
-    for row, branch in enumerate(plan.branches):
+    move, rows = mover(ladder, sampler.scheduler, generators, state), iter(plan.step)
+
+    def take(branch: Branch) -> Pair:
         if push is not None:
-            push(plan.step[row], state, plan.table)
-        branch = "both" if look is not None else branch
-        rows = slice(None) if branch == "both" else slice(len(seeds))
+            push(next(rows), state, plan.table)
         network.pair = None
-        predictions = changed(state.latents.model_input[rows], state.latents.timestep[rows], branch)
-        if look is not None:
-            look(state, *predictions.chunk(2))
-        guided = None if branch == "both" else predictions
-        if branch == "both" and network.pair is not None and not torch.equal(predictions, network.pair):
-            guided = _guided(predictions, network.pair, guidance, plan, state)
-        take(predictions, guided, plan, state)
+        uncond, cond = predicted(changed, state, branch if look is None else "both")
+        if look is not None and cond is not None:
+            look(state, uncond, cond)
+        if cond is not None and network.pair is not None:
+            own, other = network.pair.chunk(2)
+            if not (torch.equal(uncond, own) and torch.equal(cond, other)):
+                uncond, cond = _guided((uncond, cond), (own, other), guidance, plan, state), None
+        move(uncond, cond)
+        return uncond, cond
+
+    def after(row: int) -> bool:
         renoise(state, plan, row + 1, generators)
-    return _output(sampler, solver, state, encoded.truncated, generators, output)
+        return True
+
+    denoise(take, plan.branches, after)
+    decode = partial(model.decode, generators=generators, **options)
+    return Output.of(Results.of(state, solver.steps), encoded, solver, output, decode)
 
 
-def _guided(changed: Tensor, own: Tensor, guidance: Guidance, plan: Plan, state: State) -> Tensor:
-    """What guidance makes of `changed`, with gap and transition of the model's `own` predictions, (2B, ...) both."""
-    way = state.transition
-    rows, k = way.rows(plan.table), way.rows(plan.table)[:, Column.STEP]
-    guide_step(*own.chunk(2), plan.table, state, plan.finds, plan.rule)
-    weight = torch.where((way.at >= 0) & (way.at <= k), rows[:, Column.AFTER], rows[:, Column.BEFORE])
-    return guide(*changed.chunk(2), weight, rule=plan.rule, **dict(guidance.options))[0]
-
-
-def _linear(predictions: Tensor, guided: Tensor | None, plan: Plan, state: State) -> None:
-    """A step of a linear solver; `guided` where it is known, else made of both predictions."""
-    pair = predictions.chunk(2) if guided is None else (guided, None)
-    step(*pair, plan.table, state, plan.finds, plan.rule)
-
-
-def _own_steps(
-    sampler: Sampler, solver: Solver, generators: list[torch.Generator]
-) -> Callable[[Tensor, Tensor | None, Plan, State], None]:
-    """`_linear` for a scheduler that takes its own steps."""
-    scheduler = prepared(sampler.scheduler, solver.schedule, sampler.model.device)
-    timesteps = iter(scheduler.timesteps)
-
-    def take(predictions: Tensor, guided: Tensor | None, plan: Plan, state: State) -> None:
-        if guided is None:
-            guided = guide_step(*predictions.chunk(2), plan.table, state, plan.finds, plan.rule)
-        moved = own_step(scheduler, guided, next(timesteps), state.latents.x.clone(), generators, solver.schedule.eta)
-        state.transition.advance()
-        state.put(moved, plan.table)
-
-    return take
-
-
-def _output(
-    sampler: Sampler,
-    solver: Solver,
-    state: State,
-    truncated: Sequence[str],
-    generators: list[torch.Generator],
-    output: str,
-) -> Output:
-    latents, transition = state.latents.x.clone(), state.transition.at.cpu()
-    transition[transition >= solver.steps] = -1
-    finite = latents.isfinite().flatten(1).all(dim=1).cpu()
-    images, flagged = latents, None
-    if output != "latent":
-        decoded = sampler.model.decode(latents, output, generators, *sampler.size(), **sampler.options)
-        images, flagged, finite = decoded.images, decoded.flagged, finite & decoded.finite
-    gaps, timesteps = state.transition.gaps.cpu(), solver.timesteps[solver.first_calls]
-    return Output(
-        images, latents, transition, gaps, timesteps, finite=finite, nsfw_content_detected=flagged, truncated=truncated
-    )
+def _guided(changed: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], guidance: Guidance, plan: Plan, state: State) -> Tensor:
+    """What guidance makes of `changed`, with gap and transition of the model's `own` predictions, (B, ...) all."""
+    guided_prediction(*own, plan, state)
+    weight = state.transition.weight(state.transition.rows(plan.table))
+    guided, _ = guide(changed[0], changed[1], weight, rule=plan.rule, **dict(guidance.options))
+    return guided if plan.settle is None else plan.settle(guided, changed[1], weight)

@@ -24,8 +24,9 @@ from basinescape.bulk.settings import Files, Placement, Recipe
 from basinescape.bulk.stop import Stop
 from basinescape.data.prompts import Job
 from basinescape.guidance.guard import Attempt
-from basinescape.sampling.engine import Engine, Sample
+from basinescape.sampling.engine import Engine
 from basinescape.sampling.ladder import Ladder
+from basinescape.sampling.samples import Sample
 from basinescape.schedulers.schedule import make_scheduler
 from diffusers import StableDiffusionPipeline
 from torch import Tensor

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..data.prompts import Job
 from ..models import Decoded, Encoded, Model
-from ..sampling.engine import Result, Sample
+from ..sampling.samples import Result, Sample
 from .plans import Plans, Size
 
 log = logging.getLogger(__name__)
@@ -219,8 +219,7 @@ def _tried(make: Callable[[], Picture], result: Result) -> Picture:
 
 def _picture(decode: Callable[..., Decoded], result: Result, latents: bool) -> Picture:
     request, solver = result.sample.key, result.sample.ladder.solver
-    step, line = result.transition.item(), request.job.asked()
-    found = step if step < solver.steps else -1  # settled too late to wait
+    found, line = int(result.transition.item()), request.job.asked()
     call = int(solver.first_calls[found])
     line |= {
         "transition_step": found,

@@ -13,7 +13,7 @@ from . import options
 
 if TYPE_CHECKING:
     from .. import Calibration, Guard, Guidance, Sampler
-    from ..guidance.transitions import Rule
+    from ..guidance.transitions import Transition
 
 
 class Method(StrEnum):
@@ -46,12 +46,13 @@ class GuidanceOptions:
     until: Annotated[
         str | None,
         typer.Option(
-            help="transition of delayed and opposite guidance: a timestep; 'auto', the first minimum of the noise gap; or "
-            "'settled', when that is ordinary; default the calibration's timestep, else 500"
+            help="transition of delayed and opposite guidance: a timestep; 'auto', the first minimum of the noise gap; "
+            "'fallen', when that has halved; 'settled', when it is ordinary; or a rule of your own, FILE.py:NAME; default the "
+            "calibration's timestep, else 500"
         ),
     ] = None
-    earliest: Annotated[int, typer.Option(help="with --until auto: first step that may be the transition")] = 2
-    latest: Annotated[int | None, typer.Option(help="with --until auto: step at which guidance starts in any case")] = None
+    earliest: Annotated[int | None, typer.Option(help="with --until auto: first step that may be it; default 2")] = None
+    latest: Annotated[int | None, typer.Option(help="with --until NAME: step at which guidance starts in any case")] = None
     restart: Annotated[
         str | None, typer.Option(help="LOW,HIGH,TIMES: at timestep LOW go back to HIGH by new noise, so many times")
     ] = None
@@ -59,10 +60,11 @@ class GuidanceOptions:
     def check(self) -> None:
         """Raises ValueError for what no guidance can be, before a model is loaded."""
         from .. import Guidance
+        from ..guidance.transitions import check
 
         Guidance.cfg(7.5 if self.scale is None else self.scale, **self._given())
-        if self.until not in (None, "auto", "settled"):
-            _timestep(self.until)
+        if self.until is not None:
+            check(self.until)
 
     @property
     def method(self) -> Method:
@@ -106,28 +108,15 @@ class GuidanceOptions:
         given: dict[str, Any] = {"rule": self.rule, **options.named("rule_option", self.rule_option, float)}
         return given | ({"restart": _restart(self.restart)} if self.restart else {})
 
-    def _transition(self, known: Calibration | None) -> Rule:
+    def _transition(self, known: Calibration | None) -> Transition:
         """Where guidance starts: as asked for, else where the calibration says, else the paper's timestep."""
-        from .. import At, FirstMinimum
+        from .. import At
         from ..calibration.ordinary import STATIC
+        from ..guidance.transitions import named
 
-        if self.until == "auto":
-            return FirstMinimum(self.earliest, self.latest)
-        if self.until == "settled":
-            if known is None:
-                made = "which `basinescape calibrate --settled` makes, and the model has none"
-                raise ValueError(f"until 'settled' needs a calibration, {made}")
-            return known.settled()
         if self.until is not None:
-            return At(_timestep(self.until))
+            return named(self.until, known, earliest=self.earliest, latest=self.latest)
         return At(STATIC if known is None or known.ordinary is None else known.ordinary.transition)
-
-
-def _timestep(until: str) -> float:
-    try:
-        return float(until)
-    except ValueError as error:
-        raise ValueError(f"until must be a timestep, 'auto' or 'settled', got {until!r}") from error
 
 
 def _restart(text: str) -> tuple[float, float, int]:

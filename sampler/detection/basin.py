@@ -5,10 +5,11 @@ A picture x0 is noised until almost nothing of it is left, and the network is as
     x     = signal * x0 + noise * eps
     score = mean over noises of  ln( || target - uncond || / || target - cond || )
 
-target: what the network ought to predict, were the picture to come out of it again. Out of noise that has forgotten it, the
-conditional prediction of an ordinary picture comes hardly nearer to it than the unconditional one: a caption tells little. That
-of a copy leads straight to it. So the score judges the picture, and not the caption. Kin: one-step synthesis (Webster,
-https://arxiv.org/abs/2305.08694), the conditional likelihood discrepancy (CLiD, NeurIPS 2024, https://arxiv.org/abs/2405.14800).
+target: what the network ought to predict so that this very picture comes out. Hardly anything of the picture is left in the
+noise. A caption says little of an ordinary picture, so the conditional prediction is hardly nearer to the target than the
+unconditional one. For a copy the caption alone leads straight to it. So the score judges the picture, not the caption.
+Related: one-step synthesis (Webster, https://arxiv.org/abs/2305.08694), the conditional likelihood discrepancy (CLiD, NeurIPS
+2024, https://arxiv.org/abs/2405.14800).
 """
 
 from __future__ import annotations
@@ -19,16 +20,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 
 from ..kernels import noise_gap
 from ..schedulers.schedule import family, own_settings, vp_log_snr
-from ..types import Network
+from ..types import Network, Scheduler
 
 LOG_SNR = -4.0  # of a noised picture, one for all models
 NEAR = 1.5  # how far from it a network's level may be
-OWN = 0x5BA51  # told to the generator of these noises beside the sample's seed, so that they are none of the sample's own
+OWN = 0x5BA51  # mixed into the seed of these noises, so that they differ from the sample's own
 
 Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # latents (B, ...), timesteps (B,) -> uncond and cond
 
@@ -37,9 +37,9 @@ Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # latents (B, ...),
 class Probe:
     """How a network is asked about a picture x0 of its latents.
 
-    timestep: what the network is told. log_snr: of what it is given.
+    timestep: what the network is told. log_snr: the noise level of what it is given.
     given:    (signal, noise): the network is given signal * x0 + noise * eps.
-    target:   likewise what it ought to predict.
+    target:   (signal, noise): it ought to predict signal * x0 + noise * eps.
     """
 
     timestep: float
@@ -48,7 +48,7 @@ class Probe:
     target: tuple[float, float]
 
     @classmethod
-    def of(cls, scheduler: SchedulerMixin, log_snr: float = LOG_SNR) -> Probe:
+    def of(cls, scheduler: Scheduler, log_snr: float = LOG_SNR) -> Probe:
         """At the level of `scheduler`'s training schedule that is nearest to `log_snr`.
 
         Raises ValueError where the schedule is not known, or has no level near it.
@@ -71,8 +71,11 @@ class Probe:
         return cls.at(scheduler, told, levels[timestep].item())
 
     @classmethod
-    def at(cls, scheduler: SchedulerMixin, timestep: float, log_snr: float) -> Probe:
-        """At a level of which both are known. Raises ValueError where it is not near LOG_SNR, or for an unknown prediction."""
+    def at(cls, scheduler: Scheduler, timestep: float, log_snr: float) -> Probe:
+        """At a noise level whose timestep and log SNR are known.
+
+        Raises ValueError where it is not near LOG_SNR, or for an unknown prediction.
+        """
         if not abs(log_snr - LOG_SNR) <= NEAR:
             raise ValueError(
                 f"pictures are judged near log SNR {LOG_SNR:g}, and the nearest level here is {log_snr:.2f}: take a whole run, "
@@ -99,12 +102,12 @@ class Probe:
         return signal * x + share * noise, clean * x + drawn * noise
 
     def cleaned(self, given: Tensor, predicted: Tensor) -> Tensor:
-        """The picture that a network which was given `given` and predicted `predicted` has in mind: (B, ...) float32."""
+        """The picture x0 that follows from a prediction: (B, ...) float32. given, predicted: (B, ...), of the network."""
         (signal, share), (clean, drawn) = self.given, self.target
         return (drawn * given.float() - share * predicted.float()) / (signal * drawn - share * clean)
 
 
-def _edm(scheduler: SchedulerMixin, sigma: float) -> tuple[tuple[float, float], tuple[float, float]]:
+def _edm(scheduler: Scheduler, sigma: float) -> tuple[tuple[float, float], tuple[float, float]]:
     """`given` and `target` under EDM's preconditioning (Karras et al., https://arxiv.org/abs/2206.00364, table 1)."""
     one, level = torch.ones(1), torch.tensor(sigma)
     scale = float(scheduler.precondition_inputs(one, level))

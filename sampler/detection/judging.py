@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import SchedulerMixin
 from PIL import Image
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from .. import checks
 from ..data.pictures import pixels
 from ..models import Model, memory
 from ..runs.progress import parts
+from ..types import Scheduler
 from . import basin
 
 Size = tuple[int | None, int | None]
@@ -27,7 +27,10 @@ VIDEOS = "a list of PIL images, an array (frames, height, width, 3), or a tensor
 
 @dataclass
 class Verdict:
-    """What is said of B finished pictures: their basin score (B,) float32; suspect (B,) bool, above the threshold, or NaN."""
+    """The verdict on B finished pictures.
+
+    score: (B,) float32, the basin score. suspect: (B,) bool, the score is above the threshold, or NaN.
+    """
 
     score: Tensor
     suspect: Tensor
@@ -37,7 +40,7 @@ class Verdict:
 class Lot:
     """Pictures that are judged together: of one size (height, width), and with these options.
 
-    rows: which they are. latents: of some of the pictures, by what they are among all.
+    rows: their places among all pictures. latents: makes the latents of the pictures at given places.
     """
 
     rows: list[int]
@@ -48,7 +51,7 @@ class Lot:
 
 def judge(
     model: Model,
-    scheduler: SchedulerMixin,
+    scheduler: Scheduler,
     images: Any,
     prompts: str | Sequence[str],
     seeds: int | Sequence[int],
@@ -83,7 +86,7 @@ def judge(
 
 
 def lots(model: Model, images: Any, size: Size, options: dict[str, Any]) -> list[Lot]:
-    """What is judged together. Raises ValueError for what are neither the model's latents nor pictures."""
+    """The pictures by lots. Raises ValueError for images that are neither the model's latents nor pictures."""
     shape = None
     if isinstance(images, Tensor):
         own = model.size(*size)
@@ -99,10 +102,10 @@ def lots(model: Model, images: Any, size: Size, options: dict[str, Any]) -> list
     for i, (*frames, height, width) in enumerate(found):
         wanted = model.size(*size) if any(size) else (height, width)
         fitting = model.nearest_size(*wanted, **options)
-        own = options | ({"num_frames": frames[0]} if video else {})
-        model.shape(*fitting, **own)  # raises for so many frames
+        framed = options | ({"num_frames": frames[0]} if video else {})
+        model.shape(*fitting, **framed)  # raises for so many frames
         latents = partial(_encoded, model, images, fitting, video)
-        made.setdefault((fitting, *frames), Lot([], fitting, own, latents)).rows.append(i)
+        made.setdefault((fitting, *frames), Lot([], fitting, framed, latents)).rows.append(i)
     return list(made.values())
 
 

@@ -1,4 +1,4 @@
-"""The early look of a guard: what gives up a hopeless plain attempt by its first noise gaps."""
+"""The early look of a guard: it gives up a plain attempt whose first noise gaps are hopeless."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from .. import checks
 
 @dataclass(frozen=True)
 class EarlyLook:
-    """What gives up a hopeless plain attempt: its first noise gaps, relative to those of ordinary prompts.
+    """A plain attempt is hopeless where its first noise gaps are much larger than those of ordinary prompts.
 
-    gap:    the usual noise gap of each step under plain guidance. timesteps: of those steps, in 0..1000.
-    steps:  how many of the first are looked at. limit: their mean, relative to what is usual, above which it is hopeless.
+    gap:    the usual noise gap of each step under plain guidance. timesteps: the steps' timesteps, in 0..1000.
+    steps:  how many of the first gaps are looked at.
+    limit:  the attempt is hopeless where the mean of gap / usual gap over these steps is above it.
 
     Memorized prompts have large first gaps (Wen et al., ICLR 2024, https://arxiv.org/abs/2407.21720).
     """
@@ -34,9 +35,9 @@ class EarlyLook:
             raise ValueError(f"gap must be above 0 in each of {self.steps} steps or more, got {self.gap}")
 
     def hopeless(self, gaps: Tensor) -> bool:
-        """Of an attempt's gaps (steps,)."""
+        """Whether an attempt with these gaps (steps,) is hopeless; NaN is."""
         return not bool((gaps[: self.steps] / torch.tensor(self.gap[: self.steps])).mean() <= self.limit)
 
     def suits(self, timesteps: Sequence[float]) -> bool:
-        """Whether steps at these timesteps are those that it was measured on."""
+        """Whether it was measured on steps at these timesteps."""
         return len(self.gap) == len(timesteps) and all(abs(a - b) <= 1 for a, b in zip(self.timesteps, timesteps, strict=True))

@@ -20,7 +20,7 @@ LADDER = (-2.8, -2.8, -2.8, -1.9, -1.9, -1.5, -0.8)  # log SNRs until which the 
 
 
 class Thresholds(Protocol):
-    """What a guard takes from a calibration; see `calibration.Calibration`, which has both."""
+    """What a guard takes from a calibration; `calibration.Calibration` has it."""
 
     def threshold(self, rate: float) -> float: ...
 
@@ -31,8 +31,8 @@ class Thresholds(Protocol):
 class Attempt:
     """One attempt of a guard.
 
-    threshold: the basin score above which what it made is suspect. probes: the noises it is judged by, a call of both
-    predictions each.
+    threshold: its picture is suspect where the basin score is above it.
+    probes:    by how many noises the picture is judged. Each is a call of both branches.
     """
 
     guidance: Guidance
@@ -52,7 +52,7 @@ class Guard:
 
     attempts: the first is plain. An attempt that is suspect is followed by the next, from the next noise of the sample's own
               generator, until one passes; the last is returned, and marked. What passes at once keeps plain guidance's bits.
-    early:    what gives up a plain attempt by its first gaps; None: nothing does.
+    early:    gives up a hopeless plain attempt after its first steps; None: all are finished.
 
     Made by `Guidance.guard`. Raises ValueError where the first attempt is not plain, or the attempts have several rules.
     """
@@ -106,7 +106,7 @@ class Guard:
 
     @property
     def scale(self) -> float:
-        """That of the first attempt."""
+        """The scale of the first attempt."""
         return self.plain.scale
 
     def changed(self, change: Callable[[Guidance], Guidance]) -> Guard:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,11 +18,15 @@ from torch import Tensor
 from .. import checks
 from ..kernels.rules import columns_of, options_of
 from ..kernels.table import Column
-from .transitions import LEAVES, RULES, At, Rule
+from .transitions import LEAVES, RULES, STAYS, At, Transition
 
 if TYPE_CHECKING:
     from .guard import Guard, Thresholds
 
+
+# The columns of the step table that guidance fills.
+COLUMNS = [Column.BEFORE, Column.AFTER, Column.KEEP, Column.LIMIT, Column.FALL, Column.WAIT]
+COLUMNS += [Column.FIRST_OPTION, Column.SECOND_OPTION]
 
 # Factors on the scale over u = t / num_train_timesteps in 0..1, as carried by the authors' scripts.
 SHAPES: dict[str, Callable[[float], float]] = {
@@ -36,7 +40,12 @@ SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
-def _restart(given: Sequence[float]) -> tuple[float, float, int]:
+def first_of_step(step: Tensor) -> Tensor:
+    """(K,) float32: 1 for a call that is the first of its step, 0 for the others. step: (K,) int64, of each call."""
+    return torch.cat([torch.ones(1), step.diff().clamp(max=1).float()])
+
+
+def _restart(given: Sequence[Any]) -> tuple[float, float, int]:
     """(low, high, times) as checked."""
     if len(given) != 3:
         raise ValueError(f"restart must be (low, high, times), got {given!r}")
@@ -48,7 +57,7 @@ def _restart(given: Sequence[float]) -> tuple[float, float, int]:
 
 def _fields(given: dict[str, Any]) -> dict[str, Any]:
     """What `cfg`, `delayed` and `opposite` are given by name, as fields: what is not one is an option of the rule."""
-    own = {name: given[name] for name in ("shape", "interval", "restart", "rule") if name in given}
+    own: dict[str, Any] = {name: given[name] for name in ("shape", "interval", "restart", "rule") if name in given}
     return {**own, "options": {name: value for name, value in given.items() if name not in own}}
 
 
@@ -58,7 +67,7 @@ class Guidance:
 
     scale:    weight after the transition; any finite number.
     before:   weight before it; any finite number.
-    until:    where the transition is; None: at the first step.
+    until:    where the transition is, a rule of `transitions.RULES`; None: at the first step.
     shape:    the scale over time: a name in SHAPES, or one factor a step (a table of one's own).
     interval: (low, high) timesteps outside which the weight after the transition is 1, the conditional prediction alone
               (Kynkaanniemi et al., https://arxiv.org/abs/2404.07724); None: everywhere inside.
@@ -74,7 +83,7 @@ class Guidance:
 
     scale: float
     before: float = 0.0
-    until: Rule | None = None
+    until: Transition | None = None
     shape: str | tuple[float, ...] = "static"
     interval: tuple[float, float] | None = None
     restart: tuple[float, float, int] | None = None
@@ -84,8 +93,10 @@ class Guidance:
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", checks.finite("scale", self.scale))
         object.__setattr__(self, "before", checks.finite("before", self.before))
-        if self.until is not None and not isinstance(self.until, Rule):
-            raise ValueError(f"until must be one of {', '.join(f'{name}(...)' for name in RULES)}, got {self.until!r}")
+        if self.until is not None and type(self.until).__name__ not in RULES:
+            unregistered = "; `transitions.register` it first" if isinstance(self.until, Transition) else ""
+            known = ", ".join(f"{name}(...)" for name in RULES)
+            raise ValueError(f"until must be one of {known}, got {self.until!r}{unregistered}")
         if isinstance(self.shape, str):
             if self.shape not in SHAPES:
                 raise ValueError(f"shape must be one of {', '.join(SHAPES)}, or a factor for each step; got {self.shape!r}")
@@ -111,12 +122,12 @@ class Guidance:
         return cls(scale, **_fields(given))
 
     @classmethod
-    def delayed(cls, scale: float, until: Rule, before: float = 0.0, **given: Any) -> Guidance:
+    def delayed(cls, scale: float, until: Transition, before: float = 0.0, **given: Any) -> Guidance:
         """No guidance (or the weight `before`) until the transition, `scale` from there on."""
         return cls(scale, before, until, **_fields(given))
 
     @classmethod
-    def opposite(cls, opposite_scale: float, scale: float, until: Rule, **given: Any) -> Guidance:
+    def opposite(cls, opposite_scale: float, scale: float, until: Transition, **given: Any) -> Guidance:
         """The weight -opposite_scale, constant, until the transition, `scale` from there on."""
         if checks.finite("opposite_scale", opposite_scale) <= 0:
             raise ValueError(f"opposite_scale must be above 0 (it is applied with a minus sign), got {opposite_scale!r}")
@@ -166,7 +177,7 @@ class Guidance:
         extra += "" if self.interval is None else f", interval={self.interval!r}"
         extra += "" if self.restart is None else f", restart={self.restart!r}"
         extra += "" if self.rule == "cfg" else f", rule={self.rule!r}"
-        extra += "".join(f", {name}={value:g}" for name, value in self.options)
+        extra += "".join(f", {name}={value:g}" for name, value in dict(self.options).items())
         if self.until is None:
             return f"Guidance.cfg({self.scale:g}{extra})"
         if self.before < 0:
@@ -176,22 +187,22 @@ class Guidance:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that json can write; `from_dict` reads it back."""
-        rule = None if self.until is None else {"rule": type(self.until).__name__, **asdict(self.until)}
-        return {**asdict(self), "until": rule, "options": dict(self.options)}
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**own, "until": self.until and self.until.to_dict(), "options": dict(self.options)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Guidance | Guard:
         """The inverse of `to_dict`, a guard's too. Raises ValueError for an unknown rule or field."""
-        fields = dict(data)
+        given = dict(data)
         try:
-            if "attempts" in fields:
+            if "attempts" in given:
                 from .guard import Guard
 
-                return Guard.from_dict(fields)
-            if fields.get("until") is not None:
-                rule = dict(fields["until"])
-                fields["until"] = RULES[rule.pop("rule")](**rule)
-            return cls(**fields)
+                return Guard.from_dict(given)
+            if given.get("until") is not None:
+                rule = dict(given["until"])
+                given["until"] = RULES[rule.pop("rule")](**rule)
+            return cls(**given)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a guidance: {data!r} ({error})") from error
 
@@ -219,6 +230,17 @@ class Guidance:
             after = [weight if low <= t <= high else 1.0 for weight, t in zip(after, levels, strict=True)]
         return [(self.before, weight) for weight in after]
 
+    def idle(self, levels: Sequence[float]) -> str | None:
+        """What is to be said where its transition changes nothing over steps at these timesteps, as `over` left them."""
+        if self.until is None:
+            return None
+        leaving = self.until.leaving(levels)
+        if leaving[0] == LEAVES:
+            return f"{self!r} is plain guidance here: the first of {len(levels)} steps is past the transition already"
+        if all(step == STAYS or k + step.wait >= len(levels) for k, step in enumerate(leaving)):
+            return f"{self!r} has no transition here: none of {len(levels)} steps comes so far"
+        return None
+
     @property
     def timed(self) -> bool:
         """Whether it asks for timesteps."""
@@ -236,16 +258,18 @@ class Guidance:
         of steps.
         """
         leaving = [LEAVES] * len(levels) if self.until is None else self.until.leaving(levels)
-        columns = zip(*((*weights, *how) for weights, how in zip(self.weights(levels), leaving, strict=True)), strict=True)
-        names = (Column.BEFORE, Column.AFTER, Column.KEEP, Column.LIMIT, Column.FALL, Column.WAIT)
-        columns = dict(zip(names, columns, strict=True))
-        for name, option in zip((Column.FIRST_OPTION, Column.SECOND_OPTION), columns_of(dict(self.options)), strict=True):
-            columns[name] = [option] * len(levels)
-        return {name: torch.tensor(column, dtype=torch.float32) for name, column in columns.items()}
+        options = columns_of(dict(self.options))
+        rows = [(*weights, *how, *options) for weights, how in zip(self.weights(levels), leaving, strict=True)]
+        return dict(zip(COLUMNS, torch.tensor(rows, dtype=torch.float32).unbind(1), strict=True))
 
-    def calls(self, levels: Sequence[float], step: Tensor, first: Tensor) -> dict[Column, Tensor]:
-        """`rows`, STEP and FIRST for each call of the network. step: (K,) int64, the step it belongs to; first: (K,), 1 for the
-        first of its step, which alone may show a transition, 0 for the others."""
+    def calls(self, levels: Sequence[float], step: Tensor, first: Tensor | None = None) -> dict[Column, Tensor]:
+        """`rows`, STEP and FIRST for each call of the network.
+
+        step:  (K,) int64, the step it belongs to.
+        first: (K,), 1 for the first call of its step, which alone may show a transition, 0 for the others; None: where `step`
+               grows.
+        """
+        first = first_of_step(step) if first is None else first
         columns = {column: values[step] for column, values in self.rows(levels).items()}
         for column, nothing in ((Column.KEEP, -torch.inf), (Column.LIMIT, -torch.inf), (Column.FALL, 0.0)):
             columns[column] = columns[column].where(first > 0, torch.tensor(nothing))

@@ -20,7 +20,7 @@ from ..detection.basin import LOG_SNR, Probe
 from ..detection.judging import Verdict
 from ..guidance.guidance import Guidance
 from ..kernels.state import per_sample
-from .escape import Escape, idle, judge
+from .escape import Escape, judge
 from .network_call import NetworkCall, sample_of, seen, stacked, timestep_of
 from .stock_pipelines import StockPipeline, network_of
 from .taken import taken
@@ -246,8 +246,9 @@ class Call:
         self._timesteps = scheduler.timesteps[which].tolist()
         self._nearest = 0 if noise is None else int((noise[step] - LOG_SNR).nan_to_num(torch.inf).abs().argmin())
         self.state = Escape(self._guidance, timesteps, len(prediction), prediction.device, step, noise)
-        for line in idle(self.state.guidance, self.state.timesteps):
-            log.warning(line)
+        for one in dict.fromkeys(self.state.guidance):
+            if (line := one.idle(self.state.timesteps)) is not None:
+                log.warning(line)
 
     def _keep(self, network: nn.Module, given: tuple, named: dict[str, Any]) -> None:
         """Keep the arguments of the first step's calls, then of those whose noise level is that of a judged picture."""

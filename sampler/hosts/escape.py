@@ -21,13 +21,13 @@ from .. import checks
 from ..detection import basin
 from ..detection.judging import Verdict
 from ..guidance.guard import PROBES, THRESHOLD, Guard
-from ..guidance.guidance import Guidance
-from ..guidance.transitions import LEAVES, STAYS
+from ..guidance.guidance import Guidance, first_of_step
 from ..kernels import guide_step
 from ..kernels.operands import is_dense
 from ..kernels.state import Latents, State, Transition, Workspace
-from ..kernels.table import Column
 from ..sampling.branches import branches, looks
+from ..sampling.plan import table_of
+from ..sampling.statistics import Statistics
 from ..types import Branch
 
 
@@ -68,13 +68,15 @@ class Escape:
         self._step = torch.arange(len(self.timesteps)) if step is None else torch.as_tensor(step, dtype=torch.int64).cpu()
         if not set(self._step.tolist()) <= set(range(len(self.timesteps))):
             raise ValueError(f"step must count the {len(self.timesteps)} timesteps from 0, got {self._step.tolist()}")
-        self._first = torch.cat([torch.ones(1), self._step.diff().clamp(max=1)])
+        self._first = first_of_step(self._step)
         if not self._told:
             self._check_known(self.timesteps)
         self._distinct = list(dict.fromkeys(self.guidance))
         table = self._laid()
         self._finds = any(looks(one.calls(self.timesteps, self._step, self._first)) for one in self._distinct)
         self._table = table.to(self.device)
+        until = [one.until for one in self._distinct]
+        self._statistics = Statistics.of(until, [len(self._step)] * len(until), self.device)
         self._starts = torch.tensor([self._distinct.index(one) * len(self._step) for one in self.guidance], device=self.device)
         self._way = Transition.empty(self.batch, len(self.timesteps), self.device)
         self._way.restart(slice(None), self._starts, self._starts + len(self._step) - 1)
@@ -104,6 +106,8 @@ class Escape:
             uncond, cond = uncond.contiguous(), None if cond is None else cond.contiguous()
         if self._state is None:
             self._state = self._beside(uncond, dtype or uncond.dtype)
+        if cond is not None:
+            self._statistics.ask(uncond, cond, self._table, self._way)
         guided = guide_step(uncond, cond, self._table, self._state, self._finds, self.guidance[0].rule)
         self._way.advance()
         self.calls += 1
@@ -142,15 +146,12 @@ class Escape:
     @property
     def weight(self) -> Tensor:
         """(B,) float32 on the device: each sample's weight in the last call."""
-        rows = self._table[self._starts + max(self.calls - 1, 0)]
-        left = (self._way.at >= 0) & (self._way.at <= rows[:, Column.STEP])
-        return torch.where(left, rows[:, Column.AFTER], rows[:, Column.BEFORE])
+        return self._way.weight(self._table[self._starts + max(self.calls - 1, 0)])
 
     @property
     def transition_step(self) -> Tensor:
         """(B,) int64 on the CPU: the step at which each sample's guidance changed; -1 for none yet, 0 for plain guidance."""
-        at = self._way.at.cpu()
-        return at.where(at < len(self.timesteps), -1)
+        return self._way.within(len(self.timesteps)).cpu()
 
     @property
     def noise_gap(self) -> Tensor:
@@ -159,9 +160,7 @@ class Escape:
 
     def _laid(self) -> Tensor:
         """The rows of each distinct guidance, one after another: (K * distinct, len(Column)) float32 on the CPU."""
-        nothing = torch.zeros(len(self._step))
-        laid = [one.calls(self.timesteps, self._step, self._first) for one in self._distinct]
-        return torch.cat([torch.stack([columns.get(name, nothing) for name in Column], dim=1) for columns in laid])
+        return torch.cat([table_of(one.calls(self.timesteps, self._step, self._first)) for one in self._distinct])
 
     def _tell(self, timestep: float | None) -> None:
         """Lay the guidance over the timestep of this call, if it is the first of its step and not known yet."""
@@ -214,19 +213,7 @@ def each(guidance: Guidance | Guard | Sequence[Guidance | Guard], batch: int | N
     return found
 
 
-def idle(guidance: Sequence[Guidance], timesteps: Sequence[float]) -> list[str]:
-    """A line about each guidance whose transition changes nothing over steps at these timesteps."""
-    lines = []
-    for one in dict.fromkeys(guidance):
-        leaving = [STAYS] if one.until is None else one.until.leaving(timesteps)
-        if leaving[0] == LEAVES:
-            lines.append(f"{one!r} is plain guidance here: the first of {len(timesteps)} steps is past the transition already")
-        elif one.until is not None and all(step == STAYS for step in leaving):
-            lines.append(f"{one!r} has no transition here: none of {len(timesteps)} steps comes so far")
-    return lines
-
-
-def _levels(timesteps: Sequence[float] | Tensor | int) -> list[float]:
+def _levels(timesteps: Sequence[float] | Tensor) -> list[float]:
     """As numbers; ValueError where they are none, or out of range."""
     found = torch.as_tensor(timesteps, dtype=torch.float64).cpu()
     if found.ndim != 1 or not len(found) or bool(((found < -1) | (found > 1001)).any()):

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ..checks import share
-from ..guidance.transitions import At, Fallen, FirstMinimum, Rule
+from ..guidance.transitions import RULES as TRANSITIONS
+from ..guidance.transitions import At, Fallen, FirstMinimum, Transition
 from ..kernels.rules import RULES
 
-TIMESTEP, MINIMUM, FALLEN = "timestep", "first minimum of the noise gap", "noise gap has halved"
+TIMESTEP, MINIMUM, FALLEN = At.label, FirstMinimum.label, Fallen.label
+UNTIL = {rule.label: rule for rule in TRANSITIONS.values() if rule.label}  # what a menu offers
 
 
 class Widget(NamedTuple):
@@ -33,7 +35,7 @@ WIDGETS = {
     "until": Widget(
         "Combo",
         {
-            "options": [TIMESTEP, MINIMUM, FALLEN],
+            "options": list(UNTIL),
             "default": TIMESTEP,
             "tooltip": "Where the transition is: at a timestep, or, for each sample, where the distance between its two "
             "predictions has its first minimum or has halved.",
@@ -72,7 +74,7 @@ WIDGETS = {
 }
 
 
-def transition(until: str, timestep: float, latest: float, timesteps: list[float], goes_on: bool) -> Rule | None:
+def transition(until: str, timestep: float, latest: float, timesteps: list[float], goes_on: bool) -> Transition | None:
     """The transition rule that the widgets stand for in a run with steps at these timesteps.
 
     None where the run begins past its transition: it goes on from another run's latents, or begins at or below `timestep`.
@@ -80,6 +82,7 @@ def transition(until: str, timestep: float, latest: float, timesteps: list[float
     """
     if until == TIMESTEP:
         return At(timestep)
-    earliest, rule = {MINIMUM: (2, FirstMinimum), FALLEN: (1, Fallen)}[until]
-    step = max(round(share("latest", latest) * len(timesteps)), earliest)
-    return None if goes_on or timesteps[0] <= timestep else rule(latest=step)
+    rule = UNTIL[until]
+    step = max(round(share("latest", latest) * len(timesteps)), rule.earliest_step)
+    deadline = {"latest": step} if "latest" in rule.field_names() else {}
+    return None if goes_on or timesteps[0] <= timestep else rule.asked(**deadline)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..schedulers.schedule import Schedule
-from ..types import Network, Settle
+from ..types import Settle
+from .network import Guided
 
 Pixels = int | None  # a height or a width; None: the model's own
 
@@ -183,7 +184,7 @@ class Model(Protocol):
         Raises ValueError for arguments that do not fit the model or each other.
         """
 
-    def network(self, encoded: Encoded, plain: bool = False) -> Network:
+    def network(self, encoded: Encoded, plain: bool = False) -> Guided:
         """The fastest network for `encoded`. plain: one that takes its inputs just as `encode` made them."""
 
     def decode(

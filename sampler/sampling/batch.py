@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 
 from .. import models
-from ..runs.progress import Bar
-from ..types import Network
+from ..kernels.state import State
+from ..models import memory
+from ..runs.progress import Bar, bar, parts
+from ..schedulers.solver import Solver
+from ..types import Network, Scheduler, Step
 from . import callbacks
+from .call import Call
 from .engine import guarded
 from .graphs import Graphs
 from .ladder import Ladder
+from .output import Output
 from .plan import Plan
-from .steps import Lane, Run, denoise, fused_step, lockstep, renoise, scheduler_step
+from .samples import Results
+from .steps import Lane, Move, denoise, fused_step, lockstep_move, renoise, scheduler_move, stepping
 
+log = logging.getLogger(__name__)
 Wrap = Callable[[models.Guided], Network]
 
 
@@ -46,37 +53,58 @@ class Runner:
     """
 
     model: models.Model
-    scheduler: SchedulerMixin
+    scheduler: Scheduler
     graphs: Graphs | None = None
     wrap: Wrap | None = None
 
+    def sampled(self, call: Call, solver: Solver, progress: bool | Callable[[float], None]) -> list[Output]:
+        """What a call asks for, batch by batch. solver: of its schedule. In inference mode.
+
+        Raises ValueError, before any work, for guidance that does not fit the steps.
+        """
+        model, prompts, total = self.model, call.prompts, call.total
+        options = {"height": call.size[0], "width": call.size[1], **prompts.options}
+        ladder = Ladder.make(solver, call.guidance, model.device, model.settle).stopped(call.stop_after)
+        for line in ladder.idle:
+            log.warning(line)
+        generators = call.generators()
+        encoded = model.encode(prompts.texts, count=prompts.count, negative_prompt=prompts.negative, **options)
+
+        def initial(own: Sequence[torch.Generator]) -> Tensor:
+            return model.noise(own, **options)
+
+        def batch(part: range, shown: Bar) -> Output:
+            own = [generators[i] for i in part]
+            noise = initial(own) if call.latents is None else call.latents[list(part)].cpu().float()
+            texts = encoded if len(part) == total else encoded.select(part)
+            results = self.run(ladder, Batch(texts, noise, own, initial), shown, call.callback, call.guidance.scale)
+            decode = partial(model.decode, generators=own, **options)
+            return Output.of(results, texts, solver, call.output, decode)
+
+        some = parts(total, call.batch_size or (total if call.seen else memory.size(model, *call.size)))
+        return [batch(part, bar(progress, i, len(some))) for i, part in enumerate(some)]
+
     def lane(
-        self, ladder: Ladder, network: models.Guided, plan: Plan, noise: Tensor, generators: Sequence[torch.Generator]
+        self, ladder: Ladder, network: models.Guided, plan: Plan, noise: Tensor, generators: list[torch.Generator]
     ) -> Lane:
         """A batch from `noise` (B, ...) for the engine: captured, or by the scheduler's own step, or fused."""
         noise, form = noise.to(self.model.dtype), self.model.memory_format
-        if self._captures(ladder, network):
-            return self.graphs.lane(network, plan, noise, form)
+        if (graphs := self._graphs(network, plan, ladder.stepwise)) is not None:
+            return graphs.lane(network, plan, noise, form)
         state = plan.state(noise, form)
         if ladder.stepwise:
-            take = scheduler_step(ladder.solver, self.scheduler, generators, network, plan, state)
-            return Lane(network, state, take, plan.table)
+            move = scheduler_move(ladder.solver, self.scheduler, generators, plan, state)
+            return Lane(network, state, stepping(network, state, move), plan.table)
         return Lane(network, state, fused_step(network, plan, state))
 
-    def run(self, ladder: Ladder, batch: Batch, bar: Bar, callback: callbacks.Callback | None, scale: float) -> Run:
-        """All steps of a batch. callback, scale: as the call has them, None for no callback."""
+    def run(self, ladder: Ladder, batch: Batch, shown: Bar, callback: callbacks.Callback | None, scale: float) -> Results:
+        """All steps of a batch, which go through `shown`. callback, scale: as the call has them, None for no callback."""
         model, plan, solver = self.model, ladder.whole, ladder.solver
         noise, generators = (batch.noise * solver.init_sigma).to(model.device, model.dtype), batch.generators
         network = model.network(batch.encoded, plain=self.wrap is not None)
         if ladder.guard is not None:
-            return guarded(self.lane, network, ladder, noise, generators, bar, batch.initial)
-        if self.wrap is None and self._captures(ladder, network):
-            lane = self.graphs.lane(network, plan, noise, model.memory_format)
-            take, state = lane.take, lane.state
-        else:
-            network, state = network if self.wrap is None else self.wrap(network), plan.state(noise, model.memory_format)
-            own = partial(scheduler_step, solver, self.scheduler, generators)
-            take = (own if ladder.stepwise else lockstep)(network, plan, state)
+            return guarded(self.lane, network, ladder, noise, generators, shown, batch.initial)
+        take, state = self._step(ladder, network, noise, generators)
 
         def after(row: int) -> bool:
             renoise(state, plan, row + 1, generators)
@@ -84,13 +112,34 @@ class Runner:
                 return True
             timestep, latents = solver.timesteps[plan.call[row]], state.latents.x.clone()
             state.put(callbacks.tell(callback, model.pipe, row, timestep, latents, scale), plan.table)
-            return not model.pipe._interrupt
+            return not callbacks.interrupted(model.pipe)
 
         seen = nullcontext() if callback is None else callbacks.found(model.pipe, len(plan.branches), scale)
         with seen:
-            denoise(take, bar(plan.branches), after)
-        return Run.of(state)
+            denoise(take, shown(plan.branches), after)
+        return Results.of(state, solver.steps)
 
-    def _captures(self, ladder: Ladder, network: models.Guided) -> bool:
-        """Whether steps of this network are recorded."""
-        return self.graphs is not None and network.version is not None and not ladder.stepwise
+    def _step(
+        self, ladder: Ladder, network: models.Guided, noise: Tensor, generators: list[torch.Generator]
+    ) -> tuple[Step, State]:
+        """The step of a batch whose samples all go one way from `noise` (B, ...), and what it updates."""
+        plan, form = ladder.whole, self.model.memory_format
+        graphs = None if self.wrap is not None else self._graphs(network, plan, ladder.stepwise)
+        if graphs is not None:
+            lane = graphs.lane(network, plan, noise, form)
+            return lane.take, lane.state
+        state = plan.state(noise, form)
+        changed = network if self.wrap is None else self.wrap(network)
+        return stepping(changed, state, mover(ladder, self.scheduler, generators, state)), state
+
+    def _graphs(self, network: models.Guided, plan: Plan, stepwise: bool) -> Graphs | None:
+        """Where steps of this network are recorded; None where they are not."""
+        recorded = network.version is not None and not stepwise and not plan.statistics.rules
+        return self.graphs if recorded else None
+
+
+def mover(ladder: Ladder, scheduler: Scheduler, generators: list[torch.Generator], state: State) -> Move:
+    """What takes a batch, just started and all at the same row, through the steps of a ladder of one attempt."""
+    if ladder.stepwise:
+        return scheduler_move(ladder.solver, scheduler, generators, ladder.whole, state)
+    return lockstep_move(ladder.whole, state)

@@ -12,19 +12,21 @@ from ..types import Branch
 
 
 def looks(columns: dict[Column, Tensor]) -> bool:
-    """Whether samples look for their transition in their noise gaps; False where the table says beforehand where it is."""
+    """Whether the transition depends on noise gaps; False where the table alone says where it is."""
     keep, limit, fall = columns[Column.KEEP], columns[Column.LIMIT], columns[Column.FALL]
     return bool(((keep > -torch.inf) | (limit.abs() < torch.inf) | (fall > 0)).any())
 
 
 def branches(columns: dict[Column, Tensor], finds: bool) -> tuple[Branch, ...]:
-    """The one branch that each row needs, or both: a sample still looking for its transition needs its noise gap."""
-    transition, needed = math.inf, []
+    """The branch that each row needs, or both. Where the transition `finds` itself by noise gaps, both run until it."""
+    transition = math.inf
+    needed: list[Branch] = []
+    alone: dict[float, Branch] = {0.0: "uncond", 1.0: "cond"}
     names = (Column.STEP, Column.LIMIT, Column.WAIT, Column.BEFORE, Column.AFTER)
     for k, limit, wait, before, after in zip(*(columns[name].tolist() for name in names), strict=True):
         if limit == math.inf:  # by then every sample has left
             transition = min(transition, k + wait)
         left = k >= transition
         weight = after if left else before
-        needed.append("both" if finds and not left else {0.0: "uncond", 1.0: "cond"}.get(weight, "both"))
+        needed.append("both" if finds and not left else alone.get(weight, "both"))
     return tuple(needed)

@@ -1,14 +1,16 @@
-"""`callback_on_step_end` of a sampler's call: what it finds in the pipeline, and what it may change."""
+"""A sampler's `callback_on_step_end`: what it finds in the pipeline, and what it may change."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
-Callback = Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+from ..types import Pipeline
+
+Callback = Callable[[Pipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 FOUND = ("_num_timesteps", "_guidance_scale", "_interrupt")  # where a pipeline keeps what callbacks read or set
 
 
@@ -25,20 +27,26 @@ def check(callback: Callback | None, tensor_inputs: Sequence[str]) -> None:
 
 
 @contextmanager
-def found(pipe: DiffusionPipeline, calls: int, scale: float) -> Iterator[None]:
+def found(pipe: Pipeline, calls: int, scale: float) -> Iterator[None]:
     """Inside, a callback finds in `pipe` the number of network calls, the guidance scale, and no interruption, as in stock."""
-    before = {name: vars(pipe)[name] for name in FOUND if name in vars(pipe)}
+    own: dict[str, Any] = pipe.__dict__
+    before = {name: own[name] for name in FOUND if name in own}
     for name, value in zip(FOUND, (calls, scale, False), strict=True):
         setattr(pipe, name, value)
     try:
         yield
     finally:
         for name in FOUND:
-            vars(pipe).pop(name, None)
-        vars(pipe).update(before)
+            own.pop(name, None)
+        own.update(before)
 
 
-def tell(callback: Callback, pipe: DiffusionPipeline, call: int, timestep: Tensor, latents: Tensor, scale: float) -> Tensor:
+def interrupted(pipe: Pipeline) -> bool:
+    """Whether a callback has stopped the steps."""
+    return bool(vars(pipe)["_interrupt"])
+
+
+def tell(callback: Callback, pipe: Pipeline, call: int, timestep: Tensor, latents: Tensor, scale: float) -> Tensor:
     """The latents that a callback makes of these after a network call.
 
     Raises ValueError for what cannot be followed: other tensors that it returns, another guidance scale that it sets.
@@ -47,9 +55,9 @@ def tell(callback: Callback, pipe: DiffusionPipeline, call: int, timestep: Tenso
     other = sorted(told.keys() - {"latents"})
     if other:
         raise ValueError(f"callback_on_step_end returned {', '.join(other)}, which the sampler cannot follow: latents alone")
-    if pipe._guidance_scale != scale:
+    if (changed := vars(pipe)["_guidance_scale"]) != scale:
         raise ValueError(
-            f"callback_on_step_end set the guidance scale to {pipe._guidance_scale!r}, which the sampler cannot follow: "
+            f"callback_on_step_end set the guidance scale to {changed!r}, which the sampler cannot follow: "
             "guidance that varies over time is Guidance's shape and interval"
         )
     return told.get("latents", latents)

@@ -1,8 +1,8 @@
 """In-flight batching: a batch of slots in which each sample goes its own way, and a slot that is free is filled at once.
 
-Samples of one batch stand at different rows of one table of steps, so they may have different guidance, different numbers of
-steps and, under a guard, different attempts. A sample that is done leaves its slot, and the next one in line begins there; one
-that a guard sends back begins its next attempt where it is. A finished picture is judged in its slot, by calls like any other.
+Samples of one batch stand at different rows of one step table, so they may have different guidance, different numbers of steps
+and, under a guard, different attempts. A sample that is done leaves its slot, and the next one in line begins there; one that a
+guard sends back begins its next attempt where it is. A finished picture is judged in its slot, by calls like any other.
 Both branches of the network run while any slot needs both; where all need the same one, that one runs alone. Nothing is read
 back from the device but a guard's verdicts between attempts.
 """
@@ -10,28 +10,47 @@ back from the device but a guard's verdicts between attempts.
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..detection import basin
+from ..guidance.guard import Guard
 from ..models import Guided
-from ..types import Branch, Pair, draw
+from ..types import Branch, Pair
+from .flight import Begin, Flight
 from .ladder import Ladder
-from .plan import Plan
-from .slots import Result, Sample, Slot, Trial
-from .steps import Lane, Run, fused_step
+from .samples import Result, Results, Sample
+from .slots import Slot, Slots
 
 log = logging.getLogger(__name__)
-ROWS, STEPS = 1024, 128  # room of a batch for the rows of all its samples' plans, and for the noise gaps of one
-AHEAD = 16  # a sample begins at most so many times the slots ahead of the oldest that is not done: what waits for it is bounded
 
-Begin = Callable[[Ladder, Guided, Plan, Tensor, Sequence[torch.Generator]], Lane]
+
+@dataclass
+class Trial:
+    """A finished attempt while it is judged.
+
+    result: what came of it. guard, probe: who judges it, and by which question. noises: of the questions.
+    target: what the network ought to answer next. scores: so far.
+    """
+
+    result: Result
+    guard: Guard
+    probe: basin.Probe
+    noises: Iterator[Tensor]
+    target: Tensor | None = None
+    scores: list[Tensor] = field(default_factory=list)
+
+    def ask(self) -> Tensor:
+        """What the network is given next, (C, h, w)."""
+        given, target = self.probe.question(self.result.latents[None], next(self.noises)[None])
+        self.target = target
+        return given[0]
 
 
 class Engine:
@@ -41,35 +60,44 @@ class Engine:
     fixed:  the batch always has that many rows, those that nobody needs being padding. It costs a few rows at the end of the
             work; a compiler sees one shape, and images keep their bits whatever is beside them. Without it, the batch shrinks
             once there is nothing to fill it with.
-    room:   samples may come that have other plans than the first; else the batch is made for that one.
+    room:   samples may come that have other rows than the first; else the batch is made for that one.
     local:  a fault costs the sample that has it: those in flight begin again in fewer slots, down to one. Else it is raised.
+
+    A guard's sample that is not finite in half precision makes no further attempts: float32 is to make it.
     """
 
     def __init__(self, begin: Begin, slots: int, fixed: bool = False, local: bool = False, room: bool = True):
         self._begin, self._fixed, self._local, self._room = begin, fixed, local, room
-        self._most = self._size = slots
-        self._lane: Lane | None = None
-        self._form: tuple | None = None  # of the batch that is open; None where none is
-        self._multistep, self._lost = False, -1
-        self._live: list[Slot] = []
-        self._waiting: deque[tuple[int, Sample]] = deque()
+        self._slots: Slots = Slots(slots, room)
+        self._flight: Flight | None = None
+        self._form: Any = None  # of the batch in flight
+        self._trials: dict[Slot, Trial] = {}
         self.calls: Counter[str] = Counter()  # network calls of samples by branch; "spared": those that were not needed
 
     def run(self, work: Iterable[Sample | Result], tick: Callable[[], Any] = lambda: None) -> Iterator[Result]:
         """The results in the order in which they are done; what is one already is passed on. `tick` is told of every step."""
-        self._work, self._spoiled = enumerate(work), []
+        spoiled: list[Result] = []
+
+        def samples() -> Iterator[Sample]:
+            for one in work:
+                if isinstance(one, Result):
+                    spoiled.append(one)
+                else:
+                    yield one
+
+        self._slots.begin(samples())
         while True:
-            fresh = self._admit()
-            done, self._spoiled = self._spoiled, []
+            fresh = self._slots.admit()
+            done = spoiled.copy()
+            spoiled.clear()
             yield from done
-            if not self._live:
+            if not self._slots.live:
                 if done:
                     continue
                 return
             tick()
             try:
-                self._begin_in(fresh)
-                done = self._settle(self._step())
+                done = self._step(fresh)
             except Exception as error:
                 if not self._local:
                     raise
@@ -79,223 +107,140 @@ class Engine:
     @property
     def under_way(self) -> float:
         """The steps that samples in the slots have taken of their attempts, as so many samples' worth."""
-        attempts = [slot for slot in list(self._live) if slot.trial is None]
-        starts = ((slot, slot.offset + slot.sample.ladder.starts[slot.attempt]) for slot in attempts)
-        return len(self._live) - len(attempts) + sum((slot.row - start) / (slot.end - start) for slot, start in starts)
+        return sum(slot.progress for slot in list(self._slots.live))
 
-    def _admit(self) -> list[Slot]:
-        """Give free slots the next samples; returns those slots."""
-        fresh: list[Slot] = []
-        while len(self._live) < self._size and (following := self._peek()) is not None:
-            number, sample = following
-            if number > self._lost and self._size < self._most:  # those that a fault sent back are through
-                if self._live:
-                    break
-                self._size = self._most
-            if not self._live:
-                if not self._suits(sample):
-                    self._open(sample)
-            elif not self._suits(sample) or number - min(slot.number for slot in self._live) >= AHEAD * self._size:
-                break
-            self._waiting.popleft()
-            taken = {slot.place for slot in self._live}
-            place = next(place for place in range(self._size) if place not in taken)
-            slot = Slot(place, sample, number, self._offset(sample.ladder), calls=sample.calls)
-            slot.enter(sample.attempt)
-            self._live.append(slot)
-            fresh.append(slot)
-        return fresh
-
-    def _begin_in(self, fresh: Sequence[Slot]) -> None:
-        """Begin the samples of slots that were free; where there are none, leave out those that will stay so."""
-        if self._lane is None:
-            self._make_lane(fresh[0].sample)
+    def _step(self, fresh: Sequence[Slot]) -> list[Result]:
+        """Begin the samples of slots that were free, take a step, and see what becomes of all."""
+        slots = self._slots
+        if self._flight is None or (fresh and self._form is not slots.form):
+            self._flight = None  # gives its memory back first
+            self._flight = Flight(self._begin, fresh[0].sample, slots.size, self._room, slots.multistep)
+            self._form = slots.form
+        flight = self._flight
         if fresh:
-            self._lane.follow(self._plan)
-            for slot in fresh:
-                self._lane.network.put(slot.place, slot.sample.network, slot.sample.row)
-            self._send(fresh, [slot.sample.begin() for slot in fresh])
-        elif not self._fixed and not self._ladders[0].stepwise and 2 * len(self._live) <= self._size:
-            self._shrink()
+            flight.begin(fresh)
+        elif not self._fixed and slots.sparse:
+            flight.shrink(slots.shrink())
+        branch, pair = flight.step(slots.live)
+        self.calls[branch] += len(slots.live) * (2 if branch == "both" else 1)
+        self.calls["spared"] += len(slots.live) * (branch != "both")
+        slots.move()
+        flight.renoise(slots.live)
+        return self._settle(flight, pair)
 
-    def _peek(self) -> tuple[int, Sample] | None:
-        """The next sample in line, with its number."""
-        while not self._waiting:
-            following = next(self._work, None)
-            if following is None:
-                return None
-            if isinstance(following[1], Result):
-                self._spoiled.append(following[1])
-            else:
-                self._waiting.append(following)
-        return self._waiting[0]
-
-    def _suits(self, sample: Sample) -> bool:
-        """Whether the batch that is open can take the sample beside those that are in it."""
-        if self._form != (self._size, *sample.form):
-            return False
-        if sample.ladder.stepwise:  # its scheduler knows one step for all: they begin together
-            return not self._begun and sample.ladder is self._ladders[0]
-        plan, rows = sample.ladder.whole, len(self._plan.table)
-        room = rows + len(plan.table) <= ROWS and plan.steps <= STEPS and plan.multistep <= self._multistep
-        return room or any(sample.ladder is ladder for ladder in self._ladders)
-
-    def _open(self, sample: Sample) -> None:
-        """A batch of free slots that the sample can go into; `_make_lane` gives it its memory."""
-        self._form, self._lane, self._begun = (self._size, *sample.form), None, False
-        self._ladders, self._plan = [sample.ladder], sample.ladder.whole
-        self._multistep |= self._plan.multistep  # one step alone has no history: once others were there, there is room for it
-
-    def _make_lane(self, sample: Sample) -> None:
-        self._generators = [torch.Generator() for _ in range(self._size)]
-        device, network = self._plan.table.device, sample.network.blank(self._size)
-        nothing = torch.zeros((self._size, *sample.shape), device=device)
-        plan = replace(self._plan.roomy(ROWS, STEPS) if self._room else self._plan, multistep=self._multistep)
-        self._lane = self._begin(sample.ladder, network, plan, nothing, self._generators)
-        self._lane.state.transition.row.fill_(1)  # past the last: no step changes them
-        self._lane.state.transition.last.fill_(0)
-
-    def _offset(self, ladder: Ladder) -> int:
-        """Where the ladder's rows begin in the batch's table, which they are added to where they are not there yet."""
-        for i, known in enumerate(self._ladders):
-            if known is ladder:
-                return sum(len(earlier.whole.table) for earlier in self._ladders[:i])
-        offset = len(self._plan.table)
-        self._ladders.append(ladder)
-        self._plan = Plan.joined([self._plan, ladder.whole])
-        return offset
-
-    def _send(self, slots: Sequence[Slot], noise: Sequence[Tensor]) -> None:
-        """Begin the attempts that the slots are to make, each from its noise (C, h, w)."""
-        state = self._lane.state
-        place, row, last = torch.tensor([(s.place, s.row, s.end - 1) for s in slots]).to(state.latents.x.device).unbind(1)
-        for slot in slots:
-            self._generators[slot.place] = slot.sample.generator
-        state.restart(place, torch.stack(list(noise)).to(state.latents.x), self._plan.table, row, last)
-
-    def _step(self) -> Pair:
-        needed = {self._plan.branches[slot.row] for slot in self._live}
-        branch = needed.pop() if len(needed) == 1 else "both"
-        pair = self._lane.take(branch)
-        self._begun = True
-        self.calls[branch] += len(self._live) * (2 if branch == "both" else 1)
-        self.calls["spared"] += len(self._live) * (branch != "both")
-        for slot in self._live:
-            slot.calls += 2 if self._plan.branches[slot.row] == "both" else 1
-            slot.row += 1
-        self._renoise()
-        return pair
-
-    def _renoise(self) -> None:
-        """Bring the slots back to a higher noise level that stand before such a row."""
-        back = [slot for slot in self._live if slot.row in self._plan.jumps and slot.row < slot.end]
-        if not back:
-            return
-        latents = self._lane.state.latents.x.clone()
-        for slot in back:
-            factor, sigma = self._plan.jumps[slot.row]
-            fresh = draw(slot.sample.shape, [slot.sample.generator])[0].to(latents.device)
-            latents[slot.place] = (factor * latents[slot.place].float() + sigma * fresh).to(latents.dtype)
-        self._lane.state.put(latents, self._plan.table)
-
-    def _settle(self, pair: Pair) -> list[Result]:
+    def _settle(self, flight: Flight, pair: Pair) -> list[Result]:
         """What becomes of slots after a step that made these predictions: they go on, are judged, begin again, or are free."""
-        looked, ended = ([s for s in self._live if s.looked_at], [s for s in self._live if s.row == s.end])
-        asked, again, done = [], [], []
-        if looked:
-            gaps = self._lane.state.transition.gaps.cpu()  # a read by the host
-            again += [slot for slot in looked if slot.sample.ladder.guard.early.hopeless(gaps[slot.place])]
+        asked: list[Slot] = []
+        done, again = self._looked(flight)
+        ended = [slot for slot in self._slots.live if slot.row == slot.end and slot not in again]
+        self._hear(flight, ended, pair)
         for slot in ended:
-            guard = slot.sample.ladder.guard
-            if slot.trial is not None:
-                answers = (prediction[slot.place][None] for prediction in pair)
-                slot.trial.scores.append(basin.nearer(slot.trial.target, *answers))
-            elif guard is not None:
-                slot.trial = Trial(self._result(slot), basin.noises(slot.sample.seed, slot.sample.shape))
-        if any(slot.sample.ladder.stepwise and slot.trial for slot in ended):
-            self._judge_together(ended)
-        for slot in ended:
-            guard = slot.sample.ladder.guard
-            if guard is None:
-                done.append(replace(self._result(slot), calls=slot.calls))
-            elif len(slot.trial.scores) < guard.attempts[slot.attempt].probes:
+            trial = self._trials.get(slot)
+            if trial is None:
+                result = replace(flight.result(slot), calls=slot.calls)
+            elif len(trial.scores) < trial.guard.attempts[slot.attempt].probes:
                 asked.append(slot)
                 continue
-            elif (judged := self._judged(slot)).suspect and slot.attempt + 1 < len(guard.attempts):
-                again.append(slot)
-                continue
             else:
-                done.append(judged)
-            self._live.remove(slot)
-        self._go_on(asked, again)
+                result = _judged(slot, trial)
+                del self._trials[slot]
+                if result.suspect and slot.attempt + 1 < len(trial.guard.attempts) and not _lost(flight, result):
+                    again.append(slot)
+                    continue
+            done.append(result)
+            self._slots.retire(slot)
+        self._go_on(flight, asked, again)
         return done
 
-    def _go_on(self, asked: Sequence[Slot], again: Sequence[Slot]) -> None:
+    def _looked(self, flight: Flight) -> tuple[list[Result], list[Slot]]:
+        """(what is given up for good, slots that are to make their next attempt) by the first gaps of plain attempts."""
+        done, again = [], []
+        looked = [slot for slot in self._slots.live if _looked_at(slot)]
+        gaps = flight.gaps if looked else None
+        for slot in looked:
+            guard = slot.sample.ladder.guard
+            if gaps is None or guard is None or guard.early is None or not guard.early.hopeless(gaps[slot.place]):
+                continue
+            result = flight.result(slot)
+            if _lost(flight, result):
+                done.append(replace(result, attempts=slot.attempt + 1, score=math.nan, suspect=True, calls=slot.calls))
+                self._slots.retire(slot)
+            else:
+                again.append(slot)
+        return done, again
+
+    def _hear(self, flight: Flight, ended: Sequence[Slot], pair: Pair) -> None:
+        """Begin the trials of attempts that are done, and note the answers of those that are judged already."""
+        begun = []
+        for slot in ended:
+            sample, trial, (uncond, cond) = slot.sample, self._trials.get(slot), pair
+            guard, probe = sample.ladder.guard, sample.ladder.probe
+            if trial is not None and trial.target is not None and cond is not None:
+                answers = uncond[slot.place][None], cond[slot.place][None]
+                trial.scores.append(basin.nearer(trial.target, *answers))
+            elif guard is not None and probe is not None:
+                noises = basin.noises(sample.seed, sample.shape)
+                self._trials[slot] = Trial(flight.result(slot), guard, probe, noises)
+                begun.append(slot)
+        if begun and begun[0].sample.ladder.stepwise:
+            self._judge_together(flight, begun)
+
+    def _judge_together(self, flight: Flight, ended: Sequence[Slot]) -> None:
+        """The scores of slots whose scheduler takes its own steps."""
+        trials = [self._trials[slot] for slot in ended]
+        wanted = [trial.guard.attempts[slot.attempt].probes for slot, trial in zip(ended, trials, strict=True)]
+        for probes in dict.fromkeys(wanted):
+            found = flight.scores(ended, trials[0].probe, probes)
+            for slot, trial, own in zip(ended, trials, wanted, strict=True):
+                if own == probes:
+                    trial.scores = [found[slot.place]] * probes
+                    slot.calls += 2 * probes
+
+    def _go_on(self, flight: Flight, asked: Sequence[Slot], again: Sequence[Slot]) -> None:
         """Send slots to the calls that judge them, and to their next attempts."""
-        if again and again[0].sample.ladder.stepwise:  # with the next batch: their scheduler knows one step for all
-            for slot in reversed(again):
-                slot.sample.attempt, slot.sample.calls = slot.attempt + 1, slot.calls
-                self._live.remove(slot)
-                self._waiting.appendleft((slot.number, slot.sample))
+        if again and again[0].sample.ladder.stepwise:
+            self._slots.requeue(again)
             return
+        for slot in asked:
+            slot.enter_judging()
         for slot in again:
             slot.enter(slot.attempt + 1)
         if asked or again:
-            self._send([*asked, *again], [slot.ask() for slot in asked] + [slot.sample.draw() for slot in again])
-
-    def _judge_together(self, ended: Sequence[Slot]) -> None:
-        """The scores of slots whose scheduler takes its own steps, in which there is no room for calls that judge."""
-        x, ladder = self._lane.state.latents.x, ended[0].sample.ladder
-        seeds = [0] * len(x)
-        for slot in ended:
-            seeds[slot.place] = slot.sample.seed
-        predict, attempts = partial(basin.both, self._lane.network), ladder.guard.attempts
-        for probes in {attempts[slot.attempt].probes for slot in ended}:
-            found = basin.scores(predict, ladder.probe, x, seeds, probes)
-            for slot in ended:
-                if attempts[slot.attempt].probes == probes:
-                    slot.trial.scores = [found[slot.place]] * probes
-                    slot.calls += 2 * probes
-
-    def _result(self, slot: Slot) -> Result:
-        state, ladder = self._lane.state, slot.sample.ladder
-        gap = state.transition.gaps[slot.place, : ladder.whole.steps]
-        own = ladder.computed(slot.attempt).to(gap.device)  # a step may have run both branches for another's sake
-        gap = gap.where(own, torch.full_like(gap, torch.nan))
-        return Result(slot.sample, state.latents.x[slot.place].clone(), state.transition.at[slot.place].clone(), gap)
-
-    def _judged(self, slot: Slot) -> Result:
-        """What came of a slot's attempt, with the verdict on it: a read by the host."""
-        score = torch.stack(slot.trial.scores).mean().item()
-        suspect = basin.suspects(score, slot.sample.ladder.guard.attempts[slot.attempt].threshold)
-        said = {"attempts": slot.attempt + 1, "score": score, "suspect": suspect}
-        return replace(slot.trial.result, **said, calls=slot.calls)
-
-    def _shrink(self) -> None:
-        """The slots that are in use alone, once nothing is left to fill the others with."""
-        index = torch.tensor([slot.place for slot in self._live], device=self._plan.table.device)
-        lane = self._lane
-        network, state = lane.network.select(index), lane.state.select(index)
-        self._lane = Lane(network, state, fused_step(network, self._plan, state))
-        self._size, self._form = len(index), None
-        for place, slot in enumerate(self._live):
-            slot.place = place
+            questions = [self._trials[slot].ask() for slot in asked]
+            flight.enter([*asked, *again], questions + [slot.sample.draw() for slot in again])
 
     def _retreat(self, error: Exception) -> list[Result]:
         """After a fault of all slots together: those in flight begin again in half as many, one alone has failed."""
-        lost = sorted(self._live, key=lambda slot: slot.number)
-        self._live, self._lane, self._form, short = [], None, None, isinstance(error, torch.OutOfMemoryError)
-        for slot in lost:
-            slot.sample.attempt = slot.sample.calls = 0
-        if len(lost) == 1:
-            return [Result(lost[0].sample, error=error)]
-        self._waiting.extendleft((slot.number, slot.sample) for slot in reversed(lost))
-        self._lost, self._size = max(self._lost, lost[-1].number), max(1, min(self._size, len(lost)) // 2)
+        together, short = len(self._slots.live), isinstance(error, torch.OutOfMemoryError)
+        self._flight, self._trials = None, {}
+        failed = self._slots.retreat(for_good=short)
+        if failed:
+            return [Result(sample, error=error) for sample in failed]
         if short:
-            self._most = self._size
             torch.cuda.empty_cache()
-        log.warning("%d samples failed together (%s): they begin again, %d at a time", len(lost), error, self._size)
+        log.warning("%d samples failed together (%s): they begin again, %d at a time", together, error, self._slots.size)
         return []
+
+
+def _looked_at(slot: Slot) -> bool:
+    """Whether a guard looks at the first gaps of a plain attempt here, and has another one left."""
+    ladder = slot.sample.ladder
+    if ladder.guard is None or ladder.check is None or slot.attempt or slot.judged:
+        return False
+    return slot.row == slot.offset + ladder.check and len(ladder.guard.attempts) > 1
+
+
+def _lost(flight: Flight, result: Result) -> bool:
+    """Whether half precision has lost a sample that is suspect, so that another attempt is a waste: a read by the host."""
+    scored = result.score is not None and math.isfinite(result.score)
+    return flight.half and not scored and not bool(result.latents.isfinite().all())
+
+
+def _judged(slot: Slot, trial: Trial) -> Result:
+    """What came of a slot's attempt, with the verdict on it: a read by the host."""
+    score = torch.stack(trial.scores).mean().item()
+    suspect = basin.suspects(score, trial.guard.attempts[slot.attempt].threshold)
+    return replace(trial.result, attempts=slot.attempt + 1, score=score, suspect=suspect, calls=slot.calls)
 
 
 def guarded(
@@ -306,7 +251,7 @@ def guarded(
     generators: Sequence[torch.Generator],
     bar: Callable[[Sequence[Branch]], Iterable[Branch]],
     initial: Callable[[Sequence[torch.Generator]], Tensor],
-) -> Run:
+) -> Results:
     """One batch under a guard, from its initial noise (B, ...). bar: of the plain attempt's steps; initial: see `Sample`."""
     turns = iter(bar(ladder.whole.branches[: ladder.starts[1]]))
     given = enumerate(zip(noise, generators, strict=True))
@@ -315,12 +260,4 @@ def guarded(
         for i, (x, own) in given
     ]
     engine = Engine(begin, len(work), fixed=network.version is not None, room=False)
-    return _gathered(engine.run(work, tick=lambda: next(turns, None)))
-
-
-def _gathered(results: Iterable[Result]) -> Run:
-    """The results of samples whose keys are 0, 1, ... as those of one call."""
-    ordered = sorted(results, key=lambda result: result.sample.key)
-    latents, transition, gaps = (torch.stack([getattr(r, name) for r in ordered]) for name in ("latents", "transition", "gaps"))
-    names = ("attempts", "score", "suspect", "calls")
-    return Run(latents, transition, gaps, *(torch.tensor([getattr(result, name) for result in ordered]) for name in names))
+    return Results.gathered(engine.run(work, tick=lambda: next(turns, None)))

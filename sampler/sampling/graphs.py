@@ -19,11 +19,11 @@ from .steps import Lane, fused_step
 
 log = logging.getLogger(__name__)
 ROWS = 256  # of a session's table, or the next power of two: shorter tables share its graphs
-WARM_UP = 3  # runs before a capture: libraries choose their algorithms and compilers compile in the first ones
+WARM_UP = 3  # steps before a capture: in the first ones libraries choose their algorithms, and compilers compile
 
 
 class Graphs:
-    """Captured steps by shape, all in one memory pool; `clear` gives the memory back."""
+    """Captured steps by shape. All share one memory pool, which `clear` gives back."""
 
     def __init__(self) -> None:
         self._sessions: dict[tuple, Session] = {}
@@ -32,9 +32,9 @@ class Graphs:
         self._version: object | None = None
 
     def lane(self, network: Guided, plan: Plan, noise: Tensor, memory_format: torch.memory_format) -> Lane:
-        """A step to take from `noise` under `plan`, captured where that works, and what it reads and updates.
+        """A batch that begins from `noise` under `plan`. Its step is captured where that works.
 
-        What was captured of an earlier version of the network is given back.
+        Captures of an earlier version of the network are dropped.
         """
         if network.version is not self._version:
             self.clear()
@@ -72,9 +72,9 @@ class Graphs:
 class Session:
     """What the graphs of one shape read and write, in memory that stays where it is.
 
-    Guidance comes by data, so one graph a branch serves all guidances of one rule: that of the general step, in which samples
-    look for their transition whether or not their rows say so. What it costs those that do not is that the programs of a large
-    sample wait for each other, and past a million elements a second launch: microseconds beside the network.
+    Guidance is data in the table, so one graph a branch serves all guidance of one rule. It records the general step, in which
+    every sample looks for its transition. Samples whose rows ask for none pay microseconds: the programs of a large sample wait
+    for each other, and a sample of more than a million elements takes a second launch.
     """
 
     def __init__(self, network: Guided, plan: Plan, rows: int, noise: Tensor, memory_format: torch.memory_format):
@@ -86,7 +86,7 @@ class Session:
         self.graphs: dict[Branch, tuple[torch.cuda.CUDAGraph, Pair]] = {}
 
     def start(self, noise: Tensor, plan: Plan) -> State:
-        """The state at the start of a run of `plan`; its gaps are those of the plan's steps alone."""
+        """The state at the start of `plan`. It has as many gaps as the plan has steps."""
         self.state.start(noise, self.table, last=plan.last)
         transition = replace(self.state.transition, gaps=self.state.transition.gaps[:, : plan.steps])
         return replace(self.state, transition=transition)
@@ -99,14 +99,14 @@ class Session:
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP):
                     self.take(branch)
-                with _no_waiting():  # better refused here: a capture that breaks off leaves torch in the midst of it
+                with _no_waiting():  # refused here, as a capture that fails half-way leaves torch in the middle of it
                     self.take(branch)
         finally:
             current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool):  # `current` again, however the capture ends
             pair = self.take(branch)
-        self.graphs[branch] = graph, pair  # which stay in memory, so that no other graph of the pool is given it
+        self.graphs[branch] = graph, pair  # the pair is kept, so that no other graph of the pool gets its memory
 
     def replay(self, branch: Branch) -> Pair:
         graph, pair = self.graphs[branch]

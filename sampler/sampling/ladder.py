@@ -1,20 +1,21 @@
-"""A guard over the steps of a solver: the rows of all its attempts, and of the call that judges them, in one table.
+"""All attempts of a sample over the steps of a solver, in one step table.
 
-All samples run plain classifier-free guidance. Each finished picture is judged by its basin score (see `basin`); one that looks
-like a copy begins again, from the next noise of its own and under more careful guidance, until it passes or no attempt is left.
-Each sample goes its own way in one batch, by its own rows; the others keep the bits of plain guidance. The host reads between
-attempts alone.
+A guard's samples run plain classifier-free guidance first. Each finished picture is judged by its basin score (see `basin`).
+One that looks like a copy begins again, from the next noise of its own generator and under more careful guidance, until it
+passes or no attempt is left. The samples of a batch stand at rows of their own, so those that pass keep the bits of plain
+guidance. The host reads from the device only between attempts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..detection.basin import Probe
 from ..guidance.guard import Guard
 from ..guidance.guidance import Guidance
@@ -28,14 +29,14 @@ BOTH: Branch = "both"
 
 @dataclass(frozen=True)
 class Ladder:
-    """The plans of all attempts in one: `whole` has their rows after each other, those of attempt i from `starts[i]` on.
+    """`whole` has the rows of all attempts after each other. Attempt i begins at row `starts[i]`.
 
-    guard: None for guidance that is none, whose one attempt nobody judges.
-    check: the row at which the guard's early look knows what it needs; None without one.
-    probe: of the calls that judge; their row is the last one. None without a guard.
+    guidance: one attempt that nobody judges, or a guard.
+    check: the row at which the guard's early look has seen its gaps; None without one.
+    probe: what the network is asked to judge a picture, in the last row; None without a guard.
     """
 
-    guard: Guard | None
+    guidance: Guidance | Guard
     whole: Plan
     starts: tuple[int, ...]
     solver: Solver
@@ -48,13 +49,12 @@ class Ladder:
 
         Raises ValueError for steps that it is not made for, and for a guard where pictures cannot be judged.
         """
-        guard = guidance if isinstance(guidance, Guard) else None
-        attempts = [guidance] if guard is None else [attempt.guidance for attempt in guard.attempts]
+        attempts = [one.guidance for one in guidance.attempts] if isinstance(guidance, Guard) else [guidance]
         plans = [Plan.make(solver, one, device, settle) for one in attempts]
         starts = tuple(accumulate((len(plan.table) for plan in plans), initial=0))
-        if guard is None:
-            return cls(None, plans[0], starts, solver)
-        probe, check, early = Probe.of(solver.scheduler), None, guard.early
+        if not isinstance(guidance, Guard):
+            return cls(guidance, plans[0], starts, solver)
+        probe, check, early = Probe.of(solver.scheduler), None, guidance.early
         if early is not None:
             if not early.suits(solver.levels):
                 raise ValueError(
@@ -64,15 +64,51 @@ class Ladder:
             check = plans[0].calls(early.steps)
             if set(plans[0].branches[:check]) != {BOTH}:
                 raise ValueError(f"the guard's early look needs a noise gap in each of the first {early.steps} steps")
-        return cls(guard, Plan.joined([*plans, _asking(plans[0], probe)]), starts, solver, check, probe)
+        return cls(guidance, Plan.joined([*plans, _asking(plans[0], probe)]), starts, solver, check, probe)
+
+    @property
+    def guard(self) -> Guard | None:
+        """None for guidance that is none."""
+        return self.guidance if isinstance(self.guidance, Guard) else None
+
+    @property
+    def rows(self) -> int:
+        """The rows of all attempts, and of the call that judges."""
+        return len(self.whole.table)
+
+    @property
+    def steps(self) -> int:
+        """The solver steps of an attempt, the most of one."""
+        return self.whole.steps
+
+    @property
+    def multistep(self) -> bool:
+        """Its solver keeps a history."""
+        return self.whole.multistep
 
     @property
     def stepwise(self) -> bool:
         """Its solver is the scheduler's own `step`, which all samples of a batch take together."""
         return self.solver.coefficients is None
 
+    def stopped(self, after: int | None) -> Ladder:
+        """The same, of whose steps only so many are taken; None: all. Raises ValueError for a number that it has not."""
+        if after is None:
+            return self
+        if not 1 <= checks.at_least_one("stop_after", after) <= self.solver.steps:
+            raise ValueError(f"stop_after must be 1 to {self.solver.steps}, the steps; got {after}")
+        return replace(self, whole=replace(self.whole, branches=self.whole.branches[: self.whole.calls(after)]))
+
+    @property
+    def idle(self) -> list[str]:
+        """A line about each guidance whose transition changes nothing over these steps."""
+        guidances = [self.guidance] if isinstance(self.guidance, Guidance) else [one.guidance for one in self.guidance.attempts]
+        levels = self.solver.levels
+        lines = [one.over(levels, self.solver.log_snrs).idle(levels) for one in dict.fromkeys(guidances)]
+        return [line for line in lines if line is not None]
+
     def computed(self, attempt: int) -> Tensor:
-        """(steps,) bool on the CPU, whether an attempt has a noise gap in a step."""
+        """(steps,) bool on the CPU: in which steps of an attempt there is a noise gap."""
         found = torch.zeros(self.whole.steps, dtype=torch.bool)
         rows = range(self.starts[attempt], self.starts[attempt + 1])
         found[[self.whole.step[row] for row in rows if self.whole.branches[row] == BOTH]] = True
@@ -80,13 +116,13 @@ class Ladder:
 
 
 def _asking(plain: Plan, probe: Probe) -> Plan:
-    """A plan of one row, at which the network is asked about what stands in the place of the latents, and nothing moves."""
+    """One row for the calls that judge: the network sees the question in the place of the latents, and nothing moves."""
     row = torch.zeros(1, len(Column))
     for column in (Column.BEFORE, Column.AFTER, Column.A, Column.INPUT_SCALE):
         row[0, column] = 1.0
     row[0, Column.KEEP], row[0, Column.LIMIT], row[0, Column.TIMESTEP] = -torch.inf, -torch.inf, probe.timestep
     table = row.to(plain.table.device)
-    return Plan(table, (0,), 0, (BOTH,), False, plain.multistep, plain.scaled, plain.rule, (0,), settle=plain.settle)
+    return Plan(table, (0,), 0, (BOTH,), False, plain.multistep, plain.scaled, plain.rule, (0,), settle=plain.settle, rows=(1,))
 
 
 def _steps(timesteps: Sequence[float]) -> str:

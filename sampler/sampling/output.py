@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..models import Decoded, Encoded
 from ..schedulers.solver import Solver
-from .steps import Run
+from .samples import Results
 
 
 @dataclass
@@ -56,20 +56,23 @@ class Output:
         return {name: getattr(self, name)[i].item() for name in ("attempts", "score", "suspect")}
 
     @classmethod
-    def of(cls, run: Run, encoded: Encoded, solver: Solver, output: str, decode: Callable[[Tensor, str], Decoded]) -> Output:
-        """What a call returns of a run; its pictures are decoded here. In inference mode, whose tensors it does not return."""
-        latents = run.latents.clone()  # a captured step's memory is used again
+    def of(
+        cls, results: Results, encoded: Encoded, solver: Solver, output: str, decode: Callable[[Tensor, str], Decoded]
+    ) -> Output:
+        """What a call returns of a batch; its pictures are decoded here. In inference mode, of which no tensor is returned."""
+        latents = results.latents.clone()  # a captured step's memory is used again
         finite = latents.isfinite().flatten(1).all(dim=1).cpu()
         images, flagged = latents, None
         if output != "latent":
             decoded = decode(latents, output)
             images, flagged, finite = decoded.images, decoded.flagged, finite & decoded.finite
-        transition = run.transition.cpu()
-        transition[transition >= solver.steps] = -1  # settled too late to wait
-        judged = run.attempts, run.score, run.suspect, run.calls
-        made = images, latents, transition, run.gaps.cpu(), solver.timesteps[solver.first_calls], *judged, finite
+        transition, gaps = results.transition.cpu(), results.gaps.cpu()
+        timesteps = solver.timesteps[solver.first_calls]
+        judged = results.attempts, results.score, results.suspect, results.calls
+        made: list[Any] = [images, latents, transition, gaps, timesteps, *judged, finite, flagged, encoded.truncated]
         with torch.inference_mode(False):
-            return cls(*(value.clone() if isinstance(value, Tensor) else value for value in made), flagged, encoded.truncated)
+            owned: list[Any] = [value.clone() if isinstance(value, Tensor) else value for value in made]
+            return cls(*owned)
 
     @classmethod
     def joined(cls, parts: Sequence[Output]) -> Output:

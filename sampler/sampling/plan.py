@@ -1,4 +1,4 @@
-"""The step table of a run: all that its steps read, made before the first one."""
+"""The step table, made before the first step: all that the steps read."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ..guidance.guidance import Guidance
+from ..guidance.guidance import Guidance, first_of_step
+from ..guidance.transitions import Transition
 from ..kernels.state import State
 from ..kernels.table import Column
 from ..schedulers.solver import Solver
 from ..types import Branch, Settle
 from .branches import branches, looks
+from .statistics import Statistics
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that the steps of one run read.
+    """A step table, and what the host knows of it.
 
     table:     (K, len(Column)) float32 on the device, a row for each call of the network.
     step:      the solver step each row belongs to.
@@ -29,7 +31,9 @@ class Plan:
     multistep: the solver keeps a history. scaled: some row scales the network's input. rule: the guidance rule.
     call:      the solver's call of each row.
     jumps:     before which rows the latents go back to a higher noise level, scale * latents + sigma * noise.
-    settle:    what the model's pipeline makes of a prediction that was guided, before the solver has it; None for nothing.
+    settle:    what the model's pipeline changes in a guided prediction before the solver gets it; None: nothing.
+    until:     the transition rule of each guidance in the table. rows: how many rows each guidance has.
+    statistics: the rules among them that have a statistic of their own.
     """
 
     table: Tensor
@@ -43,6 +47,12 @@ class Plan:
     call: tuple[int, ...] = ()
     jumps: Mapping[int, tuple[float, float]] = field(default_factory=dict)
     settle: Settle | None = None
+    until: tuple[Transition | None, ...] = (None,)
+    rows: tuple[int, ...] = ()
+    statistics: Statistics = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "statistics", Statistics.of(self.until, self.rows, self.table.device))
 
     @classmethod
     def make(cls, solver: Solver, guidance: Guidance, device: torch.device, settle: Settle | None = None) -> Plan:
@@ -59,13 +69,12 @@ class Plan:
         guidance = guidance.over(solver.levels, solver.log_snrs)
         call, coefficients, jumps = _restarted(solver, guidance.restart)
         step = solver.step[call]
-        first = torch.cat([torch.ones(1), solver.step.diff().clamp(max=1).float()])[call]
-        columns = guidance.calls(solver.levels, step, first)
+        columns = guidance.calls(solver.levels, step, first_of_step(solver.step)[call])
         columns |= dict(zip((Column.A, Column.B, Column.P, Column.Q), coefficients.unbind(1), strict=True))
         columns |= {Column.INPUT_SCALE: solver.input_scale[call], Column.TIMESTEP: solver.timesteps[call]}
         finds = looks(columns)
         return cls(
-            table=torch.stack([columns[column] for column in Column], dim=1).to(device),
+            table=table_of(columns).to(device),
             step=tuple(step.tolist()),
             last=len(call) - 1,
             branches=branches(columns, finds),
@@ -76,11 +85,18 @@ class Plan:
             call=tuple(call.tolist()),
             jumps=jumps,
             settle=settle,
+            until=(guidance.until,),
+            rows=(len(call),),
         )
+
+    def renoised(self, row: int, latents: Tensor, noise: Tensor) -> Tensor:
+        """Latents (...) that stand before a row of `jumps`, back at its noise level. noise: (...) float32 of deviation 1."""
+        scale, sigma = self.jumps[row]
+        return (scale * latents.float() + sigma * noise.to(latents.device)).to(latents.dtype)
 
     @property
     def steps(self) -> int:
-        """The number of solver steps; of several runs' rows, the most of one."""
+        """The number of solver steps; where several guidances have rows, the largest."""
         return max(self.step) + 1
 
     def calls(self, steps: int) -> int:
@@ -89,7 +105,7 @@ class Plan:
 
     @classmethod
     def joined(cls, plans: Sequence[Plan]) -> Plan:
-        """The rows of several plans after each other, for samples that each go their own way."""
+        """The rows of several plans after each other."""
         starts = [0, *accumulate(len(plan.table) for plan in plans)]
         return replace(
             plans[0],
@@ -99,6 +115,8 @@ class Plan:
             branches=tuple(branch for plan in plans for branch in plan.branches),
             jumps={start + row: jump for start, plan in zip(starts, plans, strict=False) for row, jump in plan.jumps.items()},
             finds=any(plan.finds for plan in plans),
+            until=tuple(rule for plan in plans for rule in plan.until),
+            rows=tuple(count for plan in plans for count in plan.rows),
         )
 
     def roomy(self, rows: int, steps: int) -> Plan:
@@ -109,10 +127,16 @@ class Plan:
         )
 
     def state(self, noise: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> State:
-        """The state of a run that starts from `noise` (B, ...), in the network's dtype and on its device."""
+        """The state of a batch that starts from `noise` (B, ...), in the network's dtype and on its device."""
         shape = tuple(noise.shape)
         empty = State.empty(shape, self.steps, noise.dtype, noise.device, self.multistep, self.scaled, memory_format)
         return empty.start(noise, self.table, last=self.last)
+
+
+def table_of(columns: Mapping[Column, Tensor]) -> Tensor:
+    """(K, len(Column)) float32 from (K,) each; 0 where a column is not given."""
+    nothing = torch.zeros_like(next(iter(columns.values())))
+    return torch.stack([columns.get(column, nothing) for column in Column], dim=1)
 
 
 def _restarted(

@@ -1,121 +1,190 @@
-"""What stands in a batch's slots: samples on their way, attempts that are being judged, and what comes of them."""
+"""Which sample goes into which slot, and when: admit, retire, retry, and the order of both. Host only: no tensors, no torch.
+
+slots.begin(work)             the samples, in the order in which they are to begin
+for slot in slots.admit():    ...those that begin now, each in a free slot of the batch
+slots.move()                  all have taken a step
+slots.retire(slot)            its sample is done
+slot.enter(attempt)           its sample makes this attempt
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # they hold tensors; what is used here of them are numbers
+    from .ladder import Ladder
+    from .samples import Sample
 
-from ..models import Guided
-from ..types import draw
-from .ladder import Ladder
-
-
-@dataclass(eq=False)
-class Sample:
-    """What is to be sampled, under the caller's `key`.
-
-    ladder:  its attempts; a plain one has one that nobody judges. shape: of its latents (C, h, w).
-    network, row: its encoded prompt is this row of that network's.
-    seed:    of a generator of its own, from which all its noise comes.
-    initial: what draws initial noise from generators, (1, C, h, w); None: normal noise of its shape. Some models pack it.
-    generator, noise: where it is gone on with: that generator, and the noise (C, h, w) that it has drawn already.
-    attempt, calls: the one it begins with, and the predictions that those before it needed.
-    """
-
-    key: Any
-    ladder: Ladder
-    shape: tuple[int, ...]
-    network: Guided
-    row: int
-    seed: int = 0
-    initial: Callable[[Sequence[torch.Generator]], Tensor] | None = None
-    generator: torch.Generator | None = None
-    noise: Tensor | None = None
-    attempt: int = 0
-    calls: int = 0
-
-    @property
-    def form(self) -> tuple:
-        """What samples of one batch have in common."""
-        plan = self.ladder.whole
-        return self.shape, self.network.row_form, id(self.network.version), plan.rule, plan.scaled
-
-    def begin(self) -> Tensor:
-        """The initial noise (C, h, w)."""
-        if self.attempt:
-            return self.draw()
-        if self.noise is not None:
-            return self.noise
-        self.generator = torch.Generator("cpu").manual_seed(self.seed)
-        return self.draw()
-
-    def draw(self) -> Tensor:
-        drawn = draw(self.shape, [self.generator]) if self.initial is None else self.initial([self.generator])
-        return drawn[0] * self.ladder.solver.init_sigma
+ROWS, STEPS = 1024, 128  # room of a batch for the rows of all its samples' step tables, and for the noise gaps of one
+AHEAD = 16  # a sample begins at most so many times the slots ahead of the oldest that is not done: what waits for it is bounded
 
 
 @dataclass(eq=False)
-class Result:
-    """What came of a sample: latents (C, h, w), transition () int64 and gaps (steps,) float32, NaN where none was needed.
-
-    attempts, score (the basin score), suspect: a guard's; None without one. calls: predictions that the sample needed, whatever
-    the others of its batch did. error: why it failed; the rest is None then.
-    """
-
-    sample: Sample
-    latents: Tensor | None = None
-    transition: Tensor | None = None
-    gaps: Tensor | None = None
-    attempts: int | None = None
-    score: float | None = None
-    suspect: bool | None = None
-    calls: int = 0
-    error: Exception | None = None
-
-
-@dataclass
-class Trial:
-    """A finished attempt while it is judged: what came of it, noises to judge it by, the answer to wait for, scores so far."""
-
-    result: Result
-    noises: Iterator[Tensor]
-    target: Tensor | None = None
-    scores: list[Tensor] = field(default_factory=list)
-
-
-@dataclass
 class Slot:
-    """A place in the batch: its sample, the `number`th that came; where that one's rows begin, its attempt, its row."""
+    """A place in the batch and the sample in it.
+
+    number: which of all samples it is, in the order in which they came. offset: where its rows begin in the batch's table.
+    attempt, row: where it is. start, end: the attempt's first row, and the one after its last.
+    calls: predictions that its sample needed so far. judged: its attempt is done, and is being judged.
+    """
 
     place: int
     sample: Sample
     number: int
     offset: int
+    calls: int
     attempt: int = 0
     row: int = 0
-    end: int = 0  # the row after the last
-    calls: int = 0
-    trial: Trial | None = None
+    start: int = 0
+    end: int = 0
+    judged: bool = False
 
     def enter(self, attempt: int) -> None:
+        """Stand at the first row of an attempt."""
         first, last = (self.offset + start for start in self.sample.ladder.starts[attempt : attempt + 2])
-        self.attempt, self.row, self.end, self.trial = attempt, first, last, None
+        self.attempt, self.judged = attempt, False
+        self.row, self.start, self.end = first, first, last
 
-    def ask(self) -> Tensor:
-        """Stand at the row of the calls that judge, with the next noise; returns what the network is given, (C, h, w)."""
-        ladder, trial = self.sample.ladder, self.trial
-        self.row = self.offset + ladder.starts[-1]
-        self.end = self.row + 1
-        given, trial.target = ladder.probe.question(trial.result.latents[None], next(trial.noises)[None])
-        return given[0]
+    def enter_judging(self) -> None:
+        """Stand at the row of the calls that judge, which is the last one of the ladder."""
+        self.row = self.offset + self.sample.ladder.starts[-1]
+        self.end, self.judged = self.row + 1, True
 
     @property
-    def looked_at(self) -> bool:
-        """Whether a guard looks at the first gaps of a plain attempt here, and has another one left."""
-        ladder = self.sample.ladder
-        plain = ladder.check is not None and self.attempt == 0 and self.trial is None
-        return plain and self.row == self.offset + ladder.check and len(ladder.guard.attempts) > 1
+    def progress(self) -> float:
+        """The share of its attempt that is done, 0 to 1."""
+        return 1.0 if self.judged else (self.row - self.start) / (self.end - self.start)
+
+
+class Slots:
+    """The slots of a batch that stays full: `most` of them, fewer after a fault.
+
+    room: samples may come whose rows are not in the table yet; else the batch is made for the first one's.
+    live: those that are in use. ladders: whose rows the batch's table has, after each other.
+    size: how many there are now. form: of the samples that the batch is open for; None where no batch is open.
+    """
+
+    def __init__(self, most: int, room: bool = True):
+        self.most = self.size = most
+        self.live: list[Slot] = []
+        self.ladders: list[Ladder] = []
+        self.form: Hashable | None = None
+        self.multistep = False  # one step alone has no history: once others were there, there is room for it
+        self._room = room
+        self._begun = False
+        self._lost = -1  # the last sample that a fault sent back
+        self._waiting: deque[tuple[int, Sample]] = deque()
+        self._source: Callable[[], tuple[int, Sample] | None] = lambda: None
+
+    def begin(self, work: Iterable[Sample]) -> None:
+        """Take samples from `work`, after those that wait already."""
+        numbered = enumerate(work)
+        self._source = lambda: next(numbered, None)
+
+    def admit(self) -> list[Slot]:
+        """Give free slots the next samples; returns those slots. Where none is in use, a batch is opened for the next one."""
+        fresh: list[Slot] = []
+        while len(self.live) < self.size and (following := self._peek()) is not None:
+            number, sample = following
+            if number > self._lost and self.size < self.most:  # those that a fault sent back are through
+                if self.live:
+                    break
+                self.size = self.most
+            if not self.live:
+                if not self._suits(sample):
+                    self._open(sample)
+            elif not self._suits(sample) or number - min(slot.number for slot in self.live) >= AHEAD * self.size:
+                break
+            self._waiting.popleft()
+            taken = {slot.place for slot in self.live}
+            place = next(place for place in range(self.size) if place not in taken)
+            slot = Slot(place, sample, number, self._offset(sample.ladder), sample.calls)
+            slot.enter(sample.attempt)
+            self.live.append(slot)
+            fresh.append(slot)
+        return fresh
+
+    def move(self) -> None:
+        """All have taken a step. The calls that they needed are the caller's to count."""
+        self._begun = True
+        for slot in self.live:
+            slot.row += 1
+
+    def retire(self, slot: Slot) -> None:
+        """Its sample is done, and it is free."""
+        self.live.remove(slot)
+
+    def requeue(self, slots: Sequence[Slot]) -> None:
+        """Their samples begin their next attempt with the next batch, before all others."""
+        for slot in reversed(slots):
+            slot.sample.attempt, slot.sample.calls = slot.attempt + 1, slot.calls
+            self.live.remove(slot)
+            self._waiting.appendleft((slot.number, slot.sample))
+
+    @property
+    def sparse(self) -> bool:
+        """Half of the slots or more are free, where samples need not step together."""
+        return not self.ladders[0].stepwise and 2 * len(self.live) <= self.size
+
+    def shrink(self) -> list[int]:
+        """Keep the slots that are in use alone; returns the places that they had. The batch takes no more samples."""
+        places = [slot.place for slot in self.live]
+        self.size, self.form = len(places), None
+        for place, slot in enumerate(self.live):
+            slot.place = place
+        return places
+
+    def retreat(self, for_good: bool) -> list[Sample]:
+        """After a fault of all slots together their samples begin again in half as many; one alone has failed, and is returned.
+
+        for_good: there stay no more than that; else there are as many as before once those samples are through.
+        """
+        lost = sorted(self.live, key=lambda slot: slot.number)
+        self.live, self.form = [], None
+        for slot in lost:
+            slot.sample.attempt = slot.sample.calls = 0
+        if len(lost) == 1:
+            return [lost[0].sample]
+        self._waiting.extendleft((slot.number, slot.sample) for slot in reversed(lost))
+        self._lost, self.size = max(self._lost, lost[-1].number), max(1, min(self.size, len(lost)) // 2)
+        if for_good:
+            self.most = self.size
+        return []
+
+    def _peek(self) -> tuple[int, Sample] | None:
+        """The next sample in line, with its number."""
+        if not self._waiting:
+            following = self._source()
+            if following is None:
+                return None
+            self._waiting.append(following)
+        return self._waiting[0]
+
+    def _suits(self, sample: Sample) -> bool:
+        """Whether the batch that is open can take the sample beside those that are in it."""
+        if self.form != (self.size, sample.form):
+            return False
+        ladder = sample.ladder
+        if ladder.stepwise:
+            return not self._begun and ladder is self.ladders[0]
+        rows = sum(known.rows for known in self.ladders)
+        room = self._room and rows + ladder.rows <= ROWS and ladder.steps <= STEPS and ladder.multistep <= self.multistep
+        return room or any(ladder is known for known in self.ladders)
+
+    def _open(self, sample: Sample) -> None:
+        """A batch of free slots that the sample can go into."""
+        self.form, self.ladders, self._begun = (self.size, sample.form), [sample.ladder], False
+        self.multistep |= sample.ladder.multistep
+
+    def _offset(self, ladder: Ladder) -> int:
+        """Where the ladder's rows begin in the batch's table, which they are added to where they are not there yet."""
+        offset = 0
+        for known in self.ladders:
+            if known is ladder:
+                return offset
+            offset += known.rows
+        self.ladders.append(ladder)
+        return offset

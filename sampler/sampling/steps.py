@@ -6,54 +6,34 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 
 from ..kernels import backend, guide_step, step
 from ..kernels.lockstep import Lockstep
 from ..kernels.state import State
-from ..kernels.table import Column
+from ..models import Guided
 from ..schedulers.schedule import own_step, prepared
 from ..schedulers.solver import Solver
-from ..types import Branch, Network, Pair, Step, draw
+from ..types import Branch, Network, Pair, Scheduler, Step, draw
 from .plan import Plan
 
-
-@dataclass(frozen=True)
-class Run:
-    """What a run returns, for B samples over K solver steps.
-
-    latents (B, ...), transition (B,) int64, gaps (B, K) float32. Under a guard those of each sample's last attempt, and on the
-    CPU attempts (B,) int64, score (B,) float32 the basin score, suspect (B,) bool, calls (B,) int64 the predictions it needed.
-    """
-
-    latents: Tensor
-    transition: Tensor
-    gaps: Tensor
-    attempts: Tensor | None = None
-    score: Tensor | None = None
-    suspect: Tensor | None = None
-    calls: Tensor | None = None
-
-    @classmethod
-    def of(cls, state: State) -> Run:
-        return cls(state.latents.x, state.transition.at, state.transition.gaps)
+Move = Callable[[Tensor, Tensor | None], None]  # takes the state one row on, from the predictions of a step
 
 
 @dataclass
 class Lane:
-    """A batch in which each sample goes its own way: what its steps read and update.
+    """A batch of the engine: its network, its state, and the step that moves all samples one row on.
 
-    table: of steps that read one of their own, which rows are copied into; None where `take` reads the plan's.
+    table: the memory that recorded steps read rows from; None where `take` reads the plan's table.
     """
 
-    network: Network
+    network: Guided
     state: State
     take: Step
     table: Tensor | None = None
 
     def follow(self, plan: Plan) -> None:
-        """Go on under a plan with more rows."""
+        """From now on the steps read the rows of `plan`, which begins with those so far."""
         if self.table is None:
             self.take = fused_step(self.network, plan, self.state)
         else:
@@ -61,86 +41,93 @@ class Lane:
 
 
 def fused_step(network: Network, plan: Plan, state: State) -> Step:
-    """A step that is the network and one launch; two where a guided prediction is to settle in between."""
-
-    def take(branch: Branch) -> Pair:
-        pair = uncond, cond = _predict(network, state, branch)
-        if plan.settle is not None and cond is not None:
-            uncond, cond = guided_prediction(uncond, cond, plan, state), None
-        step(uncond, cond, plan.table, state, plan.finds, plan.rule)
-        return pair
-
-    return take
+    """The network and one launch; two launches where the pipeline changes the guided prediction (`Plan.settle`)."""
+    return stepping(network, state, fused_move(plan, state))
 
 
 def lockstep(network: Network, plan: Plan, state: State) -> Step:
-    """`fused_step` from a state just started; where no kernel runs, without the gathers that steps of its own would need."""
-    if backend(plan.table.device) != "eager" or plan.settle is not None:
-        return fused_step(network, plan, state)
-    move = Lockstep(state, plan.table, rule=plan.rule)
+    """`fused_step` of a state that was just started; where no kernel runs, faster, and with the same bits."""
+    return stepping(network, state, lockstep_move(plan, state))
+
+
+def stepping(network: Network, state: State, move: Move) -> Step:
+    """A step: the network predicts, and the state moves."""
 
     def take(branch: Branch) -> Pair:
-        pair = _predict(network, state, branch)
+        pair = predicted(network, state, branch)
         move(*pair)
         return pair
 
     return take
 
 
-def scheduler_step(
-    solver: Solver,
-    scheduler: SchedulerMixin,
-    generators: list[torch.Generator],
-    network: Network,
-    plan: Plan,
-    state: State,
-) -> Step:
-    """A step by the scheduler's own `step`, for one that is not linear; its noise comes from the samples' own generators."""
+def fused_move(plan: Plan, state: State) -> Move:
+    """By one launch; two where the pipeline changes the guided prediction (`Plan.settle`)."""
+
+    def move(uncond: Tensor, cond: Tensor | None) -> None:
+        if cond is not None and plan.settle is not None:
+            uncond, cond = guided_prediction(uncond, cond, plan, state), None
+        elif cond is not None:
+            plan.statistics.ask(uncond, cond, plan.table, state.transition)
+        step(uncond, cond, plan.table, state, plan.finds, plan.rule)
+
+    return move
+
+
+def lockstep_move(plan: Plan, state: State) -> Move:
+    """`fused_move` of a state that was just started. Where no kernel runs, the host knows each row, and nothing is gathered."""
+    if backend(plan.table.device) != "eager" or plan.settle is not None or plan.statistics.rules:
+        return fused_move(plan, state)
+    return Lockstep(state, plan.table, rule=plan.rule)
+
+
+def scheduler_move(solver: Solver, scheduler: Scheduler, generators: list[torch.Generator], plan: Plan, state: State) -> Move:
+    """By the scheduler's own `step`, for one that is not linear; its noise comes from the samples' own generators."""
     scheduler = prepared(scheduler, solver.schedule, plan.table.device)
     timesteps = iter(scheduler.timesteps)
 
-    def take(branch: Branch) -> Pair:
-        uncond, cond = _predict(network, state, branch)
+    def move(uncond: Tensor, cond: Tensor | None) -> None:
         guided = uncond if cond is None else guided_prediction(uncond, cond, plan, state)
         latents = state.latents.x.clone()  # the scheduler may keep what it is given
         latents = own_step(scheduler, guided, next(timesteps), latents, generators, solver.schedule.eta)
         state.transition.advance()
         state.put(latents, plan.table)
-        return uncond, cond
 
-    return take
+    return move
 
 
 def guided_prediction(uncond: Tensor, cond: Tensor, plan: Plan, state: State) -> Tensor:
-    """The guided prediction of every sample's step, (B, ...), settled; gaps and transitions are recorded."""
+    """The guided prediction of each sample, (B, ...), as the solver gets it. Gaps and transitions are recorded."""
+    plan.statistics.ask(uncond, cond, plan.table, state.transition)
     guided = guide_step(uncond, cond, plan.table, state, plan.finds, plan.rule)
     if plan.settle is None:
         return guided
-    rows, at = state.transition.rows(plan.table), state.transition.at
-    left = (at >= 0) & (at <= rows[:, Column.STEP])
-    return plan.settle(guided, cond, torch.where(left, rows[:, Column.AFTER], rows[:, Column.BEFORE]))
+    return plan.settle(guided, cond, state.transition.weight(state.transition.rows(plan.table)))
 
 
-def _predict(network: Network, state: State, branch: Branch) -> Pair:
+def predicted(network: Network, state: State, branch: Branch) -> Pair:
+    """What the network predicts for the step that the samples are at."""
     latents = state.latents
     if branch == "both":
         uncond, cond = network(latents.model_input, latents.timestep, branch).chunk(2)
         return uncond, cond
     batch = len(latents.x)
+    if batch == 1 and latents.x.device.type == "cpu" and latents.x.dtype != torch.float32:
+        # There a row alone is rounded otherwise than beside another one.
+        uncond, cond = network(latents.model_input, latents.timestep, "both").chunk(2)
+        return uncond if branch == "uncond" else cond, None
     return network(latents.model_input[:batch], latents.timestep[:batch], branch), None
 
 
 def renoise(state: State, plan: Plan, row: int, generators: Sequence[torch.Generator]) -> None:
     """Bring all samples, which stand before `row`, back to a higher noise level, if the plan says so there."""
     if row in plan.jumps:
-        scale, sigma = plan.jumps[row]
         x = state.latents.x
-        noise = draw(x.shape[1:], generators).to(x.device)
-        state.put((scale * x.float() + sigma * noise).to(x.dtype), plan.table)
+        state.put(plan.renoised(row, x, draw(x.shape[1:], generators)), plan.table)
 
 
 def denoise(take: Step, branches: Iterable[Branch], after: Callable[[int], bool] | None = None) -> None:
-    """Take the steps of a plan. branches: the plan's, perhaps in a bar. after: told each one's index, whether to go on."""
+    """Take a step for each branch. after: is told the step's index, and answers whether to go on."""
     for k, branch in enumerate(branches):
         take(branch)
         if after is not None and not after(k):

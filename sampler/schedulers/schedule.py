@@ -17,6 +17,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retri
 from torch import Tensor
 
 from .. import checks
+from ..types import Scheduler
 
 # name -> (diffusers class, what its `from_config` overrides)
 SCHEDULERS: dict[str, tuple[str, dict]] = {
@@ -48,7 +49,7 @@ OWN = "own"  # the pipeline's
 Family = Literal["vp", "edm", "flow"]
 
 
-def make_scheduler(choice: str | SchedulerMixin | None, current: SchedulerMixin) -> SchedulerMixin:
+def make_scheduler(choice: str | Scheduler | None, current: Scheduler) -> Scheduler:
     """The scheduler `choice` names, configured as `current`; a scheduler stands for itself, None and "own" for `current`.
 
     Raises ValueError for an unknown name, for a name of another formulation than `current` has (its noise would not be the one
@@ -82,7 +83,7 @@ def make_scheduler(choice: str | SchedulerMixin | None, current: SchedulerMixin)
     return scheduler
 
 
-def _shifted(cls: type[SchedulerMixin], config: Mapping[str, Any]) -> dict[str, Any]:
+def _shifted(cls: type[Scheduler], config: Mapping[str, Any]) -> dict[str, Any]:
     """The shift of a flow's noise levels, which schedulers call by two names, as `cls` calls it."""
     names, known = {"shift": "flow_shift", "flow_shift": "shift"}, inspect.signature(cls).parameters
     return {own: config[name] for own, name in names.items() if own in known and own not in config and name in config}
@@ -95,7 +96,7 @@ def _named(formulation: Family) -> list[str]:
     return [OWN, *(name for name in SCHEDULERS if of[name] == formulation)]
 
 
-def family(scheduler: SchedulerMixin) -> Family:
+def family(scheduler: Scheduler) -> Family:
     """How clean latents x and noise n are mixed: "vp" sqrt(1 - b) x + sqrt(b) n, "edm" x + sigma n, "flow" (1 - t) x + t n."""
     own = own_settings(scheduler)
     if "sigma_data" in own:
@@ -104,12 +105,12 @@ def family(scheduler: SchedulerMixin) -> Family:
     return "flow" if flow or not own.keys() & {"beta_schedule", "trained_betas"} else "vp"
 
 
-def configured(scheduler: SchedulerMixin) -> tuple:
-    """What makes a scheduler's coefficients what they are."""
+def configured(scheduler: Scheduler) -> tuple:
+    """All that a scheduler's coefficients depend on."""
     return scheduler, dict(scheduler.config), getattr(scheduler, "shift", None)
 
 
-def own_settings(scheduler: SchedulerMixin) -> dict[str, Any]:
+def own_settings(scheduler: Scheduler) -> dict[str, Any]:
     """A scheduler's settings, without those of other classes that `from_config` carries along."""
     known = inspect.signature(type(scheduler).__init__).parameters
     return {name: value for name, value in scheduler.config.items() if name in known}
@@ -134,6 +135,21 @@ class Schedule:
     eta: float = 0.0
     denoising_end: float | None = None
     mu: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        steps: int,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        eta: float = 0.0,
+        denoising_end: float | None = None,
+        mu: float | None = None,
+    ) -> Schedule:
+        """From sequences of any kind. Raises ValueError as the class does."""
+        given = {"timesteps": timesteps, "sigmas": sigmas}
+        numbers = {name: None if value is None else _numbers(name, value) for name, value in given.items()}
+        return cls(steps, **numbers, eta=eta, denoising_end=denoising_end, mu=mu)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", checks.at_least_one("steps", self.steps))
@@ -168,14 +184,14 @@ def _numbers(name: str, given: Sequence[float]) -> tuple[float, ...]:
     return numbers
 
 
-def prepared(scheduler: SchedulerMixin, schedule: Schedule, device: torch.device | str = "cpu") -> SchedulerMixin:
+def prepared(scheduler: Scheduler, schedule: Schedule, device: torch.device | str = "cpu") -> Scheduler:
     """A fresh copy of `scheduler`, set to `schedule` and told its first step, so that no step looks it up on the device.
 
     Raises ValueError where the scheduler cannot be set so.
     """
     scheduler = copy.deepcopy(scheduler)
-    timesteps = None if schedule.timesteps is None else list(schedule.timesteps)
-    sigmas = None if schedule.sigmas is None else np.asarray(schedule.sigmas)  # some multiply them
+    timesteps: Any = None if schedule.timesteps is None else list(schedule.timesteps)  # whole numbers, or not
+    sigmas: Any = None if schedule.sigmas is None else np.asarray(schedule.sigmas)  # some multiply them
     shifted = {} if schedule.mu is None else {"mu": schedule.mu}
     if shifted and not scheduler.config.get("use_dynamic_shifting"):
         raise ValueError(
@@ -192,21 +208,21 @@ def prepared(scheduler: SchedulerMixin, schedule: Schedule, device: torch.device
     return scheduler
 
 
-def scale_model_input(scheduler: SchedulerMixin, latents: Tensor, timestep: Tensor) -> Tensor:
+def scale_model_input(scheduler: Scheduler, latents: Tensor, timestep: Tensor) -> Tensor:
     """The network's input; flow-matching schedulers do not scale."""
     return scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
 
 
 @functools.cache
-def _step_parameters(scheduler: type[SchedulerMixin]) -> frozenset[str]:
+def _step_parameters(scheduler: Any) -> frozenset[str]:
     return frozenset(inspect.signature(scheduler.step).parameters)
 
 
 def own_step(
-    scheduler: SchedulerMixin, guided: Tensor, timestep: Tensor, latents: Tensor, generators: list[torch.Generator], eta: float
+    scheduler: Scheduler, guided: Tensor, timestep: Tensor, latents: Tensor, generators: list[torch.Generator], eta: float
 ) -> Tensor:
     """The scheduler's own step, handed what diffusers' pipelines hand to it; its noise comes from the samples' generators."""
-    takes = _step_parameters(type(scheduler))
+    takes = _step_parameters(scheduler.__class__)
     given: Mapping[str, Any] = {"eta": eta, "generator": generators}
     if getattr(scheduler, "noise_sampler", 0) is None:  # a Brownian path for each sample, seeded as the sample is
         scheduler.noise_sampler_seed = [generator.initial_seed() for generator in generators]
@@ -214,7 +230,7 @@ def own_step(
     return scheduler.step(guided, timestep, latents, return_dict=False, **wanted)[0]
 
 
-def step_of_calls(scheduler: SchedulerMixin) -> Tensor:
+def step_of_calls(scheduler: Scheduler) -> Tensor:
     """The step of each network call of a prepared scheduler, (K,) int64: some call the network more than once a step."""
     calls = torch.arange(len(scheduler.timesteps))
     if getattr(scheduler, "prk_timesteps", None) is not None:  # PNDM: Runge-Kutta steps of four calls, or a first step of two
@@ -225,14 +241,14 @@ def step_of_calls(scheduler: SchedulerMixin) -> Tensor:
     return calls // getattr(scheduler, "order", 1)
 
 
-def levels(scheduler: SchedulerMixin) -> Tensor | None:
+def levels(scheduler: Scheduler) -> Tensor | None:
     """The noise level of each call of a prepared scheduler, as a timestep in 0..1000 of the training schedule: (K,) float32.
 
     Flow: 1000 t. EDM: the timestep at which Stable Diffusion's schedule has the ratio sigma / sigma_data of noise to data.
     None where a scheduler's timesteps are not known to be of any of these.
     """
     timesteps, own = scheduler.timesteps.cpu(), own_settings(scheduler)
-    sigmas = getattr(scheduler, "sigmas", None)
+    sigmas: Any = getattr(scheduler, "sigmas", None)
     calls, formulation = len(timesteps), family(scheduler)
     if formulation != "vp" and (sigmas is None or len(sigmas) not in (calls, calls + 1)):
         return None
@@ -247,7 +263,7 @@ def levels(scheduler: SchedulerMixin) -> Tensor | None:
     return timesteps.float() * (1000 / own["num_train_timesteps"])
 
 
-def log_snrs(scheduler: SchedulerMixin) -> Tensor | None:
+def log_snrs(scheduler: Scheduler) -> Tensor | None:
     """log(a^2 / s^2) of each call of a prepared scheduler, whose latents are a * data + s * noise: (K,) float32.
 
     Under EDM data of the deviation sigma_data count as data of deviation 1. None where that is not known.
@@ -255,7 +271,7 @@ def log_snrs(scheduler: SchedulerMixin) -> Tensor | None:
     timesteps, own = levels(scheduler), own_settings(scheduler)
     if timesteps is None:
         return None
-    sigmas = getattr(scheduler, "sigmas", None)
+    sigmas: Any = getattr(scheduler, "sigmas", None)
     if family(scheduler) == "flow":
         return flow_log_snr(timesteps / 1000)
     if family(scheduler) == "edm":
@@ -266,12 +282,12 @@ def log_snrs(scheduler: SchedulerMixin) -> Tensor | None:
 
 
 def flow_log_snr(noise: Tensor) -> Tensor:
-    """That of (1 - t) x + t n, for t (...) in 0..1."""
+    """The log SNR of (1 - t) x + t n, for t (...) in 0..1."""
     return 2 * ((1 - noise) / noise).log()
 
 
 def vp_log_snr(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
-    """That of a variance-preserving schedule at timesteps (...), counted as the schedule does, interpolated between two."""
+    """The log SNR of a variance-preserving schedule at its own timesteps (...), interpolated between whole ones."""
     alphas = alphas_cumprod.double().cpu().numpy().clip(1e-12, 1 - 1e-12)
     known = np.log(alphas / (1 - alphas))
     return torch.from_numpy(np.interp(timesteps.double().cpu().numpy(), np.arange(len(known)), known)).float()

@@ -15,10 +15,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 
 from .. import checks
+from ..types import Scheduler
 from .schedule import Schedule, levels, log_snrs, own_step, prepared, scale_model_input, step_of_calls
 
 
@@ -45,11 +45,11 @@ class Solver:
     log_snr: Tensor | None
     input_scale: Tensor
     init_sigma: float
-    scheduler: SchedulerMixin
+    scheduler: Scheduler
     coefficients: Tensor | None
 
     @classmethod
-    def of(cls, scheduler: SchedulerMixin, schedule: Schedule) -> Solver:
+    def of(cls, scheduler: Scheduler, schedule: Schedule) -> Solver:
         """Measure `scheduler` over `schedule`, without a draw from torch's global generator.
 
         Raises ValueError for a scheduler that cannot take these steps, or that draws noise no seed decides.
@@ -148,7 +148,7 @@ class Solver:
         return mix(one, 0 * one), mix(0 * one, one)
 
 
-def _begun(scheduler: SchedulerMixin, schedule: Schedule, call: int) -> SchedulerMixin:
+def _begun(scheduler: Scheduler, schedule: Schedule, call: int) -> Scheduler:
     """A fresh copy that stands before `call`, its first."""
     plan = prepared(scheduler, schedule)
     if hasattr(plan, "set_begin_index"):
@@ -156,7 +156,7 @@ def _begun(scheduler: SchedulerMixin, schedule: Schedule, call: int) -> Schedule
     return plan
 
 
-def _measure(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[Tensor, Tensor]:
+def _measure(scheduler: Scheduler, schedule: Schedule) -> tuple[Tensor, Tensor]:
     """The scale of the network's input (K,) and the coefficients (K, 4), in float64 as far as the scheduler's own numbers are.
 
     Call k is given unit vectors in two slots of its own, (latents, guided); what it returns in the slots of call k - j is its
@@ -177,7 +177,7 @@ def _measure(scheduler: SchedulerMixin, schedule: Schedule) -> tuple[Tensor, Ten
     return input_scale, torch.cat([response[:, 0], history], dim=1)
 
 
-def _agrees(scheduler: SchedulerMixin, schedule: Schedule, coefficients: Tensor) -> bool:
+def _agrees(scheduler: Scheduler, schedule: Schedule, coefficients: Tensor) -> bool:
     """Whether the scheduler's own steps on random predictions are those of the coefficients."""
     plan = prepared(scheduler, schedule)
     rng = torch.Generator().manual_seed(0)
@@ -195,7 +195,7 @@ def _agrees(scheduler: SchedulerMixin, schedule: Schedule, coefficients: Tensor)
     return True
 
 
-def _trajectory(scheduler: SchedulerMixin, schedule: Schedule, seed: int) -> Tensor:
+def _trajectory(scheduler: Scheduler, schedule: Schedule, seed: int) -> Tensor:
     """Where the scheduler's own steps lead with this seed of torch's global generator and always the same of the sample's."""
     torch.manual_seed(seed)
     plan, generators = prepared(scheduler, schedule), _generators()

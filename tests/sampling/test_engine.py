@@ -8,9 +8,10 @@ import torch
 from basinescape import At, FirstMinimum, Guidance, Sampler
 from basinescape.bench.speed import engine as speed
 from basinescape.bench.speed.standin import stand_in
-from basinescape.sampling import engine
-from basinescape.sampling.engine import Engine, Result, Sample
+from basinescape.sampling import slots
+from basinescape.sampling.engine import Engine
 from basinescape.sampling.ladder import Ladder
+from basinescape.sampling.samples import Result, Sample
 from basinescape.schedulers.schedule import make_scheduler
 from ladders import EVERY, NONE
 from ladders import guard as judged
@@ -147,14 +148,14 @@ def test_samples_of_another_size_wait_until_the_batch_is_free(sampler):
 
 
 def test_a_table_that_is_full_begins_anew(sampler, monkeypatch):
-    monkeypatch.setattr(engine, "ROWS", 12)
+    monkeypatch.setattr(slots, "ROWS", 12)
     work = samples(sampler, [ladder(sampler, steps) for steps in (5, 6, 7, 5)])
     found = run(sampler, work)
     assert sorted(found) == [0, 1, 2, 3] and all(result.error is None for result in found.values())
 
 
 def test_nobody_gets_far_ahead_of_the_slowest(sampler, monkeypatch):
-    monkeypatch.setattr(engine, "AHEAD", 2)
+    monkeypatch.setattr(slots, "AHEAD", 2)
     slow, quick = ladder(sampler, 60), ladder(sampler, 3)
     order = [result.sample.key for result in _ordered(sampler, samples(sampler, [slow] + [quick] * 12), 2)]
     assert order.index(0) == 3  # 1, 2 and 3 are less than 2 x 2 ahead

@@ -10,6 +10,7 @@ from basinescape import At, FirstMinimum, Guidance, Sampler
 from basinescape.models import adapt
 from basinescape.sampling.graphs import Graphs
 from ladders import guarded
+from mean_fallen import MeanFallen
 from rounding import assert_same_but_for_rounding
 
 STEPS = 5
@@ -92,7 +93,10 @@ def test_a_captured_step_is_the_step(pipe, device, scheduler, compile, monkeypat
     assert not captured.graphs._sessions
 
 
-@pytest.mark.parametrize(("guidance", "capture"), [(CALLS[0][1], True), (CALLS[2][1], False)], ids=repr)
+OWN = Guidance.delayed(7.5, until=MeanFallen(0.98), before=1.5)  # a rule with a statistic of its own is not captured
+
+
+@pytest.mark.parametrize(("guidance", "capture"), [(CALLS[0][1], True), (CALLS[2][1], False), (OWN, True)], ids=repr)
 def test_a_call_waits_as_often_however_many_steps_it_takes(pipe, device, guidance, capture):
     sampler = Sampler.from_pipeline(on_device(pipe), "dpmsolver++", capture=capture)
     waits = {}

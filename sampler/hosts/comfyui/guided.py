@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from basinescape.guidance.guidance import Guidance
-from basinescape.guidance.transitions import Rule
+from basinescape.guidance.transitions import Transition
 from basinescape.hosts.sigma_run import Run, timestep
 from basinescape.hosts.sigma_steps import Steps, evaluates_twice
 from torch import Tensor
@@ -30,7 +30,7 @@ class Guided:
     last run's; None where nothing was guided in it.
     """
 
-    def __init__(self, before: float, until: Callable[[list[float], bool], Rule | None], rule: str = "cfg"):
+    def __init__(self, before: float, until: Callable[[list[float], bool], Transition | None], rule: str = "cfg"):
         self.before, self.until, self.rule = before, until, rule
         self.guidance(until([1000.0], False), 1.0)  # raises for what is not allowed
         self.run: Run | None = None
@@ -42,7 +42,7 @@ class Guided:
         """Itself: the clone of a model has deep copies of its options, and the same wrappers around a run."""
         return self
 
-    def guidance(self, until: Rule | None, scale: float) -> Guidance:
+    def guidance(self, until: Transition | None, scale: float) -> Guidance:
         """Of a run with this transition, at the sampler's scale."""
         return Guidance(scale, self.before, until, rule=self.rule)
 

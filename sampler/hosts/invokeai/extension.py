@@ -14,7 +14,7 @@ from torch import Tensor
 from ...detection.basin import Probe
 from ...detection.judging import Verdict
 from ...guidance.guidance import Guidance
-from ...guidance.transitions import Rule
+from ...guidance.transitions import Transition
 from ..escape import Escape, judge
 from ..taken import called, taken
 
@@ -33,7 +33,7 @@ class BasinEscapeExtension(ExtensionBase):
     """
 
     def __init__(
-        self, before: float, until: Callable[[list[float], bool], Rule | None], rule: str = "cfg", judges: bool = True
+        self, before: float, until: Callable[[list[float], bool], Transition | None], rule: str = "cfg", judges: bool = True
     ):
         super().__init__()
         self.before, self.until, self.rule, self.judges = before, until, rule, judges

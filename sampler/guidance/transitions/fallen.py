@@ -1,0 +1,38 @@
+"""A transition where the noise gap has fallen to a share of its largest value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ... import checks
+from .base import Leaving, Transition, until_deadline
+
+
+@dataclass(frozen=True)
+class Fallen(Transition):
+    """The transition is the first step whose noise gap is below `share` times the largest one before it, per sample.
+
+    share:  above 0 and at most 1.
+    latest: a deadline: a sample still waiting at this step transitions there. None: it may wait for ever.
+
+    Raises ValueError for anything else.
+    """
+
+    share: float = 0.5
+    latest: int | None = None
+
+    word = "fallen"
+    label = "noise gap has halved"
+    earliest_step = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "share", checks.finite("share", self.share))
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must be above 0 and at most 1, got {self.share:g}")
+        if self.latest is not None:
+            checks.at_least("latest", self.latest, 1)
+
+    def leaving(self, levels: Sequence[float]) -> list[Leaving]:
+        """At any step but the first, which has no gap before it."""
+        return until_deadline(Leaving(fall=self.share), levels, self.latest)

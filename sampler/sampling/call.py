@@ -1,0 +1,108 @@
+"""One call of a sampler: what it asks for, and the checks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..guidance.guard import Guard
+from ..guidance.guidance import Guidance
+from ..schedulers.schedule import Schedule
+from . import callbacks
+
+OUTPUTS = ("pil", "np", "pt", "latent")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What is drawn, and from which noise: `count` pictures of each prompt, those of one prompt after each other.
+
+    texts:   None where `options` have prompt_embeds in their place. seeds: one a picture. negative: one or None a prompt.
+    options: of the pipeline's own call.
+    """
+
+    texts: list[str] | None
+    seeds: list[int]
+    count: int
+    negative: list[str | None] | None
+    options: dict[str, Any]
+
+    @classmethod
+    def checked(
+        cls,
+        texts: str | Sequence[str] | None,
+        seeds: int | Sequence[int],
+        count: int,
+        negative: str | Sequence[str | None] | None,
+        options: dict[str, Any],
+    ) -> Prompts:
+        """From arguments as callers give them. Raises ValueError for what does not fit."""
+        count = checks.at_least_one("num_images_per_prompt", count)
+        embedded = texts is None and options.get("prompt_embeds") is not None
+        found = None if embedded else checks.texts("prompts", texts)
+        prompted = len(found) if found is not None else len(options["prompt_embeds"])
+        return cls(
+            found,
+            checks.seeds(seeds, prompted * count),
+            count,
+            checks.one_each("negative_prompt", negative, prompted),
+            options,
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call of a sampler asks for; see `Sampler.__call__`.
+
+    size: (height, width) in pixels. shape: of one sample's latents. latents: (B, *shape), initial noise that is given.
+    wrapped: the network is another than the model's.
+
+    Raises ValueError for what does not fit together.
+    """
+
+    prompts: Prompts
+    guidance: Guidance | Guard
+    schedule: Schedule
+    size: tuple[int, int]
+    shape: tuple[int, ...]
+    output: str = "pil"
+    latents: Tensor | None = None
+    batch_size: int | None = None
+    stop_after: int | None = None
+    callback: callbacks.Callback | None = None
+    wrapped: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.guidance, Guidance | Guard):
+            raise ValueError(f"guidance must be a Guidance, got {self.guidance!r}")
+        if self.output not in OUTPUTS:
+            raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
+        wanted = (self.total, *self.shape)
+        if self.latents is not None and tuple(self.latents.shape) != wanted:
+            raise ValueError(f"latents must have the shape {wanted}, got {tuple(self.latents.shape)}")
+        unfinished = self.stop_after is not None or self.schedule.denoising_end is not None
+        if isinstance(self.guidance, Guard) and (self.seen or unfinished):
+            unfit = "a wrapped network, callback_on_step_end, stop_after or denoising_end"
+            raise ValueError(f"a guard judges finished pictures: it does not go with {unfit}")
+        size = None if self.batch_size is None else checks.at_least_one("batch_size", self.batch_size)
+        if size is not None and size < self.total and self.wrapped:
+            raise ValueError(f"batch_size must be at least {self.total}, all samples of a wrapped network; got {size}")
+
+    @property
+    def total(self) -> int:
+        """The number of samples."""
+        return len(self.prompts.seeds)
+
+    @property
+    def seen(self) -> bool:
+        """Whether somebody sees the batch, which holds all samples then."""
+        return self.wrapped or self.callback is not None
+
+    def generators(self) -> list[torch.Generator]:
+        """A fresh one a sample, from its seed."""
+        return [torch.Generator("cpu").manual_seed(seed) for seed in self.prompts.seeds]

@@ -1,0 +1,53 @@
+"""A transition that changes nothing is said, once a call and with the same words, by the sampler and by `escape`."""
+
+import pytest
+from basinescape import At, Fallen, FirstMinimum, Guard, Guidance, Sampler, Settled, escape
+from basinescape.guidance.guard import Attempt
+
+PLAIN, NEVER = "is plain guidance here: the first of {} steps is past", "has no transition here: none of {} steps comes so far"
+
+
+def delayed(until):
+    return Guidance.delayed(7.5, until=until)
+
+
+CASES = [
+    (At(680), 1, "NEVER"),
+    (At(1000), 3, "PLAIN"),
+    (At(0), 3, "NEVER"),
+    (At(log_snr=-20), 3, "PLAIN"),
+    (At(log_snr=20), 3, "NEVER"),
+    (FirstMinimum(), 2, "NEVER"),
+    (FirstMinimum(latest=3), 2, "NEVER"),
+    (Settled((1.0,) * 3, wait=3), 3, "NEVER"),
+    (At(500), 3, None),
+    (FirstMinimum(), 3, None),
+    (Fallen(), 2, None),
+    (Settled((1.0,) * 3, wait=2), 3, None),
+]
+
+
+@pytest.mark.parametrize(("until", "steps", "said"), CASES)
+def test_a_transition_that_changes_nothing_is_said(pipe, caplog, until, steps, said):
+    sampler = Sampler.from_pipeline(pipe, "ddim")
+    sampler(["a", "b"], 0, steps, delayed(until), output="latent", progress=False, batch_size=1)
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("basinescape")]
+    if said == "NEVER" and steps == 1:
+        said = "PLAIN" if sampler.solver(1).levels[0] <= 680 else "NEVER"
+    wanted = {"PLAIN": PLAIN, "NEVER": NEVER}.get(said)
+    assert len(lines) == (wanted is not None) and (wanted is None or wanted.format(steps) in lines[0])
+    caplog.clear()
+    own = type(pipe)(**{**pipe.components, "scheduler": sampler.scheduler})
+    own.set_progress_bar_config(disable=True)
+    with escape(own, delayed(until)):
+        own(["a", "b"], num_inference_steps=steps, output_type="latent")
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("basinescape")] == lines
+
+
+def test_attempts_of_a_guard_are_told_apart(pipe, caplog):
+    """Plain guidance changes nothing on purpose, and is not said."""
+    idle, fine = delayed(At(1000)), delayed(At(500))
+    guard = Guard(tuple(Attempt(one, 1e9) for one in (Guidance.cfg(7.5), idle, idle, fine)))
+    Sampler.from_pipeline(pipe, "ddim")("a", 0, 3, guard, output="latent", progress=False)
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("basinescape")]
+    assert repr(idle) in line and PLAIN.format(3) in line
