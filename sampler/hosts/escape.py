@@ -213,7 +213,7 @@ def each(guidance: Guidance | Guard | Sequence[Guidance | Guard], batch: int | N
     return found
 
 
-def _levels(timesteps: Sequence[float] | Tensor) -> list[float]:
+def _levels(timesteps: Sequence[float] | Tensor | int) -> list[float]:
     """As numbers; ValueError where they are none, or out of range."""
     found = torch.as_tensor(timesteps, dtype=torch.float64).cpu()
     if found.ndim != 1 or not len(found) or bool(((found < -1) | (found > 1001)).any()):

@@ -84,5 +84,5 @@ def transition(until: str, timestep: float, latest: float, timesteps: list[float
         return At(timestep)
     rule = UNTIL[until]
     step = max(round(share("latest", latest) * len(timesteps)), rule.earliest_step)
-    deadline = {"latest": step} if "latest" in rule.field_names() else {}
+    deadline: dict[str, Any] = {"latest": step} if "latest" in rule.field_names() else {}
     return None if goes_on or timesteps[0] <= timestep else rule.asked(**deadline)
