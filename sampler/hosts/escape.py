@@ -62,24 +62,24 @@ class Escape:
         self.device = torch.device(device)
         self.calls = 0
         count = checks.whole(timesteps)
-        self._told = count is not None  # in each call
+        self._timed_by_call = count is not None  # in each call
         self.timesteps = _levels(timesteps) if count is None else [math.nan] * checks.at_least_one("timesteps", count)
         self.guidance = [one.over(self.timesteps, _log_snrs(log_snrs, len(self.timesteps))) for one in given]
         self._step = torch.arange(len(self.timesteps)) if step is None else torch.as_tensor(step, dtype=torch.int64).cpu()
         if not set(self._step.tolist()) <= set(range(len(self.timesteps))):
             raise ValueError(f"step must count the {len(self.timesteps)} timesteps from 0, got {self._step.tolist()}")
         self._first = first_of_step(self._step)
-        if not self._told:
+        if not self._timed_by_call:
             self._check_known(self.timesteps)
         self._distinct = list(dict.fromkeys(self.guidance))
-        table = self._laid()
+        table = self._rows()
         self._finds = any(looks(one.calls(self.timesteps, self._step, self._first)) for one in self._distinct)
         self._table = table.to(self.device)
         until = [one.until for one in self._distinct]
         self._statistics = Statistics.of(until, [len(self._step)] * len(until), self.device)
         self._starts = torch.tensor([self._distinct.index(one) * len(self._step) for one in self.guidance], device=self.device)
-        self._way = Transition.empty(self.batch, len(self.timesteps), self.device)
-        self._way.restart(slice(None), self._starts, self._starts + len(self._step) - 1)
+        self._transition = Transition.empty(self.batch, len(self.timesteps), self.device)
+        self._transition.restart(slice(None), self._starts, self._starts + len(self._step) - 1)
         self._state: State | None = None
 
     @torch.no_grad()
@@ -100,16 +100,16 @@ class Escape:
             raise ValueError(f"uncond has {len(uncond)} samples; the run was made for {self.batch}")
         if cond is None and self.branch(timestep) == "both":
             raise ValueError("cond is None, and this call needs both predictions")
-        if self._told:
-            self._tell(timestep)
+        if self._timed_by_call:
+            self._note_timestep(timestep)
         if not (is_dense(uncond) and (cond is None or (is_dense(cond) and uncond.stride()[1:] == cond.stride()[1:]))):
             uncond, cond = uncond.contiguous(), None if cond is None else cond.contiguous()
         if self._state is None:
             self._state = self._beside(uncond, dtype or uncond.dtype)
         if cond is not None:
-            self._statistics.ask(uncond, cond, self._table, self._way)
+            self._statistics.ask(uncond, cond, self._table, self._transition)
         guided = guide_step(uncond, cond, self._table, self._state, self._finds, self.guidance[0].rule)
-        self._way.advance()
+        self._transition.advance()
         self.calls += 1
         return guided
 
@@ -118,8 +118,8 @@ class Escape:
 
         timestep: as in that call. Raises ValueError where it is missing.
         """
-        if self._told:
-            self._tell(timestep)
+        if self._timed_by_call:
+            self._note_timestep(timestep)
         columns = [one.calls(self.timesteps, self._step, self._first) for one in self._distinct]
         needed = {branches(laid, looks(laid))[self.calls] for laid in columns}
         return needed.pop() if len(needed) == 1 else "both"
@@ -132,38 +132,38 @@ class Escape:
     def seek(self, call: int) -> None:
         """Stand before another call, with all that was noted so far: for hosts that say which call it is."""
         self.calls = call
-        self._way.row.copy_(self._starts + call)
+        self._transition.row.copy_(self._starts + call)
 
     def mark(self) -> Transition:
         """What has been noted so far, for `forget`."""
-        return self._way.select(torch.arange(self.batch, device=self.device))
+        return self._transition.select(torch.arange(self.batch, device=self.device))
 
     def forget(self, mark: Transition) -> None:
         """Undo what was noted since."""
         for name, noted in vars(mark).items():
-            getattr(self._way, name).copy_(noted)
+            getattr(self._transition, name).copy_(noted)
 
     @property
     def weight(self) -> Tensor:
         """(B,) float32 on the device: each sample's weight in the last call."""
-        return self._way.weight(self._table[self._starts + max(self.calls - 1, 0)])
+        return self._transition.weight(self._table[self._starts + max(self.calls - 1, 0)])
 
     @property
     def transition_step(self) -> Tensor:
         """(B,) int64 on the CPU: the step at which each sample's guidance changed; -1 for none yet, 0 for plain guidance."""
-        return self._way.within(len(self.timesteps)).cpu()
+        return self._transition.within(len(self.timesteps)).cpu()
 
     @property
     def noise_gap(self) -> Tensor:
         """(B, steps) float32 on the CPU: ||cond - uncond||_2 at each step, NaN where it has not been yet."""
-        return self._way.gaps.cpu()
+        return self._transition.gaps.cpu()
 
-    def _laid(self) -> Tensor:
+    def _rows(self) -> Tensor:
         """The rows of each distinct guidance, one after another: (K * distinct, len(Column)) float32 on the CPU."""
         return torch.cat([table_of(one.calls(self.timesteps, self._step, self._first)) for one in self._distinct])
 
-    def _tell(self, timestep: float | None) -> None:
-        """Lay the guidance over the timestep of this call, if it is the first of its step and not known yet."""
+    def _note_timestep(self, timestep: float | None) -> None:
+        """Take the timestep of this call as that of its step, if the call is the step's first, and lay the guidance over it."""
         k = int(self._step[self.calls])
         if not self._first[self.calls] or self.timesteps[k] == timestep:
             return
@@ -171,7 +171,7 @@ class Escape:
         self._check_known([level])
         self.timesteps[k] = level
         if any(one.timed for one in self._distinct):
-            self._table.copy_(self._laid())
+            self._table.copy_(self._rows())
 
     def _check_known(self, levels: Sequence[float]) -> None:
         for one in self.guidance:
@@ -186,13 +186,14 @@ class Escape:
         with torch.inference_mode(False):
             doubled = torch.cat([torch.empty_like(uncond, dtype=dtype, device=self.device)] * 2)
             latents = Latents(doubled, torch.empty(2 * self.batch, device=self.device), None, None)
-            return State(self._way, latents, Workspace.beside(latents))
+            return State(self._transition, latents, Workspace.beside(latents))
 
 
 def each(guidance: Guidance | Guard | Sequence[Guidance | Guard], batch: int | None = None) -> list[Guidance]:
-    """One guidance for each of `batch` samples, as a host can follow it; ValueError for anything else.
+    """A list of one guidance for each of `batch` samples. Without `batch`: the list as it is given; of one, if it is for all.
 
-    Without `batch` the list as it is given, of one where there is one for all.
+    Raises ValueError for what is none, or of another length, and for what a host cannot follow: a guard, restart sampling, and
+    several rules.
     """
     if isinstance(guidance, Guard) or (isinstance(guidance, Sequence) and any(isinstance(one, Guard) for one in guidance)):
         raise ValueError(

@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -159,7 +160,7 @@ def denoised(original: Callable[..., Any], stage: Any, ctx: Any, batch: Any, ser
     told = [facts(policy, i) for i in range(len(rows))]
     attempt, again = 0, [one.judge for one in rows]
     while any(again):
-        scores = judged(stage, ctx, batch, server_args).tolist()
+        scores = judged(partial(original, stage), ctx, batch, server_args).tolist()
         for i in (i for i, asked in enumerate(again) if asked):
             suspect = bool(suspects(scores[i], rows[i].attempts[attempt].threshold))
             told[i] = {**facts(policy, i), "score": scores[i], "suspect": suspect, "attempts": attempt + 1}
@@ -188,15 +189,18 @@ def next_noise(like: Tensor, batch: Any) -> Tensor:
     return torch.stack(drawn).to(like) * getattr(batch.scheduler, "init_noise_sigma", 1.0)
 
 
-def judged(stage: Any, ctx: Any, batch: Any, server_args: Any) -> Tensor:
-    """(B,) float32 on the CPU: the basin scores of a finished loop's latents. The stage's own step makes both predictions."""
+def judged(loop: Callable[..., Any], ctx: Any, batch: Any, server_args: Any) -> Tensor:
+    """(B,) float32 on the CPU: the basin scores of a finished loop's latents.
+
+    loop: the stage's own; one step of it, under a scheduler that does nothing, makes both predictions.
+    """
     asking = replace(ctx.cfg_policy, branches=ctx.cfg_policy.both, predicted=[])
 
     def predict(x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         one = copy.copy(ctx)
         one.scheduler, one.latents, one.cfg_policy, one.timesteps = _Still(), x, asking, timesteps[:1].to(ctx.timesteps)
-        told = one.timesteps.cpu()
-        stage._run_denoising_step(one, stage._prepare_step_state(one, batch, server_args, 0, told[0], told), batch, server_args)
+        one.num_inference_steps, one.extra = 1, dict(ctx.extra)
+        loop(one, batch, server_args, collect_trajectory=False)
         cond, uncond = (made[0] if isinstance(made, tuple) else made for made in asking.predicted or ())
         return uncond, cond
 
@@ -205,6 +209,11 @@ def judged(stage: Any, ctx: Any, batch: Any, server_args: Any) -> Tensor:
 
 class _Still:
     """A scheduler under which the latents stay what they are."""
+
+    order = 1
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        pass
 
     def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:
         return sample

@@ -10,15 +10,18 @@ AHEAD = 2  # how many steps a sampler looks ahead at most
 
 
 class Steps:
-    """The steps of a run at falling `sigmas`, one a step. `step` is that of the last call, `returns` how often one went back.
+    """The steps of a run, and the one that its sampler is at.
 
-    A call belongs to the last step whose sigma is not below its own, and the first one there is the first of its step. A call
-    that is not lower than the one before it shows what that one was:
+    sigmas: of each step, falling. twice: the sampler calls the model twice at each. step: that of the last call; -1 before it.
+    returns: how often the sampler has gone back to an earlier step.
 
-    - the sampler looked ahead (Heun), if it is the next step's. From then on a lower call is another one of the same step,
-      unless one between the two steps has been.
-    - it evaluates each step twice, where `twice` says so. No step is begun.
-    - it has gone back. The step begins anew.
+    A call belongs to the last step whose sigma is not below the call's. The first call there is the first of its step. A call
+    whose sigma is not lower than that of the call before it tells what that one was:
+
+    - The sampler had looked ahead (Heun), if this call is the next step's. From then on a lower call is another one of the same
+      step, unless a call between the two steps was made.
+    - The sampler calls the model twice in each step, if `twice` says so. Then no step is begun.
+    - Else the sampler has gone back. The step begins anew.
     """
 
     def __init__(self, sigmas: list[float], twice: bool = False):

@@ -1,7 +1,7 @@
 """Where `import sglang...` finds the stand-in of `sglang_server`, or SGLang-Diffusion's own code.
 
 That is, from the wheel: `cfg_policy.py`, `hook_registry.py`, the functions of `cfg_parallel_utils.py`, and these methods of
-others: `DenoisingStage._predict_noise_with_cfg`, `_run_denoising_step`; `Scheduler`'s of signature, merging and splitting.
+others: `DenoisingStage`'s loop, step and prediction; `Scheduler`'s of signature, merging and splitting.
 """
 
 import copy
@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import logging
 import sys
+import time
 from contextlib import contextmanager, nullcontext
 from types import ModuleType, SimpleNamespace
 
@@ -22,7 +23,8 @@ POLICY, STAGE, SCHEDULER = (
     f"{RUNTIME}.{name}" for name in ("distributed.cfg_policy", "pipelines_core.stages.denoising", "managers.scheduler")
 )
 WORKER = f"{RUNTIME}.managers.gpu_worker"
-STEPPING = ["DenoisingStage._predict_noise_with_cfg", "DenoisingStage._run_denoising_step"]
+STEPPING = ["_predict_noise_with_cfg", "_run_denoising_step", "_run_denoising_loop", "_before_denoising_loop"]
+STEPPING += ["_reset_scheduler_loop_state"]
 MERGING = ["_freeze_signature_value", "_sampling_param_signature_items", "_diffusers_kwargs_signature_value"]
 MERGING += ["_build_dynamic_batch_signature", "_try_merge_generation_reqs", "_count_first_dim", "_slice_batched_value"]
 MERGING += ["_split_batched_output"]
@@ -101,7 +103,11 @@ def own_stage(runtime, policy):
     names = ["_run", "run_cfg_parallel", "run_two_branch_cfg_parallel", "dispatch_branches"]
     parallel = own_code.parts(runtime / "distributed/cfg_parallel_utils.py", names, shared)
     context = {"set_forward_context": lambda **given: nullcontext(), "maybe_nvtx_range": lambda *given: nullcontext()}
+    context |= dict.fromkeys(("precision_autocast_context", "StageProfiler"), lambda *given, **named: nullcontext())
+    context |= {"time": time}
     context |= {name: getattr(parallel, name) for name in names}
-    made = own_code.parts(runtime / "pipelines_core/stages/denoising.py", STEPPING, shared | context)
+    made = own_code.parts(
+        runtime / "pipelines_core/stages/denoising.py", [f"DenoisingStage.{name}" for name in STEPPING], shared | context
+    )
     made.DenoisingStage = type("DenoisingStage", (made.DenoisingStage, Loop), {})
     return made

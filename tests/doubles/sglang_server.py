@@ -9,6 +9,7 @@ import functools
 import inspect
 import sys
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from types import SimpleNamespace
@@ -122,6 +123,10 @@ class DenoisingContext:
     reserved_frames_mask: Any = None
     guidance: Any = None
     z: Any = None
+    num_inference_steps: int = 0
+    num_warmup_steps: int = 0
+    autocast_enabled: bool = False
+    is_warmup: bool = False
     extra: dict = field(default_factory=dict)
 
 
@@ -129,6 +134,10 @@ class Loop:
     """The stage around the parts that matter: its network is `network(latents, timestep (), prompt (B, ...))`."""
 
     current_use_nvtx = False
+    _apply_nvtx_gate = _init_cfg_gate_state = _record_trajectory = _finish_active_component_use = log_info = step_profile = (
+        lambda *given: None
+    )
+    progress_bar = staticmethod(lambda **given: nullcontext(SimpleNamespace(update=lambda: None)))
 
     def __init__(self, network):
         self.network, self.calls = network, []
@@ -157,7 +166,7 @@ class Loop:
 
     def forward(self, batch, server_args, policy):
         made = policy.build(batch, {}, {"prompt": batch.prompts}, {"prompt": torch.zeros_like(batch.prompts)})
-        ctx = DenoisingContext(batch.scheduler, batch.timesteps, batch.latents, made)
+        ctx = DenoisingContext(batch.scheduler, batch.timesteps, batch.latents, made, num_inference_steps=len(batch.timesteps))
         self._run_denoising_loop(ctx, batch, server_args)
         batch.latents = ctx.latents
         return batch

@@ -52,7 +52,7 @@ def batch_of(rows=slice(None), **given):
     own |= {"generator": [torch.Generator().manual_seed(10 + i) for i in seeds], "seeds": seeds, "extra": {}, "usage": None}
     own |= {"guidance_scale": SCALE, "guidance_scale_2": SCALE, "guidance_rescale": 0.0, "cfg_normalization": 0.0}
     own |= {"do_classifier_free_guidance": True, "is_warmup": False, "image_latent": None, "cfg_gate_step": None}
-    own |= {"return_trajectory_latents": False, "is_cfg_negative": False}
+    own |= {"return_trajectory_latents": False, "is_cfg_negative": False, "metrics": None, "perf_dump_path": None}
     return Req(**own | given)
 
 
@@ -69,7 +69,9 @@ def config(post=lambda batch, noise_pred, noise_pred_cond: noise_pred):
 
 
 def arguments(parallel=False, **given):
-    return SimpleNamespace(pipeline_config=config(**given), enable_cfg_parallel=parallel, comfyui_mode=False)
+    return SimpleNamespace(
+        pipeline_config=config(**given), enable_cfg_parallel=parallel, comfyui_mode=False, disable_autocast=True
+    )
 
 
 def denoise(server, extra, rows=slice(None), args=None, **given):

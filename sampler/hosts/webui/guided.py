@@ -95,7 +95,7 @@ class Guided:
         else:
             denoiser.combine_denoised = partial(self.in_a1111, denoiser)
         self.p.extra_generation_params.update({f"{NAME} {name}": value for name, value in self.shown.items()})
-        self._told = self.p.extra_generation_params.setdefault(self._key, [None] * (self.p.n_iter * self.p.batch_size))
+        self._shown_steps = self.p.extra_generation_params.setdefault(self._key, [None] * (self.p.n_iter * self.p.batch_size))
 
     @property
     def forge(self) -> bool:
@@ -163,7 +163,9 @@ class Guided:
         self.run.go(sigma)
         made = self.run.guided(x, sigma, uncond, cond, scale, sampling).to(uncond.dtype)
         first = getattr(self.p, "iteration", 0) * self.p.batch_size
-        self._told[first : first + len(x)] = ["none" if step < 0 else step for step in self.run.state.transition_step.tolist()]
+        self._shown_steps[first : first + len(x)] = [
+            "none" if step < 0 else step for step in self.run.state.transition_step.tolist()
+        ]
         return made
 
     def _from(self, sigma: float) -> list[float]:
