@@ -29,7 +29,7 @@ Look = Callable[[State, Tensor, Tensor], None]  # sees the state and both predic
 Push = Callable[[int, State, Tensor], None]  # sees the step, the state and the table, and may put other latents into the state
 
 
-class Remembered:
+class MeasurementCache:
     """The model's network, which keeps a copy of the pair of predictions that it gave last; otherwise as it is."""
 
     def __init__(self, network: GuidedUNet):
@@ -74,7 +74,7 @@ def sample(
     plan = Plan.make(solver, guidance, model.device, model.settle)
     height, width = sampler.size()
     encoded = model.encode(list(prompts), height, width, **sampler.options)
-    network = Remembered(model.network(encoded, plain=True))
+    network = MeasurementCache(model.network(encoded, plain=True))
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     drawn = sampler.noise(generators, height, width).to(model.device)
     state = plan.state((drawn * solver.init_sigma).to(model.dtype), model.memory_format)
