@@ -90,7 +90,7 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if before["id"] == now["id"]:
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         what = ", ".join(f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in names)
-        return f"{now['id']!r} was asked for with {what}: give the new one an id of its own behind the others"
+        return f"{now['id']!r} was asked for with {what}: choose another folder, or add it under another id behind the others"
     return (
         f"image {before['position']} was {before['id']!r} ({before.get('prompt')!r}), now {now['id']!r} ({now['prompt']!r}): "
         "add new prompts behind the others"

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .. import checks
 from ..guidance.guidance import Guidance
-from ..runs.cache import Remembered
+from ..runs.cache import MeasurementCache
 from ..runs.progress import FORMAT, moving
 from ..sampler import Sampler
 from . import figure
@@ -77,7 +77,7 @@ def measure(
     model = fingerprint(sampler.pipe)
     total = len(tasks) * len(runs)
     with (
-        Remembered(resume, {"tasks": tasks, "steps": steps, "model": model, **settings}) as kept,
+        MeasurementCache(resume, {"tasks": tasks, "steps": steps, "model": model, **settings}) as kept,
         tqdm(total=total, unit="image", desc="calibrating", bar_format=FORMAT, disable=not progress) as bar,
     ):
         found = [_measured(sampler, tasks, steps, guidance, size, bar, kept) for guidance in runs]
@@ -112,7 +112,7 @@ def _measured(
     guidance: Guidance,
     size: int,
     bar: tqdm,
-    kept: Remembered,
+    kept: MeasurementCache,
 ) -> Tensor:
     """The basin score and the noise gaps of every task, (n, 1 + steps)."""
 

@@ -77,10 +77,10 @@ def sampler(
     from .. import Sampler
 
     made = Sampler.from_pretrained(model, scheduler=scheduler_of(scheduler, known), **loading)
-    if known is not None:
-        size, options = known.settings.get("size", (None, None)), known.settings.get("options", {})
-        made = made.using(*size, **options)
-    return made.using(**{"height": height, "width": width, **of_call(option)})
+    settings = {} if known is None else known.settings
+    given = {"height": height, "width": width, **of_call(option)}
+    calibrated = dict(zip(("height", "width"), settings.get("size", ()), strict=False)) | settings.get("options", {})
+    return made.using(**calibrated | {name: value for name, value in given.items() if value is not None})
 
 
 def scheduler_of(given: str | SchedulerMixin | None, known: Calibration | None) -> str | SchedulerMixin:

@@ -1,1 +1,1 @@
-"""What every long run needs: its folder, its journal, files written whole, progress, and what made it."""
+"""What every long run needs: its folder, a journal of what is done, atomic writes, progress, and a record of what made it."""

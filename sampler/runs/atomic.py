@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and their digests."""
+"""Atomic writes: a file is there as a whole or not at all. And the digests of files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)  # errors of a disk that has no room
 
 
 def files_sha256(files: Iterable[Path]) -> str:
-    """Of files' names, not where they lie, and contents, in the order of their paths. Raises OSError for one that is gone."""
+    """The SHA-256 of files' names and contents, in the order of their paths. Raises OSError for a missing file."""
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(repr((path.name, sha256(path))).encode("utf-8", "surrogateescape"))
@@ -24,8 +24,8 @@ def files_sha256(files: Iterable[Path]) -> str:
 
 
 @contextmanager
-def room(path: Path) -> Iterator[None]:
-    """Writing to `path`. Raises OSError, saying that the same command goes on, where the disk is full."""
+def explaining_a_full_disk(path: Path) -> Iterator[None]:
+    """Inside, the OSError of a disk that is full while `path` is written says that the same command goes on later."""
     try:
         yield
     except OSError as error:
@@ -37,17 +37,17 @@ def room(path: Path) -> Iterator[None]:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Where to write a file that appears at `path` whole or not at all.
+    """Gives the path of a temporary file to write. At the end it takes the name `path`; after an error it is removed.
 
     Raises OSError, saying that the same command goes on, where the disk is full.
     """
     part = path.with_name(path.name + ".part")
     try:
-        with room(path):
+        with explaining_a_full_disk(path):
             _create(part)
             yield part
             with part.open("rb+") as file:
-                os.fsync(file.fileno())  # before its name is: after a power cut there would be an empty file else
+                os.fsync(file.fileno())  # first the contents, then the name: a power cut between them leaves no empty file
             os.replace(part, path)
     finally:
         with suppress(FileNotFoundError):
@@ -55,26 +55,26 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def _create(path: Path) -> None:
-    """A new, empty file in the place of what a killed run left there, or of a link, which is not followed."""
+    """Make a new, empty file. It replaces what a killed run left there, and a link, which is not followed."""
     with suppress(FileNotFoundError):
         os.unlink(path)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666))
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """The image as a PNG that is there whole or not at all."""
+    """Write an image as a PNG, atomically."""
     with whole(path) as part:
         image.save(part, format="PNG")
 
 
 def save_bytes(data: bytes, path: Path) -> None:
-    """The bytes as a file that is there whole or not at all."""
+    """Write bytes as a file, atomically."""
     with whole(path) as part:
         part.write_bytes(data)
 
 
 def link(source: Path, target: Path) -> None:
-    """The file `source` at `target` as well, or a copy of it where they lie in different file systems."""
+    """Make `target` a hard link to the file `source`, or a copy of it in another file system."""
     target.parent.mkdir(exist_ok=True)
     with whole(target) as part:
         os.unlink(part)

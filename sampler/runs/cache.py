@@ -1,4 +1,4 @@
-"""Measurements of many samples that are made once, however often the run is stopped: each is in a file when it is made."""
+"""A cache of measurements: each is written to a file when it is made, so that a run that was stopped makes none twice."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .journal import Journal, read_lines
 from .progress import parts
 
 
-class Remembered:
-    """Measurements by what is measured and the sample's index, in the JSON Lines file `path`; None: in memory alone.
+class MeasurementCache:
+    """Measurements by their name and the sample's index, in the JSON Lines file `path`. None: none is kept.
 
-    run: what decides them. Those of another run in the same file do not count, and go.
+    run: the settings that decide them. Measurements of other settings in the same file are removed.
     """
 
     def __init__(self, path: str | Path | None, run: Mapping[str, Any]):
@@ -34,9 +34,12 @@ class Remembered:
         return (line["what"], line["index"]) if whole else None
 
     def __call__(self, what: str, count: int, size: int, make: Callable[[Sequence[int]], Tensor], bar: tqdm) -> Tensor:
-        """(count, ...) float32: `make` measures the samples of some indices, at most `size` of them at a time."""
+        """The measurements `what` of `count` samples, (count, ...) float32.
+
+        make: measures the samples of some indices, at most `size` at a time. bar: moves by each sample.
+        """
         found = []
-        for part in parts(count, size):  # the same batches as ever, so that rounding is the same too
+        for part in parts(count, size):  # always the same batches: rounding depends on them
             if all((what, i) in self._lines for i in part):
                 found.append(_tensor([self._lines[what, i]["values"] for i in part]))
             else:
@@ -56,7 +59,7 @@ class Remembered:
 
 
 def _tensor(values: list) -> Tensor:
-    """JSON has no NaN: None stands for it."""
+    """Values that JSON has read, (n, ...) float32; None stands for NaN, which JSON lacks."""
 
     def known(value: Any) -> Any:
         return [known(inner) for inner in value] if isinstance(value, list) else math.nan if value is None else value

@@ -1,4 +1,4 @@
-"""What figures and images owe to the machine: the versions of what computes them, and the device."""
+"""The machine that figures and images were made on: its device, and the versions of the libraries that compute."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ PACKAGES = ("basinescape", "torch", "triton", "diffusers", "transformers", "xfor
 
 @contextmanager
 def own_numbers() -> Iterator[None]:
-    """Inside, or in a function that it decorates, torch computes as a pipeline's dtypes say, whatever a caller has around it:
-    autocast, another default dtype."""
+    """Inside, or in a function that it decorates, torch computes in a pipeline's own dtypes.
+
+    A caller's autocast and default dtype have no effect there.
+    """
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -27,7 +29,7 @@ def own_numbers() -> Iterator[None]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """device, a GPU by its name; versions, of Python, of CUDA where torch has it, and of those PACKAGES that are there."""
+    """The device, a GPU by its name, and the versions of Python, CUDA (where torch has it) and the installed PACKAGES."""
     versions = {"python": platform.python_version()} | {name: found for name in PACKAGES if (found := version_of(name))}
     if torch.version.cuda is not None:
         versions["cuda"] = torch.version.cuda

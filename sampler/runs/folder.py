@@ -1,6 +1,6 @@
-"""A run's folder and its `run.json`, the settings. One process at a time is at work in a folder.
+"""A run's folder and its `run.json`, the settings. One process at a time works in a folder.
 
-A run that was stopped goes on where it was when it is started again with the same settings.
+A run that was stopped goes on when it is started again with the same settings.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ except ImportError:  # Windows
 from .atomic import whole
 from .jsontext import finite, json_bytes
 
-LEFTOVERS = (".DS_Store", "Thumbs.db", "desktop.ini", "*.part")  # of desktops, and of a run killed while it wrote a file
+LEFTOVERS = (".DS_Store", "Thumbs.db", "desktop.ini", "*.part")  # left by desktops, and by a run that was killed
 DIGEST = re.compile("[0-9a-f]{64}")
 SHORT = 60  # letters of a value in a message
-# What names an image's file, and every file of that name with a suffix. Windows keeps some names for devices: con.png is one.
+# An id names its image's file. Windows keeps some names for devices, with any suffix: con.png is one.
 SAFE_ID = re.compile(r"(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))[a-z0-9_][a-z0-9._-]{0,127}", re.IGNORECASE | re.ASCII)
 
 
@@ -93,12 +93,12 @@ def _short(value: Any) -> str:
 
 
 def leftover(path: Path) -> bool:
-    """Whether a file is nothing of anybody's: see LEFTOVERS."""
+    """Whether a file is one of LEFTOVERS, which nobody misses."""
     return any(map(path.match, LEFTOVERS))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The contents of a folder's run.json. Raises ValueError, saying what to do, where that is missing or not whole."""
+    """The contents of a folder's run.json. Raises ValueError, saying what to do, where it is missing or damaged."""
     try:
         settings = finite(json.loads((folder / "run.json").read_text(encoding="utf-8")))
     except FileNotFoundError as error:
@@ -115,9 +115,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder against other processes, where the file system can; a process that dies lets go of it.
+    """Inside, no other process can lock the folder, where the file system has locks. A process that dies unlocks it.
 
-    Raises ValueError where another one has it.
+    Raises ValueError where another process holds the lock.
     """
     if fcntl is None:
         yield

@@ -14,15 +14,15 @@ from typing import Any, Self
 
 import numpy as np
 
-from .atomic import room, whole
+from .atomic import explaining_a_full_disk, whole
 from .folder import locked
 from .jsontext import json_bytes
 
 
 class Keys:
-    """A set of keys that takes 8 bytes a key: a digest of each, so that a million cost no memory worth speaking of.
+    """A set of keys that keeps a digest of 8 bytes of each, so that a million take 8 MB.
 
-    digests: of the keys, each by `digest`. Two keys are taken for one with a probability of 3e-8 among a million.
+    digests: of the keys, by `digest`. Among a million keys, two have the same digest with a probability of 3e-8.
     """
 
     def __init__(self, digests: Iterable[int]):
@@ -42,14 +42,14 @@ class Keys:
 
 
 class Journal:
-    """A JSON Lines file of what is done, to which a line is added for each image once that is there.
+    """A JSON Lines file of what is done: a line is added for each image once its file is there.
 
-    Opening it repairs it: what is no JSON object (the line that a killed run left half written, blank lines) goes, and so does
-    every line that does not count, an older one about the same image among them. So each line is an object, and each image has
-    at most one. Lines are read one by one and not kept: `key in journal` says whether there was one.
+    Opening it repairs it. Lines that are no JSON object are removed, such as the one that a killed run left half written. So
+    are lines that do not count, and of several lines about one image all but the last. Lines are read one by one and not
+    kept: `key in journal` says whether one is about `key`.
 
-    key: what a line is about, or None where the line does not count because its image is to be made again. A line that lacks
-        what `key` looks for does not count.
+    key: says what a line is about; None for a line that does not count, because its image is to be made again. A line that
+        lacks what `key` looks for does not count.
 
     Raises ValueError where another process is at work in the file's folder.
     """
@@ -72,7 +72,7 @@ class Journal:
     def append(self, *lines: dict[str, Any]) -> None:
         """Add lines; they are on the disk when this returns. Raises FileNotFoundError where the file was removed meanwhile."""
         text = memoryview(b"".join(map(_text, lines)))
-        with room(self.path):
+        with explaining_a_full_disk(self.path):
             while text:
                 text = text[os.write(self._file, text) :]
             os.fsync(self._file)
@@ -91,19 +91,19 @@ class Journal:
 
 
 def _repair(path: Path, key: Callable[[dict[str, Any]], Hashable | None]) -> Keys:
-    """The keys of the lines that count, which are all that is left in the file. Nothing holds all lines at a time."""
-    digests, numbers, sound = array("Q"), array("Q"), path.exists()  # of lines that count: what about, and where they stand
+    """Remove the lines that do not count; returns the keys of the others. Lines are read one by one."""
+    digests, numbers, sound = array("Q"), array("Q"), path.exists()  # of the lines that count: keys and numbers
     for number, (text, line) in enumerate(texts(path)):
         try:
             name = None if line is None else key(line)
-        except (LookupError, TypeError):  # it lacks what is looked for, or has another kind of thing there
+        except (LookupError, TypeError):  # the line lacks a field, or has one of another type
             name = None
         sound = sound and line is not None and name is not None and text == _text(line)
         if name is not None:
             digests.append(Keys.digest(name))
             numbers.append(number)
     keys = Keys(digests)
-    if sound and len(keys) == len(numbers):  # one that is sound is not written again
+    if sound and len(keys) == len(numbers):  # nothing to repair
         return keys
     _, last = np.unique(np.frombuffer(digests, np.uint64)[::-1], return_index=True)
     wanted = iter(np.sort(np.frombuffer(numbers, np.uint64)[::-1][last]).tolist())
@@ -121,12 +121,12 @@ def _text(line: dict[str, Any]) -> bytes:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON Lines file, none where there is no file; what is no object is passed over."""
+    """The objects of a JSON Lines file. Lines that are no objects are passed over; a missing file has none."""
     return (line for _, line in texts(path) if line is not None)
 
 
 def texts(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """The lines of a JSON Lines file, each with the object that it is; None for what is none."""
+    """The lines of a JSON Lines file as (bytes, object); None for a line that is no object."""
     if not path.exists():
         return
     with path.open("rb") as file:

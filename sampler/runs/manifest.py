@@ -1,4 +1,4 @@
-"""What a run's folder says of its images: `jobs.jsonl`, all that are to be made, and `manifest.jsonl`, what came of each."""
+"""The lists in a run's folder: `jobs.jsonl`, the images that are asked for, and `manifest.jsonl`, what came of each."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from .journal import read_lines
 from .jsontext import json_bytes
 
 MANIFEST, JOBS = "manifest.jsonl", "jobs.jsonl"
-NEEDED = {"id": str, "prompt": str, "seed": int, "status": str}  # of every line of the manifest
-NEEDED_OF_IMAGES = {"file": str, "sha256": str}  # of those whose image is there, too
+NEEDED = {"id": str, "prompt": str, "seed": int, "status": str}  # fields of every line of the manifest
+NEEDED_OF_IMAGES = {"file": str, "sha256": str}  # further fields of a line whose image is there
 
 
 def lacks(line: dict[str, Any]) -> list[str]:
-    """What a line of a manifest has not, or of another type, that every one has."""
+    """The needed fields that a line of a manifest lacks, or has with another type."""
     needed = NEEDED | (NEEDED_OF_IMAGES if line.get("status") == "ok" else {})
     return [name for name, kind in needed.items() if not isinstance(line.get(name), kind)]
 
 
 def sound(out: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a folder's manifest, but for those that lack something; see `verify`, which names these."""
+    """The lines of a folder's manifest that lack no field; `verify` names the others."""
     return (line for line in read_lines(out / MANIFEST) if not lacks(line))
 
 
 def belongs(position: int, shard: tuple[int, int] | None) -> bool:
-    """Whether the job at a position is one of shard (i, n) of a run; None: of the whole run."""
+    """Whether the job at a position is in shard (i, n) of a run. None is the whole run."""
     return shard is None or position % shard[1] == shard[0]
 
 

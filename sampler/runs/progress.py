@@ -1,4 +1,4 @@
-"""What people look at while a run goes on, and what it came to."""
+"""What a run shows while it goes on: a bar, lines or numbers, and its summary at the end."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from typing import Any, Self, TextIO
 from tqdm import tqdm
 
 LOGS = ("auto", "plain", "json", "none")
-EVERY = 10.0  # seconds between lines where there is no terminal
-NAMED = 5  # ids that are named of each kind
-# Of a bar over samples that moves with the steps of those in the making.
+EVERY = 10.0  # seconds between lines, where there is no terminal
+NAMED = 5  # ids of a kind that the summary names
+# A bar that counts samples and also moves with the steps of unfinished ones.
 FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
 
-Bar = Callable[[Sequence], Iterable]  # what the rows of a run go through
+Bar = Callable[[Sequence], Iterable]  # the rows of a run pass through it, one by one
 
 
 @dataclass
 class Summary:
     """What a run came to.
 
-    total: jobs of this run. before: those that were done when it began. skipped: rows of the prompts that are no jobs.
-    counts: of the images of this call: ok, failed, suspect, copies (of training images), again (those that a guard made more
-            than once), flagged (by a safety checker), truncated; and all attempts. Of all images: duplicates (of others).
-    ids:    the first ids of those.
-    calls:  network calls of samples, by branch; "spared" are those that one branch alone saved.
-    seconds: of this call. signal: of what stopped it, None where nothing did.
+    total:  the run's jobs. before: those that were done when it began. skipped: rows of the prompts that were left out.
+    counts: images of this call by kind: ok, failed, suspect, copies (of training images), again (a guard made them more than
+            once), flagged (by a safety checker), truncated (their prompts); and the number of all attempts. Of all images of
+            the run: duplicates (of others).
+    ids:    the first NAMED ids of each kind.
+    calls:  predictions of the network by branch; "spared" are those that steps with one branch alone did without.
+    seconds: how long this call took. signal: the number of the signal that stopped it; None for none.
     """
 
     total: int
@@ -63,12 +64,12 @@ class Summary:
 
     @property
     def done(self) -> int:
-        """Images that are there."""
+        """Images whose files are there."""
         return self.before + self.counts["ok"]
 
     @property
     def left(self) -> int:
-        """Images that are not there."""
+        """Images that are still to be made."""
         return self.total - self.done
 
     @property
@@ -78,18 +79,18 @@ class Summary:
 
     @property
     def spared(self) -> float:
-        """The share of the network's calls that were not needed."""
+        """The share of the network's predictions that were not needed."""
         made = sum(count for kind, count in self.calls.items() if kind != "spared")
         return self.calls["spared"] / max(1, made + self.calls["spared"])
 
     @property
     def calls_an_image(self) -> float:
-        """The network's calls of a sample, one or two a step, for each image that was made."""
+        """The network's predictions for each image that was made; a step needs one or two."""
         made = sum(count for kind, count in self.calls.items() if kind != "spared")
         return made / max(1, self.counts["ok"] + self.counts["failed"])
 
     def facts(self) -> dict[str, Any]:
-        """Numbers alone, as plain data."""
+        """The numbers, as plain data."""
         counts = {kind: self.counts[kind] for kind in ("ok", "failed", "suspect", "copies", "flagged", "truncated", "attempts")}
         own = {"total": self.total, "before": self.before, "skipped": self.skipped} | counts
         return own | {
@@ -113,10 +114,10 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """A bar in a terminal, lines elsewhere ("auto"), lines ("plain"), JSON Lines ("json") or nothing ("none").
+    """Shows how far a run is. log: "plain" lines, "json" lines, "none", or "auto": a bar in a terminal, else plain lines.
 
-    metrics: a port to serve the same numbers on for Prometheus, with the package prometheus_client; None: not served.
-    host: the address that it is served on: this machine alone, unless another is given; "0.0.0.0" is every one that it has.
+    metrics: a port on which Prometheus finds the same numbers, by the package prometheus_client. None: they are not served.
+    host: the address of that port. By default this machine alone reaches it; with "0.0.0.0" others do.
 
     Raises ValueError for another kind, ImportError without that package, OSError for a port that is taken.
     """
@@ -150,7 +151,7 @@ class Progress:
         self._tell("begin", due=self.kind == "json")
 
     def update(self, line: dict[str, Any], calls: Counter[str]) -> None:
-        """Tell of a line of the manifest, and of the engine's calls so far."""
+        """Count a new line of the manifest. calls: the network's so far, by branch."""
         self.summary.add(line)
         self.summary.calls, self.summary.seconds = Counter(calls), time.monotonic() - self._start
         if self._bar is not None:
@@ -160,13 +161,13 @@ class Progress:
         self._tell("progress", due=time.monotonic() - self._shown >= EVERY)
 
     def moved(self, under_way: float) -> None:
-        """Tell of steps taken, as so many images' worth that are not yet done; the bar moves with them."""
+        """Move the bar with the steps taken. under_way: what unfinished images amount to, in images."""
         if self._bar is not None:
             counts = self.summary.counts
             self._bar.update(self.summary.before + counts["ok"] + counts["failed"] + under_way - self._bar.n)
 
     def tell(self, text: str, facts: dict[str, Any]) -> None:
-        """Tell of what is expected: a line, or for "json" its facts."""
+        """Show what is expected: as text, or as a JSON line of facts."""
         if self._bar is not None:
             self._bar.write(text, file=self.stream)
         elif self.kind != "none":
@@ -194,14 +195,17 @@ class Progress:
 
 
 class JsonFormatter(logging.Formatter):
-    """Log records as JSON Lines beside those of `Progress`."""
+    """Writes log records as JSON lines, like those of `Progress`."""
 
     def format(self, record: logging.LogRecord) -> str:
         return json.dumps({"event": "log", "level": record.levelname, "message": record.getMessage()})
 
 
 def moving(bar: tqdm, count: int) -> Callable[[float], None]:
-    """What moves `bar`, of FORMAT, while `count` of its items are in the making; done, they are to be counted by `update`."""
+    """A function that moves `bar`, which has the FORMAT, by a share of its next `count` items.
+
+    At the share 1 it moves the bar back to where it was: the caller then counts the finished items with `bar.update`.
+    """
     done = bar.n
 
     def tell(share: float) -> None:
@@ -211,12 +215,12 @@ def moving(bar: tqdm, count: int) -> Callable[[float], None]:
 
 
 def parts(total: int, size: int) -> list[range]:
-    """`total` samples, at most `size` at a time."""
+    """The indices of `total` samples in batches of at most `size`."""
     return [range(start, min(start + size, total)) for start in range(0, total, size)]
 
 
 def bar(progress: bool | Callable[[float], None], part: int, parts: int) -> Bar:
-    """A bar for the rows of one part of the work, or what tells `progress` of them."""
+    """A bar for the rows of part number `part` of `parts`; or, where `progress` is a function, what tells it the share done."""
     if not callable(progress):
         of = f" {part + 1}/{parts}" if parts > 1 else ""
         return partial(tqdm, desc=f"sampling{of}", unit="step", disable=not progress, file=sys.stderr)

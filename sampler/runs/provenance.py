@@ -1,4 +1,4 @@
-"""What images owe to the model, its scheduler and the machine."""
+"""The record of what made images: the model's weights, its scheduler, and the machine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def weights_sha256(pipe: Any) -> str:
             digest.update(f"{name} {json.dumps(_public(getattr(part, 'config', {})), sort_keys=True)}".encode())
             for key, tensor in sorted(part.state_dict().items()):
                 digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                if tensor.device.type != "meta":  # weights that come and go have no contents here
+                if tensor.device.type != "meta":  # offloaded weights have no contents here
                     digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         elif hasattr(part, "get_vocab"):
             digest.update(f"{name} {sorted(part.get_vocab().items())}".encode("utf-8", "surrogatepass"))
@@ -37,6 +37,6 @@ def weights_sha256(pipe: Any) -> str:
 
 
 def _public(config: Any) -> dict[str, Any]:
-    """A scheduler's settings as json reads them back, without diffusers' own notes, whose order differs from run to run."""
+    """A configuration as json reads it back, without diffusers' private entries, whose order differs from run to run."""
     config = config.to_dict() if hasattr(config, "to_dict") else config
     return json.loads(json.dumps({name: value for name, value in config.items() if name[0] != "_"}, default=str))
