@@ -10,10 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from basinescape.bench import cli
 from basinescape.bench.gpu import checks, checks_sampler, trials
 from basinescape.bench.gpu.report import rendered
 from basinescape.kernels.tiles import Tiles
 from tiled import SMALL
+from typer.testing import CliRunner
 
 KEPT = (
     "one block, first minimum",
@@ -140,6 +142,7 @@ def test_minutes_are_kept_and_every_result_is_in_the_file_at_once(process, devic
     assert states["bench kernel"] == "not reached"
     assert seen == [ROWS * k for k in range(1, 6)] and report["rows"] == ROWS * 5
     assert "not reached" in rendered(report) and capsys.readouterr().out.strip().endswith(rendered(report))
+    assert CliRunner().invoke(cli.app, ["report-gpu", str(file)]).stdout.strip() == rendered(report)
 
 
 def test_without_diffusers_the_rest_is_done(process, monkeypatch):
