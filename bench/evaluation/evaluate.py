@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from basinescape import Calibration, Output, Sampler
+from basinescape import Output, Sampler
 from basinescape.data.pictures import images_in
 from basinescape.data.tables import write_csv
 from basinescape.runs.atomic import files_sha256, save_image
@@ -27,8 +27,8 @@ from basinescape.runs.journal import Journal, read_lines
 from basinescape.runs.provenance import weights_sha256
 from tqdm import tqdm
 
-from ..methods import Sampling, chosen
-from ..scenario import Prompt, Scenario, limited, prompts
+from ..methods import Sampling, chosen, own_methods, suitable
+from ..scenario import Prompt, Scenario, limited, loaded, prompts
 from .measure import Measure
 from .metrics import interval
 
@@ -81,14 +81,15 @@ def evaluate(
     ValueError, before any work, for an unknown method, one that does not suit the sampler, a bad number, or a folder that
     holds another run.
     """
-    known = chosen(scenario, methods)
     for name, value in (("seeds", seeds), ("batch_size", batch_size), ("limit", 1 if limit is None else limit)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    own = own_methods(methods or ())
     whole_groups = prompts(scenario)
     measure = Measure(scenario, whole_groups)
-    sampler = Sampler.from_pretrained(scenario.source, device, dtype, scenario.scheduler).using(**scenario.options)
-    known = _suitable(known, sampler, scenario.steps, strict=methods is not None)
+    scenario, sampler = loaded(scenario, device, dtype)
+    steps = scenario.how[0]
+    known = suitable(chosen(scenario, methods, own), sampler, steps, methods or ())
     groups, out = limited(whole_groups, limit), Path(out)
     run = {
         "scenario": json.loads(json.dumps(asdict(scenario))),
@@ -121,7 +122,7 @@ def evaluate(
         with tqdm(total=len(tasks), initial=len(tasks) - len(waiting), unit="image", disable=not progress) as bar:
             for batch in _batches(waiting, batch_size):
                 bar.set_description(batch[0].method)
-                for line in _run(sampler, known[batch[0].method], batch, scenario.steps, measure, out):
+                for line in _run(sampler, known[batch[0].method], batch, steps, measure, out):
                     if isinstance(line, Exception):
                         failed, why = failed + 1, f"{type(line).__name__}: {line}"
                     else:
@@ -141,7 +142,7 @@ def _digests(scenario: Scenario, groups: dict[str, list[Prompt]]) -> dict[str, s
     prompts = [(group, prompt.id, prompt.text, prompt.concept) for group, found in groups.items() for prompt in found]
     images = {prompt.image for found in groups.values() for prompt in found if prompt.image}
     images |= set(images_in(scenario.folder)) if scenario.folder else set()
-    calibration = asdict(Calibration.load(scenario.calibration)) if scenario.calibration else None
+    calibration = asdict(scenario.calibrated) if scenario.calibrated else None
     return {
         "prompts_sha256": _sha256(prompts),
         "training_images_sha256": files_sha256(images),
@@ -152,21 +153,6 @@ def _digests(scenario: Scenario, groups: dict[str, list[Prompt]]) -> dict[str, s
 
 def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _suitable(methods: dict[str, Sampling], sampler: Sampler, steps: int, strict: bool) -> dict[str, Sampling]:
-    """Those of `methods` that suit the sampler; strict: raises ValueError for another, naming it."""
-    found = {}
-    for name, method in methods.items():
-        try:
-            getattr(method, "check", lambda *_: None)(sampler, steps)
-        except ValueError as error:
-            if strict:
-                raise ValueError(f"method {name!r}: {error}") from error
-            log.warning("without the method %s: %s", name, error)
-        else:
-            found[name] = method
-    return found
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..methods import stepwise
 from ..methods.method import starting_at
-from ..scenario import Prompt, Scenario
+from ..scenario import Prompt, Scenario, loaded
 from .measure import Measure
 
 
@@ -28,6 +28,29 @@ class Laboratory:
     batch_size: int = 16
     progress: bool = True
 
+    @classmethod
+    def of(
+        cls,
+        scenario: Scenario,
+        groups: Mapping[str, Sequence[Prompt]],
+        device: str | None = None,
+        dtype: str | None = None,
+        progress: bool = True,
+    ) -> Laboratory:
+        """That of a scenario, with its model loaded. Raises what `Measure` and `scenario.loaded` do."""
+        measure = Measure(scenario, groups)
+        return cls(*loaded(scenario, device, dtype), measure, progress=progress)
+
+    @property
+    def steps(self) -> int:
+        """Of a run."""
+        return self.scenario.how[0]
+
+    @property
+    def scale(self) -> float:
+        """Of the guidance."""
+        return self.scenario.how[1]
+
     def run(
         self,
         found: Sequence[Prompt],
@@ -38,7 +61,7 @@ class Laboratory:
     ) -> Output:
         """An image for each prompt and its seed."""
         texts = [prompt.text for prompt in found]
-        return stepwise.sample(self.sampler, texts, seeds, self.scenario.steps, guidance, look=look, push=push)
+        return stepwise.sample(self.sampler, texts, seeds, self.steps, guidance, look=look, push=push)
 
     def bar(self, turns: Sequence[Any], what: str) -> tqdm:
         """The same, with a bar of progress."""
@@ -65,7 +88,7 @@ def onset_sweep(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], 
     return [
         {"id": id, "seed": seed, "onset": onset, **measured}
         for onset in lab.bar(onsets, "onsets")
-        for id, seed, measured in lab.outcomes(found, seeds, starting_at(onset, lab.scenario.scale, lab.scenario.steps))
+        for id, seed, measured in lab.outcomes(found, seeds, starting_at(onset, lab.scale, lab.steps))
     ]
 
 
@@ -118,7 +141,7 @@ def curves(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], guida
 
     With the picture's basin score, and whether it is a copy of a training image, None without training images.
     """
-    lines, first = [], lab.sampler.solver(lab.scenario.steps).first_calls.tolist()
+    lines, first = [], lab.sampler.solver(lab.steps).first_calls.tolist()
     for batch, drawn in lab.bar(lab.batches(found, seeds), f"curves, {guidance!r}"):
         look = Curves()
         out = lab.run(batch, drawn, guidance, look)
@@ -157,7 +180,7 @@ def convergence(lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Sequenc
     for group, found in groups.items():
         for prompt in lab.bar(found, f"convergence, {group}"):
             look = Spread()
-            lab.run([prompt] * len(seeds), seeds, Guidance.cfg(lab.scenario.scale), look)
+            lab.run([prompt] * len(seeds), seeds, Guidance.cfg(lab.scale), look)
             rows += [{"group": group, "id": prompt.id, "step": k, "spread": round(v, 5)} for k, v in enumerate(look.values)]
     return rows
 
@@ -179,7 +202,7 @@ def returns(
     lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], steps: Sequence[int], sizes: Sequence[float]
 ) -> list[dict[str, Any]]:
     """Whether a plainly guided trajectory that is pushed still ends in the memorized image: the basin's width."""
-    plain = Guidance.cfg(lab.scenario.scale)
+    plain = Guidance.cfg(lab.scale)
     return [
         {"step": at, "size": size, "id": id, "seed": seed, "returned": measured["memorized"]}
         for at in lab.bar(steps, "returns")

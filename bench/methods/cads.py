@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from basinescape import Guidance
 from basinescape.models import GuidedUNet
-from basinescape.types import Network
+from basinescape.types import Branch, Network
 from torch import Tensor
 
 from .method import Batch, Method
@@ -40,7 +40,7 @@ def annealing(network: GuidedUNet, batch: Batch) -> Network:
     states = network.inputs["cond"]["encoder_hidden_states"]  # seen by both branches, too
     clean = states.clone()
 
-    def predict(latents: Tensor, told: Tensor, branch: str) -> Tensor:
+    def predict(latents: Tensor, told: Tensor, branch: Branch) -> Tensor:
         share = gamma(next(timesteps) / train_steps)
         noise = torch.stack([torch.randn(clean.shape[1:], generator=generator) for generator in generators])
         states.copy_(annealed(clean, noise.to(clean), share) if share < 1 else clean)

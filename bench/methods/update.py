@@ -15,20 +15,20 @@ taken with, so no network call is added, and the last update, which no call foll
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from basinescape import Guidance, Sampler
 from basinescape.kernels.state import per_sample
 from basinescape.models import GuidedUNet
-from basinescape.types import Network
+from basinescape.types import Branch, Network
 from torch import Tensor
 
-from ..scenario import Stable
 from .method import Batch, Method
 
 MILD, STRONG, WIDTH, EARLY = 3.0, 14.0, 3.0, 10
 NORMS = ("update", "latents", "clean")  # of x' - x, x' and x0
+Stable = Mapping[str, Sequence[Sequence[float]]]  # name of a norm -> its (mean, standard deviation) in every step but the last
 After = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (step, x, x0, x') -> the x' to go on from, all (B, C, h, w) float32
 
 
@@ -82,9 +82,9 @@ def watched(network: GuidedUNet, batch: Batch, scale: float, after: After) -> Ne
     scale: the guidance's. Raises what `alphas` does.
     """
     signal, kind = alphas(batch.sampler, batch.steps), batch.sampler.scheduler.config.prediction_type
-    k, last = 0, ()
+    k, last = 0, tuple[Tensor, ...]()
 
-    def predict(inputs: Tensor, told: Tensor, branch: str) -> Tensor:
+    def predict(inputs: Tensor, told: Tensor, branch: Branch) -> Tensor:
         nonlocal k, last
         branches = inputs.unflatten(0, (2 if branch == "both" else 1, -1))
         if last:

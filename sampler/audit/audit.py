@@ -149,12 +149,12 @@ def _of_calibration(calibration: Calibration, sampler: Sampler, steps: int, scal
     """What the calibration knows, where its pictures were made as the captions' are; None where not."""
     first, levels = settings.looked(steps), sampler.solver(steps).levels
     alike = calibration.fitted(sampler, steps) is calibration and len(calibration.gap) == len(levels)
-    alike = alike and calibration.scale == scale and settings.noises == 1 and first <= min(map(len, calibration.looks))
+    alike = alike and calibration.scale == scale and settings.noises == 1 and first <= min(map(len, calibration.first_gaps))
     alike = alike and not (calibration.model and differing(calibration.model, fingerprint(sampler.pipe)))
     if not (alike and calibration.settings.get("size", list(sampler.size())) == list(sampler.size())):
         return None
     ones = (1.0,) * first
-    ordinary = tuple(statistic([look[:first]], ones) for look in calibration.looks)
+    ordinary = tuple(statistic([look[:first]], ones) for look in calibration.first_gaps)
     return Usual(calibration.gap[:first], ordinary, "the calibration")
 
 

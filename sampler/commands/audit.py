@@ -60,7 +60,7 @@ def audit(
     """
     quieten()
     from ..audit.audit import Settings, audit
-    from ..calibration.ordinary import prompts_for
+    from ..calibration.baseline import ordinary_prompts
     from ..data.captions import read_captions
     from ..data.pictures import images_in
     from ..data.prompts import read_prompts
@@ -68,7 +68,7 @@ def audit(
     found = read_captions(captions, images=images, every=True, on_error=on_error)
     settings = Settings(rate, noises, first_steps, verify, seeds, seed, similarity or None, threshold, on_error)
     more = images_in(training_images) if training_images else []
-    ordinary = [job.prompt for job in read_prompts(prompts or prompts_for(model))]
+    ordinary = [job.prompt for job in read_prompts(prompts or ordinary_prompts(model))]
     known = options.found(model, calibration)
     known = options.of_enough(known, calibration) if verify else known
     loading = {"allow_pickle": allow_pickle, "device": device, "dtype": dtype}

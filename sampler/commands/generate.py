@@ -175,7 +175,7 @@ def _plan(
 def _transition(until: str | None, minimum: dict[str, int | None], calibration: Calibration | None) -> Rule:
     """Where guidance starts: as asked for, else where the calibration says, else the paper's timestep."""
     from .. import At, FirstMinimum
-    from ..calibration.ordinary import STATIC
+    from ..calibration.baseline import STATIC
 
     if until == "auto":
         return FirstMinimum(**minimum)
@@ -187,7 +187,7 @@ def _transition(until: str | None, minimum: dict[str, int | None], calibration: 
         return calibration.settled()
     if until is not None:
         return At(_timestep(until))
-    return At(STATIC if calibration is None or calibration.ordinary is None else calibration.ordinary.transition)
+    return At(STATIC if calibration is None or calibration.baseline is None else calibration.baseline.transition)
 
 
 def _timestep(until: str) -> float:

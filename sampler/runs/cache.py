@@ -17,8 +17,8 @@ from .journal import Journal, read_lines
 from .progress import parts
 
 
-class Remembered:
-    """Measurements by what is measured and the sample's index, in the JSON Lines file `path`; None: in memory alone.
+class Cache:
+    """Cached measurements, by what is measured and the sample's index, in the JSON Lines file `path`; None: in memory alone.
 
     run: what decides them. Those of another run in the same file do not count, and go.
     """
@@ -32,6 +32,10 @@ class Remembered:
     def _key(self, line: dict[str, Any]) -> tuple[str, int] | None:
         whole = line.get("run") == self._run and {"what", "index", "values"} <= line.keys()
         return (line["what"], line["index"]) if whole else None
+
+    def __len__(self) -> int:
+        """How many measurements of this run are known from before."""
+        return len(self._lines)
 
     def __call__(self, what: str, count: int, size: int, make: Callable[[Sequence[int]], Tensor], bar: tqdm) -> Tensor:
         """(count, ...) float32: `make` measures the samples of some indices, at most `size` of them at a time."""

@@ -121,7 +121,7 @@ def pretend(sampler, texts, out, **options):
 def calibration_of(sampler, **changed):
     looks = [0.8 + k / 50 for k in range(19)]
     made = {"settings": {}, "steps": 4, "scale": 7.5, "timesteps": sampler.solver(4).levels, "gap": GAP, "scores": [0.1] * 19}
-    return Calibration(**{**made, "looks": [(one,) * 4 for one in looks], **changed})
+    return Calibration(**{**made, "first_gaps": [(one,) * 4 for one in looks], **changed})
 
 
 def test_memorized_captions_come_first(sampler, tmp_path):
@@ -263,11 +263,11 @@ def test_what_was_measured_otherwise_is_measured_again(sampler, tmp_path, preten
     """A p-value compares like with like, or it is none."""
     differs = {
         "scale": {"scale": 5.0},
-        "first steps": {"looks": [(1.0,)] * 19},
+        "first steps": {"first_gaps": [(1.0,)] * 19},
         "size": {"settings": {"size": [128, 128]}},
         "model": {"model": {"unet": {"form": "", "sample": [], "dtype": "float32"}}},
         "levels": {"timesteps": sampler.solver(5).levels[:4]},
-        "bare": {"timesteps": (), "gap": (), "looks": [()] * 19},
+        "bare": {"timesteps": (), "gap": (), "first_gaps": [()] * 19},
     }
     settings = Settings(noises=2 if changed == "noises" else 1, first_steps=2)
     known = calibration_of(sampler, **differs.get(changed, {}))
@@ -279,7 +279,7 @@ def test_what_was_measured_otherwise_is_measured_again(sampler, tmp_path, preten
 
 def test_a_calibration_gives_the_threshold_of_the_basin_score(sampler, tmp_path, pretended):
     """And pictures that fail, as all do here, cost no ranked caption."""
-    known = calibration_of(sampler, scores=[k / 100 for k in range(100)], looks=[(1.0,) * 4] * 100)
+    known = calibration_of(sampler, scores=[k / 100 for k in range(100)], first_gaps=[(1.0,) * 4] * 100)
     options = {"calibration": known, "settings": Settings(verify=1, seeds=3)}
     rows = pretend(sampler, ["1.0", "2.0"], tmp_path / "out", **options)
     record = json.loads((tmp_path / "out" / "audit.json").read_text())

@@ -108,7 +108,7 @@ def test_options_make_a_scenario_or_change_one(tmp_path, monkeypatch):
     calibration.save(tmp_path / "model" / "calibration.json")
     found = scenarios.load(model="model", memorized="p.jsonl")  # sampled as the guard was calibrated
     assert found.calibration == str(tmp_path / "model" / "calibration.json")
-    assert (found.steps, found.scale, found.transition) == (40, 6.0, calibration.ordinary.transition)
+    assert (found.steps, found.scale, found.transition) == (40, 6.0, calibration.baseline.transition)
     assert scenarios.load(model="model", memorized="p.jsonl", steps=9).steps == 9
     tiny = scenarios.load()
     assert len(prompts(scenarios.load("tiny", memorized="p.jsonl"))["memorized"]) == 1
