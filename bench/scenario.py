@@ -134,7 +134,9 @@ def load(name: str | None = None, **given: Any) -> Scenario:
     base = PRESETS.get(name or "tiny") or _from_yaml(str(name))
     if "similarity" in given:
         base = replace(base, similarity=given["similarity"], threshold=given.get("threshold"))
-    return _as_calibrated(replace(base, **({"calibration": None} if "model" in given else {}), **given))
+    if "model" in given:
+        base = replace(base, calibration=None)
+    return _as_calibrated(replace(base, **given))
 
 
 def _as_calibrated(scenario: Scenario) -> Scenario:

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 FIELDS = """A scenario of your own is a .yaml file. Fields: model (a folder or hub id) and memorized (captions that may be
 memorized), which it must have; general (ordinary prompts), images (a folder of training images), name, steps, scheduler,
 scale, transition (a timestep, 0 to 1000), similarity (pixels, sscd, clip, dino), threshold (of the similarity, above which an
-image is a copy), calibration (a file that calibrate wrote), options (of the pipeline's own call, as height: 768), where. What it
-leaves open is as calibrated, else as the model's own pipeline has it. Captions are .jsonl, .csv, .parquet (prompt or caption or
-text; perhaps image or file_name, id, concept), .json, or a folder of images with .txt files or metadata.jsonl. Files are looked
-for beside the .yaml file."""
-METHODS = """A method of your own is FILE.py:NAME, where NAME is a Guidance or a guard, a function (sampler, prompts, seeds[, steps])
-that returns an Output, or an object with such a sample; see basinescape.bench.methods.own."""
+image is a copy), calibration (a file that calibrate wrote), options (of the pipeline's own call, as height: 768), where. What
+it leaves open is as calibrated, else as the model's own pipeline has it. Captions are .jsonl, .csv, .parquet (prompt or caption
+or text; perhaps image or file_name, id, concept), .json, or a folder of images with .txt files or metadata.jsonl. Files are
+looked for beside the .yaml file."""
+METHODS = """A method of your own is FILE.py:NAME, where NAME is a Guidance or a guard, a function (sampler, prompts,
+seeds[, steps]) that returns an Output, or an object with such a sample; see basinescape.bench.methods.own."""
 OWN = f"--model and --prompts take the place of a scenario; other options change one. {FIELDS}"
 
 ScenarioName = Annotated[

@@ -156,7 +156,7 @@ def _facts(run: dict[str, Any], images: int) -> dict[str, Any]:
         "model": scenario["model"],
         "images": f"{images:,}, seeds counted up from {run.get('first_seed', 0)}",
         "steps": scenario["steps"],
-        "scheduler": f"{scenario['scheduler']} ({run['scheduler']['class']})",
+        "scheduler": f"{scenario['scheduler'] or 'as calibrated, else the own'} ({run['scheduler']['class']})",
         "guidance scale": scenario["scale"],
         "memorized": f"similarity ({scenario['similarity']}) to a training image above {scenario['threshold']}",
         "intervals": "95%, by bootstrap over prompts",

@@ -65,5 +65,5 @@ class Baseline:
 
     def fitted(self, known: Sequence[float], wanted: Sequence[float]) -> Baseline:
         """The same at other noise levels, interpolated; without the stable region, whose norms hold for its own steps alone."""
-        curves = [curve(known, values, wanted) if values else () for values in (self.low, self.high, self.unguided)]
-        return Baseline(*curves, transition=self.transition)
+        low, high, free = (curve(known, gaps, wanted) if gaps else () for gaps in (self.low, self.high, self.unguided))
+        return Baseline(low, high, free, self.transition)

@@ -100,10 +100,7 @@ def test_options_make_a_scenario_or_change_one(tmp_path, monkeypatch):
     (tmp_path / "p.jsonl").write_text('{"caption": "x"}')
     made = scenarios.load(model="model", memorized="p.jsonl", steps=9, similarity="sscd")
     paths = str(tmp_path / "model"), str(tmp_path / "p.jsonl")  # whole: a report finds them from anywhere
-    assert (
-        made == Scenario("model", *paths, steps=9, scheduler="own", similarity="sscd", threshold=0.5)
-        and made.calibration is None
-    )
+    assert made == Scenario("model", *paths, steps=9, similarity="sscd", threshold=0.5) and made.calibration is None
     calibration = replace(Calibration.load("tiny"), steps=40, scale=6.0)
     calibration.save(tmp_path / "model" / "calibration.json")
     found = scenarios.load(model="model", memorized="p.jsonl")  # sampled as the guard was calibrated
@@ -113,7 +110,7 @@ def test_options_make_a_scenario_or_change_one(tmp_path, monkeypatch):
     tiny = scenarios.load()
     assert len(prompts(scenarios.load("tiny", memorized="p.jsonl"))["memorized"]) == 1
     assert tiny == PRESETS["tiny"] and scenarios.load("tiny", transition=560.0) == replace(tiny, transition=560.0)
-    assert scenarios.load(steps=20).stable is None and scenarios.load(similarity="sscd").threshold == 0.5
+    assert scenarios.load(steps=20).steps == 20 and scenarios.load(similarity="sscd").threshold == 0.5
     for there, name in ((True, "sscd"), (False, "pixels")):
         monkeypatch.setattr(scenarios, "installed", lambda measure, there=there: there)
         assert scenarios.load(model="model", memorized="p.jsonl").similarity == name
@@ -206,7 +203,7 @@ def test_a_model_and_captions_of_ones_own(own_model, tmp_path, monkeypatch, caps
     assert len({line["digest"] for line in own}) == 1  # the image that the earlier file made is made again
     assert [len(line["noise_gap"]) for line in own] == [3, 3]
     for options, says in (
-        (("--methods", "guard-calibrated"), "got 'guard-calibrated' without a calibration"),
+        (("--methods", "guard-calibrated"), "'guard-calibrated', which needs a calibration"),
         (("--methods", "shape-nope"), "must be all, FILE.py:NAME, or among cfg"),
         (("--similarity", "lpips"), "similarity must be among"),
         (("--images", tmp_path / "none"), "does not exist"),
@@ -217,7 +214,7 @@ def test_a_model_and_captions_of_ones_own(own_model, tmp_path, monkeypatch, caps
 
 
 def test_a_method_that_does_not_suit_is_named_before_any_work(tmp_path, caplog):
-    scenario = replace(TINY, stable=None, ordinary=())
+    scenario = TINY
     with pytest.raises(ValueError, match="method 'guard-calibrated': the guard's early look is calibrated for 50 steps"):
         evaluate(scenario, ["cfg", "guard-calibrated"], tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
@@ -239,7 +236,7 @@ def test_an_analysis_needs_neither_concepts_nor_images_nor_general_prompts(own_m
 
 def test_the_noise_alone_is_scored_by_two_pairs_of_predictions(random_pipeline):
     pipe = random_pipeline("sd", 8, "epsilon")
-    scenario = Scenario("x", "m", "p", steps=10, similarity="pixels")
+    scenario = Scenario("x", "m", "p", steps=10, scale=7.5, transition=500.0, similarity="pixels")
     sampler = Sampler.from_pipeline(pipe, "ddim")
     (row,) = anisotropy(Laboratory(scenario, sampler, None, progress=False), [Prompt("a", "a cat")], [5])
     noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(5))
