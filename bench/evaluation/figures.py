@@ -27,16 +27,6 @@ def single(**labels: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def pair(*titles: str) -> tuple[Figure, Sequence[Axes]]:
-    """A figure of two plots of the noise gap against the step, on one scale."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    both = figure.subplots(1, 2, sharey=True)
-    for axes, title in zip(both, titles, strict=True):
-        axes.set(xlabel="step", title=title)
-    both[0].set_ylabel("noise gap  ||cond - uncond||")
-    return figure, both
-
-
 def save(figure: Figure, path: Path) -> None:
     """With a legend that names each kind of curve once."""
     for axes in figure.axes:
@@ -46,10 +36,17 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def band(axes: Axes, values: Sequence[Sequence[float]], name: str) -> None:
-    """The median of curves against the step, and the band of their quartiles."""
-    low, middle, high = np.nanquantile(np.array(values, dtype=float), [0.25, 0.5, 0.75], axis=0)
-    axes.fill_between(range(len(middle)), low, high, color=COLORS[name], alpha=0.2, linewidth=0)
-    axes.plot(middle, color=COLORS[name], label=f"{name} prompts")
+    """The median of curves against the step, and the band from the first to the third quartile; lines at 5% and 95%.
+
+    On a logarithmic scale, so that a curve far above the others does not press them flat.
+    """
+    low, first, middle, third, high = np.nanquantile(np.array(values, dtype=float), [0.05, 0.25, 0.5, 0.75, 0.95], axis=0)
+    color = COLORS[name]
+    axes.fill_between(range(len(middle)), first, third, color=color, alpha=0.2, linewidth=0)
+    axes.plot(middle, color=color, label=f"{name} prompts")
+    for edge in (low, high):
+        axes.plot(edge, color=color, linewidth=0.6, linestyle=":")
+    axes.set_yscale("log")
 
 
 def onset(rows: Sequence[dict[str, Any]], path: Path) -> None:

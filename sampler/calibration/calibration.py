@@ -218,6 +218,12 @@ class Calibration:
             raise ValueError(f"calibration {str(path)!r} is not one: {checks.line(error)}") from error
 
 
+def steps_and_scale(sampler: Sampler, known: Calibration | None, steps: int | None, scale: float | None) -> tuple[int, float]:
+    """Those that are given, else the calibration's, else those of the model's own pipeline."""
+    own = (sampler.model.own_steps, sampler.model.own_scale) if known is None else (known.steps, known.scale)
+    return (own[0] if steps is None else steps), (own[1] if scale is None else scale)
+
+
 def _conformal(values: Sequence[float], rate: float) -> float:
     """The bound that a new ordinary value exceeds with a probability of at most `rate`: number ceil((n + 1)(1 - rate)) of n.
 

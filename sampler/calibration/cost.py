@@ -12,7 +12,8 @@ from tqdm import tqdm
 from ..guidance.guidance import Guidance
 from ..sampler import Sampler
 
-TIMED = 2  # steps
+TIMED = 2  # steps that are timed, of one batch, after one to warm up
+WORTH = 20  # times what timing costs: a shorter run is not timed
 
 
 def announce(
@@ -20,22 +21,23 @@ def announce(
 ) -> None:
     """Write to stderr how many samples there are to make, of how many steps, and about how long that takes.
 
-    The time is measured, on the first steps of one batch. what: names the samples. steps: taken of each, `of` a run of so many.
-    size: samples a batch.
+    what: names the samples. prompts: theirs. steps: that are taken of each, in a run of `of`. size: samples a batch.
     """
-    seconds = samples * steps * _a_step(sampler, [prompts[i % len(prompts)] for i in range(min(size, samples))], of, scale)
-    taken = f"{steps} steps" if steps == of else f"the first {steps} of {of} steps"
-    tqdm.write(f"{samples:,} {what}, {taken} each: about {_duration(seconds)} on {sampler.model.device.type}", file=sys.stderr)
+    batch = min(size, samples)
+    told = f"{samples:,} {what}, {f'{steps} steps' if steps == of else f'the first {steps} of {of} steps'} each"
+    if samples * steps >= WORTH * (1 + TIMED) * batch:
+        step = _a_step(sampler, [prompts[i % len(prompts)] for i in range(batch)], of, scale)
+        told += f": about {_duration(samples * steps * step)} on {sampler.model.device.type}"
+    tqdm.write(told, file=sys.stderr)
 
 
 def _a_step(sampler: Sampler, prompts: Sequence[str], of: int, scale: float) -> float:
-    """Seconds a step and sample of a batch, of the first steps; the batch is run once before, to warm up."""
+    """Seconds a step and sample of one batch."""
     taken = min(TIMED, of)
     for stop_after in (1, taken):
         start = _now(sampler)
-        sampler(
-            prompts, 0, of, Guidance.cfg(scale), output="latent", progress=False, batch_size=len(prompts), stop_after=stop_after
-        )
+        how = {"output": "latent", "progress": False, "batch_size": len(prompts), "stop_after": stop_after}
+        sampler(prompts, 0, of, Guidance.cfg(scale), **how)
     return (_now(sampler) - start) / (taken * len(prompts))
 
 

@@ -92,8 +92,9 @@ def scheduler_of(given: str | None, known: Calibration | None) -> str | Schedule
 
 def steps_and_scale(sampler: Sampler, known: Calibration | None, steps: int | None, scale: float | None) -> tuple[int, float]:
     """Those that are given, else the calibration's, else those of the model's own pipeline."""
-    own = (sampler.model.own_steps, sampler.model.own_scale) if known is None else (known.steps, known.scale)
-    return (own[0] if steps is None else steps), (own[1] if scale is None else scale)
+    from ..calibration.calibration import steps_and_scale
+
+    return steps_and_scale(sampler, known, steps, scale)
 
 
 def named(option: str, given: Sequence[str] | None, read: Callable[[str], Any]) -> dict[str, Any]:
