@@ -30,7 +30,8 @@ SEEDS = 4  # images a caption
 GENERAL = 12  # ordinary prompts, whose noise gaps are drawn beside those of the captions
 WORK = {"tiny": (1.0, 2.9), "flow": (0.25, 0.75)}  # of an image, plain and under the guard, for the bar
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
-SIDE, GAP, LINE, FRAME = 96, 8, 17, 4  # pixels: of a picture, between two, of a line of text, of a frame's width
+SIDE, GAP, LINE, FRAME = 96, 10, 17, 3  # pixels: of a picture, between two, of a line of text, of a frame's width
+NOTES = {"flow": "This pipeline draws everything but its training images roughly, whatever the prompt."}
 RED, SOFT, INK = "#d00000", "#666666", "#111111"
 
 
@@ -115,32 +116,35 @@ def picture(scenario: Scenario, found: Sequence[Prompt], columns: Sequence[Colum
     """A row a caption: its training image, and the images of each of `columns`. known: captions of the scenario in all."""
     step, first = SIDE + GAP, SIDE + 3 * GAP
     starts = [first + i * (SEEDS * step + 2 * GAP) for i in range(len(columns))]
-    row = LINE + SIDE + LINE + GAP
-    top = 2 * LINE + GAP
-    made = Image.new("RGB", (starts[-1] + SEEDS * step, top + row * len(found) + 3 * LINE), "white")
-    draw, font, small = ImageDraw.Draw(made), ImageFont.load_default(14), ImageFont.load_default(12)
-    draw.text((GAP, GAP), "training image", INK, font)
-    for start, column in zip(starts, columns, strict=True):
-        said = f"{column.label}: {column.count('memorized')} of {len(column.measured)} are copies"
-        draw.text((start, GAP), said, RED if column.count("memorized") else INK, font)
-    for i, prompt in enumerate(found):
-        y = top + i * row
-        draw.text((GAP, y), f"“{prompt.text}”", SOFT, small)
-        if prompt.image is not None:
-            with Image.open(prompt.image) as training:
-                made.paste(_fitted(training), (GAP, y + LINE))
-        for start, column in zip(starts, columns, strict=True):
-            for k in range(SEEDS):
-                image, measured = column.output.images[i * SEEDS + k], column.measured[i * SEEDS + k]
-                _paste(draw, made, image, measured, (start + k * step, y + LINE), small)
-    foot = (
+    row, top = LINE + FRAME + SIDE + LINE + GAP, 3 * LINE + GAP
+    foot = [
         "Below each image: its similarity to the nearest training image. "
         f"Above {scenario.threshold} it counts as a copy, and is framed.",
         f"Rows: {len(found)} of the {known} captions that the pipeline “{scenario.name}” has memorized, "
         f"seeds 0 to {SEEDS - 1}.",
-    )
+        *([NOTES[scenario.name]] if scenario.name in NOTES else []),
+    ]
+    bottom = top + row * len(found) + GAP
+    made = Image.new("RGB", (starts[-1] + SEEDS * step, bottom + len(foot) * LINE + GAP), "white")
+    draw, font, small = ImageDraw.Draw(made), ImageFont.load_default(14), ImageFont.load_default(12)
+    draw.text((GAP, GAP), "training image", INK, font)
+    for start, column in zip(starts, columns, strict=True):
+        count = len(column.measured)
+        said = f"{column.label}: {column.count('memorized')} of {count} are copies"
+        draw.text((start, GAP), said, RED if column.count("memorized") else INK, font)
+        draw.text((start, GAP + LINE), f"{column.count('concept_ok')} of {count} show what was asked for", SOFT, small)
+    for i, prompt in enumerate(found):
+        y = top + i * row
+        draw.text((GAP, y - FRAME), f"“{prompt.text}”", SOFT, small)
+        if prompt.image is not None:
+            with Image.open(prompt.image) as training:
+                made.paste(_fitted(training), (GAP, y + LINE + FRAME))
+        for start, column in zip(starts, columns, strict=True):
+            for k in range(SEEDS):
+                image, measured = column.output.images[i * SEEDS + k], column.measured[i * SEEDS + k]
+                _paste(draw, made, image, measured, (start + k * step, y + LINE + FRAME), small)
     for i, text in enumerate(foot):
-        draw.text((GAP, top + row * len(found) + i * LINE), text, INK, small)
+        draw.text((GAP, bottom + i * LINE), text, INK, small)
     return made
 
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, ScalarFormatter
 from matplotlib.transforms import Bbox
 
 COLORS = {"memorized": "C3", "general": "C0"}
@@ -47,6 +47,9 @@ def band(axes: Axes, values: Sequence[Sequence[float]], name: str) -> None:
     for edge in (low, high):
         axes.plot(edge, color=color, linewidth=0.6, linestyle=":")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def onset(rows: Sequence[dict[str, Any]], path: Path) -> None:
