@@ -70,7 +70,7 @@ setup(
             "torchsde",
             "webdataset",
         ],
-        "evaluate": ["faiss-cpu", "onnxruntime", "pyyaml", "scikit-learn", "torchmetrics"],
+        "evaluate": ["onnxruntime", "pyyaml", "scikit-learn", "torchmetrics"],
         "kdiffusion": ["k-diffusion"],
         "xformers": ["xformers"],
         "ray": ["ray"],

@@ -93,7 +93,7 @@ def evaluate(
     from ..evaluation.evaluate import Incomplete, evaluate
     from ..methods import DEFAULT
 
-    fields = {"steps": steps, "scheduler": scheduler, "scale": scale, "transition": until}
+    fields: dict[str, Any] = {"steps": steps, "scheduler": scheduler, "scale": scale, "transition": until}
     fields |= {"similarity": similarity, "threshold": threshold, "calibration": calibration}
     fields |= {"options": options.of_call(option) or None}
     chosen = _scenario(scenario, model, prompts, general, images, **fields)
@@ -167,7 +167,7 @@ def analyze(
     quieten()
     from ..evaluation.analyze import analyze
 
-    fields = {"steps": steps, "scheduler": scheduler, "scale": scale}
+    fields: dict[str, Any] = {"steps": steps, "scheduler": scheduler, "scale": scale}
     fields |= {"similarity": similarity, "threshold": threshold, "calibration": calibration}
     fields |= {"options": options.of_call(option) or None}
     chosen = _scenario(scenario, model, prompts, general, images, **fields)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def agreement(
         "never": len(found) - len(steps),
         "median_step": float(np.median(both[:, 0])) if steps else None,
         "median_edge": float(np.median([true[key] for key in found])),
-        "too_early": _share(both[:, 0] < both[:, 1]),
+        "too_early": _share((both[:, 0] < both[:, 1]).tolist()),
         "correlation": round(float(np.corrcoef(both.T)[0, 1]), 3) if varied else None,
         "memorized": _share([row["memorized"] for row in given]),
         "concept": _share([row["concept_ok"] for row in given]),
@@ -72,17 +73,31 @@ def at(step: int, steps: int) -> int:
 def rules(ordinary: Sequence[float], steps: int) -> dict[str, Callable[[dict[str, Any]], int | None]]:
     """The rules that are compared: the paper's, its options, this project's, and a step that is the same for all."""
     earliest = max(2, at(8, steps))
-    minima = {"first minimum": FirstMinimum(), f"first minimum, earliest {earliest}": FirstMinimum(earliest=earliest)}
+    minima: dict[str, FirstMinimum | Settled] = {
+        "first minimum": FirstMinimum(),
+        f"first minimum, earliest {earliest}": FirstMinimum(earliest=earliest),
+    }
     minima |= {f"first minimum, drop {drop}": FirstMinimum(drop=drop) for drop in (0.1, 0.3)}
-    waits = {
+    waits: dict[str, FirstMinimum | Settled] = {
         f"settled {factor}, wait {wait}": Settled(tuple(ordinary), factor, wait, latest=at(24, steps))
         for factor in (1.2, 1.5, 1.8)
         for wait in (at(4, steps), at(6, steps), at(8, steps))
         if ordinary
     }
-    found = {name: lambda line, until=until: transition(line["gap"], until) for name, until in (minima | waits).items()}
-    fixed = dict.fromkeys(at(step, steps) for step in (8, 10, 12, 14, 16))
-    return found | {f"step {step}": lambda line, step=step: step for step in fixed}
+    found: dict[str, Callable[[dict[str, Any]], int | None]] = {}
+    for name, until in (minima | waits).items():
+        found[name] = partial(_of_gaps, until)
+    for step in dict.fromkeys(at(step, steps) for step in (8, 10, 12, 14, 16)):
+        found[f"step {step}"] = partial(_always, step)
+    return found
+
+
+def _of_gaps(until: FirstMinimum | Settled, line: dict[str, Any]) -> int | None:
+    return transition(line["gap"], until)
+
+
+def _always(step: int, line: dict[str, Any]) -> int:
+    return step
 
 
 def halves(found: Sequence[Prompt]) -> dict[str, set[str]]:
@@ -133,13 +148,7 @@ def analyze(
     free, opposed = (curves(lab, groups["memorized"], drawn, constant(w, steps)) for w in (0.0, -lab.scale))
     (out / "curves.json").write_text(json.dumps({"plain": plain, "unguided": free, "opposed": opposed}))
     figures.curves(plain, out / "curves.png")
-    told: dict[str, Any] = {"detection": [], "copies": [], "ordinary": []}
-    if general:
-        told["detection"] = captions_told(lab, groups, drawn, plain)
-        told["copies"] = pictures_told(lab, groups, drawn, plain)
-        free_general = curves(lab, groups["general"], drawn, constant(0.0, steps))
-        usual = np.median([line["gap"] for line in free_general], axis=0).tolist()
-        told["ordinary"] = [round(gap, 4) for gap in usual]
+    told = _told(lab, groups, drawn, plain)
     shown = copies or lab.measure.knows_concepts(groups["memorized"])
     sweep = onset_sweep(lab, groups["memorized"], drawn, onsets) if shown else []
     _basins(lab, groups, sweep, out)
@@ -161,6 +170,20 @@ def analyze(
     if sweep:
         figures.onset(summary["onset"], out / "onset.png")
     return summary
+
+
+def _told(
+    lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Sequence[int], plain: dict[str, list[dict[str, Any]]]
+) -> dict[str, list[Any]]:
+    """What tells memorized captions apart, what tells copies, and the usual unguided gaps; all empty without general prompts."""
+    if "general" not in groups:
+        return {"detection": [], "copies": [], "ordinary": []}
+    free = curves(lab, groups["general"], seeds, constant(0.0, lab.steps))
+    return {
+        "detection": captions_told(lab, groups, seeds, plain),
+        "copies": pictures_told(lab, groups, seeds, plain),
+        "ordinary": [round(gap, 4) for gap in np.median([line["gap"] for line in free], axis=0).tolist()],
+    }
 
 
 def _basins(lab: Laboratory, groups: dict[str, list[Prompt]], sweep: Sequence[dict[str, Any]], out: Path) -> None:

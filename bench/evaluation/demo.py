@@ -7,7 +7,6 @@ plain guidance makes of its caption, and what the guard makes of the same captio
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,6 @@ class Column:
     label: str
     output: Output
     measured: Sequence[Mapping[str, Any]]
-    seconds: float
 
     def count(self, name: str) -> int:
         """How many images are "memorized", or are "concept_ok"."""
@@ -84,12 +82,12 @@ def _columns(scenario: Scenario, sampler: Sampler, found: Sequence[Prompt], meas
     given: dict[str, Guidance | Guard] = {"plain guidance": Guidance.cfg(scale), "with the guard": Guidance.guard(scale)}
     for (label, guidance), work in zip(given.items(), WORK[scenario.name], strict=True):
         bar.set_description(f"{scenario.name}, {label}")
-        start, made = time.perf_counter(), []
+        made = []
         for prompt in found:
             made.append(sampler([prompt.text] * SEEDS, 0, steps, guidance, progress=False))
             bar.update(work * SEEDS)
         output, every = Output.joined(made), [prompt for prompt in found for _ in range(SEEDS)]
-        yield Column(label, output, measure(output.images, every), time.perf_counter() - start)
+        yield Column(label, output, measure(output.images, every))
 
 
 def _row(name: str, column: Column) -> dict[str, Any]:
@@ -100,7 +98,6 @@ def _row(name: str, column: Column) -> dict[str, Any]:
         "copies": f"{column.count('memorized')} of {count}",
         "concept right": f"{column.count('concept_ok')} of {count}",
         "mean similarity": round(fmean(one["nearest_similarity"] for one in column.measured), 2),
-        "seconds an image": round(column.seconds / count, 2),
     }
 
 

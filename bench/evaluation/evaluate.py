@@ -41,8 +41,9 @@ Key = tuple[str, str, str]  # of an image: method, group, id and seed
 class Incomplete(RuntimeError):
     """Some images failed. rows: of the others."""
 
-    def __init__(self, failed: int, why: str, rows: list[dict[str, Any]]):
-        super().__init__(f"{failed} images failed, the last of them: {why}. The same command tries them again")
+    def __init__(self, failed: Sequence[Exception], rows: list[dict[str, Any]]):
+        why = f"{type(failed[-1]).__name__}: {failed[-1]}"
+        super().__init__(f"{len(failed)} images failed, the last of them: {why}. The same command tries them again")
         self.rows = rows
 
 
@@ -74,7 +75,7 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Run `methods` on `scenario` into the folder `out`; returns the rows of `table.csv`.
 
-    methods: as for `methods.chosen`; of those that None stands for, what does not suit the sampler is left out.
+    methods: as for `methods.chosen`. One that does not suit the sampler is left out, with a warning, unless it is named.
     seeds: images a prompt, their seeds counted up from `first_seed`.
 
     A batch that fails is tried again in halves, and costs no other image; `Incomplete` is raised at the end. Raises
@@ -85,22 +86,14 @@ def evaluate(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     own = own_methods(methods or ())
-    whole_groups = prompts(scenario)
-    measure = Measure(scenario, whole_groups)
+    every = prompts(scenario)
+    measure = Measure(scenario, every)
     scenario, sampler = loaded(scenario, device, dtype)
     steps = scenario.how[0]
     known = suitable(chosen(scenario, methods, own), sampler, steps, methods or ())
-    groups, out = limited(whole_groups, limit), Path(out)
-    run = {
-        "scenario": json.loads(json.dumps(asdict(scenario))),
-        "seeds": seeds,
-        "first_seed": first_seed,
-        "limit": limit,
-        "batch_size": batch_size,
-        **_digests(scenario, whole_groups),
-        "weights": weights_sha256(sampler.pipe),
-        **sampler.provenance,
-    }
+    groups, out = limited(every, limit), Path(out)
+    run = {"scenario": asdict(scenario), "seeds": seeds, "first_seed": first_seed, "limit": limit, "batch_size": batch_size}
+    run |= _digests(scenario, every) | {"weights": weights_sha256(sampler.pipe), **sampler.provenance}
     open_folder(out, run)
 
     def finished(line: dict[str, Any]) -> Key | None:
@@ -115,7 +108,7 @@ def evaluate(
         for seed in range(first_seed, first_seed + seeds)
         for prompt in found
     ]
-    failed, why = 0, ""
+    failed: list[Exception] = []
     with Journal(out / "results.jsonl", finished) as journal:
         lines = list(read_lines(out / "results.jsonl"))
         waiting = [task for task in tasks if task.key not in journal]
@@ -124,7 +117,7 @@ def evaluate(
                 bar.set_description(batch[0].method)
                 for line in _run(sampler, known[batch[0].method], batch, steps, measure, out):
                     if isinstance(line, Exception):
-                        failed, why = failed + 1, f"{type(line).__name__}: {line}"
+                        failed.append(line)
                     else:
                         journal.append(line)
                         lines.append(line)
@@ -133,7 +126,7 @@ def evaluate(
     if rows:
         write_csv(out / "table.csv", rows)
     if failed:
-        raise Incomplete(failed, why, rows)
+        raise Incomplete(failed, rows)
     return rows
 
 
@@ -296,8 +289,9 @@ def _share(lines: Sequence[dict[str, Any]], name: str) -> tuple[float, float, fl
     if not known:
         return None, None, None
     values = [float(line[name]) for line in known]
-    return tuple(map(_rounded, (np.mean(values), *interval(values, [line["id"] for line in known]))))
+    low, high = interval(values, [line["id"] for line in known])
+    return _rounded(np.mean(values)), _rounded(low), _rounded(high)
 
 
-def _rounded(value: float) -> float:
+def _rounded(value: float | np.floating) -> float:
     return round(float(value), 4)

@@ -7,7 +7,7 @@ section 6: random tokens or numbers put at random places, and words of the capti
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from basinescape import Guidance, Sampler
 
@@ -40,7 +40,7 @@ def augmented(prompt: str, seed: int, word: Words, vocabulary: list[str]) -> str
 
 def vocabulary(sampler: Sampler) -> list[str]:
     """The words of the first tokenizer, of more than two letters. Raises ValueError where it is not of CLIP's kind."""
-    tokens = getattr(getattr(sampler.pipe, "tokenizer", None), "get_vocab", dict)()
+    tokens: Mapping[str, int] = getattr(getattr(sampler.pipe, "tokenizer", None), "get_vocab", dict)()
     words = sorted(token.removesuffix("</w>") for token in tokens if token.endswith("</w>") and len(token) > 6)
     if not words:
         raise ValueError("it takes words from the vocabulary of a CLIP tokenizer, and the model's first one is of another kind")

@@ -1,4 +1,4 @@
-"""Images inside a page, which then is one file that needs nothing beside it."""
+"""Images embedded in a page, so that the page is one file that needs no other."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SHOWN = ("image/png", "image/apng", "image/jpeg", "image/webp", "image/gif")  # 
 
 
 def embedded(path: Path, side: int | None = SIDE) -> str:
-    """The image as a data URI, shrunk to fit `side` pixels (None: as it is); empty where it cannot be read."""
+    """An image file as a data URI, shrunk to fit `side` pixels (None: as it is); empty where it cannot be read."""
     try:
         with Image.open(path) as image:
-            data, kind = path.read_bytes(), Image.MIME.get(image.format)
+            data, kind = path.read_bytes(), Image.MIME.get(image.format or "")
             fits = side is None or max(image.size) <= side
         return _uri(data, kind) if fits and kind in SHOWN else inside(opened(path, str(path)), side)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
@@ -26,7 +26,7 @@ def embedded(path: Path, side: int | None = SIDE) -> str:
 
 
 def inside(image: Image.Image, side: int | None = SIDE) -> str:
-    """The same of an image that is no file."""
+    """An image as a data URI, in WebP, shrunk to fit `side` pixels (None: as it is)."""
     small = image.copy()
     small.thumbnail((side, side) if side else small.size)
     small.save(file := io.BytesIO(), format="WEBP", quality=85)

@@ -211,7 +211,7 @@ class Judging:
         waiting: list[tuple[Line, Image.Image]] = []
         opened: dict[str, Image.Image] = {}
         for one in part:
-            line = {"id": one.id, "file": one.file, "prompt": one.prompt}
+            line: Line = {"id": one.id, "file": one.file, "prompt": one.prompt}
             try:
                 image = opened[one.id] = one.open()
                 if one.prompt is None:
@@ -256,8 +256,8 @@ class Judging:
     def _asked(self, waiting: Sequence[tuple[Line, Image.Image]]) -> list[float]:
         settings = self.settings
         prompts, images = [line["prompt"] for line, _ in waiting], [image for _, image in waiting]
-        how = {"probes": settings.probes, "height": settings.height, "width": settings.width, "batch_size": self.size}
-        return self.sampler.judge(images, prompts, [settings.seed] * len(images), **how).score.tolist()
+        how: dict[str, Any] = {name: getattr(settings, name) for name in ("probes", "height", "width")}
+        return self.sampler.judge(images, prompts, [settings.seed] * len(images), batch_size=self.size, **how).score.tolist()
 
     def _keep(self, rank: float, id: str, image: Image.Image) -> None:
         if len(self._worst) < SHOWN:

@@ -85,7 +85,7 @@ class Gaps:
     def _measured(self, tasks: Sequence[Task], shown: tqdm) -> list[dict[str, Any]]:
         texts = [text for _, text, seeds in tasks for _ in seeds]
         seeds = [seed for _, _, own in tasks for seed in own]
-        options = {"output": "latent", "batch_size": self.size, "progress": moving(shown, len(tasks))}
+        options: dict[str, Any] = {"output": "latent", "batch_size": self.size, "progress": moving(shown, len(tasks))}
         made = self.sampler(texts, seeds, self.of, Guidance.cfg(self.scale), stop_after=self.steps, **options)
         gaps = made.noise_gap[:, : self.steps].view(len(tasks), -1, self.steps)
         lines = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -36,7 +37,7 @@ def _a_step(sampler: Sampler, prompts: Sequence[str], of: int, scale: float) -> 
     taken = min(TIMED, of)
     for stop_after in (1, taken):
         start = _now(sampler)
-        how = {"output": "latent", "progress": False, "batch_size": len(prompts), "stop_after": stop_after}
+        how: dict[str, Any] = {"output": "latent", "progress": False, "batch_size": len(prompts), "stop_after": stop_after}
         sampler(prompts, 0, of, Guidance.cfg(scale), **how)
     return (_now(sampler) - start) / (taken * len(prompts))
 

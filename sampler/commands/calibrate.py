@@ -47,22 +47,13 @@ def calibrate(
     The same command goes on where it was stopped.
     """
     quieten()
-    from .. import Sampler, models
+    from .. import Sampler
     from ..calibration.baseline import ordinary_prompts
-    from ..calibration.calibration import FILE
     from ..calibration.measure import calibrate
     from ..data.prompts import read_prompts
 
     jobs = read_prompts(prompts or ordinary_prompts(model), seed, on_error)
-    if out is None:
-        folder = Path(models.located(model))
-        if not folder.is_dir():
-            raise ValueError(f"out must be given: model {model!r} is no folder here that {FILE} could lie in")
-        out = folder / FILE
-    if not out.resolve().parent.is_dir() or out.is_dir():
-        raise ValueError(f"out {str(out)!r} must be a file in a folder that exists")
-    if out.exists() and not force:
-        raise ValueError(f"out {str(out)!r} exists: give another --out, or --force to replace it")
+    out = _file(out, model, force)
     loading = {"allow_pickle": allow_pickle, "compile": compile, "capture": capture}
     sampler = Sampler.from_pretrained(model, device, dtype, scheduler, attention, **loading)
     sampler = sampler.using(**options.of_call(option))
@@ -76,3 +67,20 @@ def calibrate(
     typer.echo(f"{made.images} pictures, {steps} steps: {out}, {out.with_suffix('.png').name}")
     if settled and made.baseline is not None:
         typer.echo(f"static transition, a first guess: {made.baseline.transition:g}")
+
+
+def _file(out: Path | None, model: str, force: bool) -> Path:
+    """The file to write. Raises ValueError for one that cannot be, and one that is there, unless `force`."""
+    from .. import models
+    from ..calibration.calibration import FILE
+
+    if out is None:
+        folder = Path(models.located(model))
+        if not folder.is_dir():
+            raise ValueError(f"out must be given: model {model!r} is no folder here that {FILE} could lie in")
+        out = folder / FILE
+    if not out.resolve().parent.is_dir() or out.is_dir():
+        raise ValueError(f"out {str(out)!r} must be a file in a folder that exists")
+    if out.exists() and not force:
+        raise ValueError(f"out {str(out)!r} exists: give another --out, or --force to replace it")
+    return out

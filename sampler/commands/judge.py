@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,7 +77,11 @@ def judge(
         threshold = _threshold(sampler, options.of_enough(known, calibration), rate)
     settings = Settings(threshold, probes, seed, **size, batch_size=batch_size, on_error=on_error)
     rows = judge(sampler, images, out, settings, model, part, progress)
-    home = out / f"shard-{part[0]}-of-{part[1]}" if part else out
+    _conclude(rows, out / f"shard-{part[0]}-of-{part[1]}" if part else out, model)
+
+
+def _conclude(rows: Sequence[dict[str, Any]], home: Path, model: str) -> None:
+    """Say what came out. Raises typer.Exit(1) where a picture could not be judged."""
     suspect = sum(bool(row["suspect"]) for row in rows)
     typer.echo(f"{suspect} of {len(rows)} pictures are suspect, as {model} judges: {home / 'judge.csv'}, {home / 'judge.html'}")
     failed = [row["id"] for row in rows if row["status"] != "ok"]

@@ -83,7 +83,7 @@ def sampler(
     return made.using(**{"height": height, "width": width, **of_call(option)})
 
 
-def scheduler_of(given: str | None, known: Calibration | None) -> str | SchedulerMixin:
+def scheduler_of(given: str | SchedulerMixin | None, known: Calibration | None) -> str | SchedulerMixin:
     """The scheduler that is given, else the calibration's, else the model's own."""
     if given is not None or known is None:
         return given or "own"
