@@ -132,7 +132,7 @@ def analyze(
     every = prompts(scenario)
     groups = limited(every, limit)
     lab = Laboratory.of(scenario, every, device, dtype, progress)
-    steps, general, copies = lab.steps, "general" in groups, lab.measure.likeness
+    steps, general, copies = lab.steps, "general" in groups, lab.measure.tells_copies
     onsets = range(0, 2 * steps // 3 + 1, max(1, steps // 25)) if onsets is None else onsets
     for there, what, without in (
         (general, "general prompts", "what tells memorized prompts apart, and what is ordinary"),
@@ -175,7 +175,7 @@ def analyze(
 def _told(
     lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Sequence[int], plain: dict[str, list[dict[str, Any]]]
 ) -> dict[str, list[Any]]:
-    """What tells memorized captions apart, what tells copies, and the usual unguided gaps; all empty without general prompts."""
+    """What tells memorized captions and copies apart, and the usual unguided gaps; all empty without general prompts."""
     if "general" not in groups:
         return {"detection": [], "copies": [], "ordinary": []}
     free = curves(lab, groups["general"], seeds, constant(0.0, lab.steps))
@@ -193,7 +193,7 @@ def _basins(lab: Laboratory, groups: dict[str, list[Prompt]], sweep: Sequence[di
     converging = convergence(lab, {name: found[:8] for name, found in groups.items()}, range(8))
     write_csv(out / "convergence.csv", converging)
     figures.convergence(converging, out / "convergence.png")
-    if lab.measure.likeness:
+    if lab.measure.tells_copies:
         pushes = dict.fromkeys(at(step, lab.steps) for step in (0, 5, 10, 15, 20, 30))
         returning = returns(lab, groups["memorized"][:16], [0], list(pushes), (0.4, 0.8, 1.6, 3.2))
         write_csv(out / "returns.csv", returning)

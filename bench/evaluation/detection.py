@@ -124,7 +124,7 @@ def pictures_told(lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Seque
 
     Nothing where all, or none, are copies, or copies cannot be told.
     """
-    if not lab.measure.likeness:
+    if not lab.measure.tells_copies:
         return []
     delays = (Guidance.delayed(lab.scale, until=At(log_snr=log_snr)) for log_snr in DELAYS)
     lines = [line for guidance in delays for line in curves(lab, groups["memorized"], seeds, guidance)]

@@ -1,8 +1,8 @@
-"""The figures of an analysis."""
+"""The figures of analyses, reports and the demo."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,21 +84,32 @@ def returns(rows: Sequence[dict[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
-def curves(plain: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
+def curves(plain: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
     figure, axes = single(xlabel="step", ylabel="noise gap  ||cond - uncond||", title="plain guidance")
     for group, lines in plain.items():
         band(axes, [line["gap"] for line in lines], group)
     save(figure, path)
 
 
+Share = tuple[float, float, float]  # with the bounds of its interval
+
+
 @dataclass(frozen=True)
 class Point:
-    """A method in `tradeoff`: a share of copies and one of concepts, each with the bounds of its interval; None: not known."""
+    """A method in `tradeoff`: its shares of copies and of right concepts, each with the bounds of its interval.
+
+    concept: None where it is not known.
+    """
 
     label: str
-    copies: tuple[float, float, float]
-    concept: tuple[float, float, float] | None
+    copies: Share
+    concept: Share | None
     color: str = "C7"
+
+    @property
+    def place(self) -> tuple[float, float]:
+        """In a figure of copies over concepts."""
+        return (self.concept or (0.0, 0.0, 0.0))[0], self.copies[0]
 
 
 def tradeoff(points: Sequence[Point]) -> Figure:
@@ -109,11 +120,11 @@ def tradeoff(points: Sequence[Point]) -> Figure:
     axes = figure.subplots()
     points = [point for point in points if point.concept is not None]
     for point in points:
-        x, y = point.concept[0], point.copies[0]
-        style = {"color": point.color, "zorder": 2 if point.color == "C7" else 3}
-        axes.errorbar(x, y, _bars(point.copies), _bars(point.concept), "o", markersize=5, elinewidth=0.8, **style)
+        style: dict[str, Any] = {"color": point.color, "zorder": 2 if point.color == "C7" else 3}
+        bars = _bars(point.copies), _bars(point.concept or point.copies)
+        axes.errorbar(*point.place, *bars, "o", markersize=5, elinewidth=0.8, **style)
     best = [p for p in points if not any(_beats(other, p) for other in points)]
-    front = sorted((p.concept[0], p.copies[0]) for p in best)
+    front = sorted(p.place for p in best)
     axes.plot(*zip(*front, strict=True), color="C7", linewidth=0.8, linestyle=":", zorder=0)
     axes.set(xlabel="concept right, memorized prompts", ylabel="copies of a training image")
     for axis in (axes.xaxis, axes.yaxis):
@@ -135,15 +146,15 @@ def _in_rows(points: Sequence[Point]) -> Figure:
     return figure
 
 
-def _bars(share: tuple[float, float, float]) -> list[list[float]]:
+def _bars(share: Share) -> list[list[float]]:
     value, low, high = share
     return [[max(value - low, 0)], [max(high - value, 0)]]
 
 
 def _beats(one: Point, other: Point) -> bool:
     """No more copies and no less concept, and not the same."""
-    ours, theirs = ((p.copies[0], -p.concept[0]) for p in (one, other))
-    return ours != theirs and ours[0] <= theirs[0] and ours[1] <= theirs[1]
+    (right, copies), (others_right, others_copies) = one.place, other.place
+    return one.place != other.place and copies <= others_copies and right >= others_right
 
 
 def _name(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
@@ -165,7 +176,7 @@ def _name(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
 def _beside(axes: Axes, point: Point, dx: float, dy: float) -> Annotation:
     return axes.annotate(
         point.label,
-        (point.concept[0], point.copies[0]),
+        point.place,
         (dx, dy),
         textcoords="offset points",
         fontsize=7.5,
@@ -177,5 +188,5 @@ def _beside(axes: Axes, point: Point, dx: float, dy: float) -> Annotation:
 
 def _around(axes: Axes, point: Point) -> Bbox:
     """The point's dot, in the figure's pixels."""
-    x, y = axes.transData.transform((point.concept[0], point.copies[0]))
+    x, y = axes.transData.transform(point.place)
     return Bbox.from_extents(x - 4, y - 4, x + 4, y + 4)

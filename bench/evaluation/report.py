@@ -1,7 +1,7 @@
-"""A page about evaluations: the finding, copies against concept, the table, each caption's training image beside what was made.
+"""A page about evaluations: the finding, copies against concept, the table, and each caption's training image and images.
 
 The page is one file that needs no network: styles, script, curves and images are inside. The table lies beside it as CSV and
-as LaTeX.
+LaTeX.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def _curves(lines: Sequence[dict[str, Any]]) -> Markup | None:
 
 def _svg(draw: Callable[[], Figure]) -> Markup:
     """A figure as SVG, its ink the page's own."""
-    inks = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+    inks: dict[Any, Any] = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "basinescape", **inks}):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         draw().savefig(file := io.StringIO(), format="svg", transparent=True, metadata=nothing)

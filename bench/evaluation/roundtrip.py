@@ -25,7 +25,8 @@ from .metrics import roc
 from .trajectories import Laboratory
 
 Line = dict[str, Any]
-FILES = {"png": {"format": "PNG"}, "jpeg": {"format": "JPEG", "quality": 90}}  # what pictures are kept as
+# How pictures are kept in files.
+FILES: dict[str, dict[str, Any]] = {"png": {"format": "PNG"}, "jpeg": {"format": "JPEG", "quality": 90}}
 WAYS = ("latents", *FILES)
 
 

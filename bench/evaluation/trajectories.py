@@ -1,4 +1,4 @@
-"""Trajectories that are looked at and pushed: what becomes of them, how they converge, where the basin's edge is."""
+"""Trajectories that are watched and pushed: where they end, how they converge, and where the edge of a basin is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .measure import Measure
 
 @dataclass
 class Laboratory:
-    """A scenario's sampler and measure, and runs whose every step can be looked at."""
+    """Runs of a scenario in which every step can be watched or changed. scenario: with steps and scale (`scenario.loaded`)."""
 
     scenario: Scenario
     sampler: Sampler
@@ -64,7 +64,7 @@ class Laboratory:
         return stepwise.sample(self.sampler, texts, seeds, self.steps, guidance, look=look, push=push)
 
     def bar(self, turns: Sequence[Any], what: str) -> tqdm:
-        """The same, with a bar of progress."""
+        """The turns, with a bar of progress."""
         return tqdm(turns, desc=what, disable=not self.progress)
 
     def batches(self, found: Sequence[Prompt], seeds: Sequence[int]) -> list[tuple[list[Prompt], list[int]]]:
@@ -109,7 +109,7 @@ def edges(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], int]:
 
 
 class Curves:
-    """Statistics of every step of a batch: {name: (steps, B)}.
+    """Collects statistics of each step of a batch: {name: (steps, B)}.
 
     gap: ||cond - uncond||. relative: the gap over ||uncond||. alignment: the cosine of cond - uncond and uncond (Asthana &
     Belagiannis, ICLR 2026). update: ||x_(k+1) - x_k|| (Huang et al., KDD 2026). turn: ||cond_k - cond_(k-1)||^2.
@@ -137,9 +137,10 @@ class Curves:
 
 
 def curves(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], guidance: Guidance) -> list[dict[str, Any]]:
-    """`Curves` along trajectories, a line for each prompt and seed; a step's first call counts, and the first turn.
+    """A line for each prompt and seed: its `Curves`, the basin score of its picture, and whether that is a copy.
 
-    With the picture's basin score, and whether it is a copy of a training image, None without training images.
+    Of a step that calls the network more than once the first call counts; of turn the first alone is kept. memorized is None
+    without training images.
     """
     lines, first = [], lab.sampler.solver(lab.steps).first_calls.tolist()
     for batch, drawn in lab.bar(lab.batches(found, seeds), f"curves, {guidance!r}"):
@@ -148,7 +149,7 @@ def curves(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], guida
         scores = lab.sampler.judge(out.latents, [prompt.text for prompt in batch], drawn).score.tolist()
         copies = lab.measure(out.images, batch)
         for i, (prompt, seed) in enumerate(zip(batch, drawn, strict=True)):
-            own = {
+            own: dict[str, Any] = {
                 name: [round(series[call][i], 5) for call in first if call < len(series)]
                 for name, series in look.series.items()
             }
@@ -164,7 +165,7 @@ def constant(weight: float, steps: int) -> Guidance:
 
 
 class Spread:
-    """Root mean square distance of a batch's latents to their mean, a number a step."""
+    """Collects the root mean square distance of a batch's latents to their mean, a number a step."""
 
     def __init__(self) -> None:
         self.values: list[float] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from basinescape import Guidance
 from basinescape.models import GuidedUNet
 from basinescape.types import Branch, Network
 from diffusers.models.attention_processor import Attention
-from torch import Tensor, nn
+from torch import Tensor
 
 from .method import Batch, Method
 from .padding import needs_unet, words_mask
@@ -49,7 +50,7 @@ class Reweighted:
 
 
 @contextmanager
-def attending(unet: nn.Module, words: Tensor) -> Iterator[None]:
+def attending(unet: Any, words: Tensor) -> Iterator[None]:
     """Inside, the cross-attention of `unet` is `Reweighted`."""
     own = dict(unet.attn_processors)
     unet.set_attn_processor({name: Reweighted(words) if "attn2" in name else old for name, old in own.items()})

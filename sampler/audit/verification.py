@@ -159,7 +159,8 @@ def predictions(sampler: Sampler, tasks: Sequence[Task]) -> list[Image.Image]:
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     latents = probe.cleaned(given, predicted).to(model.dtype)
     made = model.decode(latents, "pil", generators, height, width, **options)
-    sampler.pipe.maybe_free_model_hooks()
+    pipe: Any = sampler.pipe  # mypy does not see the methods of diffusers' pipelines
+    pipe.maybe_free_model_hooks()
     return list(map(still, made.images))
 
 

@@ -115,6 +115,9 @@ class Model(Protocol):
     def own_scale(self) -> float:
         """The guidance scale that the pipeline itself has."""
 
+    def unpacked(self, latents: Tensor, height: int | None, width: int | None, options: dict[str, Any]) -> Tensor:
+        """Latents (B, ...) as the autoencoder takes them, but for their scale."""
+
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """(height, width) in pixels, by default the model's own. Raises ValueError for one that it cannot make."""
 

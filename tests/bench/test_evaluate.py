@@ -17,7 +17,7 @@ from basinescape.bench.commands.evaluation import FIELDS
 from basinescape.bench.evaluation.analyze import analyze
 from basinescape.bench.evaluation.detection import SIZE, anisotropy, detection
 from basinescape.bench.evaluation.evaluate import evaluate, table
-from basinescape.bench.evaluation.measure import Likeness, Measure
+from basinescape.bench.evaluation.measure import Measure, TrainingImages
 from basinescape.bench.evaluation.trajectories import Laboratory, edges
 from basinescape.bench.methods.method import starting_at
 from basinescape.bench.scenario import PRESETS, Prompt, Scenario, prompts
@@ -133,7 +133,7 @@ def test_an_image_is_compared_with_its_own_training_image_and_with_any_other(tmp
     for seed, size in enumerate([(32, 32), (48, 64), (32, 32)]):
         noise_image(seed, size).save(tmp_path / f"{seed}.png")
     own = [Prompt("a", "a", tmp_path / "0.png"), Prompt("b", "b", tmp_path / "1.png")]
-    (likely, without) = Likeness("pixels", {"memorized": own}, [tmp_path / "2.png", tmp_path / "0.png"]).compare(
+    (likely, without) = TrainingImages("pixels", {"memorized": own}, [tmp_path / "2.png", tmp_path / "0.png"]).compare(
         [noise_image(2), noise_image(1, (48, 64))], [own[0], Prompt("g", "g")]
     )
     assert likely.nearest == str(tmp_path / "2.png") and likely.value > 0.99 > 0.5 > likely.own
