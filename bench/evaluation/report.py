@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from basinescape.audit.embedding import embedded
+from basinescape.audit.embedding import embedded, rendered
 from basinescape.runs.atomic import whole
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -41,9 +40,7 @@ def report(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
         raise ValueError(f"out must be a file, {str(out)!r} is a folder")
     runs = [(Path(folder), *read_run(Path(folder))) for folder in folders]
     sections = [_section(*run) for run in runs]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
-    files = {out: template.render(sections=sections)}
+    files = {out: rendered(Path(__file__).with_name("report.html.jinja"), sections=sections)}
     for suffix in ("csv", "tex"):
         parts = [section["tables"][suffix] for section in sections]
         names = (

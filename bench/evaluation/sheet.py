@@ -9,12 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from basinescape.audit.embedding import inside
+from basinescape.audit.embedding import inside, rendered
 from basinescape.data.writers import FORMATS, writer
 from basinescape.runs.atomic import whole
 from basinescape.runs.folder import read_settings
 from basinescape.runs.manifest import MANIFEST, sound
-from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 SIDE = 160  # pixels of an image on the page
@@ -48,9 +47,8 @@ def sheet(folder: str | Path, out: str | Path) -> int:
     said = (f"{counts[kind]} {word}" for kind, word in zip(KINDS, told, strict=True) if compared or kind != "copy")
     shown = _images(folder, settings["format"], lines[:MOST])
     entries = [_entry(line, shown.get(line["id"], "")) for line in lines[:MOST]]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("sheet.html.jinja").read_text(encoding="utf-8"))
-    text = template.render(
+    text = rendered(
+        Path(__file__).with_name("sheet.html.jinja"),
         title=f"{folder.resolve().name}: {len(lines)} images, {', '.join(said)}",
         count=len(lines),
         entries=entries,

@@ -1,11 +1,13 @@
-"""Images embedded in a page, so that the page is one file that needs no other."""
+"""Pages made of templates, with their images embedded, so that a page is one file that needs no other."""
 
 from __future__ import annotations
 
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
+from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from ..data.pictures import opened
@@ -31,6 +33,13 @@ def inside(image: Image.Image, side: int | None = SIDE) -> str:
     small.thumbnail((side, side) if side else small.size)
     small.save(file := io.BytesIO(), format="WEBP", quality=85)
     return _uri(file.getvalue(), "image/webp")
+
+
+def rendered(template: Path, **values: Any) -> str:
+    """The page that a Jinja template makes of the values, which are escaped; a list may be cut short by the filter `ids`."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["ids"] = lambda ids: ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
+    return environment.from_string(template.read_text(encoding="utf-8")).render(**values)
 
 
 def _uri(data: bytes, kind: str) -> str:

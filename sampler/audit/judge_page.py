@@ -9,9 +9,8 @@ from math import ceil, log1p
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from ..runs.atomic import whole
+from .embedding import rendered
 
 WIDTH = 0.1  # of the histogram's bars
 BARS = range(-8, 18)  # counted from the threshold; the bars at the ends hold what is beyond them
@@ -26,9 +25,8 @@ def write(
     run: the settings, and images, the source. rows: of judge.csv. shown: pictures as data URIs, by id.
     """
     failed = [row for row in rows if row["status"] != "ok"]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("judge.html.jinja").read_text(encoding="utf-8"))
-    text = template.render(
+    text = rendered(
+        Path(__file__).with_name("judge.html.jinja"),
         run=run,
         date=datetime.now(UTC).date().isoformat(),
         threshold=threshold,

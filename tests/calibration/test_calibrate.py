@@ -15,6 +15,7 @@ from basinescape.bench.methods import region
 from basinescape.calibration.baseline import CAPTIONS, Baseline, ordinary_prompts
 from basinescape.calibration.fingerprint import differing, fingerprint
 from basinescape.calibration.interpolation import curve, sound
+from basinescape.calibration.measure import calibrate
 from basinescape.commands.options import found
 from basinescape.data.prompts import read_prompts
 
@@ -68,6 +69,29 @@ def test_a_measurement_that_was_stopped_goes_on_and_gives_the_same(sampler, cali
     other = Counted(sampler)
     measure(other, seeds=4, resume=kept)
     assert other.calls == 6  # the gaps of other seeds do not count
+
+
+def test_a_calibration_is_not_replaced_unasked_and_one_that_is_stopped_keeps_what_it_has(sampler, tmp_path, caplog, capsys):
+    out = tmp_path / "c.json"
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(Counted(sampler, stop=2), PROMPTS, 0, out, STEPS, batch_size=2, progress=False)
+    kept = out.with_name("c.json.part.jsonl")
+    assert len(kept.read_text().splitlines()) == 4 and "the same command goes on from there" in caplog.text
+    again = Counted(sampler)
+    calibrate(again, PROMPTS, 0, out, STEPS, batch_size=2, progress=False)
+    assert again.calls == 1 and not kept.exists()
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        calibrate(again, PROMPTS, 1, out, STEPS, batch_size=2, progress=False)
+    assert again.calls == 1 and Calibration.load(out).images == 5
+    calibrate(again, PROMPTS, 1, str(out), STEPS, batch_size=2, overwrite=True)
+    assert again.calls > 1 and "5 pictures, 5 steps each" in capsys.readouterr().err
+
+
+def test_a_scheduler_that_diffusers_lacks_is_named_with_the_option_to_give(calibration):
+    assert type(calibration.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    assert replace(calibration, settings={}).scheduler is None
+    with pytest.raises(ValueError, match="made with GoneScheduler, which diffusers .* lacks: give another one .--scheduler"):
+        _ = replace(calibration, settings={"scheduler": {"class": "GoneScheduler"}}).scheduler
 
 
 def test_what_is_ordinary_is_what_plain_and_unguided_samples_show(sampler, calibration):
@@ -212,6 +236,11 @@ def test_the_command_writes_what_generate_finds(mine, monkeypatch, capsys):
     asked = ("--model", mine, "--steps", 4, "--scheduler", "dpmsolver++", "--device", "cpu", "--settled")
     assert not run(monkeypatch, *asked)
     assert "3 pictures, 4 steps" in capsys.readouterr().out
+    kept = (mine / "calibration.json").read_bytes()
+    assert run(monkeypatch, *asked) == 2 and "--force to replace it" in capsys.readouterr().err
+    assert (mine / "calibration.json").read_bytes() == kept
+    assert not run(monkeypatch, *asked, "--force", "--seed", 7) and (mine / "calibration.json").read_bytes() != kept
+    capsys.readouterr()
     made = Calibration.load(mine / "calibration.json")
     assert found(str(mine), None) == made and made.images == 3
     assert sorted(made.model) == ["text_encoder", "unet"] and made.baseline.stable is None
