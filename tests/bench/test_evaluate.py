@@ -158,6 +158,28 @@ def own_model(random_pipeline, tmp_path_factory):
     return folder
 
 
+def test_what_a_scenario_leaves_open_is_as_calibrated_else_the_models_own(own_model, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"caption": "x"}')
+    given = {"model": str(own_model), "memorized": str(tmp_path / "p.jsonl")}
+    open_still = scenarios.load(**given)
+    with pytest.raises(ValueError, match="leaves steps, scale or transition open"):
+        _ = open_still.how
+    scenario, sampler = scenarios.loaded(open_still, "cpu", "float32")
+    assert scenario.how == (50, 7.5, 500.0) and sampler.size() == (32, 32)  # of diffusers' own call
+    assert type(sampler.scheduler) is type(Sampler.from_pretrained(own_model, "cpu", "float32").scheduler)
+
+    settings = {"scheduler": {"class": "EulerDiscreteScheduler"}, "size": [40, 32], "options": {"clip_skip": 1}}
+    Calibration(settings, 9, 3.0, (), (), (0.1,), ((),)).save(tmp_path / "c.json")
+    given["calibration"] = str(tmp_path / "c.json")
+    scenario, sampler = scenarios.loaded(scenarios.load(**given), "cpu", "float32")
+    assert (scenario.how, sampler.size(), sampler.options) == ((9, 3.0, 500.0), (40, 32), {"clip_skip": 1})
+    assert type(sampler.scheduler).__name__ == "EulerDiscreteScheduler"
+    scenario, sampler = scenarios.loaded(
+        scenarios.load(**given, steps=5, scheduler="ddim", options={"height": 32}), "cpu", "float32"
+    )
+    assert scenario.how == (5, 3.0, 500.0) and sampler.size() == (32, 32) and "DDIM" in type(sampler.scheduler).__name__
+
+
 def run(monkeypatch, capsys, *arguments):
     """Exit code, standard output and error of `basinescape`."""
     monkeypatch.setattr(sys, "argv", ["basinescape", *map(str, arguments)])

@@ -90,7 +90,7 @@ def test_a_calibration_is_not_replaced_unasked_and_one_that_is_stopped_keeps_wha
 def test_a_scheduler_that_diffusers_lacks_is_named_with_the_option_to_give(calibration):
     assert type(calibration.scheduler).__name__ == "DPMSolverMultistepScheduler"
     assert replace(calibration, settings={}).scheduler is None
-    with pytest.raises(ValueError, match="made with GoneScheduler, which diffusers .* lacks: give another one .--scheduler"):
+    with pytest.raises(ValueError, match=r"made with GoneScheduler, which diffusers .* lacks: give another one .--scheduler"):
         _ = replace(calibration, settings={"scheduler": {"class": "GoneScheduler"}}).scheduler
 
 
