@@ -1,4 +1,4 @@
-"""The evaluation: every method on every prompt and seed of a scenario, a line an image, and the table made of the lines.
+"""The evaluation: every method on every prompt and seed of a scenario. It writes a line an image, and a table of the lines.
 
 The output folder gets `run.json` (the settings), `results.jsonl` (a line an image, written when it is done),
 `images/<method>/<prompt id>-<seed>.png` and `table.csv`, which `table` makes of `results.jsonl` alone. A run that was stopped

@@ -1,4 +1,4 @@
-"""What evaluations compute of measured numbers: a distance that is relative, how sure shares are, how well scores tell."""
+"""Statistics of evaluations: intervals of shares, and how well a score separates two groups."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 def interval(values: Sequence[float], groups: Sequence[str], level: float = 0.95, draws: int = 2000) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `values`, drawing whole groups: a prompt's seeds are not independent.
 
-    Where all are 0, or all are 1, that would have no width: there it is the exact one of so many groups (Clopper & Pearson).
+    Where all values are 0, or all are 1, the bootstrap has no width; the exact interval of as many groups stands there (Clopper &
+    Pearson).
     """
     if set(values) in ({0.0}, {1.0}):
         bound = ((1 - level) / 2) ** (1 / len(set(groups)))

@@ -1,4 +1,4 @@
-"""The one index of training images: the nearest one of a picture, anywhere in a set, by one measure or by several."""
+"""The index of training images: finds the one nearest to a picture in the whole set, by one measure or by several."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .measures import BATCH, THRESHOLDS, Similarity, installed
 
 @dataclass(frozen=True)
 class Found:
-    """The nearest training image of one picture, by the measure that speaks clearest of those that were asked."""
+    """The training image nearest to a picture, by the measure in which it stands out most from the measure's threshold."""
 
     measure: str
     similarity: float
@@ -28,15 +28,15 @@ class Found:
 
 
 class Index:
-    """Training images, and how like them pictures are.
+    """Training images, and how similar pictures are to them.
 
-    measures: names in THRESHOLDS; None: what is `installed`. threshold: of them all, in the place of their own.
+    measures: names in THRESHOLDS; None: those that are `installed`. threshold: for all of them; None: each one's own.
     on_error: of an image that cannot be read; see `Faults`.
 
     images: those that could be read. sha256: of their names and contents. thresholds: by measure.
 
-    Raises ValueError for an unknown measure, an image that cannot be read, or where there is none; ImportError or OSError for a
-    measure that lacks something.
+    Raises ValueError for an unknown measure, an image that cannot be read, or no image; ImportError or OSError for a measure
+    that lacks a package or its weights.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ class Index:
             measure.add(held)
 
     def similarity(self, pictures: Sequence[Image.Image], measure: str | None = None) -> Tensor:
-        """(N, M) float32: every picture against every one of `images`, by one of the measures, the first unless named."""
+        """(N, M) float32: every picture against every one of `images`, by one measure; None: the first."""
         return self._similarity[measure or self.measures[0]](pictures)
 
     def __call__(self, pictures: Sequence[Image.Image]) -> list[Found]:
-        """The nearest training image of each picture: that of the measure in which it stands out most from its threshold."""
+        """The nearest training image of each picture."""
         found = []
         for name in self.measures:
             best = self.similarity(pictures, name).max(dim=1)
@@ -107,7 +107,7 @@ class Index:
 
 
 class Copies:
-    """What the manifest of a run says of an image beside the training images of a folder; the rest is `Index`'s."""
+    """Compares images of a run with the training images of a folder, for its manifest. The arguments are those of `Index`."""
 
     def __init__(
         self,
