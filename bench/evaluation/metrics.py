@@ -10,7 +10,7 @@ import numpy as np
 def interval(values: Sequence[float], groups: Sequence[str], level: float = 0.95, draws: int = 2000) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `values`, drawing whole groups: a prompt's seeds are not independent.
 
-    Where all values are 0, or all are 1, the bootstrap has no width; the exact interval of as many groups stands there (Clopper &
+    Where all values are 0, or all are 1, the bootstrap has no width: the interval is the exact one of as many groups (Clopper &
     Pearson).
     """
     if set(values) in ({0.0}, {1.0}):

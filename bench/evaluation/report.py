@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from basinescape.audit.embedding import embedded, rendered
+from basinescape.calibration.baseline import STATIC
 from basinescape.runs.atomic import whole
 from markupsafe import Markup
 from matplotlib import rc_context
@@ -59,7 +60,7 @@ def report(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
 def _section(folder: Path, run: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
     """What the template needs of a run."""
     scenario = run["scenario"]
-    compared = Comparison.of(table(lines), scenario.get("transition", 0.0))
+    compared = Comparison.of(table(lines), scenario.get("transition") or STATIC)
     training = _training(run, {line["id"]: line["prompt"] for line in lines if line["group"] == "memorized"})
     tables = {"csv": compared.csv(), "tex": compared.latex()}
     return {
