@@ -1,6 +1,6 @@
 """A method from a user's own file: `basinescape evaluate --methods cfg,mine.py:method`, where `method` in mine.py is one of
 
-    a Guidance or a guard, as `Guidance.delayed(7.5, until=At(600))` or `Guidance.guard(7.5, retries=3)`;
+    a Guidance or a guard, as `Guidance.delayed(7.5, until=At(600))` or `Guidance.guard(7.5, threshold=0.25)`;
     a function (sampler, prompts, seeds) or (sampler, prompts, seeds, steps) that returns an `Output`, as the sampler does;
     a `Method`, or any object with `sample(sampler, prompts, seeds, steps)`, which returns an `Output`.
 
