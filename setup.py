@@ -63,7 +63,7 @@ setup(
             "webdataset",
         ],
         "docs": ["mkdocs", "mkdocstrings-python"],
-        "evaluate": ["faiss-cpu", "onnxruntime", "pyyaml", "scikit-learn", "torchmetrics"],
+        "evaluate": ["onnxruntime", "pyyaml", "scikit-learn", "torchmetrics"],
         "kdiffusion": ["k-diffusion", "setuptools<82"],  # its clip-anytorch imports pkg_resources, which later ones lack
         "xformers": ["xformers"],
         "ray": ["ray"],

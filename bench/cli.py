@@ -59,8 +59,8 @@ for command in (verify, merge, calibrate, audit, judge):
 
 
 @app.command()
-def demo(out: Annotated[Path, typer.Option(help="folder for the table and the pictures")] = Path("out/demo")) -> None:
-    """See memorization and its cure on the small pipeline that ships."""
+def demo(out: Annotated[Path, typer.Option(help="folder for the pictures and the table")] = Path("out/demo")) -> None:
+    """See memorization and its cure on the two small pipelines that ship. Takes about two minutes on two cores."""
     quieten()
     from .evaluation.demo import demo
 

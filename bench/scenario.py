@@ -1,24 +1,24 @@
 """Scenarios: a model, its memorized and general prompts with the training images, and how to sample. Data only.
 
-Scenarios 1 to 4 are those of Jain et al. (CVPR 2025, https://arxiv.org/abs/2411.16738); their models and data are published by
-their authors and are not part of this project, so a missing file is reported with the place where it can be had.
+Scenarios 1 to 4 are those of Jain et al. (CVPR 2025, https://arxiv.org/abs/2411.16738). Their models and data are published by
+their authors and are not part of this project. For a missing file the error says where it can be had.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from basinescape import Calibration, models
+from basinescape import Calibration, Sampler, models
 from basinescape.audit.measures import THRESHOLDS, installed
+from basinescape.calibration.baseline import STATIC
 from basinescape.data.captions import Prompt, read_captions
 
-__all__ = ["PRESETS", "Prompt", "Scenario", "limited", "load", "prompts"]
+__all__ = ["PRESETS", "Prompt", "Scenario", "limited", "load", "loaded", "prompts"]
 
 DATA = "https://github.com/somepago/DCR and https://github.com/YuxinWenRick/diffusion_memorization"
-Stable = dict[str, Sequence[Sequence[float]]]  # name of a norm -> its (mean, standard deviation) in every step but the last
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,14 @@ class Scenario:
     """What an evaluation runs on.
 
     model:      folder, hub id, or the name of a pipeline that ships. A classifier of concepts beside the model, in
-                `classifier/`, judges those of the prompts.
+                `classifier/`, judges whether pictures show those of the prompts.
     memorized, general: captions that may be memorized, and ordinary ones, in any layout that `read_captions` knows; or the name
                 of a pipeline that ships with its own.
     images:     folder of training images, of the captions and others; None: those that the prompt files name, perhaps none.
-    options:    of the pipeline's own call, as height or max_sequence_length.
-    transition: the timestep of the static transition point.
-    ordinary:   the usual noise gap of each unguided step, for the rule `Settled`; empty: not measured, no such method.
-    stable:     the stable region of plain guidance, for `methods.update`; None: not measured, no such method.
-    calibration: file of a `Calibration`, or the name of a pipeline that ships, for the guard; None: no such method.
+    calibration: file of a `Calibration`, or the name of a pipeline that ships; None: the one beside the model, if there is one.
+    steps, scheduler, scale, options: how to sample; options are arguments of the pipeline's own call, as height or
+                max_sequence_length. None: as calibrated, and without a calibration as the model's own pipeline does.
+    transition: the timestep of the static transition; None: the calibration's, else the paper's.
     similarity: "pixels", "sscd", "clip" or "dino"; None: sscd where it is installed, else pixels.
     threshold:  similarity above which an image counts as memorized; None: that of the similarity.
     where:      where the authors publish what is missing here.
@@ -47,25 +46,23 @@ class Scenario:
     memorized: str
     general: str | None = None
     images: str | None = None
-    steps: int = 50
-    scheduler: str = "dpmsolver++"
-    scale: float = 7.5
-    transition: float = 500.0
-    ordinary: tuple[float, ...] = ()
-    stable: Stable | None = None
+    steps: int | None = None
+    scheduler: str | None = None
+    scale: float | None = None
+    transition: float | None = None
     calibration: str | None = None
     similarity: str | None = None
     threshold: float | None = None
     where: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.similarity is None:
-            object.__setattr__(self, "similarity", "sscd" if installed("sscd") else "pixels")
-        if self.similarity not in THRESHOLDS:
-            raise ValueError(f"similarity must be among {', '.join(THRESHOLDS)}; got {self.similarity!r}")
+        similarity = self.similarity or ("sscd" if installed("sscd") else "pixels")
+        object.__setattr__(self, "similarity", similarity)
+        if similarity not in THRESHOLDS:
+            raise ValueError(f"similarity must be among {', '.join(THRESHOLDS)}; got {similarity!r}")
         if self.threshold is None:
-            object.__setattr__(self, "threshold", THRESHOLDS[self.similarity])
+            object.__setattr__(self, "threshold", THRESHOLDS[similarity])
 
     @property
     def source(self) -> str | Path:
@@ -74,48 +71,58 @@ class Scenario:
 
     @property
     def folder(self) -> Path | None:
-        """Where the training images are, if they are all in one folder."""
+        """The folder of the training images, if they are all in one."""
         if self.images is not None:
             return Path(self.images)
         return models.shipped()[self.memorized] / "memorized" if self.memorized in models.shipped() else None
 
+    @property
+    def how(self) -> tuple[int, float, float]:
+        """(steps, scale, transition). Raises ValueError where one is open still: `loaded` fills them in."""
+        if self.steps is None or self.scale is None or self.transition is None:
+            raise ValueError(f"scenario {self.name!r} leaves steps, scale or transition open: scenario.loaded fills them in")
+        return self.steps, self.scale, self.transition
+
+    @property
+    def calibrated(self) -> Calibration | None:
+        """The calibration, None without one."""
+        return None if self.calibration is None else Calibration.load(self.calibration)
+
     @classmethod
-    def read(cls, stored: dict[str, Any]) -> Scenario:
-        """What a run's settings say of it; fields of other versions are left out. Raises TypeError where it is not one."""
+    def read(cls, stored: Mapping[str, Any]) -> Scenario:
+        """The scenario in a run's settings; fields of other versions are left out. Raises TypeError where there is none."""
         return cls(**{field.name: stored[field.name] for field in fields(cls) if field.name in stored})
 
 
 def _ships(name: str, **sampled: Any) -> Scenario:
-    """The scenario of a pipeline that ships with its captions, and perhaps a calibration."""
-    scenario = Scenario(name, name, name, name, similarity="pixels", **sampled)
-    beside = Calibration.beside(scenario.source)
-    ordinary = Calibration.load(beside).ordinary if beside else None
-    if ordinary is None:
-        return scenario
-    return replace(scenario, ordinary=ordinary.unguided, stable=ordinary.stable, calibration=name)
+    """The scenario of a pipeline that ships with its captions and a calibration."""
+    return Scenario(name, name, name, name, similarity="pixels", transition=680.0, calibration=name, **sampled)
 
 
-PAPER = {"similarity": "sscd", "where": DATA}
+def _papers(name: str, model: str, memorized: str, transition: float = 500.0) -> Scenario:
+    """A scenario of Jain et al."""
+    how: dict[str, Any] = {"steps": 50, "scheduler": "dpmsolver++", "scale": 7.5, "similarity": "sscd", "where": DATA}
+    return Scenario(name, model, memorized, transition=transition, **how)
+
+
 PRESETS = {
-    "1": Scenario("1", "sd-finetuned-laion10k", "laion_10k_random/captions.json", transition=500.0, **PAPER),
-    "2": Scenario("2", "sd-finetuned-imagenette", "imagenette2-train", transition=600.0, **PAPER),
-    "3": Scenario("3", "sd14-finetuned-200-duplicates", "memorized_images", transition=500.0, **PAPER),
-    "4": Scenario("4", "CompVis/stable-diffusion-v1-4", "sdv1_500_memorized.jsonl", transition=500.0, **PAPER),
-    "tiny": _ships("tiny", transition=680.0),
-    "flow": _ships("flow", transition=680.0, steps=28, scheduler="own", scale=7.0, options={"max_sequence_length": 16}),
+    "1": _papers("1", "sd-finetuned-laion10k", "laion_10k_random/captions.json"),
+    "2": _papers("2", "sd-finetuned-imagenette", "imagenette2-train", 600.0),
+    "3": _papers("3", "sd14-finetuned-200-duplicates", "memorized_images"),
+    "4": _papers("4", "CompVis/stable-diffusion-v1-4", "sdv1_500_memorized.jsonl"),
+    "tiny": _ships("tiny", steps=50, scheduler="dpmsolver++", scale=7.5),
+    "flow": _ships("flow", steps=28, scheduler="own", scale=7.0, options={"max_sequence_length": 16}),
 }
 
 
 FILES = ("model", "memorized", "general", "images", "calibration")  # fields that may name a file or folder
-MEASURED = {"ordinary": (), "stable": None, "calibration": None}  # what belongs to one model and one way to sample from it
-SAMPLED = {"model", "steps", "scheduler", "scale", "options"}  # fields that say how
 
 
 def load(name: str | None = None, **given: Any) -> Scenario:
     """A preset, or a scenario from a YAML file of the fields of `Scenario`, with the fields in `given` that are not None.
 
-    name: None for a scenario of `given` alone, or "tiny" where that names neither model nor prompts. Files are made absolute;
-    a calibration that lies beside the model is found, and says how to sample where a scenario of `given` alone does not.
+    name: None for a scenario of `given` alone, or "tiny" where that names neither model nor prompts. Files are made absolute.
+    What the scenario leaves open is as calibrated, where there is a calibration.
 
     Raises ValueError for an unknown name or field, FileNotFoundError for a missing file.
     """
@@ -123,14 +130,39 @@ def load(name: str | None = None, **given: Any) -> Scenario:
     if name is None and ("model" in given or "memorized" in given):
         if not {"model", "memorized"} <= given.keys():
             raise ValueError("model and prompts must be given together, or beside a scenario")
-        beside = given.get("calibration") or Calibration.beside(given["model"])
-        return _calibrated(Scenario(**{"name": Path(given["model"]).name, "scheduler": "own", **_measured(beside), **given}))
-    base = PRESETS.get(name or "tiny") or _from_yaml(name)
-    if SAMPLED & given.keys():
-        base = replace(base, **MEASURED)
+        return _as_calibrated(Scenario(**{"name": Path(given["model"]).name, **given}))
+    base = PRESETS.get(name or "tiny") or _from_yaml(str(name))
     if "similarity" in given:
         base = replace(base, similarity=given["similarity"], threshold=given.get("threshold"))
-    return _calibrated(replace(base, **given))
+    if "model" in given:
+        base = replace(base, calibration=None)
+    return _as_calibrated(replace(base, **given))
+
+
+def _as_calibrated(scenario: Scenario) -> Scenario:
+    """What the scenario leaves open filled in by its calibration, which is looked for beside the model."""
+    path = scenario.calibration or Calibration.beside(scenario.source)
+    scenario = replace(scenario, calibration=None if path is None else str(path))
+    known = scenario.calibrated
+    if known is None:
+        return scenario
+    transition = STATIC if known.baseline is None else known.baseline.transition
+    measured = {"steps": known.steps, "scale": known.scale, "transition": transition}
+    return replace(scenario, **{name: value for name, value in measured.items() if getattr(scenario, name) is None})
+
+
+def loaded(scenario: Scenario, device: str | None = None, dtype: str | None = None) -> tuple[Scenario, Sampler]:
+    """The scenario's sampler, and the scenario with the steps and scale of the model's own pipeline where it leaves them open.
+
+    Raises what `Sampler.from_pretrained` does, and ValueError where the calibration's scheduler cannot be had.
+    """
+    known = scenario.calibrated
+    settings = {} if known is None else known.settings
+    scheduler = scenario.scheduler or (known and known.scheduler) or "own"
+    sampler = Sampler.from_pretrained(scenario.source, device, dtype, scheduler)
+    sampler = sampler.using(*settings.get("size", ()), **settings.get("options", {})).using(**scenario.options)
+    own = {"steps": sampler.model.own_steps, "scale": sampler.model.own_scale, "transition": STATIC}
+    return replace(scenario, **{name: value for name, value in own.items() if getattr(scenario, name) is None}), sampler
 
 
 def _from_yaml(name: str) -> Scenario:
@@ -162,19 +194,6 @@ def _absolute(given: dict[str, Any], folder: Path) -> dict[str, str]:
     return {field: str(path.resolve()) for field, path in found.items() if path.exists()}
 
 
-def _measured(calibration: str | Path | None) -> dict[str, Any]:
-    """How a calibration, if there is one, was sampled, and the static transition that it guesses."""
-    if calibration is None:
-        return {}
-    found = Calibration.load(calibration)
-    return {"steps": found.steps, "scale": found.scale} | ({"transition": found.ordinary.transition} if found.ordinary else {})
-
-
-def _calibrated(scenario: Scenario) -> Scenario:
-    beside = Calibration.beside(scenario.source)
-    return replace(scenario, calibration=str(beside)) if scenario.calibration is None and beside else scenario
-
-
 def prompts(scenario: Scenario) -> dict[str, list[Prompt]]:
     """The scenario's prompts by group, "memorized" and "general".
 
@@ -197,6 +216,6 @@ def _group(scenario: Scenario, group: str) -> list[Prompt]:
     return read_captions(source, scenario.where, images)
 
 
-def limited(groups: dict[str, Sequence[Prompt]], limit: int | None) -> dict[str, list[Prompt]]:
+def limited(groups: Mapping[str, Sequence[Prompt]], limit: int | None) -> dict[str, list[Prompt]]:
     """The first `limit` prompts of each group."""
     return {name: list(found[:limit]) for name, found in groups.items()}

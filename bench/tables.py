@@ -17,8 +17,12 @@ def aligned(rows: Sequence[Row]) -> str:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """The rows of benchmarks, a table for each run of rows of the same bench and keys; numbers are shortened."""
-    grouped = groupby(rows, key=lambda row: (row["bench"], tuple(row)))
+    """The rows of benchmarks, with numbers shortened: a table for each sequence of rows of one bench with the same keys."""
+
+    def kind(row: Row) -> tuple[str, tuple[str, ...]]:
+        return row["bench"], tuple(row)
+
+    grouped = groupby(rows, key=kind)
     return "\n\n".join(aligned([{key: _short(value) for key, value in row.items()} for row in group]) for _, group in grouped)
 
 

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 FIELDS = """A scenario of your own is a .yaml file. Fields: model (a folder or hub id) and memorized (captions that may be
 memorized), which it must have; general (ordinary prompts), images (a folder of training images), name, steps, scheduler,
 scale, transition (a timestep, 0 to 1000), similarity (pixels, sscd, clip, dino), threshold (of the similarity, above which an
-image is a copy), calibration (a file that calibrate wrote), options (of the pipeline's own
-call, as height: 768), ordinary, stable, where. Captions are .jsonl, .csv, .parquet
-(prompt or caption or text; perhaps image or file_name, id, concept), .json, or a folder of images with .txt files or
-metadata.jsonl. Files are looked for beside the .yaml file."""
+image is a copy), calibration (a file that calibrate wrote), options (of the pipeline's own call, as height: 768), where. What
+it leaves open is as calibrated, else as the model's own pipeline has it. Captions are .jsonl, .csv, .parquet (prompt or caption
+or text; perhaps image or file_name, id, concept), .json, or a folder of images with .txt files or metadata.jsonl. Files are
+looked for beside the .yaml file."""
+METHODS = """A method of your own is FILE.py:NAME, where NAME is a Guidance or a guard, a function (sampler, prompts,
+seeds[, steps]) that returns an Output, or an object with such a sample; see basinescape.bench.methods.own."""
 OWN = f"--model and --prompts take the place of a scenario; other options change one. {FIELDS}"
 
 ScenarioName = Annotated[
@@ -31,9 +33,9 @@ Model = Annotated[str | None, typer.Option(help="your model, a folder in diffuse
 Prompts = Annotated[Path | None, typer.Option(help="with --model: its captions, a file or a folder of images, see below")]
 General = Annotated[Path | None, typer.Option(help="ordinary prompts beside them, a file as for --prompts")]
 Images = Annotated[Path | None, typer.Option(help="folder of training images: copies of any of them are found")]
-Steps = Annotated[int | None, typer.Option(help="denoising steps")]
-Scheduler = Annotated[str | None, typer.Option(help="own (the model's), ddim, dpmsolver++, euler, ...")]
-Scale = Annotated[float | None, typer.Option(help="guidance scale")]
+Steps = Annotated[int | None, typer.Option(help="denoising steps; default the scenario's, else as calibrated")]
+Scheduler = Annotated[str | None, typer.Option(help="own (the model's), ddim, dpmsolver++, ...; default as for --steps")]
+Scale = Annotated[float | None, typer.Option(help="guidance scale; default as for --steps")]
 Until = Annotated[float | None, typer.Option(help="timestep of the transition of delayed and opposite guidance")]
 Similarity = Annotated[str | None, typer.Option(help="pixels, sscd, clip or dino; default sscd if installed, else pixels")]
 Threshold = Annotated[float | None, typer.Option(help="similarity above which an image is a copy; default its own")]
@@ -48,7 +50,7 @@ Progress = Annotated[bool, typer.Option(help="show a progress bar")]
 
 def add(app: typer.Typer) -> None:
     """The commands of this file."""
-    app.command(epilog=OWN)(evaluate)
+    app.command(epilog=f"{METHODS} {OWN}")(evaluate)
     app.command()(quality)
     app.command()(report)
     app.command(epilog=OWN)(analyze)
@@ -63,7 +65,9 @@ def evaluate(
     images: Images = None,
     methods: Annotated[
         str | None,
-        typer.Option(help="names with commas between, FILE.py:NAME, or all; default cfg, delayed-at, opposite-at, guard"),
+        typer.Option(
+            help="names with commas between, FILE.py:NAME (see below), or all; default cfg, delayed-at, opposite-at, guard"
+        ),
     ] = None,
     seeds: Seeds = 4,
     first_seed: Annotated[int, typer.Option(help="their seeds are counted up from here")] = 0,
@@ -83,25 +87,26 @@ def evaluate(
 ) -> None:
     """Measure memorization. Methods run on captions that may be memorized and on ordinary prompts."""
     quieten()
+    from basinescape.calibration.baseline import STATIC
+
     from ..evaluation.comparison import Comparison
     from ..evaluation.evaluate import Incomplete, evaluate
-    from ..methods import chosen as methods_of
+    from ..methods import DEFAULT
 
-    fields = {"steps": steps, "scheduler": scheduler, "scale": scale, "transition": until}
+    fields: dict[str, Any] = {"steps": steps, "scheduler": scheduler, "scale": scale, "transition": until}
     fields |= {"similarity": similarity, "threshold": threshold, "calibration": calibration}
     fields |= {"options": options.of_call(option) or None}
     chosen = _scenario(scenario, model, prompts, general, images, **fields)
     names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
     if names is None:
-        told = list(methods_of(chosen))
-        typer.echo(f"methods: {', '.join(told)}", err=True)
+        typer.echo(f"methods: {', '.join(DEFAULT)}", err=True)
     failed = None
     try:
         rows = evaluate(chosen, names, out, seeds, limit, batch_size, dtype, device, progress, first_seed)
     except Incomplete as error:
         failed, rows = error, error.rows
     if rows:
-        compared = Comparison.of(rows, chosen.transition)
+        compared = Comparison.of(rows, STATIC if chosen.transition is None else chosen.transition)
         typer.echo(f"{aligned(compared.text_rows())}\n\n{fill(compared.finding(), 80)}")
     if failed:
         typer.echo(f"basinescape: {failed}", err=True)
@@ -162,7 +167,7 @@ def analyze(
     quieten()
     from ..evaluation.analyze import analyze
 
-    fields = {"steps": steps, "scheduler": scheduler, "scale": scale}
+    fields: dict[str, Any] = {"steps": steps, "scheduler": scheduler, "scale": scale}
     fields |= {"similarity": similarity, "threshold": threshold, "calibration": calibration}
     fields |= {"options": options.of_call(option) or None}
     chosen = _scenario(scenario, model, prompts, general, images, **fields)

@@ -10,18 +10,18 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from basinescape import FirstMinimum, Guidance, Sampler, Settled
+from basinescape import FirstMinimum, Guidance, Settled
 from basinescape.data.tables import write_csv
 from basinescape.kernels import definition
 
 from ..scenario import Prompt, Scenario, limited, prompts
 from . import figures
 from .detection import captions_told, pictures_told
-from .measure import Measure
 from .trajectories import Laboratory, constant, convergence, curves, edges, onset_sweep, returns
 
 __all__ = ["Laboratory", "analyze", "curves", "edges"]
@@ -52,7 +52,7 @@ def agreement(
         "never": len(found) - len(steps),
         "median_step": float(np.median(both[:, 0])) if steps else None,
         "median_edge": float(np.median([true[key] for key in found])),
-        "too_early": _share(both[:, 0] < both[:, 1]),
+        "too_early": _share((both[:, 0] < both[:, 1]).tolist()),
         "correlation": round(float(np.corrcoef(both.T)[0, 1]), 3) if varied else None,
         "memorized": _share([row["memorized"] for row in given]),
         "concept": _share([row["concept_ok"] for row in given]),
@@ -73,17 +73,31 @@ def at(step: int, steps: int) -> int:
 def rules(ordinary: Sequence[float], steps: int) -> dict[str, Callable[[dict[str, Any]], int | None]]:
     """The rules that are compared: the paper's, its options, this project's, and a step that is the same for all."""
     earliest = max(2, at(8, steps))
-    minima = {"first minimum": FirstMinimum(), f"first minimum, earliest {earliest}": FirstMinimum(earliest=earliest)}
+    minima: dict[str, FirstMinimum | Settled] = {
+        "first minimum": FirstMinimum(),
+        f"first minimum, earliest {earliest}": FirstMinimum(earliest=earliest),
+    }
     minima |= {f"first minimum, drop {drop}": FirstMinimum(drop=drop) for drop in (0.1, 0.3)}
-    waits = {
+    waits: dict[str, FirstMinimum | Settled] = {
         f"settled {factor}, wait {wait}": Settled(tuple(ordinary), factor, wait, latest=at(24, steps))
         for factor in (1.2, 1.5, 1.8)
         for wait in (at(4, steps), at(6, steps), at(8, steps))
         if ordinary
     }
-    found = {name: lambda line, until=until: transition(line["gap"], until) for name, until in (minima | waits).items()}
-    fixed = dict.fromkeys(at(step, steps) for step in (8, 10, 12, 14, 16))
-    return found | {f"step {step}": lambda line, step=step: step for step in fixed}
+    found: dict[str, Callable[[dict[str, Any]], int | None]] = {}
+    for name, until in (minima | waits).items():
+        found[name] = partial(_of_gaps, until)
+    for step in dict.fromkeys(at(step, steps) for step in (8, 10, 12, 14, 16)):
+        found[f"step {step}"] = partial(_always, step)
+    return found
+
+
+def _of_gaps(until: FirstMinimum | Settled, line: dict[str, Any]) -> int | None:
+    return transition(line["gap"], until)
+
+
+def _always(step: int, line: dict[str, Any]) -> int:
+    return step
 
 
 def halves(found: Sequence[Prompt]) -> dict[str, set[str]]:
@@ -109,70 +123,45 @@ def analyze(
 
     Raises ValueError, before any work, for a bad number or folder.
     """
-    out, steps = Path(out), scenario.steps
+    out = Path(out)
     if out.is_file() or (out.exists() and any(out.iterdir())):
         raise ValueError(f"output folder {str(out)!r} is {'a file' if out.is_file() else 'not empty'}: choose another")
     for name, value in (("seeds", seeds), ("limit", 1 if limit is None else limit)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    every = prompts(scenario)
+    groups = limited(every, limit)
+    lab = Laboratory.of(scenario, every, device, dtype, progress)
+    steps, general, copies = lab.steps, "general" in groups, lab.measure.tells_copies
     onsets = range(0, 2 * steps // 3 + 1, max(1, steps // 25)) if onsets is None else onsets
-    whole = prompts(scenario)
-    measure, groups = Measure(scenario, whole), limited(whole, limit)
-    general, copies = "general" in groups, measure.likeness
-    shown = copies or measure.knows_concepts(groups["memorized"])
     for there, what, without in (
         (general, "general prompts", "what tells memorized prompts apart, and what is ordinary"),
         (copies, "training images", "where copying ends, and how wide a basin is"),
     ):
         if not there:
             log.warning("the scenario has no %s: left out is %s", what, without)
-    sampler = Sampler.from_pretrained(scenario.source, device, dtype, scenario.scheduler).using(**scenario.options)
-    lab = Laboratory(scenario, sampler, measure, progress=progress)
-    sampler.solver(steps)  # raises for steps that the scheduler cannot take
+    lab.sampler.solver(steps)  # raises for steps that the scheduler cannot take
     out.mkdir(parents=True, exist_ok=True)
-    drawn, few = range(seeds), {name: found[:8] for name, found in groups.items()}
+    drawn = range(seeds)
 
-    plain = {name: curves(lab, found, drawn, Guidance.cfg(scenario.scale)) for name, found in groups.items()}
-    free, opposed = (curves(lab, groups["memorized"], drawn, constant(w, steps)) for w in (0.0, -scenario.scale))
+    plain = {name: curves(lab, found, drawn, Guidance.cfg(lab.scale)) for name, found in groups.items()}
+    free, opposed = (curves(lab, groups["memorized"], drawn, constant(w, steps)) for w in (0.0, -lab.scale))
     (out / "curves.json").write_text(json.dumps({"plain": plain, "unguided": free, "opposed": opposed}))
     figures.curves(plain, out / "curves.png")
-    detected, ordinary, told = [], [], []
-    if general:
-        detected, told = captions_told(lab, groups, drawn, plain), pictures_told(lab, groups, drawn, plain)
-        free_general = curves(lab, groups["general"], drawn, constant(0.0, steps))
-        ordinary = np.median([line["gap"] for line in free_general], axis=0).tolist()
+    told = _told(lab, groups, drawn, plain)
+    shown = copies or lab.measure.knows_concepts(groups["memorized"])
     sweep = onset_sweep(lab, groups["memorized"], drawn, onsets) if shown else []
-    if sweep:
-        write_csv(out / "onset.csv", sweep)
-    converging = convergence(lab, few, range(8))
-    write_csv(out / "convergence.csv", converging)
-    figures.convergence(converging, out / "convergence.png")
-    if copies:
-        pushes = dict.fromkeys(at(step, steps) for step in (0, 5, 10, 15, 20, 30))
-        returning = returns(lab, groups["memorized"][:16], [0], list(pushes), (0.4, 0.8, 1.6, 3.2))
-        write_csv(out / "returns.csv", returning)
-        figures.returns(returning, out / "returns.png")
-
+    _basins(lab, groups, sweep, out)
     summary = {
         "scenario": scenario.name,
         "seeds": seeds,
         **lab.sampler.provenance,
         "prompts": {name: len(part) for name, part in groups.items()},
-        "onset": [
-            {"onset": onset}
-            | {
-                name: _share([row[field] for row in sweep if row["onset"] == onset])
-                for name, field in (("memorized", "memorized"), ("similarity", "similarity"), ("concept", "concept_ok"))
-            }
-            for onset in onsets
-            if sweep
-        ],
-        "detection": detected,
-        "copies": told,
-        "ordinary": [round(gap, 4) for gap in ordinary],
+        "onset": [_at_onset(sweep, onset) for onset in onsets if sweep],
+        **told,
         "agreement": [
             {"rule": name, "prompts": half, **agreement([line for line in free if line["id"] in ids], sweep, rule)}
-            for name, rule in rules(ordinary, steps).items()
+            for name, rule in rules(told["ordinary"], steps).items()
             for half, ids in halves(groups["memorized"]).items()
             if copies
         ],
@@ -181,3 +170,38 @@ def analyze(
     if sweep:
         figures.onset(summary["onset"], out / "onset.png")
     return summary
+
+
+def _told(
+    lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Sequence[int], plain: dict[str, list[dict[str, Any]]]
+) -> dict[str, list[Any]]:
+    """What tells memorized captions and copies apart, and the usual unguided gaps; all empty without general prompts."""
+    if "general" not in groups:
+        return {"detection": [], "copies": [], "ordinary": []}
+    free = curves(lab, groups["general"], seeds, constant(0.0, lab.steps))
+    return {
+        "detection": captions_told(lab, groups, seeds, plain),
+        "copies": pictures_told(lab, groups, seeds, plain),
+        "ordinary": [round(gap, 4) for gap in np.median([line["gap"] for line in free], axis=0).tolist()],
+    }
+
+
+def _basins(lab: Laboratory, groups: dict[str, list[Prompt]], sweep: Sequence[dict[str, Any]], out: Path) -> None:
+    """Write the sweep, how trajectories converge and, where copies can be told, which come back after a push."""
+    if sweep:
+        write_csv(out / "onset.csv", sweep)
+    converging = convergence(lab, {name: found[:8] for name, found in groups.items()}, range(8))
+    write_csv(out / "convergence.csv", converging)
+    figures.convergence(converging, out / "convergence.png")
+    if lab.measure.tells_copies:
+        pushes = dict.fromkeys(at(step, lab.steps) for step in (0, 5, 10, 15, 20, 30))
+        returning = returns(lab, groups["memorized"][:16], [0], list(pushes), (0.4, 0.8, 1.6, 3.2))
+        write_csv(out / "returns.csv", returning)
+        figures.returns(returning, out / "returns.png")
+
+
+def _at_onset(sweep: Sequence[dict[str, Any]], onset: int) -> dict[str, Any]:
+    """The shares of copies and of right concepts, and the mean similarity, where guidance starts at one step."""
+    rows = [row for row in sweep if row["onset"] == onset]
+    fields = {"memorized": "memorized", "similarity": "similarity", "concept": "concept_ok"}
+    return {"onset": onset} | {name: _share([row[field] for row in rows]) for name, field in fields.items()}

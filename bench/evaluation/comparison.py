@@ -1,4 +1,4 @@
-"""What a reader wants of an evaluation: the finding in a line, and a line a method, memorized beside general prompts."""
+"""An evaluation summed up: the finding in a sentence, and a line a method, memorized prompts beside general ones."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ GROUPS = {"memorized": "memorized prompts", "general": "general prompts"}
 class Column:
     """A column of the comparison: a field of a group's rows.
 
-    share: it is one, shown as a percentage. best: which of its values is the best, None where that would say nothing.
+    share: whether it is shown as a percentage. best: min or max, which picks the best value; None where none is the best.
     """
 
     group: str
     title: str
     field: str
     share: bool = True
-    best: Callable[..., float] | None = min
+    best: Callable[..., Any] | None = min
 
     @property
     def bounds(self) -> tuple[str, str]:
@@ -77,7 +77,7 @@ class Comparison:
 
     @classmethod
     def of(cls, rows: Sequence[Row], transition: float) -> Comparison:
-        """From the rows of `evaluate.table`; columns that nothing is known of, or that say nothing, are left out."""
+        """From the rows of `evaluate.table`. Columns without values are left out, and JUDGED where no method marks images."""
         by_method: dict[str, dict[str, Row]] = {}
         for row in rows:
             by_method.setdefault(row["method"], {})[row["group"]] = row
@@ -102,7 +102,7 @@ class Comparison:
 
     @property
     def best(self) -> Line | None:
-        """The method with the fewest copies and lost concepts together on memorized prompts, of those that are not plain."""
+        """The method, plain guidance apart, with the fewest copies and lost concepts together on memorized prompts."""
         told = [line for line in self.lines if line.name != RECORDED and _memorized(line, "memorized_share") is not None]
         return min(told, key=_lost, default=None)
 
@@ -138,7 +138,7 @@ class Comparison:
         ]
 
     def csv(self) -> str:
-        """Every number of the comparison, shares as such, with the bounds of their intervals."""
+        """Every number of the comparison as CSV, with the bounds of intervals; shares are in 0..1."""
         rows = []
         for line in self.lines:
             row: dict[str, Any] = {"method": line.name, "label": line.label}
@@ -193,7 +193,7 @@ SHORT = {
 
 
 def percent(share: float) -> str:
-    """A share as a percentage of as few digits as say something: 98%, 0.5%; only all is 100%, and only none 0%."""
+    """A share as a short percentage: 98%, 0.5%. Only exactly 1 is 100%, and only exactly 0 is 0%."""
     return f"{100 * share:.1f}%" if 0 < min(share, 1 - share) < 0.01 else f"{100 * share:.0f}%"
 
 
@@ -202,7 +202,7 @@ def _values(by_method: dict[str, dict[str, Row]], column: Column) -> list[float 
 
 
 def _cells(rows: Sequence[dict[str, Row]], column: Column) -> list[Cell]:
-    """The cells of a column; all that look the same as the best one are best, unless that is most of them."""
+    """The cells of a column. All with the same text as the best one are marked best, unless they are the majority."""
     cells = []
     for groups in rows:
         row = groups.get(column.group, {})
@@ -211,7 +211,7 @@ def _cells(rows: Sequence[dict[str, Row]], column: Column) -> list[Cell]:
             cells.append(Cell(None))
             continue
         low, high = map(row.get, column.bounds)
-        interval = "" if low is None else f"{percent(low)} to {percent(high)}"
+        interval = "" if low is None or high is None else f"{percent(low)} to {percent(high)}"
         cells.append(Cell(value, percent(value) if column.share else f"{value:.0f}", interval))
     known = [cell for cell in cells if cell.value is not None]
     if column.best is None or not known:
@@ -233,7 +233,7 @@ def _share(line: Line, field: str) -> str:
 def _lost(line: Line) -> float:
     """Copies and lost concepts together."""
     right = _memorized(line, "concept_share")
-    return _memorized(line, "memorized_share") + (0.0 if right is None else 1 - right)
+    return (_memorized(line, "memorized_share") or 0.0) + (0.0 if right is None else 1 - right)
 
 
 def _text(column: Column, cell: Cell) -> str:

@@ -1,105 +1,175 @@
-"""Memorization and its cure on the small pipeline: a table, a grid of images and the noise gap's curves."""
+"""Memorization and its cure, to look at.
+
+For each of the two small pipelines, "tiny" and "flow", there is a picture. Each row has a training image, four images that
+plain guidance makes of its caption, and what the guard makes of the same caption and seeds. Copies are framed.
+"""
 
 from __future__ import annotations
 
 import json
-import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import numpy as np
-from basinescape import At, FirstMinimum, Guidance, Output, Sampler
+from basinescape import Guard, Guidance, Output, Sampler
+from basinescape.runs.progress import moving
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from ..scenario import PRESETS, Prompt, prompts
+from ..scenario import PRESETS, Prompt, Scenario, loaded, prompts
 from ..tables import aligned
 from . import figures
 from .measure import Measure
 
-TINY = PRESETS["tiny"]
-AT = At(TINY.transition)
-METHODS = {
-    "plain cfg": Guidance.cfg(TINY.scale),
-    f"delayed, t <= {AT.timestep:g}": Guidance.delayed(TINY.scale, until=AT),
-    "delayed, first minimum": Guidance.delayed(TINY.scale, until=FirstMinimum()),
-    f"opposite -2, t <= {AT.timestep:g}": Guidance.opposite(2.0, scale=TINY.scale, until=AT),
-    "guard": Guidance.guard(TINY.scale),
-}
-PROMPTS, SEEDS = 12, 2  # seeds a prompt; no two images of a method start from the same noise
-SHOWN = 2  # one prompt in so many has a row of the grid: as they come, none of them chosen
-HEADER, FONT = 44, 15  # pixels
+# The captions that have a row: six of each pipeline's, whose concepts are easily told apart.
+ROWS = {"tiny": ("m00", "m02", "m04", "m08", "m16", "m18"), "flow": ("s04", "s07", "s12", "s14", "s15", "s20")}
+SEEDS = 4  # images a caption
+GENERAL = 12  # ordinary prompts, whose noise gaps are drawn beside those of the captions
+WORK = {"tiny": (1.0, 2.9), "flow": (0.25, 0.75)}  # of an image, plain and under the guard, for the bar
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
+SIDE, GAP, LINE, FRAME = 96, 10, 17, 3  # pixels: of a picture, between two, of a line of text, of a frame's width
+NOTES = {"flow": "This pipeline draws everything but its training images roughly, whatever the prompt."}
+RED, SOFT, INK = "#d00000", "#666666", "#111111"
 
 
-def demo(out: Path) -> str:
-    """Run every method on memorized prompts; writes table.json, grid.png and noise_gap.png to `out`, returns the table."""
-    groups = prompts(TINY)
-    found = groups["memorized"][:PROMPTS]
-    measure = Measure(TINY, groups)
-    sampler = Sampler.from_pretrained(Sampler.model_path("tiny"), dtype="float32", scheduler=TINY.scheduler)
+@dataclass(frozen=True)
+class Column:
+    """A method as a reader knows it, its images, SEEDS a caption, and what was measured on each."""
+
+    label: str
+    output: Output
+    measured: Sequence[Mapping[str, Any]]
+
+    def count(self, name: str) -> int:
+        """How many images are "memorized", or are "concept_ok"."""
+        return sum(bool(one[name]) for one in self.measured)
+
+
+def demo(out: str | Path, progress: bool = True) -> str:
+    """Make tiny.png, flow.png, noise_gap.png and table.json in the folder `out`.
+
+    Returns what there is to say: a table, the conclusion, and where the pictures are.
+    """
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-
-    rows, made = [], {}
-    columns = {"training image": [Image.open(prompt.image) for prompt in found]}
-    with tqdm(total=len(METHODS) + 1, desc="methods", unit="method") as bar:
-        for name, guidance in METHODS.items():
-            start = time.perf_counter()
-            made[name] = _sample(sampler, found, guidance)
-            rows.append({"method": name, **_row(measure, found, made[name], time.perf_counter() - start)})
-            columns[name] = made[name].images[: len(found)]
-            bar.update()
-        general = _sample(sampler, groups["general"][:PROMPTS], METHODS["plain cfg"])
-        bar.update()
-    _gap_plot(made["plain cfg"], general, made["delayed, first minimum"], out / "noise_gap.png")
-    _grid(columns).save(out / "grid.png")
-    (out / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
-    return aligned(rows)
-
-
-def _sample(sampler: Sampler, found: list[Prompt], guidance: Guidance) -> Output:
-    """All prompts with their first seeds, then all with their second."""
-    texts = [prompt.text for prompt in found] * SEEDS
-    return sampler(texts, range(len(texts)), TINY.steps, guidance, progress=False)
+    rows, said = [], []
+    work = sum(len(ids) * SEEDS * sum(WORK[name]) for name, ids in ROWS.items()) + GENERAL
+    with tqdm(total=work, bar_format=BAR, smoothing=0, disable=not progress) as bar:
+        for name, ids in ROWS.items():
+            bar.set_description(f"{name}, loading")
+            scenario, sampler = loaded(PRESETS[name], dtype="float32")
+            groups = prompts(scenario)
+            found = [prompt for prompt in groups["memorized"] if prompt.id in ids]
+            columns = list(_columns(scenario, sampler, found, Measure(scenario, groups), bar))
+            rows += [_row(name, column) for column in columns]
+            said.append(_conclusion(name, *columns))
+            picture(scenario, found, columns, len(groups["memorized"])).save(out / f"{name}.png")
+            if name == "tiny":
+                steps, scale, _ = scenario.how
+                texts = [prompt.text for prompt in groups["general"][:GENERAL]]
+                ordinary = sampler(texts, 0, steps, Guidance.cfg(scale), progress=moving(bar, GENERAL))
+                bar.update(GENERAL)
+                _gaps(columns[0].output, ordinary, out / "noise_gap.png")
+    (out / "table.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    return "\n".join([aligned(rows), "", *said, f"See it in {out / 'tiny.png'} and {out / 'flow.png'}: copies are framed."])
 
 
-def _row(measure: Measure, found: list[Prompt], made: Output, seconds: float) -> dict[str, Any]:
-    measured = measure(made.images, found * SEEDS)
-    transitions = made.transition_step[made.transition_step >= 0]
+def _columns(scenario: Scenario, sampler: Sampler, found: Sequence[Prompt], measure: Measure, bar: tqdm) -> Iterator[Column]:
+    """Plain guidance and the guard, on the same captions and seeds."""
+    steps, scale, _ = scenario.how
+    given: dict[str, Guidance | Guard] = {"plain guidance": Guidance.cfg(scale), "with the guard": Guidance.guard(scale)}
+    for (label, guidance), work in zip(given.items(), WORK[scenario.name], strict=True):
+        bar.set_description(f"{scenario.name}, {label}")
+        made = []
+        for prompt in found:
+            made.append(sampler([prompt.text] * SEEDS, 0, steps, guidance, progress=False))
+            bar.update(work * SEEDS)
+        output, every = Output.joined(made), [prompt for prompt in found for _ in range(SEEDS)]
+        yield Column(label, output, measure(output.images, every))
+
+
+def _row(name: str, column: Column) -> dict[str, Any]:
+    count = len(column.measured)
     return {
-        "memorized": _mean(measured, "memorized"),
-        "similarity": _mean(measured, "similarity"),
-        "concept right": _mean(measured, "concept_ok"),
-        "median transition step": transitions.median().item() if len(transitions) else None,
-        "seconds an image": round(seconds / len(measured), 3),
+        "model": name,
+        "method": column.label,
+        "copies": f"{column.count('memorized')} of {count}",
+        "concept right": f"{column.count('concept_ok')} of {count}",
+        "mean similarity": round(fmean(one["nearest_similarity"] for one in column.measured), 2),
     }
 
 
-def _mean(measured: list[dict[str, Any]], name: str) -> float:
-    return round(float(np.mean([entry[name] for entry in measured])), 3)
+def _conclusion(name: str, plain: Column, guard: Column) -> str:
+    count = len(plain.measured)
+    return (
+        f"{name}: asked for memorized captions, plain guidance copies a training image {plain.count('memorized')} times in "
+        f"{count}, the guard {guard.count('memorized')} times."
+    )
 
 
-def _grid(columns: dict[str, list[Image.Image]]) -> Image.Image:
-    """A row for one prompt in SHOWN, a column a method under its name, the training image first."""
-    shown = {name: column[::SHOWN] for name, column in columns.items()}
-    first = next(iter(shown.values()))
-    side = 2 * first[0].width + 4
-    grid = Image.new("RGB", (side * len(shown), HEADER + side * len(first)), "white")
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(FONT)
-    for x, (name, column) in enumerate(shown.items()):
-        place = side * (x + 0.5), HEADER / 2
-        draw.multiline_text(place, name.replace(", ", "\n"), "black", font, anchor="mm", align="center")
-        for y, image in enumerate(column):
-            grid.paste(image.resize((side - 4, side - 4), Image.Resampling.NEAREST), (side * x, HEADER + side * y))
-    return grid
+def picture(scenario: Scenario, found: Sequence[Prompt], columns: Sequence[Column], known: int) -> Image.Image:
+    """A row a caption: its training image, and the images of each of `columns`. known: captions of the scenario in all."""
+    step, first = SIDE + GAP, SIDE + 3 * GAP
+    starts = [first + i * (SEEDS * step + 2 * GAP) for i in range(len(columns))]
+    row, top = LINE + FRAME + SIDE + LINE + GAP, 3 * LINE + GAP
+    foot = [
+        "Below each image: its similarity to the nearest training image. "
+        f"Above {scenario.threshold} it counts as a copy, and is framed.",
+        f"Rows: {len(found)} of the {known} captions that the pipeline “{scenario.name}” has memorized, "
+        f"seeds 0 to {SEEDS - 1}.",
+        *([NOTES[scenario.name]] if scenario.name in NOTES else []),
+    ]
+    bottom = top + row * len(found) + GAP
+    made = Image.new("RGB", (starts[-1] + SEEDS * step, bottom + len(foot) * LINE + GAP), "white")
+    draw, font, small = ImageDraw.Draw(made), ImageFont.load_default(14), ImageFont.load_default(12)
+    draw.text((GAP, GAP), "training image", INK, font)
+    for start, column in zip(starts, columns, strict=True):
+        count = len(column.measured)
+        said = f"{column.label}: {column.count('memorized')} of {count} are copies"
+        draw.text((start, GAP), said, RED if column.count("memorized") else INK, font)
+        draw.text((start, GAP + LINE), f"{column.count('concept_ok')} of {count} show what was asked for", SOFT, small)
+    for i, prompt in enumerate(found):
+        y = top + i * row
+        draw.text((GAP, y - FRAME), f"“{prompt.text}”", SOFT, small)
+        if prompt.image is not None:
+            with Image.open(prompt.image) as training:
+                made.paste(_fitted(training), (GAP, y + LINE + FRAME))
+        for start, column in zip(starts, columns, strict=True):
+            for k in range(SEEDS):
+                image, measured = column.output.images[i * SEEDS + k], column.measured[i * SEEDS + k]
+                _paste(draw, made, image, measured, (start + k * step, y + LINE + FRAME), small)
+    for i, text in enumerate(foot):
+        draw.text((GAP, bottom + i * LINE), text, INK, small)
+    return made
 
 
-def _gap_plot(memorized: Output, general: Output, free: Output, path: Path) -> None:
-    """d_k against the step: plain guidance on both groups, and unguided up to the first minimum, which is marked."""
-    figure, (plain, delayed) = figures.pair("plain guidance", "delayed guidance, memorized prompts")
-    for name, made in (("memorized", memorized), ("general", general)):
-        figures.band(plain, made.noise_gap.numpy(), name)
-    for gaps, step in zip(free.noise_gap.numpy(), free.transition_step.tolist(), strict=True):
-        delayed.plot(gaps, color=figures.COLORS["memorized"], alpha=0.3, linewidth=0.8)
-        if step >= 0:
-            delayed.plot(step, gaps[step], "k.", label="transition")
+def _paste(
+    draw: ImageDraw.ImageDraw,
+    made: Image.Image,
+    image: Image.Image,
+    measured: Mapping[str, Any],
+    place: tuple[int, int],
+    font: Any,
+) -> None:
+    """An image at its place, framed where it is a copy, with its similarity below."""
+    x, y = place
+    copy = bool(measured["memorized"])
+    if copy:
+        draw.rectangle((x - FRAME, y - FRAME, x + SIDE + FRAME - 1, y + SIDE + FRAME - 1), RED)
+    made.paste(_fitted(image), place)
+    text = f"{measured['nearest_similarity']:.2f}{' copy' if copy else ''}"
+    draw.text((x, y + SIDE + FRAME), text, RED if copy else SOFT, font)
+
+
+def _fitted(image: Image.Image) -> Image.Image:
+    return image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+
+
+def _gaps(memorized: Output, ordinary: Output, path: Path) -> None:
+    """Plot the noise gap of plain guidance against the step, memorized captions beside ordinary prompts."""
+    figure, axes = figures.single(xlabel="step", ylabel="noise gap  ||cond - uncond||", title="plain guidance")
+    for name, made in (("memorized", memorized), ("general", ordinary)):
+        figures.band(axes, made.noise_gap.tolist(), name)
     figures.save(figure, path)

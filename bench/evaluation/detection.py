@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from basinescape import At, Guidance, Sampler
+from basinescape import At, Guidance
 from basinescape.guidance.guard import PROBES
 from torch import Tensor
 
 from ..scenario import Prompt, load, prompts
-from .measure import Measure
 from .metrics import roc
 from .trajectories import Laboratory, curves
 
@@ -41,7 +40,7 @@ def anisotropy(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int]) -
     Asthana & Belagiannis, ICLR 2026, https://arxiv.org/abs/2601.20642, as in its authors' scripts; here always of the raw
     predictions, and with the norm as it would be in latents of 4 x 64 x 64.
     """
-    sampler, model, solver = lab.sampler, lab.sampler.model, lab.sampler.solver(lab.scenario.steps)
+    sampler, model, solver = lab.sampler, lab.sampler.model, lab.sampler.solver(lab.steps)
     weight = ALIGNED.get(sampler.scheduler.config.get("prediction_type"), 2.0)
     height, width = sampler.size()
     rows = []
@@ -125,9 +124,9 @@ def pictures_told(lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Seque
 
     Nothing where all, or none, are copies, or copies cannot be told.
     """
-    if not lab.measure.likeness:
+    if not lab.measure.tells_copies:
         return []
-    delays = (Guidance.delayed(lab.scenario.scale, until=At(log_snr=log_snr)) for log_snr in DELAYS)
+    delays = (Guidance.delayed(lab.scale, until=At(log_snr=log_snr)) for log_snr in DELAYS)
     lines = [line for guidance in delays for line in curves(lab, groups["memorized"], seeds, guidance)]
     positive = [line["memorized"] for line in lines]
     return detection(lines, positive, _usual(plain)) if len(set(positive)) == 2 else []
@@ -146,14 +145,13 @@ def main() -> None:
     args = parser.parse_args()
     scenario = load(args.scenario)
     groups, drawn = prompts(scenario), range(args.first_seed, args.first_seed + args.seeds)
-    sampler = Sampler.from_pretrained(scenario.source, scheduler=scenario.scheduler).using(**scenario.options)
-    lab = Laboratory(scenario, sampler, Measure(scenario, groups))
-    plain = {name: curves(lab, found, drawn, Guidance.cfg(scenario.scale)) for name, found in groups.items()}
+    lab = Laboratory.of(scenario, groups)
+    plain = {name: curves(lab, found, drawn, Guidance.cfg(lab.scale)) for name, found in groups.items()}
     found = {
         "scenario": scenario.name,
         "date": date.today().isoformat(),
         "seeds": list(drawn),
-        **sampler.provenance,
+        **lab.sampler.provenance,
         "captions": captions_told(lab, groups, drawn, plain),
         "pictures": pictures_told(lab, groups, drawn, plain),
     }

@@ -1,4 +1,4 @@
-"""The evaluation: every method on every prompt and seed of a scenario, a line an image, and the table made of the lines.
+"""The evaluation: every method on every prompt and seed of a scenario. It writes a line an image, and a table of the lines.
 
 The output folder gets `run.json` (the settings), `results.jsonl` (a line an image, written when it is done),
 `images/<method>/<prompt id>-<seed>.png` and `table.csv`, which `table` makes of `results.jsonl` alone. A run that was stopped
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from basinescape import Calibration, Output, Sampler
+from basinescape import Output, Sampler
 from basinescape.data.pictures import images_in
 from basinescape.data.tables import write_csv
 from basinescape.runs.atomic import files_sha256, save_image
@@ -27,8 +27,8 @@ from basinescape.runs.journal import Journal, read_lines
 from basinescape.runs.provenance import weights_sha256
 from tqdm import tqdm
 
-from ..methods import Sampling, chosen
-from ..scenario import Prompt, Scenario, limited, prompts
+from ..methods import Sampling, chosen, own_methods, suitable
+from ..scenario import Prompt, Scenario, limited, loaded, prompts
 from .measure import Measure
 from .metrics import interval
 
@@ -41,8 +41,9 @@ Key = tuple[str, str, str]  # of an image: method, group, id and seed
 class Incomplete(RuntimeError):
     """Some images failed. rows: of the others."""
 
-    def __init__(self, failed: int, why: str, rows: list[dict[str, Any]]):
-        super().__init__(f"{failed} images failed, the last of them: {why}. The same command tries them again")
+    def __init__(self, failed: Sequence[Exception], rows: list[dict[str, Any]]):
+        why = f"{type(failed[-1]).__name__}: {failed[-1]}"
+        super().__init__(f"{len(failed)} images failed, the last of them: {why}. The same command tries them again")
         self.rows = rows
 
 
@@ -74,32 +75,25 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Run `methods` on `scenario` into the folder `out`; returns the rows of `table.csv`.
 
-    methods: as for `methods.chosen`; of those that None stands for, what does not suit the sampler is left out.
+    methods: as for `methods.chosen`. One that does not suit the sampler is left out, with a warning, unless it is named.
     seeds: images a prompt, their seeds counted up from `first_seed`.
 
     A batch that fails is tried again in halves, and costs no other image; `Incomplete` is raised at the end. Raises
     ValueError, before any work, for an unknown method, one that does not suit the sampler, a bad number, or a folder that
     holds another run.
     """
-    known = chosen(scenario, methods)
     for name, value in (("seeds", seeds), ("batch_size", batch_size), ("limit", 1 if limit is None else limit)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    whole_groups = prompts(scenario)
-    measure = Measure(scenario, whole_groups)
-    sampler = Sampler.from_pretrained(scenario.source, device, dtype, scenario.scheduler).using(**scenario.options)
-    known = _suitable(known, sampler, scenario.steps, strict=methods is not None)
-    groups, out = limited(whole_groups, limit), Path(out)
-    run = {
-        "scenario": json.loads(json.dumps(asdict(scenario))),
-        "seeds": seeds,
-        "first_seed": first_seed,
-        "limit": limit,
-        "batch_size": batch_size,
-        **_digests(scenario, whole_groups),
-        "weights": weights_sha256(sampler.pipe),
-        **sampler.provenance,
-    }
+    own = own_methods(methods or ())
+    every = prompts(scenario)
+    measure = Measure(scenario, every)
+    scenario, sampler = loaded(scenario, device, dtype)
+    steps = scenario.how[0]
+    known = suitable(chosen(scenario, methods, own), sampler, steps, methods or ())
+    groups, out = limited(every, limit), Path(out)
+    run = {"scenario": asdict(scenario), "seeds": seeds, "first_seed": first_seed, "limit": limit, "batch_size": batch_size}
+    run |= _digests(scenario, every) | {"weights": weights_sha256(sampler.pipe), **sampler.provenance}
     open_folder(out, run)
 
     def finished(line: dict[str, Any]) -> Key | None:
@@ -114,16 +108,16 @@ def evaluate(
         for seed in range(first_seed, first_seed + seeds)
         for prompt in found
     ]
-    failed, why = 0, ""
+    failed: list[Exception] = []
     with Journal(out / "results.jsonl", finished) as journal:
         lines = list(read_lines(out / "results.jsonl"))
         waiting = [task for task in tasks if task.key not in journal]
         with tqdm(total=len(tasks), initial=len(tasks) - len(waiting), unit="image", disable=not progress) as bar:
             for batch in _batches(waiting, batch_size):
                 bar.set_description(batch[0].method)
-                for line in _run(sampler, known[batch[0].method], batch, scenario.steps, measure, out):
+                for line in _run(sampler, known[batch[0].method], batch, steps, measure, out):
                     if isinstance(line, Exception):
-                        failed, why = failed + 1, f"{type(line).__name__}: {line}"
+                        failed.append(line)
                     else:
                         journal.append(line)
                         lines.append(line)
@@ -132,7 +126,7 @@ def evaluate(
     if rows:
         write_csv(out / "table.csv", rows)
     if failed:
-        raise Incomplete(failed, why, rows)
+        raise Incomplete(failed, rows)
     return rows
 
 
@@ -141,7 +135,7 @@ def _digests(scenario: Scenario, groups: dict[str, list[Prompt]]) -> dict[str, s
     prompts = [(group, prompt.id, prompt.text, prompt.concept) for group, found in groups.items() for prompt in found]
     images = {prompt.image for found in groups.values() for prompt in found if prompt.image}
     images |= set(images_in(scenario.folder)) if scenario.folder else set()
-    calibration = asdict(Calibration.load(scenario.calibration)) if scenario.calibration else None
+    calibration = asdict(scenario.calibrated) if scenario.calibrated else None
     return {
         "prompts_sha256": _sha256(prompts),
         "training_images_sha256": files_sha256(images),
@@ -152,21 +146,6 @@ def _digests(scenario: Scenario, groups: dict[str, list[Prompt]]) -> dict[str, s
 
 def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _suitable(methods: dict[str, Sampling], sampler: Sampler, steps: int, strict: bool) -> dict[str, Sampling]:
-    """Those of `methods` that suit the sampler; strict: raises ValueError for another, naming it."""
-    found = {}
-    for name, method in methods.items():
-        try:
-            getattr(method, "check", lambda *_: None)(sampler, steps)
-        except ValueError as error:
-            if strict:
-                raise ValueError(f"method {name!r}: {error}") from error
-            log.warning("without the method %s: %s", name, error)
-        else:
-            found[name] = method
-    return found
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -310,8 +289,9 @@ def _share(lines: Sequence[dict[str, Any]], name: str) -> tuple[float, float, fl
     if not known:
         return None, None, None
     values = [float(line[name]) for line in known]
-    return tuple(map(_rounded, (np.mean(values), *interval(values, [line["id"] for line in known]))))
+    low, high = interval(values, [line["id"] for line in known])
+    return _rounded(np.mean(values)), _rounded(low), _rounded(high)
 
 
-def _rounded(value: float) -> float:
+def _rounded(value: float | np.floating) -> float:
     return round(float(value), 4)

@@ -1,8 +1,8 @@
-"""The figures of an analysis."""
+"""The figures of analyses, reports and the demo."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, ScalarFormatter
 from matplotlib.transforms import Bbox
 
 COLORS = {"memorized": "C3", "general": "C0"}
@@ -27,16 +27,6 @@ def single(**labels: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def pair(*titles: str) -> tuple[Figure, Sequence[Axes]]:
-    """A figure of two plots of the noise gap against the step, on one scale."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    both = figure.subplots(1, 2, sharey=True)
-    for axes, title in zip(both, titles, strict=True):
-        axes.set(xlabel="step", title=title)
-    both[0].set_ylabel("noise gap  ||cond - uncond||")
-    return figure, both
-
-
 def save(figure: Figure, path: Path) -> None:
     """With a legend that names each kind of curve once."""
     for axes in figure.axes:
@@ -46,10 +36,20 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def band(axes: Axes, values: Sequence[Sequence[float]], name: str) -> None:
-    """The median of curves against the step, and the band of their quartiles."""
-    low, middle, high = np.nanquantile(np.array(values, dtype=float), [0.25, 0.5, 0.75], axis=0)
-    axes.fill_between(range(len(middle)), low, high, color=COLORS[name], alpha=0.2, linewidth=0)
-    axes.plot(middle, color=COLORS[name], label=f"{name} prompts")
+    """The median of curves against the step, and the band from the first to the third quartile; lines at 5% and 95%.
+
+    On a logarithmic scale, so that a curve far above the others does not press them flat.
+    """
+    low, first, middle, third, high = np.nanquantile(np.array(values, dtype=float), [0.05, 0.25, 0.5, 0.75, 0.95], axis=0)
+    color = COLORS[name]
+    axes.fill_between(range(len(middle)), first, third, color=color, alpha=0.2, linewidth=0)
+    axes.plot(middle, color=color, label=f"{name} prompts")
+    for edge in (low, high):
+        axes.plot(edge, color=color, linewidth=0.6, linestyle=":")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def onset(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -84,21 +84,32 @@ def returns(rows: Sequence[dict[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
-def curves(plain: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
+def curves(plain: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
     figure, axes = single(xlabel="step", ylabel="noise gap  ||cond - uncond||", title="plain guidance")
     for group, lines in plain.items():
         band(axes, [line["gap"] for line in lines], group)
     save(figure, path)
 
 
+Share = tuple[float, float, float]  # with the bounds of its interval
+
+
 @dataclass(frozen=True)
 class Point:
-    """A method in `tradeoff`: a share of copies and one of concepts, each with the bounds of its interval; None: not known."""
+    """A method in `tradeoff`: its shares of copies and of right concepts, each with the bounds of its interval.
+
+    concept: None where it is not known.
+    """
 
     label: str
-    copies: tuple[float, float, float]
-    concept: tuple[float, float, float] | None
+    copies: Share
+    concept: Share | None
     color: str = "C7"
+
+    @property
+    def place(self) -> tuple[float, float]:
+        """In a figure of copies over concepts."""
+        return (self.concept or (0.0, 0.0, 0.0))[0], self.copies[0]
 
 
 def tradeoff(points: Sequence[Point]) -> Figure:
@@ -109,11 +120,11 @@ def tradeoff(points: Sequence[Point]) -> Figure:
     axes = figure.subplots()
     points = [point for point in points if point.concept is not None]
     for point in points:
-        x, y = point.concept[0], point.copies[0]
-        style = {"color": point.color, "zorder": 2 if point.color == "C7" else 3}
-        axes.errorbar(x, y, _bars(point.copies), _bars(point.concept), "o", markersize=5, elinewidth=0.8, **style)
+        style: dict[str, Any] = {"color": point.color, "zorder": 2 if point.color == "C7" else 3}
+        bars = _bars(point.copies), _bars(point.concept or point.copies)
+        axes.errorbar(*point.place, *bars, "o", markersize=5, elinewidth=0.8, **style)
     best = [p for p in points if not any(_beats(other, p) for other in points)]
-    front = sorted((p.concept[0], p.copies[0]) for p in best)
+    front = sorted(p.place for p in best)
     axes.plot(*zip(*front, strict=True), color="C7", linewidth=0.8, linestyle=":", zorder=0)
     axes.set(xlabel="concept right, memorized prompts", ylabel="copies of a training image")
     for axis in (axes.xaxis, axes.yaxis):
@@ -135,15 +146,15 @@ def _in_rows(points: Sequence[Point]) -> Figure:
     return figure
 
 
-def _bars(share: tuple[float, float, float]) -> list[list[float]]:
+def _bars(share: Share) -> list[list[float]]:
     value, low, high = share
     return [[max(value - low, 0)], [max(high - value, 0)]]
 
 
 def _beats(one: Point, other: Point) -> bool:
     """No more copies and no less concept, and not the same."""
-    ours, theirs = ((p.copies[0], -p.concept[0]) for p in (one, other))
-    return ours != theirs and ours[0] <= theirs[0] and ours[1] <= theirs[1]
+    (right, copies), (others_right, others_copies) = one.place, other.place
+    return one.place != other.place and copies <= others_copies and right >= others_right
 
 
 def _name(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
@@ -165,7 +176,7 @@ def _name(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
 def _beside(axes: Axes, point: Point, dx: float, dy: float) -> Annotation:
     return axes.annotate(
         point.label,
-        (point.concept[0], point.copies[0]),
+        point.place,
         (dx, dy),
         textcoords="offset points",
         fontsize=7.5,
@@ -177,5 +188,5 @@ def _beside(axes: Axes, point: Point, dx: float, dy: float) -> Annotation:
 
 def _around(axes: Axes, point: Point) -> Bbox:
     """The point's dot, in the figure's pixels."""
-    x, y = axes.transData.transform((point.concept[0], point.copies[0]))
+    x, y = axes.transData.transform(point.place)
     return Bbox.from_extents(x - 4, y - 4, x + 4, y + 4)

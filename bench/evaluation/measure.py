@@ -1,8 +1,8 @@
-"""What an evaluation measures on each image: its likeness to training images, and the concept that it shows."""
+"""What an evaluation measures on each image: its similarity to training images, and the concept that it shows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,60 +16,60 @@ from ..testbed.classifier import ConceptClassifier
 
 
 @dataclass(frozen=True)
-class Likely:
-    """How alike an image is to its prompt's training image, None where that has none, and to the nearest of all."""
+class Match:
+    """How similar an image is to its prompt's training image, None where there is none, and to the nearest one of all."""
 
     own: float | None
     nearest: str
     value: float
 
 
-class Likeness:
+class TrainingImages:
     """Similarity of images to training images: those of the prompts, and `others`, which no prompt belongs to.
 
     name: of a measure of `Index`, which says what is raised.
     """
 
-    def __init__(self, name: str, groups: dict[str, list[Prompt]], others: Iterable[Path] = ()):
-        prompts = [prompt for found in groups.values() for prompt in found if prompt.image]
-        self._column = {prompt.id: i for i, prompt in enumerate(prompts)}
-        taken = {prompt.image.resolve() for prompt in prompts}
+    def __init__(self, name: str, groups: Mapping[str, Sequence[Prompt]], others: Iterable[Path] = ()):
+        own = {prompt.id: prompt.image for found in groups.values() for prompt in found if prompt.image}
+        self._column = {id: i for i, id in enumerate(own)}
+        taken = {path.resolve() for path in own.values()}
         others = [path for path in others if path.resolve() not in taken]
         self.names = [*self._column, *map(str, others)]
         if not self.names:
             raise ValueError("the scenario's prompts have no training image to compare with")
-        self._index = Index([*(prompt.image for prompt in prompts), *others], [name])
+        self._index = Index([*own.values(), *others], [name])
 
-    def compare(self, images: Sequence[Image.Image], found: Sequence[Prompt]) -> list[Likely]:
-        """Of an image for each prompt."""
+    def compare(self, images: Sequence[Image.Image], found: Sequence[Prompt]) -> list[Match]:
+        """The match of each image, one a prompt."""
         rows = self._index.similarity(images)
         best = rows.max(dim=1)
         return [
-            Likely(row[self._column[prompt.id]].item() if prompt.id in self._column else None, self.names[i], value)
+            Match(row[self._column[prompt.id]].item() if prompt.id in self._column else None, self.names[i], value)
             for row, prompt, i, value in zip(rows, found, best.indices.tolist(), best.values.tolist(), strict=True)
         ]
 
     def __call__(self, images: Sequence[Image.Image], found: Sequence[Prompt]) -> list[float]:
-        """To each prompt's own training image, or the nearest of all where it has none."""
-        return [likely.value if likely.own is None else likely.own for likely in self.compare(images, found)]
+        """The similarity to each prompt's own training image, or to the nearest of all where it has none."""
+        return [match.value if match.own is None else match.own for match in self.compare(images, found)]
 
 
 class Measure:
-    """What is measured on an image, of what there is to measure it by.
+    """Measures images by what the scenario has: training images, and a classifier of concepts.
 
     similarity: to the prompt's own training image, or the nearest one of all where it has none.
     nearest, nearest_similarity: the training image that is most like it, of the whole set, by prompt id or path.
     memorized:  whether any training image is more like it than the threshold. All four are None without training images.
     concept_ok: whether it shows the prompt's concept; None without one, or without a classifier beside the model.
 
-    Raises ValueError for a concept that the classifier does not know, and what `Likeness` does.
+    Raises ValueError for a concept that the classifier does not know, and what `TrainingImages` does.
     """
 
-    def __init__(self, scenario: Scenario, groups: dict[str, list[Prompt]]):
+    def __init__(self, scenario: Scenario, groups: Mapping[str, Sequence[Prompt]]):
         others = images_in(scenario.folder) if scenario.folder else []
         known = others or any(prompt.image for found in groups.values() for prompt in found)
-        self._likeness = Likeness(scenario.similarity, groups, others) if known else None
-        self._threshold = scenario.threshold
+        self._training = TrainingImages(str(scenario.similarity), groups, others) if known else None
+        self._threshold = scenario.threshold or 0.0
         folder = Path(scenario.source) / "classifier"
         self._classifier = ConceptClassifier.load(folder) if (folder / "config.json").is_file() else None
         wanted = {prompt.concept: prompt.id for found in groups.values() for prompt in found if prompt.concept}
@@ -79,29 +79,29 @@ class Measure:
             raise ValueError(f"concept {concept!r} of prompt {wanted[concept]} is not one that the classifier knows")
 
     @property
-    def likeness(self) -> bool:
+    def tells_copies(self) -> bool:
         """Whether copies can be told."""
-        return self._likeness is not None
+        return self._training is not None
 
     def knows_concepts(self, found: Sequence[Prompt]) -> bool:
-        """Whether it can be told what the pictures of some of these prompts show."""
+        """Whether some of these prompts have a concept, and there is a classifier."""
         return self._classifier is not None and any(prompt.concept for prompt in found)
 
     def __call__(self, images: Sequence[Image.Image], found: Sequence[Prompt]) -> list[dict[str, Any]]:
         shown = self._classifier.name(pixels(images)) if self._classifier else [None] * len(images)
-        alike = self._likeness.compare(images, found) if self._likeness else [None] * len(images)
+        alike = self._training.compare(images, found) if self._training else [None] * len(images)
         rows = []
-        for likely, prompt, concept in zip(alike, found, shown, strict=True):
+        for match, prompt, concept in zip(alike, found, shown, strict=True):
             right = None if prompt.concept is None or concept is None else concept == prompt.concept
-            rows.append({**self._copied(likely), "concept_ok": right})
+            rows.append({**self._copied(match), "concept_ok": right})
         return rows
 
-    def _copied(self, likely: Likely | None) -> dict[str, Any]:
-        if likely is None:
+    def _copied(self, match: Match | None) -> dict[str, Any]:
+        if match is None:
             return dict.fromkeys(("similarity", "nearest", "nearest_similarity", "memorized"))
         return {
-            "similarity": round(likely.value if likely.own is None else likely.own, 5),
-            "nearest": likely.nearest,
-            "nearest_similarity": round(likely.value, 5),
-            "memorized": likely.value > self._threshold,
+            "similarity": round(match.value if match.own is None else match.own, 5),
+            "nearest": match.nearest,
+            "nearest_similarity": round(match.value, 5),
+            "memorized": match.value > self._threshold,
         }

@@ -1,4 +1,4 @@
-"""What evaluations compute of measured numbers: a distance that is relative, how sure shares are, how well scores tell."""
+"""Statistics of evaluations: intervals of shares, and how well a score separates two groups."""
 
 from __future__ import annotations
 
@@ -7,27 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def l2_ratio(images: np.ndarray, training: np.ndarray, neighbours: int = 50) -> np.ndarray:
-    """Distance to the nearest training image over the mean distance to the `neighbours` nearest ones, (N,); small is a copy.
-
-    Carlini et al., USENIX Security 2023, https://arxiv.org/abs/2301.13188, section 5 (their alpha left to the reader).
-    images (N, D) and training (M, D), any numbers of one kind. Raises ValueError unless 1 <= neighbours <= M.
-    """
-    if not 1 <= neighbours <= len(training):
-        raise ValueError(f"neighbours must be 1 to {len(training)}, the training images; got {neighbours}")
-    import faiss
-
-    index = faiss.IndexFlatL2(training.shape[1])
-    index.add(np.ascontiguousarray(training, dtype=np.float32))
-    squares, _ = index.search(np.ascontiguousarray(images, dtype=np.float32), neighbours)
-    distances = np.sqrt(np.maximum(squares, 0))
-    return distances[:, 0] / distances.mean(axis=1)
-
-
 def interval(values: Sequence[float], groups: Sequence[str], level: float = 0.95, draws: int = 2000) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `values`, drawing whole groups: a prompt's seeds are not independent.
 
-    Where all are 0, or all are 1, that would have no width: there it is the exact one of so many groups (Clopper & Pearson).
+    Where all values are 0, or all are 1, the bootstrap has no width: the interval is the exact one of as many groups (Clopper &
+    Pearson).
     """
     if set(values) in ({0.0}, {1.0}):
         bound = ((1 - level) / 2) ** (1 / len(set(groups)))

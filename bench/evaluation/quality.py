@@ -1,6 +1,6 @@
-"""What an evaluation's images lose beside what they gain: text alignment, distance from ordinary images, likeness to training.
+"""The quality of an evaluation's images: text alignment, distance from ordinary images, similarity to training images.
 
-All of it is computed from the saved images of a run folder, so a measure may be added long after the run. The folder gets
+It is computed from the saved images of a run folder, so that a measure may be added long after the run. The folder gets
 `quality.csv`, a row for each method and group, and `quality.jsonl`, a line an image; the same images give the same files.
 """
 
@@ -32,7 +32,7 @@ from ..scenario import Scenario, limited, prompts
 from ..testbed import flow_scenes, scenes
 from ..testbed.classifier import ConceptClassifier
 from .evaluate import image_path, read_run
-from .measure import Likeness
+from .measure import TrainingImages
 from .metrics import interval
 
 log = logging.getLogger(__name__)
@@ -84,17 +84,17 @@ def quality(
         part = [line for line in lines if (line["method"], line["group"]) == (method, group)]
         found, made = _measured(folder, sorted(part, key=lambda line: (line["id"], line["seed"])), measures, embed)
         if found:
-            row = {"method": method, "group": group, "n": len(found), "missing": len(part) - len(found)}
+            row: dict[str, Any] = {"method": method, "group": group, "n": len(found), "missing": len(part) - len(found)}
             row |= {"clip": clip} | _alignment(found) if clip is not None else {}
             row |= _alike(similarity, found) if similarity is not None else {}
-            row |= {"features": features} | distances(real, made) if embed else {}
+            row |= {"features": features, **distances(real, made)} if real is not None and made is not None else {}
             rows.append(row)
             entries += found
     if not rows:
         raise ValueError(f"run folder {str(folder)!r} holds no image that can be read")
     write_csv(folder / "quality.csv", rows)
-    with whole(folder / "quality.jsonl") as part:
-        part.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    with whole(folder / "quality.jsonl") as file:
+        file.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
     return rows
 
 
@@ -123,7 +123,7 @@ def _likeness(name: str, scenario: Scenario, limit: int | None, lines: Sequence[
     strangers = {(line["group"], line["id"]) for line in lines} - known.keys()
     if strangers:
         raise ValueError(f"scenario {scenario.name!r} no longer has the run's {' prompt '.join(min(strangers))}")
-    measure = Likeness(name, groups)
+    measure = TrainingImages(name, groups)
     return lambda images, found: measure(images, [known[line["group"], line["id"]] for line in found])
 
 
@@ -237,9 +237,9 @@ def kid(real: np.ndarray, made: np.ndarray, subsets: int = SUBSETS, size: int = 
     return mean.item(), deviation.item()
 
 
-def _compared(metric: Callable[..., nn.Module], real: np.ndarray, made: np.ndarray) -> Any:
+def _compared(metric: Callable[..., Any], real: np.ndarray, made: np.ndarray) -> Any:
     """A metric of torchmetrics on features that are there already: it would extract them once for each metric."""
-    extractor = nn.Identity()
+    extractor: Any = nn.Identity()
     extractor.num_features = real.shape[1]
     found = metric(extractor)
     found.update(torch.from_numpy(real).double(), real=True)
@@ -250,9 +250,10 @@ def _compared(metric: Callable[..., nn.Module], real: np.ndarray, made: np.ndarr
 class _Unwrapped(nn.Module):
     """A CLIP model whose features are plain tensors, as torchmetrics takes them."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
-        self.model, self.config = model, model.config
+        self.model: Any = model
+        self.config = model.config
 
     def get_image_features(self, *inputs: Tensor) -> Tensor:
         return projected(self.model.get_image_features(*inputs))
@@ -269,17 +270,24 @@ def clip_scores(model: str) -> PerImage:
     """
     from transformers import CLIPModel, CLIPProcessor
 
+    network: Any
+    loaded: Any
     try:
         network = _Unwrapped(CLIPModel.from_pretrained(model, use_safetensors=True).eval())
         # torchmetrics itself would cut the end token off a long prompt, and that is where CLIP reads the text.
-        processor = partial(CLIPProcessor.from_pretrained(model), truncation=True)
+        loaded = CLIPProcessor.from_pretrained(model)
     except OSError as error:
         raise OSError(f"clip must be a CLIP model in safetensors, a folder or hub id; got {model!r}: {error}") from error
+
+    processor: Any = partial(loaded, truncation=True)
+
+    def model_of_torchmetrics() -> Any:
+        return network, processor
 
     @torch.inference_mode()
     def score(images: Sequence[Image.Image], lines: Sequence[dict[str, Any]]) -> list[float]:
         return [
-            clip_score(_bytes(image), line["prompt"], lambda: (network, processor)).item()
+            clip_score(_bytes(image), line["prompt"], model_of_torchmetrics).item()
             for image, line in zip(images, lines, strict=True)
         ]
 
@@ -318,8 +326,12 @@ def inception(scenario: Scenario) -> Embedding:
     return embed
 
 
+def _ignoring_scenario(make: Callable[[], Embedding], scenario: Scenario) -> Embedding:
+    return make()
+
+
 FEATURES: dict[str, Callable[[Scenario], Embedding]] = {
     "concept": concept,
     "inception": inception,
-    **{name: lambda _, make=make: make() for name, make in EMBEDDINGS.items()},
+    **{name: partial(_ignoring_scenario, make) for name, make in EMBEDDINGS.items()},
 }

@@ -1,7 +1,7 @@
-"""A page about evaluations: the finding, copies against concept, the table, each caption's training image beside what was made.
+"""A page about evaluations: the finding, copies against concept, the table, and each caption's training image and images.
 
 The page is one file that needs no network: styles, script, curves and images are inside. The table lies beside it as CSV and
-as LaTeX.
+LaTeX.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from basinescape.audit.embedding import embedded
+from basinescape.audit.embedding import embedded, rendered
+from basinescape.calibration.baseline import STATIC
 from basinescape.runs.atomic import whole
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -41,9 +41,7 @@ def report(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
         raise ValueError(f"out must be a file, {str(out)!r} is a folder")
     runs = [(Path(folder), *read_run(Path(folder))) for folder in folders]
     sections = [_section(*run) for run in runs]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8"))
-    files = {out: template.render(sections=sections)}
+    files = {out: rendered(Path(__file__).with_name("report.html.jinja"), sections=sections)}
     for suffix in ("csv", "tex"):
         parts = [section["tables"][suffix] for section in sections]
         names = (
@@ -62,7 +60,7 @@ def report(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
 def _section(folder: Path, run: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
     """What the template needs of a run."""
     scenario = run["scenario"]
-    compared = Comparison.of(table(lines), scenario.get("transition", 0.0))
+    compared = Comparison.of(table(lines), scenario.get("transition") or STATIC)
     training = _training(run, {line["id"]: line["prompt"] for line in lines if line["group"] == "memorized"})
     tables = {"csv": compared.csv(), "tex": compared.latex()}
     return {
@@ -156,7 +154,7 @@ def _facts(run: dict[str, Any], images: int) -> dict[str, Any]:
         "model": scenario["model"],
         "images": f"{images:,}, seeds counted up from {run.get('first_seed', 0)}",
         "steps": scenario["steps"],
-        "scheduler": f"{scenario['scheduler']} ({run['scheduler']['class']})",
+        "scheduler": f"{scenario['scheduler'] or 'as calibrated, else the own'} ({run['scheduler']['class']})",
         "guidance scale": scenario["scale"],
         "memorized": f"similarity ({scenario['similarity']}) to a training image above {scenario['threshold']}",
         "intervals": "95%, by bootstrap over prompts",
@@ -187,7 +185,7 @@ def _curves(lines: Sequence[dict[str, Any]]) -> Markup | None:
 
 def _svg(draw: Callable[[], Figure]) -> Markup:
     """A figure as SVG, its ink the page's own."""
-    inks = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+    inks: dict[Any, Any] = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "basinescape", **inks}):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         draw().savefig(file := io.StringIO(), format="svg", transparent=True, metadata=nothing)

@@ -14,19 +14,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from basinescape import At, Guidance, Sampler
+from basinescape import At, Guidance
 from basinescape.data.pictures import opened
 from basinescape.guidance.guard import PROBES, THRESHOLD
 from PIL import Image
 
 from ..scenario import Prompt, load, prompts
 from .detection import DELAYS
-from .measure import Measure
 from .metrics import roc
 from .trajectories import Laboratory
 
 Line = dict[str, Any]
-FILES = {"png": {"format": "PNG"}, "jpeg": {"format": "JPEG", "quality": 90}}  # what pictures are kept as
+# How pictures are kept in files.
+FILES: dict[str, dict[str, Any]] = {"png": {"format": "PNG"}, "jpeg": {"format": "JPEG", "quality": 90}}
 WAYS = ("latents", *FILES)
 
 
@@ -44,7 +44,7 @@ def judged(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], guida
     lines = []
     for batch, drawn in lab.bar(lab.batches(found, seeds), repr(guidance)):
         texts = [prompt.text for prompt in batch]
-        out = lab.sampler(texts, drawn, lab.scenario.steps, guidance, progress=False)
+        out = lab.sampler(texts, drawn, lab.steps, guidance, progress=False)
         kept = {name: read_back(out.images, **options) for name, options in FILES.items()}
         scores = {name: lab.sampler.judge(one, texts, drawn).score for name, one in {"latents": out.latents, **kept}.items()}
         copies = lab.measure(out.images, batch)
@@ -85,7 +85,7 @@ def compared(lines: dict[str, list[Line]]) -> list[dict[str, Any]]:
 
 def roundtrip(lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Sequence[int]) -> dict[str, list[Line]]:
     """Lines of `judged`: plain and delayed pictures of memorized captions, and plain ones of general captions."""
-    scale = lab.scenario.scale
+    scale = lab.scale
     delays = [Guidance.delayed(scale, until=At(log_snr=log_snr)) for log_snr in DELAYS]
     return {
         "plain": judged(lab, groups["memorized"], seeds, Guidance.cfg(scale)),
@@ -103,10 +103,10 @@ def main() -> None:
     args = parser.parse_args()
     scenario = load(args.scenario)
     groups, seeds = prompts(scenario), range(args.first_seed, args.first_seed + args.seeds)
-    sampler = Sampler.from_pretrained(scenario.source, scheduler=scenario.scheduler).using(**scenario.options)
-    lines = roundtrip(Laboratory(scenario, sampler, Measure(scenario, groups)), groups, seeds)
+    lab = Laboratory.of(scenario, groups)
+    lines = roundtrip(lab, groups, seeds)
     found = {"scenario": scenario.name, "date": date.today().isoformat(), "seeds": list(seeds), "probes": PROBES}
-    found |= {"threshold": THRESHOLD, "delays": DELAYS, **sampler.provenance, "rows": compared(lines), "pictures": lines}
+    found |= {"threshold": THRESHOLD, "delays": DELAYS, **lab.sampler.provenance, "rows": compared(lines), "pictures": lines}
     text = ",\n".join(f" {json.dumps(name)}: {_indented(value)}" for name, value in found.items())
     args.json.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
 

@@ -1,15 +1,15 @@
-"""A contact sheet of a run of generate: its images beside their scores, the most suspect first, as one page without network."""
+"""A contact sheet of a run of generate: its images with their scores, copies and suspect ones first, as one page."""
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 import itertools
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from basinescape.audit.embedding import inside, rendered
 from basinescape.data.writers import FORMATS, writer
 from basinescape.runs.atomic import whole
 from basinescape.runs.folder import read_settings
@@ -18,9 +18,8 @@ from PIL import Image
 
 SIDE = 160  # pixels of an image on the page
 MOST = 500  # images on the page; the manifest has them all
-STYLE = """body { font: 14px system-ui, sans-serif; margin: 2em; color-scheme: light dark; }
-main { display: flex; flex-wrap: wrap; gap: 12px; } figure { width: 170px; margin: 0; } img { max-width: 160px; }
-figcaption { font-size: 12px; overflow-wrap: anywhere; } .suspect img, .failed { outline: 3px solid #c00; }"""
+KINDS = ("copy", "suspect", "failed")  # in this order; then the others
+Line = dict[str, Any]
 
 
 def is_run(folder: Path) -> bool:
@@ -31,7 +30,7 @@ def is_run(folder: Path) -> bool:
 def sheet(folder: str | Path, out: str | Path) -> int:
     """Write the page `out` about a folder that generate wrote; returns the number of images on it.
 
-    Failed and suspect ones come first, then the rest by falling score; latents are shown by what is written of them alone.
+    Copies come first, then suspect and failed ones, then the rest by falling score. Of latents there are captions alone.
 
     Raises ValueError where the folder holds no run of generate, or no image yet.
     """
@@ -42,46 +41,57 @@ def sheet(folder: str | Path, out: str | Path) -> int:
     lines = sorted(sound(folder), key=_rank)
     if not lines:
         raise ValueError(f"{str(folder)!r} holds no image yet: its manifest.jsonl is empty")
-    kinds = {"suspect": lambda line: line.get("suspect"), "failed": lambda line: line["status"] != "ok"}
-    counts = ", ".join(f"{sum(map(bool, map(true, lines)))} {kind}" for kind, true in kinds.items())
-    title = f"{folder.resolve().name}: {len(lines)} images, {counts}"
-    figures = "\n".join(_figure(line, data) for line, data in _images(folder, settings["format"], lines[:MOST]))
-    page = f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
-    page += f"<h1>{html.escape(title)}</h1>\n<main>\n{figures}\n</main>\n"
+    counts = Counter(map(_kind, lines))
+    told = ("copies", "suspect", "failed")
+    compared = any("copy" in line for line in lines)
+    said = (f"{counts[kind]} {word}" for kind, word in zip(KINDS, told, strict=True) if compared or kind != "copy")
+    shown = _images(folder, settings["format"], lines[:MOST])
+    entries = [_entry(line, shown.get(line["id"], "")) for line in lines[:MOST]]
+    text = rendered(
+        Path(__file__).with_name("sheet.html.jinja"),
+        title=f"{folder.resolve().name}: {len(lines)} images, {', '.join(said)}",
+        count=len(lines),
+        entries=entries,
+        compared=compared,
+        scored=any(entry["score"] is not None for entry in entries),
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole(out) as part:
-        part.write_text(page, encoding="utf-8")
-    return min(MOST, len(lines))
+        part.write_text(text, encoding="utf-8")
+    return len(entries)
 
 
-def _rank(line: dict[str, Any]) -> tuple:
-    return line["status"] == "ok", not line.get("suspect"), -(line.get("score") or 0.0), line["id"]
+def _kind(line: Line) -> str:
+    if line["status"] != "ok":
+        return "failed"
+    return "copy" if line.get("copy") else "suspect" if line.get("suspect") else ""
 
 
-def _images(folder: Path, format: str, lines: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes | None]]:
-    """Each line with its image's bytes, None where there are none to show. A shard is read once."""
-    shown, writes = {}, writer(folder, format)
-    ok = [line for line in lines if line["status"] == "ok" and format != "latents" and writes.owns(line["file"], line["id"])]
-    for file, some in itertools.groupby(sorted(ok, key=lambda line: line["file"]), key=lambda line: line["file"]):
+def _rank(line: Line) -> tuple[int, float, str]:
+    kind = _kind(line)
+    return KINDS.index(kind) if kind else len(KINDS), -(line.get("score") or 0.0), line["id"]
+
+
+def _entry(line: Line, uri: str) -> Line:
+    """What the template needs of a line of the manifest."""
+    optional = {"score": None, "attempts": 1, "nearest": "", "similarity": 0.0, "measure": ""}
+    needed = {name: line[name] for name in ("id", "prompt", "seed", "status")}
+    return {**needed, **{name: line.get(name, value) for name, value in optional.items()}, "kind": _kind(line), "uri": uri}
+
+
+def _images(folder: Path, format: str, lines: Sequence[Line]) -> dict[str, str]:
+    """The images of lines by id, as data URIs; without those that are not to be had. A shard is read once."""
+    writes = writer(folder, format)
+    there = [line for line in lines if line["status"] == "ok" and format != "latents"]
+    named = sorted((line for line in there if writes.owns(line["file"], line["id"])), key=lambda line: line["file"])
+    return dict(_read(folder, writes, named))
+
+
+def _read(folder: Path, writes: Any, lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
+    for file, some in itertools.groupby(lines, key=lambda line: line["file"]):
         wanted = {line["id"] for line in some}
         if (folder / file).is_file():
-            shown.update((id, _small(data)) for id, data in writes.contents(folder / file) if id in wanted)
-    return ((line, shown.get(line["id"])) for line in lines)
-
-
-def _small(data: bytes) -> bytes:
-    with Image.open(io.BytesIO(data)) as image:
-        small = image.convert("RGB")
-    small.thumbnail((SIDE, SIDE))
-    small.save(file := io.BytesIO(), format="WEBP", quality=85)
-    return file.getvalue()
-
-
-def _figure(line: dict[str, Any], data: bytes | None) -> str:
-    facts = [line["prompt"], f"{line['id']}, seed {line['seed']}"]
-    if line.get("score") is not None:
-        facts.append(f"score {line['score']:.2f}, {line['attempts']} attempt{'s' if line['attempts'] > 1 else ''}")
-    kind = "failed" if line["status"] != "ok" else "suspect" if line.get("suspect") else ""
-    facts += [line["status"] if kind == "failed" else kind] if kind else []
-    image = f'<img src="data:image/webp;base64,{base64.b64encode(data).decode()}" alt="">' if data else ""
-    return f'<figure class="{kind}">{image}<figcaption>{"<br>".join(map(html.escape, facts))}</figcaption></figure>'
+            for id, data in writes.contents(folder / file):
+                if id in wanted:
+                    with Image.open(io.BytesIO(data)) as image:
+                        yield id, inside(image.convert("RGB"), SIDE)

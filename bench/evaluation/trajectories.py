@@ -1,8 +1,8 @@
-"""Trajectories that are looked at and pushed: what becomes of them, how they converge, where the basin's edge is."""
+"""Trajectories that are watched and pushed: where they end, how they converge, and where the edge of a basin is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,19 +14,42 @@ from tqdm import tqdm
 
 from ..methods import stepwise
 from ..methods.method import starting_at
-from ..scenario import Prompt, Scenario
+from ..scenario import Prompt, Scenario, loaded
 from .measure import Measure
 
 
 @dataclass
 class Laboratory:
-    """A scenario's sampler and measure, and runs whose every step can be looked at."""
+    """Runs of a scenario in which every step can be watched or changed. scenario: with steps and scale (`scenario.loaded`)."""
 
     scenario: Scenario
     sampler: Sampler
     measure: Measure
     batch_size: int = 16
     progress: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        scenario: Scenario,
+        groups: Mapping[str, Sequence[Prompt]],
+        device: str | None = None,
+        dtype: str | None = None,
+        progress: bool = True,
+    ) -> Laboratory:
+        """That of a scenario, with its model loaded. Raises what `Measure` and `scenario.loaded` do."""
+        measure = Measure(scenario, groups)
+        return cls(*loaded(scenario, device, dtype), measure, progress=progress)
+
+    @property
+    def steps(self) -> int:
+        """Of a run."""
+        return self.scenario.how[0]
+
+    @property
+    def scale(self) -> float:
+        """Of the guidance."""
+        return self.scenario.how[1]
 
     def run(
         self,
@@ -38,10 +61,10 @@ class Laboratory:
     ) -> Output:
         """An image for each prompt and its seed."""
         texts = [prompt.text for prompt in found]
-        return stepwise.sample(self.sampler, texts, seeds, self.scenario.steps, guidance, look=look, push=push)
+        return stepwise.sample(self.sampler, texts, seeds, self.steps, guidance, look=look, push=push)
 
     def bar(self, turns: Sequence[Any], what: str) -> tqdm:
-        """The same, with a bar of progress."""
+        """The turns, with a bar of progress."""
         return tqdm(turns, desc=what, disable=not self.progress)
 
     def batches(self, found: Sequence[Prompt], seeds: Sequence[int]) -> list[tuple[list[Prompt], list[int]]]:
@@ -65,7 +88,7 @@ def onset_sweep(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], 
     return [
         {"id": id, "seed": seed, "onset": onset, **measured}
         for onset in lab.bar(onsets, "onsets")
-        for id, seed, measured in lab.outcomes(found, seeds, starting_at(onset, lab.scenario.scale, lab.scenario.steps))
+        for id, seed, measured in lab.outcomes(found, seeds, starting_at(onset, lab.scale, lab.steps))
     ]
 
 
@@ -86,7 +109,7 @@ def edges(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], int]:
 
 
 class Curves:
-    """Statistics of every step of a batch: {name: (steps, B)}.
+    """Collects statistics of each step of a batch: {name: (steps, B)}.
 
     gap: ||cond - uncond||. relative: the gap over ||uncond||. alignment: the cosine of cond - uncond and uncond (Asthana &
     Belagiannis, ICLR 2026). update: ||x_(k+1) - x_k|| (Huang et al., KDD 2026). turn: ||cond_k - cond_(k-1)||^2.
@@ -114,18 +137,19 @@ class Curves:
 
 
 def curves(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], guidance: Guidance) -> list[dict[str, Any]]:
-    """`Curves` along trajectories, a line for each prompt and seed; a step's first call counts, and the first turn.
+    """A line for each prompt and seed: its `Curves`, the basin score of its picture, and whether that is a copy.
 
-    With the picture's basin score, and whether it is a copy of a training image, None without training images.
+    Of a step that calls the network more than once the first call counts; of turn the first alone is kept. memorized is None
+    without training images.
     """
-    lines, first = [], lab.sampler.solver(lab.scenario.steps).first_calls.tolist()
+    lines, first = [], lab.sampler.solver(lab.steps).first_calls.tolist()
     for batch, drawn in lab.bar(lab.batches(found, seeds), f"curves, {guidance!r}"):
         look = Curves()
         out = lab.run(batch, drawn, guidance, look)
         scores = lab.sampler.judge(out.latents, [prompt.text for prompt in batch], drawn).score.tolist()
         copies = lab.measure(out.images, batch)
         for i, (prompt, seed) in enumerate(zip(batch, drawn, strict=True)):
-            own = {
+            own: dict[str, Any] = {
                 name: [round(series[call][i], 5) for call in first if call < len(series)]
                 for name, series in look.series.items()
             }
@@ -141,7 +165,7 @@ def constant(weight: float, steps: int) -> Guidance:
 
 
 class Spread:
-    """Root mean square distance of a batch's latents to their mean, a number a step."""
+    """Collects the root mean square distance of a batch's latents to their mean, a number a step."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
@@ -157,7 +181,7 @@ def convergence(lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Sequenc
     for group, found in groups.items():
         for prompt in lab.bar(found, f"convergence, {group}"):
             look = Spread()
-            lab.run([prompt] * len(seeds), seeds, Guidance.cfg(lab.scenario.scale), look)
+            lab.run([prompt] * len(seeds), seeds, Guidance.cfg(lab.scale), look)
             rows += [{"group": group, "id": prompt.id, "step": k, "spread": round(v, 5)} for k, v in enumerate(look.values)]
     return rows
 
@@ -179,7 +203,7 @@ def returns(
     lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], steps: Sequence[int], sizes: Sequence[float]
 ) -> list[dict[str, Any]]:
     """Whether a plainly guided trajectory that is pushed still ends in the memorized image: the basin's width."""
-    plain = Guidance.cfg(lab.scenario.scale)
+    plain = Guidance.cfg(lab.scale)
     return [
         {"step": at, "size": size, "id": id, "seed": seed, "returned": measured["memorized"]}
         for at in lab.bar(steps, "returns")

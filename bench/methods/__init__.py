@@ -1,29 +1,37 @@
-"""Methods against memorization, side by side: `table` has them all by name, `chosen` also those of a user's own files.
+"""Methods against memorization: `table` has them all by name, `chosen` also takes those of a user's own files (see `own`).
 
-Each is a `Method`, or has its `sample`. Ours differ in their `Guidance` alone; a peer is a module that makes one. All go
-through the same sampler, so their images and their cost compare.
+Each is a `Method`, or has its `sample`. The project's own differ in their `Guidance` alone; each method of another paper is a
+module that makes one. All go through the same sampler, so that their images and their cost can be compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
-from basinescape import At, Calibration, FirstMinimum, Guidance, Settled
+from basinescape import At, FirstMinimum, Guidance, Sampler, Settled
 
 from ..scenario import Scenario
 from . import attention, augment, cads, embedding, noise, padding, update
 from .dryrun import DryRun
 from .method import Batch, Method
-from .own import Sampling, from_file
+from .own import Own, Sampling, from_file
 
-__all__ = ["DEFAULT", "Batch", "DryRun", "Method", "Sampling", "chosen", "label", "table"]
+__all__ = ["DEFAULT", "Batch", "DryRun", "Method", "Sampling", "chosen", "label", "own_methods", "suitable", "table"]
+
+log = logging.getLogger(__name__)
 
 DEFAULT = ("cfg", "delayed-at", "opposite-at", "guard")  # where nobody chooses
+CALIBRATE = {  # what makes one with which a method is there
+    "guard-calibrated": "basinescape calibrate --model ...",
+    "delayed-settled": "basinescape calibrate --settled --model ...",
+    "update-norm": "python -m basinescape.bench.methods.region --model ..., after basinescape calibrate --settled",
+}
 SHAPES = ("linear", "invlinear", "cosine", "sine", "v_shape", "a_shape")
 
-# Names as a reader knows them; {} is the static transition's timestep.
+# How a reader knows each method; {} is the timestep of the static transition.
 LABELS = {
     "cfg": "plain guidance",
     "guard": "guard",
@@ -53,21 +61,22 @@ def label(name: str, transition: float) -> str:
 
 
 def table(scenario: Scenario) -> dict[str, Sampling]:
-    """All methods by name, as `scenario` parametrises them."""
-    scale = scenario.scale
-    at, minimum, plain = At(scenario.transition), FirstMinimum(), Guidance.cfg(scale)
-    delayed = Guidance.delayed(scale, until=at)
-    measured = {}
-    if scenario.ordinary:
-        measured["delayed-settled"] = Method(Guidance.delayed(scale, until=Settled.over(scenario.ordinary)))
-    if scenario.stable:
-        measured["update-norm"] = update.method(scale, scenario.stable)
-    if scenario.calibration:
-        measured["guard-calibrated"] = Method(Guidance.guard(scale, Calibration.load(scenario.calibration)))
+    """All methods by name, with the scenario's steps, scale, transition and calibration."""
+    steps, scale, transition = scenario.how
+    at, minimum, plain = At(transition), FirstMinimum(), Guidance.cfg(scale)
+    known = scenario.calibrated
+    baseline = known and known.baseline
+    measured: dict[str, Sampling] = {}
+    if baseline and baseline.unguided:
+        measured["delayed-settled"] = Method(Guidance.delayed(scale, until=Settled.over(baseline.unguided)))
+    if baseline and baseline.stable:
+        measured["update-norm"] = update.method(scale, baseline.stable)
+    if known and known.scale == scale:
+        measured["guard-calibrated"] = Method(Guidance.guard(scale, known))
     return {
         "cfg": Method(plain),
         "guard": Method(Guidance.guard(scale)),
-        "delayed-at": Method(delayed),
+        "delayed-at": Method(Guidance.delayed(scale, until=at)),
         "delayed-minimum": Method(Guidance.delayed(scale, until=minimum)),
         "opposite-at": Method(Guidance.opposite(2.0, scale=scale, until=at)),
         "opposite-minimum": Method(Guidance.opposite(scale, scale=scale, until=minimum)),
@@ -77,30 +86,64 @@ def table(scenario: Scenario) -> dict[str, Sampling]:
         "random-words": augment.method(plain, augment.random_words),
         "random-numbers": augment.method(plain, augment.random_numbers),
         "repeated-words": augment.method(plain, augment.repeated_words),
-        "embedding": embedding.method(plain, scenario.ordinary[0] if scenario.ordinary else None),
+        "embedding": embedding.method(plain, baseline.unguided[0] if baseline and baseline.unguided else None),
         "attention": attention.method(plain),
         "padding": padding.method(plain),
-        "noise": noise.method(scale, scenario.steps),
+        "noise": noise.method(scale, steps),
         **measured,
     }
 
 
-def chosen(scenario: Scenario, names: Sequence[str] | None = None) -> dict[str, Sampling]:
-    """The methods that `names` ask for: names of `table`, "all", or FILE.py:NAME, called FILE.NAME then; None: DEFAULT.
+def own_methods(names: Sequence[str]) -> dict[str, Own]:
+    """The methods among `names` that are FILE.py:NAME, read from their files, by that name.
 
-    Raises ValueError for a name that there is not or that comes twice, FileNotFoundError for a file.
+    Raises ValueError for a name that neither is one of them nor of `table`, or "all"; and what `from_file` raises.
     """
-    known, found = table(scenario), {}
-    if names is None:
-        return {name: known[name] for name in DEFAULT if name in known}
+    found = {}
+    for name in names:
+        file, _, attribute = name.rpartition(":")
+        if file.endswith(".py"):
+            found[name] = from_file(Path(file), attribute)
+        elif name not in LABELS and name != "all":
+            raise ValueError(f"methods must be all, FILE.py:NAME, or among {', '.join(LABELS)}; got {name!r}")
+    return found
+
+
+def chosen(scenario: Scenario, names: Sequence[str] | None = None, own: Mapping[str, Own] | None = None) -> dict[str, Sampling]:
+    """The methods that `names` ask for: names of `table`, "all" of them, or FILE.py:NAME, which is called FILE.NAME then.
+
+    names: None for DEFAULT. own: those of files, where they are read already.
+
+    Raises ValueError for a name that comes twice, or of a method that needs a calibration where the scenario has none, and what
+    `own_methods` raises.
+    """
+    known, found = table(scenario), dict[str, Sampling]()
+    names = DEFAULT if names is None else names
+    own = own_methods(names) if own is None else own
     for name in chain.from_iterable(known if asked == "all" else [asked] for asked in names):
         file, _, attribute = name.rpartition(":")
-        own = file.endswith(".py")
-        if not own and name not in known:
-            why = " without a calibration" if name == "guard-calibrated" else ""
-            raise ValueError(f"methods must be all, FILE.py:NAME, or among {', '.join(known)}; got {name!r}{why}")
-        called = f"{Path(file).stem}.{attribute}" if own else name
+        called = f"{Path(file).stem}.{attribute}" if name in own else name
         if called in found:
             raise ValueError(f"methods has {called!r} twice")
-        found[called] = from_file(Path(file), attribute) if own else known[name]
+        if name not in own and name not in known:
+            raise ValueError(f"methods has {name!r}, which needs a calibration of this model and scale: {CALIBRATE[name]}")
+        found[called] = own[name] if name in own else known[name]
+    return found
+
+
+def suitable(methods: Mapping[str, Sampling], sampler: Sampler, steps: int, asked: Sequence[str]) -> dict[str, Sampling]:
+    """Those of `methods` that suit the sampler, a warning for each other one.
+
+    Raises ValueError for one that does not and that is `asked` for by its name.
+    """
+    found = {}
+    for name, method in methods.items():
+        try:
+            getattr(method, "check", lambda *_: None)(sampler, steps)
+        except ValueError as error:
+            if name in asked or isinstance(method, Own):
+                raise ValueError(f"method {name!r}: {error}") from error
+            log.warning("left out is the method %s: %s", name, error)
+        else:
+            found[name] = method
     return found

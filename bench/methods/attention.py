@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from basinescape import Guidance
 from basinescape.models import GuidedUNet
-from basinescape.types import Network
+from basinescape.types import Branch, Network
 from diffusers.models.attention_processor import Attention
-from torch import Tensor, nn
+from torch import Tensor
 
 from .method import Batch, Method
-from .padding import words_mask
+from .padding import needs_unet, words_mask
 
 BEGINNING = 1.25
 
@@ -49,7 +50,7 @@ class Reweighted:
 
 
 @contextmanager
-def attending(unet: nn.Module, words: Tensor) -> Iterator[None]:
+def attending(unet: Any, words: Tensor) -> Iterator[None]:
     """Inside, the cross-attention of `unet` is `Reweighted`."""
     own = dict(unet.attn_processors)
     unet.set_attn_processor({name: Reweighted(words) if "attn2" in name else old for name, old in own.items()})
@@ -67,7 +68,7 @@ def reweighted(network: GuidedUNet, batch: Batch) -> Network:
     words = words.to(network.inputs["both"]["encoder_hidden_states"].device)
     rows = {"cond": words, "both": torch.cat([torch.ones_like(words), words])}
 
-    def predict(latents: Tensor, timesteps: Tensor, branch: str) -> Tensor:
+    def predict(latents: Tensor, timesteps: Tensor, branch: Branch) -> Tensor:
         if branch == "uncond":
             return network(latents, timesteps, branch)
         with attending(batch.sampler.pipe.unet, rows[branch]):
@@ -77,4 +78,4 @@ def reweighted(network: GuidedUNet, batch: Batch) -> Network:
 
 
 def method(guidance: Guidance) -> Method:
-    return Method(guidance, wrap=reweighted)
+    return Method(guidance, wrap=reweighted, suits=needs_unet)

@@ -7,9 +7,9 @@ section 6: random tokens or numbers put at random places, and words of the capti
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from basinescape import Guidance
+from basinescape import Guidance, Sampler
 
 from .method import Batch, Method
 
@@ -38,10 +38,18 @@ def augmented(prompt: str, seed: int, word: Words, vocabulary: list[str]) -> str
     return " ".join(words)
 
 
+def vocabulary(sampler: Sampler) -> list[str]:
+    """The words of the first tokenizer, of more than two letters. Raises ValueError where it is not of CLIP's kind."""
+    tokens: Mapping[str, int] = getattr(getattr(sampler.pipe, "tokenizer", None), "get_vocab", dict)()
+    words = sorted(token.removesuffix("</w>") for token in tokens if token.endswith("</w>") and len(token) > 6)
+    if not words:
+        raise ValueError("it takes words from the vocabulary of a CLIP tokenizer, and the model's first one is of another kind")
+    return words
+
+
 def method(guidance: Guidance, word: Words) -> Method:
     def prompts(batch: Batch) -> list[str]:
-        tokens = batch.sampler.pipe.tokenizer.get_vocab()
-        vocabulary = sorted(token.removesuffix("</w>") for token in tokens if token.endswith("</w>") and len(token) > 6)
-        return [augmented(prompt, seed, word, vocabulary) for prompt, seed in zip(batch.prompts, batch.seeds, strict=True)]
+        known = vocabulary(batch.sampler)
+        return [augmented(prompt, seed, word, known) for prompt, seed in zip(batch.prompts, batch.seeds, strict=True)]
 
-    return Method(guidance, prompts)
+    return Method(guidance, prompts, suits=lambda sampler, _: vocabulary(sampler))

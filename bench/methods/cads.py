@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from basinescape import Guidance
 from basinescape.models import GuidedUNet
-from basinescape.types import Network
+from basinescape.types import Branch, Network
 from torch import Tensor
 
 from .method import Batch, Method
@@ -34,17 +34,17 @@ def annealed(states: Tensor, noise: Tensor, share: float) -> Tensor:
 
 def annealing(network: GuidedUNet, batch: Batch) -> Network:
     """`network`, whose conditional embedding is annealed anew before every call."""
-    timesteps = iter(batch.sampler.solver(batch.steps).timesteps.tolist())
+    following = iter(batch.sampler.solver(batch.steps).timesteps.tolist())
     generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
     train_steps = batch.sampler.scheduler.config.num_train_timesteps
     states = network.inputs["cond"]["encoder_hidden_states"]  # seen by both branches, too
     clean = states.clone()
 
-    def predict(latents: Tensor, told: Tensor, branch: str) -> Tensor:
-        share = gamma(next(timesteps) / train_steps)
+    def predict(latents: Tensor, timesteps: Tensor, branch: Branch) -> Tensor:
+        share = gamma(next(following) / train_steps)
         noise = torch.stack([torch.randn(clean.shape[1:], generator=generator) for generator in generators])
         states.copy_(annealed(clean, noise.to(clean), share) if share < 1 else clean)
-        return network(latents, told, branch)
+        return network(latents, timesteps, branch)
 
     return predict
 

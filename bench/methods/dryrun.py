@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from basinescape import At, Guidance, Output, Sampler
 from basinescape.models import GuidedUNet
-from basinescape.types import Network
+from basinescape.types import Branch, Network
 from torch import Tensor
 
 from .method import Batch, Method
@@ -59,7 +59,7 @@ class DryRun:
         seen: list[Tensor] = []
 
         def watched(network: GuidedUNet, batch: Batch) -> Network:
-            def predict(latents: Tensor, timesteps: Tensor, branch: str) -> Tensor:
+            def predict(latents: Tensor, timesteps: Tensor, branch: Branch) -> Tensor:
                 seen.append(latents[: len(seeds)].flatten(1).float().clone())  # the cosine does not see the input's scale
                 return network(latents, timesteps, branch)
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from basinescape import Guidance
 from basinescape.models import GuidedUNet
-from basinescape.types import Network
+from basinescape.types import Branch, Network
 from torch import Tensor, nn
 
 from .method import Batch, Method
@@ -64,7 +64,7 @@ def method(guidance: Guidance, target: float | None) -> Method:
     def wrap(network: GuidedUNet, batch: Batch) -> Network:
         count, waiting = len(batch.seeds), True
 
-        def predict(latents: Tensor, timesteps: Tensor, branch: str) -> Tensor:
+        def predict(latents: Tensor, timesteps: Tensor, branch: Branch) -> Tensor:
             nonlocal waiting
             if waiting:
                 with constant(batch.sampler.model.net):

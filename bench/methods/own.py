@@ -1,7 +1,11 @@
-"""A method from a user's own file.
+"""A method from a user's own file: `basinescape evaluate --methods cfg,mine.py:method`, where `method` in mine.py is one of
 
-It is a file with a `Method` in it, `basinescape evaluate --methods cfg,mine.py:method`. The one below caps what guidance adds.
-The noise gap that is recorded, and that transitions are looked for in, stays the model's own:
+    a Guidance or a guard, as `Guidance.delayed(7.5, until=At(600))` or `Guidance.guard(7.5, threshold=0.25)`;
+    a function (sampler, prompts, seeds) or (sampler, prompts, seeds, steps) that returns an `Output`, as the sampler does;
+    a `Method`, or any object with `sample(sampler, prompts, seeds, steps)`, which returns an `Output`.
+
+A `Method` can change the network, the noise or the prompts of a run. This one caps what guidance adds. The noise gap that is
+recorded, and in which transitions are looked for, stays the model's own:
 
     import torch
     from basinescape import Guidance
@@ -14,22 +18,28 @@ The noise gap that is recorded, and that transitions are looked for in, stays th
         return predict
 
     method = Method(Guidance.cfg(7.5), wrap=capped)
-
-Anything else that has its `sample`, or a plain function in the place of that, is a method as well.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
-from basinescape import Output, Sampler
+from basinescape import Guard, Guidance, Output, Sampler
+
+from .method import Method
+
+CONTRACT = (
+    "a Guidance or a guard, a function (sampler, prompts, seeds[, steps]) -> Output, "
+    "or an object with sample(sampler, prompts, seeds, steps) -> Output"
+)
 
 
 class Sampling(Protocol):
@@ -40,47 +50,93 @@ class Sampling(Protocol):
 
 @dataclass(frozen=True)
 class Own:
-    """A method from a user's file. digest: of the file, whose images are made again when it has changed."""
+    """A method from a user's file. digest: of the file; images of a file that has changed are made again."""
 
     method: Sampling
     digest: str
 
     def sample(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Output:
-        return self.method.sample(sampler, prompts, seeds, steps)
+        """What the method makes. Raises TypeError where that is no `Output` of an image a prompt."""
+        made = self.method.sample(sampler, prompts, seeds, steps)
+        if not isinstance(made, Output) or len(made.images) != len(prompts):
+            raise TypeError(f"a method must return an Output of {len(prompts)} images, got {type(made).__name__}")
+        return made
 
     def check(self, sampler: Sampler, steps: int) -> None:
+        """Raises ValueError where the method does not suit the sampler or the steps, as far as it says so."""
         getattr(self.method, "check", lambda *_: None)(sampler, steps)
 
 
 @dataclass(frozen=True)
 class Function:
-    """A plain function as a method."""
+    """A plain function as a method. steps: whether it takes the number of steps."""
 
-    sample: Callable[[Sampler, Sequence[str], Sequence[int], int], Output]
+    function: Callable[..., Output]
+    steps: bool
+
+    def sample(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Output:
+        return self.function(sampler, prompts, seeds, *((steps,) if self.steps else ()))
 
 
 def from_file(path: Path, name: str) -> Own:
-    """The method `name` of the Python file `path`, which is run for it."""
+    """The method `name` of the Python file `path`, which is run for it.
+
+    Raises FileNotFoundError without the file, ValueError where it cannot be run or `name` is no method.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"methods file {str(path)!r} does not exist")
+    module = _run(path)
+    if not hasattr(module, name):
+        raise ValueError(f"methods file {str(path)!r} has no {name!r}; it has {', '.join(_candidates(module)) or 'no method'}")
+    found = _method(getattr(module, name))
+    if found is None:
+        raise ValueError(f"{name!r} in {str(path)!r} must be {CONTRACT}; got {_described(getattr(module, name))}")
+    return Own(found, hashlib.sha256(path.read_bytes()).hexdigest()[:12])
+
+
+def _run(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"basinescape_method_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"methods file {str(path)!r} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickling look a module up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever is wrong with the user's file
         raise ValueError(f"methods file {str(path)!r} cannot be run: {type(error).__name__}: {error}") from error
-    if not hasattr(module, name):
-        raise ValueError(f"methods file {str(path)!r} has no {name!r}; it has {', '.join(_candidates(module)) or 'no method'}")
-    found = getattr(module, name)
-    if not hasattr(found, "sample"):
-        if isinstance(found, type) or not callable(found):
-            raise ValueError(f"{name!r} in {str(path)!r} must be a Method or have its sample, got a {type(found).__name__}")
-        found = Function(found)
-    return Own(found, hashlib.sha256(path.read_bytes()).hexdigest()[:12])
+    return module
+
+
+def _method(given: Any) -> Sampling | None:
+    """The method that a value of a user's file is, None for one that is none."""
+    if isinstance(given, Guidance | Guard):
+        return Method(given)
+    if isinstance(given, type | ModuleType):
+        return None
+    if hasattr(given, "sample"):
+        return given if _takes(given.sample, 4) else None
+    if not callable(given) or not (_takes(given, 4) or _takes(given, 3)):
+        return None
+    return Function(given, steps=_takes(given, 4))
+
+
+def _takes(function: Any, count: int) -> bool:
+    """Whether a function can be called with so many positional arguments and nothing else."""
+    try:
+        inspect.signature(function).bind(*range(count))
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _described(given: Any) -> str:
+    """What was given, a function with its arguments."""
+    called = given.sample if hasattr(given, "sample") else given
+    if inspect.isroutine(called):
+        return f"one that is called with {inspect.signature(called)}"
+    return f"a {type(given).__name__}"
 
 
 def _candidates(module: ModuleType) -> list[str]:
-    return [
-        name for name, value in vars(module).items() if hasattr(value, "sample") and not isinstance(value, type | ModuleType)
-    ]
+    """The names in a module that are methods, functions left out: not every one is meant as a method."""
+    return [name for name, value in vars(module).items() if not inspect.isroutine(value) and _method(value) is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from basinescape import Guidance
+from basinescape import Guidance, Sampler
 from basinescape.models import GuidedUNet
 from torch import Tensor
 
@@ -17,6 +17,12 @@ def words_mask(batch: Batch) -> Tensor:
     return torch.arange(tokenizer.model_max_length) < torch.tensor([[len(tokens)] for tokens in lengths])
 
 
+def needs_unet(sampler: Sampler, steps: int) -> None:
+    """Raises ValueError for a model without a UNet, whose cross-attention alone can be told which tokens to look at."""
+    if not hasattr(sampler.pipe, "unet"):
+        raise ValueError(f"it masks the cross-attention of a UNet, and a {type(sampler.pipe).__name__} has none")
+
+
 def masked(network: GuidedUNet, batch: Batch) -> GuidedUNet:
     """`network`, whose conditional half sees the words alone."""
     cond = words_mask(batch).to(network.inputs["both"]["encoder_hidden_states"].device)
@@ -27,4 +33,4 @@ def masked(network: GuidedUNet, batch: Batch) -> GuidedUNet:
 
 
 def method(guidance: Guidance) -> Method:
-    return Method(guidance, wrap=masked)
+    return Method(guidance, wrap=masked, suits=needs_unet)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from basinescape import Calibration, Sampler
-from basinescape.calibration.ordinary import prompts_for
+from basinescape.calibration.baseline import ordinary_prompts
 from basinescape.data.prompts import read_prompts
 from basinescape.runs.progress import FORMAT, parts
 from tqdm import tqdm
@@ -40,12 +40,12 @@ def main() -> None:
     args = parser.parse_args()
     path = Calibration.beside(args.model)
     known = None if path is None else Calibration.load(path)
-    if known is None or known.ordinary is None:
+    if known is None or known.baseline is None:
         parser.error(f"{args.model!r} has no calibration made with --settled")
     sampler = Sampler.from_pretrained(args.model, scheduler=known.scheduler)
-    jobs = read_prompts(prompts_for(args.model))
+    jobs = read_prompts(ordinary_prompts(args.model))
     stable = measured(sampler, [job.prompt for job in jobs], [job.seed for job in jobs], known.steps, known.scale)
-    replace(known, ordinary=replace(known.ordinary, stable=stable)).save(Path(path))
+    replace(known, baseline=replace(known.baseline, stable=stable)).save(Path(path))
 
 
 if __name__ == "__main__":

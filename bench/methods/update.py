@@ -15,20 +15,20 @@ taken with, so no network call is added, and the last update, which no call foll
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from basinescape import Guidance, Sampler
 from basinescape.kernels.state import per_sample
 from basinescape.models import GuidedUNet
-from basinescape.types import Network
+from basinescape.types import Branch, Network
 from torch import Tensor
 
-from ..scenario import Stable
 from .method import Batch, Method
 
 MILD, STRONG, WIDTH, EARLY = 3.0, 14.0, 3.0, 10
 NORMS = ("update", "latents", "clean")  # of x' - x, x' and x0
+Stable = Mapping[str, Sequence[Sequence[float]]]  # name of a norm -> its (mean, standard deviation) in every step but the last
 After = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (step, x, x0, x') -> the x' to go on from, all (B, C, h, w) float32
 
 
@@ -82,18 +82,19 @@ def watched(network: GuidedUNet, batch: Batch, scale: float, after: After) -> Ne
     scale: the guidance's. Raises what `alphas` does.
     """
     signal, kind = alphas(batch.sampler, batch.steps), batch.sampler.scheduler.config.prediction_type
-    k, last = 0, ()
+    k = 0
+    last: tuple[Tensor, Tensor] | None = None  # the latents before the last step, and its clean prediction
 
-    def predict(inputs: Tensor, told: Tensor, branch: str) -> Tensor:
+    def predict(latents: Tensor, timesteps: Tensor, branch: Branch) -> Tensor:
         nonlocal k, last
-        branches = inputs.unflatten(0, (2 if branch == "both" else 1, -1))
-        if last:
+        branches = latents.unflatten(0, (2 if branch == "both" else 1, -1))
+        if last is not None:
             outcome = branches[0].to(torch.float32, copy=True)
-            branches.copy_(after(k - 1, *last, outcome))  # in place: these are the sampler's own latents
-        predictions = network(inputs, told, branch)
-        parts, latents = predictions.float().view_as(branches), branches[0].float()
+            branches.copy_(after(k - 1, last[0], last[1], outcome))  # in place: these are the sampler's own latents
+        predictions = network(latents, timesteps, branch)
+        parts, here = predictions.float().view_as(branches), branches[0].float()
         guided = parts[0] + scale * (parts[-1] - parts[0])
-        k, last = k + 1, (latents.clone(), denoised(latents, guided, signal[k], kind))
+        k, last = k + 1, (here.clone(), denoised(here, guided, signal[k], kind))
         return predictions
 
     return predict

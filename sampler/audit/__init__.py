@@ -1,1 +1,1 @@
-"""Copies of training images: measures of likeness with their thresholds, and the one index of training images."""
+"""Copies of training images: measures of similarity, the index of training images, audits of captions, judging of pictures."""

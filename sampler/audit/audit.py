@@ -1,20 +1,23 @@
-"""An audit: which captions does a model reproduce? With what may be claimed of it, and what was not looked at.
+"""An audit: which captions does a model reproduce, what may be claimed of them, and what was not looked at?
 
-Every caption is ranked by the noise gaps of its first steps (`ranking`) and gets a conformal p-value among ordinary captions,
-whose gaps are a calibration's or are measured here. Those that Benjamini and Hochberg's rule discovers at the stated rate are
-flagged. The worst are then sampled to the end, and each picture is judged by its basin score and, where there are training
-images, by the nearest of the whole set.
+Every caption is ranked by the noise gaps of its first steps (`ranking`), and gets a conformal p-value among ordinary captions,
+whose gaps are a calibration's or are measured here. Captions that Benjamini and Hochberg's rule discovers at the stated rate
+are flagged. The worst are then sampled to the end. Each of their pictures is judged by its basin score and, where there are
+training images, by the nearest one of the whole set.
 
-The folder gets `gaps.jsonl`, `ordinary.jsonl` and `verified.jsonl` (a line when it is known: an audit that was stopped goes on,
-and one that is done can verify more), `images/<id>-<seed>.png`, `heat/<id>-<seed>.png`, `predictions/<id>.png`, `audit.csv`,
-`audit.json` (the record: what was done, and what it came to) and `audit.html`.
+The folder gets `gaps.jsonl`, `ordinary.jsonl` and `verified.jsonl`, a line as soon as it is known: an audit that was stopped
+goes on, and one that is done can verify more. It also gets `images/<id>-<seed>.png`, `heat/<id>-<seed>.png`,
+`predictions/<id>.png`, `audit.csv`, `audit.json` (the record of what was done and found) and `audit.html`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,12 +25,16 @@ from statistics import median
 from typing import Any
 
 from .. import checks
-from ..calibration.calibration import EARLY, LOOKED, Calibration
+from ..calibration.baseline import ordinary_prompts
+from ..calibration.calibration import EARLY, LOOKED, Calibration, steps_and_scale
 from ..calibration.fingerprint import differing, fingerprint
-from ..data.captions import Prompt
+from ..data.captions import Prompt, read_captions
+from ..data.pictures import images_in
+from ..data.prompts import read_prompts
 from ..data.tables import write_csv
 from ..detection import basin
 from ..guidance.guard import RATE, THRESHOLD
+from ..models import memory
 from ..runs.atomic import whole
 from ..runs.folder import open_folder
 from ..runs.jsontext import json_bytes
@@ -35,9 +42,11 @@ from ..runs.provenance import weights_sha256
 from ..sampler import Sampler
 from . import page
 from .index import Index
-from .ranking import Gaps, Usual, statistic
+from .ranking import Gaps, Reference, Task, statistic
 from .record import ranked, ranked_record, verdict, verified_record
 from .verification import Verification
+
+FIRST_SEED = 1_000_000_000  # of the ordinary captions: no seeds of the audited ones, whatever their number
 
 
 @dataclass(frozen=True)
@@ -45,9 +54,11 @@ class Settings:
     """How an audit is done.
 
     rate:    of the flagged captions, the share that is expected to be ordinary, at most.
-    noises:  initial noises a caption. first_steps: that are looked at; None: as many as a guard looks at early.
+    noises:  initial noises a caption. first_steps: steps that are looked at; None: as many as a guard looks at early.
     verify:  how many of the worst captions are sampled, in `seeds` pictures each. seed: of the first picture.
     similarity, threshold, on_error: as for `Index`.
+    steps, scale: of a whole run; None: as calibrated, else as the model's own pipeline has them.
+    batch_size: samples a batch; None: as many as a GPU's free memory holds, 16 on a CPU.
 
     Raises ValueError for anything else.
     """
@@ -61,10 +72,16 @@ class Settings:
     similarity: Sequence[str] | None = None
     threshold: float | None = None
     on_error: str = "stop"
+    steps: int | None = None
+    scale: float | None = None
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("noises", 1), ("verify", 0), ("seeds", 1), ("seed", 0)):
             checks.at_least(name, getattr(self, name), least)
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) is not None:
+                checks.at_least_one(name, getattr(self, name))
         if self.first_steps is not None and not 1 <= checks.at_least_one("first_steps", self.first_steps) <= LOOKED:
             raise ValueError(f"first_steps must be 1 to {LOOKED}, got {self.first_steps}")
         if not 0 < checks.share("rate", self.rate) < 1:
@@ -77,65 +94,105 @@ class Settings:
 
 def audit(
     sampler: Sampler,
-    model: str,
-    captions: Sequence[Prompt],
+    captions: str | Path | Sequence[Prompt],
     out: str | Path,
-    ordinary: Sequence[str],
-    calibration: Calibration | None = None,
-    steps: int = 50,
-    scale: float = 7.5,
     settings: Settings = Settings(),
-    training: Sequence[Path] = (),
-    batch_size: int = 16,
+    ordinary: str | Path | Sequence[str] | None = None,
+    calibration: Calibration | str | Path | None = None,
+    training_images: str | Path | Sequence[Path] = (),
+    model: str | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Audit `captions` into the folder `out`; returns the rows of `audit.csv`, the worst caption first.
+    """Audit captions into the folder `out`; returns the rows of `audit.csv`, the worst caption first.
 
-    model: what run.json calls the sampler's model. training: images beside the captions' own. steps, scale: of a whole run.
-    ordinary: prompts that the model has not memorized, whose gaps are measured unless the calibration has them: made with these
-              steps and this scale on this model, and `settings.noises` is 1, as of its pictures.
+    captions: a file or folder that `read_captions` knows, or what it gives.
+    ordinary: prompts that the model has not memorized, or a file of them; None: those that ship. They are measured unless the
+              calibration has their gaps: one made on this model with these steps and this scale, where `settings.noises` is 1.
+              What was measured is kept in the user's cache, for the next audit.
+    calibration: one, a file, or the name of a pipeline that ships; None: no calibration.
+    training_images: a folder, or files, beside the captions' own images.
+    model:    what run.json calls the sampler's model; None: where it was loaded from.
 
     Raises ValueError, before any work, for what does not fit, and for a folder that holds something else.
     """
-    out, first = Path(out), settings.looked(steps)
-    if scale in (0, 1):
-        raise ValueError(f"scale is {scale:g}, at which a model is asked once a step: an audit compares two predictions")
-    known = None if calibration is None else _of_calibration(calibration, sampler, steps, scale, settings)
-    if known is None and len(ordinary) < 2:
+    inputs = _Inputs.read(sampler, captions, settings, ordinary, calibration, training_images, model)
+    captions, settings, out = inputs.captions, inputs.settings, Path(out)
+    steps, scale, first = inputs.steps, inputs.scale, settings.looked(inputs.steps)
+    known = _of_calibration(inputs, sampler)
+    if known is None and len(inputs.ordinary) < 2:
         raise ValueError(
-            f"ordinary must be two prompts at least, and a hundred or more for small p-values; got {len(ordinary)}"
+            f"ordinary must be two prompts at least, and a hundred or more for small p-values; got {len(inputs.ordinary)}"
         )
-    images = _images(captions, training)
-    threshold, index = _verdicts(sampler, calibration, settings, images)
-    run = _run(sampler, model, captions, known, ordinary, steps, scale, first, settings)
+    threshold, index = _verdicts(sampler, inputs)
+    run = _run(sampler, inputs, known)
     open_folder(out, run)
 
-    gaps = Gaps(sampler, first, steps, scale, batch_size, progress)
-    usual = known or _measured(gaps, ordinary, len(captions), out, settings)
-
-    def seeds(place: int, number: int) -> list[int]:
-        """Of a caption by its place, whatever else is to be done."""
-        return [settings.seed + place + k * len(captions) for k in range(number)]
-
-    looks = [(one.id, one.text, seeds(i, settings.noises)) for i, one in enumerate(captions)]
-    lines = gaps(looks, out / "gaps.jsonl", "captions")
-    rows = ranked(captions, lines, usual, settings.rate)
-
+    gaps = Gaps(sampler, first, steps, scale, inputs.size, progress)
+    reference = known or _measured(gaps, inputs, run, out)
     places = {prompt.id: i for i, prompt in enumerate(captions)}
+
+    def task(prompt: Prompt, number: int) -> Task:
+        """A caption with so many seeds, which depend on its place alone."""
+        return prompt.id, prompt.text, [settings.seed + places[prompt.id] + k * len(captions) for k in range(number)]
+
+    lines = gaps([task(prompt, settings.noises) for prompt in captions], out / "gaps.jsonl", "captions")
+    rows = ranked(captions, lines, reference, settings.rate)
     worst = [captions[places[row["id"]]] for row in rows if row["status"] == "ok"][: settings.verify]
-    tasks = [(one.id, one.text, seeds(places[one.id], settings.seeds)) for one in worst]
-    verify = Verification(sampler, out, steps, scale, usual.gap, threshold, batch_size, progress)
-    found = verify(tasks, index) if tasks else {}
+    verify = Verification(sampler, out, steps, scale, reference.gap, threshold, inputs.size, progress)
+    found = verify([task(prompt, settings.seeds) for prompt in worst], index) if worst else {}
     rows = [verdict(row, found.get(row["id"], [])) for row in rows]
     write_csv(out / "audit.csv", rows)
     told = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **run}
-    told |= ranked_record(rows, lines, usual, settings.rate)
-    told |= verified_record(found, len(tasks) * settings.seeds, threshold, index)
-    told |= {"training_images": len(images), "without_caption": len(images) - len(_images(captions))}
+    told |= ranked_record(rows, lines, reference, settings.rate)
+    told |= verified_record(found, len(worst) * settings.seeds, threshold, index)
+    told |= {"training_images": len(inputs.images), "without_caption": len(inputs.images) - len(_images(captions))}
     with whole(out / "audit.json") as part:
         part.write_bytes(json_bytes(told, indent=1) + b"\n")
     page.write(out, told, {prompt.id: prompt.image for prompt in captions}, rows, found)
     return rows
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What `audit` is given, read. images: the captions' own training images and the others. size: samples a batch."""
+
+    model: str
+    captions: Sequence[Prompt]
+    ordinary: Sequence[str]
+    calibration: Calibration | None
+    images: Sequence[Path]
+    settings: Settings
+    steps: int
+    scale: float
+    size: int
+
+    @classmethod
+    def read(
+        cls,
+        sampler: Sampler,
+        captions: str | Path | Sequence[Prompt],
+        settings: Settings,
+        ordinary: str | Path | Sequence[str] | None,
+        calibration: Calibration | str | Path | None,
+        training_images: str | Path | Sequence[Path],
+        model: str | None,
+    ) -> _Inputs:
+        """Raises what the readers raise, and ValueError for a scale at which there is nothing to compare."""
+        model = str(getattr(sampler.pipe, "config", {}).get("_name_or_path", "")) if model is None else model
+        if isinstance(captions, str | Path):
+            captions = read_captions(captions, every=True, on_error=settings.on_error)
+        if ordinary is None or isinstance(ordinary, str | Path):
+            ordinary = [job.prompt for job in read_prompts(ordinary_prompts(model) if ordinary is None else Path(ordinary))]
+        if isinstance(calibration, str | Path):
+            calibration = Calibration.load(calibration)
+        if isinstance(training_images, str | Path):
+            training_images = images_in(training_images)
+        steps, scale = steps_and_scale(sampler, calibration, settings.steps, settings.scale)
+        if scale in (0, 1):
+            raise ValueError(f"scale is {scale:g}, at which a model is asked once a step: an audit compares two predictions")
+        size = settings.batch_size or memory.size(sampler.model, *sampler.size())
+        images = _images(captions, training_images)
+        return cls(model, captions, ordinary, calibration, images, settings, steps, scale, size)
 
 
 def _images(captions: Sequence[Prompt], more: Sequence[Path] = ()) -> list[Path]:
@@ -146,71 +203,85 @@ def _images(captions: Sequence[Prompt], more: Sequence[Path] = ()) -> list[Path]
     return list(found.values())
 
 
-def _of_calibration(calibration: Calibration, sampler: Sampler, steps: int, scale: float, settings: Settings) -> Usual | None:
-    """What the calibration knows, where its pictures were made as the captions' are; None where not."""
+def _of_calibration(inputs: _Inputs, sampler: Sampler) -> Reference | None:
+    """What the calibration says of ordinary captions, if its pictures were made as the captions' are; None if not."""
+    calibration, settings, steps = inputs.calibration, inputs.settings, inputs.steps
+    if calibration is None:
+        return None
     first, levels = settings.looked(steps), sampler.solver(steps).levels
     alike = calibration.fitted(sampler, steps) is calibration and len(calibration.gap) == len(levels)
-    alike = alike and calibration.scale == scale and settings.noises == 1 and first <= min(map(len, calibration.looks))
+    alike = alike and calibration.scale == inputs.scale and settings.noises == 1
+    alike = alike and first <= min(map(len, calibration.first_gaps))
     alike = alike and not (calibration.model and differing(calibration.model, fingerprint(sampler.pipe)))
     if not (alike and calibration.settings.get("size", list(sampler.size())) == list(sampler.size())):
         return None
     ones = (1.0,) * first
-    ordinary = tuple(statistic([look[:first]], ones) for look in calibration.looks)
-    return Usual(calibration.gap[:first], ordinary, "the calibration")
+    ordinary = tuple(statistic([gaps[:first]], ones) for gaps in calibration.first_gaps)
+    return Reference(calibration.gap[:first], ordinary, "the calibration")
 
 
-def _measured(gaps: Gaps, ordinary: Sequence[str], count: int, out: Path, settings: Settings) -> Usual:
-    """The same of these prompts, whose noises are those after the captions'."""
-    start = settings.seed + count * settings.noises
-    seeds = [[start + j + k * len(ordinary) for k in range(settings.noises)] for j in range(len(ordinary))]
-    looks = [(f"{j:04d}", text, own) for j, (text, own) in enumerate(zip(ordinary, seeds, strict=True))]
-    path = out / "ordinary.jsonl"
-    lines = [line for line in gaps(looks, path, "ordinary prompts").values() if line["status"] == "ok"]
+def _measured(gaps: Gaps, inputs: _Inputs, run: dict[str, Any], out: Path) -> Reference:
+    """The same, measured on the ordinary prompts, or taken from the user's cache if an earlier audit measured it."""
+    noises, ordinary = inputs.settings.noises, inputs.ordinary
+    seeds = [[FIRST_SEED + j + k * len(ordinary) for k in range(noises)] for j in range(len(ordinary))]
+    tasks = [(f"{j:04d}", text, own) for j, (text, own) in enumerate(zip(ordinary, seeds, strict=True))]
+    path, cached = out / "ordinary.jsonl", _cached(run)
+    if not path.exists() and cached.is_file():
+        with whole(path) as part:
+            shutil.copyfile(cached, part)
+    what = "ordinary prompts, once for a model and its settings (basinescape calibrate keeps more)"
+    every = gaps(tasks, path, what)
+    lines = [line for line in every.values() if line["status"] == "ok"]
     if len(lines) < 2:
         raise ValueError(f"{len(lines)} of {len(ordinary)} ordinary prompts could be measured: see {str(path)!r}")
+    if len(lines) == len(every):
+        with suppress(OSError):  # without a cache the next audit measures again
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            with whole(cached) as part:
+                shutil.copyfile(path, part)
     usual = tuple(median(noise[k] for line in lines for noise in line["gaps"]) for k in range(gaps.steps))
     if min(usual) <= 0:
         raise ValueError("the usual noise gap is 0: the model takes no notice of prompts")
-    return Usual(usual, tuple(statistic(line["gaps"], usual) for line in lines), "measured here")
+    return Reference(usual, tuple(statistic(line["gaps"], usual) for line in lines), "measured here")
 
 
-def _verdicts(
-    sampler: Sampler, calibration: Calibration | None, settings: Settings, images: Sequence[Path]
-) -> tuple[float, Index | None]:
-    """The threshold of the basin score, and the index of the training images; what there is to refuse is refused here."""
-    threshold = THRESHOLD if calibration is None or not settings.verify else calibration.threshold(RATE)
-    if settings.verify:
-        basin.Probe.of(sampler.scheduler)
-    if not (settings.verify and images):
-        return threshold, None
-    return threshold, Index(images, settings.similarity, settings.threshold, settings.on_error)
+def _cached(run: dict[str, Any]) -> Path:
+    """The file in the user's cache for the gaps of ordinary prompts under the settings of a run."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "basinescape"
+    decides = {name: value for name, value in run.items() if name not in ("model", "captions", "captions_sha256", "seed")}
+    return home / f"ordinary-{_digest(decides)}.jsonl"
 
 
-def _run(
-    sampler: Sampler,
-    model: str,
-    captions: Sequence[Prompt],
-    known: Usual | None,
-    ordinary: Sequence[str],
-    steps: int,
-    scale: float,
-    first: int,
-    settings: Settings,
-) -> dict[str, Any]:
-    """The contents of run.json: what decides gaps, scores and pictures. How many are verified is free to change.
+def _verdicts(sampler: Sampler, inputs: _Inputs) -> tuple[float, Index | None]:
+    """The threshold of the basin score, and the index of the training images, if pictures are to be judged.
 
-    So are the training images: they are compared with the pictures every time.
+    Raises ValueError, before any work, for what cannot be judged.
     """
-    usual = [known.gap, known.ordinary] if known else list(ordinary)
+    settings, calibration = inputs.settings, inputs.calibration
+    if not settings.verify:
+        return THRESHOLD, None
+    basin.Probe.of(sampler.scheduler)
+    threshold = THRESHOLD if calibration is None else calibration.threshold(RATE)
+    if not inputs.images:
+        return threshold, None
+    return threshold, Index(inputs.images, settings.similarity, settings.threshold, settings.on_error)
+
+
+def _run(sampler: Sampler, inputs: _Inputs, known: Reference | None) -> dict[str, Any]:
+    """The contents of run.json: what decides gaps, scores and pictures.
+
+    How many captions are verified is free to change, and so are the training images: pictures are compared with them each time.
+    """
+    captions, settings = inputs.captions, inputs.settings
     return {
-        "model": model,
+        "model": inputs.model,
         "weights_sha256": weights_sha256(sampler.pipe),
         "captions": len(captions),
         "captions_sha256": _digest([(prompt.id, prompt.text) for prompt in captions]),
-        "ordinary_sha256": _digest(usual),
-        "steps": steps,
-        "scale": scale,
-        "first_steps": first,
+        "ordinary_sha256": _digest([known.gap, known.ordinary] if known else list(inputs.ordinary)),
+        "steps": inputs.steps,
+        "scale": inputs.scale,
+        "first_steps": settings.looked(inputs.steps),
         "noises": settings.noises,
         "seed": settings.seed,
         "size": list(sampler.size()),

@@ -1,11 +1,13 @@
-"""Images inside a page, which then is one file that needs nothing beside it."""
+"""Pages made of templates, with their images embedded, so that a page is one file that needs no other."""
 
 from __future__ import annotations
 
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
+from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from ..data.pictures import opened
@@ -15,10 +17,10 @@ SHOWN = ("image/png", "image/apng", "image/jpeg", "image/webp", "image/gif")  # 
 
 
 def embedded(path: Path, side: int | None = SIDE) -> str:
-    """The image as a data URI, shrunk to fit `side` pixels (None: as it is); empty where it cannot be read."""
+    """An image file as a data URI, shrunk to fit `side` pixels (None: as it is); empty where it cannot be read."""
     try:
         with Image.open(path) as image:
-            data, kind = path.read_bytes(), Image.MIME.get(image.format)
+            data, kind = path.read_bytes(), Image.MIME.get(image.format or "")
             fits = side is None or max(image.size) <= side
         return _uri(data, kind) if fits and kind in SHOWN else inside(opened(path, str(path)), side)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
@@ -26,11 +28,18 @@ def embedded(path: Path, side: int | None = SIDE) -> str:
 
 
 def inside(image: Image.Image, side: int | None = SIDE) -> str:
-    """The same of an image that is no file."""
+    """An image as a data URI, in WebP, shrunk to fit `side` pixels (None: as it is)."""
     small = image.copy()
     small.thumbnail((side, side) if side else small.size)
     small.save(file := io.BytesIO(), format="WEBP", quality=85)
     return _uri(file.getvalue(), "image/webp")
+
+
+def rendered(template: Path, **values: Any) -> str:
+    """The page that a Jinja template makes of the values, which are escaped; a list may be cut short by the filter `ids`."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["ids"] = lambda ids: ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
+    return environment.from_string(template.read_text(encoding="utf-8")).render(**values)
 
 
 def _uri(data: bytes, kind: str) -> str:

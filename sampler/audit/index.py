@@ -1,4 +1,4 @@
-"""The one index of training images: the nearest one of a picture, anywhere in a set, by one measure or by several."""
+"""The index of training images: finds the one nearest to a picture in the whole set, by one measure or by several."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLOCK = 64  # pictures of a set that are compared together
 
 @dataclass(frozen=True)
 class Found:
-    """The nearest training image of one picture, by the measure that speaks clearest of those that were asked."""
+    """The training image nearest to a picture, by the measure in which it stands out most from the measure's threshold."""
 
     measure: str
     similarity: float
@@ -129,7 +129,7 @@ class Index(Comparison):
 
 
 class Copies:
-    """What the manifest of a run says of an image beside the training images of a folder; the rest is `Index`'s."""
+    """Compares images of a run with the training images of a folder, for its manifest. The arguments are those of `Index`."""
 
     def __init__(
         self,

@@ -1,10 +1,11 @@
-"""Pictures that were made already: which of them look like copies of training images? The model alone says it.
+"""Judging pictures that were made already: which of them look like copies of training images? The model alone decides.
 
-Each picture goes through the autoencoder and is judged with the prompt it was made from, by its basin score (see `..basin`), on
-the same noises as every other; so its score depends on nothing else in the set.
+Each picture goes through the autoencoder and is judged with the prompt it was made from, by its basin score (see
+`detection.basin`), on the same noises as every other. So its score depends on nothing else in the set. It differs a little from
+the score in a manifest of `generate`, which is of the latents before they are decoded, on noises of the picture's own seed.
 
-The folder gets `scores.jsonl` (a line when it is known: a run that was stopped goes on), `judge.csv` and `judge.html`, the
-worst first. Pictures and prompts that changed are judged again. A shard does its part in a folder of its own, and the same run
+The folder gets `scores.jsonl` (a line as soon as it is known: a run that was stopped goes on), `judge.csv` and `judge.html`,
+the worst first. Pictures and prompts that changed are judged again. A shard works in a folder of its own, and the same run
 without a shard puts them together.
 """
 
@@ -29,6 +30,7 @@ from ..data.captioned import Captioned, captioned
 from ..data.tables import write_csv
 from ..detection import basin
 from ..guidance.guard import PROBES, THRESHOLD
+from ..models import memory
 from ..runs.atomic import whole
 from ..runs.folder import open_folder, read_settings
 from ..runs.journal import Journal, read_lines
@@ -53,6 +55,7 @@ class Settings:
 
     threshold: of the basin score, above which one is suspect. probes: noises a picture. seed: of the noises of every picture.
     height, width: what all pictures are resized to; None: each keeps its size, or has the nearest that the model can make.
+    batch_size: pictures judged together; None: as many as a GPU's free memory holds, 16 on a CPU.
     on_error: of a row, a member or a file that is wrong; see `data.rows.Faults`.
 
     Raises ValueError for anything else.
@@ -63,27 +66,29 @@ class Settings:
     seed: int = 0
     height: int | None = None
     width: int | None = None
+    batch_size: int | None = None
     on_error: str = "stop"
 
     def __post_init__(self) -> None:
         checks.finite("threshold", self.threshold)
         checks.at_least_one("probes", self.probes)
         checks.at_least("seed", self.seed, 0)
+        if self.batch_size is not None:
+            checks.at_least_one("batch_size", self.batch_size)
 
 
 def judge(
     sampler: Sampler,
-    model: str,
     images: str | Path,
     out: str | Path,
     settings: Settings = Settings(),
-    batch_size: int = 16,
+    model: str | None = None,
     shard: tuple[int, int] | None = None,
     progress: bool = True,
 ) -> list[Line]:
     """Judge the pictures of `images` into the folder `out`; returns the rows of `judge.csv`.
 
-    model: what run.json calls the sampler's model. images: see `captioned`. batch_size: how many are judged together.
+    images: see `captioned`. model: what run.json calls the sampler's model; None: where it was loaded from.
     shard: (i, n): every n-th picture alone, from the i-th on, in the folder `out`/shard-i-of-n.
 
     A row has id, file, prompt, score, suspect, and status: "ok", or "failed: " and why there is no score; such a picture is
@@ -94,7 +99,8 @@ def judge(
     """
     _check(sampler, settings)
     found = captioned(images, settings.on_error)
-    size = checks.at_least_one("batch_size", batch_size)
+    size = settings.batch_size or memory.size(sampler.model, *sampler.size())
+    model = str(getattr(sampler.pipe, "config", {}).get("_name_or_path", "")) if model is None else model
     run = _run(sampler, model, images, settings)
     home = _opened(Path(out), run, shard)
     judging, rows = Judging(sampler, settings, size), []
@@ -129,7 +135,7 @@ def _check(sampler: Sampler, settings: Settings) -> None:
 
 def _run(sampler: Sampler, model: str, images: str | Path, settings: Settings) -> dict[str, Any]:
     """The contents of run.json: what decides scores. The threshold is free to change, and shards may be on other devices."""
-    how = {"log_snr": basin.LOG_SNR, "probes": settings.probes, "seed": settings.seed}
+    how: dict[str, Any] = {"log_snr": basin.LOG_SNR, "probes": settings.probes, "seed": settings.seed}
     how |= {"height": settings.height, "width": settings.width, "options": dict(sampler.options)}
     where = {name: value for name, value in sampler.provenance.items() if name != "device"}
     return {"model": model, "judged": Path(images).name, **how, "weights": weights_sha256(sampler.pipe), **where}
@@ -206,7 +212,7 @@ class Judging:
         waiting: list[tuple[Line, Image.Image]] = []
         opened: dict[str, Image.Image] = {}
         for one in part:
-            line = {"id": one.id, "file": one.file, "prompt": one.prompt}
+            line: Line = {"id": one.id, "file": one.file, "prompt": one.prompt}
             try:
                 image = opened[one.id] = one.open()
                 if one.prompt is None:
@@ -251,8 +257,8 @@ class Judging:
     def _asked(self, waiting: Sequence[tuple[Line, Image.Image]]) -> list[float]:
         settings = self.settings
         prompts, images = [line["prompt"] for line, _ in waiting], [image for _, image in waiting]
-        how = {"probes": settings.probes, "height": settings.height, "width": settings.width, "batch_size": self.size}
-        return self.sampler.judge(images, prompts, [settings.seed] * len(images), **how).score.tolist()
+        how: dict[str, Any] = {name: getattr(settings, name) for name in ("probes", "height", "width")}
+        return self.sampler.judge(images, prompts, [settings.seed] * len(images), batch_size=self.size, **how).score.tolist()
 
     def _keep(self, rank: float, id: str, image: Image.Image) -> None:
         if len(self._worst) < SHOWN:

@@ -1,4 +1,4 @@
-"""The page of judged pictures, the most suspect first. One file, images inside."""
+"""The page of judged pictures, the most suspect first. It is one file, with the images inside."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from math import ceil, log1p
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from ..runs.atomic import whole
+from .embedding import rendered
 
 WIDTH = 0.1  # of the histogram's bars
-BARS = range(-8, 18)  # from the threshold on; what is beyond the ends is in the bars there
+BARS = range(-8, 18)  # counted from the threshold; the bars at the ends hold what is beyond them
 FAILED = 50  # that are named
 
 
 def write(
     out: Path, run: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], shown: Mapping[str, str], threshold: float
 ) -> None:
-    """Write `judge.html` into the folder `out`. run: settings; rows: of judge.csv; shown: pictures as data URIs, by id."""
+    """Write `judge.html` into the folder `out`.
+
+    run: the settings, and images, the source. rows: of judge.csv. shown: pictures as data URIs, by id.
+    """
     failed = [row for row in rows if row["status"] != "ok"]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("judge.html.jinja").read_text(encoding="utf-8"))
-    text = template.render(
+    text = rendered(
+        Path(__file__).with_name("judge.html.jinja"),
         run=run,
         date=datetime.now(UTC).date().isoformat(),
         threshold=threshold,
@@ -34,14 +35,14 @@ def write(
         failed=failed[:FAILED],
         failures=len(failed),
         bars=bars([row["score"] for row in rows if row["score"] is not None], threshold),
-        entries=[{**row, "uri": shown[row["id"]]} for row in rows if row["id"] in shown],
+        entries=[{**row, "uri": shown[row["id"]], "name": Path(row["file"]).name} for row in rows if row["id"] in shown],
     )
     with whole(out / "judge.html") as part:
         part.write_text(text, encoding="utf-8")
 
 
 def bars(scores: Sequence[float], threshold: float) -> list[dict[str, Any]]:
-    """A histogram: where each bar begins, its count, its height in 0..1 by the logarithm, whether all of it is suspect."""
+    """A histogram: of each bar the score it begins at, its count, its height in 0..1 by the logarithm, and if it is suspect."""
     counts = Counter(min(max(ceil((score - threshold) / WIDTH) - 1, BARS[0]), BARS[-1]) for score in scores)
     most = log1p(max(counts.values(), default=1))
     return [

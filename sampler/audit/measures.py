@@ -20,8 +20,8 @@ from .similarity import cores, shifted
 Embedding = Callable[[Sequence[Image.Image]], np.ndarray]
 
 # Similarity above which an image counts as a copy. pixels: one in a thousand fresh scenes of the small pipeline is above 0.80
-# (`bench.evaluation.threshold`); sscd: as in the evaluations of Somepalli et al. and Jain et al. dino and clip have no usual
-# one: these are high enough for near duplicates alone. `threshold` measures them where they can run.
+# (`bench.evaluation.threshold`). sscd: as in the evaluations of Somepalli et al. and Jain et al. dino, clip: there is no usual
+# threshold; these let near duplicates alone count. `threshold` measures them where they can run.
 THRESHOLDS = {"pixels": 0.81, "sscd": 0.5, "dino": 0.9, "clip": 0.95}
 SIDE = 64  # pixels: the size at which pictures are compared by their pixels, that of the threshold
 BATCH = 16  # images in memory at a time, as large as they are
@@ -30,10 +30,11 @@ BATCH = 16  # images in memory at a time, as large as they are
 class Similarity:
     """Similarity of pictures to training images, larger for more alike: `name` is one of THRESHOLDS.
 
-    references: of any shapes, each a picture or the several that trainers make of one file; they are read one after another.
+    references: pictures of any shapes, each one picture or the several that trainers make of one file; they are read one after
+    another.
 
-    Pictures are compared as squares: squeezed to one and, where they are none, cut to their middle, because trainers do either;
-    of all pairs of these the most alike counts. Embeddings are compared by their cosine. Raises ValueError for another name,
+    Pictures are compared as squares. One that is no square is both squeezed to one and cut to its middle, because trainers do
+    either; the most alike pair counts. Embeddings are compared by their cosine. Raises ValueError for another name,
     ImportError or OSError where what the measure needs is not installed or cannot be loaded.
     """
 
@@ -42,7 +43,9 @@ class Similarity:
             raise ValueError(f"similarity must be among {', '.join(THRESHOLDS)}; got {name!r}")
         self.name = name
         self._embed = None if name == "pixels" else EMBEDDINGS[name]()
-        self._vectors, self._owners, self._count = [], [], 0  # of the references' squares; whose each is
+        self._vectors: list[Tensor] = []  # of the references' squares
+        self._owners: list[int] = []  # the reference that each square is of
+        self._count = 0
         references = iter(references)
         while some := list(islice(references, BATCH)):
             self.add(some)
@@ -53,7 +56,7 @@ class Similarity:
     def add(self, references: Sequence[Image.Image | Sequence[Image.Image]]) -> None:
         """More references."""
         views, owners = self._views(references)
-        self._vectors.append(self._unit(views) if self._embed else cores(pixels(views)))
+        self._vectors.append(cores(pixels(views)) if self._embed is None else _unit(self._embed(views)))
         self._owners += [self._count + owner for owner in owners]
         self._count += len(references)
 
@@ -63,21 +66,16 @@ class Similarity:
             return torch.empty(len(images), 0)
         self._vectors = [torch.cat(self._vectors)]
         views, owners = self._views(images)
-        looks = self._unit(views)[None] if self._embed else shifted(pixels(views))
-        values = reduce(torch.maximum, (look @ self._vectors[0].T for look in looks))
+        vectors = shifted(pixels(views)) if self._embed is None else _unit(self._embed(views))[None]
+        values = reduce(torch.maximum, (shift @ self._vectors[0].T for shift in vectors))
         return _largest(_largest(values, owners, len(images)).T, self._owners, self._count).T
 
     def _views(self, images: Sequence[Image.Image | Sequence[Image.Image]]) -> tuple[list[Image.Image], list[int]]:
-        """The squares of all pictures, and whose each is."""
+        """The squares of all pictures, and for each the index of its picture."""
         readings = [[image] if isinstance(image, Image.Image) else image for image in images]
         side = None if self._embed else SIDE
         found = [(square, i) for i, some in enumerate(readings) for one in some for square in squares(one, side)]
         return [square for square, _ in found], [i for _, i in found]
-
-    def _unit(self, views: Sequence[Image.Image]) -> Tensor:
-        """Embeddings (N, D) of length 1, float32."""
-        vectors = self._embed(views)
-        return torch.from_numpy((vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32))
 
 
 def squares(image: Image.Image, side: int | None = None) -> list[Image.Image]:
@@ -88,6 +86,11 @@ def squares(image: Image.Image, side: int | None = None) -> list[Image.Image]:
     boxes = [(0, 0, width, height)] + ([(left, top, left + short, top + short)] if width != height else [])
     size = (side or short, side or short)
     return [image if image.size == size else image.resize(size, Image.Resampling.BOX, box) for box in boxes]
+
+
+def _unit(vectors: np.ndarray) -> Tensor:
+    """Vectors (N, D) scaled to length 1, float32."""
+    return torch.from_numpy((vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32))
 
 
 def _largest(values: Tensor, owners: Sequence[int], count: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""The page of an audit: the record that a person can sign, and each caption's training image beside what came out.
+"""The page of an audit: the findings, the record that a person can sign, and for each caption its training image and pictures.
 
-One file, images inside; the worst captions first.
+It is one file, with the images inside. Captions whose pictures are copies come first.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from ..runs.atomic import whole
-from .embedding import embedded, inside
+from .embedding import embedded, inside, rendered
 from .heat import TOP, overlaid
 from .verification import Files
 
@@ -33,7 +32,7 @@ def write(
     """
     files = Files(out)
     ranks = {row["id"]: rank for rank, row in enumerate(rows, 1)}
-    # What is known to be reproduced comes first; the rest as it is ranked.
+    # Captions that are reproduced come first, the rest as they are ranked.
     shown = [row for rank, row in enumerate(rows) if row["n"] is not None or rank < SHOWN]
     shown.sort(key=lambda row: (-(row["copies"] or 0), -(row["suspects"] or 0)))
     entries = [
@@ -46,10 +45,8 @@ def write(
         }
         for row in shown
     ]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["ids"] = lambda ids: ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
-    template = environment.from_string(Path(__file__).with_name("audit.html.jinja").read_text(encoding="utf-8"))
-    text = template.render(record=record, rows=rows, entries=entries, top=TOP)
+    template = Path(__file__).with_name("audit.html.jinja")
+    text = rendered(template, record=record, rows=rows, entries=entries, top=TOP)
     with whole(out / "audit.html") as part:
         part.write_text(text, encoding="utf-8")
 
@@ -59,7 +56,7 @@ def _embedded(path: Path | None) -> str:
 
 
 def _made(files: Files, line: Mapping[str, Any], own: Path | None) -> dict[str, Any]:
-    """A picture that came out; `other` is the training image that it is nearest to where that is not the caption's own."""
+    """A picture for the template. other: the training image nearest to it, where that is not the caption's own."""
     path = files.picture(line["id"], line["seed"])
     with Image.open(path) as picture, Image.open(files.heat(line["id"], line["seed"])) as heat:
         where = inside(overlaid(picture, heat))

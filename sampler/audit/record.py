@@ -1,4 +1,4 @@
-"""What an audit came to: the rows of its table, and the record that a person can sign."""
+"""The results of an audit: the rows of its table, and the record that a person can sign."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data.captions import Prompt
 from .index import Index
-from .ranking import Usual, statistic
+from .ranking import Reference, statistic
 from .statistics import LEVEL, discoveries, fewest, interval, p_values
 
 log = logging.getLogger(__name__)
@@ -17,11 +17,11 @@ Line = Mapping[str, Any]
 VERDICTS = ("score", "suspects", "n", "low", "high", "copies", "copies_low", "copies_high", "similarity", "measure", "nearest")
 
 
-def ranked(captions: Sequence[Prompt], lines: Mapping[str, Line], usual: Usual, rate: float) -> list[dict[str, Any]]:
-    """What the first steps tell of each caption, the worst first; those that failed, last. lines: of `Gaps`, by id."""
+def ranked(captions: Sequence[Prompt], lines: Mapping[str, Line], reference: Reference, rate: float) -> list[dict[str, Any]]:
+    """A row for each caption, the largest statistic first, those that failed last. lines: of `Gaps`, by id."""
     sound = [prompt for prompt in captions if lines[prompt.id]["status"] == "ok"]
-    values = [statistic(lines[prompt.id]["gaps"], usual.gap) for prompt in sound]
-    p = p_values(values, usual.ordinary)
+    values = [statistic(lines[prompt.id]["gaps"], reference.gap) for prompt in sound]
+    p = p_values(values, reference.ordinary)
     told = dict(zip((prompt.id for prompt in sound), zip(values, p, discoveries(p, rate), strict=True), strict=True))
     rows = []
     for prompt in captions:
@@ -34,9 +34,9 @@ def ranked(captions: Sequence[Prompt], lines: Mapping[str, Line], usual: Usual, 
 
 
 def verdict(row: Line, found: Sequence[Line]) -> dict[str, Any]:
-    """A row of audit.csv with what the pictures of its caption say: lines of `Verification`.
+    """A row of audit.csv, with the verdicts on the pictures of its caption. found: lines of `Verification`.
 
-    low, high: exact bounds of the share of suspect pictures; copies_low, copies_high: of copies. None: not looked at.
+    low, high: exact bounds of the share of suspect pictures; copies_low, copies_high: of copies. None: not verified.
     """
     said: dict[str, Any] = dict.fromkeys(VERDICTS)
     if found:
@@ -56,33 +56,33 @@ def _rounded(bounds: tuple[float, float]) -> tuple[float, float]:
     return round(bounds[0], 4), round(bounds[1], 4)
 
 
-def ranked_record(rows: Sequence[Line], lines: Mapping[str, Line], usual: Usual, rate: float) -> dict[str, Any]:
-    """What was ranked, among what, and how many were flagged. Logs a warning where the ordinary captions are too few.
+def ranked_record(rows: Sequence[Line], lines: Mapping[str, Line], reference: Reference, rate: float) -> dict[str, Any]:
+    """What was ranked, among which captions, and how many were flagged. Logs a warning if the ordinary captions are too few.
 
-    fewest: captions that must stand out together, or none can be told.
+    fewest: the number of captions that must stand out together before any can be flagged.
     """
     failed = [row["id"] for row in rows if row["status"] != "ok"]
     flagged = sum(row["flagged"] for row in rows)
-    needed = fewest(len(rows) - len(failed), len(usual.ordinary), rate)
+    needed = fewest(len(rows) - len(failed), len(reference.ordinary), rate)
     if needed > max(1, flagged):
         log.warning(
             "%d ordinary prompts are few beside %d captions: unless %d captions or more stand out, none can be flagged at rate "
             "%g; give more ordinary prompts",
-            *(len(usual.ordinary), len(rows) - len(failed), needed, rate),
+            *(len(reference.ordinary), len(rows) - len(failed), needed, rate),
         )
     return {
         "failed": failed,
         "truncated": [row["id"] for row in rows if lines[row["id"]].get("truncated")],
         "rate": rate,
         "flagged": flagged,
-        "ordinary": len(usual.ordinary),
-        "ordinary_source": usual.source,
+        "ordinary": len(reference.ordinary),
+        "ordinary_source": reference.source,
         "fewest": needed,
     }
 
 
 def verified_record(found: Mapping[str, Sequence[Line]], asked: int, threshold: float, index: Index | None) -> dict[str, Any]:
-    """What was sampled and judged. asked: pictures. compared: with training images; None without them."""
+    """What was sampled and judged. asked: how many pictures. compared: verdicts by training images; None without them."""
     pictures = [line for lines in found.values() for line in lines]
     record: dict[str, Any] = {"verified": len(found), "pictures": len(pictures), "pictures_failed": asked - len(pictures)}
     record |= {"threshold": threshold, "level": LEVEL, "suspects": sum(line["suspect"] for line in pictures), "compared": None}

@@ -1,4 +1,4 @@
-"""How alike two pictures are: the weight-free measure for the small pipeline, fixed before any mitigation was looked at."""
+"""The similarity of two pictures by their pixels: a measure without weights, fixed before any method was evaluated with it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SHIFT = 2  # pixels at half size: a copy may sit a little off
 
 
 def similarity(images: Tensor, references: Tensor) -> Tensor:
-    """Pearson correlation over colours and pixels at half size, the largest over small shifts: (N, M) float32 in -1..1.
+    """The largest Pearson correlation over small shifts, of colours and pixels at half size: (N, M) float32 in -1..1.
 
     images: (N, 3, H, W), references: (M, 3, H, W), both float32.
     """
@@ -18,12 +18,12 @@ def similarity(images: Tensor, references: Tensor) -> Tensor:
 
 
 def cores(references: Tensor) -> Tensor:
-    """The middles of pictures at half size, as vectors of mean 0 and length 1: (M, D)."""
+    """The middle of each picture at half size, as a vector of mean 0 and length 1: (M, D)."""
     return _standard(F.avg_pool2d(references, 2)[..., SHIFT:-SHIFT, SHIFT:-SHIFT])
 
 
 def shifted(images: Tensor) -> Tensor:
-    """What may lie where a reference has its middle, for every small shift, as the same kind of vectors: (shifts, N, D)."""
+    """The part of each picture that lies where a reference has its middle, for each small shift, as `cores`: (shifts, N, D)."""
     small = F.avg_pool2d(images, 2)
     height, width = (side - 2 * SHIFT for side in small.shape[-2:])
     shifts = [(y, x) for y in range(2 * SHIFT + 1) for x in range(2 * SHIFT + 1)]

@@ -1,4 +1,4 @@
-"""What an audit may claim: p-values of captions, which of them are discoveries, and what a count says of a share."""
+"""The statistics of an audit: p-values of captions, which of them are discoveries, and bounds of a share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LEVEL = 0.95  # of confidence
 
 
 def p_values(values: Sequence[float], ordinary: Sequence[float]) -> list[float]:
-    """The conformal p-value of each value: the share of ordinary ones, itself among them, that are as large.
+    """The conformal p-value of each value: the share of the ordinary values and itself that are at least as large.
 
     Exact for a value that is exchangeable with the ordinary ones: it is at most t with a probability of at most t (Vovk et al.;
     Bates et al., https://arxiv.org/abs/2104.08279).
@@ -22,10 +22,9 @@ def p_values(values: Sequence[float], ordinary: Sequence[float]) -> list[float]:
 
 
 def discoveries(values: Sequence[float], rate: float) -> list[bool]:
-    """Which p-values are discoveries by Benjamini and Hochberg: of those, a share of `rate` at most is expected to be false.
+    """Which p-values are discoveries by Benjamini and Hochberg: of these, a share of `rate` at most is expected to be false.
 
-    Conformal p-values of one set of ordinary values depend on each other, but positively, so that this holds for them
-    (Bates et al.).
+    Conformal p-values of one set of ordinary values depend on each other positively, for which the bound holds (Bates et al.).
     """
     if not values:
         return []
@@ -33,11 +32,11 @@ def discoveries(values: Sequence[float], rate: float) -> list[bool]:
 
 
 def fewest(values: int, ordinary: int, rate: float) -> int:
-    """How many of so many values must stand out together to be discoveries: no p-value is below 1 / (ordinary + 1)."""
+    """How many of `values` captions must stand out together to be discoveries, as no p-value is below 1 / (ordinary + 1)."""
     return max(1, math.ceil(values / (rate * (ordinary + 1)) - 1e-9))
 
 
 def interval(hits: int, of: int, level: float = LEVEL) -> tuple[float, float]:
-    """Bounds of a share of which `hits` of `of` were seen, exact at the level (Clopper and Pearson)."""
+    """Exact bounds of a share, from `hits` of `of` observations, at a level of confidence (Clopper and Pearson)."""
     bounds = binomtest(hits, of).proportion_ci(level, method="exact")
     return float(bounds.low), float(bounds.high)

@@ -1,4 +1,4 @@
-"""The worst captions sampled to the end: pictures, their basin scores, where each was pushed, and what the model remembers."""
+"""The worst captions sampled to the end: their pictures, basin scores, maps of the noise gap, and one-step predictions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..calibration import cost
 from ..data.pictures import opened
 from ..detection import basin
 from ..guidance.guidance import Guidance
@@ -21,7 +22,7 @@ from ..runs.progress import moving, parts
 from ..sampler import Sampler
 from .heat import Heat, in_grey
 from .index import Index
-from .ranking import Look, bar, each
+from .ranking import Task, bar, each
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Verification:
-    """Plainly guided pictures of captions, in the folder `out`, judged.
+    """Makes pictures of captions with plain guidance, into the folder `out`, and judges them.
 
     steps, scale: of a run. usual: the usual noise gaps of its first steps, over which the maps of heat are summed.
     threshold: of the basin score. size: samples a batch.
@@ -59,17 +60,18 @@ class Verification:
     size: int
     progress: bool
 
-    def __call__(self, looks: Sequence[Look], index: Index | None) -> dict[str, list[dict[str, Any]]]:
-        """Lines about the pictures of each caption by its id, a copy or what is most like one first.
+    def __call__(self, tasks: Sequence[Task], index: Index | None) -> dict[str, list[dict[str, Any]]]:
+        """Lines about the pictures of each caption by its id: copies first, then by falling score.
 
-        looks: the captions, each with its pictures' seeds. A line has id, seed, score and suspect and, where there is an index
-        of training images, what `Found` has. What fails is logged and has no line; it is made when the audit is run again.
+        tasks: the captions, each with its pictures' seeds. A line has id, seed, score and suspect and, where there is an index
+        of training images, what `Found` has. A picture that fails is logged and has no line; it is made when the audit is run
+        again.
         """
         files = Files(self.out)
         for path in (files.heat("", 0), files.prediction("")):
             path.parent.mkdir(exist_ok=True)
-        lines = self._pictures(looks, files)
-        self._predictions([look for look in looks if not files.prediction(look[0]).is_file()], files)
+        lines = self._pictures(tasks, files)
+        self._predictions([task for task in tasks if not files.prediction(task[0]).is_file()], files)
         if index is not None:
             for part in parts(len(lines), self.size):
                 some = [lines[i] for i in part]
@@ -82,9 +84,9 @@ class Verification:
             by_id.setdefault(line["id"], []).append(line)
         return by_id
 
-    def _pictures(self, looks: Sequence[Look], files: Files) -> list[dict[str, Any]]:
+    def _pictures(self, tasks: Sequence[Task], files: Files) -> list[dict[str, Any]]:
         path = self.out / "verified.jsonl"
-        tasks = [(id, text, seed) for id, text, seeds in looks for seed in seeds]
+        pictures = [(id, text, seed) for id, text, seeds in tasks for seed in seeds]
 
         def known(line: dict[str, Any]) -> tuple[str, int]:
             return line["id"], line["seed"]
@@ -94,8 +96,11 @@ class Verification:
 
         with Journal(path, there) as journal:
             lines = {known(line): line for line in read_lines(path)}
-            waiting = [task for task in tasks if (task[0], task[2]) not in lines]
-            with bar("verifying", len(tasks), len(tasks) - len(waiting), self.progress) as shown:
+            waiting = [one for one in pictures if (one[0], one[2]) not in lines]
+            if waiting and self.progress:
+                texts, (size, steps) = [text for _, text, _ in waiting], (self.size, self.steps)
+                cost.announce("pictures to verify", self.sampler, texts, len(texts), steps, steps, self.scale, size)
+            with bar("pictures", len(pictures), len(pictures) - len(waiting), self.progress) as shown:
                 for part in parts(len(waiting), self.size):
                     for some, made in each(lambda batch: self._sampled(batch, shown), [waiting[i] for i in part]):
                         for (id, _, seed), one in zip(some, [] if isinstance(made, Exception) else made, strict=False):
@@ -106,7 +111,7 @@ class Verification:
                             journal.append(line)
                             lines[id, seed] = line
                         shown.update(len(some))
-        found = [dict(lines[id, seed]) for id, _, seed in tasks if (id, seed) in lines]
+        found = [dict(lines[id, seed]) for id, _, seed in pictures if (id, seed) in lines]
         for line in found:
             line["score"] = math.nan if line["score"] is None else line["score"]
             line["suspect"] = bool(basin.suspects(line["score"], self.threshold))
@@ -118,45 +123,47 @@ class Verification:
         heat = Heat(len(self.usual))
         told = moving(shown, len(batch))
         made = self.sampler.wrapped(heat.watch)(texts, seeds, self.steps, Guidance.cfg(self.scale), progress=told)
-        if not made.finite.all():
-            id, _, seed = batch[made.finite.tolist().index(False)]
+        finite = made.latents.isfinite().flatten(1).all(dim=1) if made.finite is None else made.finite
+        if not finite.all():
+            id, _, seed = batch[finite.tolist().index(False)]
             raise ValueError(f"the picture {id}-{seed} is not finite")
         scores = self.sampler.judge(made.latents, texts, seeds, self.threshold, batch_size=self.size).score
         maps = map(in_grey, heat.maps(self.sampler, self.usual))
         return list(zip(map(still, made.images), maps, (round(score, 5) for score in scores.tolist()), strict=True))
 
-    def _predictions(self, looks: Sequence[Look], files: Files) -> None:
-        with bar("remembered", len(looks), 0, self.progress and bool(looks)) as shown:
-            for part in parts(len(looks), self.size):
-                for some, made in each(lambda batch: predictions(self.sampler, batch), [looks[i] for i in part]):
+    def _predictions(self, tasks: Sequence[Task], files: Files) -> None:
+        with bar("one-step predictions", len(tasks), 0, self.progress and bool(tasks)) as shown:
+            for part in parts(len(tasks), self.size):
+                for some, made in each(lambda batch: predictions(self.sampler, batch), [tasks[i] for i in part]):
                     for (id, _, _), picture in zip(some, [] if isinstance(made, Exception) else made, strict=False):
                         save_image(picture, files.prediction(id))
                     shown.update(len(some))
 
 
 @torch.inference_mode()
-def predictions(sampler: Sampler, looks: Sequence[Look]) -> list[Image.Image]:
-    """What the model has in mind of each caption: its one-step conditional prediction from nothing but noise, decoded.
+def predictions(sampler: Sampler, tasks: Sequence[Task]) -> list[Image.Image]:
+    """The one-step conditional prediction of each caption from pure noise, decoded.
 
-    From the first noise that a picture with the caption's first seed is judged by. Of a memorized caption it shows the training
-    image, or the mixture of several; of others a blur.
+    The noise is the first that a picture with the caption's first seed is judged by. For a memorized caption the prediction
+    shows the training image, or a mixture of several; for others it is a blur.
     """
     model, probe = sampler.model, basin.Probe.of(sampler.scheduler)
     (height, width), options = sampler.size(), sampler.options
     shape = model.shape(height, width, **options)
-    encoded = model.encode([text for _, text, _ in looks], height, width, **options)
-    seeds = [seeds[0] for _, _, seeds in looks]
+    encoded = model.encode([text for _, text, _ in tasks], height, width, **options)
+    seeds = [seeds[0] for _, _, seeds in tasks]
     noise = torch.stack([next(basin.noises(seed, shape)) for seed in seeds])
     given = (probe.given[1] * noise).to(model.device, model.dtype)
-    told = torch.full((len(looks),), probe.timestep, device=model.device)
+    told = torch.full((len(tasks),), probe.timestep, device=model.device)
     predicted = model.network(encoded, plain=True)(given, told, "cond")
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     latents = probe.cleaned(given, predicted).to(model.dtype)
     made = model.decode(latents, "pil", generators, height, width, **options)
-    sampler.pipe.maybe_free_model_hooks()
+    pipe: Any = sampler.pipe  # mypy does not see the methods of diffusers' pipelines
+    pipe.maybe_free_model_hooks()
     return list(map(still, made.images))
 
 
 def still(picture: Image.Image | Sequence[Image.Image]) -> Image.Image:
-    """A picture, or the middle one of a video's."""
+    """A picture; of a video its middle frame."""
     return picture if isinstance(picture, Image.Image) else picture[len(picture) // 2]

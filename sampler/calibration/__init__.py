@@ -1,1 +1,1 @@
-"""What is ordinary on a model: the data, how it is measured, and which model it belongs to."""
+"""Calibrations: what ordinary prompts give on a model, how it is measured, and which model it belongs to."""

@@ -1,4 +1,4 @@
-"""What is ordinary on a model: the basin scores and first noise gaps of prompts that it did not memorize."""
+"""A calibration: the basin scores and noise gaps that a model gives for ordinary prompts, those that it has not memorized."""
 
 from __future__ import annotations
 
@@ -20,27 +20,28 @@ from ..guidance.transitions import Settled
 from ..models import located
 from ..runs.atomic import whole
 from ..sampler import Sampler
+from .baseline import Baseline
 from .fingerprint import differing, fingerprint
 from .interpolation import curve, sound
-from .ordinary import Ordinary
 
 log = logging.getLogger(__name__)
-FEW = math.ceil(2 / RATE) - 1  # pictures that a guard's thresholds at its default rate need
-FILE = "calibration.json"  # beside the model_index.json of the model it belongs to
-LOOKED = 10  # first steps at most whose gaps are kept
-EARLY = 0.1  # the share of the steps that a guard looks at early
+FEW = math.ceil(2 / RATE) - 1  # the fewest pictures that a guard's default thresholds can be taken from
+FILE = "calibration.json"  # lies beside the model_index.json of its model
+LOOKED = 10  # the noise gaps of so many first steps are kept, at most
+EARLY = 0.1  # the share of all steps after which a guard may give an attempt up
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is ordinary on one model, under one scheduler, number of steps and scale, of n plainly guided pictures.
+    """What n plainly guided pictures of ordinary prompts measure on one model, scheduler, number of steps and scale.
 
-    settings:  what was measured on: the scheduler, dtype, device and versions, size and options, and the model's name.
-    steps, scale: of the runs.
-    timesteps: of the steps, in 0..1000. gap: the usual noise gap of each; both empty where only scores are known.
-    scores:    (n) the basin scores.
-    looks:     (n, LOOKED or fewer) the first noise gaps of each, relative to what is usual.
-    model:     the model's `fingerprint`. ordinary: what else is ordinary. Neither is there in a calibration made by hand.
+    settings:   how they were made: scheduler, dtype, device, versions, size, options, and the model's name.
+    steps, scale: of each run.
+    timesteps:  of the steps, in 0..1000. gap: the median noise gap of each step. Both are empty where only scores are known.
+    scores:     (n) the basin scores.
+    first_gaps: (n, LOOKED or fewer) the noise gaps of each picture's first steps, divided by the median of the step.
+    model:      the model's `fingerprint`; empty in a calibration made by hand.
+    baseline:   the spread of the gaps, and what else is usual; None in a calibration made by hand.
 
     Raises ValueError for numbers that are not finite: a threshold made of them would let everything pass.
     """
@@ -51,19 +52,19 @@ class Calibration:
     timesteps: tuple[float, ...]
     gap: tuple[float, ...]
     scores: tuple[float, ...]
-    looks: tuple[tuple[float, ...], ...]
+    first_gaps: tuple[tuple[float, ...], ...]
     model: Mapping[str, Any] = field(default_factory=dict)
-    ordinary: Ordinary | None = None
+    baseline: Baseline | None = None
 
     def __post_init__(self) -> None:
         for name in ("timesteps", "gap", "scores"):
             object.__setattr__(self, name, tuple(checks.finite(name, value) for value in getattr(self, name)))
-        looks = tuple(tuple(checks.finite("looks", value) for value in one) for one in self.looks)
-        object.__setattr__(self, "looks", looks)
-        if len(self.looks) != len(self.scores) or len(self.timesteps) != len(self.gap):
+        first = tuple(tuple(checks.finite("first_gaps", value) for value in one) for one in self.first_gaps)
+        object.__setattr__(self, "first_gaps", first)
+        if len(self.first_gaps) != len(self.scores) or len(self.timesteps) != len(self.gap):
             raise ValueError(
-                f"looks must be as many as scores, and timesteps as gap; got {len(self.looks)} and {len(self.scores)}, "
-                f"{len(self.timesteps)} and {len(self.gap)}"
+                f"first_gaps must be as many as scores, and timesteps as gap; got {len(self.first_gaps)} and "
+                f"{len(self.scores)}, {len(self.timesteps)} and {len(self.gap)}"
             )
 
     @classmethod
@@ -79,16 +80,17 @@ class Calibration:
         progress: bool = True,
         resume: str | Path | None = None,
     ) -> Calibration:
-        """Sample ordinary prompts plainly, and take what is usual from their basin scores and noise gaps.
+        """Sample ordinary prompts with plain guidance, and keep their basin scores and noise gaps.
 
-        prompts: that the model has not memorized; FEW or more, or a guard cannot be made of them at its default rate.
+        prompts: which the model has not memorized; a guard's default thresholds need FEW or more.
         seeds:   one a prompt, or one for the first prompt, counted up from there.
-        settled: also measure the gaps without guidance, which `Settled` needs; it takes twice as long.
-        resume:  a file that keeps what is measured of every sample, and from which a run that was stopped goes on.
+        settled: also measure the gaps without guidance, which `Settled` needs. It takes twice as long.
+        resume:  a file that keeps each measured batch; a run that was stopped goes on from it.
 
-        A sample that is not finite is made again in float32 where that can help, else left out, by name.
+        A sample that is not finite is made again in float32 where the model is in half precision. If that does not help, it is
+        left out, and a warning names it.
 
-        Raises ValueError for bad arguments, and where not even two samples are finite.
+        Raises ValueError for bad arguments, and if fewer than two samples are finite.
         """
         from .measure import measure  # which makes a calibration
 
@@ -96,57 +98,52 @@ class Calibration:
 
     @property
     def scheduler(self) -> SchedulerMixin | None:
-        """The scheduler that was measured with; None where it is not known, or this diffusers has none of its name."""
+        """The scheduler of the calibration's pictures; None in a calibration that names none.
+
+        Raises ValueError where the installed diffusers has no scheduler of that name.
+        """
         config = dict(self.settings.get("scheduler", {}))
-        made = getattr(diffusers, config.pop("class", ""), None)
-        return None if made is None else made.from_config(config)
+        if not (name := config.pop("class", "")):
+            return None
+        if not hasattr(diffusers, name):
+            raise ValueError(
+                f"the calibration was made with {name}, which diffusers {diffusers.__version__} lacks: give another one "
+                "(--scheduler own is the model's), or calibrate again"
+            )
+        return getattr(diffusers, name).from_config(config)
 
     @property
     def images(self) -> int:
-        """How many pictures there were."""
+        """The number of pictures, n."""
         return len(self.scores)
 
     def threshold(self, rate: float) -> float:
-        """The basin score that an ordinary picture is above with a probability of at most `rate`; see `_conformal`.
+        """The basin score above which an ordinary picture is with a probability of at most `rate`; see `_conformal`.
 
-        Raises ValueError for a rate that so few pictures cannot tell.
+        Raises ValueError for a rate that needs more pictures.
         """
         return _conformal(self.scores, rate)
 
     def early(self, rate: float, scale: float) -> EarlyLook | None:
-        """What gives up hopeless plain attempts, and ordinary ones with a probability of at most `rate`.
+        """The rule that gives up hopeless plain attempts, and ordinary ones with a probability of at most `rate`.
 
-        None where no gaps are known. Raises ValueError for another scale than was calibrated, and as `threshold`.
+        None where no gaps are known. Raises ValueError for another scale than the calibration's, and what `threshold` raises.
         """
         if scale != self.scale:
             raise ValueError(f"scale is {scale!r}, but the calibration was made at {self.scale:g}: measure another")
         if not self.gap:
             return None
-        steps = max(1, min(len(self.looks[0]), round(EARLY * len(self.gap))))
-        return EarlyLook(self.gap, self.timesteps, steps, _conformal([sum(one[:steps]) / steps for one in self.looks], rate))
+        steps = max(1, min(len(self.first_gaps[0]), round(EARLY * len(self.gap))))
+        means = [sum(one[:steps]) / steps for one in self.first_gaps]
+        return EarlyLook(self.gap, self.timesteps, steps, _conformal(means, rate))
 
     def fitted(self, sampler: Sampler, steps: int) -> Calibration:
-        """The same over the steps of this sampler: itself where they are those that were measured, else interpolated.
+        """The calibration for this sampler's steps: itself where they are those that were measured, else interpolated.
 
-        Logs a warning where the sampler's model or size is not the one that was measured, and where the steps are too far from
-        those for the early look, which is left out then. Scores are of no steps.
+        Logs a warning if the sampler's model or picture size is another one. Logs one, and leaves the gaps out, if the steps
+        are too far from the measured ones. The scores do not depend on the steps, and stay.
         """
-        other = differing(self.model, fingerprint(sampler.pipe)) if self.model else []
-        if other:
-            log.warning(
-                "the calibration was made on another model (its %s differ): what is ordinary here may be something else; "
-                "calibrate this one",
-                ", ".join(other),
-            )
-        size = self.settings.get("size", list(sampler.size()))
-        if size != list(sampler.size()):
-            log.warning(
-                "the calibration was made for pictures of %d x %d pixels, and these have %d x %d: calibrate for those "
-                "(--option height=%d --option width=%d)",
-                *size,
-                *sampler.size(),
-                *sampler.size(),
-            )
+        self._warn(sampler)
         levels, known = tuple(round(level, 3) for level in sampler.solver(steps).levels), self.timesteps
         if not known or (len(known) == len(levels) and all(abs(a - b) <= 1 for a, b in zip(known, levels, strict=True))):
             return self
@@ -156,27 +153,38 @@ class Calibration:
                 "to %g: no attempt is given up early; calibrate for those (--steps %d and this scheduler) to save calls",
                 *(len(known), known[0], known[-1], len(levels), levels[0], levels[-1], steps),
             )
-            bare = {"timesteps": (), "gap": (), "looks": ((),) * len(self.scores), "ordinary": None}
-            return replace(self, steps=len(levels), **bare)
-        gap, ordinary = curve(known, self.gap, levels), self.ordinary
-        if ordinary is not None:
-            curves = (
-                curve(known, values, levels) if values else () for values in (ordinary.low, ordinary.high, ordinary.unguided)
+            none: tuple[tuple[float, ...], ...] = ((),) * self.images
+            return replace(self, steps=len(levels), timesteps=(), gap=(), first_gaps=none, baseline=None)
+        baseline = self.baseline and self.baseline.fitted(known, levels)
+        return replace(self, steps=len(levels), timesteps=levels, gap=curve(known, self.gap, levels), baseline=baseline)
+
+    def _warn(self, sampler: Sampler) -> None:
+        """Log where the sampler's model or size is not the calibration's."""
+        if self.model and (other := differing(self.model, fingerprint(sampler.pipe))):
+            log.warning(
+                "the calibration was made on another model (its %s differ): what is ordinary here may be something else; "
+                "calibrate this one",
+                ", ".join(other),
             )
-            ordinary = Ordinary(*curves, ordinary.transition)  # a norm is of its own steps alone
-        return replace(self, steps=len(levels), timesteps=levels, gap=gap, ordinary=ordinary)
+        own, size = sampler.size(), tuple(self.settings.get("size", sampler.size()))
+        if size != own:
+            log.warning(
+                "the calibration was made for pictures of %d x %d pixels, and these have %d x %d: calibrate for those "
+                "(--option height=%d --option width=%d)",
+                *(*size, *own, *own),
+            )
 
     def settled(self, **given: float) -> Settled:
-        """The rule `Settled.over` what is usual without guidance on this model.
+        """The rule `Settled.over` the gaps that ordinary prompts have without guidance.
 
-        Raises ValueError for a calibration that did not measure unguided gaps.
+        Raises ValueError where those were not measured.
         """
-        if self.ordinary is None or not self.ordinary.unguided:
+        if self.baseline is None or not self.baseline.unguided:
             raise ValueError("the calibration has no unguided gaps of these steps, for 'settled': calibrate with --settled")
-        return Settled.over(self.ordinary.unguided, **given)
+        return Settled.over(self.baseline.unguided, **given)
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
+        """Write it as JSON, a field a line."""
         lines = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in asdict(self).items())
         text = "{\n" + ",\n".join(lines) + "\n}"
         with whole(Path(path)) as part:
@@ -184,15 +192,15 @@ class Calibration:
 
     @staticmethod
     def beside(model: str | Path) -> Path | None:
-        """The calibration in the folder of a model, or of one that ships, by its name; None without one."""
+        """The calibration file in a model's folder, or in that of a pipeline that ships, by its name; None without one."""
         path = Path(located(model)) / FILE
         return path if path.is_file() else None
 
     @classmethod
     def load(cls, path_or_name: str | Path) -> Calibration:
-        """Read one from a file, or that of a pipeline that ships, by its name.
+        """Read a file, or the calibration of a pipeline that ships, by its name.
 
-        Raises FileNotFoundError for a missing file, ValueError for one that holds something else.
+        Raises FileNotFoundError for a missing file, ValueError for one that is no calibration.
         """
         path = Path(path_or_name)
         if not path.exists() and path.name == str(path_or_name) and not path.suffix:
@@ -203,14 +211,21 @@ class Calibration:
             data = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(data, dict) or not data.keys() <= {known.name for known in fields(cls)}:
                 raise ValueError("its fields are not a calibration's; one of an earlier version must be measured again")
-            ordinary = data.get("ordinary") and Ordinary(**{name: _tuples(value) for name, value in data["ordinary"].items()})
-            return cls(**{**data, "looks": _tuples(data["looks"]), "ordinary": ordinary})
+            baseline = data.get("baseline")
+            baseline = baseline and Baseline(**{name: _tuples(value) for name, value in baseline.items()})
+            return cls(**{**data, "first_gaps": _tuples(data["first_gaps"]), "baseline": baseline})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"calibration {str(path)!r} is not one: {checks.line(error)}") from error
 
 
+def steps_and_scale(sampler: Sampler, known: Calibration | None, steps: int | None, scale: float | None) -> tuple[int, float]:
+    """Those that are given, else the calibration's, else those of the model's own pipeline."""
+    own = (sampler.model.own_steps, sampler.model.own_scale) if known is None else (known.steps, known.scale)
+    return (own[0] if steps is None else steps), (own[1] if scale is None else scale)
+
+
 def _conformal(values: Sequence[float], rate: float) -> float:
-    """What a fresh ordinary value is above with a probability of at most `rate`: number ceil((n + 1)(1 - rate)) of n.
+    """The bound that a new ordinary value exceeds with a probability of at most `rate`: number ceil((n + 1)(1 - rate)) of n.
 
     Split conformal prediction (Vovk et al.; Angelopoulos & Bates, https://arxiv.org/abs/2107.07511, section 1).
     """
@@ -225,5 +240,5 @@ def _conformal(values: Sequence[float], rate: float) -> float:
 
 
 def _tuples(value: Any) -> Any:
-    """Lists that json read as the tuples they were."""
+    """The tuples that JSON keeps as lists."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""The picture beside a calibration."""
+"""The plot beside a calibration."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .calibration import Calibration
 
 
 def draw(found: Calibration, path: Path) -> None:
-    """What is ordinary: the noise gaps under plain guidance and without any, and the basin scores."""
+    """Plot the noise gaps of ordinary prompts, with plain guidance and without any, and the basin scores of their pictures."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     curves, scores = figure.subplots(1, 2)
     curves.set(title=f"ordinary prompts ({found.images})", xlabel="timestep", ylabel="noise gap  ||cond - uncond||")
-    ordinary = found.ordinary
-    if ordinary is not None:
+    baseline = found.baseline
+    if baseline is not None:
         at = found.timesteps
-        curves.fill_between(at, ordinary.low, ordinary.high, color="C0", alpha=0.2, linewidth=0, label="plain: 5% to 95%")
+        curves.fill_between(at, baseline.low, baseline.high, color="C0", alpha=0.2, linewidth=0, label="plain: 5% to 95%")
         curves.plot(at, found.gap, color="C0", label="plain guidance, median")
-        if ordinary.unguided:
-            curves.plot(at, ordinary.unguided, color="C7", label="no guidance, median")
-            curves.axvline(ordinary.transition, color="C3", linestyle=":", label="static transition, a first guess")
+        if baseline.unguided:
+            curves.plot(at, baseline.unguided, color="C7", label="no guidance, median")
+            curves.axvline(baseline.transition, color="C3", linestyle=":", label="static transition, a first guess")
         curves.invert_xaxis()
         curves.set_yscale("log")
     scores.hist(found.scores, bins=30, color="C0")

@@ -1,14 +1,14 @@
-"""Which model something was measured on: a fingerprint that is cheap to take of any loaded pipeline, from a folder or not.
+"""A fingerprint that tells which model something was measured on. It is cheap to take of any loaded pipeline.
 
-For each part that decides the predictions, the denoiser and the text encoders:
+It has three fields for each part that decides predictions: the denoiser and the text encoders.
 
-    form:   SHA-256 of its tensors' names and shapes, what the headers of its safetensors files list, and of those settings of
-            its configuration that are not its class's defaults (a newer diffusers adds settings, with defaults).
-    sample: one number from the middle of each of up to SAMPLED tensors, spread evenly over the part.
-    dtype:  of the tensors. Two samples of one dtype must be equal, others equal as far as the coarser dtype tells.
+    form:   SHA-256 of the names and shapes of its tensors, and of the settings in its configuration that differ from the
+            defaults of its class. (A newer diffusers adds settings, with defaults.)
+    sample: the middle number of each of up to SAMPLED tensors, spread evenly over the part.
+    dtype:  of the tensors. Samples of one dtype must be equal; those of two, equal to the precision of the coarser one.
 
-So a fine-tuned model differs from its base, and one with a LoRA from the same without; a copy under another name, or on another
-device or in another dtype, is the same model.
+A fine-tuned model differs from its base, and a model with a LoRA from the same one without. A copy under another name, on
+another device or in another dtype is the same model.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def _same(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> boo
         return one is other
     if one["form"] != other["form"] or len(one["sample"]) != len(other["sample"]):
         return False
-    samples = [torch.tensor(part["sample"], dtype=torch.float64) for part in (one, other)]
+    mine, others = (torch.tensor(part["sample"], dtype=torch.float64) for part in (one, other))
     if one["dtype"] == other["dtype"]:
-        return torch.equal(*samples)
+        return torch.equal(mine, others)
     kinds = [torch.finfo(getattr(torch, part["dtype"])) for part in (one, other)]
     coarsest, least = max(kind.eps for kind in kinds), max(kind.smallest_normal * kind.eps for kind in kinds)
-    return torch.allclose(*samples, rtol=coarsest, atol=least)
+    return torch.allclose(mine, others, rtol=coarsest, atol=least)

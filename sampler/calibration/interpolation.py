@@ -1,8 +1,8 @@
-"""What is usual at one sequence of noise levels, laid over another one.
+"""Noise gaps measured at one sequence of noise levels, interpolated at another one.
 
-A noise gap is that of two predictions for noisy latents of one noise level; a scheduler and its number of steps decide at which
-levels it is looked at. So what is usual between two calibrated levels is interpolated, the logarithm over the timestep.
-That holds as long as the sampler's steps are about as fine and span the same levels (`sound`).
+A noise gap compares two predictions for latents of one noise level. A scheduler and its number of steps decide which levels are
+looked at. Between two measured levels the logarithm of the gap is interpolated linearly over the timestep. That holds while
+the sampler's steps are about as fine as the measured ones and span the same levels (`sound`).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-FINER, COARSER = 2.0, 0.5  # how many steps there may be to one calibrated
+FINER, COARSER = 2.0, 0.5  # bounds of the number of steps, relative to the measured number
 
 
 def sound(known: Sequence[float], wanted: Sequence[float]) -> bool:
-    """Whether what was measured at the levels `known`, timesteps in 0..1000, says what is usual at those of `wanted`."""
+    """Whether gaps measured at the levels `known`, timesteps in 0..1000, may be interpolated at the levels `wanted`."""
     if len(known) < 2 or not all(map(math.isfinite, (*known, *wanted))):
         return False
     spacing = float(np.abs(np.diff(known)).max())
@@ -25,7 +25,12 @@ def sound(known: Sequence[float], wanted: Sequence[float]) -> bool:
 
 
 def curve(known: Sequence[float], values: Sequence[float], wanted: Sequence[float]) -> tuple[float, ...]:
-    """Positive `values` at the levels `known`, interpolated at those of `wanted`; beyond the ends, those at the ends."""
+    """Positive `values` at the levels `known`, interpolated at the levels `wanted`; constant beyond the ends."""
     order = np.argsort(known)
     logs = np.interp(wanted, np.asarray(known)[order], np.log(np.asarray(values)[order]))
-    return tuple(float(f"{value:.5g}") for value in np.exp(logs))
+    return five_digits(np.exp(logs).tolist())
+
+
+def five_digits(values: Sequence[float]) -> tuple[float, ...]:
+    """Each value rounded to five significant digits."""
+    return tuple(float(f"{value:.5g}") for value in values)

@@ -1,10 +1,11 @@
-"""Measuring what is ordinary on a model: pictures of ordinary prompts, their noise gaps and their basin scores."""
+"""Measuring a calibration: ordinary prompts are sampled, and their noise gaps and basin scores are kept."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from ..guidance.guidance import Guidance
 from ..runs.cache import MeasurementCache
 from ..runs.progress import FORMAT, moving
 from ..sampler import Sampler
-from . import figure
+from . import cost, figure
+from .baseline import Baseline, unguided
 from .calibration import FEW, LOOKED, Calibration
 from .fingerprint import fingerprint
-from .ordinary import Ordinary, short, unguided
+from .interpolation import five_digits
 
 log = logging.getLogger(__name__)
 
@@ -28,23 +30,30 @@ log = logging.getLogger(__name__)
 def calibrate(
     sampler: Sampler,
     prompts: Sequence[str],
-    seeds: Sequence[int],
+    seeds: int | Sequence[int],
     out: str | Path,
-    steps: int,
-    scale: float,
-    settled: bool,
-    batch_size: int,
-    progress: bool,
+    steps: int = 50,
+    scale: float = 7.5,
+    settled: bool = False,
+    batch_size: int = 16,
+    progress: bool = True,
+    overwrite: bool = False,
 ) -> Calibration:
-    """Write the calibration of the sampler's model to `out`, and its plot beside it, as `.png`.
+    """Write the calibration of the sampler's model to the file `out`, and a plot beside it, as `.png`.
 
-    What is measured is kept in `out` + ".part.jsonl" until all of it is, so that a run that was stopped goes on where it was.
+    Each measured batch is kept in `out` + ".part.jsonl", so that a run that was stopped goes on where it was.
 
-    Raises what `Calibration.measure` does, before any work.
+    Raises FileExistsError, before any work, if `out` exists, unless `overwrite`; and what `Calibration.measure` raises.
     """
     out = Path(out)
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"out {str(out)!r} exists: give another file, or --force to replace it (overwrite=True)")
     kept = out.with_name(out.name + ".part.jsonl")
-    found = measure(sampler, prompts, seeds, steps, scale, settled, batch_size, progress, resume=kept)
+    try:
+        found = measure(sampler, prompts, seeds, steps, scale, settled, batch_size, progress, resume=kept)
+    except KeyboardInterrupt:
+        log.warning("stopped; what was measured is in %s, and the same command goes on from there", kept)
+        raise
     found.save(out)
     figure.draw(found, out.with_suffix(".png"))
     kept.unlink(missing_ok=True)
@@ -62,7 +71,7 @@ def measure(
     progress: bool,
     resume: str | Path | None,
 ) -> Calibration:
-    """As `Calibration.measure`."""
+    """`Calibration.measure`, whose arguments it takes."""
     prompts = checks.texts("prompts", prompts)
     if len(prompts) < 2:
         raise ValueError(f"prompts must be two at least, and {FEW} for a guard; got {prompts}")
@@ -72,25 +81,41 @@ def measure(
     tasks = list(zip(prompts, checks.seeds(seeds, len(prompts)), strict=True))
     solver = sampler.solver(steps)
     runs = [Guidance.cfg(scale), *([unguided(solver.steps)] if settled else [])]
-    settings = {"model": Path(str(sampler.pipe.config.get("_name_or_path", ""))).name, **sampler.provenance}
+    name = Path(str(getattr(sampler.pipe, "config", {}).get("_name_or_path", ""))).name
+    settings = {"model": name, **sampler.provenance}
     settings |= {"size": list(sampler.size())} | ({"options": dict(sampler.options)} if sampler.options else {})
     model = fingerprint(sampler.pipe)
     total = len(tasks) * len(runs)
-    with (
-        MeasurementCache(resume, {"tasks": tasks, "steps": steps, "model": model, **settings}) as kept,
-        tqdm(total=total, unit="image", desc="calibrating", bar_format=FORMAT, disable=not progress) as bar,
-    ):
-        found = [_measured(sampler, tasks, steps, guidance, size, bar, kept) for guidance in runs]
+    with MeasurementCache(resume, {"tasks": tasks, "steps": steps, "model": model, **settings}) as kept:
+        if progress and len(kept) < total:
+            what = f"pictures to make ({len(kept)} are kept from before)" if len(kept) else "pictures"
+            cost.announce(what, sampler, prompts, total - len(kept), solver.steps, solver.steps, scale, size)
+        with tqdm(total=total, unit="image", desc="calibrating", bar_format=FORMAT, disable=not progress) as bar:
+            sampling = Sampling(sampler, tasks, steps, size, bar)
+            found = [kept(repr(one), len(tasks), size, sampling.measured(one), bar) for one in runs]
+    return _calibration(found, tasks, steps, scale, solver.levels, settings, model)
+
+
+def _calibration(
+    found: Sequence[Tensor],
+    tasks: Sequence[tuple[str, int]],
+    steps: int,
+    scale: float,
+    levels: Sequence[float],
+    settings: dict[str, Any],
+    model: dict[str, Any],
+) -> Calibration:
+    """The calibration from scores and gaps, (n, 1 + steps), with plain guidance and, if measured, without any."""
     good = torch.stack([values.isfinite().all(dim=1) for values in found]).all(dim=0)
     for (prompt, seed), fine in zip(tasks, good.tolist(), strict=True):
         if not fine:
             log.warning("left out, since its sample is not finite: %r, seed %d", prompt, seed)
     if good.sum() < 2:
-        raise ValueError(f"{int(good.sum())} of {len(tasks)} samples are finite: nothing can be said of what is ordinary")
+        raise ValueError(f"{int(good.sum())} of {len(tasks)} samples are finite: a calibration needs two at least")
     scores, gaps = found[0][good, 0], found[0][good, 1:]
-    free = found[1][good, 1:] if settled else None
-    usual, timesteps = short(gaps.median(dim=0).values.tolist()), tuple(round(level, 3) for level in solver.levels)
-    looks = (gaps / torch.tensor(usual))[:, :LOOKED]
+    free = found[1][good, 1:] if len(found) > 1 else None
+    usual, timesteps = five_digits(gaps.median(dim=0).values.tolist()), tuple(round(level, 3) for level in levels)
+    first = (gaps / torch.tensor(usual))[:, :LOOKED]
     known = all(map(math.isfinite, timesteps)) and min(usual) > 0
     return Calibration(
         settings=settings,
@@ -98,36 +123,38 @@ def measure(
         scale=float(scale),
         timesteps=timesteps if known else (),
         gap=usual if known else (),
-        scores=short(scores.tolist()),
-        looks=tuple(map(short, looks.tolist())) if known else ((),) * len(scores),
+        scores=five_digits(scores.tolist()),
+        first_gaps=tuple(map(five_digits, first.tolist())) if known else ((),) * len(scores),
         model=model,
-        ordinary=Ordinary.of(gaps, free, timesteps) if known else None,
+        baseline=Baseline.of(gaps, free, timesteps) if known else None,
     )
 
 
-def _measured(
-    sampler: Sampler,
-    tasks: Sequence[tuple[str, int]],
-    steps: int,
-    guidance: Guidance,
-    size: int,
-    bar: tqdm,
-    kept: MeasurementCache,
-) -> Tensor:
-    """The basin score and the noise gaps of every task, (n, 1 + steps)."""
+@dataclass(frozen=True)
+class Sampling:
+    """Samples of (prompt, seed) tasks. size: samples a batch. bar: moves with their steps."""
 
-    def made(index: Sequence[int], shown: Any) -> Tensor:
-        prompts, seeds = map(list, zip(*(tasks[i] for i in index), strict=True))
-        out = sampler(prompts, seeds, steps, guidance, output="latent", batch_size=size, progress=shown)
-        score = sampler.judge(out.latents, prompts, seeds, batch_size=size).score
+    sampler: Sampler
+    tasks: Sequence[tuple[str, int]]
+    steps: int
+    size: int
+    bar: tqdm
+
+    def measured(self, guidance: Guidance) -> Callable[[Sequence[int]], Tensor]:
+        """A function from the indices of tasks to their basin scores and noise gaps, (n, 1 + steps)."""
+
+        def measured(index: Sequence[int]) -> Tensor:
+            values = self._sampled(guidance, index, moving(self.bar, len(index)))
+            again = (~values.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+            if again and self.sampler.model.half:
+                with self.sampler.in_float32():
+                    values[again] = self._sampled(guidance, [index[i] for i in again], False)
+            return values
+
+        return measured
+
+    def _sampled(self, guidance: Guidance, index: Sequence[int], progress: Callable[[float], None] | bool) -> Tensor:
+        prompts, seeds = [self.tasks[i][0] for i in index], [self.tasks[i][1] for i in index]
+        out = self.sampler(prompts, seeds, self.steps, guidance, output="latent", batch_size=self.size, progress=progress)
+        score = self.sampler.judge(out.latents, prompts, seeds, batch_size=self.size).score
         return torch.cat([score[:, None], out.noise_gap], dim=1)
-
-    def sampled(index: Sequence[int]) -> Tensor:
-        values = made(index, moving(bar, len(index)))
-        again = (~values.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
-        if again and sampler.model.half:
-            with sampler.in_float32():
-                values[again] = made([index[i] for i in again], False)
-        return values
-
-    return kept(repr(guidance), len(tasks), size, sampled, bar)

@@ -1,4 +1,4 @@
-"""`basinescape audit`: which captions does the model reproduce?"""
+"""`basinescape audit`: find the captions that a model reproduces."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def audit(
     calibration: Annotated[str | None, typer.Option(help="default calibration.json in the model's folder, if any")] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="ordinary ones, not memorized, measured where no calibration has them; default 200 that ship"),
+        typer.Option(help="ordinary ones, measured once where no calibration has their gaps; default 200 that ship"),
     ] = None,
     rate: Annotated[float, typer.Option(help="of the flagged captions, the share that may be ordinary")] = 0.1,
     noises: Annotated[int, typer.Option(help="initial noises a caption; above 1, ordinary prompts are measured too")] = 1,
@@ -60,22 +60,22 @@ def audit(
     """
     quieten()
     from ..audit.audit import Settings, audit
-    from ..calibration.ordinary import prompts_for
+    from ..calibration.baseline import ordinary_prompts
     from ..data.captions import read_captions
     from ..data.pictures import images_in
     from ..data.prompts import read_prompts
 
+    settings = Settings(
+        rate, noises, first_steps, verify, seeds, seed, similarity or None, threshold, on_error, steps, scale, batch_size
+    )
     found = read_captions(captions, images=images, every=True, on_error=on_error)
-    settings = Settings(rate, noises, first_steps, verify, seeds, seed, similarity or None, threshold, on_error)
-    more = images_in(training_images) if training_images else []
-    ordinary = [job.prompt for job in read_prompts(prompts or prompts_for(model))]
+    training = images_in(training_images) if training_images else ()
+    ordinary = [job.prompt for job in read_prompts(prompts or ordinary_prompts(model))]
     known = options.found(model, calibration)
     known = options.of_enough(known, calibration) if verify else known
-    loading = {"allow_pickle": allow_pickle, "device": device, "dtype": dtype}
+    loading: dict[str, Any] = {"allow_pickle": allow_pickle, "device": device, "dtype": dtype}
     sampler = options.sampler(model, known, scheduler, option, **loading)
-    steps, scale = options.steps_and_scale(sampler, known, steps, scale)
-    size = options.batch_size(sampler, batch_size)
-    rows = audit(sampler, model, found, out, ordinary, known, steps, scale, settings, more, size, progress)
+    rows = audit(sampler, found, out, settings, ordinary, known, training, model, progress)
     _conclude(rows, out, settings)
 
 

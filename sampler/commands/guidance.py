@@ -111,12 +111,12 @@ class GuidanceOptions:
     def _transition(self, known: Calibration | None) -> Transition:
         """Where guidance starts: as asked for, else where the calibration says, else the paper's timestep."""
         from .. import At
-        from ..calibration.ordinary import STATIC
+        from ..calibration.baseline import STATIC
         from ..guidance.transitions import named
 
         if self.until is not None:
             return named(self.until, known, earliest=self.earliest, latest=self.latest)
-        return At(STATIC if known is None or known.ordinary is None else known.ordinary.transition)
+        return At(STATIC if known is None or known.baseline is None else known.baseline.transition)
 
 
 def _restart(text: str) -> tuple[float, float, int]:

@@ -1,9 +1,10 @@
-"""`basinescape judge`: which pictures of a set look like copies?"""
+"""`basinescape judge`: find the pictures of a set that look like copies."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -53,7 +54,10 @@ def judge(
     ] = "stop",
     progress: options.Progress = True,
 ) -> None:
-    """Find the pictures of a set that look like copies, by the model alone. The same command goes on where it was stopped."""
+    """Find the pictures of a set that look like copies, by the model alone. The same command goes on where it was stopped.
+
+    Scores differ a little from those in generate's manifest, which are of the latents before they are decoded.
+    """
     part = shard_of(shard)
     quieten()
     from .. import Sampler
@@ -65,15 +69,19 @@ def judge(
     known = options.found(model, calibration)
     given = options.of_call(option)
     size = {name: given.pop(name, None) for name in ("height", "width")}
-    Settings(probes=probes, seed=seed, on_error=on_error)  # raises for what cannot be, before the model is loaded
-    loading = {"allow_pickle": allow_pickle, "device": device, "dtype": dtype}
+    Settings(probes=probes, seed=seed, batch_size=batch_size)  # raises for what cannot be, before the model is loaded
+    loading: dict[str, Any] = {"allow_pickle": allow_pickle, "device": device, "dtype": dtype}
     sampler = Sampler.from_pretrained(model, scheduler=options.scheduler_of(scheduler, known), **loading)
     sampler = sampler.using(**({} if known is None else known.settings.get("options", {}))).using(**given)
     if threshold is None:
         threshold = _threshold(sampler, options.of_enough(known, calibration), rate)
-    settings = Settings(threshold, probes, seed, **size, on_error=on_error)
-    rows = judge(sampler, model, images, out, settings, options.batch_size(sampler, batch_size), part, progress)
-    home = out / f"shard-{part[0]}-of-{part[1]}" if part else out
+    settings = Settings(threshold, probes, seed, **size, batch_size=batch_size, on_error=on_error)
+    rows = judge(sampler, images, out, settings, model, part, progress)
+    _conclude(rows, out / f"shard-{part[0]}-of-{part[1]}" if part else out, model)
+
+
+def _conclude(rows: Sequence[dict[str, Any]], home: Path, model: str) -> None:
+    """Say what came out. Raises typer.Exit(1) where a picture could not be judged."""
     suspect = sum(bool(row["suspect"]) for row in rows)
     typer.echo(f"{suspect} of {len(rows)} pictures are suspect, as {model} judges: {home / 'judge.csv'}, {home / 'judge.html'}")
     failed = [row["id"] for row in rows if row["status"] != "ok"]
@@ -94,7 +102,7 @@ def _model(given: str | None, images: Path) -> str:
         typer.echo(
             f"{made} made the pictures, and {given} judges them: scores mean nothing unless these are one model", err=True
         )
-    return given or made
+    return str(given or made)
 
 
 def _threshold(sampler: Sampler, known: Calibration | None, rate: float | None) -> float:

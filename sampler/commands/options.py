@@ -84,19 +84,17 @@ def sampler(
 
 
 def scheduler_of(given: str | SchedulerMixin | None, known: Calibration | None) -> str | SchedulerMixin:
-    """The scheduler that is given, else the calibration's, else the model's own; where there is no such, that is said."""
+    """The scheduler that is given, else the calibration's, else the model's own."""
     if given is not None or known is None:
         return given or "own"
-    if known.scheduler is None and (name := known.settings.get("scheduler", {}).get("class")):
-        said = f"the calibration's scheduler {name} is not in this diffusers: the model's own is taken, as by --scheduler own"
-        typer.echo(said, err=True)
     return known.scheduler or "own"
 
 
 def steps_and_scale(sampler: Sampler, known: Calibration | None, steps: int | None, scale: float | None) -> tuple[int, float]:
     """Those that are given, else the calibration's, else those of the model's own pipeline."""
-    own = (sampler.model.own_steps, sampler.model.own_scale) if known is None else (known.steps, known.scale)
-    return (own[0] if steps is None else steps), (own[1] if scale is None else scale)
+    from ..calibration.calibration import steps_and_scale
+
+    return steps_and_scale(sampler, known, steps, scale)
 
 
 def named(option: str, given: Sequence[str] | None, read: Callable[[str], Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Silence for what other libraries say of themselves; their errors stay."""
+"""Other libraries' notices are silenced; their errors stay."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NOISY = (*LIBRARIES, "torchsde", "torch", "huggingface_hub", "timm")
 
 
 def quieten() -> None:
-    """To be called before they are imported: some of it comes on import, some in every step of a run."""
+    """Call this before they are imported: some notices come on import, some in every step of a run."""
     for library in LIBRARIES:
         os.environ.setdefault(f"{library.upper()}_VERBOSITY", "error")
     for library in NOISY:
@@ -18,6 +18,6 @@ def quieten() -> None:
     import diffusers
     import transformers
 
-    for loaded in (diffusers, transformers):
-        loaded.utils.logging.set_verbosity_error()
-        loaded.utils.logging.disable_progress_bar()
+    for module in (diffusers, transformers):
+        module.utils.logging.set_verbosity_error()
+        module.utils.logging.disable_progress_bar()

@@ -156,6 +156,9 @@ class Model(Protocol):
     def own_scale(self) -> float:
         """The guidance scale that the pipeline itself has."""
 
+    def unpacked(self, latents: Tensor, height: Pixels, width: Pixels, options: dict[str, Any]) -> Tensor:
+        """Latents (B, ...) as the autoencoder takes them, before they are scaled."""
+
     def size(self, height: Pixels = None, width: Pixels = None) -> tuple[int, int]:
         """(height, width) in pixels. Raises ValueError for a size that the model cannot make."""
 

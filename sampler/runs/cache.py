@@ -33,6 +33,10 @@ class MeasurementCache:
         whole = line.get("run") == self._run and {"what", "index", "values"} <= line.keys()
         return (line["what"], line["index"]) if whole else None
 
+    def __len__(self) -> int:
+        """How many measurements of this run are known from before."""
+        return len(self._lines)
+
     def __call__(self, what: str, count: int, size: int, make: Callable[[Sequence[int]], Tensor], bar: tqdm) -> Tensor:
         """The measurements `what` of `count` samples, (count, ...) float32.
 

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -113,25 +114,28 @@ def pretended(monkeypatch):
     return runs
 
 
-def pretend(sampler, texts, out, **options):
+def pretend(sampler, texts, out, settings=Settings(), scale=7.5, **options):
     captions = [Prompt(f"c{i}", text) for i, text in enumerate(texts)]
     ordinary = [f"{0.91 + k / 100:.2f}" for k in range(19)]
-    return audit(sampler, "m", captions, out, **{"ordinary": ordinary, "steps": 4, "progress": False} | options)
+    settings = replace(settings, steps=4, scale=scale)
+    return audit(sampler, captions, out, settings, **{"ordinary": ordinary, "model": "m", "progress": False} | options)
 
 
 def calibration_of(sampler, **changed):
     looks = [0.8 + k / 50 for k in range(19)]
     made = {"settings": {}, "steps": 4, "scale": 7.5, "timesteps": sampler.solver(4).levels, "gap": GAP, "scores": [0.1] * 19}
-    return Calibration(**{**made, "looks": [(one,) * 4 for one in looks], **changed})
+    return Calibration(**{**made, "first_gaps": [(one,) * 4 for one in looks], **changed})
 
 
 def test_memorized_captions_come_first(sampler, tmp_path):
     """By the first five of fifty steps, among ordinary captions that are measured here."""
-    captions = [prompt for prompt in TINY["memorized"] if prompt.id in ("m00", "m04", "m08")] + TINY["general"][:5]
-    ordinary = [prompt.text for prompt in TINY["general"][20:35]]
-    rows = audit(sampler, "m", captions, tmp_path / "out", ordinary, settings=Settings(0.2), progress=False)
+    captions = [prompt for prompt in TINY["memorized"] if prompt.id in ("m00", "m04", "m08")] + TINY["general"][7:10]
+    ordinary = [prompt.text for prompt in TINY["general"][20:50]]
+    rows = audit(sampler, captions, tmp_path / "out", Settings(0.1, steps=50, scale=7.5), ordinary, model="m", progress=False)
     assert {row["id"] for row in rows[:3]} == {"m00", "m04", "m08"} == {row["id"] for row in rows if row["flagged"]}
-    assert [row["p"] for row in rows[:3]] == [1 / 16] * 3 and all(row["copies"] is None for row in rows)
+    assert [row["p"] for row in rows[:3]] == pytest.approx([1 / 31] * 3, abs=1e-6) and all(
+        row["copies"] is None for row in rows
+    )
 
 
 def test_an_audit_without_training_images_judges_by_the_model_alone(asked, tmp_path, monkeypatch, capsys):
@@ -227,6 +231,36 @@ def test_a_folder_of_another_audit_is_refused(sampler, tmp_path, pretended, monk
     assert len(pretended) == asked
 
 
+def test_ordinary_prompts_are_measured_once_for_a_model_and_its_settings(sampler, tmp_path, pretended, cache):
+    """Whatever the captions; what was cut off or belongs to other settings is measured anew."""
+    rows = pretend(sampler, ["1.0", "2.0"], tmp_path / "a")
+    assert sum(len(one[0]) for one in pretended) == 2 + 19
+    (kept,) = cache.rglob("*.jsonl")
+    pretended.clear()
+    again = pretend(sampler, ["2.0", "1.5", "1.0"], tmp_path / "b")
+    assert [one[0] for one in pretended] == [["2.0", "1.5", "1.0"]]
+    assert {row["caption"]: row["p"] for row in rows}.items() <= {row["caption"]: row["p"] for row in again}.items()
+    kept.write_text("".join(kept.read_text().splitlines(keepends=True)[:18]) + '{"id": "00')
+    pretended.clear()
+    pretend(sampler, ["1.0"], tmp_path / "c")
+    assert [len(one[0]) for one in pretended] == [1, 1]
+    pretended.clear()
+    pretend(sampler, ["1.0"], tmp_path / "d", scale=5.0)
+    assert sum(len(one[0]) for one in pretended) == 1 + 19 and len(list(cache.rglob("*.jsonl"))) == 2
+
+
+def test_it_takes_files_as_strings_and_samples_as_calibrated(sampler, tmp_path, pretended, images):
+    """A function for people: a file of captions, of prompts, a calibration and a folder of images by their names."""
+    (captions := tmp_path / "captions.txt").write_text("1.0\n2.0\n")
+    (ordinary := tmp_path / "ordinary.txt").write_text("1.0\n1.1\n1.2\n")
+    calibration_of(sampler, scale=6.0, first_gaps=[(1.0,)] * 19).save(tmp_path / "c.json")
+    given = {"ordinary": str(ordinary), "calibration": str(tmp_path / "c.json"), "training_images": str(images)}
+    rows = audit(sampler, str(captions), str(tmp_path / "out"), Settings(first_steps=2), **given, progress=False)
+    record = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert len(rows) == 2 and (record["steps"], record["scale"], record["training_images"]) == (4, 6.0, 4)
+    assert sum(len(one[0]) for one in pretended) == 2 + 3  # the calibration has but one first gap
+
+
 def test_a_caption_that_fails_costs_no_other_and_is_told(sampler, tmp_path, pretended):
     rows = pretend(sampler, ["1.5", "bad", "2.5, and much more than is read", "0.5"], tmp_path / "out")
     assert [(row["id"], row["gap"], row["status"]) for row in rows] == [
@@ -264,11 +298,11 @@ def test_what_was_measured_otherwise_is_measured_again(sampler, tmp_path, preten
     """A p-value compares like with like, or it is none."""
     differs = {
         "scale": {"scale": 5.0},
-        "first steps": {"looks": [(1.0,)] * 19},
+        "first steps": {"first_gaps": [(1.0,)] * 19},
         "size": {"settings": {"size": [128, 128]}},
         "model": {"model": {"unet": {"form": "", "sample": [], "dtype": "float32"}}},
         "levels": {"timesteps": sampler.solver(5).levels[:4]},
-        "bare": {"timesteps": (), "gap": (), "looks": [()] * 19},
+        "bare": {"timesteps": (), "gap": (), "first_gaps": [()] * 19},
     }
     settings = Settings(noises=2 if changed == "noises" else 1, first_steps=2)
     known = calibration_of(sampler, **differs.get(changed, {}))
@@ -280,7 +314,7 @@ def test_what_was_measured_otherwise_is_measured_again(sampler, tmp_path, preten
 
 def test_a_calibration_gives_the_threshold_of_the_basin_score(sampler, tmp_path, pretended):
     """And pictures that fail, as all do here, cost no ranked caption."""
-    known = calibration_of(sampler, scores=[k / 100 for k in range(100)], looks=[(1.0,) * 4] * 100)
+    known = calibration_of(sampler, scores=[k / 100 for k in range(100)], first_gaps=[(1.0,) * 4] * 100)
     options = {"calibration": known, "settings": Settings(verify=1, seeds=3)}
     rows = pretend(sampler, ["1.0", "2.0"], tmp_path / "out", **options)
     record = json.loads((tmp_path / "out" / "audit.json").read_text())

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -61,7 +62,8 @@ def table(folder):
 
 
 def judged(sampler, images, out, **options):
-    return judge(sampler, "small", images, out, **{"batch_size": 2, "progress": False} | options)
+    settings = replace(options.pop("settings", Settings()), batch_size=options.pop("batch_size", 2))
+    return judge(sampler, images, out, settings, "small", **{"progress": False} | options)
 
 
 @pytest.mark.parametrize("keep", SOURCES)

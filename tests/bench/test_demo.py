@@ -22,19 +22,33 @@ pytestmark = pytest.mark.shipped
 TINY = replace(PRESETS["tiny"], steps=4)
 
 
-def test_the_demo_shows_every_method(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "TINY", TINY)
-    monkeypatch.setattr(demo, "PROMPTS", 2)
-    shown = demo.demo(tmp_path / "out")
+def test_the_demo_shows_both_methods_of_both_pipelines_and_frames_copies(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "ROWS", {"tiny": ("m00",), "flow": ("s07",)})
+    monkeypatch.setattr(demo, "PRESETS", {name: replace(PRESETS[name], steps=4) for name in ("tiny", "flow")})
+    monkeypatch.setattr(demo, "SEEDS", 2)
+    said = demo.demo(str(tmp_path / "out"), progress=False)
     rows = json.loads((tmp_path / "out" / "table.json").read_text())
-    assert [row["method"] for row in rows] == list(demo.METHODS) and all(name in shown for name in demo.METHODS)
-    assert all(0 <= row[share] <= 1 for row in rows for share in ("memorized", "concept right"))
-    assert all(-1 <= row["similarity"] <= 1 for row in rows)
-    assert rows[0]["median transition step"] == 0
-    with Image.open(tmp_path / "out" / "grid.png") as grid:
-        assert grid.size == (2 * 66 * (1 + len(rows)), demo.HEADER + 2 * 66)
+    assert [(row["model"], row["method"]) for row in rows] == [
+        (name, method) for name in ("tiny", "flow") for method in ("plain guidance", "with the guard")
+    ]
+    assert all(str(tmp_path / "out" / f"{name}.png") in said and f"{name}: asked" in said for name in ("tiny", "flow"))
     with Image.open(tmp_path / "out" / "noise_gap.png") as plot:
         assert np.asarray(plot.convert("L")).std() > 5
+    frames = {name: framed(tmp_path / "out" / f"{name}.png") for name in ("tiny", "flow")}
+    counts = {row["model"]: 0 for row in rows}
+    for row in rows:
+        counts[row["model"]] += int(row["copies"].split()[0])
+    assert frames == counts
+
+
+def framed(path):
+    """How many of the places of images, 4 a row in two columns of 2, have a red frame."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
+    red = (pixels == (0xD0, 0, 0)).all(axis=-1)
+    lines = red.sum(axis=0)  # a frame has upright lines, FRAME wide, higher than a picture
+    upright = (lines >= demo.SIDE).astype(int)
+    return int((np.diff(upright, prepend=0) == 1).sum()) // 2
 
 
 def test_the_analysis_writes_what_it_says(tmp_path):

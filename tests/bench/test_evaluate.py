@@ -17,7 +17,7 @@ from basinescape.bench.commands.evaluation import FIELDS
 from basinescape.bench.evaluation.analyze import analyze
 from basinescape.bench.evaluation.detection import SIZE, anisotropy, detection
 from basinescape.bench.evaluation.evaluate import evaluate, table
-from basinescape.bench.evaluation.measure import Likeness, Measure
+from basinescape.bench.evaluation.measure import Measure, TrainingImages
 from basinescape.bench.evaluation.trajectories import Laboratory, edges
 from basinescape.bench.methods.method import starting_at
 from basinescape.bench.scenario import PRESETS, Prompt, Scenario, prompts
@@ -101,20 +101,17 @@ def test_options_make_a_scenario_or_change_one(tmp_path, monkeypatch):
     (tmp_path / "p.jsonl").write_text('{"caption": "x"}')
     made = scenarios.load(model="model", memorized="p.jsonl", steps=9, similarity="sscd")
     paths = str(tmp_path / "model"), str(tmp_path / "p.jsonl")  # whole: a report finds them from anywhere
-    assert (
-        made == Scenario("model", *paths, steps=9, scheduler="own", similarity="sscd", threshold=0.5)
-        and made.calibration is None
-    )
+    assert made == Scenario("model", *paths, steps=9, similarity="sscd", threshold=0.5) and made.calibration is None
     calibration = replace(Calibration.load("tiny"), steps=40, scale=6.0)
     calibration.save(tmp_path / "model" / "calibration.json")
     found = scenarios.load(model="model", memorized="p.jsonl")  # sampled as the guard was calibrated
     assert found.calibration == str(tmp_path / "model" / "calibration.json")
-    assert (found.steps, found.scale, found.transition) == (40, 6.0, calibration.ordinary.transition)
+    assert (found.steps, found.scale, found.transition) == (40, 6.0, calibration.baseline.transition)
     assert scenarios.load(model="model", memorized="p.jsonl", steps=9).steps == 9
     tiny = scenarios.load()
     assert len(prompts(scenarios.load("tiny", memorized="p.jsonl"))["memorized"]) == 1
     assert tiny == PRESETS["tiny"] and scenarios.load("tiny", transition=560.0) == replace(tiny, transition=560.0)
-    assert scenarios.load(steps=20).stable is None and scenarios.load(similarity="sscd").threshold == 0.5
+    assert scenarios.load(steps=20).steps == 20 and scenarios.load(similarity="sscd").threshold == 0.5
     for there, name in ((True, "sscd"), (False, "pixels")):
         monkeypatch.setattr(scenarios, "installed", lambda measure, there=there: there)
         assert scenarios.load(model="model", memorized="p.jsonl").similarity == name
@@ -137,7 +134,7 @@ def test_an_image_is_compared_with_its_own_training_image_and_with_any_other(tmp
     for seed, size in enumerate([(32, 32), (48, 64), (32, 32)]):
         noise_image(seed, size).save(tmp_path / f"{seed}.png")
     own = [Prompt("a", "a", tmp_path / "0.png"), Prompt("b", "b", tmp_path / "1.png")]
-    (likely, without) = Likeness("pixels", {"memorized": own}, [tmp_path / "2.png", tmp_path / "0.png"]).compare(
+    (likely, without) = TrainingImages("pixels", {"memorized": own}, [tmp_path / "2.png", tmp_path / "0.png"]).compare(
         [noise_image(2), noise_image(1, (48, 64))], [own[0], Prompt("g", "g")]
     )
     assert likely.nearest == str(tmp_path / "2.png") and likely.value > 0.99 > 0.5 > likely.own
@@ -160,6 +157,28 @@ def own_model(random_pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("own") / "my-model"
     random_pipeline("sd", 8, "epsilon").save_pretrained(folder)
     return folder
+
+
+def test_what_a_scenario_leaves_open_is_as_calibrated_else_the_models_own(own_model, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"caption": "x"}')
+    given = {"model": str(own_model), "memorized": str(tmp_path / "p.jsonl")}
+    open_still = scenarios.load(**given)
+    with pytest.raises(ValueError, match="leaves steps, scale or transition open"):
+        _ = open_still.how
+    scenario, sampler = scenarios.loaded(open_still, "cpu", "float32")
+    assert scenario.how == (50, 7.5, 500.0) and sampler.size() == (32, 32)  # of diffusers' own call
+    assert type(sampler.scheduler) is type(Sampler.from_pretrained(own_model, "cpu", "float32").scheduler)
+
+    settings = {"scheduler": {"class": "EulerDiscreteScheduler"}, "size": [40, 32], "options": {"clip_skip": 1}}
+    Calibration(settings, 9, 3.0, (), (), (0.1,), ((),)).save(tmp_path / "c.json")
+    given["calibration"] = str(tmp_path / "c.json")
+    scenario, sampler = scenarios.loaded(scenarios.load(**given), "cpu", "float32")
+    assert (scenario.how, sampler.size(), sampler.options) == ((9, 3.0, 500.0), (40, 32), {"clip_skip": 1})
+    assert type(sampler.scheduler).__name__ == "EulerDiscreteScheduler"
+    scenario, sampler = scenarios.loaded(
+        scenarios.load(**given, steps=5, scheduler="ddim", options={"height": 32}), "cpu", "float32"
+    )
+    assert scenario.how == (5, 3.0, 500.0) and sampler.size() == (32, 32) and "DDIM" in type(sampler.scheduler).__name__
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -207,7 +226,7 @@ def test_a_model_and_captions_of_ones_own(own_model, tmp_path, monkeypatch, caps
     assert len({line["digest"] for line in own}) == 1  # the image that the earlier file made is made again
     assert [len(line["noise_gap"]) for line in own] == [3, 3]
     for options, says in (
-        (("--methods", "guard-calibrated"), "got 'guard-calibrated' without a calibration"),
+        (("--methods", "guard-calibrated"), "'guard-calibrated', which needs a calibration"),
         (("--methods", "shape-nope"), "must be all, FILE.py:NAME, or among cfg"),
         (("--similarity", "lpips"), "similarity must be among"),
         (("--images", tmp_path / "none"), "does not exist"),
@@ -218,7 +237,7 @@ def test_a_model_and_captions_of_ones_own(own_model, tmp_path, monkeypatch, caps
 
 
 def test_a_method_that_does_not_suit_is_named_before_any_work(tmp_path, caplog):
-    scenario = replace(TINY, stable=None, ordinary=())
+    scenario = TINY
     with pytest.raises(ValueError, match="method 'guard-calibrated': the guard's early look is calibrated for 50 steps"):
         evaluate(scenario, ["cfg", "guard-calibrated"], tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
@@ -240,7 +259,7 @@ def test_an_analysis_needs_neither_concepts_nor_images_nor_general_prompts(own_m
 
 def test_the_noise_alone_is_scored_by_two_pairs_of_predictions(random_pipeline):
     pipe = random_pipeline("sd", 8, "epsilon")
-    scenario = Scenario("x", "m", "p", steps=10, similarity="pixels")
+    scenario = Scenario("x", "m", "p", steps=10, scale=7.5, transition=500.0, similarity="pixels")
     sampler = Sampler.from_pipeline(pipe, "ddim")
     (row,) = anisotropy(Laboratory(scenario, sampler, None, progress=False), [Prompt("a", "a cat")], [5])
     noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(5))

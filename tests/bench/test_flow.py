@@ -4,7 +4,7 @@ import pytest
 import torch
 from basinescape import Calibration, Guidance, Sampler
 from basinescape.bench.evaluation.measure import Measure
-from basinescape.bench.methods import update
+from basinescape.bench.methods import chosen, suitable, update
 from basinescape.bench.scenario import PRESETS, prompts
 from rounding import assert_same_but_for_rounding
 
@@ -55,6 +55,17 @@ def test_it_copies_under_plain_guidance_and_the_guard_lets_no_copy_through_unmar
     out, copies = made(Guidance.guard(FLOW.scale, Calibration.load("flow")))
     assert not any(copy and not suspect for copy, suspect in zip(copies, out.suspect, strict=True))
     assert (out.attempts > 1).all()
+
+
+def test_methods_that_do_not_suit_are_left_out_or_refused_by_name_before_any_work(sampler, caplog):
+    found = suitable(chosen(FLOW, ["all"]), sampler, FLOW.how[0], ["all"])
+    assert {"cfg", "guard", "embedding", "guard-calibrated"} < found.keys() and not {"padding", "attention"} & found.keys()
+    assert caplog.messages == [
+        f"left out is the method {name}: it masks the cross-attention of a UNet, and a StableDiffusion3Pipeline has none"
+        for name in ("attention", "padding")
+    ]
+    with pytest.raises(ValueError, match="method 'padding': it masks the cross-attention of a UNet"):
+        suitable(chosen(FLOW, ["cfg", "padding"]), sampler, FLOW.how[0], ["cfg", "padding"])
 
 
 def test_a_method_for_noise_predictions_is_refused(sampler):

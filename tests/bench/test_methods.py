@@ -6,11 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from basinescape import At, FirstMinimum, Guidance, Sampler
+from basinescape import At, Calibration, FirstMinimum, Guidance, Sampler
 from basinescape.bench.methods import Batch, Method, augment, cads, chosen, dryrun, embedding, noise, own, stepwise, update
 from basinescape.bench.methods import table as method_table
 from basinescape.bench.methods.padding import words_mask
 from basinescape.bench.scenario import PRESETS
+from basinescape.calibration.baseline import Baseline
 from basinescape.kernels import definition
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from ladders import guarded
@@ -83,16 +84,24 @@ def test_step_by_step_nothing_is_otherwise(random_pipeline, guidance):
 
 def test_a_method_of_ones_own_is_as_the_documentation_has_it(random_pipeline, tmp_path):
     text = own.__doc__
-    example = textwrap.dedent(text[text.index("    import torch") : text.index("Anything else")])
+    example = textwrap.dedent(text[text.index("    import torch") :])
     more = "\ndef mine(sampler, prompts, seeds, steps):\n    return sampler(prompts, seeds, steps, Guidance.cfg(1.0))\n"
+    more += "def short(sampler, prompts, seeds):\n    return sampler(prompts, seeds, 2, Guidance.cfg(1.0))\n"
+    more += "bare = Guidance.cfg(1.0)\nguard = Guidance.guard(7.5)\ndef nothing(sampler, prompts, seeds):\n    return None\n"
     (tmp_path / "mine.py").write_text(example + more)
     file = tmp_path / "mine.py"
-    found = chosen(TINY, ["cfg", f"{file}:method", f"{file}:mine"])
-    assert list(found) == ["cfg", "mine.method", "mine.mine"]
+    found = chosen(TINY, ["cfg", *(f"{file}:{name}" for name in ("method", "mine", "bare"))])
+    assert list(found) == ["cfg", "mine.method", "mine.mine", "mine.bare"]
     sampler = Sampler.from_pipeline(random_pipeline("sd", 8, "epsilon"), "ddim")
-    plain, capped, cond = (each.sample(sampler, [MEMORIZED], [0], 3) for each in found.values())
+    plain, capped, cond, bare = (each.sample(sampler, [MEMORIZED], [0], 3) for each in found.values())
     assert torch.equal(capped.noise_gap[:, 0], plain.noise_gap[:, 0]) and not torch.equal(capped.latents, plain.latents)
     assert torch.equal(cond.latents, sampler([MEMORIZED], [0], 3, Guidance.cfg(1.0), progress=False).latents)
+    assert torch.equal(bare.latents, cond.latents)
+    others = chosen(TINY, [f"{file}:{name}" for name in ("short", "guard", "nothing")])
+    assert others["mine.short"].sample(sampler, [MEMORIZED], [0], 3).noise_gap.shape == (1, 2)
+    assert others["mine.guard"].sample(sampler, [MEMORIZED], [0], 3).attempts.min() >= 1
+    with pytest.raises(TypeError, match="must return an Output of 1 images, got NoneType"):
+        others["mine.nothing"].sample(sampler, [MEMORIZED], [0], 3)
     changed = found["mine.method"].digest
     file.write_text(file.read_text() + "# again\n")
     assert chosen(TINY, [f"{file}:method"])["mine.method"].digest != changed
@@ -104,7 +113,9 @@ def test_a_method_of_ones_own_is_as_the_documentation_has_it(random_pipeline, tm
         (None, "method", "does not exist"),
         ("import nowhere_to_be_found", "method", "cannot be run: ModuleNotFoundError"),
         ("def method(:", "method", "cannot be run: SyntaxError"),
-        ("import random\nmethod = 3", "method", "must be a Method or have its sample, got a int"),
+        ("import random\nmethod = 3", "method", "must be a Guidance or a guard, a function .*; got a int"),
+        ("def method(prompts): pass", "method", r"or an object with sample\(.*; got one that is called with \(prompts\)"),
+        ("class A:\n    def sample(self, prompts): pass\nmethod = A()", "method", r"got one that is called with \(prompts\)"),
         ("import random\nother = 3", "method", "has no 'method'; it has no method"),
     ],
 )
@@ -120,7 +131,7 @@ def test_methods_are_few_unless_asked_for_and_each_comes_once():
     assert list(chosen(TINY, ["all"])) == list(method_table(TINY))
     with pytest.raises(ValueError, match="'cfg' twice"):
         chosen(TINY, ["cfg", "cfg"])
-    with pytest.raises(ValueError, match="got 'guard-calibrated' without a calibration"):
+    with pytest.raises(ValueError, match="'guard-calibrated', which needs a calibration of this model and scale: basinescape"):
         chosen(replace(TINY, calibration=None), ["guard-calibrated"])
 
 
@@ -159,12 +170,16 @@ def region(steps, mean, deviation, **others):
     return {name: [others.get(name, [mean, deviation])] * (steps - 1) for name in update.NORMS}
 
 
-def test_every_method_makes_an_image_and_plain_guidance_is_left_as_it_was(pipe, monkeypatch):
+def test_every_method_makes_an_image_and_plain_guidance_is_left_as_it_was(pipe, monkeypatch, tmp_path):
     sampler = Sampler.from_pipeline(pipe, "dpmsolver++")
     monkeypatch.setattr(embedding, "ITERATIONS", 2)
     found = ["a picture of a cat signed by arno", "a picture of a frog"]
-    measured = {"ordinary": (1.0,) * 4, "stable": region(4, 1.0, 0.01), "calibration": None}
-    methods = method_table(replace(PRESETS["tiny"], transition=500.0, steps=4, **measured))
+    ones = (1.0,) * 4
+    Calibration({}, 4, 5.0, (), (), (), (), {}, Baseline(ones, ones, ones, stable=region(4, 1.0, 0.01))).save(
+        tmp_path / "c.json"
+    )
+    methods = method_table(replace(PRESETS["tiny"], transition=500.0, steps=4, calibration=str(tmp_path / "c.json")))
+    assert {"delayed-settled", "update-norm"} < methods.keys() and "guard-calibrated" not in methods  # of another scale
     plain = methods["cfg"].sample(sampler, found, [0, 1], 4)
     for name, method in methods.items():
         out = method.sample(sampler, found, [0, 1], 4)
@@ -290,7 +305,7 @@ def test_a_region_or_scheduler_that_does_not_fit_is_named(pipe):
         method_table(PRESETS["tiny"])["update-norm"].sample(Sampler.from_pipeline(pipe, "dpmsolver++"), [GENERAL], [0], 4)
     with pytest.raises(ValueError, match="unit variance, got EulerDiscreteScheduler"):
         update.method(7.5, region(4, 1.0, 1.0)).sample(Sampler.from_pipeline(pipe, "euler"), [GENERAL], [0], 4)
-    assert "update-norm" not in method_table(replace(PRESETS["tiny"], stable=None))
+    assert "update-norm" not in method_table(replace(PRESETS["tiny"], calibration=None))
     sampler = Sampler.from_pipeline(pipe, DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="sample"))
     with pytest.raises(ValueError, match="epsilon or v_prediction, got 'sample'"):
         update.method(7.5, region(4, 1.0, 1.0)).sample(sampler, [GENERAL], [0], 4)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from basinescape.audit.measures import Similarity
-from basinescape.bench.evaluation.metrics import interval, l2_ratio, roc
+from basinescape.bench.evaluation.metrics import interval, roc
 from basinescape.bench.scenario import PRESETS, prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,16 +42,6 @@ def test_sscd_knows_a_mirrored_copy_from_another_scene():
 def test_an_unknown_similarity_is_named():
     with pytest.raises(ValueError, match="similarity must be among pixels, sscd, dino, clip"):
         Similarity("lpips", [])
-
-
-def test_the_l2_ratio_is_that_of_plain_distances():
-    rng = np.random.default_rng(0)
-    images, training = rng.normal(size=(5, 12)), rng.normal(size=(40, 12))
-    images[0] = training[7]
-    distances = np.sort(np.linalg.norm(images[:, None] - training[None], axis=2), axis=1)
-    np.testing.assert_allclose(l2_ratio(images, training, 9), distances[:, 0] / distances[:, :9].mean(axis=1), atol=1e-3)
-    with pytest.raises(ValueError, match="neighbours"):
-        l2_ratio(images, training, 41)
 
 
 def test_the_interval_is_scipys_where_every_prompt_has_one_seed():

@@ -254,7 +254,7 @@ def test_the_sheet_shows_every_image_the_suspect_first(sampler, tmp_path, monkey
         cli.main()
     text = page.read_text()
     assert stop.value.code in (0, None) and "3 images in" in capsys.readouterr().out
-    assert re.findall(r"<figcaption>(\S+?)<br>", text.replace(" ", "_")) == ["f", "z", "a_&lt;b&gt;"]
+    assert re.findall(r"<figcaption>(\S+?)<br>", text.replace(" ", "_")) == ["z", "f", "a_&lt;b&gt;"]
     assert text.count("data:image/webp;base64,") == 2 and "1 suspect, 1 failed" in text and "<b>" not in text
     with pytest.raises(ValueError, match="holds no run"):
         sheet(tmp_path, page)

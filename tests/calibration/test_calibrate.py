@@ -12,9 +12,10 @@ import torch
 from basinescape import Calibration, Guidance, Sampler
 from basinescape.bench import cli
 from basinescape.bench.methods import region
+from basinescape.calibration.baseline import CAPTIONS, Baseline, ordinary_prompts
 from basinescape.calibration.fingerprint import differing, fingerprint
 from basinescape.calibration.interpolation import curve, sound
-from basinescape.calibration.ordinary import CAPTIONS, Ordinary, prompts_for
+from basinescape.calibration.measure import calibrate
 from basinescape.commands.options import found
 from basinescape.data.prompts import read_prompts
 
@@ -64,27 +65,50 @@ def test_a_measurement_that_was_stopped_goes_on_and_gives_the_same(sampler, cali
     assert again.calls == 6 - 4
     assert found.gap == pytest.approx(calibration.gap, rel=1e-3)
     assert found.scores == pytest.approx(calibration.scores, rel=1e-2, abs=1e-4)
-    assert found.ordinary.unguided == pytest.approx(calibration.ordinary.unguided, rel=1e-3)
+    assert found.baseline.unguided == pytest.approx(calibration.baseline.unguided, rel=1e-3)
     other = Counted(sampler)
     measure(other, seeds=4, resume=kept)
     assert other.calls == 6  # the gaps of other seeds do not count
+
+
+def test_a_calibration_is_not_replaced_unasked_and_one_that_is_stopped_keeps_what_it_has(sampler, tmp_path, caplog, capsys):
+    out = tmp_path / "c.json"
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(Counted(sampler, stop=2), PROMPTS, 0, out, STEPS, batch_size=2, progress=False)
+    kept = out.with_name("c.json.part.jsonl")
+    assert len(kept.read_text().splitlines()) == 4 and "the same command goes on from there" in caplog.text
+    again = Counted(sampler)
+    calibrate(again, PROMPTS, 0, out, STEPS, batch_size=2, progress=False)
+    assert again.calls == 1 and not kept.exists()
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        calibrate(again, PROMPTS, 1, out, STEPS, batch_size=2, progress=False)
+    assert again.calls == 1 and Calibration.load(out).images == 5
+    calibrate(again, PROMPTS, 1, str(out), STEPS, batch_size=2, overwrite=True)
+    assert again.calls > 1 and "5 pictures, 5 steps each" in capsys.readouterr().err
+
+
+def test_a_scheduler_that_diffusers_lacks_is_named_with_the_option_to_give(calibration):
+    assert type(calibration.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    assert replace(calibration, settings={}).scheduler is None
+    with pytest.raises(ValueError, match=r"made with GoneScheduler, which diffusers .* lacks: give another one .--scheduler"):
+        _ = replace(calibration, settings={"scheduler": {"class": "GoneScheduler"}}).scheduler
 
 
 def test_what_is_ordinary_is_what_plain_and_unguided_samples_show(sampler, calibration):
     made = sampler(PROMPTS, 3, STEPS, Guidance.cfg(7.5), output="latent", progress=False, batch_size=2)
     gaps = made.noise_gap.numpy()
     low, high = np.quantile(gaps, [0.05, 0.95], axis=0)
-    assert np.allclose(calibration.ordinary.low, low, rtol=1e-3) and np.allclose(calibration.ordinary.high, high, rtol=1e-3)
-    assert np.allclose(calibration.looks, gaps / np.median(gaps, axis=0), rtol=1e-3)
+    assert np.allclose(calibration.baseline.low, low, rtol=1e-3) and np.allclose(calibration.baseline.high, high, rtol=1e-3)
+    assert np.allclose(calibration.first_gaps, gaps / np.median(gaps, axis=0), rtol=1e-3)
     assert np.allclose(calibration.scores, sampler.judge(made.latents, PROMPTS, 3).score, atol=1e-4)
     above = [calibration.threshold(rate) for rate in (0.5, 0.3, 0.17)]
     assert above == sorted(above) and above[-1] == max(calibration.scores)
     # Without guidance the first gap is that of the noise alone, as under plain guidance; the last is not.
-    assert calibration.ordinary.unguided[0] == pytest.approx(calibration.gap[0], rel=1e-3)
-    assert calibration.ordinary.unguided[-1] != pytest.approx(calibration.gap[-1], rel=1e-2)
-    assert calibration.ordinary.transition in [round(level, 1) for level in calibration.timesteps]
+    assert calibration.baseline.unguided[0] == pytest.approx(calibration.gap[0], rel=1e-3)
+    assert calibration.baseline.unguided[-1] != pytest.approx(calibration.gap[-1], rel=1e-2)
+    assert calibration.baseline.transition in [round(level, 1) for level in calibration.timesteps]
     assert calibration.settled().leaving(calibration.timesteps)[0].limit == pytest.approx(
-        1.5 * calibration.ordinary.unguided[0]
+        1.5 * calibration.baseline.unguided[0]
     )
 
 
@@ -207,17 +231,22 @@ def run(monkeypatch, *arguments):
 
 def test_the_command_writes_what_generate_finds(mine, monkeypatch, capsys):
     """Beside the model, from the prompts beside the model, with a plot; the region of update-norm is added to it."""
-    assert prompts_for(str(mine)) == CAPTIONS and prompts_for("owner/name") == CAPTIONS
+    assert ordinary_prompts(str(mine)) == CAPTIONS and ordinary_prompts("owner/name") == CAPTIONS
     (mine / "ordinary.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS[:3]))
     asked = ("--model", mine, "--steps", 4, "--scheduler", "dpmsolver++", "--device", "cpu", "--settled")
     assert not run(monkeypatch, *asked)
     assert "3 pictures, 4 steps" in capsys.readouterr().out
+    kept = (mine / "calibration.json").read_bytes()
+    assert run(monkeypatch, *asked) == 2 and "--force to replace it" in capsys.readouterr().err
+    assert (mine / "calibration.json").read_bytes() == kept
+    assert not run(monkeypatch, *asked, "--force", "--seed", 7) and (mine / "calibration.json").read_bytes() != kept
+    capsys.readouterr()
     made = Calibration.load(mine / "calibration.json")
     assert found(str(mine), None) == made and made.images == 3
-    assert sorted(made.model) == ["text_encoder", "unet"] and made.ordinary.stable is None
+    assert sorted(made.model) == ["text_encoder", "unet"] and made.baseline.stable is None
     monkeypatch.setattr(sys, "argv", ["region", "--model", str(mine)])
     region.main()
-    stable = Calibration.load(mine / "calibration.json").ordinary.stable
+    stable = Calibration.load(mine / "calibration.json").baseline.stable
     assert {"update", "latents", "clean"} == set(stable) and all(len(steps) == 3 for steps in stable.values())
     assert (mine / "calibration.png").stat().st_size > 10_000 and not list(mine.glob("*.part*"))
 
@@ -246,5 +275,5 @@ def test_bad_input_is_one_line_before_any_work(mine, tmp_path, monkeypatch, caps
 def test_where_the_unguided_gap_does_not_rise_the_static_transition_is_the_papers():
     plain, levels = torch.ones(2, 4), (900.0, 700.0, 300.0, 100.0)
     rising, falling = torch.tensor([[1.0, 3.0, 4.0, 2.0]] * 2), torch.tensor([[4.0, 3.0, 2.0, 1.0]] * 2)
-    assert Ordinary.of(plain, rising, levels).transition == 700.0
-    assert Ordinary.of(plain, falling, levels).transition == 500.0
+    assert Baseline.of(plain, rising, levels).transition == 700.0
+    assert Baseline.of(plain, falling, levels).transition == 500.0

@@ -15,7 +15,7 @@ import pytest
 from basinescape import At, Calibration, FirstMinimum, Guidance, Sampler, Settled
 from basinescape.bench import cli
 from basinescape.bench.scenario import PRESETS, prompts
-from basinescape.calibration.ordinary import Ordinary
+from basinescape.calibration.baseline import Baseline
 from basinescape.commands.quiet import quieten
 from basinescape.data.prompts import Job
 from basinescape.models.sd import StableDiffusion
@@ -195,7 +195,7 @@ def test_a_model_is_guarded_and_with_a_calibration_as_that_was_made(tmp_path, mo
     assert not (tmp_path / "asked").exists()
     known = Calibration.load(made)
     looks = tuple((1.0 + i / 1000,) * 5 for i in range(200))
-    replace(known, scores=tuple(i / 1000 for i in range(200)), looks=looks).save(made)
+    replace(known, scores=tuple(i / 1000 for i in range(200)), first_gaps=looks).save(made)
     assert run(monkeypatch, capsys, *asked, "--out", tmp_path / "after") == (0, "")
     lines = sound(tmp_path / "after")
     assert all(line["attempts"] >= 1 and line["status"] == "ok" for line in lines)
@@ -255,7 +255,7 @@ def test_more_options_reach_the_sampler(tmp_path, monkeypatch, capsys, drawn, mi
 
 def test_settled_and_the_transition_come_from_the_calibration(tmp_path, monkeypatch, capsys, drawn, mine):
     write(tmp_path / "p.jsonl", 1)
-    ordinary = Ordinary((1.0,) * 5, (2.0,) * 5, (0.5, 0.6, 0.7, 0.8, 0.9), 640.0)
+    ordinary = Baseline((1.0,) * 5, (2.0,) * 5, (0.5, 0.6, 0.7, 0.8, 0.9), 640.0)
     levels = (801.0, 601.0, 401.0, 201.0, 1.0)
     made = Calibration({}, 5, 7.5, levels, (1.0,) * 5, (0.1,), ((1.0,) * 5,), {}, ordinary)
     made.save(mine / "calibration.json")

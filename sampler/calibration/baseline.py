@@ -1,0 +1,69 @@
+"""How the noise gaps of ordinary prompts run over the steps, for `Settled`, plots, and methods compared with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..guidance.guidance import Guidance
+from ..guidance.transitions import Settled
+from ..models.loading import ASSETS, located
+from .interpolation import curve, five_digits
+
+# Guidance may begin where the unguided gap of ordinary prompts has risen to this share of its largest value. The share fits the
+# onset sweep of one model (bench/RESULTS.md): for another model it is a first guess, which a sweep of its own can correct.
+RISEN = 0.65
+STATIC = 500.0  # the paper's static transition
+LIST = "ordinary.jsonl"  # in a model's folder: its own ordinary prompts, where photographic captions are none
+CAPTIONS = ASSETS / "captions.jsonl"  # about 200 photographic captions
+
+
+def ordinary_prompts(model: str) -> Path:
+    """The file of prompts that are ordinary on a model: LIST in its folder where there is one, else CAPTIONS."""
+    own = Path(located(model)) / LIST
+    return own if own.is_file() else CAPTIONS
+
+
+def unguided(steps: int) -> Guidance:
+    """No guidance in any step, but the noise gap of each: the sample waits for a gap of 0, which never comes."""
+    return Guidance.delayed(1.0, until=Settled((0.0,) * steps))
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The noise gaps of ordinary prompts on one model, over the steps of one scheduler.
+
+    low, high:  the 5th and the 95th percentile of each step's gap under plain guidance.
+    unguided:   the median gap of each step without guidance, for `Settled`; empty where it was not measured.
+    transition: the static transition, a timestep: where the unguided gap has risen to RISEN of its largest; STATIC where it was
+                not measured or does not rise, as under flow matching.
+    stable:     the stable region of plain guidance: name of a norm -> its (mean, standard deviation) in every step but the last
+                (Huang et al., KDD 2026); None where it was not measured.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    unguided: tuple[float, ...] = ()
+    transition: float = STATIC
+    stable: Mapping[str, Sequence[Sequence[float]]] | None = None
+
+    @classmethod
+    def of(cls, plain: Tensor, free: Tensor | None, levels: Sequence[float]) -> Baseline:
+        """From the gaps under plain guidance and, if measured, without any, both (n, steps), at timesteps in 0..1000."""
+        low, high = map(five_digits, plain.quantile(torch.tensor([0.05, 0.95]), dim=0).tolist())
+        if free is None:
+            return cls(low, high)
+        usual = free.median(dim=0).values
+        risen = int((usual >= RISEN * usual.max()).int().argmax())
+        transition = round(levels[risen], 1) if risen and math.isfinite(levels[risen]) else STATIC
+        return cls(low, high, five_digits(usual.tolist()), transition)
+
+    def fitted(self, known: Sequence[float], wanted: Sequence[float]) -> Baseline:
+        """The same at other noise levels, interpolated; without the stable region, whose norms hold for its own steps alone."""
+        low, high, free = (curve(known, gaps, wanted) if gaps else () for gaps in (self.low, self.high, self.unguided))
+        return Baseline(low, high, free, self.transition)
