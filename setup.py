@@ -26,7 +26,7 @@ setup(
             "assets/flow/**/*",
             "assets/flow/*",
         ],
-        "basinescape.audit": ["*.html.jinja"],
+        "basinescape.auditing": ["*.html.jinja"],
         "basinescape.bench.evaluation": ["*.html.jinja"],
         "basinescape.hosts.comfyui": ["example_workflows/*.json", "pyproject.toml"],
         "basinescape.hosts.webui": ["scripts/*.py"],

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from basinescape import Calibration, Sampler, models
-from basinescape.audit.measures import THRESHOLDS, installed
+from basinescape.auditing.measures import THRESHOLDS, installed
 from basinescape.calibration.baseline import STATIC
 from basinescape.data.captions import Prompt, read_captions
 

@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` does the same
-    from .audit.audit import audit
-    from .audit.judge import judge
+    from .auditing.audit import audit
+    from .auditing.judge import judge
     from .bulk.generate import generate
     from .bulk.settings import Files, Placement, Recipe
     from .calibration.calibration import Calibration
@@ -46,8 +46,8 @@ __all__ = [
     "judge",
 ]
 _MODULES = {
-    "audit": "audit.audit",
-    "judge": "audit.judge",
+    "audit": "auditing.audit",
+    "judge": "auditing.judge",
     "generate": "bulk.generate",
     **dict.fromkeys(("Files", "Placement", "Recipe"), "bulk.settings"),
     "Calibration": "calibration.calibration",

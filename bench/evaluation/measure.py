@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from basinescape.audit.index import Index
+from basinescape.auditing.index import Index
 from basinescape.data.pictures import images_in, pixels
 from PIL import Image
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from basinescape.audit.measures import EMBEDDINGS, Embedding, projected
+from basinescape.auditing.measures import EMBEDDINGS, Embedding, projected
 from basinescape.data.pictures import images_in, opened, pixels
 from basinescape.data.tables import write_csv
 from basinescape.runs.atomic import whole

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from basinescape.audit.embedding import embedded, rendered
+from basinescape.auditing.embedding import embedded, rendered
 from basinescape.calibration.baseline import STATIC
 from basinescape.runs.atomic import whole
 from markupsafe import Markup

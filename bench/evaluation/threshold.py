@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from basinescape import Sampler
-from basinescape.audit.measures import Similarity
+from basinescape.auditing.measures import Similarity
 from tqdm import tqdm
 
 from ..testbed.scenes import memorized, scene

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from basinescape import Sampler
-from basinescape.audit.measures import Similarity
+from basinescape.auditing.measures import Similarity
 from basinescape.data.pictures import pixels
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from PIL import Image

@@ -12,7 +12,7 @@ from . import options
 from .quiet import quieten
 
 if TYPE_CHECKING:
-    from ..audit.audit import Settings
+    from ..auditing.audit import Settings
 
 
 def audit(
@@ -59,7 +59,7 @@ def audit(
     Neither needs training images: where there are some, pictures are compared with them too.
     """
     quieten()
-    from ..audit.audit import Settings, audit
+    from ..auditing.audit import Settings, audit
     from ..calibration.baseline import ordinary_prompts
     from ..data.captions import read_captions
     from ..data.pictures import images_in

@@ -145,7 +145,7 @@ def _files(output: Output, shard: tuple[int, int] | None, on_error: str) -> File
     given: dict[str, Any] = {"captions": output.captions, "prompt_metadata": output.prompt_metadata}
     folder, measures = output.training_images, (output.similarity or None, output.threshold)
     if folder is not None or output.dedup:
-        from ..audit.index import Copies, Duplicates
+        from ..auditing.index import Copies, Duplicates
         from ..data.pictures import images_in
 
         given |= {"copies": Copies(folder, images_in(folder), *measures, on_error)} if folder is not None else {}

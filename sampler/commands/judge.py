@@ -61,7 +61,7 @@ def judge(
     part = shard_of(shard)
     quieten()
     from .. import Sampler
-    from ..audit.judge import Settings, judge
+    from ..auditing.judge import Settings, judge
 
     if threshold is not None and rate is not None:
         raise ValueError("threshold and rate say the same: give one of the two")

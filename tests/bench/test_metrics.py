@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from basinescape.audit.measures import Similarity
+from basinescape.auditing.measures import Similarity
 from basinescape.bench.evaluation.metrics import interval, roc
 from basinescape.bench.scenario import PRESETS, prompts
 from hypothesis import given, settings

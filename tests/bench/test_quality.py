@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from basinescape import Sampler
-from basinescape.audit.measures import Similarity, vision
+from basinescape.auditing.measures import Similarity, vision
 from basinescape.bench import cli
 from basinescape.bench.evaluation import threshold
 from basinescape.bench.evaluation.evaluate import image_path

@@ -4,8 +4,8 @@ import os
 
 import numpy as np
 import pytest
-from basinescape.audit.index import Copies, Index
-from basinescape.audit.measures import squares
+from basinescape.auditing.index import Copies, Index
+from basinescape.auditing.measures import squares
 from basinescape.bench.evaluation.measure import Measure
 from basinescape.bench.scenario import Prompt, Scenario
 from basinescape.data.pictures import images_in, opened, readings

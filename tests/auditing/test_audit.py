@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from basinescape import Calibration, Sampler
-from basinescape.audit import measures
-from basinescape.audit.audit import Settings, audit
-from basinescape.audit.index import Index
-from basinescape.audit.similarity import similarity
+from basinescape.auditing import measures
+from basinescape.auditing.audit import Settings, audit
+from basinescape.auditing.index import Index
+from basinescape.auditing.similarity import similarity
 from basinescape.bench import cli
 from basinescape.bench.scenario import PRESETS, prompts
 from basinescape.data.captions import Prompt

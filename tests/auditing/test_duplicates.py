@@ -7,8 +7,8 @@ import bulkruns
 import numpy as np
 import pytest
 from basinescape import Guidance
-from basinescape.audit import index
-from basinescape.audit.index import Duplicates
+from basinescape.auditing import index
+from basinescape.auditing.index import Duplicates
 from basinescape.bench.speed.standin import stand_in
 from basinescape.data.prompts import Job
 from basinescape.data.verify import verify

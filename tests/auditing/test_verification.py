@@ -3,8 +3,8 @@
 import pytest
 import torch
 from basinescape import Guidance, Sampler
-from basinescape.audit.heat import TOP, Heat, in_grey, overlaid
-from basinescape.audit.verification import Verification, predictions, still
+from basinescape.auditing.heat import TOP, Heat, in_grey, overlaid
+from basinescape.auditing.verification import Verification, predictions, still
 from basinescape.bench.scenario import PRESETS, prompts
 from basinescape.data.pictures import opened, pixels
 from basinescape.detection import basin
