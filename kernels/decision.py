@@ -56,6 +56,7 @@ def keep_books(
     sample,
     batch,
     gaps_stride,
+    goes,
     k,
     s,
     left,
@@ -65,18 +66,18 @@ def keep_books(
     FINDS: tl.constexpr,
     MOVES: tl.constexpr,  # the sample goes on to its next row
 ):
-    """Note where a sample is now."""
-    tl.store(at + sample, left)
+    """Note where a sample is now, if it goes on."""
+    tl.store(at + sample, left, mask=goes)
     if SEES:
-        first = tl.load(here + FIRST) > 0
+        first = goes & (tl.load(here + FIRST) > 0)
         tl.store(gaps + sample * gaps_stride + s, gap, mask=first)
         if FINDS:
             tl.store(peak + sample, top, mask=first)
     if MOVES:
-        tl.store(row + sample, k + 1)
+        tl.store(row + sample, k + 1, mask=goes)
         told = tl.load(following + TIMESTEP)
-        tl.store(timestep + sample, told)
-        tl.store(timestep + batch + sample, told)
+        tl.store(timestep + sample, told, mask=goes)
+        tl.store(timestep + batch + sample, told, mask=goes)
 
 
 @jit
@@ -103,24 +104,24 @@ def books_kernel(
         gap = total_gap(partials, sample, tiles)
     s, left, top = look(here, at, gaps, peak, sample, gaps_stride, gap, FINDS)
     tl.debug_barrier()  # all threads have read the state
-    if goes:
-        keep_books(
-            here,
-            following,
-            row,
-            at,
-            gaps,
-            peak,
-            timestep,
-            sample,
-            batch,
-            gaps_stride,
-            k,
-            s,
-            left,
-            gap,
-            top,
-            partials is not None,
-            FINDS,
-            MOVES,
-        )
+    keep_books(
+        here,
+        following,
+        row,
+        at,
+        gaps,
+        peak,
+        timestep,
+        sample,
+        batch,
+        gaps_stride,
+        goes,
+        k,
+        s,
+        left,
+        gap,
+        top,
+        partials is not None,
+        FINDS,
+        MOVES,
+    )

@@ -182,29 +182,29 @@ def step_kernel(
     if cond is not None:
         gap = tl.sqrt_rn(tl.sum(squared))
     s, left, top = look(here, at, gaps, peak, sample, gaps_stride, gap, FINDS)
-    a, b = factors(here, s, left, sums, gap, size, RULE)
     tl.debug_barrier()  # all threads have read the state
-    if goes:
-        keep_books(
-            here,
-            following,
-            row,
-            at,
-            gaps,
-            peak,
-            timestep,
-            sample,
-            batch,
-            gaps_stride,
-            k,
-            s,
-            left,
-            gap,
-            top,
-            cond is not None,
-            FINDS,
-            guided is None,
-        )
+    keep_books(
+        here,
+        following,
+        row,
+        at,
+        gaps,
+        peak,
+        timestep,
+        sample,
+        batch,
+        gaps_stride,
+        goes,
+        k,
+        s,
+        left,
+        gap,
+        top,
+        cond is not None,
+        FINDS,
+        guided is None,
+    )
+    a, b = factors(here, s, left, sums, gap, size, RULE)
     for part in tl.static_range(PARTS):
         if PARTS > 1:
             tl.debug_barrier()  # keeps the compiler from loading the latents and histories of all parts at once
