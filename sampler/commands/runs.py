@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -58,7 +58,7 @@ def shard_of(text: str | None) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-def spread(arguments: tuple, loading: dict[str, bool], workers: int | None) -> tuple[Callable[[], Sampler], str, str]:
+def spread(arguments: tuple, loading: dict[str, Any], workers: int | None) -> tuple[Callable[[], Sampler], str, str]:
     """How a cluster's workers load their samplers; device and dtype of this process's, which is looked at alone."""
     from .. import Sampler
     from ..bulk.ray import cluster

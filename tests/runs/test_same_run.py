@@ -116,4 +116,4 @@ def test_a_run_beside_other_training_images_is_another(tmp_path, monkeypatch, ca
     else:
         (images / "1.png").rename(images / "one.png")
     code, error = run(monkeypatch, capsys, *asked)
-    assert code == 2 and "holds another run (its training_images differ)" in error and contents(tmp_path / "out") == before
+    assert code == 2 and "holds another run (its training_images differ" in error and contents(tmp_path / "out") == before
