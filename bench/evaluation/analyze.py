@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from basinescape import FirstMinimum, Guidance, Settled
+from basinescape import FirstMinimum, Guidance, Settled, checks
 from basinescape.data.tables import write_csv
 from basinescape.kernels import definition
 
@@ -127,12 +127,11 @@ def analyze(
     if out.is_file() or (out.exists() and any(out.iterdir())):
         raise ValueError(f"output folder {str(out)!r} is {'a file' if out.is_file() else 'not empty'}: choose another")
     for name, value in (("seeds", seeds), ("limit", 1 if limit is None else limit)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        checks.at_least_one(name, value)
     every = prompts(scenario)
     groups = limited(every, limit)
     lab = Laboratory.of(scenario, every, device, dtype, progress)
-    steps, general, copies = lab.steps, "general" in groups, lab.measure.tells_copies
+    drawn, steps, general, copies = range(seeds), lab.steps, "general" in groups, lab.measure.tells_copies
     onsets = range(0, 2 * steps // 3 + 1, max(1, steps // 25)) if onsets is None else onsets
     for there, what, without in (
         (general, "general prompts", "what tells memorized prompts apart, and what is ordinary"),
@@ -142,7 +141,6 @@ def analyze(
             log.warning("the scenario has no %s: left out is %s", what, without)
     lab.sampler.solver(steps)  # raises for steps that the scheduler cannot take
     out.mkdir(parents=True, exist_ok=True)
-    drawn = range(seeds)
 
     plain = {name: curves(lab, found, drawn, Guidance.cfg(lab.scale)) for name, found in groups.items()}
     free, opposed = (curves(lab, groups["memorized"], drawn, constant(w, steps)) for w in (0.0, -lab.scale))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from basinescape import Output, Sampler
+from basinescape import Output, Sampler, checks
 from basinescape.data.pictures import images_in
 from basinescape.data.tables import write_csv
 from basinescape.runs.atomic import files_sha256, save_image
@@ -83,8 +83,7 @@ def evaluate(
     holds another run.
     """
     for name, value in (("seeds", seeds), ("batch_size", batch_size), ("limit", 1 if limit is None else limit)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        checks.at_least_one(name, value)
     own = own_methods(methods or ())
     every = prompts(scenario)
     measure = Measure(scenario, every)
@@ -101,13 +100,8 @@ def evaluate(
         there = same and image_path(out, line).is_file()
         return (line["method"], line["group"], f"{line['id']}-{line['seed']}") if there else None
 
-    tasks = [
-        Task(method, group, prompt, seed)
-        for method in known
-        for group, found in groups.items()
-        for seed in range(first_seed, first_seed + seeds)
-        for prompt in found
-    ]
+    every_seed = range(first_seed, first_seed + seeds)
+    tasks = [Task(name, group, prompt, seed) for name in known for group, seed, prompt in _images(groups, every_seed)]
     failed: list[Exception] = []
     with Journal(out / "results.jsonl", finished) as journal:
         lines = list(read_lines(out / "results.jsonl"))
@@ -128,6 +122,11 @@ def evaluate(
     if failed:
         raise Incomplete(failed, rows)
     return rows
+
+
+def _images(groups: dict[str, list[Prompt]], seeds: Sequence[int]) -> Iterator[tuple[str, int, Prompt]]:
+    """The group, seed and prompt of each image of a method."""
+    return ((group, seed, prompt) for group, found in groups.items() for seed in seeds for prompt in found)
 
 
 def _digests(scenario: Scenario, groups: dict[str, list[Prompt]]) -> dict[str, str]:

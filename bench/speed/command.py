@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from basinescape import Guard, Guidance, Sampler
 from basinescape.bulk.generate import generate
+from basinescape.bulk.settings import Placement, Recipe
 from basinescape.data.prompts import Job
 
 from ..tables import Row
@@ -33,7 +34,8 @@ def ours(sampler: Sampler, work: Sequence[int], guidance: Guidance | Guard, mode
     """The command's work, into a folder of its own."""
     jobs = [Job(f"{i}", _prompt(i), i, steps=steps) for i, steps in enumerate(work)]
     with tempfile.TemporaryDirectory() as folder:
-        done = generate(sampler, jobs, folder, guidance, model, max(work), BATCH, progress=False).done
+        recipe = Recipe(guidance, max(work))
+        done = generate(sampler, jobs, folder, recipe, model, placement=Placement(BATCH), progress=False).done
     if done != len(jobs):
         raise RuntimeError(f"{done} of {len(jobs)} images were made")
 

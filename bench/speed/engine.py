@@ -187,7 +187,9 @@ def scaling(workers: Sequence[int] = (1, 2, 4), steps: int = 10) -> Iterator[Row
     jobs = [(i, Job(f"{i}", f"a picture of a {i}", i)) for i in range(2 * max(workers) * blocks * SLOTS)]
     rates: list[float] = []
     for count in workers:
-        run = RayExecutor(Plans(worker(), Recipe(Guidance.cfg(SCALE), steps)), SLOTS, Files(), Placement(SLOTS, worker, count))
+        run = RayExecutor(
+            Plans(worker(), Recipe(Guidance.cfg(SCALE), steps), "tiny"), SLOTS, Files(), Placement(SLOTS, worker, count)
+        )
         sum(1 for _ in run.made(iter(jobs[: count * blocks * SLOTS]), Stop()))  # until every worker is there
         start = time.perf_counter()
         rates.append(sum(1 for _ in run.made(iter(jobs), Stop())) / (time.perf_counter() - start))

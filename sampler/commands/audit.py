@@ -27,8 +27,7 @@ def audit(
     model: options.Model = "tiny",
     calibration: Annotated[str | None, typer.Option(help="default calibration.json in the model's folder, if any")] = None,
     prompts: Annotated[
-        Path | None,
-        typer.Option(help="ordinary ones, measured once where no calibration has their gaps; default 200 that ship"),
+        Path | None, typer.Option(help="ordinary ones, measured once if no calibration has their gaps; default 200 that ship")
     ] = None,
     rate: Annotated[float, typer.Option(help="of the flagged captions, the share that may be ordinary")] = 0.1,
     noises: Annotated[int, typer.Option(help="initial noises a caption; above 1, ordinary prompts are measured too")] = 1,

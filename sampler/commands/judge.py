@@ -49,9 +49,7 @@ def judge(
     dtype: options.Dtype = None,
     device: options.Device = None,
     allow_pickle: options.AllowPickle = False,
-    on_error: Annotated[
-        str, typer.Option(help="what a row or file that is wrong does: stop, or skip, which leaves it out")
-    ] = "stop",
+    on_error: options.OnError = "stop",
     progress: options.Progress = True,
 ) -> None:
     """Find the pictures of a set that look like copies, by the model alone. The same command goes on where it was stopped.
