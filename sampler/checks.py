@@ -12,7 +12,7 @@ import torch
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def whole(value: Any) -> int | None:
+def whole_number(value: Any) -> int | None:
     """`value` as an int, numpy's whole numbers included; None for anything else, True and 3.0 included."""
     if isinstance(value, bool):
         return None
@@ -47,9 +47,9 @@ def one_each(name: str, given: str | Sequence[str | None] | None, count: int) ->
 
 def seeds(given: int | Sequence[int], count: int) -> list[int]:
     """One seed an image."""
-    first = whole(given)
+    first = whole_number(given)
     each: Iterable[Any] = range(first, first + count) if first is not None else given if isinstance(given, Iterable) else [None]
-    numbers = [whole(seed) for seed in each]
+    numbers = [whole_number(seed) for seed in each]
     found = [seed for seed in numbers if seed is not None and 0 <= seed < 2**63]
     if len(found) < len(numbers):
         raise ValueError(f"seeds must be whole numbers from 0 to 2**63 - 1, got {given!r}")
@@ -65,7 +65,7 @@ def at_least_one(name: str, given: int) -> int:
 
 def at_least(name: str, given: int, least: int) -> int:
     """A whole number of at least `least`."""
-    found = whole(given)
+    found = whole_number(given)
     if found is None or found < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {given!r}")
     return found

@@ -20,7 +20,7 @@ import torch
 from basinescape.auditing.measures import EMBEDDINGS, Embedding, projected
 from basinescape.data.pictures import images_in, opened, pixels
 from basinescape.data.tables import write_csv
-from basinescape.runs.atomic import whole
+from basinescape.runs.atomic import atomic_write
 from PIL import Image
 from torch import Tensor, nn
 from torchmetrics.functional.multimodal import clip_score
@@ -93,7 +93,7 @@ def quality(
     if not rows:
         raise ValueError(f"run folder {str(folder)!r} holds no image that can be read")
     write_csv(folder / "quality.csv", rows)
-    with whole(folder / "quality.jsonl") as file:
+    with atomic_write(folder / "quality.jsonl") as file:
         file.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
     return rows
 

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from basinescape.auditing.embedding import embedded, rendered
 from basinescape.calibration.baseline import STATIC
-from basinescape.runs.atomic import whole
+from basinescape.runs.atomic import atomic_write
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -52,7 +52,7 @@ def report(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
         files |= dict(zip(names, parts, strict=True))
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, text in files.items():
-        with whole(path) as part:
+        with atomic_write(path) as part:
             part.write_text(text, encoding="utf-8")
     return list(files)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from basinescape.auditing.embedding import inside, rendered
 from basinescape.data.writers import FORMATS, writer
-from basinescape.runs.atomic import whole
+from basinescape.runs.atomic import atomic_write
 from basinescape.runs.folder import read_settings
 from basinescape.runs.manifest import MANIFEST, sound
 from PIL import Image
@@ -56,7 +56,7 @@ def sheet(folder: str | Path, out: str | Path) -> int:
         scored=any(entry["score"] is not None for entry in entries),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    with whole(out) as part:
+    with atomic_write(out) as part:
         part.write_text(text, encoding="utf-8")
     return len(entries)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from basinescape import FirstMinimum, Guidance, Sampler
-from basinescape.sampling.plan import Plan
+from basinescape.sampling.step_table import StepTable
 from basinescape.sampling.steps import denoise, fused_step
 from basinescape.schedulers.schedule import make_scheduler
 
@@ -25,7 +25,7 @@ def check_sampler_synchronisation(device: torch.device) -> Figures:
     network = model.network(model.encode(PROMPTS, 64, 64))
     noise = torch.randn(3, 4, 16, 16).to(device, torch.float16)
     for guidance in METHODS.values():
-        plan = Plan.make(sampler.solver(STEPS), guidance, device)
+        plan = StepTable.make(sampler.solver(STEPS), guidance, device)
         state = plan.state(noise, model.memory_format)
         take = fused_step(network, plan, state)
         denoise(take, plan.branches)

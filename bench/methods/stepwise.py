@@ -17,8 +17,8 @@ from basinescape.kernels.state import State
 from basinescape.models import Guided
 from basinescape.sampling.batch import mover
 from basinescape.sampling.ladder import Ladder
-from basinescape.sampling.plan import Plan
 from basinescape.sampling.samples import Results
+from basinescape.sampling.step_table import StepTable
 from basinescape.sampling.steps import denoise, guided_prediction, predicted, renoise
 from basinescape.types import Branch, Network, Pair
 from torch import Tensor
@@ -73,7 +73,7 @@ def sample(
     check(guidance)
     model, solver = sampler.model, sampler.solver(steps)
     ladder = Ladder.make(solver, guidance, model.device, model.settle)
-    plan, options = ladder.whole, dict(zip(("height", "width"), sampler.size(), strict=True)) | sampler.options
+    plan, options = ladder.plan, dict(zip(("height", "width"), sampler.size(), strict=True)) | sampler.options
     encoded = model.encode(list(prompts), **options)
     network = PairKeeper(model.network(encoded, plain=True))
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -116,7 +116,9 @@ def sample(
     return Output.of(Results.of(state, solver.steps), encoded, solver, output, decode)
 
 
-def _guided(changed: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], guidance: Guidance, plan: Plan, state: State) -> Tensor:
+def _guided(
+    changed: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], guidance: Guidance, plan: StepTable, state: State
+) -> Tensor:
     """What guidance makes of `changed`, with gap and transition of the model's `own` predictions, (B, ...) all."""
     guided_prediction(*own, plan, state)
     weight = state.transition.weight(state.transition.rows(plan.table))

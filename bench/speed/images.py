@@ -13,7 +13,7 @@ import torch
 from basinescape import At, FirstMinimum, Guidance, Sampler
 from basinescape.models import adapt
 from basinescape.models.network import PACKED, traced
-from basinescape.sampling.plan import Plan
+from basinescape.sampling.step_table import StepTable
 from basinescape.schedulers.schedule import make_scheduler
 from diffusers import DiffusionPipeline
 from torch.utils.flop_counter import FlopCounterMode
@@ -144,7 +144,7 @@ class Bench:
         solver = Sampler.from_pipeline(self.pipe).solver(self.case.steps)
         calls = {}
         for method, guidance in METHODS.items():
-            branches = Plan.make(solver, guidance, self.device).branches
+            branches = StepTable.make(solver, guidance, self.device).branches
             calls[method] = sum(2 if branch == "both" else 1 for branch in branches)
         return {method: count * counter.get_total_flops() for method, count in calls.items()}
 

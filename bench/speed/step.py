@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from basinescape import FirstMinimum, Guidance, Sampler
 from basinescape.models import GuidedUNet
-from basinescape.sampling.plan import Plan
+from basinescape.sampling.step_table import StepTable
 from basinescape.sampling.steps import denoise, lockstep
 from basinescape.schedulers.schedule import make_scheduler
 from torch import Tensor
@@ -196,7 +196,7 @@ def _cost(pipe: Any, height: int, cases: Cases) -> Iterator[Row]:
     for batch in cases.cost_batches:
         network = sampler.model.network(sampler.model.encode(["a picture of a cat"] * batch, height, height))
         for steps in cases.cost_steps:
-            plan = Plan.make(sampler.solver(steps), Guidance.cfg(SCALE), device)
+            plan = StepTable.make(sampler.solver(steps), Guidance.cfg(SCALE), device)
             noise = torch.randn((batch, pipe.unet.config.in_channels, side, side)).to(device, pipe.unet.dtype)
             calls[batch, steps] = _loop(network, plan, noise)
             calls[batch, steps]()
@@ -211,7 +211,7 @@ def _cost(pipe: Any, height: int, cases: Cases) -> Iterator[Row]:
         yield {"bench": "step, cost", "what": what, "peer": "ours", "unit": "us", **row, "us a step": a_step}
 
 
-def _loop(network: GuidedUNet, plan: Plan, noise: Tensor) -> Callable[[], None]:
+def _loop(network: GuidedUNet, plan: StepTable, noise: Tensor) -> Callable[[], None]:
     state = plan.state(noise)
 
     def call() -> None:

@@ -35,7 +35,7 @@ from ..data.tables import write_csv
 from ..detection import basin
 from ..guidance.guard import RATE, THRESHOLD
 from ..models import memory
-from ..runs.atomic import whole
+from ..runs.atomic import atomic_write
 from ..runs.folder import open_folder
 from ..runs.jsontext import json_bytes
 from ..runs.provenance import weights_sha256
@@ -146,7 +146,7 @@ def audit(
     told |= ranked_record(rows, lines, reference, settings.rate)
     told |= verified_record(found, len(worst) * settings.seeds, threshold, index)
     told |= {"training_images": len(inputs.images), "without_caption": len(inputs.images) - len(_images(captions))}
-    with whole(out / "audit.json") as part:
+    with atomic_write(out / "audit.json") as part:
         part.write_bytes(json_bytes(told, indent=1) + b"\n")
     page.write(out, told, {prompt.id: prompt.image for prompt in captions}, rows, found)
     return rows
@@ -227,7 +227,7 @@ def _measured(gaps: Gaps, inputs: _Inputs, run: dict[str, Any], out: Path) -> Re
     tasks = [(f"{j:04d}", text, own) for j, (text, own) in enumerate(zip(ordinary, seeds, strict=True))]
     path, cached = out / "ordinary.jsonl", _cached(run)
     if not path.exists() and cached.is_file():
-        with whole(path) as part:
+        with atomic_write(path) as part:
             shutil.copyfile(cached, part)
     what = "ordinary prompts, once for a model and its settings (basinescape calibrate keeps more)"
     every = gaps(tasks, path, what)
@@ -237,7 +237,7 @@ def _measured(gaps: Gaps, inputs: _Inputs, run: dict[str, Any], out: Path) -> Re
     if len(lines) == len(every):
         with suppress(OSError):  # without a cache the next audit measures again
             cached.parent.mkdir(parents=True, exist_ok=True)
-            with whole(cached) as part:
+            with atomic_write(cached) as part:
                 shutil.copyfile(path, part)
     usual = tuple(median(noise[k] for line in lines for noise in line["gaps"]) for k in range(gaps.steps))
     if min(usual) <= 0:

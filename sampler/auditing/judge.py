@@ -31,7 +31,7 @@ from ..data.tables import write_csv
 from ..detection import basin
 from ..guidance.guard import PROBES, THRESHOLD
 from ..models import memory
-from ..runs.atomic import whole
+from ..runs.atomic import atomic_write
 from ..runs.folder import open_folder, read_settings
 from ..runs.journal import Journal, read_lines
 from ..runs.jsontext import json_bytes
@@ -160,7 +160,7 @@ def _opened(out: Path, run: dict[str, Any], shard: tuple[int, int] | None) -> Pa
                 f"{str(part)!r} is a shard of another run (its {', '.join(differs)} differ): choose another folder"
             )
     if shards and not (out / "run.json").exists():
-        with whole(out / "run.json") as file:
+        with atomic_write(out / "run.json") as file:
             file.write_bytes(json_bytes(run, indent=2) + b"\n")
     open_folder(out, run)
     return out

@@ -9,7 +9,7 @@ from math import ceil, log1p
 from pathlib import Path
 from typing import Any
 
-from ..runs.atomic import whole
+from ..runs.atomic import atomic_write
 from .embedding import rendered
 
 WIDTH = 0.1  # of the histogram's bars
@@ -37,7 +37,7 @@ def write(
         bars=bars([row["score"] for row in rows if row["score"] is not None], threshold),
         entries=[{**row, "uri": shown[row["id"]], "name": Path(row["file"]).name} for row in rows if row["id"] in shown],
     )
-    with whole(out / "judge.html") as part:
+    with atomic_write(out / "judge.html") as part:
         part.write_text(text, encoding="utf-8")
 
 

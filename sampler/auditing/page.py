@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..runs.atomic import whole
+from ..runs.atomic import atomic_write
 from .embedding import embedded, inside, rendered
 from .heat import TOP, overlaid
 from .verification import Files
@@ -47,7 +47,7 @@ def write(
     ]
     template = Path(__file__).with_name("audit.html.jinja")
     text = rendered(template, record=record, rows=rows, entries=entries, top=TOP)
-    with whole(out / "audit.html") as part:
+    with atomic_write(out / "audit.html") as part:
         part.write_text(text, encoding="utf-8")
 
 

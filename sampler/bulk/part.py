@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.prompts import Job, Prompts
-from ..runs.atomic import whole
+from ..runs.atomic import atomic_write
 from ..runs.jsontext import json_bytes
 from ..runs.manifest import JOBS, belongs, job_lines, read_jobs
 
@@ -43,7 +43,7 @@ class Part:
         """Write all jobs of the run into its folder, so that what is missing or changed there can be named."""
         if sum(1 for _ in read_jobs(out)) == len(self.prompts):
             return
-        with whole(out / JOBS) as part, part.open("wb") as file:
+        with atomic_write(out / JOBS) as part, part.open("wb") as file:
             for position, job in self._asked():
                 file.write(json_bytes(_line(position, job)) + b"\n")
 

@@ -73,7 +73,7 @@ class Plans:
     def calls(self, kind: Kind) -> int:
         """The network's calls that a first attempt takes, the judging of its picture included."""
         ladder = self.of(kind)
-        needed = sum(2 if branch == "both" else 1 for branch in ladder.whole.branches[: ladder.starts[1]])
+        needed = sum(2 if branch == "both" else 1 for branch in ladder.plan.branches[: ladder.starts[1]])
         return needed + (2 * ladder.guard.attempts[0].probes if ladder.guard else 0)
 
     def bytes(self, kind: Kind, latents: bool) -> int:

@@ -18,7 +18,7 @@ from ..guidance.early import EarlyLook
 from ..guidance.guard import RATE
 from ..guidance.transitions import Settled
 from ..models import located
-from ..runs.atomic import whole
+from ..runs.atomic import atomic_write
 from ..sampler import Sampler
 from .baseline import Baseline
 from .fingerprint import differing, fingerprint
@@ -187,7 +187,7 @@ class Calibration:
         """Write it as JSON, a field a line."""
         lines = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in asdict(self).items())
         text = "{\n" + ",\n".join(lines) + "\n}"
-        with whole(Path(path)) as part:
+        with atomic_write(Path(path)) as part:
             part.write_text(text + "\n", encoding="utf-8")
 
     @staticmethod

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from ..runs.atomic import whole
+from ..runs.atomic import atomic_write
 from ..runs.journal import Keys, texts
 from ..runs.jsontext import json_bytes
 from ..runs.manifest import MANIFEST, lacks, read_jobs
@@ -27,7 +27,7 @@ def write(out: Path) -> None:
     """Write the metadata of a run's folder: a row for each picture of its manifest, in the order of the jobs."""
     if fault(out) is None:
         return
-    with whole(out / METADATA) as part, part.open("wb") as file:
+    with atomic_write(out / METADATA) as part, part.open("wb") as file:
         file.writelines(_rows(out))
 
 

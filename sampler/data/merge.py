@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..runs.atomic import whole
+from ..runs.atomic import atomic_write
 from ..runs.folder import open_folder, read_settings
 from ..runs.journal import Journal
 from ..runs.manifest import JOBS, MANIFEST, sound
@@ -39,7 +39,7 @@ def merge(run: str | Path, out: str | Path) -> tuple[int, int]:
 
     with Journal(out / MANIFEST, finished) as journal:
         if not (out / JOBS).is_file() and (parts[0] / JOBS).is_file():  # the same in all of them
-            with whole(out / JOBS) as part:
+            with atomic_write(out / JOBS) as part:
                 shutil.copyfile(parts[0] / JOBS, part)
         writes.join(parts)
         for part in parts:

@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..runs.atomic import whole
+from ..runs.atomic import atomic_write
 from ..runs.jsontext import finite, json_bytes
 from .encoding import Made
 
@@ -88,7 +88,7 @@ class Parquet(Shard):
                 table = self.parquet.read_table(path, page_checksum_verification=True)
                 nulls = {field.name: self.arrow.nulls(len(table), field.type) for field in common}
                 found = {name: table[name].cast(common.field(name).type) for name in table.column_names}
-                with whole(path) as part:
+                with atomic_write(path) as part:
                     self._save(self.arrow.table(nulls | found, schema=common), part)
 
     def _save(self, table: Any, path: Path) -> None:

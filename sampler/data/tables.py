@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runs.atomic import whole
+from ..runs.atomic import atomic_write
 from .names import cell
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """rows: one or more, each with the columns of the first. Text that looks like a formula is quoted; see `cell`."""
-    with whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import checks
-from ..runs.atomic import link, save_bytes, whole
+from ..runs.atomic import atomic_write, link, save_bytes
 from ..runs.folder import SAFE_ID
 from ..runs.manifest import noted, read_jobs, sound
 from . import imagefolder
@@ -273,7 +273,7 @@ class Shards(Writer):
     def _write(self, name: str, rows: dict[int, Made]) -> None:
         path = self.out / name
         path.parent.mkdir(exist_ok=True)
-        with whole(path) as part:
+        with atomic_write(path) as part:
             self.kind.write(part, [row for _, row in sorted(rows.items())])
         self._found.cache_clear()
 

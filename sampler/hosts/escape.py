@@ -26,8 +26,8 @@ from ..kernels import guide_step
 from ..kernels.operands import is_dense
 from ..kernels.state import Latents, State, Transition, Workspace
 from ..sampling.branches import branches, looks
-from ..sampling.plan import table_of
 from ..sampling.statistics import Statistics
+from ..sampling.step_table import table_of
 from ..types import Branch
 
 
@@ -61,7 +61,7 @@ class Escape:
         given = each(guidance, self.batch)
         self.device = torch.device(device)
         self.calls = 0
-        count = checks.whole(timesteps)
+        count = checks.whole_number(timesteps)
         self._timed_by_call = count is not None  # in each call
         self.timesteps = _levels(timesteps) if count is None else [math.nan] * checks.at_least_one("timesteps", count)
         self.guidance = [one.over(self.timesteps, _log_snrs(log_snrs, len(self.timesteps))) for one in given]

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ..checks import whole
+from ..checks import whole_number
 from ..schedulers.schedule import Schedule
 from ..types import Settle, draw
 from .base import Decoded, Encoded, Pixels, Request
@@ -99,7 +99,7 @@ class Adapter:
         for name, pixels, default in zip(("height", "width"), (height, width), own, strict=True):
             if pixels is None and default is None:
                 raise ValueError(f"{name} must be given: the network's configuration names no sample_size")
-            number = default if pixels is None else whole(pixels)
+            number = default if pixels is None else whole_number(pixels)
             if number is None or number < 1 or number % self.multiple:
                 raise ValueError(f"{name} must be a multiple of {self.multiple} pixels, got {pixels!r}")
             found.append(number)
@@ -180,7 +180,7 @@ class Adapter:
                 getattr(self.pipe, part).config.num_hidden_layers for part, _ in self.encoders if getattr(self.pipe, part)
             ]
             most = min(layers, default=0) + 1 - self.last_layer
-            if whole(skip) is None or not 0 <= skip <= most:
+            if whole_number(skip) is None or not 0 <= skip <= most:
                 raise ValueError(f"clip_skip must be a whole number from 0 to {most}, got {skip!r}")
         if not isinstance(options.get(self.kwargs, {}), dict):
             raise ValueError(f"{self.kwargs} must be a dict, got {options[self.kwargs]!r}")

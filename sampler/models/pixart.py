@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import whole
+from ..checks import whole_number
 from .base import Pixels, Request
 from .lean import LeanPixArt
 from .transformer import GuidedTransformer, Transformer
@@ -48,7 +48,7 @@ class PixArtSigma(Transformer):
     def size(self, height: Pixels = None, width: Pixels = None) -> tuple[int, int]:
         found = []
         for name, pixels, own in zip(("height", "width"), (height, width), self.own_size, strict=True):
-            number = own if pixels is None else whole(pixels)
+            number = own if pixels is None else whole_number(pixels)
             if number is None or number < 1:
                 raise ValueError(f"{name} must be a whole number of pixels, got {pixels!r}")
             found.append(number)

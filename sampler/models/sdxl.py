@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import whole
+from ..checks import whole_number
 from .adapter import most_likely
 from .sd import StableDiffusion
 
@@ -31,7 +31,7 @@ class StableDiffusionXL(StableDiffusion):
         super()._check(prompts, negative, options)
         for name in (*SIZES, *NEGATIVE_SIZES):
             pair = options.get(name, (0, 0))
-            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or any(whole(pixels) is None for pixels in pair):
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or any(whole_number(pixels) is None for pixels in pair):
                 raise ValueError(f"{name} must be two whole numbers of pixels, got {pair!r}")
         given = [name for name in NEGATIVE_SIZES if name in options]
         if given and not {"negative_original_size", "negative_target_size"} <= set(given):

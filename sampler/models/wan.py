@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import whole
+from ..checks import whole_number
 from .adapter import most_likely
 from .base import Request
 from .lean import LeanWan
@@ -55,7 +55,7 @@ class Wan(Transformer):
         return self.pipe.vae_scale_factor_spatial * self.net.config.patch_size[1]
 
     def shape(self, height: int, width: int, num_frames: int | None = None, **options: Any) -> tuple[int, ...]:
-        frames, step = self.frames if num_frames is None else whole(num_frames), self.pipe.vae_scale_factor_temporal
+        frames, step = self.frames if num_frames is None else whole_number(num_frames), self.pipe.vae_scale_factor_temporal
         if frames is None or frames < 1 or (frames - 1) % step:
             raise ValueError(f"num_frames must be 1 more than a multiple of {step}, got {num_frames!r}")
         factor = self.pipe.vae_scale_factor_spatial

@@ -36,7 +36,7 @@ def explaining_a_full_disk(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Gives the path of a temporary file to write. At the end it takes the name `path`; after an error it is removed.
 
     Raises OSError, saying that the same command goes on, where the disk is full.
@@ -63,20 +63,20 @@ def _create(path: Path) -> None:
 
 def save_image(image: Image.Image, path: Path) -> None:
     """Write an image as a PNG, atomically."""
-    with whole(path) as part:
+    with atomic_write(path) as part:
         image.save(part, format="PNG")
 
 
 def save_bytes(data: bytes, path: Path) -> None:
     """Write bytes as a file, atomically."""
-    with whole(path) as part:
+    with atomic_write(path) as part:
         part.write_bytes(data)
 
 
 def link(source: Path, target: Path) -> None:
     """Make `target` a hard link to the file `source`, or a copy of it in another file system."""
     target.parent.mkdir(exist_ok=True)
-    with whole(target) as part:
+    with atomic_write(target) as part:
         os.unlink(part)
         try:
             os.link(os.path.realpath(source), part)

@@ -19,7 +19,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]  # a module that is not there
 
-from .atomic import whole
+from .atomic import atomic_write
 from .jsontext import finite, json_bytes
 
 LEFTOVERS = (".DS_Store", "Thumbs.db", "desktop.ini", "*.part")  # left by desktops, and by a run that was killed
@@ -52,7 +52,7 @@ def open_folder(
             grown(known)
         (out / "images").mkdir(exist_ok=True)
         if known != run:
-            with whole(out / "run.json") as part:
+            with atomic_write(out / "run.json") as part:
                 part.write_bytes(json_bytes(run, indent=2) + b"\n")
 
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from .atomic import explaining_a_full_disk, whole
+from .atomic import atomic_write, explaining_a_full_disk
 from .folder import locked
 from .jsontext import json_bytes
 
@@ -108,7 +108,7 @@ def _repair(path: Path, key: Callable[[dict[str, Any]], Hashable | None]) -> Key
     _, last = np.unique(np.frombuffer(digests, np.uint64)[::-1], return_index=True)
     wanted = iter(np.sort(np.frombuffer(numbers, np.uint64)[::-1][last]).tolist())
     following = next(wanted, None)
-    with whole(path) as part, part.open("wb") as file:
+    with atomic_write(path) as part, part.open("wb") as file:
         for number, (_, line) in enumerate(texts(path)):
             if number == following and line is not None:
                 file.write(_text(line))

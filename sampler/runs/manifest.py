@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .atomic import whole
+from .atomic import atomic_write
 from .journal import read_lines
 from .jsontext import json_bytes
 
@@ -50,6 +50,6 @@ def noted(line: dict[str, Any], notes: Mapping[str, Mapping[str, Any]], names: S
 
 def note(out: Path, notes: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
     """Write notes into the lines of a folder's manifest; see `noted`."""
-    with whole(out / MANIFEST) as part, part.open("wb") as file:
+    with atomic_write(out / MANIFEST) as part, part.open("wb") as file:
         for line in read_lines(out / MANIFEST):
             file.write(json_bytes(noted(line, notes, names)) + b"\n")

@@ -23,8 +23,8 @@ from .engine import guarded
 from .graphs import Graphs
 from .ladder import Ladder
 from .output import Output
-from .plan import Plan
 from .samples import Results
+from .step_table import StepTable
 from .steps import Lane, Move, denoise, fused_step, lockstep_move, renoise, scheduler_move, stepping
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Runner:
         return [batch(part, bar(progress, i, len(some))) for i, part in enumerate(some)]
 
     def lane(
-        self, ladder: Ladder, network: models.Guided, plan: Plan, noise: Tensor, generators: list[torch.Generator]
+        self, ladder: Ladder, network: models.Guided, plan: StepTable, noise: Tensor, generators: list[torch.Generator]
     ) -> Lane:
         """A batch from `noise` (B, ...) for the engine: captured, or by the scheduler's own step, or fused."""
         noise, form = noise.to(self.model.dtype), self.model.memory_format
@@ -99,7 +99,7 @@ class Runner:
 
     def run(self, ladder: Ladder, batch: Batch, shown: Bar, callback: callbacks.Callback | None, scale: float) -> Results:
         """All steps of a batch, which go through `shown`. callback, scale: as the call has them, None for no callback."""
-        model, plan, solver = self.model, ladder.whole, ladder.solver
+        model, plan, solver = self.model, ladder.plan, ladder.solver
         noise, generators = (batch.noise * solver.init_sigma).to(model.device, model.dtype), batch.generators
         network = model.network(batch.encoded, plain=self.wrap is not None)
         if ladder.guard is not None:
@@ -123,7 +123,7 @@ class Runner:
         self, ladder: Ladder, network: models.Guided, noise: Tensor, generators: list[torch.Generator]
     ) -> tuple[Step, State]:
         """The step of a batch whose samples all go one way from `noise` (B, ...), and what it updates."""
-        plan, form = ladder.whole, self.model.memory_format
+        plan, form = ladder.plan, self.model.memory_format
         graphs = None if self.wrap is not None else self._graphs(network, plan, ladder.stepwise)
         if graphs is not None:
             lane = graphs.lane(network, plan, noise, form)
@@ -132,7 +132,7 @@ class Runner:
         changed = network if self.wrap is None else self.wrap(network)
         return stepping(changed, state, mover(ladder, self.scheduler, generators, state)), state
 
-    def _graphs(self, network: models.Guided, plan: Plan, stepwise: bool) -> Graphs | None:
+    def _graphs(self, network: models.Guided, plan: StepTable, stepwise: bool) -> Graphs | None:
         """Where steps of this network are recorded; None where they are not."""
         recorded = network.version is not None and not stepwise and not plan.statistics.rules
         return self.graphs if recorded else None
@@ -141,5 +141,5 @@ class Runner:
 def mover(ladder: Ladder, scheduler: Scheduler, generators: list[torch.Generator], state: State) -> Move:
     """What takes a batch, just started and all at the same row, through the steps of a ladder of one attempt."""
     if ladder.stepwise:
-        return scheduler_move(ladder.solver, scheduler, generators, ladder.whole, state)
-    return lockstep_move(ladder.whole, state)
+        return scheduler_move(ladder.solver, scheduler, generators, ladder.plan, state)
+    return lockstep_move(ladder.plan, state)

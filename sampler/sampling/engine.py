@@ -253,7 +253,7 @@ def guarded(
     initial: Callable[[Sequence[torch.Generator]], Tensor],
 ) -> Results:
     """One batch under a guard, from its initial noise (B, ...). bar: of the plain attempt's steps; initial: see `Sample`."""
-    turns = iter(bar(ladder.whole.branches[: ladder.starts[1]]))
+    turns = iter(bar(ladder.plan.branches[: ladder.starts[1]]))
     given = enumerate(zip(noise, generators, strict=True))
     work = [
         Sample(i, ladder, tuple(x.shape), network, i, own.initial_seed(), initial, generator=own, noise=x)

@@ -13,12 +13,12 @@ from ..detection import basin
 from ..models import Guided
 from ..types import Branch, Pair, draw
 from .ladder import Ladder
-from .plan import Plan
 from .samples import Result, Sample
 from .slots import ROWS, STEPS, Slot
+from .step_table import StepTable
 from .steps import Lane, fused_step
 
-Begin = Callable[[Ladder, Guided, Plan, Tensor, list[torch.Generator]], Lane]
+Begin = Callable[[Ladder, Guided, StepTable, Tensor, list[torch.Generator]], Lane]
 
 
 class Flight:
@@ -28,7 +28,7 @@ class Flight:
     """
 
     def __init__(self, begin: Begin, first: Sample, size: int, room: bool, multistep: bool):
-        self.plan = first.ladder.whole
+        self.plan = first.ladder.plan
         self.generators = [torch.Generator() for _ in range(size)]
         self.network = first.network.blank(size)
         nothing = torch.zeros((size, *first.shape), device=self.plan.table.device)
@@ -47,7 +47,7 @@ class Flight:
         """Begin the samples of slots that were free."""
         for slot in fresh:
             if slot.offset == len(self.plan.table):
-                self.plan = Plan.joined([self.plan, slot.sample.ladder.whole])
+                self.plan = StepTable.joined([self.plan, slot.sample.ladder.plan])
         self.lane.follow(self.plan)
         for slot in fresh:
             self.network.put(slot.place, slot.sample.network, slot.sample.row)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..kernels.state import State
 from ..models import Guided
 from ..types import Branch, Pair
-from .plan import Plan
+from .step_table import StepTable
 from .steps import Lane, fused_step
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Graphs:
         self._failed = False
         self._version: object | None = None
 
-    def lane(self, network: Guided, plan: Plan, noise: Tensor, memory_format: torch.memory_format) -> Lane:
+    def lane(self, network: Guided, plan: StepTable, noise: Tensor, memory_format: torch.memory_format) -> Lane:
         """A batch that begins from `noise` under `plan`. Its step is captured where that works.
 
         Captures of an earlier version of the network are dropped.
@@ -77,7 +77,7 @@ class Session:
     for each other, and a sample of more than a million elements takes a second launch.
     """
 
-    def __init__(self, network: Guided, plan: Plan, rows: int, noise: Tensor, memory_format: torch.memory_format):
+    def __init__(self, network: Guided, plan: StepTable, rows: int, noise: Tensor, memory_format: torch.memory_format):
         self.network, self.table = network, plan.table.new_zeros((rows, plan.table.shape[1]))
         shape = tuple(noise.shape)
         self.state = State.empty(shape, rows, noise.dtype, noise.device, plan.multistep, plan.scaled, memory_format)
@@ -85,7 +85,7 @@ class Session:
         self.take = fused_step(network, replace(plan, table=self.table, finds=True), self.state)
         self.graphs: dict[Branch, tuple[torch.cuda.CUDAGraph, Pair]] = {}
 
-    def start(self, noise: Tensor, plan: Plan) -> State:
+    def start(self, noise: Tensor, plan: StepTable) -> State:
         """The state at the start of `plan`. It has as many gaps as the plan has steps."""
         self.state.start(noise, self.table, last=plan.last)
         transition = replace(self.state.transition, gaps=self.state.transition.gaps[:, : plan.steps])

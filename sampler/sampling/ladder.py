@@ -22,14 +22,14 @@ from ..guidance.guidance import Guidance
 from ..kernels.table import Column
 from ..schedulers.solver import Solver
 from ..types import Branch, Settle
-from .plan import Plan
+from .step_table import StepTable
 
 BOTH: Branch = "both"
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """`whole` has the rows of all attempts after each other. Attempt i begins at row `starts[i]`.
+    """`plan` has the rows of all attempts after each other. Attempt i begins at row `starts[i]`.
 
     guidance: one attempt that nobody judges, or a guard.
     check: the row at which the guard's early look has seen its gaps; None without one.
@@ -37,7 +37,7 @@ class Ladder:
     """
 
     guidance: Guidance | Guard
-    whole: Plan
+    plan: StepTable
     starts: tuple[int, ...]
     solver: Solver
     check: int | None = None
@@ -50,7 +50,7 @@ class Ladder:
         Raises ValueError for steps that it is not made for, and for a guard where pictures cannot be judged.
         """
         attempts = [one.guidance for one in guidance.attempts] if isinstance(guidance, Guard) else [guidance]
-        plans = [Plan.make(solver, one, device, settle) for one in attempts]
+        plans = [StepTable.make(solver, one, device, settle) for one in attempts]
         starts = tuple(accumulate((len(plan.table) for plan in plans), initial=0))
         if not isinstance(guidance, Guard):
             return cls(guidance, plans[0], starts, solver)
@@ -64,7 +64,7 @@ class Ladder:
             check = plans[0].calls(early.steps)
             if set(plans[0].branches[:check]) != {BOTH}:
                 raise ValueError(f"the guard's early look needs a noise gap in each of the first {early.steps} steps")
-        return cls(guidance, Plan.joined([*plans, _asking(plans[0], probe)]), starts, solver, check, probe)
+        return cls(guidance, StepTable.joined([*plans, _asking(plans[0], probe)]), starts, solver, check, probe)
 
     @property
     def guard(self) -> Guard | None:
@@ -74,17 +74,17 @@ class Ladder:
     @property
     def rows(self) -> int:
         """The rows of all attempts, and of the call that judges."""
-        return len(self.whole.table)
+        return len(self.plan.table)
 
     @property
     def steps(self) -> int:
         """The solver steps of an attempt, the most of one."""
-        return self.whole.steps
+        return self.plan.steps
 
     @property
     def multistep(self) -> bool:
         """Its solver keeps a history."""
-        return self.whole.multistep
+        return self.plan.multistep
 
     @property
     def stepwise(self) -> bool:
@@ -97,7 +97,7 @@ class Ladder:
             return self
         if not 1 <= checks.at_least_one("stop_after", after) <= self.solver.steps:
             raise ValueError(f"stop_after must be 1 to {self.solver.steps}, the steps; got {after}")
-        return replace(self, whole=replace(self.whole, branches=self.whole.branches[: self.whole.calls(after)]))
+        return replace(self, plan=replace(self.plan, branches=self.plan.branches[: self.plan.calls(after)]))
 
     @property
     def idle(self) -> list[str]:
@@ -109,20 +109,22 @@ class Ladder:
 
     def computed(self, attempt: int) -> Tensor:
         """(steps,) bool on the CPU: in which steps of an attempt there is a noise gap."""
-        found = torch.zeros(self.whole.steps, dtype=torch.bool)
+        found = torch.zeros(self.plan.steps, dtype=torch.bool)
         rows = range(self.starts[attempt], self.starts[attempt + 1])
-        found[[self.whole.step[row] for row in rows if self.whole.branches[row] == BOTH]] = True
+        found[[self.plan.step[row] for row in rows if self.plan.branches[row] == BOTH]] = True
         return found
 
 
-def _asking(plain: Plan, probe: Probe) -> Plan:
+def _asking(plain: StepTable, probe: Probe) -> StepTable:
     """One row for the calls that judge: the network sees the question in the place of the latents, and nothing moves."""
     row = torch.zeros(1, len(Column))
     for column in (Column.BEFORE, Column.AFTER, Column.A, Column.INPUT_SCALE):
         row[0, column] = 1.0
     row[0, Column.KEEP], row[0, Column.LIMIT], row[0, Column.TIMESTEP] = -torch.inf, -torch.inf, probe.timestep
     table = row.to(plain.table.device)
-    return Plan(table, (0,), 0, (BOTH,), False, plain.multistep, plain.scaled, plain.rule, (0,), settle=plain.settle, rows=(1,))
+    return StepTable(
+        table, (0,), 0, (BOTH,), False, plain.multistep, plain.scaled, plain.rule, (0,), settle=plain.settle, rows=(1,)
+    )
 
 
 def _steps(timesteps: Sequence[float]) -> str:

@@ -42,7 +42,7 @@ class Sample:
     @property
     def form(self) -> tuple:
         """What samples of one batch have in common. Rules that recorded steps do not know have batches of their own there."""
-        plan, version = self.ladder.whole, self.network.version
+        plan, version = self.ladder.plan, self.network.version
         own = version is not None and plan.statistics.rules
         return self.shape, self.network.row_form, id(version), plan.rule, plan.scaled, own
 

@@ -15,7 +15,7 @@ from ..models import Guided
 from ..schedulers.schedule import own_step, prepared
 from ..schedulers.solver import Solver
 from ..types import Branch, Network, Pair, Scheduler, Step, draw
-from .plan import Plan
+from .step_table import StepTable
 
 Move = Callable[[Tensor, Tensor | None], None]  # takes the state one row on, from the predictions of a step
 
@@ -32,7 +32,7 @@ class Lane:
     take: Step
     table: Tensor | None = None
 
-    def follow(self, plan: Plan) -> None:
+    def follow(self, plan: StepTable) -> None:
         """From now on the steps read the rows of `plan`, which begins with those so far."""
         if self.table is None:
             self.take = fused_step(self.network, plan, self.state)
@@ -40,12 +40,12 @@ class Lane:
             self.table[: len(plan.table)].copy_(plan.table)
 
 
-def fused_step(network: Network, plan: Plan, state: State) -> Step:
-    """The network and one launch; two launches where the pipeline changes the guided prediction (`Plan.settle`)."""
+def fused_step(network: Network, plan: StepTable, state: State) -> Step:
+    """The network and one launch; two launches where the pipeline changes the guided prediction (`StepTable.settle`)."""
     return stepping(network, state, fused_move(plan, state))
 
 
-def lockstep(network: Network, plan: Plan, state: State) -> Step:
+def lockstep(network: Network, plan: StepTable, state: State) -> Step:
     """`fused_step` of a state that was just started; where no kernel runs, faster, and with the same bits."""
     return stepping(network, state, lockstep_move(plan, state))
 
@@ -61,8 +61,8 @@ def stepping(network: Network, state: State, move: Move) -> Step:
     return take
 
 
-def fused_move(plan: Plan, state: State) -> Move:
-    """By one launch; two where the pipeline changes the guided prediction (`Plan.settle`)."""
+def fused_move(plan: StepTable, state: State) -> Move:
+    """By one launch; two where the pipeline changes the guided prediction (`StepTable.settle`)."""
 
     def move(uncond: Tensor, cond: Tensor | None) -> None:
         if cond is not None and plan.settle is not None:
@@ -74,14 +74,16 @@ def fused_move(plan: Plan, state: State) -> Move:
     return move
 
 
-def lockstep_move(plan: Plan, state: State) -> Move:
+def lockstep_move(plan: StepTable, state: State) -> Move:
     """`fused_move` of a state that was just started. Where no kernel runs, the host knows each row, and nothing is gathered."""
     if backend(plan.table.device) != "eager" or plan.settle is not None or plan.statistics.rules:
         return fused_move(plan, state)
     return Lockstep(state, plan.table, rule=plan.rule)
 
 
-def scheduler_move(solver: Solver, scheduler: Scheduler, generators: list[torch.Generator], plan: Plan, state: State) -> Move:
+def scheduler_move(
+    solver: Solver, scheduler: Scheduler, generators: list[torch.Generator], plan: StepTable, state: State
+) -> Move:
     """By the scheduler's own `step`, for one that is not linear; its noise comes from the samples' own generators."""
     scheduler = prepared(scheduler, solver.schedule, plan.table.device)
     timesteps = iter(scheduler.timesteps)
@@ -96,7 +98,7 @@ def scheduler_move(solver: Solver, scheduler: Scheduler, generators: list[torch.
     return move
 
 
-def guided_prediction(uncond: Tensor, cond: Tensor, plan: Plan, state: State) -> Tensor:
+def guided_prediction(uncond: Tensor, cond: Tensor, plan: StepTable, state: State) -> Tensor:
     """The guided prediction of each sample, (B, ...), as the solver gets it. Gaps and transitions are recorded."""
     plan.statistics.ask(uncond, cond, plan.table, state.transition)
     guided = guide_step(uncond, cond, plan.table, state, plan.finds, plan.rule)
@@ -119,7 +121,7 @@ def predicted(network: Network, state: State, branch: Branch) -> Pair:
     return network(latents.model_input[:batch], latents.timestep[:batch], branch), None
 
 
-def renoise(state: State, plan: Plan, row: int, generators: Sequence[torch.Generator]) -> None:
+def renoise(state: State, plan: StepTable, row: int, generators: Sequence[torch.Generator]) -> None:
     """Bring all samples, which stand before `row`, back to a higher noise level, if the plan says so there."""
     if row in plan.jumps:
         x = state.latents.x

@@ -12,7 +12,7 @@ from basinescape.bench.evaluation.analyze import analyze
 from basinescape.bench.scenario import PRESETS
 from basinescape.guidance.guidance import SHAPES
 from basinescape.kernels.table import Column
-from basinescape.sampling.plan import Plan
+from basinescape.sampling.step_table import StepTable
 from basinescape.schedulers.schedule import Schedule
 from basinescape.schedulers.solver import Solver
 from diffusers import DDIMScheduler, HeunDiscreteScheduler
@@ -91,9 +91,9 @@ def test_an_interval_guides_inside_and_a_table_has_a_factor_a_step():
     first = [solver.step.tolist().index(step) for step in range(6)]
     inside = [200 <= t <= 700 for t in solver.timesteps[first].tolist()]
     cpu = torch.device("cpu")
-    table = Plan.make(solver, Guidance.cfg(5.0, interval=(200, 700)), cpu).table
+    table = StepTable.make(solver, Guidance.cfg(5.0, interval=(200, 700)), cpu).table
     assert table[:, Column.AFTER].tolist() == [5.0 if inside[step] else 1.0 for step in solver.step.tolist()]
     assert 0 < sum(inside) < 6
     factors = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
-    table = Plan.make(solver, Guidance.cfg(2.0, shape=factors), cpu).table
+    table = StepTable.make(solver, Guidance.cfg(2.0, shape=factors), cpu).table
     assert table[:, Column.AFTER].tolist() == [2 * factors[step] for step in solver.step.tolist()] and len(table) == 11

@@ -11,7 +11,7 @@ import pytest
 from basinescape.data.prompts import Job
 from basinescape.runs import atomic
 from basinescape.runs import journal as journals
-from basinescape.runs.atomic import files_sha256, save_bytes, whole
+from basinescape.runs.atomic import atomic_write, files_sha256, save_bytes
 from basinescape.runs.folder import SAFE_ID, locked, open_folder, read_settings
 from basinescape.runs.journal import Journal, read_lines
 from hypothesis import example, given, settings
@@ -148,11 +148,11 @@ def test_two_processes_do_not_write_into_one_folder(tmp_path):
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
-    with pytest.raises(RuntimeError), whole(tmp_path / "a.png") as part:
+    with pytest.raises(RuntimeError), atomic_write(tmp_path / "a.png") as part:
         part.write_bytes(b"half")
         raise RuntimeError
     assert not list(tmp_path.iterdir())
-    with whole(tmp_path / "a.png") as part:
+    with atomic_write(tmp_path / "a.png") as part:
         part.write_bytes(b"all of it")
         assert not (tmp_path / "a.png").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

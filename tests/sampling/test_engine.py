@@ -95,7 +95,7 @@ def test_a_step_that_is_the_schedulers_own_is_taken_together(pipe):
     found = run(sampler, samples(sampler, order), 2)
     for i, one in enumerate(order):
         guidance = DELAYED if one is many else PLAIN
-        alone = sampler([f"cat {i}"], [i], one.whole.steps, guidance, output="latent", progress=False)
+        alone = sampler([f"cat {i}"], [i], one.plan.steps, guidance, output="latent", progress=False)
         assert torch.equal(found[i].latents, alone.latents[0])
 
 
@@ -113,7 +113,7 @@ def test_a_free_slot_is_filled_at_once(sampler, slots):
 
 def test_one_branch_runs_where_all_need_the_same(sampler):
     delayed, plain = ladder(sampler, 4, DELAYED), ladder(sampler, 4)
-    branches = delayed.whole.branches
+    branches = delayed.plan.branches
     assert branches.count("uncond") == 2
     made = Engine(sampler.runner.lane, 2, fixed=True)
     with torch.inference_mode():

@@ -13,7 +13,7 @@ from basinescape.kernels.lockstep import Lockstep
 from basinescape.kernels.state import State, buffers_of
 from basinescape.kernels.table import Column
 from basinescape.models import adapt
-from basinescape.sampling.plan import Plan
+from basinescape.sampling.step_table import StepTable
 from basinescape.sampling.steps import denoise, fused_step, lockstep
 from basinescape.schedulers.schedule import Schedule, make_scheduler
 from basinescape.schedulers.solver import Solver
@@ -54,7 +54,7 @@ def pipe(small):
 
 def start(pipe, guidance, scheduler="euler"):
     model = adapt(pipe)
-    plan = Plan.make(Solver.of(make_scheduler(scheduler, pipe.scheduler), Schedule(STEPS)), guidance, torch.device("cpu"))
+    plan = StepTable.make(Solver.of(make_scheduler(scheduler, pipe.scheduler), Schedule(STEPS)), guidance, torch.device("cpu"))
     state = plan.state(torch.randn(2, 4, 16, 16))
     return model.network(model.encode(["a picture of a cat", "a picture of a frog"], 64, 64)), plan, state
 
@@ -108,7 +108,7 @@ def constant_network(value):
 
 def test_flow_euler_goes_straight_along_a_constant_velocity():
     """dx/dsigma = v integrates to x - v from sigma 1 to 0, whatever the number of steps."""
-    plan = Plan.make(Solver.of(FlowMatchEulerDiscreteScheduler(), Schedule(STEPS)), Guidance.cfg(3.0), torch.device("cpu"))
+    plan = StepTable.make(Solver.of(FlowMatchEulerDiscreteScheduler(), Schedule(STEPS)), Guidance.cfg(3.0), torch.device("cpu"))
     noise, velocity = torch.randn(2, 4, 8, 8), torch.randn(4, 8, 8)
     state = plan.state(noise)
     denoise(fused_step(constant_network(velocity), plan, state), plan.branches)
@@ -122,7 +122,7 @@ def test_coefficients_carry_the_prediction_type(prediction, name):
     scheduler = make_scheduler(name, base)
     solver = Solver.of(scheduler, Schedule(STEPS))
     assert solver.coefficients is not None
-    plan = Plan.make(solver, Guidance.cfg(2.0), torch.device("cpu"))
+    plan = StepTable.make(solver, Guidance.cfg(2.0), torch.device("cpu"))
     noise, predicted = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
     state = plan.state(noise * solver.init_sigma)
     denoise(fused_step(constant_network(predicted), plan, state), plan.branches)
@@ -152,7 +152,7 @@ def guided_differently(steps):
     for guidance, count in zip(EIGHT, steps, strict=True):
         if isinstance(guidance.until, Settled):
             guidance = replace(guidance, until=replace(guidance.until, ordinary=(30.0,) * count))
-        plans.append(Plan.make(Solver.of(scheduler, Schedule(count)), guidance, torch.device("cpu")))
+        plans.append(StepTable.make(Solver.of(scheduler, Schedule(count)), guidance, torch.device("cpu")))
     lengths = torch.tensor([len(plan.table) for plan in plans])
     return plans, torch.cat([plan.table for plan in plans]), lengths.cumsum(0) - lengths
 
@@ -218,7 +218,7 @@ def test_a_solver_of_two_calls_a_step_is_laid_out_by_steps():
     """Guidance, gaps and transitions count steps; the second call of each has the weight of the first, and is not looked at."""
     solver = Solver.of(make_scheduler("ddim", DDIMScheduler(clip_sample=False)), Schedule(6))
     doubled = replace(solver, step=torch.tensor([0, 0, 1, 1, 2, 2]))
-    plan = Plan.make(doubled, Guidance.delayed(7.5, until=FirstMinimum(), shape=(1.0, 2.0, 3.0)), torch.device("cpu"))
+    plan = StepTable.make(doubled, Guidance.delayed(7.5, until=FirstMinimum(), shape=(1.0, 2.0, 3.0)), torch.device("cpu"))
     assert plan.steps == 3 and plan.calls(2) == 4
     assert plan.table[:, Column.AFTER].tolist() == [7.5, 7.5, 15, 15, 22.5, 22.5]
     assert plan.table[:, Column.KEEP].tolist() == [-math.inf] * 4 + [1, -math.inf]
@@ -242,7 +242,7 @@ def test_a_solver_of_two_calls_a_step_is_laid_out_by_steps():
 )
 def test_a_branch_nobody_needs_is_not_run(guidance, branches, finds):
     solver = Solver.of(make_scheduler("ddim", DDIMScheduler(clip_sample=False)), Schedule(4))
-    plan = Plan.make(replace(solver, level=torch.tensor([900.0, 700.0, 500.0, 300.0])), guidance, torch.device("cpu"))
+    plan = StepTable.make(replace(solver, level=torch.tensor([900.0, 700.0, 500.0, 300.0])), guidance, torch.device("cpu"))
     assert list(plan.branches) == branches and plan.finds == finds
 
 

@@ -20,7 +20,7 @@ from .statistics import Statistics
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepTable:
     """A step table, and what the host knows of it.
 
     table:     (K, len(Column)) float32 on the device, a row for each call of the network.
@@ -55,7 +55,7 @@ class Plan:
         object.__setattr__(self, "statistics", Statistics.of(self.until, self.rows, self.table.device))
 
     @classmethod
-    def make(cls, solver: Solver, guidance: Guidance, device: torch.device, settle: Settle | None = None) -> Plan:
+    def make(cls, solver: Solver, guidance: Guidance, device: torch.device, settle: Settle | None = None) -> StepTable:
         """Lay `guidance` over the steps of `solver`.
 
         Raises ValueError if the guidance has another number of steps, or asks for timesteps where the scheduler's are not known
@@ -104,7 +104,7 @@ class Plan:
         return sum(k < steps for k in self.step)
 
     @classmethod
-    def joined(cls, plans: Sequence[Plan]) -> Plan:
+    def joined(cls, plans: Sequence[StepTable]) -> StepTable:
         """The rows of several plans after each other."""
         starts = [0, *accumulate(len(plan.table) for plan in plans)]
         return replace(
@@ -119,7 +119,7 @@ class Plan:
             rows=tuple(count for plan in plans for count in plan.rows),
         )
 
-    def roomy(self, rows: int, steps: int) -> Plan:
+    def roomy(self, rows: int, steps: int) -> StepTable:
         """The same with room for `rows` rows and `steps` steps, if those are more."""
         room = self.table.new_zeros((max(0, rows - len(self.table)), len(Column)))
         return replace(
@@ -142,7 +142,7 @@ def table_of(columns: Mapping[Column, Tensor]) -> Tensor:
 def _restarted(
     solver: Solver, restart: tuple[float, float, int] | None
 ) -> tuple[Tensor, Tensor, dict[int, tuple[float, float]]]:
-    """(the solver's call of each row, the coefficients of each row, `Plan.jumps`)."""
+    """(the solver's call of each row, the coefficients of each row, `StepTable.jumps`)."""
     calls, coefficients = list(range(len(solver.step))), solver.coefficients
     if restart is None:
         return torch.tensor(calls), torch.zeros(len(calls), 4) if coefficients is None else coefficients, {}
