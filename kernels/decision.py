@@ -1,4 +1,4 @@
-"""Where a sample is, whether it leaves its basin here, and the books that say so afterwards: device code of the step."""
+"""Device code: finds a sample's row, decides its transition and weight, and records transition, noise gap and next row."""
 
 from __future__ import annotations
 

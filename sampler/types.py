@@ -1,4 +1,4 @@
-"""What the rooms say to each other: branches, predictions, the network, and noise from samples' own generators."""
+"""Types that several rooms share: branches, pairs of predictions, the network, noise from samples' generators."""
 
 from __future__ import annotations
 

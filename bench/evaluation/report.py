@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from basinescape.auditing.embedding import embedded, rendered
+from basinescape.auditing.html_images import embedded, rendered
 from basinescape.calibration.baseline import STATIC
 from basinescape.runs.atomic import atomic_write
 from markupsafe import Markup

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from basinescape.auditing.embedding import inside, rendered
+from basinescape.auditing.html_images import inside, rendered
 from basinescape.data.writers import FORMATS, writer
 from basinescape.runs.atomic import atomic_write
 from basinescape.runs.folder import read_settings

@@ -38,7 +38,7 @@ from ..runs.jsontext import json_bytes
 from ..runs.provenance import weights_sha256
 from ..sampler import Sampler
 from . import judge_page
-from .embedding import inside
+from .html_images import inside
 from .ranking import each
 
 log = logging.getLogger(__name__)

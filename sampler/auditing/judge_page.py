@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runs.atomic import atomic_write
-from .embedding import rendered
+from .html_images import rendered
 
 WIDTH = 0.1  # of the histogram's bars
 BARS = range(-8, 18)  # counted from the threshold; the bars at the ends hold what is beyond them

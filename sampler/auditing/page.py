@@ -12,8 +12,8 @@ from typing import Any
 from PIL import Image
 
 from ..runs.atomic import atomic_write
-from .embedding import embedded, inside, rendered
 from .heat import TOP, overlaid
+from .html_images import embedded, inside, rendered
 from .verification import Files
 
 SHOWN = 200  # captions on the page beside those that were verified: audit.csv has them all

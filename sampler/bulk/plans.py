@@ -1,4 +1,4 @@
-"""What each job of a run comes to: its size, its steps and the guidance over them; and how many calls of the network."""
+"""Turns each job of a run into its size, its step table and the number of network calls."""
 
 from __future__ import annotations
 

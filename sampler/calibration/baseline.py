@@ -1,4 +1,4 @@
-"""How the noise gaps of ordinary prompts run over the steps, for `Settled`, plots, and methods compared with."""
+"""The usual noise gap of each step for prompts that are not memorized, with and without guidance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Formats of prompts and captions. Each is a function that yields the rows of a file, one after another, with their places."""
+"""Input formats, of prompts and captions; `encoding` and `shards` have the output formats.
+
+Each is a function that yields the rows of a file, one after another, with their places.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 """The basin score: does a finished picture lie at the bottom of its caption's basin?
 
+The basin of attraction of a memorized training image is the set of noisy latents from which guided denoising ends at that image
+(Jain et al., https://arxiv.org/abs/2411.16738).
+
 A picture x0 is noised until almost nothing of it is left, and the network is asked once, with its prompt and without:
 
     x     = signal * x0 + noise * eps

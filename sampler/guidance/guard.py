@@ -1,4 +1,4 @@
-"""A guard as data: plain guidance, and the more careful attempts that follow where its picture looks like a copy."""
+"""A guard's configuration: plain guidance first; more careful attempts follow if the picture looks like a copy."""
 
 from __future__ import annotations
 

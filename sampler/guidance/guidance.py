@@ -1,5 +1,7 @@
 """Guidance as data: which weight a step uses before and after the transition, and where the transition is.
 
+The weights of both sides of the transition are columns of the step table; `kernels.decision` picks one in each step.
+
 guided = uncond + w * (cond - uncond), so w = 0 is the unconditional prediction, w = 1 the conditional one and w < 0
 opposite guidance. Delayed and opposite guidance: Jain et al., "Classifier-Free Guidance inside the Attraction Basin May Cause
 Memorization", CVPR 2025, https://arxiv.org/abs/2411.16738.

@@ -21,9 +21,9 @@ from ..detection.judging import Verdict
 from ..guidance.guidance import Guidance
 from ..kernels.state import per_sample
 from .escape import Escape, judge
+from .executed_steps import taken
 from .network_call import NetworkCall, sample_of, seen, stacked, timestep_of
 from .stock_pipelines import StockPipeline, network_of
-from .taken import taken
 
 log = logging.getLogger(__name__)
 ON = 2.0  # a scale at which every pipeline asks for both predictions; it multiplies zero

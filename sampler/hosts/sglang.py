@@ -31,8 +31,8 @@ from ..detection.basin import Probe, suspects
 from ..kernels import guide
 from ..kernels.state import per_sample
 from .escape import Escape, each, judge
+from .executed_steps import called, taken
 from .serving import KEY, RequestGuidance
-from .taken import called, taken
 
 MERGED_IN = {"CFGPolicy": None, "ZImageCFGPolicy": torch.float32}  # policies known, and the dtype that each combines in
 RUNTIME = "sglang.multimodal_gen.runtime"

@@ -32,8 +32,8 @@ from ..guidance.guidance import Guidance
 from ..kernels.state import per_sample
 from ..types import Branch
 from .escape import Escape, each
+from .executed_steps import called, taken
 from .serving import KEY, RequestGuidance
-from .taken import called, taken
 
 log = logging.getLogger(__name__)
 

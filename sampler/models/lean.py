@@ -1,4 +1,4 @@
-"""Lean networks, which do not compute under guidance what they know already.
+"""Networks that skip redundant work under classifier-free guidance.
 
 Both halves of a batch start from the same latents, so the layers before the first reader of the text run for one half only. The
 text is the same in every step, so its keys and values are computed once a run (in float16 they take 8 MB an image for SD 1.5,

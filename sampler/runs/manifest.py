@@ -1,4 +1,7 @@
-"""The lists in a run's folder: `jobs.jsonl`, the images that are asked for, and `manifest.jsonl`, what came of each."""
+"""The lists in a run's folder: `jobs.jsonl`, the images that are asked for, and `manifest.jsonl`, what came of each.
+
+A line of the manifest is composed in the order in which a picture is made: `Job.asked`, `Plans.facts`, `bulk.stages`,
+`bulk.executor` (copies), `data.encoding` (digest). `runs.journal` writes it."""
 
 from __future__ import annotations
 

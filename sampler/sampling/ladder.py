@@ -1,4 +1,4 @@
-"""All attempts of a sample over the steps of a solver, in one step table.
+"""The step tables of all attempts of a guard, joined into one: another attempt is a jump to its first row.
 
 A guard's samples run plain classifier-free guidance first. Each finished picture is judged by its basin score (see `basin`).
 One that looks like a copy begins again, from the next noise of its own generator and under more careful guidance, until it

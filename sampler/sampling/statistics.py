@@ -1,4 +1,4 @@
-"""Transition rules with a statistic of their own, asked on the device in every step."""
+"""Evaluates transition rules that compute a statistic of their own from the noise gaps, on the device, in every step."""
 
 from __future__ import annotations
 

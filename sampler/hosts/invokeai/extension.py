@@ -16,7 +16,7 @@ from ...detection.judging import Verdict
 from ...guidance.guidance import Guidance
 from ...guidance.transitions import Transition
 from ..escape import Escape, judge
-from ..taken import called, taken
+from ..executed_steps import called, taken
 
 FIRST = -1000  # before other extensions change what was combined
 

@@ -1,4 +1,4 @@
-"""The steps that a host takes of a scheduler's: their noise levels, and which of them each call of the network belongs to."""
+"""Which of the scheduler's steps a host runs, their noise levels, and the step of each call of the network."""
 
 from __future__ import annotations
 
