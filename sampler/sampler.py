@@ -55,6 +55,10 @@ class Sampler:
         self._size: tuple[int | None, int | None] = (None, None)
         self.options: dict[str, Any] = {}  # of every call, see `using`
 
+    def __repr__(self) -> str:
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return f"Sampler({type(self.pipe).__name__} on {self.model.device}, {dtype}, {type(self.scheduler).__name__})"
+
     @property
     def scheduler(self) -> Scheduler:
         """The one that is sampled with: the pipeline's as it is now, or what was chosen, with the pipeline's configuration."""

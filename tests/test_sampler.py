@@ -244,3 +244,18 @@ def test_pickled_weights_are_refused_unless_asked_for(pipe, tmp_path):
         Sampler.from_pretrained(tmp_path, device="cpu")
     loaded = Sampler.from_pretrained(tmp_path, device="cpu", allow_pickle=True).pipe.unet.state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in pipe.unet.state_dict().items())
+
+
+def test_what_is_printed_can_be_read(small):
+    """A line each, with what a person asks first: a tensor's numbers are in the fields."""
+    sampler = Sampler.from_pipeline(small)
+    out = sampler(["a cat", "a dog"], 0, 2, Guidance.guard(5.0, threshold=-9.0, attempts=[]), progress=False)
+    said = repr(out)
+    assert "\n" not in said and "2 images" in said and "2 suspect" in said and f"{out.score[0]:.2f}".rstrip("0") in said
+    assert repr(sampler).startswith(f"Sampler({type(small).__name__} on cpu, float32, ")
+
+
+@pytest.mark.parametrize("calibration", ["tiny", 3])
+def test_a_guard_says_how_a_calibration_is_read(calibration):
+    with pytest.raises(ValueError, match=r"calibration must be a Calibration, as Calibration\.load reads one; got"):
+        Guidance.guard(7.5, calibration)

@@ -84,6 +84,8 @@ class Guard:
         rate = RATE if rate is None else rate
         if not 0 < checks.share("rate", rate) < 1:
             raise ValueError(f"rate must be between 0 and 1, got {rate!r}")
+        if calibration is not None and not hasattr(calibration, "threshold"):
+            raise ValueError(f"calibration must be a Calibration, as Calibration.load reads one; got {calibration!r}")
         delays = [replace(plain, until=At(log_snr=log_snr)) for log_snr in LADDER] if attempts is None else list(attempts)
         if threshold is None:
             threshold = THRESHOLD if calibration is None else calibration.threshold(rate / 2)

@@ -16,7 +16,7 @@ from ..schedulers.solver import Solver
 from .samples import Results
 
 
-@dataclass
+@dataclass(repr=False)
 class Output:
     """What a call returns.
 
@@ -48,6 +48,16 @@ class Output:
     finite: Tensor | None = None
     nsfw_content_detected: list[bool] | None = None
     truncated: Sequence[str] = ()
+
+    def __repr__(self) -> str:
+        """What a person wants to know at a glance; the tensors are in the fields."""
+        shape = " x ".join(map(str, self.latents.shape[1:]))
+        said = [f"{len(self.latents)} images", f"latents {shape}", f"transition steps {self.transition_step.tolist()}"]
+        if self.score is not None and self.suspect is not None:
+            said.append(f"scores {[round(score, 2) for score in self.score.tolist()]}, {int(self.suspect.sum())} suspect")
+        if self.finite is not None and not bool(self.finite.all()):
+            said.append(f"{int((~self.finite).sum())} not finite")
+        return f"Output({', '.join(said)})"
 
     def judged(self, i: int) -> dict[str, Any]:
         """What a guard says of sample `i`, as plain data; nothing without one."""
