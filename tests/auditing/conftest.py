@@ -1,11 +1,15 @@
-"""The cache of an audit is each test's own."""
+"""Training images that the tests of audits share."""
+
+import shutil
 
 import pytest
+from basinescape.bench.scenario import PRESETS, prompts
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """The user's folder for caches."""
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for i, prompt in enumerate(prompts(PRESETS["tiny"])["memorized"][:4]):
+        shutil.copy(prompt.image, folder / f"{i}.png")
     return folder

@@ -11,51 +11,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from basinescape import Calibration, Sampler
-from basinescape.auditing import measures
 from basinescape.auditing.audit import Settings, audit
-from basinescape.auditing.index import Index
-from basinescape.auditing.similarity import similarity
 from basinescape.bench import cli
 from basinescape.bench.scenario import PRESETS, prompts
 from basinescape.data.captions import Prompt
 from basinescape.data.pictures import pixels
-from PIL import Image, ImageChops
+from PIL import Image
 from scipy.stats import binomtest
 
 pytestmark = pytest.mark.shipped
 TINY = prompts(PRESETS["tiny"])
-
-
-@pytest.fixture
-def images(tmp_path):
-    folder = tmp_path / "set"
-    folder.mkdir()
-    for i, prompt in enumerate(TINY["memorized"][:4]):
-        shutil.copy(prompt.image, folder / f"{i}.png")
-    return folder
-
-
-def test_the_nearest_is_found_anywhere_in_the_set_and_shifted(images):
-    paths = sorted(images.glob("*.png"))
-    opened = [Image.open(path).convert("RGB") for path in paths]
-    noise = Image.fromarray(torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8).numpy())
-    asked = [ImageChops.offset(opened[2], 2, -2), opened[0].resize((256, 256)), noise]
-    found = Index(paths, ["pixels"])(asked)
-    assert [one.image for one in found[:2]] == [paths[2], paths[0]] and [one.copy for one in found] == [True, True, False]
-    fitted = [image.resize((64, 64), Image.Resampling.BOX) for image in asked]
-    expected = similarity(pixels(fitted), pixels(opened)).max(dim=1).values
-    assert [one.similarity for one in found] == pytest.approx(expected.tolist(), abs=1e-4)
-
-
-def test_each_measure_has_its_own_threshold_and_the_clearest_speaks(images, monkeypatch):
-    """An embedding that takes everything for one thing has the last word only where it is surer."""
-    monkeypatch.setitem(measures.EMBEDDINGS, "sscd", lambda: lambda found: torch.ones(len(found), 3).numpy())
-    paths = sorted(images.glob("*.png"))
-    (one,) = Index(paths, ["pixels", "sscd"])([Image.new("RGB", (8, 8))])
-    assert (one.measure, one.copy) == ("sscd", True)
-    assert Index(paths, ["pixels", "sscd"]).thresholds == {"pixels": 0.81, "sscd": 0.5}
-    (one,) = Index(paths, ["pixels"], threshold=0.999)([Image.open(paths[0]).resize((70, 70))])
-    assert not one.copy
 
 
 def run(monkeypatch, *arguments):

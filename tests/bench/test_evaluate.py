@@ -18,8 +18,7 @@ from basinescape.bench.evaluation.analyze import analyze
 from basinescape.bench.evaluation.detection import SIZE, anisotropy, detection
 from basinescape.bench.evaluation.evaluate import evaluate, table
 from basinescape.bench.evaluation.measure import Measure, TrainingImages
-from basinescape.bench.evaluation.trajectories import Laboratory, edges
-from basinescape.bench.methods.method import starting_at
+from basinescape.bench.evaluation.trajectories import Laboratory
 from basinescape.bench.scenario import PRESETS, Prompt, Scenario, prompts
 from basinescape.data.captions import read_captions
 from PIL import Image
@@ -322,6 +321,10 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_table(tmp_path):
         evaluate(TINY, ["cfg"], tmp_path / "a", seeds=2, limit=2, batch_size=2, progress=False)
 
 
+COPIES = [True, True, True, True, False, False, False, False]
+SUSPECTS = [True, True, False, False, True, True, False, False]
+
+
 def test_a_guard_is_evaluated_with_what_it_says_of_its_images(tmp_path):
     """On seeds counted up from another one; a copy that is marked suspect is not published unknowingly."""
     evaluate(TINY, ["guard"], tmp_path / "run", seeds=2, limit=2, first_seed=7, progress=False)
@@ -334,22 +337,3 @@ def test_a_guard_is_evaluated_with_what_it_says_of_its_images(tmp_path):
     ]
     rows = table([line | {"group": "memorized"} for line in marked])
     assert [(row["suspect_share"], row["unmarked_copies"]) for row in rows] == [(0.5, 0.25)]
-
-
-COPIES = [True, True, True, True, False, False, False, False]
-SUSPECTS = [True, True, False, False, True, True, False, False]
-
-
-def test_edges_are_the_first_onsets_after_the_last_copy():
-    rows = [
-        {"id": "x", "seed": 0, "onset": onset, "memorized": memorized}
-        for onset, memorized in [(0, True), (2, False), (4, True), (6, False), (8, False)]
-    ]
-    always = [{"id": "y", "seed": 0, "onset": onset, "memorized": True} for onset in (0, 2, 4, 6, 8)]
-    never = [{"id": "z", "seed": 0, "onset": onset, "memorized": False} for onset in (0, 2, 4, 6, 8)]
-    assert edges(rows + always + never) == {("x", 0): 6, ("y", 0): 9, ("z", 0): 0}
-
-
-def test_a_sweep_starts_where_it_says():
-    weights = starting_at(3, 7.5, 6).weights([900, 700, 500, 300, 100, 0])
-    assert [after for _, after in weights] == [0, 0, 0, 7.5, 7.5, 7.5]

@@ -1,28 +1,20 @@
 """The command line: options that reach the sampler, and one clear line for each bad input."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
-import warnings
 from dataclasses import replace
-from io import StringIO
 
-import basinescape
 import pytest
 from basinescape import At, Calibration, FirstMinimum, Guidance, Sampler, Settled
 from basinescape.bench import cli
 from basinescape.bench.scenario import PRESETS, prompts
 from basinescape.calibration.baseline import Baseline
-from basinescape.commands.quiet import quieten
-from basinescape.data.prompts import Job
 from basinescape.models.sd import StableDiffusion
-from basinescape.runs.progress import Progress
-from bulkruns import QUICK, make, run, sound, write
+from bulkruns import QUICK, run, sound, write
 from PIL import Image
-from tqdm import tqdm
 from typer.main import get_command
 
 COMMANDS = tuple(get_command(cli.app).commands)
@@ -294,45 +286,6 @@ def test_copies_of_training_images_are_marked(tmp_path, monkeypatch, capsys, dra
     code, error = run(monkeypatch, capsys, *asked, "--similarity", "pixels")
     assert code == 2 and "2.png' cannot be read" in error
     assert run(monkeypatch, capsys, *asked, "--similarity", "pixels", "--on-error", "skip")[0] == 0
-
-
-class Terminal(StringIO):
-    def isatty(self):
-        return True
-
-
-def test_the_bar_moves_with_the_steps(tmp_path, monkeypatch, drawn):
-    shares, tell = [], tqdm.update
-    monkeypatch.setattr(tqdm, "update", lambda self, n=1: (tell(self, n), shares.append(self.n))[0])
-    sampler, jobs = Sampler.from_pretrained("tiny", "cpu", scheduler="ddim"), [Job(f"p{i}", f"p{i}", i) for i in range(2)]
-    make(sampler, jobs, tmp_path / "out", Guidance.cfg(2.0), steps=4, batch_size=2, progress=Progress(stream=Terminal()))
-    assert {0.5, 1.0, 1.5} <= set(shares) and shares[-1] == 2 and max(shares) == 2
-
-
-def test_libraries_are_silent_and_others_are_not():
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("always")
-        quieten()
-        for module in ("torchsde._brownian.brownian_interval", "diffusers.schedulers", "transformers", "mine.transformers"):
-            warnings.warn_explicit("something", UserWarning, "a.py", 1, module)
-    assert len(heard) == 1
-    for library in ("diffusers", "transformers"):
-        assert os.environ[f"{library.upper()}_VERBOSITY"] == "error"  # for what they say on import
-
-
-@pytest.mark.process
-def test_prompts_are_read_before_a_library_is_loaded_and_so_silenced(tmp_path):
-    loaded = "[m for m in ('diffusers', 'transformers') if m in sys.modules]"
-    code = f"import sys, basinescape.data.prompts, basinescape.runs.progress; print({loaded})"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert found.stdout.strip() == "[]"
-
-
-def test_the_version_is_said(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["basinescape", "--version"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code in (0, None) and capsys.readouterr().out == f"basinescape {basinescape.__version__}\n"
 
 
 def test_every_option_of_generate_stands_in_its_group(monkeypatch, capsys):

@@ -1,0 +1,19 @@
+"""What an analysis makes of a sweep over the step at which guidance begins."""
+
+from basinescape.bench.evaluation.trajectories import edges
+from basinescape.bench.methods.method import starting_at
+
+
+def test_edges_are_the_first_onsets_after_the_last_copy():
+    rows = [
+        {"id": "x", "seed": 0, "onset": onset, "memorized": memorized}
+        for onset, memorized in [(0, True), (2, False), (4, True), (6, False), (8, False)]
+    ]
+    always = [{"id": "y", "seed": 0, "onset": onset, "memorized": True} for onset in (0, 2, 4, 6, 8)]
+    never = [{"id": "z", "seed": 0, "onset": onset, "memorized": False} for onset in (0, 2, 4, 6, 8)]
+    assert edges(rows + always + never) == {("x", 0): 6, ("y", 0): 9, ("z", 0): 0}
+
+
+def test_a_sweep_starts_where_it_says():
+    weights = starting_at(3, 7.5, 6).weights([900, 700, 500, 300, 100, 0])
+    assert [after for _, after in weights] == [0, 0, 0, 7.5, 7.5, 7.5]
