@@ -254,6 +254,11 @@ class Sampler:
         return Runner(self.model, self.scheduler, self.graphs, self.wrap)
 
     @property
+    def source(self) -> str:
+        """Where the pipeline was loaded from: a folder or a hub id; "" where diffusers does not say."""
+        return str(getattr(self.pipe, "config", {}).get("_name_or_path", ""))
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """What its images owe to scheduler, dtype, device and versions, as plain data."""
         return settings_of(self.scheduler, self.model.dtype, self.model.device)

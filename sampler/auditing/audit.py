@@ -94,7 +94,7 @@ class Settings:
 
 def audit(
     sampler: Sampler,
-    captions: str | Path | Sequence[Prompt],
+    captions: str | Path | Sequence[Prompt | str],
     out: str | Path,
     settings: Settings = Settings(),
     ordinary: str | Path | Sequence[str] | None = None,
@@ -105,7 +105,7 @@ def audit(
 ) -> list[dict[str, Any]]:
     """Audit captions into the folder `out`; returns the rows of `audit.csv`, the worst caption first.
 
-    captions: a file or folder that `read_captions` knows, or what it gives.
+    captions: a file or folder that `read_captions` knows, what it gives, or a list of captions.
     ordinary: prompts that the model has not memorized, or a file of them; None: those that ship. They are measured unless the
               calibration has their gaps: one made on this model with these steps and this scale, where `settings.noises` is 1.
               What was measured is kept in the user's cache, for the next audit.
@@ -170,7 +170,7 @@ class _Inputs:
     def read(
         cls,
         sampler: Sampler,
-        captions: str | Path | Sequence[Prompt],
+        captions: str | Path | Sequence[Prompt | str],
         settings: Settings,
         ordinary: str | Path | Sequence[str] | None,
         calibration: Calibration | str | Path | None,
@@ -178,9 +178,10 @@ class _Inputs:
         model: str | None,
     ) -> _Inputs:
         """Raises what the readers raise, and ValueError for a scale at which there is nothing to compare."""
-        model = str(getattr(sampler.pipe, "config", {}).get("_name_or_path", "")) if model is None else model
+        model = sampler.source if model is None else model
         if isinstance(captions, str | Path):
             captions = read_captions(captions, every=True, on_error=settings.on_error)
+        asked = [Prompt(f"{i:04d}", one) if isinstance(one, str) else one for i, one in enumerate(captions)]
         if ordinary is None or isinstance(ordinary, str | Path):
             ordinary = [job.prompt for job in read_prompts(ordinary_prompts(model) if ordinary is None else Path(ordinary))]
         if isinstance(calibration, str | Path):
@@ -191,8 +192,8 @@ class _Inputs:
         if scale in (0, 1):
             raise ValueError(f"scale is {scale:g}, at which a model is asked once a step: an audit compares two predictions")
         size = settings.batch_size or memory.size(sampler.model, *sampler.size())
-        images = _images(captions, training_images)
-        return cls(model, captions, ordinary, calibration, images, settings, steps, scale, size)
+        images = _images(asked, training_images)
+        return cls(model, asked, ordinary, calibration, images, settings, steps, scale, size)
 
 
 def _images(captions: Sequence[Prompt], more: Sequence[Path] = ()) -> list[Path]:

@@ -100,7 +100,7 @@ def judge(
     _check(sampler, settings)
     found = captioned(images, settings.on_error)
     size = settings.batch_size or memory.size(sampler.model, *sampler.size())
-    model = str(getattr(sampler.pipe, "config", {}).get("_name_or_path", "")) if model is None else model
+    model = sampler.source if model is None else model
     run = _run(sampler, model, images, settings)
     home = _opened(Path(out), run, shard)
     judging, rows = Judging(sampler, settings, size), []

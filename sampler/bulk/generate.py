@@ -40,17 +40,18 @@ GROWING = ("prompts", "prompts_sha256", "named")  # settings that may differ in 
 @own_numbers()
 def generate(
     sampler: Sampler,
-    prompts: Prompts | Sequence[Job],
+    prompts: Prompts | str | Path | Sequence[Job | str],
     out: str | Path,
     recipe: Recipe,
-    model: str,
+    model: str | None = None,
     files: Files = Files(),
     placement: Placement = Placement(),
     progress: bool | Progress = True,
 ) -> Summary:
     """Make every job's image in the folder `out`; returns what came out.
 
-    recipe: how pictures are made. model: what run.json calls the sampler's model.
+    prompts: a file, or a list of prompts or jobs. recipe: how pictures are made.
+    model: what run.json calls the sampler's model; None: where it was loaded from.
     files: how they are written. placement: where they are computed. progress: whether to show how far it is, or what shows it.
 
     A job's own steps, scale, size, negative prompt and guidance go before the recipe's. Jobs of one size are made together,
@@ -61,7 +62,8 @@ def generate(
     its pixels were finite, else "failed: " and why. That of an image has its `file` and `sha256`, and how it was made; see
     `Plans.facts`. Under a guard it has `attempts`, `score` and `suspect`. `nsfw_content_detected` is there where the pipeline
     has a safety checker, `truncated` where a prompt was cut at the text encoder's limit (the text that was left out), `retried`
-    where the sample was not finite and was made again in float32.
+    where the sample was not finite and was made again in float32. Scores are those of latents: `judge` sees the decoded
+    picture, whose score differs a little.
 
     A fault of one sample costs that one: it is marked, and made again when the run is started again. Where the prompts cannot
     be read to their end, the images of those before are finished, and the error is raised then. After SIGINT or SIGTERM what is
@@ -79,6 +81,7 @@ def generate(
     sampler = sampler.using(recipe.height, recipe.width, clip_skip=recipe.clip_skip)  # raises for what the model cannot do
     height, width = sampler.size()
     recipe = replace(recipe, height=height, width=width)
+    model = sampler.source if model is None else model
     plans = Plans(sampler, recipe, model)
     prompts.check(plans.of)
     out = files.folder(out)

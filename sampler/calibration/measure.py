@@ -81,7 +81,7 @@ def measure(
     tasks = list(zip(prompts, checks.seeds(seeds, len(prompts)), strict=True))
     solver = sampler.solver(steps)
     runs = [Guidance.cfg(scale), *([unguided(solver.steps)] if settled else [])]
-    name = Path(str(getattr(sampler.pipe, "config", {}).get("_name_or_path", ""))).name
+    name = Path(sampler.source).name
     settings = {"model": name, **sampler.provenance}
     settings |= {"size": list(sampler.size())} | ({"options": dict(sampler.options)} if sampler.options else {})
     model = fingerprint(sampler.pipe)

@@ -123,6 +123,8 @@ def generate(what: What, model: Model, guidance: GuidanceOptions, output: Output
     guidance.check()
     files = _files(output, shard, what.on_error)
     known = options.found(model.model, guidance.calibration)
+    if guidance.method == Method.guard:
+        known = options.of_enough(known, guidance.calibration)
     loading: dict[str, Any] = {"allow_pickle": model.allow_pickle, "compile": speed.compile, "capture": speed.capture}
     load, device, dtype, scheduler = None, model.device, model.dtype, options.scheduler_of(model.scheduler, known)
     if speed.engine == Where.ray:
@@ -134,7 +136,7 @@ def generate(what: What, model: Model, guidance: GuidanceOptions, output: Output
     own, named = guidance.plans(sampler, known, steps, scale, names)
     recipe = Recipe(own, steps, negative_prompt=what.negative_prompt, clip_skip=model.clip_skip, named=named)
     placement = Placement(speed.batch_size, load, speed.workers)
-    conclude(generate(sampler, jobs, output.out, recipe, model.model, files, placement, shown), output.out)
+    conclude(generate(sampler, jobs, output.out, recipe, model.model, files, placement, shown), output.out, model.model)
 
 
 def _files(output: Output, shard: tuple[int, int] | None, on_error: str) -> Files:

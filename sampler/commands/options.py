@@ -58,7 +58,8 @@ def of_enough(known: Calibration | None, given: str | None) -> Calibration | Non
     if known is None or given or known.images >= FEW:
         return known
     typer.echo(
-        f"the model's calibration is of {known.images} pictures, and thresholds need {FEW}: it is left out; calibrate again",
+        f"the model's calibration is of {known.images} pictures, and thresholds need {FEW}: it is left out; calibrate again "
+        "with more prompts and --force",
         err=True,
     )
     return None

@@ -26,13 +26,13 @@ NOTES = {  # kinds of images -> (what is said of them, the field of the manifest
 }
 
 
-def conclude(summary: Summary, out: Path) -> None:
+def conclude(summary: Summary, out: Path, model: str) -> None:
     """Say what a run came to; exits with 1 where images failed, with 128 + its number where a signal stopped it."""
     counts = summary.counts
     typer.echo(f"{summary.done} images in {out} ({counts['ok']} new)")
     if counts["ok"] + counts["failed"]:
         typer.echo(
-            f"{counts['attempts']} attempts in {summary.seconds:.1f} s, {summary.rate:.3g} images/s, "
+            f"{counts['attempts']} attempts in {summary.seconds:.1f} s, {summary.rate:.3g} images/s by {model}, "
             f"{summary.calls_an_image:.4g} predictions of the network an image"
         )
     for kind, (what, field) in NOTES.items():

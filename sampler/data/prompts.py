@@ -108,9 +108,9 @@ NAMED = 5  # jobs that are named of many
 class Prompts:
     """The jobs of a source that may be larger than memory: each iteration reads it anew, as (position, job).
 
-    source:   as for `rows.open_rows`, or a list of jobs. Columns: prompt, or caption or text in its place, and perhaps id,
-              seed, count, negative_prompt, steps, scale, height, width and guidance. Others are carried into the manifest,
-              unless they are named as what that says of an image itself, which a warning tells.
+    source:   as for `rows.open_rows`, or a list of jobs or of prompts. Columns: prompt, or caption or text in its place, and
+              perhaps id, seed, count, negative_prompt, steps, scale, height, width and guidance. Others are carried into the
+              manifest, unless they are named as what that says of an image itself, which a warning tells.
     seed:     a row without a seed gets `seed` plus its number, counted from 0; one without an id gets its number, zero-padded.
     count:    images of a row that does not say how many. The first has the row's id and seed, the k-th after it has ID-k and
               seed + k. So a higher count adds images and changes none.
@@ -122,7 +122,7 @@ class Prompts:
     ImportError for a format whose library is missing.
     """
 
-    def __init__(self, source: str | Path | Sequence[Job], seed: int = 0, on_error: str = "stop", count: int = 1):
+    def __init__(self, source: str | Path | Sequence[Job | str], seed: int = 0, on_error: str = "stop", count: int = 1):
         self.seed, self._faults, self._count = seed, Faults(on_error), checks.at_least_one("count", count)
         self.name, self._read = open_rows(str(source)) if isinstance(source, str | Path) else ("jobs", partial(_listed, source))
         self._repeated: frozenset[int] = frozenset()
@@ -310,5 +310,5 @@ def read_prompts(path: str | Path, seed: int = 0, on_error: str = "stop", count:
     return [job for _, job in Prompts(path, seed, on_error, count)]
 
 
-def _listed(jobs: Sequence[Job]) -> Rows:
-    return (Row(f"job {number}", job) for number, job in enumerate(jobs, 1))
+def _listed(jobs: Sequence[Job | str]) -> Rows:
+    return (Row(f"job {number}", {"prompt": job} if isinstance(job, str) else job) for number, job in enumerate(jobs, 1))

@@ -63,6 +63,7 @@ def judge(
     options: dict[str, Any],
 ) -> Verdict:
     """As `Sampler.judge`; size: (height, width), None for what the pictures have themselves. In inference mode."""
+    images = [images] if isinstance(images, Image.Image) else images
     total = len(images)
     texts = checks.texts("prompts", prompts)
     texts = texts * total if isinstance(prompts, str) else texts

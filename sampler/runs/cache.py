@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from tqdm import tqdm
 from .journal import Journal, read_lines
 from .progress import parts
 
+log = logging.getLogger(__name__)
+
 
 class MeasurementCache:
     """Measurements by their name and the sample's index, in the JSON Lines file `path`. None: none is kept.
@@ -26,6 +29,8 @@ class MeasurementCache:
     def __init__(self, path: str | Path | None, run: Mapping[str, Any]):
         self.path = None if path is None else Path(path)
         self._run = hashlib.sha256(json.dumps(run, sort_keys=True, default=str).encode()).hexdigest()
+        if self.path is not None and any("run" in line and line["run"] != self._run for line in read_lines(self.path)):
+            log.warning("%s holds measurements of other settings or prompts: they are removed", self.path)
         self._journal = None if self.path is None else Journal(self.path, self._key)
         self._lines = {} if self.path is None else {self._key(line): line for line in read_lines(self.path)}
 

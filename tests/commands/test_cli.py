@@ -181,7 +181,7 @@ def test_a_model_is_guarded_and_with_a_calibration_as_that_was_made(tmp_path, mo
     assert str(tmp_path) not in made.read_text()
     code, error = run(monkeypatch, capsys, *asked, "--out", tmp_path / "few")
     assert code == 0 and "is of 3 pictures, and thresholds need 199: it is left out" in error
-    assert planned_guard(tmp_path / "few") == Guidance.guard(5.0)
+    assert planned_guard(tmp_path / "few") == Guidance.guard(7.5)  # and so is its scale
     code, error = run(monkeypatch, capsys, *asked, "--calibration", made, "--out", tmp_path / "asked")
     assert code == 2 and "3 ordinary pictures cannot tell: calibrate with 199 or more" in error
     assert not (tmp_path / "asked").exists()

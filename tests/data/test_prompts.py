@@ -271,3 +271,8 @@ def test_a_source_is_not_held_in_memory(tmp_path, suffix):
 
     most(1)
     assert most(600) - most(100) < 50 * len(text)
+
+
+def test_a_list_of_prompts_is_a_file_of_them(tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\na dog\n")
+    assert list(Prompts(["a cat", "a dog"], seed=3)) == list(Prompts(tmp_path / "p.txt", seed=3))

@@ -285,3 +285,9 @@ def test_copies_are_told_from_others_by_each_way():
     assert [row["auc"] for row in rows] == [1, 0, 0]
     assert [(row["suspect_copies"], row["suspect_others"]) for row in rows] == [(1, 0), (1, 1), (0, 0)]
     assert [row["moved"] for row in rows] == [0, pytest.approx(0.55 / 3, abs=1e-4), pytest.approx(0.8 / 3, abs=1e-4)]
+
+
+def test_one_picture_alone_is_judged_as_in_a_list(small):
+    sampler = Sampler.from_pipeline(small)
+    image = Image.new("RGB", (32, 32), "red")
+    assert torch.equal(sampler.judge(image, "a cat").score, sampler.judge([image], ["a cat"]).score)
