@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` do
     from .bulk.generate import generate
     from .bulk.settings import Files, Placement, Recipe
     from .calibration.calibration import Calibration
+    from .data.prompts import Job
     from .guidance.guard import Guard
     from .guidance.guidance import Guidance
     from .guidance.transitions import At, Fallen, FirstMinimum, Settled
@@ -35,6 +36,7 @@ __all__ = [
     "FirstMinimum",
     "Guard",
     "Guidance",
+    "Job",
     "Output",
     "Placement",
     "Recipe",
@@ -51,6 +53,7 @@ _MODULES = {
     "generate": "bulk.generate",
     **dict.fromkeys(("Files", "Placement", "Recipe"), "bulk.settings"),
     "Calibration": "calibration.calibration",
+    "Job": "data.prompts",
     "Guard": "guidance.guard",
     "Guidance": "guidance.guidance",
     **dict.fromkeys(("At", "Fallen", "FirstMinimum", "Settled"), "guidance.transitions"),
