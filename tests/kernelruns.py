@@ -97,6 +97,26 @@ def predictions(run, rng):
     return uncond, laid_out((uncond.float() + sizes * torch.randn(shape, generator=rng)).to(dtype), run["layout"])
 
 
+# A run as `check_run` takes it; tests change what they are about.
+RUN = {
+    "shape": (2, 4, 8, 9),
+    "dtype": torch.float32,
+    "layout": "contiguous",
+    "channels_last": False,
+    "multistep": True,
+    "scaled": True,
+    "earliest": 2,
+    "drop": 0.0,
+    "limited": False,
+    "fall": 0.0,
+    "latest": STEPS,
+    "wait": 0,
+    "calls": 1,
+    "begins": 1,
+    "seed": 3,
+}
+
+
 def check_run(run, alone=(), device="cpu", take=step):
     """Take a state from the first to the last row and past it, and compare it with its samples after each call.
 

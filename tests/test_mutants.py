@@ -9,29 +9,11 @@ from basinescape import FirstMinimum, Guidance, Sampler
 from basinescape.kernels import noise_gap, noise_gap_eager
 from basinescape.kernels.dispatch import INTERPRETED
 from basinescape.kernels.tiles import Tiles
-from kernelruns import check_run
+from kernelruns import RUN, check_run
 from mutants import host_mutant, mutant
 from tiled import SMALL
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.skipif(not INTERPRETED, reason="mutants of kernels are interpreted")]
-
-RUN = {
-    "shape": (2, 4, 8, 9),
-    "dtype": torch.float32,
-    "layout": "contiguous",
-    "channels_last": False,
-    "multistep": True,
-    "scaled": True,
-    "earliest": 2,
-    "drop": 0.0,
-    "limited": False,
-    "fall": 0.0,
-    "latest": 7,
-    "wait": 0,
-    "calls": 1,
-    "begins": 1,
-    "seed": 3,
-}
 
 
 def steps(**changes):

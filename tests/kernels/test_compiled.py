@@ -18,7 +18,7 @@ from basinescape.kernels.state import State
 from basinescape.kernels.step import launch_step
 from basinescape.kernels.table import Column
 from basinescape.kernels.tiles import Tiles
-from kernelruns import STEPS, assert_defined, check_run, laid_out, table_of
+from kernelruns import RUN, STEPS, assert_defined, check_run, laid_out, table_of
 from mutants import mutant
 from ruleruns import COMBINING, check, follow
 from tiled import SMALL
@@ -38,23 +38,6 @@ def cases(first, *shapes):
     return [*product([first], DTYPES, LAYOUTS), *((s, d, x) for s in shapes for d, x in zip(DTYPES, LAYOUTS, strict=True))]
 
 
-RUN = {
-    "shape": (2, 4, 8, 9),
-    "dtype": torch.float32,
-    "layout": "contiguous",
-    "channels_last": False,
-    "multistep": True,
-    "scaled": True,
-    "earliest": 2,
-    "drop": 0.0,
-    "limited": False,
-    "fall": 0.0,
-    "latest": STEPS,
-    "wait": 0,
-    "calls": 1,
-    "begins": 1,
-    "seed": 3,
-}
 KNOWN = {"earliest": STEPS, "latest": 3}  # nobody looks at a gap
 
 
