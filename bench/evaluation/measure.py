@@ -12,7 +12,7 @@ from basinescape.data.pictures import images_in, pixels
 from PIL import Image
 
 from ..scenario import Prompt, Scenario
-from ..testbed.classifier import ConceptClassifier
+from .classifier import ConceptClassifier
 
 
 @dataclass(frozen=True)

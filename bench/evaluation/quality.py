@@ -29,11 +29,11 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm import tqdm
 
 from ..scenario import Scenario, limited, prompts
-from ..testbed import flow_scenes, scenes
-from ..testbed.classifier import ConceptClassifier
+from .classifier import ConceptClassifier
 from .evaluate import image_path, read_run
 from .measure import TrainingImages
 from .metrics import interval
+from .scenes import CONCEPTS, FLOW_CONCEPTS, SIZE, draw_facts, flow_scene, tiny_scene
 
 log = logging.getLogger(__name__)
 
@@ -180,12 +180,11 @@ def fresh_scenes(model: str, count: int = SCENES) -> Iterator[Image.Image]:
 
 
 def _scene_of_tiny(i: int) -> Image.Image:
-    return scenes.scene(list(scenes.CONCEPTS)[i % len(scenes.CONCEPTS)], FIRST + i)
+    return tiny_scene(list(CONCEPTS)[i % len(CONCEPTS)], FIRST + i)
 
 
 def _scene_of_flow(i: int) -> Image.Image:
-    facts = flow_scenes.draw_facts(np.random.default_rng(FIRST + i), list(flow_scenes.CONCEPTS)[i % len(flow_scenes.CONCEPTS)])
-    return flow_scenes.scene(facts, FIRST + i)
+    return flow_scene(draw_facts(np.random.default_rng(FIRST + i), FLOW_CONCEPTS[i % len(FLOW_CONCEPTS)]), FIRST + i)
 
 
 FRESH = {"tiny": _scene_of_tiny, "flow": _scene_of_flow}
@@ -305,7 +304,7 @@ def concept(scenario: Scenario) -> Embedding:
 
     @torch.inference_mode()
     def embed(images: Sequence[Image.Image]) -> np.ndarray:
-        size = (scenes.SIZE, scenes.SIZE)
+        size = (SIZE, SIZE)
         fitted = [image if image.size == size else image.resize(size, Image.Resampling.BOX) for image in images]
         return network.pooled(pixels(fitted)).numpy()
 
