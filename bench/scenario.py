@@ -19,6 +19,14 @@ from basinescape.data.captions import Prompt, read_captions
 __all__ = ["PRESETS", "Prompt", "Scenario", "limited", "load", "loaded", "prompts"]
 
 DATA = "https://github.com/somepago/DCR and https://github.com/YuxinWenRick/diffusion_memorization"
+NEAR = "which lets near-duplicates alone count, as there is no usual one"
+# Where the threshold of each similarity is from.
+ORIGINS = {
+    "pixels": "measured on tiny: of 6,400 fresh scenes of the same concept one in a thousand is above 0.80",
+    "sscd": "that of Somepalli et al. and Jain et al.",
+    "clip": NEAR,
+    "dino": NEAR,
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,13 @@ class Scenario:
         if self.images is not None:
             return Path(self.images)
         return models.shipped()[self.memorized] / "memorized" if self.memorized in models.shipped() else None
+
+    @property
+    def copy(self) -> str:
+        """What counts as a copy, and where the threshold is from, in one line."""
+        usual = self.threshold == THRESHOLDS[str(self.similarity)]
+        origin = ORIGINS[str(self.similarity)] if usual else "as the scenario says"
+        return f"similarity ({self.similarity}) to a training image above {self.threshold}, {origin}"
 
     @property
     def how(self) -> tuple[int, float, float]:

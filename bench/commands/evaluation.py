@@ -88,6 +88,7 @@ def evaluate(
     """Measure memorization. Methods run on captions that may be memorized and on ordinary prompts."""
     quieten()
     from basinescape.calibration.baseline import STATIC
+    from basinescape.models import shipped
 
     from ..evaluation.comparison import Comparison
     from ..evaluation.evaluate import Incomplete, evaluate
@@ -107,7 +108,9 @@ def evaluate(
         failed, rows = error, error.rows
     if rows:
         compared = Comparison.of(rows, STATIC if chosen.transition is None else chosen.transition)
-        typer.echo(f"{aligned(compared.text_rows())}\n\n{fill(compared.finding(), 80)}")
+        typer.echo(f"{aligned(compared.text_rows())}\n\n{fill(f'{compared.finding()} {compared.sure()}', 80)}")
+        if compared.sure() and chosen.model not in shipped():
+            typer.echo(fill(f"A copy: {chosen.copy}.", 80))
     if failed:
         typer.echo(f"basinescape: {failed}", err=True)
         raise typer.Exit(1)
