@@ -257,9 +257,8 @@ def test_an_analysis_needs_neither_concepts_nor_images_nor_general_prompts(own_m
 
 def test_the_noise_alone_is_scored_by_two_pairs_of_predictions(random_pipeline):
     pipe = random_pipeline("sd", 8, "epsilon")
-    scenario = Scenario("x", "m", "p", steps=10, scale=7.5, transition=500.0, similarity="pixels")
     sampler = Sampler.from_pipeline(pipe, "ddim")
-    (row,) = anisotropy(Laboratory(scenario, sampler, None, progress=False), [Prompt("a", "a cat")], [5])
+    (row,) = anisotropy(Laboratory(sampler, 10, 7.5, None, progress=False), [Prompt("a", "a cat")], [5])
     noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(5))
     uncond, cond = (pipe.encode_prompt(text, "cpu", 1, False)[0] for text in ("", "a cat"))
     pipe.scheduler.set_timesteps(10)
