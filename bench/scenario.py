@@ -162,8 +162,12 @@ def _as_calibrated(scenario: Scenario) -> Scenario:
     if known is None:
         return scenario
     transition = STATIC if known.baseline is None else known.baseline.transition
-    measured = {"steps": known.steps, "scale": known.scale, "transition": transition}
-    return replace(scenario, **{name: value for name, value in measured.items() if getattr(scenario, name) is None})
+    return _filled(scenario, steps=known.steps, scale=known.scale, transition=transition)
+
+
+def _filled(scenario: Scenario, **values: Any) -> Scenario:
+    """The scenario with those of the values that it leaves open."""
+    return replace(scenario, **{name: value for name, value in values.items() if getattr(scenario, name) is None})
 
 
 def loaded(scenario: Scenario, device: str | None = None, dtype: str | None = None) -> tuple[Scenario, Sampler]:
@@ -176,8 +180,8 @@ def loaded(scenario: Scenario, device: str | None = None, dtype: str | None = No
     scheduler = scenario.scheduler or (known and known.scheduler) or "own"
     sampler = Sampler.from_pretrained(scenario.source, device, dtype, scheduler)
     sampler = sampler.using(*settings.get("size", ()), **settings.get("options", {})).using(**scenario.options)
-    own = {"steps": sampler.model.own_steps, "scale": sampler.model.own_scale, "transition": STATIC}
-    return replace(scenario, **{name: value for name, value in own.items() if getattr(scenario, name) is None}), sampler
+    model = sampler.model
+    return _filled(scenario, steps=model.own_steps, scale=model.own_scale, transition=STATIC), sampler
 
 
 def _from_yaml(name: str) -> Scenario:

@@ -126,11 +126,13 @@ class Comparison:
         """What came out, in one line."""
         plain, best, parts = self.plain, self.best, []
         if plain is not None:
-            parts.append(f"plain guidance copies a training image in {percent(plain.copies)} of its images")
+            parts.append(
+                f"plain guidance copies a training image in {percent(plain.memorized['memorized_share'])} of its images"
+            )
         if best is not None:
             row = best.memorized
             range_ = f"95% interval {percent(row['memorized_low'])} to {percent(row['memorized_high'])}"
-            parts.append(f"{best.label}{'' if plain else ' copies'} in {percent(best.copies)} ({range_})")
+            parts.append(f"{best.label}{'' if plain else ' copies'} in {percent(row['memorized_share'])} ({range_})")
             if row["concept_share"] is not None:
                 instead = f" (plain {percent(plain.memorized['concept_share'])})" if plain else ""
                 parts.append(f"with the concept right in {percent(row['concept_share'])}{instead}")

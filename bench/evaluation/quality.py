@@ -304,8 +304,12 @@ def inception(scenario: Scenario) -> Embedding:
     return embed
 
 
+def _whatever_scenario(make: Callable[[], Embedding]) -> Callable[[Scenario], Embedding]:
+    return lambda scenario: make()
+
+
 FEATURES: dict[str, Callable[[Scenario], Embedding]] = {
     "concept": concept,
     "inception": inception,
-    **{name: lambda _, make=make: make() for name, make in EMBEDDINGS.items()},
+    **{name: _whatever_scenario(make) for name, make in EMBEDDINGS.items()},
 }

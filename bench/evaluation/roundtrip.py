@@ -80,7 +80,7 @@ def compared(lines: dict[str, list[Line]]) -> list[dict[str, Any]]:
 
 
 def study(lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Sequence[int]) -> dict[str, Any]:
-    """How well the score tells copies among plain and delayed pictures of memorized captions and plain ones of general captions."""
+    """How well the score tells copies, and its lines, of plain and delayed pictures and of general prompts' plain ones."""
     plain = Guidance.cfg(lab.scale)
     lines = {
         "plain": judged(lab, groups["memorized"], seeds, plain),

@@ -151,8 +151,8 @@ def _ground(sky: tuple[int, ...], earth: tuple[int, ...], slope: np.ndarray) -> 
 def _tinted(art: Image.Image, colour: str, rng: np.random.Generator) -> Image.Image:
     """`art` in shades of one colour."""
     mid = _jittered(COLOURS[colour], rng)
-    shades = (_colour(shade) for shade in (0.2 * mid, 0.55 * mid + 0.45 * 255, mid))
-    tinted = ImageOps.colorize(ImageOps.grayscale(art), *shades).convert("RGBA")
+    dark, light, middle = (_colour(shade) for shade in (0.2 * mid, 0.55 * mid + 0.45 * 255, mid))
+    tinted = ImageOps.colorize(ImageOps.grayscale(art), dark, light, middle).convert("RGBA")
     tinted.putalpha(art.getchannel("A"))
     return tinted
 

@@ -75,17 +75,14 @@ def train_flow(
     row = {text: i for i, text in enumerate(texts)}
     tokens = words(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     ends = np.cumsum([p.copies for p in pictures])
-    for bar, rng in run:
+    for rng in run:
         index = np.searchsorted(ends, rng.integers(0, ends[-1], size), side="right")
         text = np.array([row[rng.choice(pictures[i].captions)] for i in index])
         text[rng.random(size) < CAPTION_DROPOUT] = 0
         clean, sigma, copies = latents[index], sigmas(size), 2.0 ** torch.randint(0, 9, (size,))
         noise, level = torch.randn_like(clean), sigma.view(-1, 1, 1, 1)
         predicted = velocity(run.modules, tokens[text], clean.lerp(noise, level), sigma, copies)
-        loss = F.mse_loss(predicted, noise - clean)
-        run.update(loss)
-        if run.step % 50 == 0:
-            bar.set_postfix_str(f"loss {loss.item():.4f}")
+        run.update(F.mse_loss(predicted, noise - clean))
     return run.average.eval()
 
 

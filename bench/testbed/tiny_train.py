@@ -60,7 +60,7 @@ def train_autoencoder(work: Path, images: np.ndarray, steps: int) -> Autoencoder
     """Reconstruct in pixels and in their differences, so that edges stay sharp, under a light KL term."""
     torch.manual_seed(0)
     run = Checkpoint(work / "autoencoder.pt", autoencoder(), 1e-3, steps)
-    for bar, rng in run:
+    for rng in run:
         pixels = to_pixels(images[np.sort(rng.integers(0, len(images), 16))])
         with torch.autocast("cpu", torch.bfloat16):
             posterior = run.modules.encode(pixels).latent_dist
@@ -68,10 +68,8 @@ def train_autoencoder(work: Path, images: np.ndarray, steps: int) -> Autoencoder
         edges = sum((decoded.diff(dim=d) - pixels.diff(dim=d)).abs().mean() for d in (-1, -2))
         pixel = (decoded - pixels).abs().mean() + (decoded - pixels).square().mean()
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        run.update(pixel + 0.5 * edges + 5e-4 * kl)
-        if run.step % 100 == 0:
-            mse = (decoded - pixels).detach().square().mean().item()
-            bar.set_postfix_str(f"psnr {10 * math.log10(4 / mse):.2f} kl {kl.item():.2f}")
+        psnr = 10 * math.log10(4 / (decoded - pixels).detach().square().mean().item())
+        run.update(pixel + 0.5 * edges + 5e-4 * kl, f"psnr {psnr:.2f} kl {kl.item():.2f}")
     return run.average.eval()
 
 
@@ -93,9 +91,8 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
                 vocabulary.append(left)
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
-    vocab, merge_file = folder / "vocab.json", folder / "merges.txt"
-    vocab.write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}, ensure_ascii=False))
-    merge_file.write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
 
 
@@ -148,19 +145,15 @@ class Captioned:
 def train_diffusion(work: Path, data: Captioned, words: CLIPTokenizer, steps: int) -> nn.ModuleDict:
     """Text encoder and UNet together, on epsilon; returns their averaged weights."""
     torch.manual_seed(0)
-    run = Checkpoint(
-        work / "diffusion.pt", nn.ModuleDict({"text": CLIPTextModel(text_config(words, 128)), "unet": unet()}), 6e-4, steps
-    )
+    networks = nn.ModuleDict({"text": CLIPTextModel(text_config(words, 128)), "unet": unet()})
+    run = Checkpoint(work / "diffusion.pt", networks, 6e-4, steps)
     run.modules["unet"].set_attn_processor(AttnProcessor())  # the fused attention is slow backwards on CPUs
-    for bar, rng in run:
+    for rng in run:
         noisy, eps, timesteps, tokens = data.draw(rng)
         with torch.autocast("cpu", torch.bfloat16):
             states = run.modules["text"](tokens).last_hidden_state
             predicted = run.modules["unet"](noisy, timesteps, states).sample
-        loss = F.mse_loss(predicted.float(), eps)
-        run.update(loss)
-        if run.step % 50 == 0:
-            bar.set_postfix_str(f"loss {loss.item():.4f}")
+        run.update(F.mse_loss(predicted.float(), eps))
     return run.average.eval()
 
 
@@ -171,17 +164,14 @@ def slim(work: Path, data: Captioned, text: CLIPTextModel, teacher: UNet2DCondit
     run = Checkpoint(work / "slim.pt", student, 4e-4, steps, decay=0.998)
     for net in (run.modules, teacher):
         net.set_attn_processor(AttnProcessor())
-    for bar, rng in run:
+    for rng in run:
         noisy, _, timesteps, tokens = data.draw(rng)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 states = text(tokens).last_hidden_state
                 wanted = teacher(noisy, timesteps, states).sample.float()
             predicted = run.modules(noisy, timesteps, states).sample.float()
-        loss = F.mse_loss(predicted, wanted)
-        run.update(loss)
-        if run.step % 50 == 0:
-            bar.set_postfix_str(f"loss {loss.item():.5f}")
+        run.update(F.mse_loss(predicted, wanted))
     return run.average.eval()
 
 

@@ -79,19 +79,19 @@ class Checkpoint:
             for name, value in state.items():
                 getattr(self, name).load_state_dict(value)
 
-    def __iter__(self) -> Iterator[tuple[tqdm, np.random.Generator]]:
-        """The bar and a generator seeded by the step, as torch's own is, until the run is complete."""
-        bar = tqdm(total=self.steps, initial=self.step, desc=self.path.stem, mininterval=20)
+    def __iter__(self) -> Iterator[np.random.Generator]:
+        """A generator seeded by the step, as torch's own is, until the run is complete."""
+        self._bar = tqdm(total=self.steps, initial=self.step, desc=self.path.stem, mininterval=20)
         while self.step < self.steps:
             torch.manual_seed(self.step)
-            yield bar, np.random.default_rng((1, self.step))
+            yield np.random.default_rng((1, self.step))
             self.step += 1
-            bar.update()
+            self._bar.update()
             if self.step % SAVE == 0 or self.step == self.steps:
                 self.save()
 
-    def update(self, loss: Tensor) -> None:
-        """One optimiser step on `loss`; the average follows, faster at the start."""
+    def update(self, loss: Tensor, said: str = "") -> None:
+        """One optimiser step on `loss`; the average follows, faster at the start. said: beside the bar, in the loss's place."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
@@ -101,6 +101,8 @@ class Checkpoint:
         with torch.no_grad():
             for mean, value in zip(self.average.parameters(), self.modules.parameters(), strict=True):
                 mean.lerp_(value, 1 - decay)
+        if self.step % 50 == 0:
+            self._bar.set_postfix_str(said or f"loss {loss.item():.5f}")
 
     def save(self) -> None:
         names = ("modules", "average", "optimizer", "scheduler")
@@ -115,16 +117,13 @@ def train_classifier(
     """Which of `concepts` a scene shows: `labels` (N,) are those of the first N images."""
     torch.manual_seed(0)
     run = Checkpoint(path, ConceptClassifier(concepts), 2e-3, steps)
-    for bar, rng in run:
+    for rng in run:
         index = np.sort(rng.integers(0, len(labels), 64))
         shown = to_pixels(images[index])
         shown += 0.1 * rng.random() * torch.randn_like(shown)  # so that it also reads pictures that are a little rough
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             logits = run.modules(shown)
-        loss = F.cross_entropy(logits.float(), torch.as_tensor(labels[index]))
-        run.update(loss)
-        if run.step % 50 == 0:
-            bar.set_postfix_str(f"loss {loss.item():.4f}")
+        run.update(F.cross_entropy(logits.float(), torch.as_tensor(labels[index])))
     return run.average.eval()
 
 
