@@ -106,9 +106,9 @@ def evaluate(
         failed, rows = error, error.rows
     if rows:
         compared = Comparison.of(rows, STATIC if chosen.transition is None else chosen.transition)
-        typer.echo(f"{aligned(compared.text_rows())}\n\n{fill(f'{compared.finding()} {compared.sure()}', 80)}")
-        if compared.sure() and chosen.model not in shipped():
-            typer.echo(fill(f"A copy: {chosen.copy}.", 80))
+        threshold = f"A copy: {chosen.copy}" if compared.sure() and chosen.model not in shipped() else ""
+        said = (compared.sure(), threshold, compared.finding())
+        typer.echo("\n\n".join([aligned(compared.text_rows()), *(fill(text, 80) for text in said if text)]))
     if failed:
         typer.echo(f"basinescape: {failed}", err=True)
         raise typer.Exit(1)

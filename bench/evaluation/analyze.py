@@ -20,6 +20,7 @@ from basinescape.kernels import definition
 
 from ..scenario import Prompt, Scenario, limited, prompts
 from . import figures
+from .comparison import ENOUGH
 from .detection import captions_told, pictures_told
 from .trajectories import Laboratory, constant, convergence, curves, edges, onset_sweep, returns
 
@@ -125,6 +126,9 @@ def analyze(
     ):
         if not there:
             log.warning("the scenario has no %s: left out is %s", what, without)
+    few = min(len(found) for found in groups.values()) * seeds
+    if few < ENOUGH:
+        log.warning("rates of %d pictures a group cannot tell much; those of %d or more can begin to", few, ENOUGH)
     lab.sampler.solver(steps)  # raises for steps that the scheduler cannot take
     out.mkdir(parents=True, exist_ok=True)
 

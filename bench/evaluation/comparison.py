@@ -150,7 +150,8 @@ class Comparison:
         text = "In brackets: the 95% interval of the share, by bootstrap over prompts."
         if min(counts) >= ENOUGH:
             return text
-        return f"{text} Shares of {min(counts)} images cannot tell methods apart; those of {ENOUGH} or more can begin to."
+        few = f"{min(counts)} image{'s' if min(counts) > 1 else ''}"
+        return f"{text} Shares of {few} cannot tell methods apart; those of {ENOUGH} or more can begin to."
 
     def text_rows(self) -> list[dict[str, str]]:
         """Rows to be printed in 80 columns."""

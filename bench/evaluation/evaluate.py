@@ -77,11 +77,14 @@ def evaluate(
     seeds: images a prompt, their seeds counted up from `first_seed`.
 
     A batch that fails is tried again in halves, and costs no other image; `Incomplete` is raised at the end. Raises
-    ValueError, before any work, for an unknown method, one that does not suit the sampler, a bad number, or a folder that
+    ValueError, before any work, for no or an unknown method, one that does not suit the sampler, a bad number, or a folder that
     holds another run.
     """
     for name, value in (("seeds", seeds), ("batch_size", batch_size), ("limit", 1 if limit is None else limit)):
         checks.at_least_one(name, value)
+    if methods is not None and not methods:
+        raise ValueError("methods must name at least one")
+    checks.at_least("first_seed", first_seed, 0)
     own = own_methods(methods or ())
     every = prompts(scenario)
     measure = Measure(scenario, every)

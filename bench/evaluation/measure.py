@@ -53,11 +53,13 @@ class Measure:
     memorized:  whether any training image is more like it than the threshold. All four are None without training images.
     concept_ok: whether it shows the prompt's concept; None without one, or without a classifier beside the model.
 
-    Raises ValueError for a concept that the classifier does not know, and what `TrainingImages` does.
+    Raises ValueError for a folder of images that holds none, a concept that the classifier does not know, and what `TrainingImages` does.
     """
 
     def __init__(self, scenario: Scenario, groups: Mapping[str, Sequence[Prompt]]):
         others = images_in(scenario.folder) if scenario.folder else []
+        if scenario.images and not others:
+            raise ValueError(f"images folder {scenario.images!r} holds no picture")
         known = others or any(prompt.image for found in groups.values() for prompt in found)
         threshold = scenario.threshold
         self._training = TrainingImages(str(scenario.similarity), groups, others, threshold) if known else None

@@ -86,7 +86,10 @@ def quality(
             row: dict[str, Any] = {"method": method, "group": group, "n": len(found), "missing": len(part) - len(found)}
             row |= {"clip": clip} | _alignment(found) if clip is not None else {}
             row |= _alike(similarity, found) if similarity is not None else {}
-            row |= {"features": features, **distances(real, made)} if real is not None and made is not None else {}
+            if real is not None and made is not None:
+                row |= {"features": features, **distances(real, made)}
+                if len(made) < FEWEST:
+                    log.warning("%s, %s: no distance of %d images, which takes %d or more", method, group, len(made), FEWEST)
             rows.append(row)
             entries += found
     if not rows:
@@ -102,7 +105,9 @@ def _check(scenario: Scenario, features: str | None, references: str | Path | No
     if features is not None and features not in FEATURES:
         raise ValueError(f"features must be one of {', '.join(FEATURES)}, or None; got {features!r}")
     if features == "concept" and not (Path(scenario.source) / "classifier").is_dir():
-        raise ValueError(f"features 'concept' need a classifier beside the model, and {scenario.model!r} has none")
+        raise ValueError(
+            f"features 'concept' need a classifier beside the model, and {scenario.model!r} has none: choose others, or none"
+        )
     if references is None:
         if features is not None and scenario.model not in FRESH:
             raise ValueError(f"references must be a folder of images for scenario {scenario.name!r}, got None")
