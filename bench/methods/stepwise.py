@@ -72,7 +72,7 @@ def sample(
     """
     check(guidance)
     model, solver = sampler.model, sampler.solver(steps)
-    ladder = Ladder.make(solver, guidance, model.device, model.settle)
+    ladder = Ladder.make(solver, guidance, model.device, model.correction)
     plan, options = ladder.plan, dict(zip(("height", "width"), sampler.size(), strict=True)) | sampler.options
     encoded = model.encode(list(prompts), **options)
     network = PairKeeper(model.network(encoded, plain=True))
@@ -123,4 +123,4 @@ def _guided(
     guided_prediction(*own, plan, state)
     weight = state.transition.weight(state.transition.rows(plan.table))
     guided, _ = guide(changed[0], changed[1], weight, rule=plan.rule, **dict(guidance.options))
-    return guided if plan.settle is None else plan.settle(guided, changed[1], weight)
+    return guided if plan.correction is None else plan.correction(guided, changed[1], weight)

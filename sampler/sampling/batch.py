@@ -64,7 +64,7 @@ class Runner:
         """
         model, prompts, total = self.model, call.prompts, call.total
         options = {"height": call.size[0], "width": call.size[1], **prompts.options}
-        ladder = Ladder.make(solver, call.guidance, model.device, model.settle).stopped(call.stop_after)
+        ladder = Ladder.make(solver, call.guidance, model.device, model.correction).stopped(call.stop_after)
         for line in ladder.idle:
             log.warning(line)
         generators = call.generators()

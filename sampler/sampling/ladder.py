@@ -21,7 +21,7 @@ from ..guidance.guard import Guard
 from ..guidance.guidance import Guidance
 from ..kernels.table import Column
 from ..schedulers.solver import Solver
-from ..types import Branch, Settle
+from ..types import Branch, Correction
 from .step_table import StepTable
 
 BOTH: Branch = "both"
@@ -44,13 +44,15 @@ class Ladder:
     probe: Probe | None = None
 
     @classmethod
-    def make(cls, solver: Solver, guidance: Guidance | Guard, device: torch.device, settle: Settle | None = None) -> Ladder:
+    def make(
+        cls, solver: Solver, guidance: Guidance | Guard, device: torch.device, correction: Correction | None = None
+    ) -> Ladder:
         """Lay guidance over the steps of `solver`.
 
         Raises ValueError for steps that it is not made for, and for a guard where pictures cannot be judged.
         """
         attempts = [one.guidance for one in guidance.attempts] if isinstance(guidance, Guard) else [guidance]
-        plans = [StepTable.make(solver, one, device, settle) for one in attempts]
+        plans = [StepTable.make(solver, one, device, correction) for one in attempts]
         starts = tuple(accumulate((len(plan.table) for plan in plans), initial=0))
         if not isinstance(guidance, Guard):
             return cls(guidance, plans[0], starts, solver)
@@ -123,7 +125,7 @@ def _asking(plain: StepTable, probe: Probe) -> StepTable:
     row[0, Column.KEEP], row[0, Column.LIMIT], row[0, Column.TIMESTEP] = -torch.inf, -torch.inf, probe.timestep
     table = row.to(plain.table.device)
     return StepTable(
-        table, (0,), 0, (BOTH,), False, plain.multistep, plain.scaled, plain.rule, (0,), settle=plain.settle, rows=(1,)
+        table, (0,), 0, (BOTH,), False, plain.multistep, plain.scaled, plain.rule, (0,), correction=plain.correction, rows=(1,)
     )
 
 

@@ -14,7 +14,7 @@ from ..guidance.transitions import Transition
 from ..kernels.state import State
 from ..kernels.table import Column
 from ..schedulers.solver import Solver
-from ..types import Branch, Settle
+from ..types import Branch, Correction
 from .branches import branches, looks
 from .statistics import Statistics
 
@@ -31,7 +31,7 @@ class StepTable:
     multistep: the solver keeps a history. scaled: some row scales the network's input. rule: the guidance rule.
     call:      the solver's call of each row.
     jumps:     before which rows the latents go back to a higher noise level, scale * latents + sigma * noise.
-    settle:    what the model's pipeline changes in a guided prediction before the solver gets it; None: nothing.
+    correction:    what the model's pipeline changes in a guided prediction before the solver gets it; None: nothing.
     until:     the transition rule of each guidance in the table. rows: how many rows each guidance has.
     statistics: the rules among them that have a statistic of their own.
     """
@@ -46,7 +46,7 @@ class StepTable:
     rule: str = "cfg"
     call: tuple[int, ...] = ()
     jumps: Mapping[int, tuple[float, float]] = field(default_factory=dict)
-    settle: Settle | None = None
+    correction: Correction | None = None
     until: tuple[Transition | None, ...] = (None,)
     rows: tuple[int, ...] = ()
     statistics: Statistics = field(init=False)
@@ -55,7 +55,7 @@ class StepTable:
         object.__setattr__(self, "statistics", Statistics.of(self.until, self.rows, self.table.device))
 
     @classmethod
-    def make(cls, solver: Solver, guidance: Guidance, device: torch.device, settle: Settle | None = None) -> StepTable:
+    def make(cls, solver: Solver, guidance: Guidance, device: torch.device, correction: Correction | None = None) -> StepTable:
         """Lay `guidance` over the steps of `solver`.
 
         Raises ValueError if the guidance has another number of steps, or asks for timesteps where the scheduler's are not known
@@ -84,7 +84,7 @@ class StepTable:
             rule=guidance.rule,
             call=tuple(call.tolist()),
             jumps=jumps,
-            settle=settle,
+            correction=correction,
             until=(guidance.until,),
             rows=(len(call),),
         )
