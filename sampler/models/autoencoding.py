@@ -110,22 +110,22 @@ class Autoencoding:
 
     def _pixels(self, latents: Tensor, generators: Generators) -> Tensor:
         """Pictures from unpacked latents."""
-        divisor, mean = self._scale(latents)
-        return self.pipe.vae.decode(latents / divisor + mean, return_dict=False)[0]
+        scaling, std, mean = self._scale(latents)
+        return self.pipe.vae.decode(latents / (scaling / std) + mean, return_dict=False)[0]
 
     def _latents(self, pictures: Tensor, generators: Generators) -> Tensor:
         """The reverse of `_pixels`: the most likely latents of pictures in -1..1, in the network's scale."""
-        made, (divisor, mean) = self.pipe.vae.encode(pictures), self._scale(pictures)
-        return ((made.latents if hasattr(made, "latents") else made.latent_dist.mode()) - mean) * divisor
+        scaling, std, mean = self._scale(pictures)
+        return (most_likely(self.pipe.vae, pictures) - mean) * (scaling / std)
 
-    def _scale(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """(divisor, mean): the autoencoder takes latents / divisor + mean, with a number for all or one a channel."""
+    def _scale(self, like: Tensor) -> tuple[float, Tensor | float, Tensor | float]:
+        """(scaling, std, mean): the autoencoder takes latents / scaling * std + mean. The last two may have one a channel."""
         config = self.pipe.vae.config
         mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
         if mean is None or std is None:
-            return config.scaling_factor, config.get("shift_factor") or 0.0
+            return config.scaling_factor, 1.0, config.get("shift_factor") or 0.0
         mean, std = (torch.tensor(values).view(-1, *[1] * (like.ndim - 2)).to(like) for values in (mean, std))
-        return config.get("scaling_factor", 1.0) / std, mean
+        return config.get("scaling_factor", 1.0), std, mean
 
     def _cropped(self, pixels: Tensor, height: Pixels, width: Pixels, options: dict[str, Any]) -> Tensor:
         """The pictures, cut to the size that was asked for."""
@@ -134,6 +134,12 @@ class Autoencoding:
     def _pictures(self, pixels: Tensor, output: str, flagged: Sequence[Any] | None) -> Any:
         denormalize = None if flagged is None else [not flag for flag in flagged]
         return self.pipe.image_processor.postprocess(pixels, output_type=output, do_denormalize=denormalize)
+
+
+def most_likely(vae: Any, pictures: Tensor) -> Tensor:
+    """The pictures' latents in the autoencoder's scale: the mode, where it gives a distribution."""
+    made = vae.encode(pictures)
+    return made.latents if hasattr(made, "latents") else made.latent_dist.mode()
 
 
 def _finite(values: Tensor) -> Tensor:

@@ -90,8 +90,8 @@ class StableDiffusion(Model):
             raise ValueError(f"{' and '.join(self.images)} need an IP-Adapter, and pipe has none: load_ip_adapter() first")
 
     def _pixels(self, latents: Tensor, generators: Generators) -> Tensor:
-        divisor, mean = self._scale(latents)
-        return self.pipe.vae.decode(latents / divisor + mean, return_dict=False, generator=generators)[0]
+        latents = latents / self.pipe.vae.config.scaling_factor
+        return self.pipe.vae.decode(latents, return_dict=False, generator=generators)[0]
 
 
 @contextmanager

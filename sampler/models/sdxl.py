@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import whole_number
+from .autoencoding import Generators, most_likely
 from .sd import StableDiffusion
 
 SIZES = ("original_size", "crops_coords_top_left", "target_size")
@@ -56,3 +57,11 @@ class StableDiffusionXL(StableDiffusion):
         negative = ids(NEGATIVE_SIZES if "negative_original_size" in options else SIZES)
         added = {"text_embeds": torch.cat([negative_pooled, pooled]), "time_ids": torch.cat([negative, ids(SIZES)])}
         return {"encoder_hidden_states": torch.cat([uncond, cond]), "added_cond_kwargs": added}
+
+    def _pixels(self, latents: Tensor, generators: Generators) -> Tensor:
+        scaling, std, mean = self._scale(latents)
+        return self.pipe.vae.decode(latents * (std / scaling) + mean, return_dict=False)[0]
+
+    def _latents(self, pictures: Tensor, generators: Generators) -> Tensor:
+        scaling, std, mean = self._scale(pictures)
+        return (most_likely(self.pipe.vae, pictures) - mean) / (std / scaling)
