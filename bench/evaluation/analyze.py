@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 def transition(gaps: Sequence[float], until: FirstMinimum | Settled) -> int | None:
     """The transition that `until` finds in a curve of gaps, None for none."""
-    found = definition.transition(gaps, until.leaving(range(len(gaps))))  # neither looks at the timesteps
+    found = definition.transition(gaps, until.criteria(range(len(gaps))))  # neither looks at the timesteps
     return None if found < 0 else found
 
 

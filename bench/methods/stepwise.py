@@ -91,7 +91,7 @@ def sample(
 
         begin(noise(predict, drawn))
     changed = network if wrap is None else wrap(network)
-    move, rows = mover(ladder, sampler.scheduler, generators, state), iter(plan.step)
+    move, rows = mover(ladder, sampler.scheduler, generators, plan, state), iter(plan.step)
 
     def take(branch: Branch) -> Pair:
         if push is not None:

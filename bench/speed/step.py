@@ -13,7 +13,7 @@ import torch
 from basinescape import FirstMinimum, Guidance, Sampler
 from basinescape.models import GuidedUNet
 from basinescape.sampling.step_table import StepTable
-from basinescape.sampling.steps import denoise, lockstep
+from basinescape.sampling.steps import denoise, lockstep_move, stepping
 from basinescape.schedulers.schedule import make_scheduler
 from torch import Tensor
 from torch.autograd.profiler import profile
@@ -216,7 +216,7 @@ def _loop(network: GuidedUNet, plan: StepTable, noise: Tensor) -> Callable[[], N
 
     def call() -> None:
         state.start(noise, plan.table, last=plan.last)
-        denoise(lockstep(network, plan, state), plan.branches)
+        denoise(stepping(network, state, lockstep_move(plan, state)), plan.branches)
 
     return call
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..schedulers.schedule import levels, log_snrs, step_of_calls
+from ..schedulers.schedule import noise_levels, step_of_calls
 
 
 class Taken(NamedTuple):
@@ -24,11 +24,12 @@ class Taken(NamedTuple):
 
 def taken(scheduler: Any, calls: slice) -> Taken:
     """Those of these calls of a scheduler that is set to a run. Steps are counted from the first that is taken."""
-    step, level, noise = step_of_calls(scheduler)[calls], levels(scheduler), log_snrs(scheduler)
+    step, known = step_of_calls(scheduler)[calls], noise_levels(scheduler)
     step = step - step[0]
     first = torch.searchsorted(step, torch.arange(int(step[-1]) + 1))
-    timesteps = [torch.nan] * len(first) if level is None else level[calls][first]
-    return Taken(timesteps, None if noise is None else noise[calls][first], step)
+    if known is None:
+        return Taken([torch.nan] * len(first), None, step)
+    return Taken(known.timestep[calls][first], known.log_snr[calls][first], step)
 
 
 def called(scheduler: Any, timesteps: Tensor) -> slice:

@@ -16,7 +16,7 @@ from ..kernels.state import State
 from ..models import memory
 from ..runs.progress import Bar, bar, parts
 from ..schedulers.solver import Solver
-from ..types import Network, Scheduler, Step
+from ..types import Network, Scheduler
 from . import callbacks
 from .call import Call
 from .engine import guarded
@@ -25,7 +25,7 @@ from .ladder import Ladder
 from .output import Output
 from .samples import Results
 from .step_table import StepTable
-from .steps import Lane, Move, denoise, fused_step, lockstep_move, renoise, scheduler_move, stepping
+from .steps import Lane, Move, denoise, fused_move, lockstep_move, renoise, scheduler_move, stepping
 
 log = logging.getLogger(__name__)
 Wrap = Callable[[models.Guided], Network]
@@ -85,17 +85,29 @@ class Runner:
         return [batch(part, bar(progress, i, len(some))) for i, part in enumerate(some)]
 
     def lane(
-        self, ladder: Ladder, network: models.Guided, plan: StepTable, noise: Tensor, generators: list[torch.Generator]
+        self,
+        ladder: Ladder,
+        network: models.Guided,
+        plan: StepTable,
+        noise: Tensor,
+        generators: list[torch.Generator],
+        together: bool = False,
     ) -> Lane:
-        """A batch from `noise` (B, ...) for the engine: captured, or by the scheduler's own step, or fused."""
+        """A batch from `noise` (B, ...): captured, or by the scheduler's own step, or fused.
+
+        together: all samples go one way, from the first row on; only such a batch may have a wrapped network.
+        """
+        if self.wrap is not None and not together:
+            raise ValueError("a wrapped network is sampled from by calls of the sampler alone, which take no guard")
         noise, form = noise.to(self.model.dtype), self.model.memory_format
-        if (graphs := self._graphs(network, plan, ladder.stepwise)) is not None:
-            return graphs.lane(network, plan, noise, form)
+        recorded = network.version is not None and not ladder.stepwise and not plan.statistics.rules
+        if self.graphs is not None and self.wrap is None and recorded:
+            return self.graphs.lane(network, plan, noise, form)
         state = plan.state(noise, form)
-        if ladder.stepwise:
-            move = scheduler_move(ladder.solver, self.scheduler, generators, plan, state)
-            return Lane(network, state, stepping(network, state, move), plan.table)
-        return Lane(network, state, fused_step(network, plan, state))
+        changed = network if self.wrap is None else self.wrap(network)
+        together = together or ladder.stepwise
+        move = mover(ladder, self.scheduler, generators, plan, state) if together else fused_move(plan, state)
+        return Lane(network, state, stepping(changed, state, move), plan.table if ladder.stepwise else None)
 
     def run(self, ladder: Ladder, batch: Batch, shown: Bar, callback: callbacks.Callback | None, scale: float) -> Results:
         """All steps of a batch, which go through `shown`. callback, scale: as the call has them, None for no callback."""
@@ -104,7 +116,8 @@ class Runner:
         network = model.network(batch.encoded, plain=self.wrap is not None)
         if ladder.guard is not None:
             return guarded(self.lane, network, ladder, noise, generators, shown, batch.initial)
-        take, state = self._step(ladder, network, noise, generators)
+        lane = self.lane(ladder, network, plan, noise, generators, together=True)
+        state = lane.state
 
         def after(row: int) -> bool:
             renoise(state, plan, row + 1, generators)
@@ -116,30 +129,12 @@ class Runner:
 
         seen = nullcontext() if callback is None else callbacks.found(model.pipe, len(plan.branches), scale)
         with seen:
-            denoise(take, shown(plan.branches), after)
+            denoise(lane.take, shown(plan.branches), after)
         return Results.of(state, solver.steps)
 
-    def _step(
-        self, ladder: Ladder, network: models.Guided, noise: Tensor, generators: list[torch.Generator]
-    ) -> tuple[Step, State]:
-        """The step of a batch whose samples all go one way from `noise` (B, ...), and what it updates."""
-        plan, form = ladder.plan, self.model.memory_format
-        graphs = None if self.wrap is not None else self._graphs(network, plan, ladder.stepwise)
-        if graphs is not None:
-            lane = graphs.lane(network, plan, noise, form)
-            return lane.take, lane.state
-        state = plan.state(noise, form)
-        changed = network if self.wrap is None else self.wrap(network)
-        return stepping(changed, state, mover(ladder, self.scheduler, generators, state)), state
 
-    def _graphs(self, network: models.Guided, plan: StepTable, stepwise: bool) -> Graphs | None:
-        """Where steps of this network are recorded; None where they are not."""
-        recorded = network.version is not None and not stepwise and not plan.statistics.rules
-        return self.graphs if recorded else None
-
-
-def mover(ladder: Ladder, scheduler: Scheduler, generators: list[torch.Generator], state: State) -> Move:
-    """What takes a batch, just started and all at the same row, through the steps of a ladder of one attempt."""
+def mover(ladder: Ladder, scheduler: Scheduler, generators: list[torch.Generator], plan: StepTable, state: State) -> Move:
+    """What takes a batch, just started and all at the same row, through the steps of `plan`, the step table of a ladder."""
     if ladder.stepwise:
-        return scheduler_move(ladder.solver, scheduler, generators, ladder.plan, state)
-    return lockstep_move(ladder.plan, state)
+        return scheduler_move(ladder.solver, scheduler, generators, plan, state)
+    return lockstep_move(plan, state)

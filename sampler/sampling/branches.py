@@ -11,15 +11,15 @@ from ..kernels.table import Column
 from ..types import Branch
 
 
-def looks(columns: dict[Column, Tensor]) -> bool:
+def looks_for_transition(columns: dict[Column, Tensor]) -> bool:
     """Whether the transition depends on noise gaps; False where the table alone says where it is."""
     keep, limit, fall = columns[Column.KEEP], columns[Column.LIMIT], columns[Column.FALL]
     return bool(((keep > -torch.inf) | (limit.abs() < torch.inf) | (fall > 0)).any())
 
 
-def branches(columns: dict[Column, Tensor], finds: bool) -> tuple[Branch, ...]:
-    """The branch that each row needs, or both. Where the transition `finds` itself by noise gaps, both run until it."""
-    transition = math.inf
+def branches(columns: dict[Column, Tensor]) -> tuple[Branch, ...]:
+    """The branch that each row needs, or both. Where the transition depends on noise gaps, both run until it."""
+    transition, finds = math.inf, looks_for_transition(columns)
     needed: list[Branch] = []
     alone: dict[float, Branch] = {0.0: "uncond", 1.0: "cond"}
     names = (Column.STEP, Column.LIMIT, Column.WAIT, Column.BEFORE, Column.AFTER)

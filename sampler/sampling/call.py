@@ -79,7 +79,7 @@ class Call:
 
     def __post_init__(self) -> None:
         if not isinstance(self.guidance, Guidance | Guard):
-            raise ValueError(f"guidance must be a Guidance, got {self.guidance!r}")
+            raise ValueError(f"guidance must be a Guidance or a guard, as Guidance.from_dict reads one; got {self.guidance!r}")
         if self.output not in OUTPUTS:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
         wanted = (self.total, *self.shape)

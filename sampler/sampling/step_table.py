@@ -15,8 +15,8 @@ from ..kernels.state import State
 from ..kernels.table import Column
 from ..schedulers.solver import Solver
 from ..types import Branch, Correction
-from .branches import branches, looks
-from .statistics import Statistics
+from .branches import branches, looks_for_transition
+from .gap_statistics import GapStatistics
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class StepTable:
     correction: Correction | None = None
     until: tuple[Transition | None, ...] = (None,)
     rows: tuple[int, ...] = ()
-    statistics: Statistics = field(init=False)
+    statistics: GapStatistics = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "statistics", Statistics.of(self.until, self.rows, self.table.device))
+        object.__setattr__(self, "statistics", GapStatistics.of(self.until, self.rows, self.table.device))
 
     @classmethod
     def make(cls, solver: Solver, guidance: Guidance, device: torch.device, correction: Correction | None = None) -> StepTable:
@@ -72,12 +72,12 @@ class StepTable:
         columns = guidance.calls(solver.levels, step, first_of_step(solver.step)[call])
         columns |= dict(zip((Column.A, Column.B, Column.P, Column.Q), coefficients.unbind(1), strict=True))
         columns |= {Column.INPUT_SCALE: solver.input_scale[call], Column.TIMESTEP: solver.timesteps[call]}
-        finds = looks(columns)
+        finds = looks_for_transition(columns)
         return cls(
             table=table_of(columns).to(device),
             step=tuple(step.tolist()),
             last=len(call) - 1,
-            branches=branches(columns, finds),
+            branches=branches(columns),
             finds=finds,
             multistep=bool(coefficients[:, 2:].any()),
             scaled=bool((solver.input_scale != 1).any()),

@@ -45,11 +45,6 @@ def fused_step(network: Network, plan: StepTable, state: State) -> Step:
     return stepping(network, state, fused_move(plan, state))
 
 
-def lockstep(network: Network, plan: StepTable, state: State) -> Step:
-    """`fused_step` of a state that was just started; where no kernel runs, faster, and with the same bits."""
-    return stepping(network, state, lockstep_move(plan, state))
-
-
 def stepping(network: Network, state: State, move: Move) -> Step:
     """A step: the network predicts, and the state moves."""
 
