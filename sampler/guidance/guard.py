@@ -32,9 +32,7 @@ class Attempt:
 
     def __post_init__(self) -> None:
         if not isinstance(self.guidance, Guidance):
-            raise ValueError(
-                f"guidance of an attempt must be a Guidance, as Guidance.from_dict reads one, got {self.guidance!r}"
-            )
+            raise ValueError(f"guidance must be a Guidance, such as Guidance.from_dict(...), got {self.guidance!r}")
         object.__setattr__(self, "threshold", checks.finite("threshold", self.threshold))
         checks.at_least_one("probes", self.probes)
 

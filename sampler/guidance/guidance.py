@@ -10,7 +10,7 @@ Memorization", CVPR 2025, https://arxiv.org/abs/2411.16738.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ def first_of_step(step: Tensor) -> Tensor:
 
 def _restart(given: Sequence[Any]) -> tuple[float, float, int]:
     """(low, high, times) as checked."""
-    if len(given) != 3:
+    if not isinstance(given, Sequence) or len(given) != 3:
         raise ValueError(f"restart must be (low, high, times), got {given!r}")
     low, high = (checks.finite("restart", timestep) for timestep in given[:2])
     if low >= high:
@@ -100,13 +100,13 @@ class Guidance:
             unregistered = "; `transitions.register` it first" if isinstance(self.until, Transition) else ""
             known = ", ".join(f"{name}(...)" for name in RULES)
             raise ValueError(f"until must be one of {known}, got {self.until!r}{unregistered}")
-        if isinstance(self.shape, str):
-            if self.shape not in SHAPES:
-                raise ValueError(f"shape must be one of {', '.join(SHAPES)}, or a factor for each step; got {self.shape!r}")
-        else:
+        if self.shape not in SHAPES if isinstance(self.shape, str) else not isinstance(self.shape, Iterable):
+            raise ValueError(f"shape must be one of {', '.join(SHAPES)}, or a factor for each step; got {self.shape!r}")
+        if not isinstance(self.shape, str):
             object.__setattr__(self, "shape", tuple(checks.finite("shape", factor) for factor in self.shape))
         if self.interval is not None:
-            interval = tuple(checks.finite("interval", timestep) for timestep in self.interval)
+            given = self.interval if isinstance(self.interval, Iterable) else ()
+            interval = tuple(checks.finite("interval", timestep) for timestep in given)
             if len(interval) != 2 or interval[0] > interval[1]:
                 raise ValueError(f"interval must be two timesteps (low, high), got {self.interval!r}")
             object.__setattr__(self, "interval", interval)
@@ -178,6 +178,8 @@ class Guidance:
             raise ValueError(f"rate must be between 0 and 1, got {rate!r}")
         if calibration is not None and not hasattr(calibration, "threshold"):
             raise ValueError(f"calibration must be a Calibration, as Calibration.load reads one; got {calibration!r}")
+        if isinstance(attempts, Guidance):
+            raise ValueError(f"attempts must be a list of guidances, got {attempts!r}")
         if attempts is None:
             attempts = [replace(plain, until=At(log_snr=log_snr)) for log_snr in guard.LADDER]
         if threshold is None:
@@ -208,6 +210,8 @@ class Guidance:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Guidance | Guard:
         """The inverse of `to_dict`, a guard's too. Raises ValueError for an unknown rule or field."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"not a guidance: {data!r}")
         given = dict(data)
         try:
             if "attempts" in given:

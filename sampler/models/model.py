@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..checks import whole_number
+from ..checks import at_least_one, whole_number
 from ..schedulers.schedule import Schedule
 from ..types import Correction, draw
 from .autoencoding import Autoencoding, Pixels
@@ -73,6 +73,11 @@ class Model(Autoencoding):
 
     def check(self) -> None:
         """Raise ValueError unless the pipeline is a text-to-image model guided by two predictions."""
+        for part in (self.network_name, "vae"):
+            if getattr(self.pipe, part) is None:
+                raise ValueError(f"pipe has no {part}, which the sampler needs")
+        if self.net.dtype == torch.float64:
+            raise ValueError("pipe's network is in float64, and guidance computes in float32: use pipe.to(torch.float32)")
         taken, latent = self.net.config.in_channels, self.latent_channels
         if taken != latent:
             raise ValueError(f"pipe's network takes {taken} channels and its latents have {latent}: it is not text-to-image")
@@ -217,6 +222,8 @@ class Model(Autoencoding):
             most = min(layers, default=0) + 1 - self.last_layer
             if whole_number(skip) is None or not 0 <= skip <= most:
                 raise ValueError(f"clip_skip must be a whole number from 0 to {most}, got {skip!r}")
+        if "max_sequence_length" in options:
+            at_least_one("max_sequence_length", options["max_sequence_length"])
         if not isinstance(options.get(self.kwargs, {}), dict):
             raise ValueError(f"{self.kwargs} must be a dict, got {options[self.kwargs]!r}")
         for name in {"prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3"} & set(options):

@@ -48,9 +48,9 @@ class QwenImage(Packed):
     correction = staticmethod(renormalised)
 
     def check(self) -> None:
+        super().check()
         if self.net.config.guidance_embeds:
             raise ValueError("pipe is distilled: its network takes the guidance scale as an input")
-        super().check()
 
     def _encoded(self, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
         def encoded(texts: list[str] | None, prefix: str = "") -> tuple[Tensor, Tensor]:

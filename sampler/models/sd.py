@@ -42,11 +42,11 @@ class StableDiffusion(Model):
         return torch.channels_last if channels_last else torch.contiguous_format
 
     def check(self) -> None:
+        super().check()
         if self.pipe.unet.config.time_cond_proj_dim is not None:
             raise ValueError(
                 "pipe is distilled: its network takes the guidance scale as an input, so there are no two predictions to merge"
             )
-        super().check()
 
     @property
     def own_size(self) -> tuple[int, int] | None:

@@ -26,11 +26,11 @@ class Transformer(Model):
     guided = GuidedTransformer
 
     def check(self) -> None:
+        super().check()
         if getattr(self.net, "is_cache_enabled", False):
             raise ValueError(
                 "pipe's transformer caches from step to step, which does not work on a batch of both halves: disable_cache() it"
             )
-        super().check()
 
 
 def shift(config: Any, tokens: int, most: float) -> float:

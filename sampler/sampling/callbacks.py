@@ -16,6 +16,8 @@ FOUND = ("_num_timesteps", "_guidance_scale", "_interrupt")  # where a pipeline 
 
 def check(callback: Callback | None, tensor_inputs: Sequence[str]) -> None:
     """Raises ValueError where other tensors than latents are asked for, by the call or by one of diffusers' callbacks."""
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback_on_step_end must be a function, got {callback!r}")
     if list(tensor_inputs) != ["latents"]:
         raise ValueError(f"callback_on_step_end_tensor_inputs must be ['latents'], got {tensor_inputs!r}")
     asked = [name for name in getattr(callback, "tensor_inputs", ()) if name != "latents"]

@@ -107,7 +107,7 @@ class Ladder:
         guidances = [self.guidance] if isinstance(self.guidance, Guidance) else [one.guidance for one in self.guidance.attempts]
         levels = self.solver.levels
         lines = [one.over(levels, self.solver.log_snrs).idle(levels) for one in dict.fromkeys(guidances)]
-        return [line for line in lines if line is not None]
+        return list(dict.fromkeys(line for line in lines if line is not None))
 
     def computed(self, attempt: int) -> Tensor:
         """(steps,) bool on the CPU: in which steps of an attempt there is a noise gap."""
