@@ -25,9 +25,8 @@ from ..guidance.guidance import Guidance, first_of_step
 from ..kernels import guide_step
 from ..kernels.operands import is_dense
 from ..kernels.state import Latents, State, Transition, Workspace
-from ..sampling.branches import branches, looks_for_transition
 from ..sampling.gap_statistics import GapStatistics
-from ..sampling.step_table import table_of
+from ..sampling.step_table import branches, looks_for_transition, table_of
 from ..types import Branch
 
 

@@ -32,20 +32,6 @@ Wrap = Callable[[models.Guided], Network]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Samples of one call that are denoised together.
-
-    encoded: their prompts. noise: (B, ...) float32 of standard deviation 1. generators: of all their noise.
-    initial: what draws initial noise from generators.
-    """
-
-    encoded: models.Encoded
-    noise: Tensor
-    generators: list[torch.Generator]
-    initial: Callable[[Sequence[torch.Generator]], Tensor]
-
-
-@dataclass(frozen=True)
 class Runner:
     """How the batches of one model are denoised.
 
@@ -77,7 +63,7 @@ class Runner:
             own = [generators[i] for i in part]
             noise = initial(own) if call.latents is None else call.latents[list(part)].cpu().float()
             texts = encoded if len(part) == total else encoded.select(part)
-            results = self.run(ladder, Batch(texts, noise, own, initial), shown, call.callback, call.guidance.scale)
+            results = self.run(ladder, call, texts, noise, own, initial, shown)
             decode = partial(model.decode, generators=own, **options)
             return Output.of(results, texts, solver, call.output, decode)
 
@@ -109,13 +95,27 @@ class Runner:
         move = mover(ladder, self.scheduler, generators, plan, state) if together else fused_move(plan, state)
         return Lane(network, state, stepping(changed, state, move), plan.table if ladder.stepwise else None)
 
-    def run(self, ladder: Ladder, batch: Batch, shown: Bar, callback: callbacks.Callback | None, scale: float) -> Results:
-        """All steps of a batch, which go through `shown`. callback, scale: as the call has them, None for no callback."""
+    def run(
+        self,
+        ladder: Ladder,
+        call: Call,
+        encoded: models.Encoded,
+        noise: Tensor,
+        generators: list[torch.Generator],
+        initial: Callable[[Sequence[torch.Generator]], Tensor],
+        shown: Bar,
+    ) -> Results:
+        """All steps of some samples of a call, which go through `shown`.
+
+        encoded: their prompts. noise: (B, ...) float32 of standard deviation 1. generators: of all their noise. initial: draws
+        initial noise from generators.
+        """
         model, plan, solver = self.model, ladder.plan, ladder.solver
-        noise, generators = (batch.noise * solver.init_sigma).to(model.device, model.dtype), batch.generators
-        network = model.network(batch.encoded, plain=self.wrap is not None)
+        noise = (noise * solver.init_sigma).to(model.device, model.dtype)
+        callback, scale = call.callback, call.guidance.scale
+        network = model.network(encoded, plain=self.wrap is not None)
         if ladder.guard is not None:
-            return guarded(self.lane, network, ladder, noise, generators, shown, batch.initial)
+            return guarded(self.lane, network, ladder, noise, generators, shown, initial)
         lane = self.lane(ladder, network, plan, noise, generators, together=True)
         state = lane.state
 
@@ -125,7 +125,7 @@ class Runner:
                 return True
             timestep, latents = solver.timesteps[plan.call[row]], state.latents.x.clone()
             state.put(callbacks.tell(callback, model.pipe, row, timestep, latents, scale), plan.table)
-            return not callbacks.interrupted(model.pipe)
+            return not vars(model.pipe)["_interrupt"]
 
         seen = nullcontext() if callback is None else callbacks.found(model.pipe, len(plan.branches), scale)
         with seen:

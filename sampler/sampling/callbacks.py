@@ -43,11 +43,6 @@ def found(pipe: Pipeline, calls: int, scale: float) -> Iterator[None]:
         own.update(before)
 
 
-def interrupted(pipe: Pipeline) -> bool:
-    """Whether a callback has stopped the steps."""
-    return bool(vars(pipe)["_interrupt"])
-
-
 def tell(callback: Callback, pipe: Pipeline, call: int, timestep: Tensor, latents: Tensor, scale: float) -> Tensor:
     """The latents that a callback makes of these after a network call.
 

@@ -1,9 +1,7 @@
 """The step tables of all attempts of a guard, joined into one: another attempt is a jump to its first row.
 
-A guard's samples run plain classifier-free guidance first. Each finished picture is judged by its basin score (see `basin`).
-One that looks like a copy begins again, from the next noise of its own generator and under more careful guidance, until it
-passes or no attempt is left. The samples of a batch stand at rows of their own, so those that pass keep the bits of plain
-guidance. The host reads from the device only between attempts.
+The samples of a batch stand at rows of their own, so those that pass at once keep the bits of plain guidance. The host reads
+from the device only between attempts.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -15,7 +16,6 @@ from ..kernels.state import State
 from ..kernels.table import Column
 from ..schedulers.solver import Solver
 from ..types import Branch, Correction
-from .branches import branches, looks_for_transition
 from .gap_statistics import GapStatistics
 
 
@@ -137,6 +137,27 @@ def table_of(columns: Mapping[Column, Tensor]) -> Tensor:
     """(K, len(Column)) float32 from (K,) each; 0 where a column is not given."""
     nothing = torch.zeros_like(next(iter(columns.values())))
     return torch.stack([columns.get(column, nothing) for column in Column], dim=1)
+
+
+def looks_for_transition(columns: dict[Column, Tensor]) -> bool:
+    """Whether the transition depends on noise gaps; False where the table alone says where it is."""
+    keep, limit, fall = columns[Column.KEEP], columns[Column.LIMIT], columns[Column.FALL]
+    return bool(((keep > -torch.inf) | (limit.abs() < torch.inf) | (fall > 0)).any())
+
+
+def branches(columns: dict[Column, Tensor]) -> tuple[Branch, ...]:
+    """The branch that each row needs, or both. Where the transition depends on noise gaps, both run until it."""
+    transition, finds = math.inf, looks_for_transition(columns)
+    needed: list[Branch] = []
+    alone: dict[float, Branch] = {0.0: "uncond", 1.0: "cond"}
+    names = (Column.STEP, Column.LIMIT, Column.WAIT, Column.BEFORE, Column.AFTER)
+    for k, limit, wait, before, after in zip(*(columns[name].tolist() for name in names), strict=True):
+        if limit == math.inf:  # by then every sample has left
+            transition = min(transition, k + wait)
+        left = k >= transition
+        weight = after if left else before
+        needed.append("both" if finds and not left else alone.get(weight, "both"))
+    return tuple(needed)
 
 
 def _restarted(

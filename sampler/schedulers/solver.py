@@ -54,6 +54,7 @@ class Solver:
 
         Raises ValueError for a scheduler that cannot take these steps, or that draws noise no seed decides.
         """
+        name = type(scheduler).__name__
         with torch.random.fork_rng(devices=[]):
             plan = prepared(scheduler, schedule)
             try:
@@ -61,17 +62,16 @@ class Solver:
                 linear = _agrees(scheduler, schedule, coefficients)
                 repeats = linear or torch.equal(_trajectory(scheduler, schedule, 1), _trajectory(scheduler, schedule, 2))
             except Exception as error:  # whatever a scheduler raises
-                name = type(scheduler).__name__
                 raise ValueError(f"scheduler {name} cannot take {schedule}: {checks.line(error)}") from error
         if not repeats:
             raise ValueError(
-                f"scheduler {type(scheduler).__name__} draws noise that no seed decides (config {dict(scheduler.config)}): "
+                f"scheduler {name} draws noise that no seed decides (config {dict(scheduler.config)}): "
                 "use another, or a deterministic setting of it"
             )
         calls = len(plan.timesteps)
         if not bool(torch.as_tensor(plan.timesteps).isfinite().all() and coefficients.isfinite().all()):
             raise ValueError(
-                f"scheduler {type(scheduler).__name__} has steps that are not finite for {schedule}: its timesteps are "
+                f"scheduler {name} has steps that are not finite for {schedule}: its timesteps are "
                 f"{[round(float(t), 3) for t in plan.timesteps]}"
             )
         if schedule.denoising_end is not None:
@@ -81,7 +81,6 @@ class Solver:
                 raise ValueError(f"denoising_end {schedule.denoising_end} leaves no step of {schedule.steps}")
         known = noise_levels(plan)
         if known is not None and bool(known.log_snr[:calls].isnan().any()):
-            name = type(scheduler).__name__
             raise ValueError(f"{schedule} leads to noise levels that scheduler {name} has not: a flow's are from 0 to 1")
         return cls(
             schedule=schedule,
