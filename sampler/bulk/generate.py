@@ -130,20 +130,19 @@ def _fill(
                 shown.update(line, executor.calls)
 
         shown.begin(len(part), len(journal), part.prompts.skipped)
-        forecast.left = len(part) - len(journal)
 
         def stepped(under_way: float) -> None:
             shown.moved(under_way)
-            forecast.step(executor.calls)
+            forecast.step()
 
         executor.stepped = stepped
         jobs = waiting() if len({plans.size(kind) for kind in part.prompts.kinds}) == 1 else by_size(waiting(), plans.size_of)
         for made in executor.made(forecast.first_of(jobs), stop):
             keep(writes.add(files.signer(made) if files.signer else made))
         keep(writes.flush())
-        shown.summary.signal = stop.signal
         executor.close()
-        if files.duplicates is not None and stop.signal is None:
+        shown.summary.signal = stop.signal if shown.summary.left else None
+        if files.duplicates is not None and shown.summary.signal is None:
             shown.summary.mark("duplicates", _note(writes, files.duplicates))
         writes.finish()
 

@@ -31,7 +31,8 @@ class GuidanceOptions:
 
     TITLE: ClassVar = "Guidance"
     guidance: Annotated[
-        Method | None, typer.Option(help="plain, delayed, opposite or guarded, of rows that do not say; default guard")
+        Method | None,
+        typer.Option(help="cfg (plain), delayed, opposite or guard, of rows that do not say; default guard", metavar="<str>"),
     ] = None
     scale: Annotated[
         float | None, typer.Option(help="guidance scale (after the transition); default as calibrated, else the model's own")
@@ -39,10 +40,6 @@ class GuidanceOptions:
     calibration: Annotated[
         str | None, typer.Option(help="thresholds at a stated false-alarm rate; default calibration.json in the model's folder")
     ] = None
-    rule: Annotated[str, typer.Option(help="how predictions combine: cfg, rescale, cfg-zero, apg, tcfg, ...")] = "cfg"
-    rule_option: Annotated[list[str] | None, typer.Option(help="of the rule, as phi=0.5; may be repeated")] = None
-    before: Annotated[float, typer.Option(help="weight before the transition, with --guidance delayed")] = 0.0
-    opposite_scale: Annotated[float, typer.Option(help="with --guidance opposite: weight -N before the transition")] = 2.0
     until: Annotated[
         str | None,
         typer.Option(
@@ -51,11 +48,15 @@ class GuidanceOptions:
             "calibration's timestep, else 500"
         ),
     ] = None
+    before: Annotated[float, typer.Option(help="weight before the transition, with --guidance delayed")] = 0.0
+    opposite_scale: Annotated[float, typer.Option(help="with --guidance opposite: weight -N before the transition")] = 2.0
     earliest: Annotated[int | None, typer.Option(help="with --until auto: first step that may be it; default 2")] = None
     latest: Annotated[int | None, typer.Option(help="with --until NAME: step at which guidance starts in any case")] = None
     restart: Annotated[
         str | None, typer.Option(help="LOW,HIGH,TIMES: at timestep LOW go back to HIGH by new noise, so many times")
     ] = None
+    rule: Annotated[str, typer.Option(help="how predictions combine: cfg, rescale, cfg-zero, apg, tcfg, ...")] = "cfg"
+    rule_option: Annotated[list[str] | None, typer.Option(help="of the rule, as phi=0.5; may be repeated")] = None
 
     def check(self) -> None:
         """Raises ValueError for what no guidance can be, before a model is loaded."""

@@ -102,6 +102,17 @@ def test_an_error_nobody_foresaw_is_one_line_unless_asked_for_more(tmp_path, mon
         cli.main()
 
 
+def test_whose_pictures_these_are_is_said_first_where_no_model_is_given(tmp_path, monkeypatch, capsys, caplog, drawn):
+    write(tmp_path / "p.jsonl", 1)
+    for given, said in (((), True), (("--model", "tiny"), False)):
+        caplog.clear()
+        assert run(monkeypatch, capsys, "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "out", *QUICK, *given)[0] == 0
+        assert (
+            caplog.messages[:1]
+            == ["no --model is given: the pictures are of 'tiny', a small one that ships, to try things out"]
+        ) == said
+
+
 HEAVY = {"torch", "diffusers", "transformers", "triton", "numpy", "PIL", "matplotlib", "jinja2"}
 
 
@@ -292,10 +303,11 @@ def test_every_option_of_generate_stands_in_its_group(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["basinescape", "generate", "--help"])
     with pytest.raises(SystemExit):
         cli.main()
-    sections = re.split(r"^(\w+):\n", capsys.readouterr().out, flags=re.MULTILINE)
+    sections = re.split(r"^([\w ]+):\n", capsys.readouterr().out, flags=re.MULTILINE)
     groups = dict(zip(sections[1::2], sections[2::2], strict=True))
-    assert list(groups) == ["What", "Model", "Guidance", "Output", "Speed", "Other", "Example"]
-    homes = {"--prompts": "What", "--count": "What", "--steps": "Model", "--until": "Guidance", "--out": "Output"}
+    assert list(groups) == ["Most used", "Guidance", "Pictures", "Output", "Copies", "Speed", "Other", "Example"]
+    homes = {"--prompts": "Most used", "--count": "Most used", "--until": "Guidance", "--clip-skip": "Pictures"}
+    homes |= {"--shard": "Output", "--training-images": "Copies"}
     for option, home in {**homes, "--batch-size": "Speed", "--help": "Other"}.items():
         assert [group for group, text in groups.items() if f"\n  {option} " in "\n" + text] == [home]
     assert "basinescape generate --model" in groups["Example"]
