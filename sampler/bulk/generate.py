@@ -91,21 +91,18 @@ def generate(
     settings |= {"options": options} if options else {}
     settings |= prompts.settings | {"weights": weights_sha256(sampler.pipe)} | sampler.provenance
     open_folder(out, settings, GROWING, partial(_grown, out, settings, prompts))
-    executor = _executor(plans, slots, files, placement)
+    if placement.load is None:
+        executor: Executor = LocalExecutor(plans, slots, files)
+    else:
+        from .ray import RayExecutor
+
+        executor = RayExecutor(plans, slots, files, placement)
     shown = progress if isinstance(progress, Progress) else Progress("auto" if progress else "none")
     part, forecast = Part(prompts, files.shard), Forecast(plans, prompts.kinds, files.format == "latents", out, shown)
     _fill(writes, files, executor, part, plans, forecast, shown)
     if part.fault is not None:
         raise part.fault
     return shown.summary
-
-
-def _executor(plans: Plans, slots: int, files: Files, placement: Placement) -> Executor:
-    if placement.load is None:
-        return LocalExecutor(plans, slots, files)
-    from .ray import RayExecutor
-
-    return RayExecutor(plans, slots, files, placement)
 
 
 def _fill(
@@ -136,8 +133,7 @@ def _fill(
             forecast.step()
 
         executor.stepped = stepped
-        jobs = waiting() if len({plans.size(kind) for kind in part.prompts.kinds}) == 1 else by_size(waiting(), plans.size_of)
-        for made in executor.made(forecast.first_of(jobs), stop):
+        for made in executor.made(forecast.first_of(by_size(waiting(), plans.size_of)), stop):
             keep(writes.add(files.signer(made) if files.signer else made))
         keep(writes.flush())
         executor.close()

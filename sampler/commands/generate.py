@@ -144,6 +144,8 @@ def generate(most: Most, guidance: GuidanceOptions, pictures: Pictures, output: 
             known = options.of_enough(known, guidance.calibration)
         loading: dict[str, Any] = {"allow_pickle": speed.allow_pickle, "compile": speed.compile, "capture": speed.capture}
         load, device, dtype, scheduler = None, speed.device, speed.dtype, options.scheduler_of(pictures.scheduler, known)
+        if speed.workers is not None and speed.engine == Where.local:
+            raise ValueError(f"workers is {speed.workers}, and this process works alone: give --engine ray, too")
         if speed.engine == Where.ray:
             load, device, dtype = spread((model, device, dtype, scheduler, speed.attention), loading, speed.workers)
         loading |= {"device": device, "dtype": dtype, "attention": speed.attention}
@@ -153,7 +155,7 @@ def generate(most: Most, guidance: GuidanceOptions, pictures: Pictures, output: 
         own, named = guidance.plans(sampler, known, steps, scale, names)
         recipe = Recipe(own, steps, negative_prompt=pictures.negative_prompt, clip_skip=pictures.clip_skip, named=named)
         placement = Placement(speed.batch_size, load, speed.workers)
-        conclude(generate(sampler, jobs, most.out, recipe, model, files, placement, shown), most.out, model)
+        conclude(generate(sampler, jobs, most.out, recipe, model, files, placement, shown), files.folder(most.out), model)
 
 
 def _files(output: Output, shard: tuple[int, int] | None, copies: Copies) -> Files:
@@ -169,6 +171,8 @@ def _files(output: Output, shard: tuple[int, int] | None, copies: Copies) -> Fil
 
         given |= {"copies": index.Copies(folder, images_in(folder), *measures, output.on_error)} if folder is not None else {}
         given |= {"duplicates": index.Duplicates(*measures)} if copies.dedup else {}
+    elif any(measures):
+        raise ValueError("similarity and threshold compare pictures: give --training-images or --dedup, too")
     if (output.c2pa_certificate is None) != (output.c2pa_key is None):
         raise ValueError("c2pa_certificate and c2pa_key need each other: give both, or neither")
     if output.c2pa_certificate is not None and output.c2pa_key is not None:
