@@ -209,15 +209,18 @@ class JsonFormatter(logging.Formatter):
         return json.dumps({"event": "log", "level": record.levelname, "message": record.getMessage()})
 
 
-def moving(bar: tqdm, count: int) -> Callable[[float], None]:
+def moving(bar: tqdm, count: float) -> Callable[[float], None]:
     """A function that moves `bar`, which has the FORMAT, by a share of its next `count` items.
 
-    At the share 1 it moves the bar back to where it was: the caller then counts the finished items with `bar.update`.
+    At the share 1 it sets the bar back to where it was: the caller then counts the finished items with `bar.update`.
     """
     done = bar.n
 
     def tell(share: float) -> None:
-        bar.update((done if share >= 1 else done + share * count) - bar.n)
+        if share < 1:
+            bar.update(done + share * count - bar.n)
+        else:
+            bar.n = done  # and is not drawn so
 
     return tell
 
