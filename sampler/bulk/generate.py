@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -113,7 +114,7 @@ def _fill(
     def finished(line: dict[str, Any]) -> str | None:
         return line["id"] if writes.holds(line) else None
 
-    with Journal(writes.out / MANIFEST, finished) as journal, shown, Stop() as stop:
+    with Journal(writes.out / MANIFEST, finished) as journal, shown, Stop() as stop, closing(executor):
         part.record(writes.out)
 
         def waiting() -> Iterator[Placed]:
@@ -136,7 +137,6 @@ def _fill(
         for made in executor.made(forecast.first_of(by_size(waiting(), plans.size_of)), stop):
             keep(writes.add(files.signer(made) if files.signer else made))
         keep(writes.flush())
-        executor.close()
         shown.summary.signal = stop.signal if shown.summary.left else None
         if files.duplicates is not None and shown.summary.signal is None:
             shown.summary.mark("duplicates", _note(writes, files.duplicates))
