@@ -28,6 +28,7 @@ from .stop import Stop
 
 ROUNDS = 8  # times the slots of an engine: the jobs of a block, fewer where some workers would have none
 AHEAD = 2  # blocks a worker: one that it makes, one that waits for it
+LOOK = 0.5  # seconds of a look at whether a block is done
 RETRIES = 3  # times that a block is made again whose worker died
 
 
@@ -122,6 +123,8 @@ class RayExecutor:
         import ray
 
         try:
+            while not ray.wait([reference], timeout=LOOK)[0]:
+                pass  # Ctrl-C is heard between two looks, and not in one that has no end
             made, calls = ray.get(reference)
         except ray.exceptions.RayError as error:
             said = f"failed: its worker: {_last(error)}"
