@@ -8,7 +8,8 @@ import string
 
 import pytest
 from basinescape.data.captions import read_captions
-from basinescape.data.names import SAFE_ID, Ids, cell
+from basinescape.data.names import SAFE_ID, Ids
+from basinescape.data.tables import cell
 from PIL import Image
 
 CAPTIONS = [f"a picture of a {name}, größer" for name in ("cat", "frog", "boat", "tree", "fox", "owl")]
