@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from ..runs.environment import library
 from .names import COLUMN, KNOWN, TEXT, Ids, columns
 
 HUB = "hf:"
@@ -263,10 +264,7 @@ def parquet_rows(path: Path, wanted: Callable[[str, Any], bool], batch_size: int
 
     Raises ImportError without pyarrow, ValueError for columns that `names.columns` refuses and for a file that is broken.
     """
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise ImportError("a .parquet file needs the package pyarrow: pip install pyarrow") from error
+    pyarrow, parquet = (library(name, "a .parquet file needs", "pyarrow") for name in ("pyarrow", "pyarrow.parquet"))
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
@@ -276,16 +274,13 @@ def parquet_rows(path: Path, wanted: Callable[[str, Any], bool], batch_size: int
                 for row in batch.to_pylist():
                     number += 1
                     yield Row(f"row {number}", {names[name]: value for name, value in row.items() if name in names})
-    except (ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"which is no Parquet file, or no whole one: {error}") from error
 
 
 def dataset(source: str) -> Rows:
     """The rows of a dataset, of which pictures, sounds and the like are left alone."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(f"{source!r} is a dataset, which needs the package datasets: pip install datasets") from error
+    datasets = library("datasets", f"{source!r} is a dataset, which needs")
     name, _, split = source.removeprefix(HUB).partition(":")
     if source.startswith(HUB):
         data = datasets.load_dataset(name, split=split or "train", streaming=True)

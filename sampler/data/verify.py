@@ -72,7 +72,7 @@ def _inspection(settings: Mapping[str, Any]) -> Callable[[bytes], str | None]:
     marked = "prompt_metadata" in settings  # not by an older version, and no latents are
     if signed:
         try:
-            signing.library()
+            signing.c2pa_library()
         except ImportError as error:
             log.warning("whether the pictures' signatures hold is not looked at: %s", error)
             signed = False

@@ -15,6 +15,8 @@ from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
+from .environment import library
+
 LOGS = ("auto", "plain", "json", "none")
 EVERY = 10.0  # seconds between lines, where there is no terminal
 NAMED = 5  # ids of a kind that the summary names
@@ -134,14 +136,11 @@ class Progress:
             self._serve(metrics, host)
 
     def _serve(self, port: int, host: str) -> None:
-        try:
-            from prometheus_client import CollectorRegistry, Gauge, start_http_server
-        except ImportError as error:
-            raise ImportError("metrics need the package prometheus_client: pip install prometheus_client") from error
-        registry = CollectorRegistry()
+        client = library("prometheus_client", "metrics need")
+        registry = client.CollectorRegistry()
         for name in Summary(0).facts():
-            self._gauges[name] = Gauge(f"basinescape_{name}", f"{name} of the run, as in its summary", registry=registry)
-        self.port = start_http_server(port, host, registry)[0].server_port
+            self._gauges[name] = client.Gauge(f"basinescape_{name}", f"{name} of the run, as in its summary", registry=registry)
+        self.port = client.start_http_server(port, host, registry)[0].server_port
 
     def begin(self, total: int, before: int, skipped: int) -> None:
         self.summary, self._start = Summary(total, before, skipped), time.monotonic()
