@@ -71,10 +71,7 @@ def prompted(source: str | Path, on_error: str = "stop") -> Iterator[Prompted]:
     return (one for path, read in zip(paths, readers, strict=True) for one in read(path, ids, faults))
 
 
-Reader = Callable[[Path, Ids, Faults], Iterator[Prompted]]
-
-
-def _reader(path: Path) -> Reader:
+def _reader(path: Path) -> Callable[[Path, Ids, Faults], Iterator[Prompted]]:
     if path.is_dir():
         return _folder
     name = path.name.casefold()
@@ -83,27 +80,29 @@ def _reader(path: Path) -> Reader:
     if name.endswith(".parquet"):
         return _parquet
     if path.suffix.casefold() in suffixes():
-        return lambda path, ids, faults: iter([_of_file(path, ids(path.stem), None)])
+        return lambda path, ids, faults: iter([_of_file(path, ids(path.stem))])
     return _table
 
 
-def _of_file(path: Path, id: str, prompt: str | None, reason: str = "no text beside it") -> Prompted:
-    """A picture that is a file. Where no prompt is given, the file itself may tell it."""
-    where = f"image {str(path)!r}"
-    found = (prompt, "") if prompt else prompt_in(path, reason)
-    return Prompted(id, str(path), where, partial(opened, path, where), *found)
+def _prompted(source: Path | bytes, file: str, where: str, id: str, prompt: Any, reason: str) -> Prompted:
+    """A picture in a file, or in bytes that are in memory for as long as the caller keeps it.
+
+    prompt: its own file may tell it where this is no text; `reason` says why it is none.
+    """
+    found = (prompt, "") if isinstance(prompt, str) and prompt.strip() else prompt_in(source, reason)
+    return Prompted(id, file, where, partial(opened, source, where), *found)
 
 
-def _of_data(data: bytes, file: str, where: str, id: str, prompt: Any, reason: str) -> Prompted:
-    """A picture whose bytes are in memory, for as long as the caller keeps it."""
-    found = (text, "") if (text := _text(prompt)) else prompt_in(data, reason)
-    return Prompted(id, file, where, partial(opened, data, where), *found)
+def _of_file(path: Path, id: str, prompt: Any = None, reason: str = "no text beside it") -> Prompted:
+    return _prompted(path, str(path), f"image {str(path)!r}", id, prompt, reason)
 
 
 def _folder(folder: Path, ids: Ids, faults: Faults) -> Iterator[Prompted]:
     """First the pictures that tables name, then the others, with the text beside them or in them."""
     if (folder / MANIFEST).is_file():  # a run's, which may hold its pictures in shards
-        yield from _run(folder, ids, faults)
+        shards = sorted(path for path in (folder / "shards").glob("*") if path.suffix in (".tar", ".parquet"))
+        for file in shards or [folder / MANIFEST]:
+            yield from _reader(file)(file, ids, faults)
         return
     layout = Layout(folder)
     seen: set[Path] = set()
@@ -113,15 +112,6 @@ def _folder(folder: Path, ids: Ids, faults: Faults) -> Iterator[Prompted]:
         if image not in seen:
             texts, reason = layout.texts(image)
             yield _of_file(image, ids(layout.name(image)), texts[0] if texts else None, reason)
-
-
-def _run(folder: Path, ids: Ids, faults: Faults) -> Iterator[Prompted]:
-    """The pictures of a folder of `generate`, in files of their own or in shards."""
-    shards = sorted(path for path in (folder / "shards").glob("*") if path.suffix in (".tar", ".parquet"))
-    for shard in shards:
-        yield from _reader(shard)(shard, ids, faults)
-    if not shards:
-        yield from _table(folder / MANIFEST, ids, faults)
 
 
 def _table(path: Path, ids: Ids, faults: Faults) -> Iterator[Prompted]:
@@ -141,13 +131,8 @@ def _rows(path: Path, find: Callable[[str], Path], ids: Ids, faults: Faults, see
             if not isinstance(image, str):
                 raise ValueError(f"needs {', '.join(IMAGE)}, the name of a picture; it has {', '.join(said) or 'nothing'}")
             seen.add(found := find(image))
-            text = _text(prompt[0] if isinstance(prompt, list) and prompt else prompt)
-            yield _of_file(found, ids(str(said.get("id") or Path(image).with_suffix(""))), text, f"{where} needs {COLUMN}")
-
-
-def _text(prompt: Any) -> str | None:
-    """A prompt that says something; None for anything else."""
-    return prompt if isinstance(prompt, str) and prompt.strip() else None
+            prompt = prompt[0] if isinstance(prompt, list) and prompt else prompt
+            yield _of_file(found, ids(str(said.get("id") or Path(image).with_suffix(""))), prompt, f"{where} needs {COLUMN}")
 
 
 def _while_whole(rows: Rows, name: str, faults: Faults) -> Rows:
@@ -199,7 +184,7 @@ def _sample(path: Path, members: Mapping[str, tuple[str, bytes]], ids: Ids) -> I
     for name, (kind, data) in members.items():
         if kind in suffixes():
             id = ids(own or f"{path.stem}/{Path(name).stem}")
-            yield _of_data(data, f"{path}/{name}", f"member {name!r} of {str(path)!r}", id, prompt, reason)
+            yield _prompted(data, f"{path}/{name}", f"member {name!r} of {str(path)!r}", id, prompt, reason)
         elif Path(kind).suffix in suffixes():  # a mask beside its picture, or a name with a dot in it
             log.warning("member %r of %r is passed over: in a WebDataset, a name ends at its first dot", name, str(path))
 
@@ -222,7 +207,7 @@ def _parquet(path: Path, ids: Ids, faults: Faults) -> Iterator[Prompted]:
         place = f"{where} of {str(path)!r}"
         with faults.at(f"{place}: "):
             data, id = _bytes_in(row, path.parent), str(row.get("id") or f"{path.stem}/{where}")
-            yield _of_data(data, f"{path}/{where}", place, ids(id), first(row, TEXT), f"it needs {COLUMN}")
+            yield _prompted(data, f"{path}/{where}", place, ids(id), first(row, TEXT), f"it needs {COLUMN}")
 
 
 def _bytes_in(row: Mapping[str, Any], home: Path) -> bytes:

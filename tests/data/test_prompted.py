@@ -139,3 +139,10 @@ def test_one_file_of_several_that_is_broken_costs_no_other(tmp_path, caplog):
     (tmp_path / "set" / "0a.tar").write_bytes(b"no archive")
     found = [one.prompt for one in prompted(tmp_path / "set" / "*.tar*", on_error="skip")]
     assert found == PROMPTS and "0a.tar' is no whole .tar file" in caplog.text
+
+
+def test_members_that_a_webdataset_has_under_other_names_are_told(tmp_path, caplog):
+    members = [("0.png", encoded(picture(0))), ("0.txt", b"a"), ("0.mask.png", encoded(picture(1))), ("1.5.png", b"")]
+    assert [one.prompt for one in prompted(tar(tmp_path / "a.tar", members))] == ["a"]
+    said = [record.getMessage().partition(" of ")[0] for record in caplog.records]
+    assert said == ["member '0.mask.png'", "member '1.5.png'"] and "a name ends at its first dot" in caplog.text
