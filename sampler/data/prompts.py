@@ -137,7 +137,7 @@ class Prompts:
         return self.count
 
     def __iter__(self) -> Iterator[tuple[int, Job]]:
-        return ((position, job) for position, _, job in self._jobs(_passed_over))
+        return ((position, job) for position, _, job in self._jobs())
 
     @property
     def skipped(self) -> int:
@@ -164,14 +164,14 @@ class Prompts:
                 unfit[kind] = str(error)
         if not unfit:
             return
-        for _, where, job in self._jobs(_passed_over):
+        for _, where, job in self._jobs():
             if job.kind in unfit:
                 self._refuse(f"{where}: {unfit[job.kind]}")
         self._unfit = frozenset(unfit)
-        self._look(_passed_over)
+        self._look()
 
-    def _look(self, refuse: Callable[[str], None]) -> frozenset[int]:
-        """Read all rows; returns the positions of jobs that ask for an image that an earlier one asks for."""
+    def _look(self, refuse: Callable[[str], None] = lambda said: None) -> frozenset[int]:
+        """Read all rows; returns the positions of jobs that ask for an image that an earlier one asks for; see `_jobs`."""
         digest, ids, images, positions = hashlib.sha256(), array("Q"), array("Q"), array("Q")
         self.kinds: Counter[Kind] = Counter()
         for position, _, job in self._jobs(refuse):
@@ -185,13 +185,13 @@ class Prompts:
         if again := _later(ids, positions):
             self._refuse_repeated(again)
             self._repeated |= again
-            return self._look(_passed_over)
+            return self._look()
         if not len(ids):
             raise ValueError(f"{self.name} holds no prompts")
         self.count, self.sha256 = len(ids), digest.hexdigest()
         return _later(images, positions)
 
-    def _jobs(self, refuse: Callable[[str], None]) -> Iterator[tuple[int, str, Job]]:
+    def _jobs(self, refuse: Callable[[str], None] = lambda said: None) -> Iterator[tuple[int, str, Job]]:
         """(position, where it stands, job). `refuse` is told what is wrong with others; these have positions too."""
         position = 0
         for number, (where, said) in enumerate(self._read()):
@@ -229,9 +229,9 @@ class Prompts:
 
     def _repeats(self, again: frozenset[int], key: Callable[[Job], Any]) -> Iterator[tuple[str, Job, str, Job]]:
         """The jobs at these positions as (where it stands, job), each with the first one that has the same key."""
-        keys = {key(job) for position, _, job in self._jobs(_passed_over) if position in again}
+        keys = {key(job) for position, _, job in self._jobs() if position in again}
         earlier: dict[Any, tuple[str, Job]] = {}
-        for position, where, job in self._jobs(_passed_over):
+        for position, where, job in self._jobs():
             if key(job) in keys:
                 first = earlier.setdefault(key(job), (where, job))
                 if position in again:
@@ -248,10 +248,6 @@ class Prompts:
         asked = f"{len(same)} of {self.count} images are asked for twice, by the same prompt, seed and settings"
         more = ", ..." if len(same) > NAMED else ""
         return f"{self.name}: {asked} ({pairs}{more}): each is made all the same; give them other seeds"
-
-
-def _passed_over(said: str) -> None:
-    """What is told of a row that is wrong when the source is read again."""
 
 
 def _image(job: Job) -> tuple:
