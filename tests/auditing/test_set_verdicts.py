@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from basinescape import Calibration, Guidance, Sampler
-from basinescape.auditing import judge as module
-from basinescape.auditing.judge import Settings, judge
+from basinescape.auditing import set_verdicts as module
 from basinescape.auditing.judge_page import bars
+from basinescape.auditing.set_verdicts import Settings, judge
 from basinescape.bench import cli
 from basinescape.data.captioned import captioned
 from basinescape.data.merge import merge
