@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..auditing.caption_audit import Settings
 
 EXAMPLE = """
-  basinescape audit --model my-model --captions training/ --out audit --verify 20"""
+  basinescape audit --model my-model --captions training/ --verify 9 --out audit"""
 
 
 @dataclass(frozen=True)
