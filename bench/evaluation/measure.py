@@ -58,7 +58,8 @@ class Measure:
     """Measures images by what the scenario has: training images, and a classifier of concepts.
 
     similarity: to the prompt's own training image, or the nearest one of all where it has none.
-    nearest, nearest_similarity: the training image that is most like it, of the whole set, by prompt id or its path in the scenario's folder.
+    nearest, nearest_similarity: the training image that is most like it, of the whole set; its prompt's id, or its path in
+        the scenario's folder.
     memorized:  whether any training image is more like it than the threshold. All four are None without training images.
     concept_ok: whether it shows the prompt's concept; None without one, or without a classifier beside the model.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ from .ranking import Reference, Task, first_gaps, statistic
 from .record import ranked, ranked_record, verdict, verified_record
 from .verification import Verification
 
+log = logging.getLogger(__name__)
 FIRST_SEED = 1_000_000_000  # of the ordinary captions: no seeds of the audited ones, whatever their number
 
 
@@ -107,8 +109,8 @@ def audit(
 
     captions: a file or folder that `read_captions` knows, what it gives, or a list of captions.
     ordinary: prompts that the model has not memorized, or a file of them; None: those that ship. They are measured unless the
-              calibration has their gaps: one made on this model with these steps and this scale, where `settings.noises` is 1.
-              What was measured is kept in the user's cache, for the next audit.
+              calibration has such gaps: one made on this model with these steps and this scale, where `settings.noises` is 1.
+              A warning says so. What was measured is kept in the user's cache, for the next audit.
     calibration: one, a file, or the name of a pipeline that ships; None: no calibration.
     training_images: a folder, or files, beside the captions' own images.
     model:    what run.json calls the sampler's model; None: where it was loaded from.
@@ -116,7 +118,8 @@ def audit(
     Raises ValueError, before any work, for what does not fit, and for a folder that holds something else.
     """
     out, model = Path(out), sampler.source if model is None else model
-    asked, ordinary = _captions(captions, settings.on_error), _ordinary(ordinary, model)
+    asked, own = _captions(captions, settings.on_error), ordinary is not None
+    ordinary = _ordinary(ordinary, model)
     calibration = Calibration.load(calibration) if isinstance(calibration, str | Path) else calibration
     images = _images(asked, images_in(training_images) if isinstance(training_images, str | Path) else training_images)
     runs = _runs(sampler, settings, calibration, progress)
@@ -126,9 +129,11 @@ def audit(
         raise ValueError(
             f"ordinary must be two prompts at least, and a hundred or more for small p-values; got {len(ordinary)}"
         )
+    if known is not None and own:
+        log.warning("the %d ordinary prompts are not measured: the calibration has gaps of its own", len(ordinary))
     threshold, index = _verdicts(settings, calibration, sampler, images)
     run = _run(model, asked, known or ordinary, settings, runs)
-    open_folder(out, run)
+    open_folder(out, run, ("model",))  # which its weights tell, whatever path leads to it
 
     reference = known or _measured(runs, first, ordinary, settings.noises, out, _cached(run))
     places = {prompt.id: i for i, prompt in enumerate(asked)}
@@ -143,14 +148,11 @@ def audit(
     verify = Verification(runs, out, reference.gap, threshold, index)
     found = verify([task(id, settings.seeds) for id in worst]) if worst else {}
     rows = [verdict(row, found.get(row["id"], [])) for row in rows]
-    write_csv(out / "audit.csv", rows)
     told = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **run}
     told |= ranked_record(rows, lines, reference, settings.rate)
     told |= verified_record(found, len(worst) * settings.seeds, threshold, index)
     told |= {"training_images": len(images), "without_caption": len(images) - len(_images(asked))}
-    with atomic_write(out / "audit.json") as part:
-        part.write_bytes(json_bytes(told, indent=1) + b"\n")
-    audit_page.write(out, told, {prompt.id: prompt.image for prompt in asked}, rows, found)
+    _write(out, told, rows, found, {prompt.id: prompt.image for prompt in asked})
     return rows
 
 
@@ -199,7 +201,7 @@ def _measured(runs: PlainRuns, first: int, ordinary: Sequence[str], noises: int,
     tasks = [(f"{j:04d}", text, [FIRST_SEED + j + k * count for k in range(noises)]) for j, text in enumerate(ordinary)]
     if not path.exists() and cached.is_file():
         _copy(cached, path)
-    every = first_gaps(runs, first, tasks, path, "ordinary prompts, once for this model and these settings")
+    every = first_gaps(runs, first, tasks, path, "ordinary prompts, once a model")
     lines = [line for line in every.values() if line["status"] == "ok"]
     if len(lines) < 2:
         raise ValueError(f"{len(lines)} of {count} ordinary prompts could be measured: see {str(path)!r}")
@@ -262,6 +264,19 @@ def _run(
         "options": {name: str(value) for name, value in sampler.options.items()},
         **sampler.provenance,
     }
+
+
+def _write(
+    out: Path,
+    told: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    found: dict[str, list[dict[str, Any]]],
+    images: dict[str, Path | None],
+) -> None:
+    write_csv(out / "audit.csv", rows)
+    with atomic_write(out / "audit.json") as part:
+        part.write_bytes(json_bytes(told, indent=1) + b"\n")
+    audit_page.write(out, told, images, rows, found)
 
 
 def _digest(data: Any) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappush, heappushpop
 from itertools import islice
-from math import inf, isfinite
+from math import inf, isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 SCORES, SHARDS = "scores.jsonl", "shard-*-of-*"
 SHOWN = 200  # pictures on the page; judge.csv has them all
 HELD = 4  # batches whose pictures are in memory at a time, so that those of one size find each other
+FREE = ("model",)  # of run.json: the weights tell which model it is, whatever path leads to it
 NOT_FINITE = "failed: its score is not finite"
 Line = dict[str, Any]
 
@@ -115,6 +116,12 @@ def judge(
             journal.append(*(line for line in lines if line != known.get(line["id"])))
             rows += [_row(line, settings.threshold) for line in lines]
             bar.update(len(lines))
+    if judging.small:
+        log.warning(
+            "%d pictures are judged in less than half of the pixels that the model makes, %d x %d: a copy that was scaled down "
+            "may pass; judge pictures in the size they were made in",
+            *(judging.small, *sampler.size()),
+        )
     if not rows and shard is None:  # a shard may have none
         raise ValueError(f"images {str(images)!r} have no pictures")
     rows.sort(key=lambda row: -_rank(row))
@@ -149,13 +156,13 @@ def _opened(out: Path, run: dict[str, Any], shard: tuple[int, int] | None) -> Pa
     """
     if shard is not None:
         home = out / f"shard-{shard[0]}-of-{shard[1]}"
-        open_folder(home, run | {"shard": list(shard)})
+        open_folder(home, run | {"shard": list(shard)}, FREE)
         return home
     run = json.loads(json_bytes(run | {"shard": None}))  # as a shard's is read back
     shards = sorted(path.parent for path in out.glob(f"{SHARDS}/run.json"))
     for part in shards:
         earlier = read_settings(part) | {"shard": None}
-        differs = [name for name in run if earlier.get(name) != run[name]]
+        differs = [name for name in run if name not in FREE and earlier.get(name) != run[name]]
         if differs:
             raise ValueError(
                 f"{str(part)!r} is a shard of another run (its {', '.join(differs)} differ): choose another folder"
@@ -163,7 +170,7 @@ def _opened(out: Path, run: dict[str, Any], shard: tuple[int, int] | None) -> Pa
     if shards and not (out / "run.json").exists():
         with atomic_write(out / "run.json") as file:
             file.write_bytes(json_bytes(run, indent=2) + b"\n")
-    open_folder(out, run)
+    open_folder(out, run, FREE)
     return out
 
 
@@ -191,11 +198,13 @@ class Judging:
     """Judges pictures.
 
     worst: of the most suspect, for the page: a heap of their rank, id, and the small picture as a data URI.
+    small: how many are judged in less than half of the pixels that the model makes.
     """
 
     def __init__(self, sampler: Sampler, settings: Settings, size: int):
         self.sampler, self.settings, self.size = sampler, settings, size
         self.worst: list[tuple[float, str, str]] = []
+        self.small = 0
 
     def __call__(self, part: Sequence[Captioned], known: dict[str, Line]) -> list[Line]:
         """A line for each picture, in their order; that of `known` where neither it nor its prompt changed."""
@@ -211,6 +220,8 @@ class Judging:
             except ValueError as error:
                 lines[one.id] = line | {"status": f"failed: {checks.line(error)}"}
                 continue
+            width, height = self.settings.width or image.width, self.settings.height or image.height
+            self.small += 2 * width * height < prod(self.sampler.size())
             line["sha256"] = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
             earlier = known.get(one.id, {})
             if all(earlier.get(name) == line[name] for name in ("prompt", "sha256")):

@@ -83,7 +83,6 @@ def audit(what: What, model: Model, verification: Verify, output: Output) -> Non
     """
     quieten()
     from ..auditing.caption_audit import Settings, audit
-    from ..calibration.baseline import ordinary_prompts
     from ..data.captions import read_captions
     from ..data.pictures import images_in
     from ..data.prompts import read_prompts
@@ -94,9 +93,8 @@ def audit(what: What, model: Model, verification: Verify, output: Output) -> Non
     settings = Settings(what.rate, what.noises, what.first_steps, on_error=what.on_error, **judged, **sampled)
     captions = read_captions(what.captions, images=what.images, every=True, on_error=what.on_error)
     training = images_in(verification.training_images) if verification.training_images else ()
-    ordinary = [job.prompt for job in read_prompts(what.prompts or ordinary_prompts(model.model))]
-    known = options.found(model.model, model.calibration)
-    known = options.of_enough(known, model.calibration) if settings.verify else known
+    ordinary = [job.prompt for job in read_prompts(what.prompts)] if what.prompts else None
+    known = options.of_enough(options.found(model.model, model.calibration), model.calibration)
     sampler = options.sampler(model.model, known, model.scheduler, model.option, **model.loading)
     rows = audit(sampler, captions, output.out, settings, ordinary, known, training, model.model, output.progress)
     _conclude(rows, output.out, settings)
@@ -111,8 +109,8 @@ def _conclude(rows: Sequence[dict[str, Any]], out: Path, settings: Settings) -> 
     for column, said in (("suspects", "look like copies"), ("copies", "are copies of training images")):
         found = [row[column] for row in verified if row[column] is not None]
         if found:
-            of = f"made from {sum(map(bool, found))} of the {len(found)} captions with the largest gaps"
-            typer.echo(f"{sum(found)} of {pictures} pictures {said}, {of}")
+            of = f", made from {sum(map(bool, found))} of the {len(found)} captions with the largest gaps" if any(found) else ""
+            typer.echo(f"{sum(found)} of {pictures} pictures {said}{of}")
     failed = [row["id"] for row in rows if row["status"] != "ok"]
     missing = min(settings.verify, len(rows) - len(failed)) * settings.seeds - pictures
     if failed:
