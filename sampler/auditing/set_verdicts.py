@@ -32,7 +32,7 @@ from ..detection import basin
 from ..guidance.guard import PROBES, THRESHOLD
 from ..models import memory
 from ..runs.atomic import atomic_write
-from ..runs.folder import open_folder, read_settings
+from ..runs.folder import differences, open_folder, read_settings
 from ..runs.journal import Journal, read_lines
 from ..runs.jsontext import json_bytes
 from ..runs.provenance import weights_sha256
@@ -158,18 +158,14 @@ def _opened(out: Path, run: dict[str, Any], shard: tuple[int, int] | None) -> Pa
         home = out / f"shard-{shard[0]}-of-{shard[1]}"
         open_folder(home, run | {"shard": list(shard)}, FREE)
         return home
-    run = json.loads(json_bytes(run | {"shard": None}))  # as a shard's is read back
+    text = json_bytes(run, indent=2)
     shards = sorted(path.parent for path in out.glob(f"{SHARDS}/run.json"))
     for part in shards:
-        earlier = read_settings(part) | {"shard": None}
-        differs = [name for name in run if name not in FREE and earlier.get(name) != run[name]]
-        if differs:
-            raise ValueError(
-                f"{str(part)!r} is a shard of another run (its {', '.join(differs)} differ): choose another folder"
-            )
+        if said := differences(read_settings(part), json.loads(text), (*FREE, "shard")):
+            raise ValueError(f"{str(part)!r} is a shard of another run ({said}): choose another folder")
     if shards and not (out / "run.json").exists():
         with atomic_write(out / "run.json") as file:
-            file.write_bytes(json_bytes(run, indent=2) + b"\n")
+            file.write_bytes(text + b"\n")
     open_folder(out, run, FREE)
     return out
 

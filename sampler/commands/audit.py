@@ -21,7 +21,7 @@ EXAMPLE = """
 
 @dataclass(frozen=True)
 class What:
-    """Which captions, compared with which others."""
+    """Which captions, how they are ranked, and where that is written."""
 
     TITLE: ClassVar = "What"
     captions: Annotated[
@@ -30,6 +30,7 @@ class What:
             help="perhaps with their images: a folder with .txt files or metadata.jsonl, or a .jsonl, .json, .csv, ... file"
         ),
     ]
+    out: Annotated[Path, typer.Option(help="folder for audit.csv, audit.html, audit.json and the pictures")]
     images: Annotated[Path | None, typer.Option(help="folder of the images that a file of captions names")] = None
     prompts: Annotated[
         Path | None, typer.Option(help="ordinary ones, measured once if no calibration has their gaps; default 200 that ship")
@@ -40,6 +41,7 @@ class What:
         int | None, typer.Option(help="steps that are looked at, 1 to 10; default a tenth of all, as a guard")
     ] = None
     on_error: options.OnError = "stop"
+    progress: options.Progress = True
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,7 @@ class Model(options.ModelOptions):
     batch_size: options.BatchSize = None
 
 
-@dataclass(frozen=True)
-class Output:
-    """What is written and shown."""
-
-    TITLE: ClassVar = "Output"
-    out: Annotated[Path, typer.Option(help="folder for audit.csv, audit.html, audit.json and the pictures")]
-    progress: options.Progress = True
-
-
-def audit(what: What, model: Model, verification: Verify, output: Output) -> None:
+def audit(what: What, model: Model, verification: Verify) -> None:
     """Find the captions that a model has memorized; with --verify, whether its pictures of them are copies.
 
     Neither needs training images: where there are some, pictures are compared with them too.
@@ -96,8 +89,8 @@ def audit(what: What, model: Model, verification: Verify, output: Output) -> Non
     ordinary = [job.prompt for job in read_prompts(what.prompts)] if what.prompts else None
     known = options.of_enough(options.found(model.model, model.calibration), model.calibration)
     sampler = options.sampler(model.model, known, model.scheduler, model.option, **model.loading)
-    rows = audit(sampler, captions, output.out, settings, ordinary, known, training, model.model, output.progress)
-    _conclude(rows, output.out, settings)
+    rows = audit(sampler, captions, what.out, settings, ordinary, known, training, model.model, what.progress)
+    _conclude(rows, what.out, settings)
 
 
 def _conclude(rows: Sequence[dict[str, Any]], out: Path, settings: Settings) -> None:

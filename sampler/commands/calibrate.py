@@ -18,7 +18,7 @@ EXAMPLE = """
 
 @dataclass(frozen=True)
 class What:
-    """Which pictures are measured."""
+    """Which pictures are measured, and where that is written."""
 
     TITLE: ClassVar = "What"
     prompts: Annotated[
@@ -30,7 +30,12 @@ class What:
     settled: Annotated[
         bool, typer.Option(help="also measure what --until settled and the static transition need; takes twice as long")
     ] = False
+    out: Annotated[
+        Path | None, typer.Option(help="file to write; default calibration.json in the model's folder, where commands find it")
+    ] = None
+    force: Annotated[bool, typer.Option("--force", help="replace a calibration that is there")] = False
     on_error: options.OnError = "stop"
+    progress: options.Progress = True
 
 
 @dataclass(frozen=True)
@@ -41,25 +46,6 @@ class Model(options.ModelOptions):
     steps: Annotated[int | None, typer.Option(help="denoising steps; default the model's own")] = None
     scale: Annotated[float | None, typer.Option(help="guidance scale; default the model's own")] = None
     attention: options.Attention = "sdpa"
-
-
-@dataclass(frozen=True)
-class Output:
-    """What is written and shown."""
-
-    TITLE: ClassVar = "Output"
-    out: Annotated[
-        Path | None, typer.Option(help="file to write; default calibration.json in the model's folder, where commands find it")
-    ] = None
-    force: Annotated[bool, typer.Option("--force", help="replace a calibration that is there")] = False
-    progress: options.Progress = True
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How fast it runs."""
-
-    TITLE: ClassVar = "Speed"
     batch_size: Annotated[
         int | None, typer.Option(help="pictures measured together; default what the GPU's memory holds, 4 on a CPU")
     ] = None
@@ -67,7 +53,7 @@ class Speed:
     capture: options.Capture = False
 
 
-def calibrate(what: What, model: Model, output: Output, speed: Speed) -> None:
+def calibrate(what: What, model: Model) -> None:
     """Measure what is ordinary on a model, for thresholds at a stated false-alarm rate.
 
     The same command goes on where it was stopped.
@@ -80,11 +66,11 @@ def calibrate(what: What, model: Model, output: Output, speed: Speed) -> None:
     from ..models import memory
 
     jobs = read_prompts(what.prompts or ordinary_prompts(model.model), what.seed, what.on_error)
-    out = _file(output.out, model.model, output.force)
-    loading = model.loading | {"attention": model.attention, "compile": speed.compile, "capture": speed.capture}
+    out = _file(what.out, model.model, what.force)
+    loading = model.loading | {"attention": model.attention, "compile": model.compile, "capture": model.capture}
     sampler = options.sampler(model.model, None, model.scheduler, model.option, **loading)
     steps, scale = steps_and_scale(sampler, None, model.steps, model.scale)
-    size = speed.batch_size
+    size = model.batch_size
     if size is None:
         size = ON_CPU if sampler.model.device.type == "cpu" else memory.size(sampler.model, *sampler.size())
     shifts = range(0, what.pictures * len(jobs), len(jobs))
@@ -94,9 +80,9 @@ def calibrate(what: What, model: Model, output: Output, speed: Speed) -> None:
         "scale": scale,
         "settled": what.settled,
         "batch_size": size,
-        "progress": output.progress,
+        "progress": what.progress,
     }
-    made = calibrate(sampler, texts, seeds, out, output.force, **how)
+    made = calibrate(sampler, texts, seeds, out, what.force, **how)
     typer.echo(f"{made.images} pictures, {steps} steps: {out}, {out.with_suffix('.png').name}")
     if what.settled and made.baseline is not None:
         typer.echo(f"static transition, a first guess: {made.baseline.transition:g}")

@@ -22,7 +22,7 @@ EXAMPLE = """
 
 @dataclass(frozen=True)
 class What:
-    """Which pictures."""
+    """Which pictures, and where the verdicts are written."""
 
     TITLE: ClassVar = "What"
     images: Annotated[
@@ -32,7 +32,13 @@ class What:
             "PNG files that hold their prompt; or a pattern of such names"
         ),
     ]
+    out: Annotated[Path, typer.Option(help="folder for judge.csv and judge.html")]
+    shard: Annotated[
+        str | None,
+        typer.Option(help="i/n: the i-th of n parts, from 0, in OUT/shard-i-of-n; then once without it, to put them together"),
+    ] = None
     on_error: options.OnError = "stop"
+    progress: options.Progress = True
 
 
 @dataclass(frozen=True)
@@ -66,25 +72,12 @@ class Verdicts:
     seed: Annotated[int, typer.Option(help="of the noises, the same for every picture")] = 0
 
 
-@dataclass(frozen=True)
-class Output:
-    """What is written and shown."""
-
-    TITLE: ClassVar = "Output"
-    out: Annotated[Path, typer.Option(help="folder for judge.csv and judge.html")]
-    shard: Annotated[
-        str | None,
-        typer.Option(help="i/n: the i-th of n parts, from 0, in OUT/shard-i-of-n; then once without it, to put them together"),
-    ] = None
-    progress: options.Progress = True
-
-
-def judge(what: What, model: Model, verdicts: Verdicts, output: Output) -> None:
+def judge(what: What, model: Model, verdicts: Verdicts) -> None:
     """Find the pictures of a set that look like copies, by the model alone. The same command goes on where it was stopped.
 
     Scores differ a little from those in generate's manifest, which are of the latents before they are decoded.
     """
-    part = shard_of(output.shard)
+    part = shard_of(what.shard)
     quieten()
     from .. import Sampler
     from ..auditing.set_verdicts import Settings, judge
@@ -107,8 +100,8 @@ def judge(what: What, model: Model, verdicts: Verdicts, output: Output) -> None:
     sampler = sampler.using(**({} if known is None else known.settings.get("options", {})) | given)
     if enough is not None:
         enough.made_on(sampler)
-    rows = judge(sampler, what.images, output.out, settings, source, part, output.progress)
-    _conclude(rows, output.out / f"shard-{part[0]}-of-{part[1]}" if part else output.out, source)
+    rows = judge(sampler, what.images, what.out, settings, source, part, what.progress)
+    _conclude(rows, what.out / f"shard-{part[0]}-of-{part[1]}" if part else what.out, source)
 
 
 def _conclude(rows: Sequence[dict[str, Any]], home: Path, model: str) -> None:

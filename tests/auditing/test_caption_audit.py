@@ -199,6 +199,13 @@ def test_a_folder_of_another_audit_is_refused(sampler, tmp_path, pretended, monk
     assert len(pretended) == asked
 
 
+def test_an_audit_goes_on_under_another_path_of_its_model(sampler, tmp_path, pretended):
+    rows = pretend(sampler, ["1.0", "2.0"], tmp_path / "out")
+    pretended.clear()
+    assert pretend(sampler, ["1.0", "2.0"], tmp_path / "out", model="../m/") == rows and not pretended
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["model"] == "../m/"
+
+
 def test_ordinary_prompts_are_measured_once_for_a_model_and_its_settings(sampler, tmp_path, pretended, cache):
     """Whatever the captions; what was cut off or belongs to other settings is measured anew."""
     rows = pretend(sampler, ["1.0", "2.0"], tmp_path / "a")
@@ -252,8 +259,9 @@ def test_a_caption_that_the_encoder_cuts_off_is_told(sampler, tmp_path, pretende
     assert json.loads((tmp_path / "out" / "audit.json").read_text())["truncated"] == ["c0"]
 
 
-def test_a_calibration_of_the_same_runs_spares_ordinary_prompts(sampler, tmp_path, pretended):
+def test_a_calibration_of_the_same_runs_spares_ordinary_prompts(sampler, tmp_path, pretended, caplog):
     rows = pretend(sampler, ["1.01", "2.0"], tmp_path / "a", calibration=calibration_of(sampler))
+    assert "the 19 ordinary prompts are not measured" in caplog.text
     assert [one[0] for one in pretended] == [["1.01", "2.0"]]
     assert [(row["gap"], row["p"]) for row in rows] == [(2.0, 1 / 20), (1.01, (1 + 8) / 20)]
     assert json.loads((tmp_path / "a" / "audit.json").read_text())["ordinary_source"] == "the calibration"

@@ -216,6 +216,25 @@ def test_what_cannot_be_judged_is_named_with_its_reason_and_costs_no_other(tmp_p
     assert again["2"]["status"] == "ok" and again["3"] == found["3"]
 
 
+def test_pictures_that_were_scaled_down_are_told(tmp_path, sampler, caplog):
+    height, width = sampler.size()
+    images = kept(tmp_path / "set", 3, sizes=((width, height), (width // 2, height), (width // 2, height // 2)))
+    judged(sampler, images, tmp_path / "own")
+    assert "1 pictures are judged in less than half of the pixels" in caplog.text
+    caplog.clear()
+    judged(sampler, images, tmp_path / "all", settings=Settings(height=height // 2, width=width // 2))
+    assert "3 pictures are judged in less than half of the pixels" in caplog.text
+
+
+def test_a_run_goes_on_under_another_path_of_its_model(tmp_path, sampler, asked):
+    images = kept(tmp_path / "set", 2)
+    judge(sampler, images, tmp_path / "out", Settings(batch_size=2), "models/small", shard=(0, 2), progress=False)
+    judge(sampler, images, tmp_path / "out", Settings(batch_size=2), "../models/small/", progress=False)
+    asked.clear()
+    judge(sampler, images, tmp_path / "out", Settings(batch_size=2), "small", progress=False)
+    assert asked == []
+
+
 def test_a_score_that_is_not_finite_is_suspect_and_comes_first(tmp_path, sampler, monkeypatch):
     own = basin.scores
 
@@ -268,6 +287,10 @@ def test_the_command_judges_as_calibrated_and_says_what_failed(tmp_path, monkeyp
     code, _, said = run(monkeypatch, capsys, "--images", images, "--out", out, "--model", "tiny", "--threshold", 0.4)
     assert code == 1 and "1 failed (1): see status in judge.csv" in said
     assert "above 0.40 is suspect" in (out / "judge.html").read_text()
+    (images / "0.txt").unlink()
+    (images / "2.txt").unlink()
+    _, said, _ = run(monkeypatch, capsys, "--images", images, "--out", out, "--model", "tiny")
+    assert said.startswith("0 of 0 pictures are suspect")
 
 
 @pytest.mark.parametrize(

@@ -113,8 +113,11 @@ def test_what_is_ordinary_is_what_plain_and_unguided_samples_show(sampler, calib
 
 
 def test_it_is_saved_and_read_whole(calibration, tmp_path):
-    calibration.save(tmp_path / "c.json")
-    assert Calibration.load(tmp_path / "c.json") == calibration
+    calibration.save(tmp_path / "calibration.json")
+    assert Calibration.load(tmp_path / "calibration.json") == Calibration.load(tmp_path) == calibration
+    (tmp_path / "calibration.json").unlink()
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        Calibration.load(tmp_path)
 
 
 def test_a_fingerprint_knows_its_model_by_its_weights(pipe, tmp_path):
