@@ -14,7 +14,7 @@ from .quiet import quieten
 from .runs import shard_of
 
 if TYPE_CHECKING:
-    from .. import Calibration
+    from .. import Calibration, Sampler
 
 EXAMPLE = """
   basinescape judge --model my-model --images made/ --out verdicts"""
@@ -84,7 +84,10 @@ def judge(what: What, model: Model, verdicts: Verdicts) -> None:
 
     if verdicts.threshold is not None and verdicts.rate is not None:
         raise ValueError("threshold and rate say the same: give one of the two")
-    source = _model(model.model, Path(what.images))
+    made = _run_of(Path(what.images))
+    source = model.model or made.get("model")
+    if not source:
+        raise ValueError("model must be given: the one that made the pictures, since no other can judge them")
     known, given = options.found(source, verdicts.calibration), options.of_call(model.option)
     enough = options.of_enough(known, verdicts.calibration) if verdicts.threshold is None else None
     settings = Settings(
@@ -98,6 +101,7 @@ def judge(what: What, model: Model, verdicts: Verdicts) -> None:
     )
     sampler = Sampler.from_pretrained(source, scheduler=options.scheduler_of(model.scheduler, known), **model.loading)
     sampler = sampler.using(**({} if known is None else known.settings.get("options", {})) | given)
+    _compare(made, source, sampler)
     if enough is not None:
         enough.made_on(sampler)
     rows = judge(sampler, what.images, what.out, settings, source, part, what.progress)
@@ -117,19 +121,27 @@ def _conclude(rows: Sequence[dict[str, Any]], home: Path, model: str) -> None:
         raise typer.Exit(1)
 
 
-def _model(given: str, images: Path) -> str:
-    """The model that is given, else that of the run of `generate` that the pictures are; says where the two differ."""
+def _run_of(images: Path) -> dict[str, Any]:
+    """The settings of the run of `generate` that the pictures are; empty where they are none."""
     from ..runs.folder import read_settings
 
     runs = [folder for folder in (images, images.parent) if (folder / "run.json").is_file()]
-    made = str(read_settings(runs[0]).get("model", "")) if runs else ""
-    if not (given or made):
-        raise ValueError("model must be given: the one that made the pictures, since no other can judge them")
-    if given and made and Path(given).name != Path(made).name:
+    return read_settings(runs[0]) if runs else {}
+
+
+def _compare(made: dict[str, Any], source: str, sampler: Sampler) -> None:
+    """Say where a run was made by another model: by its weights, or by its name where the dtypes differ."""
+    from ..runs.provenance import weights_sha256
+
+    if "weights" in made and made.get("dtype") == sampler.provenance["dtype"]:
+        same = made["weights"] == weights_sha256(sampler.pipe)
+    else:
+        same = Path(made.get("model", source)).name == Path(source).name
+    if not same:
         typer.echo(
-            f"{made} made the pictures, and {given} judges them: scores mean nothing unless these are one model", err=True
+            f"{made.get('model')} made the pictures, and {source} judges them: scores mean nothing unless these are one model",
+            err=True,
         )
-    return given or made
 
 
 def _threshold(known: Calibration | None, rate: float | None) -> float:

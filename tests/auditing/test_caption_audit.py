@@ -43,21 +43,6 @@ def sampler(pipe):
     return Sampler.from_pipeline(pipe, "dpmsolver++")
 
 
-@pytest.fixture(scope="module")
-def ordinary(tmp_path_factory):
-    """A file of prompts that are ordinary on the small pipeline."""
-    path = tmp_path_factory.mktemp("ordinary") / "ordinary.jsonl"
-    path.write_text("".join(json.dumps({"prompt": prompt.text}) + "\n" for prompt in TINY["general"][20:32]))
-    return path
-
-
-@pytest.fixture
-def asked(mine, ordinary, tmp_path):
-    """A short audit of the small pipeline without a calibration."""
-    given = ("--model", mine, "--out", tmp_path / "out", "--prompts", ordinary, "--scheduler", "dpmsolver++", "--steps", 12)
-    return (*given, "--first-steps", 2, "--rate", 0.5, "--similarity", "pixels", "--threshold", 0.5)
-
-
 GAP = (4.0, 3.0, 2.0, 1.0)  # usual in the steps of a pretended run
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -324,14 +325,20 @@ def test_a_rate_needs_a_calibration_and_a_video_model_is_refused(tmp_path, monke
         judged(Sampler.from_pipeline(tiny), tmp_path / "empty", tmp_path / "out")
 
 
-def test_only_the_model_that_made_the_pictures_judges_them(tmp_path, monkeypatch, capsys, sampler):
-    """It is that of the run, where they are one; another is warned of, and none is guessed."""
+def test_only_the_model_that_made_the_pictures_judges_them(tmp_path, monkeypatch, capsys, tiny):
+    """It is that of the run, where they are one; another is warned of, whatever its name, and none is guessed."""
     images = kept(tmp_path / "set", 2)
     code, _, said = run(monkeypatch, capsys, "--images", images, "--out", tmp_path / "none")
     assert code == 2 and "model must be given: the one that made the pictures" in said and not (tmp_path / "none").exists()
-    make(sampler, jobs(1), tmp_path / "run", Guidance.cfg(5.0))
+    make(Sampler.from_pipeline(tiny), jobs(1), tmp_path / "run", Guidance.cfg(5.0))
     code, out, said = run(monkeypatch, capsys, "--images", tmp_path / "run", "--out", tmp_path / "own")
     assert code == 0 and "as tiny judges" in out and "made the pictures" not in said
     read = ("--images", tmp_path / "run", "--model", "flow", "--probes", 1)
     code, out, said = run(monkeypatch, capsys, *read, "--out", tmp_path / "other")
     assert code == 0 and "tiny made the pictures, and flow judges them" in said and "as flow judges" in out
+    copied = shutil.copytree(Sampler.model_path("tiny"), tmp_path / "copied")
+    shutil.copytree(Sampler.model_path("flow"), tmp_path / "tiny")
+    for folder, other in ((copied, False), (tmp_path / "tiny", True)):
+        read = ("--images", tmp_path / "run", "--model", folder, "--probes", 1, "--out", tmp_path / f"by-{folder.name}")
+        _, _, said = run(monkeypatch, capsys, *read)
+        assert ("made the pictures" in said) is other
