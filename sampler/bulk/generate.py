@@ -26,9 +26,9 @@ from ..runs.manifest import MANIFEST, note
 from ..runs.progress import Progress, Summary
 from ..runs.provenance import weights_sha256
 from ..sampler import Sampler
-from .executor import Executor, LocalExecutor, Placed
+from .executor import Executor, LocalExecutor
 from .forecast import Forecast
-from .part import Part, by_size, grown
+from .part import Part, Placed, by_size, grown
 from .plans import Plans
 from .settings import Duplicates, Files, Placement, Recipe
 from .stop import Stop
