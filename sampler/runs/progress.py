@@ -21,7 +21,7 @@ LOGS = ("auto", "plain", "json", "none")
 EVERY = 10.0  # seconds between lines, where there is no terminal
 NAMED = 5  # ids of a kind that the summary names
 # A bar that counts samples and also moves with the steps of unfinished ones.
-FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
+FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f} of {total}{unit} [{elapsed}<{remaining}, {rate_fmt}]"
 
 Bar = Callable[[Sequence], Iterable]  # the rows of a run pass through it, one by one
 
@@ -144,7 +144,7 @@ class Progress:
         self.summary, self._start = Summary(total, before, skipped), time.monotonic()
         self._shown = self._start
         if self.kind == "bar":
-            self._bar = tqdm(total=total, initial=before, desc="images", unit="image", bar_format=FORMAT, file=self.stream)
+            self._bar = tqdm(total=total, initial=before, desc="images", unit=" images", bar_format=FORMAT, file=self.stream)
         self._tell("begin", due=self.kind == "json")
 
     def update(self, line: dict[str, Any], calls: Counter[str]) -> None:
