@@ -31,8 +31,8 @@ from ..detection.basin import Probe, suspects
 from ..kernels import guide
 from ..kernels.state import per_sample
 from .escape import Escape, each, judge
-from .executed_steps import called, taken
-from .serving import KEY, RequestGuidance
+from .request_guidance import KEY, RequestGuidance, check_one_scale
+from .scheduler_steps import steps_taken
 
 MERGED_IN = {"CFGPolicy": None, "ZImageCFGPolicy": torch.float32}  # policies known, and the dtype that each combines in
 RUNTIME = "sglang.multimodal_gen.runtime"
@@ -67,7 +67,7 @@ class EscapePolicy(CFGPolicy):
         for asked in self.asked:
             tried = asked.attempts
             guidance += [tried[min(attempt, len(tried) - 1)].guidance] * (rows // len(self.asked))
-        timesteps, noise, step = taken(batch.scheduler, called(batch.scheduler, batch.timesteps))
+        timesteps, noise, step = steps_taken(batch.scheduler, batch.timesteps)
         self.run = Escape(guidance, timesteps, rows, device, step, noise)
         self._need()
 
@@ -114,8 +114,7 @@ def check(built: CFGPolicy, batch: Any, asked: list[RequestGuidance]) -> None:
             f"{KEY} guides by two predictions, and this request makes {len(built.branches)}: give a negative_prompt, which may "
             "be empty, and a guidance_scale (or true_cfg_scale) above 1; the guidance's own scale counts"
         )
-    if batch.guidance_scale_2 not in (None, batch.guidance_scale):
-        raise ValueError("guidance_scale_2 is not followed: guidance that varies over time is Guidance's shape and interval")
+    check_one_scale(batch)
     if batch.cfg_gate_step is not None and batch.cfg_gate_step < 1:
         raise ValueError(f"cfg_gate_step is {batch.cfg_gate_step}, which {KEY} cannot follow: use Guidance's interval")
     if (batch.guidance_rescale or batch.cfg_normalization) and guidance[0].rule != "cfg":

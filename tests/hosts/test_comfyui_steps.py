@@ -7,9 +7,9 @@ import comfy
 import pytest
 import torch
 from basinescape.hosts.comfyui import node
-from basinescape.hosts.sigma_run import timestep
-from basinescape.hosts.sigma_steps import Steps, evaluates_twice
-from basinescape.hosts.widgets import FALLEN, MINIMUM, WIDGETS
+from basinescape.hosts.sampler_run import timestep
+from basinescape.hosts.step_of_sigma import Steps, evaluates_twice
+from basinescape.hosts.guidance_widgets import FALLEN, MINIMUM, WIDGETS
 from comfy_runs import (
     BATCH,
     CFG,

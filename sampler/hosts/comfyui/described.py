@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from basinescape.hosts.widgets import Widget
+from basinescape.hosts.guidance_widgets import Widget
 
 CATEGORY = "sampling/custom_sampling/guiders"
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from basinescape.guidance.guidance import Guidance
 from basinescape.guidance.transitions import Transition
-from basinescape.hosts.sigma_run import Run, timestep
-from basinescape.hosts.sigma_steps import Steps, evaluates_twice
+from basinescape.hosts.sampler_run import Run, timestep
+from basinescape.hosts.step_of_sigma import Steps, evaluates_twice
 from torch import Tensor
 
 logger = logging.getLogger(__name__)

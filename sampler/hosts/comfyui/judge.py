@@ -10,7 +10,7 @@ import torch
 from basinescape.detection.basin import LOG_SNR, Probe
 from basinescape.guidance.guard import PROBES, THRESHOLD
 from basinescape.hosts.escape import judge
-from basinescape.hosts.widgets import Widget
+from basinescape.hosts.guidance_widgets import Widget
 from torch import Tensor
 
 from .described import Node, Output

@@ -6,7 +6,7 @@ import logging
 from functools import partial
 from typing import Any
 
-from basinescape.hosts.widgets import WIDGETS, transition
+from basinescape.hosts.guidance_widgets import WIDGETS, transition
 
 from .described import Node, Output
 from .guided import CFG_FUNCTION, Guided

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, Literal
 
 from basinescape.hosts.invokeai.extension import BasinEscapeExtension
-from basinescape.hosts.widgets import FALLEN, MINIMUM, TIMESTEP, WIDGETS, transition
+from basinescape.hosts.guidance_widgets import FALLEN, MINIMUM, TIMESTEP, WIDGETS, transition
 from basinescape.kernels.rules import RULES
 from invokeai.app.invocations import denoise_latents
 from invokeai.app.invocations.baseinvocation import invocation, invocation_output

@@ -2,7 +2,7 @@
 
 import gradio as gr
 from basinescape.hosts.webui.guided import NAME, guide
-from basinescape.hosts.widgets import WIDGETS
+from basinescape.hosts.guidance_widgets import WIDGETS
 from modules import scripts, shared
 
 
