@@ -96,8 +96,8 @@ def known_pipeline(pipe: Any) -> KnownPipeline:
     known = PIPELINES[name]
     if known.scale not in inspect.signature(type(pipe).__call__).parameters:
         raise ValueError(
-            f"pipe's {names[0]}.__call__ does not name {known.scale}, so what it is called with cannot be followed: give it the "
-            f"arguments of {name}, or take a {name}"
+            f"pipe's {names[0]}.__call__ does not name {known.scale}, so its arguments cannot be followed: give it those of "
+            f"{name}, or take a {name}"
         )
     network = network_of(pipe, known)
     if getattr(network.config, "time_cond_proj_dim", None) is not None or pipe.config.get("is_distilled", False):

@@ -101,7 +101,7 @@ class PipelineCall:
         waiting = int((state.transition_step < 0).sum())
         if self._finished and waiting and not any(one.idle(state.timesteps) for one in state.guidance):
             log.warning(
-                f"{waiting} of {state.batch} samples had no transition in {len(state.timesteps)} steps, and never had their full "
+                f"{waiting} of {state.batch} samples had no transition in {len(state.timesteps)} steps, so never their full "
                 "guidance: give the transition a `latest`"
             )
 
@@ -258,16 +258,14 @@ class PipelineCall:
             self._kept.append(call.kept(self._timesteps[number], counted))
 
     def _begin(self, time: Any, prediction: Tensor) -> None:
-        """Lay the guidance over the steps that the pipeline is about to take, of which the first is at what its network is told."""
+        """Lay the guidance over the steps that the pipeline is about to take. time: what its network is told in the first."""
         calls, start = vars(self.pipe).get("_num_timesteps"), _first_call(self.scheduler, time)
         timesteps = self.scheduler.timesteps[start : None if calls is None else start + calls]
         taken = steps_taken(self.scheduler, timesteps)
         self._timesteps = timesteps.tolist()
         if taken.log_snrs is not None:
             self._nearest = int((taken.log_snrs[taken.step] - LOG_SNR).nan_to_num(torch.inf).abs().argmin())
-        self.state = Escape(
-            self._guidance, taken.timesteps, len(prediction), prediction.device, taken.step, taken.log_snrs
-        )
+        self.state = Escape(self._guidance, taken.timesteps, len(prediction), prediction.device, taken.step, taken.log_snrs)
         for one in dict.fromkeys(self.state.guidance):
             if (line := one.idle(self.state.timesteps)) is not None:
                 log.warning(line)

@@ -82,7 +82,7 @@ class EscapeRun:
         @functools.wraps(self._host.__call__)
         def call(own: DiffusionPipeline, *given: Any, **named: Any) -> Any:
             if own is not pipe:
-                raise ValueError("pipe is a copy of one inside escape: copy it before or after that, and guide the copy by itself")
+                raise ValueError("pipe is a copy of one inside escape: copy it outside, and guide the copy by itself")
             bound = inspect.signature(self._host.__call__).bind(own, *given, **named)
             bound.apply_defaults()
             return self._run(bound.arguments)

@@ -12,9 +12,9 @@ import webui
 from basinescape import At, FirstMinimum, Guidance
 from basinescape.data.prompt_in_file import prompt_in
 from basinescape.hosts import webui as extension
+from basinescape.hosts.guidance_widgets import MINIMUM, TIMESTEP, WIDGETS
 from basinescape.hosts.kdiffusion import EscapeDenoiser
 from basinescape.hosts.webui.guided import NAME, guide
-from basinescape.hosts.guidance_widgets import MINIMUM, TIMESTEP, WIDGETS
 from comfy_runs import CFG, DEFAULTS, SIGMAS, STEPS, given, network
 from hosts_tested import FORGE
 from kd_package import package
