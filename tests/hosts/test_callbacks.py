@@ -193,7 +193,7 @@ def test_a_callback_finds_the_scale_of_the_call_where_that_guides(random_pipelin
 
     with escape(pipe, FOUR):
         assert torch.equal(stable_diffusion(pipe, given, callback_on_step_end=look), expected)
-    assert set(seen) == {found} and pipe.guidance_scale == given
+        assert set(seen) == {found} and pipe.guidance_scale == given
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.__name__)

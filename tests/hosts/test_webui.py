@@ -173,6 +173,14 @@ def test_samplers_by_timesteps_are_refused(kind, kd):
         own.sample(p, *given()[:1], [(given()[2], 1.0)], given()[1])
 
 
+def test_a_denoiser_that_automatic1111_has_for_other_models_is_refused_before_work(kd):
+    p = webui.job("a1111", kd, lambda *given: pytest.fail("work was done"), "sample_euler", SIGMAS)
+    own = p.sampler.model_wrap_cfg.inner_model
+    p.sampler.model_wrap_cfg.__dict__["inner_model"] = type("SD3Denoiser", (), {"__call__": lambda self, *given: own(*given)})()
+    with pytest.raises(ValueError, match="SD3Denoiser is not a denoiser of Stable Diffusion 1, 2 or XL: use Forge"):
+        sampled("a1111", kd, sliders={}, job=p)
+
+
 def test_other_extensions_may_clone_the_model_but_not_combine(kd):
     """Of Forge: an extension that comes later. And three predictions of AUTOMATIC1111 are refused."""
     expected, _ = sampled("forge", kd, sliders={"until": MINIMUM})

@@ -46,9 +46,10 @@ def _unfit(p: Any) -> str | None:
         return "the samplers DDIM, PLMS and UniPC, which go by timesteps, are not followed: use one of the others"
     if getattr(sampler, "funcname", None) in UNEVEN:
         return f"{sampler.funcname} chooses its noise levels by itself: use another sampler"
-    denoiser = sampler.model_wrap_cfg.inner_model
-    if not hasattr(p.sd_model, "forge_objects") and not hasattr(denoiser, "get_scalings"):
-        return f"{type(denoiser).__name__} is not a denoiser of Stable Diffusion 1, 2 or XL: use Forge"
+    if not hasattr(p.sd_model, "forge_objects"):
+        denoiser = sampler.model_wrap_cfg.inner_model
+        if not hasattr(denoiser, "get_scalings"):
+            return f"{type(denoiser).__name__} is not a denoiser of Stable Diffusion 1, 2 or XL: use Forge"
     return None
 
 
