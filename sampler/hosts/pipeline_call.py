@@ -40,11 +40,8 @@ class PipelineCall:
     Raises ValueError for arguments that cannot be followed.
     """
 
-    def __init__(
-        self, pipe: DiffusionPipeline, known: KnownPipeline, guidance: Guidance | list[Guidance], arguments: Mapping[str, Any]
-    ):
-        self.pipe: Any = pipe  # its components are attributes that its own class has
-        self.scheduler = self.pipe.scheduler
+    def __init__(self, pipe: Any, known: KnownPipeline, guidance: Guidance | list[Guidance], arguments: Mapping[str, Any]):
+        self.pipe, self.scheduler = pipe, pipe.scheduler
         self.known, self.arguments = known, dict(arguments)
         for name, allowed in known.only:
             if self.arguments[name] != allowed:

@@ -104,6 +104,14 @@ class EscapeRun:
             self._pipe.__class__ = self._host
             vars(self._pipe).update(self._before)
 
+    def _forget(self) -> None:
+        """Stand before a call of the pipeline."""
+        self._calls: list[PipelineCall] = []  # those that samples are from
+        self._taken: Tensor | None = None  # (B,) int64, which of these each sample is from
+        self._latents: Tensor | None = None
+        self._verdict: Verdict | None = None
+        self.error: Exception | None = None  # what ended a later attempt of the guard
+
     @property
     def transition_step(self) -> Tensor:
         """(B,) int64 on the CPU, as `Escape` has it."""
@@ -169,19 +177,12 @@ class EscapeRun:
         taken = torch.zeros(found.shape[1], dtype=torch.int64) if self._taken is None else self._taken
         return found[taken.to(found.device), torch.arange(found.shape[1], device=found.device)]
 
-    def _forget(self) -> None:
-        """Stand before a call of the pipeline."""
-        self._calls: list[PipelineCall] = []  # those that samples are from
-        self._taken: Tensor | None = None  # (B,) int64, which of these each sample is from
-        self._latents: Tensor | None = None
-        self._verdict: Verdict | None = None
-        self.error: Exception | None = None  # what ended a later attempt of the guard
-
     def _run(self, arguments: Mapping[str, Any]) -> Any:
         """A call of the pipeline, or as many as a guard asks for."""
         self._forget()
         guard = self._guidance if isinstance(self._guidance, Guard) else None
-        call = PipelineCall(self._pipe, self._known_pipeline, guard.plain if guard else self._guidance, arguments)
+        plain = self._guidance.plain if isinstance(self._guidance, Guard) else self._guidance
+        call = PipelineCall(self._pipe, self._known_pipeline, plain, arguments)
         if guard:
             call.check()
         self._calls = [call]  # known even if it fails
