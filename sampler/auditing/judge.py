@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import checks
-from ..data.captioned import Captioned, captioned
+from ..data.prompted import Prompted, prompted
 from ..data.tables import write_csv
 from ..detection import basin
 from ..guidance.guard import PROBES, THRESHOLD
@@ -88,17 +88,17 @@ def judge(
 ) -> list[Line]:
     """Judge the pictures of `images` into the folder `out`; returns the rows of `judge.csv`.
 
-    images: see `captioned`. model: what run.json calls the sampler's model; None: where it was loaded from.
+    images: see `prompted`. model: what run.json calls the sampler's model; None: where it was loaded from.
     shard: (i, n): every n-th picture alone, from the i-th on, in the folder `out`/shard-i-of-n.
 
     A row has id, file, prompt, score, suspect, and status: "ok", or "failed: " and why there is no score; such a picture is
     looked at again when the run is started again. The most suspect come first, and those without a score last.
 
-    Raises ValueError for settings that do not fit, a folder that holds something else, what `captioned` refuses, and where
+    Raises ValueError for settings that do not fit, a folder that holds something else, what `prompted` refuses, and where
     there are no pictures; FileNotFoundError where there is no such source.
     """
     _check(sampler, settings)
-    found = captioned(images, settings.on_error)
+    found = prompted(images, settings.on_error)
     size = settings.batch_size or memory.size(sampler.model, *sampler.size())
     model = sampler.source if model is None else model
     run = _run(sampler, model, images, settings)
@@ -206,7 +206,7 @@ class Judging:
     def shown(self) -> dict[str, str]:
         return {id: uri for _, id, uri in self._worst}
 
-    def __call__(self, part: Sequence[Captioned], known: dict[str, Line]) -> list[Line]:
+    def __call__(self, part: Sequence[Prompted], known: dict[str, Line]) -> list[Line]:
         """A line for each picture, in their order; that of `known` where neither it nor its prompt changed."""
         lines: dict[str, Line] = {}
         waiting: list[tuple[Line, Image.Image]] = []

@@ -13,8 +13,8 @@ from basinescape.auditing import judge as module
 from basinescape.auditing.judge import Settings, judge
 from basinescape.auditing.judge_page import bars
 from basinescape.bench import cli
-from basinescape.data.captioned import captioned
 from basinescape.data.merge import merge
+from basinescape.data.prompted import prompted
 from basinescape.detection import basin
 from basinescape.guidance.guard import RATE
 from basinescape.models.sd import StableDiffusion
@@ -70,7 +70,7 @@ def judged(sampler, images, out, **options):
 def test_pictures_from_every_source_have_the_score_that_each_has_alone(tmp_path, sampler, keep):
     source = keep(tmp_path / "set")
     rows = judged(sampler, source, tmp_path / "out")
-    found = {one.id: one for one in captioned(source)}
+    found = {one.id: one for one in prompted(source)}
     assert len(rows) == 3 and [row["status"] for row in rows] == ["ok"] * 3
     for row in rows:
         one = found[row["id"]]
