@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from ..data.prompts import Kind
 from ..guidance.guard import Guard
-from ..runs.progress import Progress
-from .executor import Placed
+from ..runs.progress import Progress, duration
+from .part import Placed
 from .plans import Plans
 
 LONG = 60.0  # seconds of a run that is worth a forecast
@@ -52,7 +52,7 @@ class Forecast:
         room = f"at most {tqdm.format_sizeof(size, 'B')} of {tqdm.format_sizeof(free, 'B')} free"
         self.shown.tell(
             "expected",
-            f"{left:,} images to make: {attempts}; about {tqdm.format_interval(round(took))}; {room}",
+            f"{left:,} images to make: {attempts}; about {duration(took)}; {room}",
             {"images": left, "attempts": left, "seconds": round(took), "bytes": round(size), "free": free},
         )
 

@@ -136,6 +136,7 @@ def generate(most: Most, guidance: GuidanceOptions, pictures: Pictures, output: 
         quieten()
         from ..bulk.generate import generate
         from ..bulk.settings import Placement, Recipe
+        from ..calibration.calibration import steps_and_scale
 
         guidance.check()
         files = _files(output, shard, copies)
@@ -150,7 +151,7 @@ def generate(most: Most, guidance: GuidanceOptions, pictures: Pictures, output: 
             load, device, dtype = spread((model, device, dtype, scheduler, speed.attention), loading, speed.workers)
         loading |= {"device": device, "dtype": dtype, "attention": speed.attention}
         sampler = options.sampler(model, known, scheduler, pictures.option, pictures.height, pictures.width, **loading)
-        steps, scale = options.steps_and_scale(sampler, known, most.steps, guidance.scale)
+        steps, scale = steps_and_scale(sampler, known, most.steps, guidance.scale)
         names = {Method(kind.guidance) for kind in jobs.kinds if kind.guidance}
         own, named = guidance.plans(sampler, known, steps, scale, names)
         recipe = Recipe(own, steps, negative_prompt=pictures.negative_prompt, clip_skip=pictures.clip_skip, named=named)
@@ -167,11 +168,10 @@ def _files(output: Output, shard: tuple[int, int] | None, copies: Copies) -> Fil
     folder, measures = copies.training_images, (copies.similarity or None, copies.threshold)
     if folder is not None or copies.dedup:
         from ..auditing import index
-        from ..data.pictures import images_in
 
-        given |= {"copies": index.Copies(folder, images_in(folder), *measures, output.on_error)} if folder is not None else {}
+        given |= {"copies": index.Copies(folder, *measures, output.on_error)} if folder is not None else {}
         given |= {"duplicates": index.Duplicates(*measures)} if copies.dedup else {}
-    elif any(measures):
+    elif measures != (None, None):
         raise ValueError("similarity and threshold compare pictures: give --training-images or --dedup, too")
     if (output.c2pa_certificate is None) != (output.c2pa_key is None):
         raise ValueError("c2pa_certificate and c2pa_key need each other: give both, or neither")

@@ -15,14 +15,15 @@ from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
+from .environment import library
+
 LOGS = ("auto", "plain", "json", "none")
 EVERY = 10.0  # seconds between lines, where there is no terminal
 NAMED = 5  # ids of a kind that the summary names
 TICK, WINDOW, FEW = 1.0, 30, 4  # seconds between two looks at how far a run is; the last and the fewest that tell its pace
 # A bar that counts samples and also moves with the steps of unfinished ones.
-FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
-
-PACED = "images: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}{postfix}]"  # a run's, which says its pace itself
+FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f} of {total}{unit} [{elapsed}<{remaining}, {rate_fmt}]"
+PACED = "images: {percentage:3.0f}%|{bar}| {n:.1f} of {total} images [{elapsed}{postfix}]"  # which says its pace itself
 
 Bar = Callable[[Sequence], Iterable]  # the rows of a run pass through it, one by one
 
@@ -90,6 +91,11 @@ class Summary:
         return (self.total - self.before - self.made) / self.pace if self.pace else None
 
     @property
+    def spared(self) -> float:
+        """The share of the network's predictions that were not needed."""
+        return self.calls["spared"] / max(1, self.calls.total())
+
+    @property
     def calls_an_image(self) -> float:
         """The network's predictions for each image that was made; a step needs one or two."""
         return (self.calls.total() - self.calls["spared"]) / max(1, self.counts["ok"] + self.counts["failed"])
@@ -97,12 +103,8 @@ class Summary:
     def facts(self) -> dict[str, Any]:
         """The numbers, as plain data."""
         counts = {kind: self.counts[kind] for kind in ("ok", "failed", "suspect", "copies", "flagged", "truncated", "attempts")}
-        own = {"total": self.total, "before": self.before, "skipped": self.skipped} | counts
-        return own | {
-            "seconds": round(self.seconds, 3),
-            "images_per_second": round(self.rate, 4),
-            "spared": round(self.calls["spared"] / max(1, self.calls.total()), 4),
-        }
+        speed = {"seconds": round(self.seconds, 3), "images_per_second": round(self.rate, 4), "spared": round(self.spared, 4)}
+        return {"total": self.total, "before": self.before, "skipped": self.skipped} | counts | speed
 
     def __str__(self) -> str:
         return ", ".join([f"{self.done:,} of {self.total:,} images", *self.how()])
@@ -110,8 +112,14 @@ class Summary:
     def how(self) -> list[str]:
         """What there is to say of a run that goes on, beside the number of its images."""
         left = self.remaining
-        known = [f"{self.pace:.3g} images/s", f"{tqdm.format_interval(round(left))} left"] if left else []
+        known = [f"{self.pace:.3g} images/s", f"{duration(left)} left"] if left else []
         return known + [f"{self.counts[kind]} {kind}" for kind in ("suspect", "failed") if self.counts[kind]]
+
+
+def duration(seconds: float) -> str:
+    """A time as hours:minutes:seconds."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{second:02d}"
 
 
 class Progress:
@@ -135,14 +143,11 @@ class Progress:
             self._serve(metrics, host)
 
     def _serve(self, port: int, host: str) -> None:
-        try:
-            from prometheus_client import CollectorRegistry, Gauge, start_http_server
-        except ImportError as error:
-            raise ImportError("metrics need the package prometheus_client: pip install prometheus_client") from error
-        registry = CollectorRegistry()
+        client = library("prometheus_client", "metrics need")
+        registry = client.CollectorRegistry()
         for name in Summary(0).facts():
-            self._gauges[name] = Gauge(f"basinescape_{name}", f"{name} of the run, as in its summary", registry=registry)
-        self.port = start_http_server(port, host, registry)[0].server_port
+            self._gauges[name] = client.Gauge(f"basinescape_{name}", f"{name} of the run, as in its summary", registry=registry)
+        self.port = client.start_http_server(port, host, registry)[0].server_port
 
     def begin(self, total: int, before: int, skipped: int) -> None:
         self.summary, self._start = Summary(total, before, skipped), time.monotonic()
@@ -178,20 +183,21 @@ class Progress:
         """Show what happens: as text, or as a JSON line of facts."""
         if self._bar is not None:
             self._bar.write(text, file=self.stream)
-        elif self.kind != "none":
-            self._print(json.dumps({"event": event, **facts}) if self.kind == "json" else text)
+        else:
+            self._print(event, text, facts)
 
-    def _print(self, text: str) -> None:
-        with suppress(ValueError, OSError):  # nobody listens any more
-            print(text, file=self.stream, flush=True)
+    def _print(self, event: str, text: str, facts: dict[str, Any]) -> None:
+        if self.kind in ("plain", "json"):
+            with suppress(ValueError, OSError):  # nobody listens any more
+                print(json.dumps({"event": event, **facts}) if self.kind == "json" else text, file=self.stream, flush=True)
 
     def _tell(self, event: str, due: bool) -> None:
-        for name, value in self.summary.facts().items() if self._gauges else ():
-            self._gauges[name].set(value)
-        if not due or self.kind in ("bar", "none"):
-            return
-        self._shown = time.monotonic()
-        self._print(json.dumps({"event": event, **self.summary.facts()}) if self.kind == "json" else str(self.summary))
+        facts = self.summary.facts()
+        for name, gauge in self._gauges.items():
+            gauge.set(facts[name])
+        if due:
+            self._shown = time.monotonic()
+            self._print(event, str(self.summary), facts)
 
     def __enter__(self) -> Self:
         return self

@@ -71,7 +71,7 @@ def test_what_is_there_is_not_counted(small, drawn, tmp_path):
 def test_it_is_said_in_words_and_not_of_a_short_run(small, drawn, tmp_path):
     sampler = Sampler.from_pipeline(small, "ddim")
     said = told(sampler, jobs(6), tmp_path / "long", "plain", guidance=guard((PLAIN, NONE), (PLAIN, EVERY)))
-    assert "6 images to make: 6 attempts, and more for what looks like a copy; about 05:30; at most 73.7kB of " in said
+    assert "6 images to make: 6 attempts, and more for what looks like a copy; about 00:05:30; at most 73.7kB of " in said
     assert told(sampler, jobs(1), tmp_path / "short", steps=1) is None
 
 
