@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -177,7 +178,8 @@ class Guidance:
         if not 0 < checks.share("rate", rate) < 1:
             raise ValueError(f"rate must be between 0 and 1, got {rate!r}")
         if calibration is not None and not hasattr(calibration, "threshold"):
-            raise ValueError(f"calibration must be a Calibration, as Calibration.load reads one; got {calibration!r}")
+            path = repr(str(calibration)) if isinstance(calibration, str | Path) else "path"
+            raise ValueError(f"calibration must be a Calibration, got {calibration!r}: give Calibration.load({path})")
         if isinstance(attempts, Guidance):
             raise ValueError(f"attempts must be a list of guidances, got {attempts!r}")
         if attempts is None:
