@@ -86,8 +86,10 @@ class Call:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
         wanted = (self.total, *self.shape)
         if self.latents is not None and (not isinstance(self.latents, Tensor) or tuple(self.latents.shape) != wanted):
-            got = tuple(self.latents.shape) if isinstance(self.latents, Tensor) else type(self.latents).__name__
-            raise ValueError(f"latents must be a tensor of the shape {wanted}, got {got}")
+            got = (
+                tuple(self.latents.shape) if isinstance(self.latents, Tensor) else f"a {type(self.latents).__name__}, no tensor"
+            )
+            raise ValueError(f"latents must have the shape {wanted}, got {got}")
         unfinished = self.stop_after is not None or self.schedule.denoising_end is not None
         if isinstance(self.guidance, Guard) and (self.seen or unfinished):
             unfit = "a wrapped network, callback_on_step_end, stop_after or denoising_end"

@@ -238,10 +238,11 @@ class NoiseLevels(NamedTuple):
 def noise_levels(scheduler: Scheduler) -> NoiseLevels | None:
     """Those of a prepared scheduler; None where its timesteps are not known to be noise levels."""
     timesteps, own, formulation = scheduler.timesteps.float().cpu(), own_settings(scheduler), family(scheduler)
-    known: Tensor | None = getattr(scheduler, "sigmas", None)
-    sigmas = None if known is None else known[: len(timesteps)].float().cpu()
-    if formulation != "vp" and (known is None or sigmas is None or len(known) - len(timesteps) not in (0, 1)):
+    sigmas: Any = getattr(scheduler, "sigmas", None)
+    if formulation != "vp" and (sigmas is None or len(sigmas) - len(timesteps) not in (0, 1)):
         return None
+    if sigmas is not None:
+        sigmas = torch.as_tensor(sigmas)[: len(timesteps)].float().cpu()
     if formulation == "flow":
         noise = 1000 * (1 - sigmas if own.get("invert_sigmas") else sigmas)  # some models count it from 1 down
         return NoiseLevels(noise, 2 * ((1 - noise / 1000) / (noise / 1000)).log())
