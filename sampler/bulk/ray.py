@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ..data.encoding import Made
+from ..runs.environment import library
 from ..sampler import Sampler
 from .executor import LocalExecutor
 from .part import Placed
@@ -39,10 +40,7 @@ def cluster(workers: int | None = None) -> tuple[int, bool]:
     workers: default one a GPU, or one where there is none. Raises ImportError without ray, ValueError for more workers than
     the cluster has GPUs, or CPUs where it has no GPU.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError("engine 'ray' needs the package ray: pip install 'basinescape[ray]'") from error
+    ray = library("ray", "engine 'ray' needs", install="'basinescape[ray]'")
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))

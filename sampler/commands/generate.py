@@ -41,7 +41,8 @@ class Most:
         str,
         typer.Option(
             help=".txt with a prompt a line; .jsonl, .json, .csv, .tsv or .parquet with prompt and perhaps id, seed, count, "
-            "negative_prompt, steps, scale, height, width, guidance; each perhaps .gz; hf:DATASET; or - for standard input"
+            "negative_prompt, steps, scale, height, width, guidance; each perhaps .gz; hf:DATASET; or -, "
+            "standard input, JSON Lines or a prompt a line"
         ),
     ]
     out: Annotated[Path, typer.Option(help="folder for images, manifest.jsonl and run.json")]

@@ -49,6 +49,13 @@ def first_of_step(step: Tensor) -> Tensor:
     return torch.cat([torch.ones(1), step.diff().clamp(max=1).float()])
 
 
+def never_came(transition_step: Tensor, steps: int) -> str | None:
+    """What is to be said of samples whose transition, (B,), did not come in so many steps: -1; None where all have one."""
+    waiting = int((transition_step < 0).sum())
+    told = f"{waiting} of {len(transition_step)} samples had no transition in {steps} steps, so never their full guidance"
+    return f"{told}: give the transition a `latest`" if waiting else None
+
+
 def _restart(given: Sequence[Any]) -> tuple[float, float, int]:
     """(low, high, times) as checked."""
     if not isinstance(given, Sequence) or len(given) != 3:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import models
+from ..guidance.guidance import never_came
 from ..kernels.state import State
 from ..models import memory
 from ..runs.progress import Bar, bar, parts
@@ -68,7 +69,12 @@ class Runner:
             return Output.of(results, texts, solver, call.output, decode)
 
         some = parts(total, call.batch_size or (total if call.seen else memory.size(model, *call.size)))
-        return [batch(part, bar(progress, i, len(some))) for i, part in enumerate(some)]
+        made = [batch(part, bar(progress, i, len(some))) for i, part in enumerate(some)]
+        whole = ladder.guard is None and call.callback is None and call.stop_after is None
+        line = never_came(torch.cat([one.transition_step for one in made]), solver.steps)
+        if line is not None and whole and not ladder.idle:
+            log.warning(line)
+        return made
 
     def lane(
         self,

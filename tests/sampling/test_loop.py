@@ -90,12 +90,11 @@ def test_the_loop_runs_on_tensors_without_values(pipe, eager, monkeypatch, guida
             state.transition.row[0].item()
 
 
-@pytest.mark.parametrize("way", [fused_move, lockstep_move])
 @torch.inference_mode()
-def test_a_step_keeps_itsbuffers_of(pipe, eager, way):
+def test_a_step_keeps_its_buffers(pipe, eager):
     network, plan, state = start(pipe, METHODS[-1], "dpmsolver++")
     where = [buffer.data_ptr() for buffer in buffers_of(state) if buffer is not None]
-    denoise(stepping(network, state, way(plan, state)), plan.branches)
+    denoise(fused_step(network, plan, state), plan.branches)
     assert where == [buffer.data_ptr() for buffer in buffers_of(state) if buffer is not None]
 
 
