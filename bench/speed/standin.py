@@ -38,7 +38,8 @@ class StandIn:
     ) -> Encoded:
         texts = [*([""] * len(prompts) if negative_prompt is None else negative_prompt), *prompts]
         numbers = [int.from_bytes(hashlib.sha256((text or "").encode()).digest()[:2]) / 2**16 for text in texts]
-        return Encoded({"encoder_hidden_states": torch.tensor(numbers).view(-1, 1, 1)}, truncated=[""] * len(prompts))
+        embedded = torch.tensor(numbers).view(-1, 1, 1).to(self._model.device)
+        return Encoded({"encoder_hidden_states": embedded}, truncated=[""] * len(prompts))
 
     def network(self, encoded: Encoded, plain: bool = False) -> GuidedUNet:
         return GuidedUNet(self._predict, encoded.inputs)
@@ -50,7 +51,7 @@ class StandIn:
         return (latents * 0.25 + encoder_hidden_states[..., None],)
 
     def decode(self, latents: Tensor, output: str, generators: Sequence[torch.Generator] | None = None, **size: int) -> Decoded:
-        pixels = (latents[:, :3].float() * 32 + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+        pixels = (latents[:, :3].float() * 32 + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().contiguous().numpy()
         return Decoded([Image.fromarray(image) for image in pixels], latents.isfinite().flatten(1).all(dim=1), None)
 
 

@@ -1,13 +1,15 @@
-"""Peers timed round robin, and rows of what came out. Needs torch alone."""
+"""Peers timed round robin, what the profiler sees of a call, and rows of what came out. Needs torch alone."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from basinescape.runs.environment import environment
+from torch.autograd import profiler
 
 from ..tables import Row
 
@@ -42,6 +44,16 @@ def interleaved(
         for name, call in peers.items():
             times[name].append(seconds(call, device, calls[name]))
     return times
+
+
+def profiled(call: Callable[[], object], device: torch.device) -> Sequence[Any]:
+    """What the profiler sees of a call: operators, functions of CUDA's and, on a GPU, what runs there."""
+    cuda = device.type == "cuda"
+    with profiler.profile(use_device="cuda" if cuda else None, use_kineto=cuda) as profile:
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+    return profile.function_events
 
 
 def summary(times: Sequence[float], baseline: Sequence[float] | None) -> Row:

@@ -45,8 +45,6 @@ def small(monkeypatch):
     monkeypatch.setattr(checks, "RULES", ("apg",))
     monkeypatch.setattr(checks, "LAYOUTS", ("channels last", "spread"))
     monkeypatch.setattr(Tiles, "of", SMALL.of)
-    generator = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())
 
 
 @pytest.mark.parametrize("name", ["guide", "step", "rules", "batches", "capture", "synchronisation"])
