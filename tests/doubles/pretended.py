@@ -72,6 +72,17 @@ class OnDevice(Tensor):
         return owner.call(function, arguments, keywords or {})
 
 
+class Elsewhere(TorchDispatchMode):
+    """The device, in another thread than the one that it was entered in."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        return self.device.call(function, arguments, keywords or {})
+
+
 class Graph:
     """In the place of torch.cuda.CUDAGraph: operators on values, and where their results go."""
 
@@ -268,7 +279,12 @@ def pretended() -> Iterator[Device]:
     """Let there be a CUDA device. Needs `install_guard` on a CPU build of torch."""
     from triton.runtime.interpreter import GridExecutor
 
-    device, execute = Device(), GridExecutor.__call__
+    device, execute, run = Device(), GridExecutor.__call__, threading.Thread.run
+
+    def run_there(thread: threading.Thread) -> None:
+        torch._C._set_only_lift_cpu_tensors(True)  # which holds for a thread
+        with Elsewhere(device):
+            run(thread)
 
     def counted(*given: Any, **named: Any) -> None:
         device.launched("cuLaunchKernelEx")
@@ -298,6 +314,7 @@ def pretended() -> Iterator[Device]:
     with ExitStack() as stack:
         for name, value in replaced.items():
             stack.enter_context(patch.object(torch.cuda, name, value))
+        stack.enter_context(patch.object(threading.Thread, "run", run_there))
         stack.enter_context(patch.object(GridExecutor, "__call__", counted))
         stack.enter_context(patch.object(profiler, "profile", device.profile))
         stack.enter_context(patch.object(torch, "compile", lambda function, **_: function))

@@ -46,13 +46,17 @@ VAE = {
 
 
 def small_checks(put: Put) -> None:
-    """Samples of a few tiles, one dtype and one rule; two steps and one method of the sampler."""
+    """Samples of a few tiles, one dtype and one rule."""
     put(Tiles, "of", SMALL.of)
     put(checks, "MODES", MODES)
     put(checks, "SIZES", ((1,), (5, 7), (4, 8, 8), (4, 9, 8)))
     put(checks, "DTYPES", {torch.float16: 4e-3})
     put(checks, "RULES", ("apg",))
     put(checks, "LAYOUTS", ("channels last", "spread"))
+
+
+def small_sampler_checks(put: Put) -> None:
+    """Two steps and one method."""
     put(checks_sampler, "STEPS", 2)
     put(checks_sampler, "METHODS", {"delayed, first minimum": images.METHODS["delayed, first minimum"]})
 
@@ -75,7 +79,7 @@ def small_benches(put: Put) -> None:
     put(engine, "SECONDS", 0.001)
     put(engine, "JUDGED", 2)
     for name in ("STAND_IN", "TINY", "COMMAND", "OVERHEAD", "BUSY"):
-        put(engine, name, (4, 5))
+        put(engine, name, (2, 5))
     put(engine, "ROUNDS", dict.fromkeys(engine.ROUNDS, 2))
     put(engine, "MEMORY", dict.fromkeys(engine.MEMORY, (2,)))
 
