@@ -68,7 +68,7 @@ def command(device: torch.device, rounds: int, jobs: int, steps: int) -> Iterato
     for model, scale in SCALES.items():
         pipe = pipeline(model, torch.float32, device)
         sampler, plain, kinds = Sampler.from_pipeline(pipe), Guidance.cfg(scale), works(jobs, steps)
-        guidances = {**dict.fromkeys(kinds, plain), "uniform, guard": Guidance.guard(scale)}
+        guidances: dict[str, Guidance | Guard] = {**dict.fromkeys(kinds, plain), "uniform, guard": Guidance.guard(scale)}
         kinds["uniform, guard"] = kinds["uniform"]
         for kind, work in kinds.items():
             own = partial(ours, sampler, work, guidances[kind], model)

@@ -122,7 +122,7 @@ class Case:
 
     def peers(self, work: Work, loop: bool) -> dict[str, Callable[[], dict[int, Tensor]]]:
         """loop: also diffusers' own."""
-        found = {
+        found: dict[str, Callable[[], dict[int, Tensor]]] = {
             "static batches": partial(self.static, work, False),
             "static batches, shrinking": partial(self.static, work, True),
             "in-flight": partial(self.in_flight, work),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from basinescape.models import adapt
 from basinescape.models.network import PACKED, traced
 from basinescape.sampling.step_table import StepTable
 from basinescape.schedulers.schedule import make_scheduler
-from diffusers import DiffusionPipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..tables import Row
@@ -80,17 +80,17 @@ Peer = tuple[str, Callable[[], np.ndarray]]  # a method, and a way to its images
 class Bench:
     """The peers of one model and batch size."""
 
-    def __init__(self, case: Case, device: torch.device, pipe: DiffusionPipeline, batch: int):
+    def __init__(self, case: Case, device: torch.device, pipe: Any, batch: int):
         self.case, self.device, self.pipe = case, device, pipe
         self.prompts = ["a picture of a cat signed by arno", "a picture of a frog"] * batch
         self.prompts, self.seeds = self.prompts[:batch], list(range(batch))
         self.size = pipe.unet.config.sample_size * pipe.vae_scale_factor
 
     def ours(self, sampler: Sampler, guidance: Guidance) -> np.ndarray:
-        together = {"batch_size": len(self.prompts), "output": "np", "progress": False}
+        together: Any = {"batch_size": len(self.prompts), "output": "np", "progress": False}
         return sampler(self.prompts, self.seeds, self.case.steps, guidance, **together).images
 
-    def diffusers(self, pipe: DiffusionPipeline) -> np.ndarray:
+    def diffusers(self, pipe: Any) -> np.ndarray:
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         options = {"generator": generators, "output_type": "np", "guidance_scale": SCALE}
         return pipe(self.prompts, num_inference_steps=self.case.steps, **options).images
@@ -143,7 +143,7 @@ class Bench:
         return {method: count * counter.get_total_flops() for method, count in calls.items()}
 
 
-def twin(pipe: DiffusionPipeline) -> DiffusionPipeline:
+def twin(pipe: Any) -> Any:
     """The same pipeline with a UNet of its own, to be compiled or laid out differently."""
     other = copy.copy(pipe)
     other.unet = copy.deepcopy(pipe.unet)

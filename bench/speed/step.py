@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from basinescape import FirstMinimum, Guidance, Sampler
-from basinescape.models import GuidedUNet, adapt
+from basinescape.models import Guided, adapt
 from basinescape.sampling.step_table import StepTable
 from basinescape.sampling.steps import denoise, lockstep
 from basinescape.schedulers.schedule import make_scheduler
@@ -84,7 +84,7 @@ def peers(pipe: Any, scheduler: str, height: int, batch: int) -> dict[str, tuple
     pipe.scheduler = make_scheduler(scheduler, pipe.scheduler)
 
     def ours(sampler: Sampler, guidance: Guidance) -> Callable[[int], Tensor]:
-        options = {"height": height, "width": height, "batch_size": batch, "output": "latent", "progress": False}
+        options: Any = {"height": height, "width": height, "batch_size": batch, "output": "latent", "progress": False}
         return lambda steps: sampler(prompts, seeds, steps, guidance, **options).latents
 
     def diffusers(steps: int) -> Tensor:
@@ -203,7 +203,7 @@ def _cost(pipe: Any, height: int, cases: Cases) -> Iterator[Row]:
         yield {"bench": "step, cost", "what": what, "peer": "ours", "unit": "us", **row, "us a step": a_step}
 
 
-def _loop(network: GuidedUNet, plan: StepTable, noise: Tensor) -> Callable[[], None]:
+def _loop(network: Guided, plan: StepTable, noise: Tensor) -> Callable[[], None]:
     state = plan.state(noise)
 
     def call() -> None:
