@@ -98,28 +98,11 @@ def launch_guide(
         partials = None if tiles == 1 else torch.empty((SUMS, batch, tiles), dtype=torch.float32, device=uncond.device)
         if partials is not None and rule is not None:
             launch_sums(uncond, cond, partials, True)
-        launch(
-            guide_kernel,
-            batch * tiles,
-            uncond,
-            cond,
-            weight,
-            guided,
-            gap,
-            partials,
-            *options,
-            batch,
-            size,
-            tiles,
-            sample_stride(uncond),
-            sample_stride(cond),
-            weight.stride(0) if isinstance(weight, torch.Tensor) else None,
-            0 if guided is None else sample_stride(guided),
-            RULE=None if rule is None else rule.device,
-            BLOCK=block,
-            num_warps=warps,
-            **OPTIONS,
-        )
+        operands = uncond, cond, weight, guided, gap, partials, *options, batch, size, tiles
+        of_weight = weight.stride(0) if isinstance(weight, torch.Tensor) else None
+        strides = sample_stride(uncond), sample_stride(cond), of_weight, 0 if guided is None else sample_stride(guided)
+        named = {"RULE": None if rule is None else rule.device, "BLOCK": block, "num_warps": warps, **OPTIONS}
+        launch(guide_kernel, batch * tiles, *operands, *strides, **named)
         if partials is not None and rule is None:
             launch(gap_kernel, batch, partials, gap, tiles, num_warps=1, **OPTIONS)
 

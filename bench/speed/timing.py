@@ -13,7 +13,6 @@ from torch.autograd import profiler
 
 from ..tables import Row
 
-
 Peer = TypeVar("Peer")
 
 
