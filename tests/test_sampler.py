@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from basinescape import At, Fallen, FirstMinimum, Guidance, Sampler, Settled
+from basinescape import At, Calibration, Fallen, FirstMinimum, Guidance, Sampler, Settled
 from basinescape.bench.evaluation.analyze import transition
 from basinescape.kernels import definition
 from basinescape.schedulers.schedule import make_scheduler
@@ -255,7 +255,9 @@ def test_what_is_printed_can_be_read(small):
     assert repr(sampler).startswith(f"Sampler({type(small).__name__} on cpu, float32, ")
 
 
-@pytest.mark.parametrize("calibration", ["tiny", 3])
-def test_a_guard_says_how_a_calibration_is_read(calibration):
-    with pytest.raises(ValueError, match=r"calibration must be a Calibration, as Calibration\.load reads one; got"):
+@pytest.mark.parametrize("calibration", ["tiny", Sampler.model_path("tiny"), Sampler.model_path("tiny") / "calibration.json"])
+def test_a_guard_says_the_call_that_reads_a_calibration(calibration):
+    with pytest.raises(ValueError, match=r"calibration must be a Calibration, got .*: give Calibration\.load\('") as refused:
         Guidance.guard(7.5, calibration)
+    said = str(refused.value).partition(": give ")[2]
+    assert Guidance.guard(7.5, eval(said, {"Calibration": Calibration})).early is not None

@@ -25,17 +25,17 @@ class Match:
 
 
 class TrainingImages:
-    """Similarity of images to training images: those of the prompts, and `others`, which no prompt belongs to.
+    """Similarity of images to training images: those of the prompts, and `others`, which no prompt belongs to, in `folder`.
 
     name: of a measure of `Index`, which says what is raised.
     """
 
-    def __init__(self, name: str, groups: Mapping[str, Sequence[Prompt]], others: Iterable[Path] = ()):
+    def __init__(self, name: str, groups: Mapping[str, Sequence[Prompt]], others: Iterable[Path] = (), folder: str | Path = ""):
         own = {prompt.id: prompt.image for found in groups.values() for prompt in found if prompt.image}
         self._column = {id: i for i, id in enumerate(own)}
         taken = {path.resolve() for path in own.values()}
         others = [path for path in others if path.resolve() not in taken]
-        self.names = [*self._column, *map(str, others)]
+        self.names = [*self._column, *(str(path.relative_to(folder)) for path in others)]
         if not self.names:
             raise ValueError("the scenario's prompts have no training image to compare with")
         self._index = Index([*own.values(), *others], [name])
@@ -58,7 +58,8 @@ class Measure:
     """Measures images by what the scenario has: training images, and a classifier of concepts.
 
     similarity: to the prompt's own training image, or the nearest one of all where it has none.
-    nearest, nearest_similarity: the training image that is most like it, of the whole set, by prompt id or path.
+    nearest, nearest_similarity: the training image that is most like it, of the whole set; its prompt's id, or its path in
+        the scenario's folder.
     memorized:  whether any training image is more like it than the threshold. All four are None without training images.
     concept_ok: whether it shows the prompt's concept; None without one, or without a classifier beside the model.
 
@@ -68,7 +69,7 @@ class Measure:
     def __init__(self, scenario: Scenario, groups: Mapping[str, Sequence[Prompt]]):
         others = images_in(scenario.folder) if scenario.folder else []
         known = others or any(prompt.image for found in groups.values() for prompt in found)
-        self._training = TrainingImages(str(scenario.similarity), groups, others) if known else None
+        self._training = TrainingImages(str(scenario.similarity), groups, others, scenario.folder or "") if known else None
         self._threshold = scenario.threshold or 0.0
         folder = Path(scenario.source) / "classifier"
         self._classifier = ConceptClassifier.load(folder) if (folder / "config.json").is_file() else None

@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from basinescape.auditing.html_images import embedded, rendered
 from basinescape.calibration.baseline import STATIC
+from basinescape.data.pictures import images_in
 from basinescape.runs.atomic import atomic_write
 from markupsafe import Markup
 from matplotlib import rc_context
@@ -242,15 +243,19 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _training(run: dict[str, Any], asked: dict[str, str]) -> dict[str, Path]:
-    """Training images by prompt id, without those whose caption is no longer the one that was asked for.
+    """Training images by prompt id, or by their path in the scenario's folder.
 
-    None where the scenario's files are gone.
+    Those whose caption is no longer the one that was asked for have no id. None where the scenario's files are gone.
     """
     try:
-        known: list[Prompt] = prompts(Scenario.read(run["scenario"]))["memorized"]
+        scenario = Scenario.read(run["scenario"])
+        known: list[Prompt] = prompts(scenario)["memorized"]
+        folder = scenario.folder
+        others = {str(path.relative_to(folder)): path for path in images_in(folder)} if folder else {}
     except (OSError, TypeError, ValueError):
         return {}
-    return {prompt.id: prompt.image for prompt in known if prompt.image and asked.get(prompt.id, prompt.text) == prompt.text}
+    own = {prompt.id: prompt.image for prompt in known if prompt.image and asked.get(prompt.id, prompt.text) == prompt.text}
+    return others | own
 
 
 def _picture(path: Path | None) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from basinescape.auditing.html_images import inside, rendered
-from basinescape.data.writers import FORMATS, writer
+from basinescape.data.writers import FORMATS, writer_of
 from basinescape.runs.atomic import atomic_write
 from basinescape.runs.folder import read_settings
 from basinescape.runs.manifest import MANIFEST, sound
@@ -81,7 +81,7 @@ def _entry(line: Line, uri: str) -> Line:
 
 def _images(folder: Path, format: str, lines: Sequence[Line]) -> dict[str, str]:
     """The images of lines by id, as data URIs; without those that are not to be had. A shard is read once."""
-    writes = writer(folder, format)
+    writes = writer_of(folder, {"format": format})
     there = [line for line in lines if line["status"] == "ok" and format != "latents"]
     named = sorted((line for line in there if writes.owns(line["file"], line["id"])), key=lambda line: line["file"])
     return dict(_read(folder, writes, named))

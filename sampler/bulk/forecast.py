@@ -12,7 +12,7 @@ from pathlib import Path
 from ..data.prompts import Kind
 from ..guidance.guard import Guard
 from ..runs.progress import Progress, duration
-from .executor import Placed
+from .part import Placed
 from .plans import Plans
 
 LONG = 60.0  # seconds of a run that is worth a forecast

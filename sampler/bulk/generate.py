@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.prompts import Job, Prompts
-from ..data.writers import Writer, files_of, writer
+from ..data.writers import Writer, writer_of
 from ..models import memory
 from ..runs.environment import own_numbers
 from ..runs.folder import differences, open_folder, read_settings
@@ -26,9 +26,9 @@ from ..runs.manifest import MANIFEST, note
 from ..runs.progress import Progress, Summary
 from ..runs.provenance import weights_sha256
 from ..sampler import Sampler
-from .executor import Executor, LocalExecutor, Placed
+from .executor import Executor, LocalExecutor
 from .forecast import Forecast
-from .part import Part, by_size, grown
+from .part import Part, Placed, by_size, grown
 from .plans import Plans
 from .settings import Duplicates, Files, Placement, Recipe
 from .stop import Stop
@@ -85,7 +85,7 @@ def generate(
     plans = Plans(sampler, recipe, model)
     prompts.check(plans.of)
     out = files.folder(out)
-    writes = writer(out, *files_of(files.settings()))
+    writes = writer_of(out, files.settings())
     slots = _slots(out, placement, plans, prompts)
     settings = {"model": model, "slots": slots, **recipe.settings(), **files.settings()}
     settings |= {"options": options} if options else {}
@@ -112,11 +112,7 @@ def _fill(
     writes: Writer, files: Files, executor: Executor, part: Part, plans: Plans, forecast: Forecast, shown: Progress
 ) -> None:
     """Make what is missing in a run's folder."""
-
-    def finished(line: dict[str, Any]) -> str | None:
-        return line["id"] if writes.holds(line) else None
-
-    with Journal(writes.out / MANIFEST, finished) as journal, shown, Stop() as stop:
+    with Journal(writes.out / MANIFEST, writes.finished) as journal, shown, Stop() as stop:
         part.record(writes.out)
 
         def waiting() -> Iterator[Placed]:

@@ -70,6 +70,9 @@ class Plans:
     def ladder_of(self, job: Job) -> Ladder:
         return self.of(job.kind)
 
+    def calls_of(self, job: Job) -> int:
+        return self.calls(job.kind)
+
     def calls(self, kind: Kind) -> int:
         """The network's calls that a first attempt takes, the judging of its picture included."""
         ladder = self.of(kind)

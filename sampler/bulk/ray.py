@@ -19,7 +19,8 @@ import torch
 
 from ..data.encoding import Made
 from ..sampler import Sampler
-from .executor import LocalExecutor, Placed
+from .executor import LocalExecutor
+from .part import Placed
 from .plans import Plans
 from .settings import Files, Placement, Recipe
 from .stop import Stop

@@ -119,6 +119,7 @@ def generate(what: What, model: Model, guidance: GuidanceOptions, output: Output
     quieten()
     from ..bulk.generate import generate
     from ..bulk.settings import Placement, Recipe
+    from ..calibration.calibration import steps_and_scale
 
     guidance.check()
     files = _files(output, shard, what.on_error)
@@ -131,7 +132,7 @@ def generate(what: What, model: Model, guidance: GuidanceOptions, output: Output
         load, device, dtype = spread((model.model, device, dtype, scheduler, model.attention), loading, speed.workers)
     loading |= {"device": device, "dtype": dtype, "attention": model.attention}
     sampler = options.sampler(model.model, known, scheduler, model.option, what.height, what.width, **loading)
-    steps, scale = options.steps_and_scale(sampler, known, model.steps, guidance.scale)
+    steps, scale = steps_and_scale(sampler, known, model.steps, guidance.scale)
     names = {Method(kind.guidance) for kind in jobs.kinds if kind.guidance}
     own, named = guidance.plans(sampler, known, steps, scale, names)
     recipe = Recipe(own, steps, negative_prompt=what.negative_prompt, clip_skip=model.clip_skip, named=named)
@@ -148,9 +149,8 @@ def _files(output: Output, shard: tuple[int, int] | None, on_error: str) -> File
     folder, measures = output.training_images, (output.similarity or None, output.threshold)
     if folder is not None or output.dedup:
         from ..auditing.index import Copies, Duplicates
-        from ..data.pictures import images_in
 
-        given |= {"copies": Copies(folder, images_in(folder), *measures, on_error)} if folder is not None else {}
+        given |= {"copies": Copies(folder, *measures, on_error)} if folder is not None else {}
         given |= {"duplicates": Duplicates(*measures)} if output.dedup else {}
     if (output.c2pa_certificate is None) != (output.c2pa_key is None):
         raise ValueError("c2pa_certificate and c2pa_key need each other: give both, or neither")

@@ -6,8 +6,8 @@ import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +47,14 @@ class Faults:
             raise ValueError(said)
         self.skipped += 1
         log.warning("%s: skipped", said)
+
+    @contextmanager
+    def at(self, place: str) -> Iterator[None]:
+        """Inside, a ValueError is a fault. place: comes before what it says."""
+        try:
+            yield
+        except ValueError as error:
+            self(f"{place}{error}")
 
 
 def open_rows(source: str, what: str = "prompts") -> tuple[str, Callable[[], Rows]]:

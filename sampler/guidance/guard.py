@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from .. import checks
@@ -85,7 +86,8 @@ class Guard:
         if not 0 < checks.share("rate", rate) < 1:
             raise ValueError(f"rate must be between 0 and 1, got {rate!r}")
         if calibration is not None and not hasattr(calibration, "threshold"):
-            raise ValueError(f"calibration must be a Calibration, as Calibration.load reads one; got {calibration!r}")
+            path = repr(str(calibration)) if isinstance(calibration, str | Path) else "path"
+            raise ValueError(f"calibration must be a Calibration, got {calibration!r}: give Calibration.load({path})")
         delays = [replace(plain, until=At(log_snr=log_snr)) for log_snr in LADDER] if attempts is None else list(attempts)
         if threshold is None:
             threshold = THRESHOLD if calibration is None else calibration.threshold(rate / 2)

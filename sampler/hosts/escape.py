@@ -25,6 +25,7 @@ from ..guidance.guidance import Guidance, first_of_step
 from ..kernels import guide_step
 from ..kernels.operands import is_dense
 from ..kernels.state import Latents, State, Transition, Workspace
+from ..kernels.table import Column
 from ..sampling.branches import branches, looks
 from ..sampling.statistics import Statistics
 from ..sampling.step_table import table_of
@@ -72,9 +73,8 @@ class Escape:
         if not self._timed_by_call:
             self._check_known(self.timesteps)
         self._distinct = list(dict.fromkeys(self.guidance))
-        table = self._rows()
-        self._finds = any(looks(one.calls(self.timesteps, self._step, self._first)) for one in self._distinct)
-        self._table = table.to(self.device)
+        self._finds = any(looks(laid) for laid in self._columns())
+        self._table = self._rows().to(self.device)
         until = [one.until for one in self._distinct]
         self._statistics = Statistics.of(until, [len(self._step)] * len(until), self.device)
         self._starts = torch.tensor([self._distinct.index(one) * len(self._step) for one in self.guidance], device=self.device)
@@ -120,8 +120,7 @@ class Escape:
         """
         if self._timed_by_call:
             self._note_timestep(timestep)
-        columns = [one.calls(self.timesteps, self._step, self._first) for one in self._distinct]
-        needed = {branches(laid, looks(laid))[self.calls] for laid in columns}
+        needed = {branches(laid, looks(laid))[self.calls] for laid in self._columns()}
         return needed.pop() if len(needed) == 1 else "both"
 
     @property
@@ -160,7 +159,11 @@ class Escape:
 
     def _rows(self) -> Tensor:
         """The rows of each distinct guidance, one after another: (K * distinct, len(Column)) float32 on the CPU."""
-        return torch.cat([table_of(one.calls(self.timesteps, self._step, self._first)) for one in self._distinct])
+        return torch.cat([table_of(laid) for laid in self._columns()])
+
+    def _columns(self) -> list[dict[Column, Tensor]]:
+        """The columns of each distinct guidance, laid over the calls."""
+        return [one.calls(self.timesteps, self._step, self._first) for one in self._distinct]
 
     def _note_timestep(self, timestep: float | None) -> None:
         """Take the timestep of this call as that of its step, if the call is the step's first, and lay the guidance over it."""

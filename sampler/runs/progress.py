@@ -15,11 +15,13 @@ from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
+from .environment import library
+
 LOGS = ("auto", "plain", "json", "none")
 EVERY = 10.0  # seconds between lines, where there is no terminal
 NAMED = 5  # ids of a kind that the summary names
 # A bar that counts samples and also moves with the steps of unfinished ones.
-FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
+FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f} of {total}{unit} [{elapsed}<{remaining}, {rate_fmt}]"
 
 Bar = Callable[[Sequence], Iterable]  # the rows of a run pass through it, one by one
 
@@ -80,31 +82,29 @@ class Summary:
     @property
     def spared(self) -> float:
         """The share of the network's predictions that were not needed."""
-        made = sum(count for kind, count in self.calls.items() if kind != "spared")
-        return self.calls["spared"] / max(1, made + self.calls["spared"])
+        return self.calls["spared"] / max(1, self.calls.total())
 
     @property
     def calls_an_image(self) -> float:
         """The network's predictions for each image that was made; a step needs one or two."""
-        made = sum(count for kind, count in self.calls.items() if kind != "spared")
-        return made / max(1, self.counts["ok"] + self.counts["failed"])
+        return (self.calls.total() - self.calls["spared"]) / max(1, self.counts["ok"] + self.counts["failed"])
 
     def facts(self) -> dict[str, Any]:
         """The numbers, as plain data."""
         counts = {kind: self.counts[kind] for kind in ("ok", "failed", "suspect", "copies", "flagged", "truncated", "attempts")}
-        own = {"total": self.total, "before": self.before, "skipped": self.skipped} | counts
-        return own | {
-            "seconds": round(self.seconds, 3),
-            "images_per_second": round(self.rate, 4),
-            "spared": round(self.spared, 4),
-        }
+        speed = {"seconds": round(self.seconds, 3), "images_per_second": round(self.rate, 4), "spared": round(self.spared, 4)}
+        return {"total": self.total, "before": self.before, "skipped": self.skipped} | counts | speed
 
     def __str__(self) -> str:
         left = self.left - self.counts["failed"]
         text = f"{self.done:,} of {self.total:,} images, {self.rate:.3g} images/s"
         if left and self.rate:
             text += f", {duration(left / self.rate)} left"
-        return text + "".join(f", {self.counts[kind]} {kind}" for kind in ("suspect", "failed") if self.counts[kind])
+        return text + "".join(f", {count} {kind}" for kind, count in self.trouble().items())
+
+    def trouble(self) -> dict[str, int]:
+        """How many images are suspect and how many failed, where there are such."""
+        return {kind: self.counts[kind] for kind in ("suspect", "failed") if self.counts[kind]}
 
 
 def duration(seconds: float) -> str:
@@ -134,20 +134,17 @@ class Progress:
             self._serve(metrics, host)
 
     def _serve(self, port: int, host: str) -> None:
-        try:
-            from prometheus_client import CollectorRegistry, Gauge, start_http_server
-        except ImportError as error:
-            raise ImportError("metrics need the package prometheus_client: pip install prometheus_client") from error
-        registry = CollectorRegistry()
+        client = library("prometheus_client", "metrics need")
+        registry = client.CollectorRegistry()
         for name in Summary(0).facts():
-            self._gauges[name] = Gauge(f"basinescape_{name}", f"{name} of the run, as in its summary", registry=registry)
-        self.port = start_http_server(port, host, registry)[0].server_port
+            self._gauges[name] = client.Gauge(f"basinescape_{name}", f"{name} of the run, as in its summary", registry=registry)
+        self.port = client.start_http_server(port, host, registry)[0].server_port
 
     def begin(self, total: int, before: int, skipped: int) -> None:
         self.summary, self._start = Summary(total, before, skipped), time.monotonic()
         self._shown = self._start
         if self.kind == "bar":
-            self._bar = tqdm(total=total, initial=before, desc="images", unit="image", bar_format=FORMAT, file=self.stream)
+            self._bar = tqdm(total=total, initial=before, desc="images", unit=" images", bar_format=FORMAT, file=self.stream)
         self._tell("begin", due=self.kind == "json")
 
     def update(self, line: dict[str, Any], calls: Counter[str]) -> None:
@@ -155,8 +152,7 @@ class Progress:
         self.summary.add(line)
         self.summary.calls, self.summary.seconds = Counter(calls), time.monotonic() - self._start
         if self._bar is not None:
-            kinds = ("suspect", "failed")
-            self._bar.set_postfix({kind: self.summary.counts[kind] for kind in kinds if self.summary.counts[kind]}, False)
+            self._bar.set_postfix(self.summary.trouble(), False)
             self.moved(0.0)
         self._tell("progress", due=time.monotonic() - self._shown >= EVERY)
 
@@ -170,20 +166,21 @@ class Progress:
         """Show what is expected: as text, or as a JSON line of facts."""
         if self._bar is not None:
             self._bar.write(text, file=self.stream)
-        elif self.kind != "none":
-            self._print(json.dumps({"event": "expected", **facts}) if self.kind == "json" else text)
+        else:
+            self._print("expected", text, facts)
 
-    def _print(self, text: str) -> None:
-        with suppress(ValueError, OSError):  # nobody listens any more
-            print(text, file=self.stream, flush=True)
+    def _print(self, event: str, text: str, facts: dict[str, Any]) -> None:
+        if self.kind in ("plain", "json"):
+            with suppress(ValueError, OSError):  # nobody listens any more
+                print(json.dumps({"event": event, **facts}) if self.kind == "json" else text, file=self.stream, flush=True)
 
     def _tell(self, event: str, due: bool) -> None:
-        for name, value in self.summary.facts().items() if self._gauges else ():
-            self._gauges[name].set(value)
-        if not due or self.kind in ("bar", "none"):
-            return
-        self._shown = time.monotonic()
-        self._print(json.dumps({"event": event, **self.summary.facts()}) if self.kind == "json" else str(self.summary))
+        facts = self.summary.facts()
+        for name, gauge in self._gauges.items():
+            gauge.set(facts[name])
+        if due:
+            self._shown = time.monotonic()
+            self._print(event, str(self.summary), facts)
 
     def __enter__(self) -> Self:
         return self

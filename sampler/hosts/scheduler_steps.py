@@ -1,0 +1,39 @@
+"""Which of a scheduler's steps a run takes, their noise levels, and the step of each call of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..guidance.guidance import first_of_step
+from ..schedulers.schedule import levels, log_snrs, step_of_calls
+
+
+class StepsTaken(NamedTuple):
+    """Steps as `Escape` takes them, counted from the first that is taken.
+
+    timesteps: of each, in 0..1000, NaN where that is not known. log_snrs: likewise, or None. step: of each call of the network.
+    """
+
+    timesteps: Sequence[float] | Tensor
+    log_snrs: Tensor | None
+    step: Tensor
+
+
+def steps_taken(scheduler: Any, timesteps: Tensor) -> StepsTaken:
+    """Those of a scheduler that is set to a run, of which the calls at `timesteps` (K,) are taken.
+
+    Raises ValueError where these are not all of its own, or some that follow one another in them.
+    """
+    own, count = scheduler.timesteps.cpu(), len(timesteps)
+    wanted = timesteps.cpu().to(own.dtype)
+    calls = [slice(k, k + count) for k in range(len(own) - count + 1) if torch.equal(own[k : k + count], wanted)]
+    if not calls or not count:
+        raise ValueError(f"the {count} timesteps of the run are none of the scheduler's own: its noise levels are not known")
+    step, level, noise = step_of_calls(scheduler)[calls[0]], levels(scheduler), log_snrs(scheduler)
+    first = first_of_step(step) > 0
+    known = [torch.nan] * int(first.sum()) if level is None else level[calls[0]][first]
+    return StepsTaken(known, None if noise is None else noise[calls[0]][first], step - step[0])
