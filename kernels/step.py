@@ -121,11 +121,12 @@ def finish(g, guided, model_input, unscaled, history, here, following, batch, si
     else:
         first, second = model_input + by, model_input + tl.cast(batch, tl.int64) * size + by
         latents = first if unscaled is None else unscaled + by
+        kept = None if history is None else history + by
         x = read(latents, lanes, mask)
         solved = tl.load(here + A) * x + tl.load(here + B) * g
         if history is not None:
-            solved += tl.load(history + by + lanes, mask=mask, other=0.0)
-            tl.store(history + by + lanes, tl.load(here + P) * x + tl.load(here + Q) * g, mask=mask)
+            solved += tl.load(kept + lanes, mask=mask, other=0.0)
+            tl.store(kept + lanes, tl.load(here + P) * x + tl.load(here + Q) * g, mask=mask)
         fed = solved.to(model_input.dtype.element_ty)
         if unscaled is not None:
             tl.store(latents + lanes, fed, mask=mask)
@@ -181,10 +182,9 @@ def step_kernel(
                 sums = added(sums, sums_of(u, d))
         predictions = predictions + (u,)  # type: ignore[assignment]  # noqa: RUF005 (Triton's tuples grow by +)
         differences = differences + (d,)  # type: ignore[assignment]  # noqa: RUF005
-    sees = cond is not None
+    sees, moves = cond is not None, guided is None
     if sees:
         gap = tl.sqrt_rn(tl.sum(squared))
-    moves = guided is None
     s, left = noted(
         here, following, row, at, gaps, peak, timestep, sample, batch, gaps_stride, k, goes, gap, sees, FINDS, moves
     )
@@ -192,8 +192,9 @@ def step_kernel(
     for part in tl.static_range(PARTS):
         if PARTS > 1:
             tl.debug_barrier()  # keeps the compiler from loading the latents and histories of all parts at once
+        by = sample * size + part * PART
         g = mixed(predictions[part], differences[part], a, b, RULE)  # type: ignore[misc]
-        by, mask = sample * size + part * PART, lanes < rest - part * PART
+        mask = lanes < rest - part * PART
         finish(g, guided, model_input, unscaled, history, here, following, batch, size, by, lanes, mask)
 
 

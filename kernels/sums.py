@@ -63,10 +63,10 @@ def sums_kernel(uncond, cond, partials, batch, size, tiles, uncond_stride, cond_
     lanes = tl.arange(0, BLOCK)
     mask = lanes < size - start
     u = read(uncond + sample * uncond_stride + start, lanes, mask)
-    d = read(cond + sample * cond_stride + start, lanes, mask) - u
-    tl.store(partials + sample * tiles + tile, tl.sum(d * d))
+    c = read(cond + sample * cond_stride + start, lanes, mask)
+    tl.store(partials + sample * tiles + tile, tl.sum((c - u) * (c - u)))
     if ALL:
-        sums = sums_of(u, d)
+        sums = sums_of(u, c - u)
         for i in tl.static_range(4):
             tl.store(partials + ((i + 1) * batch + sample) * tiles + tile, sums[i])
 

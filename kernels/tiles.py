@@ -38,8 +38,9 @@ TILES = Tiles(blocks=((1024, 4), (4096, 8), (16384, 16)), tile=(4096, 8))
 @jit
 def tile_of(tiles, BLOCK: tl.constexpr):
     """(sample, its tile, where in the sample that starts) of a program."""
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
-    return (tl.program_id(0) // tiles).to(tl.int64), tile, tile.to(tl.int64) * BLOCK
+    return sample, tile, tile.to(tl.int64) * BLOCK
 
 
 @jit
