@@ -174,26 +174,25 @@ def step_kernel(
     for part in tl.static_range(PARTS):
         mask = lanes < rest - part * PART
         u = read(uncond + sample * uncond_stride + part * PART, lanes, mask)
-        d = None
+        predictions = predictions + (u,)  # type: ignore[assignment]  # noqa: RUF005 (Triton's tuples grow by +)
         if cond is not None:
             d = read(cond + sample * cond_stride + part * PART, lanes, mask) - u
+            differences = differences + (d,)  # type: ignore[assignment]  # noqa: RUF005
             squared += d * d
             if RULE is not None:
                 sums = added(sums, sums_of(u, d))
-        predictions = predictions + (u,)  # type: ignore[assignment]  # noqa: RUF005 (Triton's tuples grow by +)
-        differences = differences + (d,)  # type: ignore[assignment]  # noqa: RUF005
-    sees, moves = cond is not None, guided is None
+    sees: tl.constexpr = cond is not None
     if sees:
         gap = tl.sqrt_rn(tl.sum(squared))
     s, left = noted(
-        here, following, row, at, gaps, peak, timestep, sample, batch, gaps_stride, k, goes, gap, sees, FINDS, moves
+        here, following, row, at, gaps, peak, timestep, sample, batch, gaps_stride, k, goes, gap, sees, FINDS, guided is None
     )
     a, b = factors(here, s, left, sums, gap, size, RULE)
     for part in tl.static_range(PARTS):
         if PARTS > 1:
             tl.debug_barrier()  # keeps the compiler from loading the latents and histories of all parts at once
         by = sample * size + part * PART
-        g = mixed(predictions[part], differences[part], a, b, RULE)  # type: ignore[misc]
+        g = mixed(predictions[part], differences[part] if sees else None, a, b, RULE)  # type: ignore[misc]
         mask = lanes < rest - part * PART
         finish(g, guided, model_input, unscaled, history, here, following, batch, size, by, lanes, mask)
 
@@ -243,7 +242,8 @@ def tile_kernel(
             tl.store(partials + sample * tiles + tile, tl.sum(d * d))
     s, left, _ = look(here, at, gaps, peak, sample, gaps_stride, gap, FINDS)
     a, b = factors(here, s, left, sums, gap, size, RULE)
-    g, by = mixed(u, d, a, b, RULE), sample * size + start
+    g = mixed(u, d, a, b, RULE)
+    by = sample * size + start
     finish(g, guided, model_input, unscaled, history, here, following, batch, size, by, lanes, mask)
 
 

@@ -128,3 +128,27 @@ def test_gsan_sees_the_loads_and_stores_of_every_kernel():
     for name, block, found in sanitized({"instrumentation_mode": "gsan"}, looked):
         loads, stores = json.loads(found)
         assert loads and stores, (name, block)
+
+
+def test_a_step_of_one_prediction_compiles():
+    """Which the report has no row for: in one program, in parts, and in tiles; of a step, and of the guided prediction alone."""
+    script = """
+import torch
+from basinescape.kernels.aot import BATCH, SHAPES, STEPS, assembly, resources
+from basinescape.kernels.dispatch import recorded
+from basinescape.kernels.state import State
+from basinescape.kernels.step import launch_step
+from basinescape.kernels.table import Column
+for shape in SHAPES[1:]:
+    uncond = torch.empty((BATCH, *shape), dtype=torch.float16, device="meta")
+    table = torch.empty((STEPS, len(Column)), device="meta")
+    for multistep, guided in ((True, None), (False, torch.empty_like(uncond))):
+        state = State.empty(tuple(uncond.shape), STEPS, uncond.dtype, "meta", multistep)
+        with recorded() as launches:
+            launch_step(uncond, None, table, False, guided, state)
+        for launch in launches:
+            print(launch.kernel.__name__, resources(assembly(launch, "sm_90"))["spill_bytes"])
+"""
+    found = [line.split() for line in run("-c", script).splitlines()]
+    assert [name for name, _ in found] == ["step_kernel"] * 4 + ["tile_kernel", "books_kernel"] * 2
+    assert {spilled for _, spilled in found} == {"0"}
