@@ -131,7 +131,7 @@ def test_gsan_sees_the_loads_and_stores_of_every_kernel():
 
 
 def test_a_step_of_one_prediction_compiles():
-    """Which the report has no row for: in one program, in parts, and in tiles; of a step, and of the guided prediction alone."""
+    """Which the report has no row for: in one program, in parts, in tiles; of a step, and of the guided prediction alone."""
     script = """
 import torch
 from basinescape.kernels.aot import BATCH, SHAPES, STEPS, assembly, resources
