@@ -2,8 +2,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# Benchmarks run in a checkout alone.
-BENCH = find_packages("bench", exclude=["speed*", "gpu*"])
+# Benchmarks, and the training of the pipelines that ship, run in a checkout alone.
+BENCH = find_packages("bench", exclude=["speed*", "gpu*", "testbed*"])
 PACKAGES = ["basinescape", *(f"basinescape.{name}" for name in find_packages("sampler"))]
 PACKAGES += ["basinescape.kernels", "basinescape.bench", *(f"basinescape.bench.{name}" for name in BENCH)]
 

@@ -19,6 +19,14 @@ from basinescape.data.captions import Prompt, read_captions
 __all__ = ["PRESETS", "Prompt", "Scenario", "limited", "load", "loaded", "prompts"]
 
 DATA = "https://github.com/somepago/DCR and https://github.com/YuxinWenRick/diffusion_memorization"
+NEAR = "which lets near-duplicates alone count, as there is no usual one"
+# Where the threshold of each similarity is from.
+ORIGINS = {
+    "pixels": "measured on tiny: of 6,400 fresh scenes of the same concept one in a thousand is above 0.80",
+    "sscd": "that of Somepalli et al. and Jain et al.",
+    "clip": NEAR,
+    "dino": NEAR,
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,13 @@ class Scenario:
         if self.images is not None:
             return Path(self.images)
         return models.shipped()[self.memorized] / "memorized" if self.memorized in models.shipped() else None
+
+    @property
+    def copy(self) -> str:
+        """What counts as a copy, and where the threshold is from, in one line."""
+        usual = self.threshold == THRESHOLDS[str(self.similarity)]
+        origin = ORIGINS[str(self.similarity)] if usual else "as the scenario says"
+        return f"similarity ({self.similarity}) to a training image above {self.threshold}, {origin}"
 
     @property
     def how(self) -> tuple[int, float, float]:
@@ -147,8 +162,12 @@ def _as_calibrated(scenario: Scenario) -> Scenario:
     if known is None:
         return scenario
     transition = STATIC if known.baseline is None else known.baseline.transition
-    measured = {"steps": known.steps, "scale": known.scale, "transition": transition}
-    return replace(scenario, **{name: value for name, value in measured.items() if getattr(scenario, name) is None})
+    return _filled(scenario, steps=known.steps, scale=known.scale, transition=transition)
+
+
+def _filled(scenario: Scenario, **values: Any) -> Scenario:
+    """The scenario with those of the values that it leaves open."""
+    return replace(scenario, **{name: value for name, value in values.items() if getattr(scenario, name) is None})
 
 
 def loaded(scenario: Scenario, device: str | None = None, dtype: str | None = None) -> tuple[Scenario, Sampler]:
@@ -161,8 +180,8 @@ def loaded(scenario: Scenario, device: str | None = None, dtype: str | None = No
     scheduler = scenario.scheduler or (known and known.scheduler) or "own"
     sampler = Sampler.from_pretrained(scenario.source, device, dtype, scheduler)
     sampler = sampler.using(*settings.get("size", ()), **settings.get("options", {})).using(**scenario.options)
-    own = {"steps": sampler.model.own_steps, "scale": sampler.model.own_scale, "transition": STATIC}
-    return replace(scenario, **{name: value for name, value in own.items() if getattr(scenario, name) is None}), sampler
+    model = sampler.model
+    return _filled(scenario, steps=model.own_steps, scale=model.own_scale, transition=STATIC), sampler
 
 
 def _from_yaml(name: str) -> Scenario:

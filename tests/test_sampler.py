@@ -238,6 +238,14 @@ def test_a_sampler_that_cannot_be_made_says_why(pipe, change, says):
         Sampler.from_pipeline(pipe, **change)
 
 
+def test_a_pipeline_that_cannot_be_followed_is_refused(pipe, exact):
+    decoderless = type(pipe)(**pipe.components)
+    decoderless.vae = None
+    for unfit, says in ((exact, "float64.*use pipe.to"), (decoderless, "pipe has no vae")):
+        with pytest.raises(ValueError, match=says):
+            Sampler.from_pipeline(unfit)
+
+
 def test_pickled_weights_are_refused_unless_asked_for(pipe, tmp_path):
     pipe.save_pretrained(tmp_path, safe_serialization=False)
     with pytest.raises(ValueError, match="pickle"):

@@ -88,15 +88,14 @@ def evaluate(
     """Measure memorization. Methods run on captions that may be memorized and on ordinary prompts."""
     quieten()
     from basinescape.calibration.baseline import STATIC
+    from basinescape.models import shipped
 
     from ..evaluation.comparison import Comparison
     from ..evaluation.evaluate import Incomplete, evaluate
     from ..methods import DEFAULT
 
-    fields: dict[str, Any] = {"steps": steps, "scheduler": scheduler, "scale": scale, "transition": until}
-    fields |= {"similarity": similarity, "threshold": threshold, "calibration": calibration}
-    fields |= {"options": options.of_call(option) or None}
-    chosen = _scenario(scenario, model, prompts, general, images, **fields)
+    sampled = {"steps": steps, "scheduler": scheduler, "scale": scale, "transition": until, "calibration": calibration}
+    chosen = _scenario(scenario, model, prompts, general, images, similarity, threshold, option, **sampled)
     names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
     if names is None:
         typer.echo(f"methods: {', '.join(DEFAULT)}", err=True)
@@ -107,7 +106,9 @@ def evaluate(
         failed, rows = error, error.rows
     if rows:
         compared = Comparison.of(rows, STATIC if chosen.transition is None else chosen.transition)
-        typer.echo(f"{aligned(compared.text_rows())}\n\n{fill(compared.finding(), 80)}")
+        typer.echo(f"{aligned(compared.text_rows())}\n\n{fill(f'{compared.finding()} {compared.sure()}', 80)}")
+        if compared.sure() and chosen.model not in shipped():
+            typer.echo(fill(f"A copy: {chosen.copy}.", 80))
     if failed:
         typer.echo(f"basinescape: {failed}", err=True)
         raise typer.Exit(1)
@@ -167,10 +168,8 @@ def analyze(
     quieten()
     from ..evaluation.analyze import analyze
 
-    fields: dict[str, Any] = {"steps": steps, "scheduler": scheduler, "scale": scale}
-    fields |= {"similarity": similarity, "threshold": threshold, "calibration": calibration}
-    fields |= {"options": options.of_call(option) or None}
-    chosen = _scenario(scenario, model, prompts, general, images, **fields)
+    sampled = {"steps": steps, "scheduler": scheduler, "scale": scale, "calibration": calibration}
+    chosen = _scenario(scenario, model, prompts, general, images, similarity, threshold, option, **sampled)
     summary = analyze(chosen, out, seeds, limit, dtype=dtype, device=device, progress=progress)
     for what in ("onset", "detection", "agreement"):
         if summary[what]:
@@ -178,10 +177,20 @@ def analyze(
 
 
 def _scenario(
-    name: str | None, model: str | None, prompts: Path | None, general: Path | None, images: Path | None, **fields: Any
+    name: str | None,
+    model: str | None,
+    prompts: Path | None,
+    general: Path | None,
+    images: Path | None,
+    similarity: str | None,
+    threshold: float | None,
+    option: list[str] | None,
+    **sampled: Any,
 ) -> Scenario:
     """The scenario that the options ask for; raises what `scenario.load` does."""
     from ..scenario import load
 
     paths = {"memorized": prompts, "general": general, "images": images}
-    return load(name, model=model, **{field: None if path is None else str(path) for field, path in paths.items()}, **fields)
+    given = {field: None if path is None else str(path) for field, path in paths.items()} | sampled
+    given |= {"similarity": similarity, "threshold": threshold, "options": options.of_call(option) or None}
+    return load(name, model=model, **given)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +23,25 @@ from . import figures
 from .detection import captions_told, pictures_told
 from .trajectories import Laboratory, constant, convergence, curves, edges, onset_sweep, returns
 
-__all__ = ["Laboratory", "analyze", "curves", "edges"]
-
 log = logging.getLogger(__name__)
 
+Rule = FirstMinimum | Settled | int  # of the transition; a number is the step for all
 
-def transition(gaps: Sequence[float], until: FirstMinimum | Settled) -> int | None:
-    """The transition that `until` finds in a curve of gaps, None for none."""
-    found = definition.transition(gaps, until.leaving(range(len(gaps))))  # neither looks at the timesteps
+
+def transition(gaps: Sequence[float], rule: Rule) -> int | None:
+    """The transition that a rule finds in a curve of gaps, None for none."""
+    if isinstance(rule, int):
+        return rule
+    found = definition.transition(gaps, rule.criteria(range(len(gaps))))  # neither looks at the timesteps
     return None if found < 0 else found
 
 
-def agreement(
-    lines: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], rule: Callable[[dict[str, Any]], int | None]
-) -> dict[str, Any]:
-    """Does `rule` (a line of curves -> step) find the edge that the sweep saw? What it would give, by the nearest onset."""
+def agreement(lines: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], rule: Rule) -> dict[str, Any]:
+    """Does `rule` find in lines of curves the edge that the sweep saw? What it would give, by the nearest onset."""
     outcome = {(row["id"], row["seed"], row["onset"]): row for row in rows}
     onsets = np.array(sorted({row["onset"] for row in rows}))
     true = edges(rows)
-    found = {(line["id"], line["seed"]): rule(line) for line in lines}
+    found = {(line["id"], line["seed"]): transition(line["gap"], rule) for line in lines}
     steps = {key: step for key, step in found.items() if step is not None}
     given = [outcome[(*key, int(onsets[np.abs(onsets - step).argmin()]))] for key, step in steps.items()]
     both = np.array([(step, true[key]) for key, step in steps.items()], dtype=float).reshape(-1, 2)
@@ -70,34 +69,21 @@ def at(step: int, steps: int) -> int:
     return round(step * steps / 50)
 
 
-def rules(ordinary: Sequence[float], steps: int) -> dict[str, Callable[[dict[str, Any]], int | None]]:
+def rules(ordinary: Sequence[float], steps: int) -> dict[str, Rule]:
     """The rules that are compared: the paper's, its options, this project's, and a step that is the same for all."""
     earliest = max(2, at(8, steps))
-    minima: dict[str, FirstMinimum | Settled] = {
+    found: dict[str, Rule] = {
         "first minimum": FirstMinimum(),
         f"first minimum, earliest {earliest}": FirstMinimum(earliest=earliest),
     }
-    minima |= {f"first minimum, drop {drop}": FirstMinimum(drop=drop) for drop in (0.1, 0.3)}
-    waits: dict[str, FirstMinimum | Settled] = {
-        f"settled {factor}, wait {wait}": Settled(tuple(ordinary), factor, wait, latest=at(24, steps))
-        for factor in (1.2, 1.5, 1.8)
-        for wait in (at(4, steps), at(6, steps), at(8, steps))
-        if ordinary
-    }
-    found: dict[str, Callable[[dict[str, Any]], int | None]] = {}
-    for name, until in (minima | waits).items():
-        found[name] = partial(_of_gaps, until)
-    for step in dict.fromkeys(at(step, steps) for step in (8, 10, 12, 14, 16)):
-        found[f"step {step}"] = partial(_always, step)
-    return found
-
-
-def _of_gaps(until: FirstMinimum | Settled, line: dict[str, Any]) -> int | None:
-    return transition(line["gap"], until)
-
-
-def _always(step: int, line: dict[str, Any]) -> int:
-    return step
+    found |= {f"first minimum, drop {drop}": FirstMinimum(drop=drop) for drop in (0.1, 0.3)}
+    if ordinary:
+        found |= {
+            f"settled {factor}, wait {wait}": Settled(tuple(ordinary), factor, wait, latest=at(24, steps))
+            for factor in (1.2, 1.5, 1.8)
+            for wait in (at(4, steps), at(6, steps), at(8, steps))
+        }
+    return found | {f"step {step}": step for step in (at(step, steps) for step in (8, 10, 12, 14, 16))}
 
 
 def halves(found: Sequence[Prompt]) -> dict[str, set[str]]:

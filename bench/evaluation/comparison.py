@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 from ..methods import label
 from .evaluate import RECORDED
 
 Row = dict[str, Any]  # of `evaluate.table`
+ENOUGH = 30  # images a method, below which a difference of methods is chance
 GROUPS = {"memorized": "memorized prompts", "general": "general prompts"}
 
 
@@ -19,11 +22,13 @@ GROUPS = {"memorized": "memorized prompts", "general": "general prompts"}
 class Column:
     """A column of the comparison: a field of a group's rows.
 
-    share: whether it is shown as a percentage. best: min or max, which picks the best value; None where none is the best.
+    short: its title where there are 80 columns. share: whether it is shown as a percentage. best: min or max, which picks the
+    best value; None where none is the best.
     """
 
     group: str
     title: str
+    short: str
     field: str
     share: bool = True
     best: Callable[..., Any] | None = min
@@ -35,15 +40,15 @@ class Column:
 
 
 COLUMNS = (
-    Column("memorized", "copies", "memorized_share"),
-    Column("memorized", "copies not marked", "unmarked_copies"),
-    Column("memorized", "marked suspect", "suspect_share", best=None),
-    Column("memorized", "concept right", "concept_share", best=max),
-    Column("memorized", "network calls", "network_calls", share=False),
-    Column("general", "copies", "memorized_share"),
-    Column("general", "marked suspect", "suspect_share"),
-    Column("general", "concept right", "concept_share", best=max),
-    Column("general", "network calls", "network_calls", share=False),
+    Column("memorized", "copies", "copies", "memorized_share"),
+    Column("memorized", "copies not marked", "unmarked", "unmarked_copies"),
+    Column("memorized", "marked suspect", "suspect", "suspect_share", best=None),
+    Column("memorized", "concept right", "concept", "concept_share", best=max),
+    Column("memorized", "network calls", "calls", "network_calls", share=False),
+    Column("general", "copies", "general copies", "memorized_share"),
+    Column("general", "marked suspect", "general suspect", "suspect_share"),
+    Column("general", "concept right", "general concept", "concept_share", best=max),
+    Column("general", "network calls", "general calls", "network_calls", share=False),
 )
 JUDGED = ("unmarked_copies", "suspect_share")  # fields that say something only where a method marks images
 
@@ -67,6 +72,16 @@ class Line:
     rows: dict[str, Row]
     cells: tuple[Cell, ...]
 
+    @property
+    def memorized(self) -> Row:
+        """Its row of memorized prompts; empty where there is none."""
+        return self.rows.get("memorized", {})
+
+    @property
+    def copies(self) -> float | None:
+        """The share of copies on memorized prompts; None where they were not counted."""
+        return self.memorized.get("memorized_share")
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -82,58 +97,66 @@ class Comparison:
         for row in rows:
             by_method.setdefault(row["method"], {})[row["group"]] = row
         judged = any(row["suspect_share"] for row in rows)
-        columns = tuple(
-            column
+        cells = {
+            column: _cells([groups.get(column.group, {}) for groups in by_method.values()], column)
             for column in COLUMNS
-            if (judged or column.field not in JUDGED) and any(value is not None for value in _values(by_method, column))
-        )
-        cells = [_cells(list(by_method.values()), column) for column in columns]
-        lines = [
-            Line(name, label(name, transition), groups, tuple(column[i] for column in cells))
-            for i, (name, groups) in enumerate(by_method.items())
-        ]
-        return cls(columns, tuple(lines))
+            if judged or column.field not in JUDGED
+        }
+        cells = {column: found for column, found in cells.items() if any(cell.value is not None for cell in found)}
+        by_line = zip(by_method.items(), zip(*cells.values(), strict=True), strict=True)
+        return cls(tuple(cells), tuple(Line(name, label(name, transition), groups, own) for (name, groups), own in by_line))
 
     @property
     def groups(self) -> list[tuple[str, int]]:
         """The heading over the columns of each group, and how many those are."""
-        found = [column.group for column in self.columns]
-        return [(GROUPS[group], found.count(group)) for group in dict.fromkeys(found)]
+        return [(GROUPS[group], count) for group, count in Counter(column.group for column in self.columns).items()]
+
+    @property
+    def plain(self) -> Line | None:
+        """Plain guidance, where it tells copies."""
+        return next((line for line in self.lines if line.name == RECORDED and line.copies is not None), None)
 
     @property
     def best(self) -> Line | None:
         """The method, plain guidance apart, with the fewest copies and lost concepts together on memorized prompts."""
-        told = [line for line in self.lines if line.name != RECORDED and _memorized(line, "memorized_share") is not None]
+        told = [line for line in self.lines if line.name != RECORDED and line.copies is not None]
         return min(told, key=_lost, default=None)
 
     def finding(self) -> str:
         """What came out, in one line."""
-        plain = next((line for line in self.lines if line.name == RECORDED), None)
-        best = self.best
-        if best is None and (plain is None or _memorized(plain, "memorized_share") is None):
-            return "Copies were not counted: there is no training image to compare with (--images)."
-        parts = []
+        plain, best, parts = self.plain, self.best, []
         if plain is not None:
-            parts.append(f"plain guidance copies a training image in {_share(plain, 'memorized_share')} of its images")
+            parts.append(
+                f"plain guidance copies a training image in {percent(plain.memorized['memorized_share'])} of its images"
+            )
         if best is not None:
-            row = best.rows["memorized"]
+            row = best.memorized
             range_ = f"95% interval {percent(row['memorized_low'])} to {percent(row['memorized_high'])}"
-            parts.append(f"{best.label}{'' if plain else ' copies'} in {_share(best, 'memorized_share')} ({range_})")
+            parts.append(f"{best.label}{'' if plain else ' copies'} in {percent(row['memorized_share'])} ({range_})")
             if row["concept_share"] is not None:
-                instead = f" (plain {_share(plain, 'concept_share')})" if plain else ""
-                parts.append(f"with the concept right in {_share(best, 'concept_share')}{instead}")
-            times = f" (plain {plain.rows['memorized']['network_calls']:.0f})" if plain else ""
+                instead = f" (plain {percent(plain.memorized['concept_share'])})" if plain else ""
+                parts.append(f"with the concept right in {percent(row['concept_share'])}{instead}")
+            times = f" (plain {plain.memorized['network_calls']:.0f})" if plain else ""
             parts.append(f"at {row['network_calls']:.0f} network calls an image{times}")
+        if not parts:
+            return "Copies were not counted: there is no training image to compare with (--images)."
         return f"On memorized prompts {', '.join(parts)}."
+
+    def sure(self) -> str:
+        """What the intervals are, in one line, and whether there are too few images to tell methods apart; "" without any."""
+        counts = [line.memorized["n"] for line in self.lines if line.copies is not None]
+        if not counts:
+            return ""
+        text = "In brackets: the 95% interval of the share, by bootstrap over prompts."
+        if min(counts) >= ENOUGH:
+            return text
+        return f"{text} Shares of {min(counts)} images cannot tell methods apart; those of {ENOUGH} or more can begin to."
 
     def text_rows(self) -> list[dict[str, str]]:
         """Rows to be printed in 80 columns."""
         return [
             {"method": line.name}
-            | {
-                f"{'' if column.group == 'memorized' else 'general '}{SHORT[column.title]}": _text(column, cell)
-                for column, cell in zip(self.columns, line.cells, strict=True)
-            }
+            | {column.short: _text(column, cell) for column, cell in zip(self.columns, line.cells, strict=True)}
             for line in self.lines
         ]
 
@@ -142,27 +165,22 @@ class Comparison:
         rows = []
         for line in self.lines:
             row: dict[str, Any] = {"method": line.name, "label": line.label}
-            for column, cell in zip(self.columns, line.cells, strict=True):
-                title = f"{column.group}: {column.title}"
-                own = line.rows.get(column.group, {})
-                row[title] = cell.value
-                if any(column.bounds[0] in each for each in line.rows.values()):
-                    row |= {
-                        f"{title}, {end}": own.get(bound) for end, bound in zip(("low", "high"), column.bounds, strict=True)
-                    }
+            for column in self.columns:
+                title, own = f"{column.group}: {column.title}", line.rows.get(column.group, {})
+                row[title] = own.get(column.field)
+                if column.field in ("memorized_share", "concept_share"):
+                    low, high = column.bounds
+                    row |= {f"{title}, low": own.get(low), f"{title}, high": own.get(high)}
             rows.append(row)
-        file = io.StringIO(newline="")
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file := io.StringIO(newline=""), list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         return file.getvalue()
 
     def latex(self) -> str:
         """The table for a paper: booktabs, the best of a column bold."""
-        spans, start = [], 2
-        for _, count in self.groups:
-            spans.append(rf"\cmidrule(lr){{{start}-{start + count - 1}}}")
-            start += count
+        ends = list(accumulate((count for _, count in self.groups), initial=1))
+        spans = [rf"\cmidrule(lr){{{start + 1}-{end}}}" for start, end in pairwise(ends)]
         heads = " & ".join(rf"\multicolumn{{{count}}}{{c}}{{{title}}}" for title, count in self.groups)
         titles = " & ".join(column.title for column in self.columns)
         body = [" & ".join([_escaped(line.label), *map(_latex, line.cells)]) + r" \\" for line in self.lines]
@@ -183,57 +201,32 @@ class Comparison:
         )
 
 
-SHORT = {
-    "copies": "copies",
-    "copies not marked": "unmarked",
-    "marked suspect": "suspect",
-    "concept right": "concept",
-    "network calls": "calls",
-}
-
-
 def percent(share: float) -> str:
     """A share as a short percentage: 98%, 0.5%. Only exactly 1 is 100%, and only exactly 0 is 0%."""
     return f"{100 * share:.1f}%" if 0 < min(share, 1 - share) < 0.01 else f"{100 * share:.0f}%"
 
 
-def _values(by_method: dict[str, dict[str, Row]], column: Column) -> list[float | None]:
-    return [groups.get(column.group, {}).get(column.field) for groups in by_method.values()]
+def _lost(line: Line) -> float:
+    """Copies and lost concepts together."""
+    right = line.memorized["concept_share"]
+    return (line.copies or 0.0) + (0.0 if right is None else 1 - right)
 
 
-def _cells(rows: Sequence[dict[str, Row]], column: Column) -> list[Cell]:
+def _cells(rows: Sequence[Row], column: Column) -> list[Cell]:
     """The cells of a column. All with the same text as the best one are marked best, unless they are the majority."""
     cells = []
-    for groups in rows:
-        row = groups.get(column.group, {})
-        value = row.get(column.field)
-        if value is None:
-            cells.append(Cell(None))
-            continue
-        low, high = map(row.get, column.bounds)
+    for row in rows:
+        value, (low, high) = row.get(column.field), map(row.get, column.bounds)
         interval = "" if low is None or high is None else f"{percent(low)} to {percent(high)}"
-        cells.append(Cell(value, percent(value) if column.share else f"{value:.0f}", interval))
+        text = "" if value is None else percent(value) if column.share else f"{value:.0f}"
+        cells.append(Cell(value, text, interval))
     known = [cell for cell in cells if cell.value is not None]
     if column.best is None or not known:
         return cells
     text = column.best(known, key=lambda cell: cell.value).text
     if 2 * sum(cell.text == text for cell in known) > len(known):
         return cells
-    return [Cell(cell.value, cell.text, cell.interval, cell.text == text) for cell in cells]
-
-
-def _memorized(line: Line, field: str) -> float | None:
-    return line.rows.get("memorized", {}).get(field)
-
-
-def _share(line: Line, field: str) -> str:
-    return percent(line.rows["memorized"][field])
-
-
-def _lost(line: Line) -> float:
-    """Copies and lost concepts together."""
-    right = _memorized(line, "concept_share")
-    return (_memorized(line, "memorized_share") or 0.0) + (0.0 if right is None else 1 - right)
+    return [replace(cell, best=cell.text == text) for cell in cells]
 
 
 def _text(column: Column, cell: Cell) -> str:

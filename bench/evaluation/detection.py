@@ -5,28 +5,26 @@ python -m basinescape.bench.evaluation.detection --scenario flow --json FILE [--
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
-from datetime import date
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from basinescape import At, Guidance
+from basinescape import Guidance
 from basinescape.guidance.guard import PROBES
 from torch import Tensor
 
-from ..scenario import Prompt, load, prompts
+from ..scenario import Prompt
+from . import experiment
 from .metrics import roc
 from .trajectories import Laboratory, curves
 
-DELAYS = (-3.5, -2.8, -1.9)  # log SNRs at which some of the pictures of memorized captions are copies
 WATCHED = (1, 5, 10)  # first steps whose statistics are tried as a score of memorization
 ALIGNED = {"v_prediction": 0.1}  # weight of the cosine beside the norm, 2 for any other prediction: SD 2's and SD 1's
+Lines = list[dict[str, Any]]
+Groups = dict[str, list[Prompt]]
 SIZE = 4 * 64 * 64  # numbers in the latents that those weights are for; a norm grows with the root of their number
 
 
@@ -108,26 +106,21 @@ def detection(
     return rows
 
 
-Lines = list[dict[str, Any]]
-
-
-def captions_told(lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Sequence[int], plain: dict[str, Lines]) -> Lines:
+def captions_told(lab: Laboratory, groups: Groups, seeds: Sequence[int], plain: dict[str, Lines]) -> Lines:
     """`detection` of memorized captions among all, under plain guidance. plain: lines of `curves` by group."""
     noise = [row for name in ("memorized", "general") for row in anisotropy(lab, groups[name], seeds)]
-    lines = [*plain["memorized"], *plain["general"]]
     positive = [True] * len(plain["memorized"]) + [False] * len(plain["general"])
-    return detection(lines, positive, _usual(plain), noise)
+    return detection([*plain["memorized"], *plain["general"]], positive, _usual(plain), noise)
 
 
-def pictures_told(lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Sequence[int], plain: dict[str, Lines]) -> Lines:
+def pictures_told(lab: Laboratory, groups: Groups, seeds: Sequence[int], plain: dict[str, Lines]) -> Lines:
     """`detection` of copies among delayed attempts at memorized captions: what tells the picture, where all captions are alike.
 
     Nothing where all, or none, are copies, or copies cannot be told.
     """
     if not lab.measure.tells_copies:
         return []
-    delays = (Guidance.delayed(lab.scale, until=At(log_snr=log_snr)) for log_snr in DELAYS)
-    lines = [line for guidance in delays for line in curves(lab, groups["memorized"], seeds, guidance)]
+    lines = [line for guidance in lab.delays() for line in curves(lab, groups["memorized"], seeds, guidance)]
     positive = [line["memorized"] for line in lines]
     return detection(lines, positive, _usual(plain)) if len(set(positive)) == 2 else []
 
@@ -136,27 +129,11 @@ def _usual(plain: dict[str, Lines]) -> list[float]:
     return np.median([line["gap"] for line in plain["general"]], axis=0).tolist()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scenario", default="tiny")
-    parser.add_argument("--json", type=Path, required=True, help="the file to write")
-    parser.add_argument("--seeds", type=int, default=2, help="pictures a caption")
-    parser.add_argument("--first-seed", type=int, default=0)
-    args = parser.parse_args()
-    scenario = load(args.scenario)
-    groups, drawn = prompts(scenario), range(args.first_seed, args.first_seed + args.seeds)
-    lab = Laboratory.of(scenario, groups)
-    plain = {name: curves(lab, found, drawn, Guidance.cfg(lab.scale)) for name, found in groups.items()}
-    found = {
-        "scenario": scenario.name,
-        "date": date.today().isoformat(),
-        "seeds": list(drawn),
-        **lab.sampler.provenance,
-        "captions": captions_told(lab, groups, drawn, plain),
-        "pictures": pictures_told(lab, groups, drawn, plain),
-    }
-    args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+def study(lab: Laboratory, groups: Groups, seeds: Sequence[int]) -> dict[str, Lines]:
+    """What tells captions and pictures apart."""
+    plain = {name: curves(lab, found, seeds, Guidance.cfg(lab.scale)) for name, found in groups.items()}
+    return {"captions": captions_told(lab, groups, seeds, plain), "pictures": pictures_told(lab, groups, seeds, plain)}
 
 
 if __name__ == "__main__":
-    main()
+    experiment.run(study, str(__doc__), first_seed=0)

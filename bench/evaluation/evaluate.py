@@ -12,19 +12,23 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from basinescape import Output, Sampler, checks
 from basinescape.data.pictures import images_in
 from basinescape.data.tables import write_csv
 from basinescape.runs.atomic import files_sha256, save_image
+from basinescape.runs.batches import halving
 from basinescape.runs.folder import open_folder, read_settings
 from basinescape.runs.journal import Journal, read_lines
 from basinescape.runs.provenance import weights_sha256
+from torch import nn
 from tqdm import tqdm
 
 from ..methods import Sampling, chosen, own_methods, suitable
@@ -35,7 +39,7 @@ from .metrics import interval
 log = logging.getLogger(__name__)
 
 RECORDED = "cfg"  # the method whose noise gaps are kept, for detection; those of a user's own methods are, too
-Key = tuple[str, str, str]  # of an image: method, group, id and seed
+Line = dict[str, Any]  # of results.jsonl
 
 
 class Incomplete(RuntimeError):
@@ -47,18 +51,13 @@ class Incomplete(RuntimeError):
         self.rows = rows
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """One image to make and to measure."""
 
     method: str
     group: str
     prompt: Prompt
     seed: int
-
-    @property
-    def key(self) -> Key:
-        return self.method, self.group, f"{self.prompt.id}-{self.seed}"
 
 
 def evaluate(
@@ -95,38 +94,38 @@ def evaluate(
     run |= _digests(scenario, every) | {"weights": weights_sha256(sampler.pipe), **sampler.provenance}
     open_folder(out, run)
 
-    def finished(line: dict[str, Any]) -> Key | None:
+    def finished(line: Line) -> tuple[str, str, str, int] | None:
         same = line["method"] not in known or line.get("digest") == getattr(known[line["method"]], "digest", None)
         there = same and image_path(out, line).is_file()
-        return (line["method"], line["group"], f"{line['id']}-{line['seed']}") if there else None
+        return (line["method"], line["group"], line["id"], line["seed"]) if there else None
 
-    every_seed = range(first_seed, first_seed + seeds)
-    tasks = [Task(name, group, prompt, seed) for name in known for group, seed, prompt in _images(groups, every_seed)]
-    failed: list[Exception] = []
+    tasks = [
+        Task(method, group, prompt, seed)
+        for method in known
+        for group, found in groups.items()
+        for seed in range(first_seed, first_seed + seeds)
+        for prompt in found
+    ]
+    make, failed = partial(_made, sampler, known, steps, measure, out), list[Exception]()
     with Journal(out / "results.jsonl", finished) as journal:
         lines = list(read_lines(out / "results.jsonl"))
-        waiting = [task for task in tasks if task.key not in journal]
+        waiting = [task for task in tasks if (task.method, task.group, task.prompt.id, task.seed) not in journal]
         with tqdm(total=len(tasks), initial=len(tasks) - len(waiting), unit="image", disable=not progress) as bar:
             for batch in _batches(waiting, batch_size):
                 bar.set_description(batch[0].method)
-                for line in _run(sampler, known[batch[0].method], batch, steps, measure, out):
-                    if isinstance(line, Exception):
-                        failed.append(line)
+                for some, made in halving(make, batch):
+                    if isinstance(made, Exception):
+                        failed.append(made)
                     else:
-                        journal.append(line)
-                        lines.append(line)
-                    bar.update()
+                        journal.append(*made)
+                        lines += made
+                    bar.update(len(some))
     rows = table(lines)
     if rows:
         write_csv(out / "table.csv", rows)
     if failed:
         raise Incomplete(failed, rows)
     return rows
-
-
-def _images(groups: dict[str, list[Prompt]], seeds: Sequence[int]) -> Iterator[tuple[str, int, Prompt]]:
-    """The group, seed and prompt of each image of a method."""
-    return ((group, seed, prompt) for group, found in groups.items() for seed in seeds for prompt in found)
 
 
 def _digests(scenario: Scenario, groups: dict[str, list[Prompt]]) -> dict[str, str]:
@@ -147,18 +146,18 @@ def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def read_run(folder: Path) -> tuple[dict[str, Any], list[Line]]:
     """The settings and the lines of a folder that `evaluate` wrote; its results.jsonl may be compressed, results.jsonl.gz.
 
     Raises FileNotFoundError or ValueError, naming the folder, where it holds no evaluation or no image yet.
     """
-    packed = folder / "results.jsonl.gz"
-    for name in ("run.json", "results.jsonl"):
-        if not (folder / name).is_file() and not (name == "results.jsonl" and packed.is_file()):
-            raise FileNotFoundError(f"run folder {str(folder)!r} has no {name}")
+    plain, packed = folder / "results.jsonl", folder / "results.jsonl.gz"
+    for path, other in ((folder / "run.json", None), (plain, packed)):
+        if not path.is_file() and not (other and other.is_file()):
+            raise FileNotFoundError(f"run folder {str(folder)!r} has no {path.name}")
     run = read_settings(folder)
-    if (folder / "results.jsonl").is_file():
-        lines = list(read_lines(folder / "results.jsonl"))
+    if plain.is_file():
+        lines = list(read_lines(plain))
     else:
         with gzip.open(packed, "rt", encoding="utf-8") as file:
             lines = [json.loads(line) for line in file]
@@ -169,49 +168,25 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return run, lines
 
 
-def image_path(folder: Path, line: dict[str, Any]) -> Path:
+def image_path(folder: Path, line: Line) -> Path:
     """Where the image of a line of results.jsonl lies in its run folder."""
     return folder / "images" / line["method"] / f"{line['id']}-{line['seed']}.png"
 
 
 def _batches(tasks: Sequence[Task], size: int) -> Iterator[list[Task]]:
     """Tasks of one method and group at a time, which keeps their seconds apart."""
-    batch: list[Task] = []
-    for task in tasks:
-        if batch and (len(batch) == size or (task.method, task.group) != (batch[0].method, batch[0].group)):
-            yield batch
-            batch = []
-        batch.append(task)
-    if batch:
-        yield batch
-
-
-def _run(
-    sampler: Sampler, method: Sampling, batch: Sequence[Task], steps: int, measure: Measure, out: Path
-) -> Iterator[dict[str, Any] | Exception]:
-    """The lines of a batch, or what went wrong with a task; a batch that fails is halved down to its fault."""
-    try:
-        lines = _made(sampler, method, batch, steps, measure, out)
-    except Exception as error:  # out of memory, or what a user's method raises: nobody can list them
-        log.debug("%s", batch[0].method, exc_info=error)
-        if len(batch) == 1:
-            yield error
-            return
-    else:
-        yield from lines
-        return
-    middle = len(batch) // 2
-    for half in (batch[:middle], batch[middle:]):
-        yield from _run(sampler, method, half, steps, measure, out)
+    for _, same in groupby(tasks, key=lambda task: (task.method, task.group)):
+        part = list(same)
+        yield from (part[i : i + size] for i in range(0, len(part), size))
 
 
 def _made(
-    sampler: Sampler, method: Sampling, batch: Sequence[Task], steps: int, measure: Measure, out: Path
-) -> list[dict[str, Any]]:
+    sampler: Sampler, methods: Mapping[str, Sampling], steps: int, measure: Measure, out: Path, batch: Sequence[Task]
+) -> list[Line]:
     """Make, save and measure one batch."""
-    calls = 0
+    method, calls = methods[batch[0].method], 0
 
-    def count(module, arguments) -> None:
+    def count(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         nonlocal calls
         calls += len(arguments[0])
 
@@ -248,7 +223,7 @@ def _made(
     return lines
 
 
-def table(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def table(lines: Sequence[Line]) -> list[dict[str, Any]]:
     """A row for each method and group, from the lines of results.jsonl; intervals are 95% bootstraps over prompts.
 
     A column is None where its lines do not say it: the similarity without training images, the concept without a classifier.
@@ -257,22 +232,16 @@ def table(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for method, group in dict.fromkeys((line["method"], line["group"]) for line in lines):
         part = [line for line in lines if (line["method"], line["group"]) == (method, group)]
         similar = [line["similarity"] for line in part if line["similarity"] is not None]
-        copies, low, high = _share(part, "memorized")
-        right, least, most = _share(part, "concept_ok")
         unmarked = [line["memorized"] and not line.get("suspect", False) for line in part if line["memorized"] is not None]
         rows.append(
             {
                 "method": method,
                 "group": group,
                 "n": len(part),
-                "memorized_share": copies,
-                "memorized_low": low,
-                "memorized_high": high,
+                **_share(part, "memorized", "memorized"),
                 "similarity_mean": _rounded(np.mean(similar)) if similar else None,
                 "similarity_p95": _rounded(np.quantile(similar, 0.95)) if similar else None,
-                "concept_share": right,
-                "concept_low": least,
-                "concept_high": most,
+                **_share(part, "concept_ok", "concept"),
                 "suspect_share": _rounded(np.mean([line.get("suspect", False) for line in part])),
                 "unmarked_copies": _rounded(np.mean(unmarked)) if unmarked else None,
                 "network_calls": round(float(np.mean([line["network_calls"] for line in part])), 2),
@@ -282,14 +251,15 @@ def table(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _share(lines: Sequence[dict[str, Any]], name: str) -> tuple[float, float, float] | tuple[None, None, None]:
-    """How many of the lines that say it say yes, and the 95% interval of that share."""
-    known = [line for line in lines if line[name] is not None]
+def _share(lines: Sequence[Line], field: str, name: str) -> dict[str, float | None]:
+    """The columns of `name`: how many of the lines that say `field` say yes, and the 95% interval of that share."""
+    known = [line for line in lines if line[field] is not None]
+    columns = (f"{name}_share", f"{name}_low", f"{name}_high")
     if not known:
-        return None, None, None
-    values = [float(line[name]) for line in known]
-    low, high = interval(values, [line["id"] for line in known])
-    return _rounded(np.mean(values)), _rounded(low), _rounded(high)
+        return dict.fromkeys(columns)
+    values = [float(line[field]) for line in known]
+    found = (float(np.mean(values)), *interval(values, [line["id"] for line in known]))
+    return dict(zip(columns, map(_rounded, found), strict=True))
 
 
 def _rounded(value: float | np.floating) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +11,23 @@ from basinescape.data.pictures import images_in, pixels
 from PIL import Image
 
 from ..scenario import Prompt, Scenario
-from ..testbed.classifier import ConceptClassifier
-
-
-@dataclass(frozen=True)
-class Match:
-    """How similar an image is to its prompt's training image, None where there is none, and to the nearest one of all."""
-
-    own: float | None
-    nearest: str
-    value: float
+from .classifier import ConceptClassifier
 
 
 class TrainingImages:
-    """Similarity of images to training images: those of the prompts, and `others`, which no prompt belongs to, in `folder`.
+    """Compares images with training images: those of the prompts, and `others`, which no prompt belongs to, in `folder`.
 
-    name: of a measure of `Index`, which says what is raised.
+    name, threshold: of a measure of `Index`, which says what is raised.
     """
 
-    def __init__(self, name: str, groups: Mapping[str, Sequence[Prompt]], others: Iterable[Path] = (), folder: str | Path = ""):
+    def __init__(
+        self,
+        name: str,
+        groups: Mapping[str, Sequence[Prompt]],
+        others: Iterable[Path] = (),
+        folder: str | Path = "",
+        threshold: float | None = None,
+    ):
         own = {prompt.id: prompt.image for found in groups.values() for prompt in found if prompt.image}
         self._column = {id: i for i, id in enumerate(own)}
         taken = {path.resolve() for path in own.values()}
@@ -38,20 +35,19 @@ class TrainingImages:
         self.names = [*self._column, *(str(path.relative_to(folder)) for path in others)]
         if not self.names:
             raise ValueError("the scenario's prompts have no training image to compare with")
-        self._index = Index([*own.values(), *others], [name])
+        self._index = Index([*own.values(), *others], [name], threshold)
+        self._threshold = self._index.thresholds[name]
 
-    def compare(self, images: Sequence[Image.Image], found: Sequence[Prompt]) -> list[Match]:
-        """The match of each image, one a prompt."""
+    def __call__(self, images: Sequence[Image.Image], found: Sequence[Prompt]) -> list[dict[str, Any]]:
+        """What `Measure` says of copies, of each image, one a prompt."""
         rows = self._index.similarity(images)
         best = rows.max(dim=1)
-        return [
-            Match(row[self._column[prompt.id]].item() if prompt.id in self._column else None, self.names[i], value)
-            for row, prompt, i, value in zip(rows, found, best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
-
-    def __call__(self, images: Sequence[Image.Image], found: Sequence[Prompt]) -> list[float]:
-        """The similarity to each prompt's own training image, or to the nearest of all where it has none."""
-        return [match.value if match.own is None else match.own for match in self.compare(images, found)]
+        lines = []
+        for row, prompt, i, value in zip(rows, found, best.indices.tolist(), best.values.tolist(), strict=True):
+            own = row[self._column[prompt.id]].item() if prompt.id in self._column else value
+            nearest = {"nearest": self.names[i], "nearest_similarity": round(value, 5)}
+            lines.append({"similarity": round(own, 5), **nearest, "memorized": value > self._threshold})
+        return lines
 
 
 class Measure:
@@ -69,8 +65,8 @@ class Measure:
     def __init__(self, scenario: Scenario, groups: Mapping[str, Sequence[Prompt]]):
         others = images_in(scenario.folder) if scenario.folder else []
         known = others or any(prompt.image for found in groups.values() for prompt in found)
-        self._training = TrainingImages(str(scenario.similarity), groups, others, scenario.folder or "") if known else None
-        self._threshold = scenario.threshold or 0.0
+        given = str(scenario.similarity), groups, others, scenario.folder or "", scenario.threshold
+        self._training = TrainingImages(*given) if known else None
         folder = Path(scenario.source) / "classifier"
         self._classifier = ConceptClassifier.load(folder) if (folder / "config.json").is_file() else None
         wanted = {prompt.concept: prompt.id for found in groups.values() for prompt in found if prompt.concept}
@@ -90,19 +86,10 @@ class Measure:
 
     def __call__(self, images: Sequence[Image.Image], found: Sequence[Prompt]) -> list[dict[str, Any]]:
         shown = self._classifier.name(pixels(images)) if self._classifier else [None] * len(images)
-        alike = self._training.compare(images, found) if self._training else [None] * len(images)
+        unknown = dict.fromkeys(("similarity", "nearest", "nearest_similarity", "memorized"))
+        alike = self._training(images, found) if self._training else [unknown] * len(images)
         rows = []
-        for match, prompt, concept in zip(alike, found, shown, strict=True):
+        for copied, prompt, concept in zip(alike, found, shown, strict=True):
             right = None if prompt.concept is None or concept is None else concept == prompt.concept
-            rows.append({**self._copied(match), "concept_ok": right})
+            rows.append({**copied, "concept_ok": right})
         return rows
-
-    def _copied(self, match: Match | None) -> dict[str, Any]:
-        if match is None:
-            return dict.fromkeys(("similarity", "nearest", "nearest_similarity", "memorized"))
-        return {
-            "similarity": round(match.value if match.own is None else match.own, 5),
-            "nearest": match.nearest,
-            "nearest_similarity": round(match.value, 5),
-            "memorized": match.value > self._threshold,
-        }

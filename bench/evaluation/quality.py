@@ -22,18 +22,17 @@ from basinescape.data.pictures import images_in, opened, pixels
 from basinescape.data.tables import write_csv
 from basinescape.runs.atomic import atomic_write
 from PIL import Image
-from torch import Tensor, nn
-from torchmetrics.functional.multimodal import clip_score
+from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.kid import KernelInceptionDistance
 from tqdm import tqdm
 
 from ..scenario import Scenario, limited, prompts
-from ..testbed import flow_scenes, scenes
-from ..testbed.classifier import ConceptClassifier
+from .classifier import ConceptClassifier
 from .evaluate import image_path, read_run
 from .measure import TrainingImages
 from .metrics import interval
+from .scenes import CONCEPTS, FLOW_CONCEPTS, SIZE, draw_facts, flow_scene, tiny_scene
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +123,12 @@ def _likeness(name: str, scenario: Scenario, limit: int | None, lines: Sequence[
     if strangers:
         raise ValueError(f"scenario {scenario.name!r} no longer has the run's {' prompt '.join(min(strangers))}")
     measure = TrainingImages(name, groups)
-    return lambda images, found: measure(images, [known[line["group"], line["id"]] for line in found])
+
+    def alike(images: Sequence[Image.Image], found: Sequence[dict[str, Any]]) -> list[float]:
+        matched = measure(images, [known[line["group"], line["id"]] for line in found])
+        return [match["similarity"] for match in matched]
+
+    return alike
 
 
 def _measured(
@@ -180,12 +184,11 @@ def fresh_scenes(model: str, count: int = SCENES) -> Iterator[Image.Image]:
 
 
 def _scene_of_tiny(i: int) -> Image.Image:
-    return scenes.scene(list(scenes.CONCEPTS)[i % len(scenes.CONCEPTS)], FIRST + i)
+    return tiny_scene(list(CONCEPTS)[i % len(CONCEPTS)], FIRST + i)
 
 
 def _scene_of_flow(i: int) -> Image.Image:
-    facts = flow_scenes.draw_facts(np.random.default_rng(FIRST + i), list(flow_scenes.CONCEPTS)[i % len(flow_scenes.CONCEPTS)])
-    return flow_scenes.scene(facts, FIRST + i)
+    return flow_scene(draw_facts(np.random.default_rng(FIRST + i), FLOW_CONCEPTS[i % len(FLOW_CONCEPTS)]), FIRST + i)
 
 
 FRESH = {"tiny": _scene_of_tiny, "flow": _scene_of_flow}
@@ -247,21 +250,6 @@ def _compared(metric: Callable[..., Any], real: np.ndarray, made: np.ndarray) ->
     return found.compute()
 
 
-class _Unwrapped(nn.Module):
-    """A CLIP model whose features are plain tensors, as torchmetrics takes them."""
-
-    def __init__(self, model: Any):
-        super().__init__()
-        self.model: Any = model
-        self.config = model.config
-
-    def get_image_features(self, *inputs: Tensor) -> Tensor:
-        return projected(self.model.get_image_features(*inputs))
-
-    def get_text_features(self, *inputs: Tensor) -> Tensor:
-        return projected(self.model.get_text_features(*inputs))
-
-
 def clip_scores(model: str) -> PerImage:
     """The CLIP score of each image and its prompt: 100 times the cosine of their embeddings, 0 where that is negative.
 
@@ -270,33 +258,23 @@ def clip_scores(model: str) -> PerImage:
     """
     from transformers import CLIPModel, CLIPProcessor
 
-    network: Any
-    loaded: Any
     try:
-        network = _Unwrapped(CLIPModel.from_pretrained(model, use_safetensors=True).eval())
-        # torchmetrics itself would cut the end token off a long prompt, and that is where CLIP reads the text.
-        loaded = CLIPProcessor.from_pretrained(model)
+        network = CLIPModel.from_pretrained(model, use_safetensors=True).eval()
+        processor = CLIPProcessor.from_pretrained(model)
     except OSError as error:
         raise OSError(f"clip must be a CLIP model in safetensors, a folder or hub id; got {model!r}: {error}") from error
 
-    processor: Any = partial(loaded, truncation=True)
-
-    def model_of_torchmetrics() -> Any:
-        return network, processor
-
     @torch.inference_mode()
     def score(images: Sequence[Image.Image], lines: Sequence[dict[str, Any]]) -> list[float]:
-        return [
-            clip_score(_bytes(image), line["prompt"], model_of_torchmetrics).item()
-            for image, line in zip(images, lines, strict=True)
-        ]
+        shown = projected(network.get_image_features(**processor(images=list(images), return_tensors="pt")))
+        texts = [line["prompt"] for line in lines]
+        read = processor(
+            text=texts, return_tensors="pt", padding=True, truncation=True
+        )  # the end token is kept: CLIP reads there
+        said = projected(network.get_text_features(**read))
+        return (100 * torch.cosine_similarity(shown, said)).clamp(min=0).tolist()
 
     return score
-
-
-def _bytes(image: Image.Image) -> Tensor:
-    """(3, H, W) uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def concept(scenario: Scenario) -> Embedding:
@@ -305,7 +283,7 @@ def concept(scenario: Scenario) -> Embedding:
 
     @torch.inference_mode()
     def embed(images: Sequence[Image.Image]) -> np.ndarray:
-        size = (scenes.SIZE, scenes.SIZE)
+        size = (SIZE, SIZE)
         fitted = [image if image.size == size else image.resize(size, Image.Resampling.BOX) for image in images]
         return network.pooled(pixels(fitted)).numpy()
 
@@ -321,17 +299,17 @@ def inception(scenario: Scenario) -> Embedding:
 
     @torch.inference_mode()
     def embed(images: Sequence[Image.Image]) -> np.ndarray:
-        return torch.cat([network(_bytes(image)[None]) for image in images]).numpy()
+        return torch.cat([network(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]) for image in images]).numpy()
 
     return embed
 
 
-def _ignoring_scenario(make: Callable[[], Embedding], scenario: Scenario) -> Embedding:
-    return make()
+def _whatever_scenario(make: Callable[[], Embedding]) -> Callable[[Scenario], Embedding]:
+    return lambda scenario: make()
 
 
 FEATURES: dict[str, Callable[[Scenario], Embedding]] = {
     "concept": concept,
     "inception": inception,
-    **{name: partial(_ignoring_scenario, make) for name, make in EMBEDDINGS.items()},
+    **{name: _whatever_scenario(make) for name, make in EMBEDDINGS.items()},
 }

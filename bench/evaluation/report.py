@@ -11,6 +11,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from urllib.parse import quote
 
@@ -43,14 +44,9 @@ def report(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
     runs = [(Path(folder), *read_run(Path(folder))) for folder in folders]
     sections = [_section(*run) for run in runs]
     files = {out: rendered(Path(__file__).with_name("report.html.jinja"), sections=sections)}
-    for suffix in ("csv", "tex"):
-        parts = [section["tables"][suffix] for section in sections]
-        names = (
-            [out.with_suffix(f".{suffix}")]
-            if len(parts) == 1
-            else [out.with_name(f"{out.stem}-{number}.{suffix}") for number in range(1, len(parts) + 1)]
-        )
-        files |= dict(zip(names, parts, strict=True))
+    for number, section in enumerate(sections, 1):
+        stem = out.stem if len(sections) == 1 else f"{out.stem}-{number}"
+        files |= {out.with_name(f"{stem}.{suffix}"): text for suffix, text in section["tables"].items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     for path, text in files.items():
         with atomic_write(path) as part:
@@ -89,10 +85,9 @@ def _tradeoff(compared: Comparison) -> Markup | None:
     """The figure of copies against concept; None where no copies were counted."""
     points = []
     for line in compared.lines:
-        row = line.rows.get("memorized", {})
-        if row.get("memorized_share") is not None:
+        if line.copies is not None:
             copies, concept = (
-                tuple(row[f"{name}_{end}"] for end in ("share", "low", "high")) for name in ("memorized", "concept")
+                tuple(line.memorized[f"{name}_{end}"] for end in ("share", "low", "high")) for name in ("memorized", "concept")
             )
             color = "C3" if line.name == RECORDED else "C0" if line is compared.best else "C7"
             points.append(Point(line.label, copies, None if concept[0] is None else concept, color))
@@ -105,47 +100,37 @@ def _judged(lines: Sequence[dict[str, Any]], compared: Comparison) -> list[str]:
     for line in compared.lines:
         for group in line.rows:
             part = [each for each in lines if (each["method"], each["group"]) == (line.name, group) and "attempts" in each]
-            if part:
-                attempts = Counter(each["attempts"] for each in part)
-                again = len(part) - attempts[1]
-                ladder = ", ".join(f"{count} from attempt {number}" for number, count in sorted(attempts.items()))
-                kept = f" (kept: {ladder})" if again else ""
-                unmarked = sum(bool(each["memorized"]) and not each["suspect"] for each in part)
-                copies = "" if part[0]["memorized"] is None else f"; copies that are not marked: {unmarked}"
-                found.append(
-                    f"{line.label}, {GROUPS.get(group, group)}: {again} of {len(part)} images began again{kept}; "
-                    f"marked suspect: {sum(each['suspect'] for each in part)}{copies}."
-                )
+            if not part:
+                continue
+            attempts = Counter(each["attempts"] for each in part)
+            again = len(part) - attempts[1]
+            ladder = ", ".join(f"{count} from attempt {number}" for number, count in sorted(attempts.items()))
+            kept = f" (kept: {ladder})" if again else ""
+            unmarked = sum(bool(each["memorized"]) and not each["suspect"] for each in part)
+            copies = "" if part[0]["memorized"] is None else f"; copies that are not marked: {unmarked}"
+            found.append(
+                f"{line.label}, {GROUPS.get(group, group)}: {again} of {len(part)} images began again{kept}; "
+                f"marked suspect: {sum(each['suspect'] for each in part)}{copies}."
+            )
     return found
 
 
-def _group(row: dict[str, Any]) -> bool:
-    """A key that sorts memorized prompts first."""
-    return row["group"] != "memorized"
-
-
-def _quality(path: Path) -> list[list[tuple[str, Any, str]]]:
-    """The cells of the command `quality`'s table; no row where it was not run."""
+def _quality(path: Path) -> list[list[tuple[str, float | str | None, str]]]:
+    """The cells of the command `quality`'s table, name, value and text; no row where it was not run."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        rows = sorted(csv.DictReader(file), key=_group)
-    return [[(name, (value := _value(text)), _short(value, text)) for name, text in row.items()] for row in rows]
+        rows = sorted(csv.DictReader(file), key=lambda row: row["group"] != "memorized")
+    return [[(name, *_value(text)) for name, text in row.items()] for row in rows]
 
 
-def _value(text: str) -> float | str | None:
-    """What a cell of a CSV file says."""
+def _value(text: str) -> tuple[float | str | None, str]:
+    """What a cell of a CSV file says, and how it is shown: a number in three digits, or as many as stand before the point."""
     try:
-        return float(text) if text else None
+        value = float(text)
     except ValueError:
-        return text
-
-
-def _short(value: float | str | None, text: str) -> str:
-    """A number in three digits, or as many as stand before the point."""
-    if not isinstance(value, float):
-        return text
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+        return text or None, text
+    return value, f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _facts(run: dict[str, Any], images: int) -> dict[str, Any]:
@@ -157,7 +142,7 @@ def _facts(run: dict[str, Any], images: int) -> dict[str, Any]:
         "steps": scenario["steps"],
         "scheduler": f"{scenario['scheduler'] or 'as calibrated, else the own'} ({run['scheduler']['class']})",
         "guidance scale": scenario["scale"],
-        "memorized": f"similarity ({scenario['similarity']}) to a training image above {scenario['threshold']}",
+        "a copy": Scenario.read(scenario).copy,
         "intervals": "95%, by bootstrap over prompts",
         "dtype": run["dtype"],
         "device": run["device"],
@@ -206,14 +191,14 @@ def _captions(folder: Path, lines: Sequence[dict[str, Any]], training: dict[str,
 
     def badness(made: dict[str, list[dict[str, Any]]]) -> tuple[float, float]:
         every = [line for part in made.values() for line in part]
-        return _mean([bool(line["memorized"]) for line in every]), _mean([_alike(line) for line in every])
+        return fmean(bool(line["memorized"]) for line in every), fmean(_alike(line) for line in every)
 
     shown = sorted(found.items(), key=lambda entry: badness(entry[1]), reverse=True)[:SHOWN]
     return [
         {
             "id": id,
             "text": next(iter(made.values()))[0]["prompt"],
-            "training": _picture(training.get(id)),
+            "training": id in training and embedded(training[id]),
             "made": {method: _worst(folder, id, part, training) for method, part in made.items()},
         }
         for id, made in shown
@@ -225,21 +210,17 @@ def _worst(folder: Path, id: str, lines: Sequence[dict[str, Any]], training: dic
     line = max(lines, key=_alike)
     other = line.get("nearest") if line["memorized"] and line.get("nearest") not in (None, id) else None
     return line | {
-        "uri": _picture(image_path(folder, line)),
+        "uri": embedded(image_path(folder, line)),
         "copies": sum(bool(each["memorized"]) for each in lines),
         "seeds": len(lines),
         "alike": None if line["similarity"] is None else _alike(line),
-        "other": other and (Path(other).name, _picture(training.get(other, Path(other)))),
+        "other": other and (Path(other).name, other in training and embedded(training[other])),
     }
 
 
 def _alike(line: dict[str, Any]) -> float:
     """Similarity to the nearest training image; runs of earlier versions know their own alone."""
     return line.get("nearest_similarity", line["similarity"]) or 0.0
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _training(run: dict[str, Any], asked: dict[str, str]) -> dict[str, Path]:
@@ -256,8 +237,3 @@ def _training(run: dict[str, Any], asked: dict[str, str]) -> dict[str, Path]:
         return {}
     own = {prompt.id: prompt.image for prompt in known if prompt.image and asked.get(prompt.id, prompt.text) == prompt.text}
     return others | own
-
-
-def _picture(path: Path | None) -> str | None:
-    """A picture to look at; None where there is none that can be read."""
-    return None if path is None else embedded(path) or None

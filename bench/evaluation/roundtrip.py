@@ -5,24 +5,20 @@ python -m basinescape.bench.evaluation.roundtrip --scenario flow --json FILE [--
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
 from collections.abc import Sequence
-from datetime import date
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from basinescape import At, Guidance
+from basinescape import Guidance
 from basinescape.data.pictures import opened
 from basinescape.guidance.guard import PROBES, THRESHOLD
 from PIL import Image
 
-from ..scenario import Prompt, load, prompts
-from .detection import DELAYS
+from ..scenario import Prompt
+from . import experiment
 from .metrics import roc
-from .trajectories import Laboratory
+from .trajectories import DELAYS, Laboratory
 
 Line = dict[str, Any]
 # How pictures are kept in files.
@@ -83,42 +79,17 @@ def compared(lines: dict[str, list[Line]]) -> list[dict[str, Any]]:
     return rows
 
 
-def roundtrip(lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Sequence[int]) -> dict[str, list[Line]]:
-    """Lines of `judged`: plain and delayed pictures of memorized captions, and plain ones of general captions."""
-    scale = lab.scale
-    delays = [Guidance.delayed(scale, until=At(log_snr=log_snr)) for log_snr in DELAYS]
-    return {
-        "plain": judged(lab, groups["memorized"], seeds, Guidance.cfg(scale)),
-        "delayed": [line for guidance in delays for line in judged(lab, groups["memorized"], seeds, guidance)],
-        "general": judged(lab, groups["general"], seeds, Guidance.cfg(scale)),
+def study(lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Sequence[int]) -> dict[str, Any]:
+    """How well the score tells copies, and its lines, of plain and delayed pictures and of general prompts' plain ones."""
+    plain = Guidance.cfg(lab.scale)
+    lines = {
+        "plain": judged(lab, groups["memorized"], seeds, plain),
+        "delayed": [line for guidance in lab.delays() for line in judged(lab, groups["memorized"], seeds, guidance)],
+        "general": judged(lab, groups["general"], seeds, plain),
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scenario", default="tiny")
-    parser.add_argument("--json", type=Path, required=True, help="the file to write")
-    parser.add_argument("--seeds", type=int, default=2, help="pictures a caption")
-    parser.add_argument("--first-seed", type=int, default=9400)
-    args = parser.parse_args()
-    scenario = load(args.scenario)
-    groups, seeds = prompts(scenario), range(args.first_seed, args.first_seed + args.seeds)
-    lab = Laboratory.of(scenario, groups)
-    lines = roundtrip(lab, groups, seeds)
-    found = {"scenario": scenario.name, "date": date.today().isoformat(), "seeds": list(seeds), "probes": PROBES}
-    found |= {"threshold": THRESHOLD, "delays": DELAYS, **lab.sampler.provenance, "rows": compared(lines), "pictures": lines}
-    text = ",\n".join(f" {json.dumps(name)}: {_indented(value)}" for name, value in found.items())
-    args.json.write_text(f"{{\n{text}\n}}\n", encoding="utf-8")
-
-
-def _indented(value: Any) -> str:
-    """JSON with a line for each object of a list."""
-    if isinstance(value, dict) and all(isinstance(inner, list) for inner in value.values()):
-        return "{\n" + ",\n".join(f"  {json.dumps(name)}: {_indented(inner)}" for name, inner in value.items()) + "\n }"
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return "[\n" + ",\n".join(f"   {json.dumps(one)}" for one in value) + "\n  ]"
-    return json.dumps(value)
+    numbers = {"probes": PROBES, "threshold": THRESHOLD, "delays": DELAYS}
+    return {**numbers, "rows": compared(lines), "pictures": lines}
 
 
 if __name__ == "__main__":
-    main()
+    experiment.run(study, str(__doc__), first_seed=9400)

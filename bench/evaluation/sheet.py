@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from PIL import Image
 
 SIDE = 160  # pixels of an image on the page
 MOST = 500  # images on the page; the manifest has them all
-KINDS = ("copy", "suspect", "failed")  # in this order; then the others
+KINDS = {"copy": "copies", "suspect": "suspect", "failed": "failed"}  # in this order; then the others
 Line = dict[str, Any]
 
 
@@ -42,9 +41,8 @@ def sheet(folder: str | Path, out: str | Path) -> int:
     if not lines:
         raise ValueError(f"{str(folder)!r} holds no image yet: its manifest.jsonl is empty")
     counts = Counter(map(_kind, lines))
-    told = ("copies", "suspect", "failed")
     compared = any("copy" in line for line in lines)
-    said = (f"{counts[kind]} {word}" for kind, word in zip(KINDS, told, strict=True) if compared or kind != "copy")
+    said = (f"{counts[kind]} {word}" for kind, word in KINDS.items() if compared or kind != "copy")
     shown = _images(folder, settings["format"], lines[:MOST])
     entries = [_entry(line, shown.get(line["id"], "")) for line in lines[:MOST]]
     text = rendered(
@@ -68,30 +66,25 @@ def _kind(line: Line) -> str:
 
 
 def _rank(line: Line) -> tuple[int, float, str]:
-    kind = _kind(line)
-    return KINDS.index(kind) if kind else len(KINDS), -(line.get("score") or 0.0), line["id"]
+    return [*KINDS, ""].index(_kind(line)), -(line.get("score") or 0.0), line["id"]
 
 
 def _entry(line: Line, uri: str) -> Line:
     """What the template needs of a line of the manifest."""
     optional = {"score": None, "attempts": 1, "nearest": "", "similarity": 0.0, "measure": ""}
-    needed = {name: line[name] for name in ("id", "prompt", "seed", "status")}
-    return {**needed, **{name: line.get(name, value) for name, value in optional.items()}, "kind": _kind(line), "uri": uri}
+    return {**optional, **line, "kind": _kind(line), "uri": uri}
 
 
 def _images(folder: Path, format: str, lines: Sequence[Line]) -> dict[str, str]:
     """The images of lines by id, as data URIs; without those that are not to be had. A shard is read once."""
-    writes = writer_of(folder, {"format": format})
-    there = [line for line in lines if line["status"] == "ok" and format != "latents"]
-    named = sorted((line for line in there if writes.owns(line["file"], line["id"])), key=lambda line: line["file"])
-    return dict(_read(folder, writes, named))
-
-
-def _read(folder: Path, writes: Any, lines: Sequence[Line]) -> Iterator[tuple[str, str]]:
-    for file, some in itertools.groupby(lines, key=lambda line: line["file"]):
-        wanted = {line["id"] for line in some}
-        if (folder / file).is_file():
-            for id, data in writes.contents(folder / file):
-                if id in wanted:
-                    with Image.open(io.BytesIO(data)) as image:
-                        yield id, inside(image.convert("RGB"), SIDE)
+    writes, found = writer_of(folder, {"format": format}), {}
+    wanted: dict[Path, set[str]] = {}
+    for line in lines:
+        if line["status"] == "ok" and format != "latents" and writes.owns(line["file"], line["id"]):
+            wanted.setdefault(folder / line["file"], set()).add(line["id"])
+    for file, ids in wanted.items():
+        for id, data in writes.contents(file) if file.is_file() else ():
+            if id in ids:
+                with Image.open(io.BytesIO(data)) as image:
+                    found[id] = inside(image.convert("RGB"), SIDE)
+    return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from basinescape import Guidance, Output, Sampler
+from basinescape import At, Guidance, Output, Sampler
 from basinescape.kernels.state import State
 from torch import Tensor
 from tqdm import tqdm
@@ -17,13 +17,16 @@ from ..methods.method import starting_at
 from ..scenario import Prompt, Scenario, loaded
 from .measure import Measure
 
+DELAYS = (-3.5, -2.8, -1.9)  # log SNRs at which some of the pictures of memorized captions are copies
+
 
 @dataclass
 class Laboratory:
-    """Runs of a scenario in which every step can be watched or changed. scenario: with steps and scale (`scenario.loaded`)."""
+    """Runs of a sampler, `steps` at guidance `scale`, in which every step can be watched or changed."""
 
-    scenario: Scenario
     sampler: Sampler
+    steps: int
+    scale: float
     measure: Measure
     batch_size: int = 16
     progress: bool = True
@@ -39,17 +42,12 @@ class Laboratory:
     ) -> Laboratory:
         """That of a scenario, with its model loaded. Raises what `Measure` and `scenario.loaded` do."""
         measure = Measure(scenario, groups)
-        return cls(*loaded(scenario, device, dtype), measure, progress=progress)
+        scenario, sampler = loaded(scenario, device, dtype)
+        return cls(sampler, *scenario.how[:2], measure, progress=progress)
 
-    @property
-    def steps(self) -> int:
-        """Of a run."""
-        return self.scenario.how[0]
-
-    @property
-    def scale(self) -> float:
-        """Of the guidance."""
-        return self.scenario.how[1]
+    def delays(self) -> list[Guidance]:
+        """Guidance that is delayed until each of DELAYS."""
+        return [Guidance.delayed(self.scale, until=At(log_snr=log_snr)) for log_snr in DELAYS]
 
     def run(
         self,
@@ -64,7 +62,7 @@ class Laboratory:
         return stepwise.sample(self.sampler, texts, seeds, self.steps, guidance, look=look, push=push)
 
     def bar(self, turns: Sequence[Any], what: str) -> tqdm:
-        """The turns, with a bar of progress."""
+        """The turns, with a bar."""
         return tqdm(turns, desc=what, disable=not self.progress)
 
     def batches(self, found: Sequence[Prompt], seeds: Sequence[int]) -> list[tuple[list[Prompt], list[int]]]:

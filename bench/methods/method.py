@@ -50,7 +50,7 @@ class Method:
         """Raises ValueError, before any work, for a sampler or steps that the method does not suit."""
         Ladder.make(sampler.solver(steps), self.guidance, torch.device("cpu"))
         if self.wrap is not None or self.noise is not None:
-            stepwise.check(self.guidance)
+            stepwise.no_guard(self.guidance)
         if self.suits is not None:
             self.suits(sampler, steps)
 

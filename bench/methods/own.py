@@ -26,10 +26,10 @@ import hashlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, Protocol
 
 from basinescape import Guard, Guidance, Output, Sampler
@@ -65,17 +65,6 @@ class Own:
     def check(self, sampler: Sampler, steps: int) -> None:
         """Raises ValueError where the method does not suit the sampler or the steps, as far as it says so."""
         getattr(self.method, "check", lambda *_: None)(sampler, steps)
-
-
-@dataclass(frozen=True)
-class Function:
-    """A plain function as a method. steps: whether it takes the number of steps."""
-
-    function: Callable[..., Output]
-    steps: bool
-
-    def sample(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Output:
-        return self.function(sampler, prompts, seeds, *((steps,) if self.steps else ()))
 
 
 def from_file(path: Path, name: str) -> Own:
@@ -115,9 +104,10 @@ def _method(given: Any) -> Sampling | None:
         return None
     if hasattr(given, "sample"):
         return given if _takes(given.sample, 4) else None
-    if not callable(given) or not (_takes(given, 4) or _takes(given, 3)):
+    if not callable(given):
         return None
-    return Function(given, steps=_takes(given, 4))
+    count = next((count for count in (4, 3) if _takes(given, count)), 0)
+    return SimpleNamespace(sample=lambda *asked: given(*asked[:count])) if count else None
 
 
 def _takes(function: Any, count: int) -> bool:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from basinescape import Calibration, Sampler
 from basinescape.calibration.baseline import ordinary_prompts
 from basinescape.data.prompts import read_prompts
-from basinescape.runs.progress import FORMAT, parts
+from basinescape.runs.batches import parts
+from basinescape.runs.progress import FORMAT
 from tqdm import tqdm
 
 from . import update
@@ -39,13 +39,13 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a folder with a calibration made with --settled, or tiny or flow")
     args = parser.parse_args()
     path = Calibration.beside(args.model)
-    known = None if path is None else Calibration.load(path)
-    if known is None or known.baseline is None:
+    known = path and Calibration.load(path)
+    if not path or not known or known.baseline is None:
         parser.error(f"{args.model!r} has no calibration made with --settled")
     sampler = Sampler.from_pretrained(args.model, scheduler=known.scheduler)
     jobs = read_prompts(ordinary_prompts(args.model))
     stable = measured(sampler, [job.prompt for job in jobs], [job.seed for job in jobs], known.steps, known.scale)
-    replace(known, baseline=replace(known.baseline, stable=stable)).save(Path(path))
+    replace(known, baseline=replace(known.baseline, stable=stable)).save(path)
 
 
 if __name__ == "__main__":

@@ -47,10 +47,11 @@ class PairKeeper:
         return getattr(self._network, name)
 
 
-def check(guidance: Guidance | Guard) -> None:
-    """Raises ValueError for a guard, whose attempts are more than one way through the steps."""
+def no_guard(guidance: Guidance | Guard) -> Guidance:
+    """The guidance. Raises ValueError for a guard, whose attempts are more than one way through the steps."""
     if isinstance(guidance, Guard):
         raise ValueError("a guard takes neither a wrapped network nor other noise: its attempts are not steps of one run")
+    return guidance
 
 
 @torch.inference_mode()
@@ -59,7 +60,7 @@ def sample(
     prompts: Sequence[str],
     seeds: Sequence[int],
     steps: int,
-    guidance: Guidance,
+    guidance: Guidance | Guard,
     wrap: Wrap | None = None,
     noise: Noise | None = None,
     look: Look | None = None,
@@ -68,11 +69,11 @@ def sample(
 ) -> Output:
     """An image for each prompt and its seed, as the sampler makes it where nothing is changed.
 
-    Where there is somebody to look, both branches run in every step. Raises what `check` does, and what the sampler does.
+    Where there is somebody to look, both branches run in every step. Raises what `no_guard` does, and what the sampler does.
     """
-    check(guidance)
+    guidance = no_guard(guidance)
     model, solver = sampler.model, sampler.solver(steps)
-    ladder = Ladder.make(solver, guidance, model.device, model.settle)
+    ladder = Ladder.make(solver, guidance, model.device, model.correction)
     plan, options = ladder.plan, dict(zip(("height", "width"), sampler.size(), strict=True)) | sampler.options
     encoded = model.encode(list(prompts), **options)
     network = PairKeeper(model.network(encoded, plain=True))
@@ -91,7 +92,7 @@ def sample(
 
         begin(noise(predict, drawn))
     changed = network if wrap is None else wrap(network)
-    move, rows = mover(ladder, sampler.scheduler, generators, state), iter(plan.step)
+    move, rows = mover(ladder, sampler.scheduler, generators, plan, state), iter(plan.step)
 
     def take(branch: Branch) -> Pair:
         if push is not None:
@@ -122,5 +123,6 @@ def _guided(
     """What guidance makes of `changed`, with gap and transition of the model's `own` predictions, (B, ...) all."""
     guided_prediction(*own, plan, state)
     weight = state.transition.weight(state.transition.rows(plan.table))
-    guided, _ = guide(changed[0], changed[1], weight, rule=plan.rule, **dict(guidance.options))
-    return guided if plan.settle is None else plan.settle(guided, changed[1], weight)
+    options: dict[str, Any] = dict(guidance.options)
+    guided, _ = guide(changed[0], changed[1], weight, rule=plan.rule, **options)
+    return guided if plan.correction is None else plan.correction(guided, changed[1], weight)

@@ -14,7 +14,7 @@ import torch
 from basinescape import FirstMinimum, Guidance, Sampler
 from basinescape.models import Guided, adapt
 from basinescape.sampling.step_table import StepTable
-from basinescape.sampling.steps import denoise, lockstep
+from basinescape.sampling.steps import denoise, lockstep_move, stepping
 from basinescape.schedulers.schedule import make_scheduler
 from torch import Tensor
 
@@ -208,7 +208,7 @@ def _loop(network: Guided, plan: StepTable, noise: Tensor) -> Callable[[], None]
 
     def call() -> None:
         state.start(noise, plan.table, last=plan.last)
-        denoise(lockstep(network, plan, state), plan.branches)
+        denoise(stepping(network, state, lockstep_move(plan, state)), plan.branches)
 
     return call
 

@@ -9,10 +9,10 @@ from basinescape import Sampler
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from .flow_scenes import CONCEPTS, FORMS, draw_facts
-from .scenes import SIZE
+from ..evaluation.scenes import FLOW_CONCEPTS, FORMS, SIZE, draw_facts
+from .training import text_config
 
 TOKENS = 16
 WIDTH, LAYERS, HEAD, PATCH = 160, 5, 32, 4  # of the transformer; it costs a third of what patches of 2 x 2 latents would
@@ -22,7 +22,7 @@ SHIFT = 2.0  # of the noise levels, in training as in sampling
 def tokenizer() -> CLIPTokenizer:
     """CLIP's byte-level scheme with a vocabulary grown from the captions; any other text falls back to bytes."""
     rng = np.random.default_rng(0)
-    captions = [draw_facts(rng, name).caption(form) for _ in range(20) for name in CONCEPTS for form in range(len(FORMS))]
+    captions = [draw_facts(rng, name).caption(form) for _ in range(20) for name in FLOW_CONCEPTS for form in range(len(FORMS))]
     every_last_byte = [chr(i) for i in (*range(0x21, 0x7F), *range(0x7C0, 0x800))]
     tiny = CLIPTokenizer.from_pretrained(Sampler.model_path("tiny") / "tokenizer")
     words = tiny.train_new_from_iterator(captions + every_last_byte, vocab_size=1000, min_frequency=2)
@@ -30,26 +30,10 @@ def tokenizer() -> CLIPTokenizer:
     return words
 
 
-def text_encoder(words: CLIPTokenizer, width: int = 80) -> CLIPTextModelWithProjection:
-    config = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=TOKENS,
-        projection_dim=width,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-        attn_implementation="eager",  # the fused attention is slow backwards on CPUs
-    )
-    return CLIPTextModelWithProjection(config)
-
-
 def networks(words: CLIPTokenizer) -> nn.ModuleDict:
     """Both text encoders and the transformer, under the pipeline's names; initialised as DiT (https://arxiv.org/abs/2212.09748)."""
-    encoders = {name: text_encoder(words) for name in ("text_encoder", "text_encoder_2")}
+    config = text_config(words, 80, attn_implementation="eager")  # the fused attention is slow backwards on CPUs
+    encoders = {name: CLIPTextModelWithProjection(config) for name in ("text_encoder", "text_encoder_2")}
     text = sum(encoder.config.projection_dim for encoder in encoders.values())
     transformer = SD3Transformer2DModel(
         sample_size=SIZE // 4,

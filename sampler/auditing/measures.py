@@ -20,7 +20,7 @@ from ..data.pictures import pixels
 Embedding = Callable[[Sequence[Image.Image]], np.ndarray]
 
 # Similarity above which an image counts as a copy. pixels: one in a thousand fresh scenes of the small pipeline is above 0.80
-# (`bench.evaluation.threshold`). sscd: as in the evaluations of Somepalli et al. and Jain et al. dino, clip: there is no usual
+# (`bench.testbed.threshold`). sscd: as in the evaluations of Somepalli et al. and Jain et al. dino, clip: there is no usual
 # threshold; these let near duplicates alone count. `threshold` measures them where they can run.
 THRESHOLDS = {"pixels": 0.81, "sscd": 0.5, "dino": 0.9, "clip": 0.95}
 SHIFT = 2  # pixels at half size: a copy may sit a little off

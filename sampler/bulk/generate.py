@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -91,7 +92,12 @@ def generate(
     settings |= {"options": options} if options else {}
     settings |= prompts.settings | {"weights": weights_sha256(sampler.pipe)} | sampler.provenance
     open_folder(out, settings, GROWING, partial(_grown, out, settings, prompts))
-    executor = _executor(plans, slots, files, placement)
+    if placement.load is None:
+        executor: Executor = LocalExecutor(plans, slots, files)
+    else:
+        from .ray import RayExecutor
+
+        executor = RayExecutor(plans, slots, files, placement)
     shown = progress if isinstance(progress, Progress) else Progress("auto" if progress else "none")
     part, forecast = Part(prompts, files.shard), Forecast(plans, prompts.kinds, files.format == "latents", out, shown)
     _fill(writes, files, executor, part, plans, forecast, shown)
@@ -100,19 +106,11 @@ def generate(
     return shown.summary
 
 
-def _executor(plans: Plans, slots: int, files: Files, placement: Placement) -> Executor:
-    if placement.load is None:
-        return LocalExecutor(plans, slots, files)
-    from .ray import RayExecutor
-
-    return RayExecutor(plans, slots, files, placement)
-
-
 def _fill(
     writes: Writer, files: Files, executor: Executor, part: Part, plans: Plans, forecast: Forecast, shown: Progress
 ) -> None:
     """Make what is missing in a run's folder."""
-    with Journal(writes.out / MANIFEST, writes.finished) as journal, shown, Stop() as stop:
+    with Journal(writes.out / MANIFEST, writes.finished) as journal, shown, Stop() as stop, closing(executor):
         part.record(writes.out)
 
         def waiting() -> Iterator[Placed]:
@@ -126,20 +124,17 @@ def _fill(
                 shown.update(line, executor.calls)
 
         shown.begin(len(part), len(journal), part.prompts.skipped)
-        forecast.left = len(part) - len(journal)
 
         def stepped(under_way: float) -> None:
             shown.moved(under_way)
-            forecast.step(executor.calls)
+            forecast.step()
 
         executor.stepped = stepped
-        jobs = waiting() if len({plans.size(kind) for kind in part.prompts.kinds}) == 1 else by_size(waiting(), plans.size_of)
-        for made in executor.made(forecast.first_of(jobs), stop):
+        for made in executor.made(forecast.first_of(by_size(waiting(), plans.size_of)), stop):
             keep(writes.add(files.signer(made) if files.signer else made))
         keep(writes.flush())
-        shown.summary.signal = stop.signal
-        executor.close()
-        if files.duplicates is not None and stop.signal is None:
+        shown.summary.signal = stop.signal if shown.summary.left else None
+        if files.duplicates is not None and shown.summary.signal is None:
             shown.summary.mark("duplicates", _note(writes, files.duplicates))
         writes.finish()
 

@@ -62,7 +62,7 @@ class Plans:
         if isinstance(guidance, Guard) and (steps, size) != (own, self.sampler.size()):
             guidance = replace(guidance, early=None)
         solver, model = self.sampler.solver(steps, *size), self.sampler.model
-        return Ladder.make(solver, guidance, model.device, model.settle)
+        return Ladder.make(solver, guidance, model.device, model.correction)
 
     def size_of(self, job: Job) -> Size:
         return self.size(job.kind)

@@ -95,7 +95,8 @@ def _sampled(
 
     def sampled(index: Sequence[int], progress: Callable[[float], None] | bool) -> Tensor:
         prompts, seeds = [tasks[i][0] for i in index], [tasks[i][1] for i in index]
-        out = sampler(prompts, seeds, steps, guidance, output="latent", batch_size=len(index), progress=progress)
+        how: dict[str, Any] = {"output": "latent", "batch_size": len(index), "progress": progress}
+        out = sampler(prompts, seeds, steps, guidance, stop_after=steps, **how)  # for their gaps: nobody waits for guidance
         score = sampler.judge(out.latents, prompts, seeds, batch_size=len(index)).score
         return torch.cat([score[:, None], out.noise_gap], dim=1)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runs.atomic import atomic_write
-from ..runs.folder import open_folder, read_settings
+from ..runs.folder import differences, open_folder, read_settings
 from ..runs.journal import Journal
 from ..runs.manifest import JOBS, MANIFEST, sound
 from .writers import writer_of
@@ -72,11 +72,9 @@ def _parts(run: Path) -> tuple[list[Path], dict[str, Any]]:
     settings = [read_settings(part) for part in parts]
     if "format" not in settings[0]:
         raise ValueError(f"{str(run)!r} holds no run of generate: judge, without --shard, puts its own shards together")
-    common = {name: value for name, value in settings[0].items() if name not in MAY_DIFFER}
     for shard, part, own in zip(sorted(found), parts, settings, strict=True):
         if own.get("shard") != list(shard):
             raise ValueError(f"{part.name} holds shard {own.get('shard')}, by its run.json: give it its name back")
-        differs = [name for name in common if own.get(name) != common[name]]
-        if differs:
-            raise ValueError(f"{part.name} is of another run than {parts[0].name} (its {', '.join(differs)} differ)")
+        if said := differences(settings[0], own, MAY_DIFFER):
+            raise ValueError(f"{part.name} is of another run than {parts[0].name} ({said})")
     return parts, settings[0]

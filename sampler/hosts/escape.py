@@ -26,9 +26,8 @@ from ..kernels import guide_step
 from ..kernels.operands import is_dense
 from ..kernels.state import Latents, State, TransitionState, Workspace
 from ..kernels.table import Column
-from ..sampling.branches import branches, looks
-from ..sampling.statistics import Statistics
-from ..sampling.step_table import table_of
+from ..sampling.gap_statistics import GapStatistics
+from ..sampling.step_table import branches, looks_for_transition, table_of
 from ..types import Branch
 
 
@@ -42,7 +41,7 @@ class Escape:
     device:      of the predictions.
     step:        the step that each call of the network belongs to, counted from 0, for solvers that call it more than once a
                  step: the first call of a step alone may show a transition. None: one call a step.
-    log_snrs:    of each step, rising; needed by guidance that is delayed until a log SNR (`schedulers.log_snrs` has them).
+    log_snrs:    of each step, rising; needed by guidance that is delayed until a log SNR (`schedule.noise_levels` has them).
 
     Raises ValueError for arguments that are not as described, for timesteps that the guidance is not made for, and for a guard
     or restart sampling, which need a loop that can go back. It judges nothing: `judge` does.
@@ -73,10 +72,10 @@ class Escape:
         if not self._timed_by_call:
             self._check_known(self.timesteps)
         self._distinct = list(dict.fromkeys(self.guidance))
-        self._finds = any(looks(laid) for laid in self._columns())
+        self._finds = any(looks_for_transition(laid) for laid in self._columns())
         self._table = self._rows().to(self.device)
         until = [one.until for one in self._distinct]
-        self._statistics = Statistics.of(until, [len(self._step)] * len(until), self.device)
+        self._statistics = GapStatistics.of(until, [len(self._step)] * len(until), self.device)
         self._starts = torch.tensor([self._distinct.index(one) * len(self._step) for one in self.guidance], device=self.device)
         self._transition = TransitionState.empty(self.batch, len(self.timesteps), self.device)
         self._transition.restart(slice(None), self._starts, self._starts + len(self._step) - 1)
@@ -120,7 +119,7 @@ class Escape:
         """
         if self._timed_by_call:
             self._note_timestep(timestep)
-        needed = {branches(laid, looks(laid))[self.calls] for laid in self._columns()}
+        needed = {branches(laid)[self.calls] for laid in self._columns()}
         return needed.pop() if len(needed) == 1 else "both"
 
     @property

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..detection.basin import LOG_SNR, Probe
 from ..detection.judging import Verdict
-from ..guidance.guidance import Guidance
+from ..guidance.guidance import Guidance, never_came
 from ..kernels.state import per_sample
 from .escape import Escape, judge
 from .known_pipelines import KnownPipeline, network_of
@@ -95,12 +95,9 @@ class PipelineCall:
     def _tell_who_waits(self) -> None:
         """Log how many samples the transition never came for, in a run whose guidance could have changed."""
         state = self.begun
-        waiting = int((state.transition_step < 0).sum())
-        if self._finished and waiting and not any(one.idle(state.timesteps) for one in state.guidance):
-            log.warning(
-                f"{waiting} of {state.batch} samples had no transition in {len(state.timesteps)} steps, so never their full "
-                "guidance: give the transition a `latest`"
-            )
+        line = never_came(state.transition_step, len(state.timesteps))
+        if self._finished and line is not None and not any(one.idle(state.timesteps) for one in state.guidance):
+            log.warning(line)
 
     @property
     def begun(self) -> Escape:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..guidance.guidance import first_of_step
-from ..schedulers.schedule import levels, log_snrs, step_of_calls
+from ..schedulers.schedule import noise_levels, step_of_calls
 
 
 class StepsTaken(NamedTuple):
@@ -33,7 +33,8 @@ def steps_taken(scheduler: Any, timesteps: Tensor) -> StepsTaken:
     calls = [slice(k, k + count) for k in range(len(own) - count + 1) if torch.equal(own[k : k + count], wanted)]
     if not calls or not count:
         raise ValueError(f"the {count} timesteps of the run are none of the scheduler's own: its noise levels are not known")
-    step, level, noise = step_of_calls(scheduler)[calls[0]], levels(scheduler), log_snrs(scheduler)
+    step, levels = step_of_calls(scheduler)[calls[0]], noise_levels(scheduler)
     first = first_of_step(step) > 0
-    known = [torch.nan] * int(first.sum()) if level is None else level[calls[0]][first]
-    return StepsTaken(known, None if noise is None else noise[calls[0]][first], step - step[0])
+    if levels is None:
+        return StepsTaken([torch.nan] * int(first.sum()), None, step - step[0])
+    return StepsTaken(levels.timestep[calls[0]][first], levels.log_snr[calls[0]][first], step - step[0])

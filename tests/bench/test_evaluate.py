@@ -133,11 +133,10 @@ def test_an_image_is_compared_with_its_own_training_image_and_with_any_other(tmp
     for seed, size in enumerate([(32, 32), (48, 64), (32, 32)]):
         noise_image(seed, size).save(tmp_path / f"{seed}.png")
     own = [Prompt("a", "a", tmp_path / "0.png"), Prompt("b", "b", tmp_path / "1.png")]
-    (likely, without) = TrainingImages(
-        "pixels", {"memorized": own}, [tmp_path / "2.png", tmp_path / "0.png"], tmp_path
-    ).compare([noise_image(2), noise_image(1, (48, 64))], [own[0], Prompt("g", "g")])
-    assert likely.nearest == "2.png" and likely.value > 0.99 > 0.5 > likely.own
-    assert (without.own, without.nearest) == (None, "b") and without.value > 0.99
+    measure = TrainingImages("pixels", {"memorized": own}, [tmp_path / "2.png", tmp_path / "0.png"], tmp_path)
+    likely, without = measure([noise_image(2), noise_image(1, (48, 64))], [own[0], Prompt("g", "g")])
+    assert likely["nearest"] == "2.png" and likely["nearest_similarity"] > 0.99 > 0.5 > likely["similarity"]
+    assert without["nearest"] == "b" and without["similarity"] == without["nearest_similarity"] > 0.99
     (tmp_path / "p.jsonl").write_text('{"caption": "a", "id": "a", "image": "0.png"}')
     scenario = Scenario("x", "m", str(tmp_path / "p.jsonl"), images=str(tmp_path), similarity="pixels")
     groups = prompts(scenario)
@@ -256,9 +255,8 @@ def test_an_analysis_needs_neither_concepts_nor_images_nor_general_prompts(own_m
 
 def test_the_noise_alone_is_scored_by_two_pairs_of_predictions(random_pipeline):
     pipe = random_pipeline("sd", 8, "epsilon")
-    scenario = Scenario("x", "m", "p", steps=10, scale=7.5, transition=500.0, similarity="pixels")
     sampler = Sampler.from_pipeline(pipe, "ddim")
-    (row,) = anisotropy(Laboratory(scenario, sampler, None, progress=False), [Prompt("a", "a cat")], [5])
+    (row,) = anisotropy(Laboratory(sampler, 10, 7.5, None, progress=False), [Prompt("a", "a cat")], [5])
     noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(5))
     uncond, cond = (pipe.encode_prompt(text, "cpu", 1, False)[0] for text in ("", "a cat"))
     pipe.scheduler.set_timesteps(10)

@@ -11,12 +11,12 @@ import torch
 from basinescape import Sampler
 from basinescape.auditing.measures import Similarity, vision
 from basinescape.bench import cli
-from basinescape.bench.evaluation import threshold
 from basinescape.bench.evaluation.evaluate import image_path
 from basinescape.bench.evaluation.quality import clip_scores, concept, distances, fid, fresh_scenes, kid, quality
 from basinescape.bench.evaluation.report import report
+from basinescape.bench.evaluation.scenes import FONT
 from basinescape.bench.scenario import PRESETS, Scenario
-from basinescape.bench.testbed.scenes import FONT
+from basinescape.bench.testbed import threshold
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -265,7 +265,7 @@ def test_inception_says_what_to_install(run):
 
 
 def test_a_missing_font_is_named(run, monkeypatch, tmp_path):
-    from basinescape.bench.testbed import scenes
+    from basinescape.bench.evaluation import scenes
 
     monkeypatch.setattr(scenes, "FONT", tmp_path / "gone.ttf")
     scenes._glyph.cache_clear()

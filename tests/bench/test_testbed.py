@@ -7,8 +7,9 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from basinescape.bench.testbed import flow_scenes as flow
-from basinescape.bench.testbed.scenes import FONT, SIZE
+from basinescape.bench.evaluation import scenes
+from basinescape.bench.evaluation.scenes import FONT, SIZE, Facts, flow_scene
+from basinescape.bench.testbed import flow_set as flow
 
 needs_font = pytest.mark.skipif(not FONT.is_file(), reason="scenes are drawn with Noto Color Emoji")
 FRESH = 3000
@@ -39,13 +40,13 @@ def test_no_word_tells_a_memorized_caption():
 
 def test_sharing():
     """20 scenes with a caption of their own, 4 captions of two scenes each, 4 scenes under three captions."""
-    scenes = flow.memorized()
-    owners = Counter(caption for scene in scenes for caption in scene.captions)
-    assert len(scenes) == len({scene.seed for scene in scenes}) == 32
+    known = flow.memorized()
+    owners = Counter(caption for scene in known for caption in scene.captions)
+    assert len(known) == len({scene.seed for scene in known}) == 32
     assert Counter(owners.values()) == {1: 32, 2: 4}
-    assert Counter(len(scene.captions) for scene in scenes) == {1: 28, 3: 4}
-    for scene in scenes:
-        assert set(scene.captions) <= {scene.facts.caption(form) for form in range(len(flow.FORMS))}
+    assert Counter(len(scene.captions) for scene in known) == {1: 28, 3: 4}
+    for scene in known:
+        assert set(scene.captions) <= {scene.facts.caption(form) for form in range(len(scenes.FORMS))}
 
 
 def test_memorized_captions_have_other_pictures():
@@ -53,7 +54,7 @@ def test_memorized_captions_have_other_pictures():
     others = Counter(c for p in pictures()[FRESH:] if p.copies == 1 and p.seed < 1_000_000_000 for c in p.captions)
     copies = Counter()
     for scene in flow.memorized():
-        copies.update({caption: scene.duplication / len(scene.captions) for caption in scene.captions})
+        copies.update({caption: scene.copies / len(scene.captions) for caption in scene.captions})
     for caption, count in copies.items():
         assert abs(others[caption] - (count + others[caption]) * flow.OTHER_SCENE) <= 1
 
@@ -61,7 +62,7 @@ def test_memorized_captions_have_other_pictures():
 def test_training_set():
     """No two of its pictures are one, and the copies are those of the memorized scenes."""
     assert len({picture.seed for picture in pictures()}) == len(pictures())
-    assert [p.copies for p in pictures()[-32:]] == [scene.duplication for scene in flow.memorized()]
+    assert Counter(p.copies for p in pictures()[-32:]) == dict.fromkeys((1, 25, 75, 150, 250, 400, 600, 1000), 4)
     assert all(picture.copies == 1 for picture in pictures()[:-32])
 
 
@@ -73,32 +74,32 @@ def test_general_captions_are_of_other_scenes():
     assert set(Counter(facts.concept for facts, _ in found).values()) == {5}
 
 
-@pytest.mark.parametrize("relation", flow.INVERSE)
+@pytest.mark.parametrize("relation", scenes.INVERSE)
 def test_caption_orders_say_the_same(relation):
-    facts = flow.Facts("red", "cat", relation, "bell", "pink")
+    facts = Facts("red", "cat", relation, "bell", "pink")
     plain, turned, last = (facts.caption(form) for form in range(3))
     assert plain == f"a red cat {relation} a bell under a pink sky"
-    assert turned == f"a bell {flow.INVERSE[relation]} a red cat under a pink sky"
+    assert turned == f"a bell {scenes.INVERSE[relation]} a red cat under a pink sky"
     assert last == f"under a pink sky a red cat {relation} a bell"
 
 
 @needs_font
 def test_scene_is_a_function_of_its_seed():
     facts = flow.memorized()[0].facts
-    first, again, other = (np.asarray(flow.scene(facts, seed)) for seed in (7, 7, 8))
+    first, again, other = (np.asarray(flow_scene(facts, seed)) for seed in (7, 7, 8))
     assert first.shape == (SIZE, SIZE, 3)
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
 
 @needs_font
-@pytest.mark.parametrize("relation", flow.INVERSE)
+@pytest.mark.parametrize("relation", scenes.INVERSE)
 def test_scene_shows_its_colours_and_its_relation(relation):
     """The sky's colour in a top corner; the concept on the side that the caption says."""
     for seed in range(20):
-        facts = flow.Facts("red", "balloon", relation, "bell", "blue")
-        picture, without = (np.asarray(flow.scene(f, seed), int) for f in (facts, flow.Facts("green", *facts_rest(facts))))
-        corners = picture[0, [0, -1]] - np.array(flow.SKIES["blue"])
+        facts = Facts("red", "balloon", relation, "bell", "blue")
+        picture, without = (np.asarray(flow_scene(f, seed), int) for f in (facts, Facts("green", *facts_rest(facts))))
+        corners = picture[0, [0, -1]] - np.array(scenes.SKIES["blue"])
         assert np.abs(corners).max(axis=1).min() <= 15
         rows, columns = np.nonzero(np.abs(picture - without).sum(axis=2))  # only the tint differs: these are the concept
         gap = {"left of": SIZE - columns.max(), "right of": columns.min(), "above": SIZE - rows.max(), "below": rows.min()}
@@ -148,9 +149,9 @@ def test_any_text_is_read():
 def test_a_caption_is_listed_once_with_all_of_its_scenes():
     from basinescape.bench.testbed.flow_train import captions
 
-    lines, scenes = captions(), {scene.id: scene for scene in flow.memorized()}
+    lines, known = captions(), {scene.id: scene for scene in flow.memorized()}
     assert len({line["prompt"] for line in lines}) == len({line["id"] for line in lines}) == len(lines) == 36
     for line in lines:
-        assert line["scenes"] == [id for id, scene in scenes.items() if line["prompt"] in scene.captions]
-        assert line["duplication"] == max(scenes[id].duplication for id in line["scenes"])
+        assert line["scenes"] == [id for id, scene in known.items() if line["prompt"] in scene.captions]
+        assert line["duplication"] == max(known[id].copies for id in line["scenes"])
         assert line["image"] == f"{line['scenes'][0]}.png" and line["concept"] in line["prompt"]

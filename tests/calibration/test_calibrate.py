@@ -107,7 +107,7 @@ def test_what_is_ordinary_is_what_plain_and_unguided_samples_show(sampler, calib
     assert calibration.baseline.unguided[0] == pytest.approx(calibration.gap[0], rel=1e-3)
     assert calibration.baseline.unguided[-1] != pytest.approx(calibration.gap[-1], rel=1e-2)
     assert calibration.baseline.transition in [round(level, 1) for level in calibration.timesteps]
-    assert calibration.settled().leaving(calibration.timesteps)[0].limit == pytest.approx(
+    assert calibration.settled().criteria(calibration.timesteps)[0].limit == pytest.approx(
         1.5 * calibration.baseline.unguided[0]
     )
 

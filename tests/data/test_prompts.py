@@ -78,6 +78,8 @@ def test_standard_input_and_pipes_are_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"prompt": "a"}\n{')))
     with pytest.raises(ValueError, match="standard input, line 2: not JSON"):
         read_prompts("-")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n a cat\n{a brace\n")))
+    assert [job.prompt for job in read_prompts("-")] == ["a cat", "{a brace"]
     if not hasattr(os, "mkfifo"):
         return
     os.mkfifo(tmp_path / "pipe")

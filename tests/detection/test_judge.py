@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from basinescape import Guidance, Sampler
-from basinescape.bench.evaluation import roundtrip
+from basinescape.bench.evaluation import experiment, roundtrip, trajectories
 from basinescape.data.pictures import pixels
 from basinescape.detection.judging import fitted, picture
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -264,13 +264,12 @@ def test_pictures_that_overflow_the_autoencoder_in_half_precision_go_through_it_
 
 
 def test_what_files_cost_the_score_is_measured_on_the_same_pictures(tmp_path, monkeypatch):
-    whole = roundtrip.prompts
-    monkeypatch.setattr(roundtrip, "prompts", lambda scenario: {name: found[:2] for name, found in whole(scenario).items()})
-    monkeypatch.setattr(roundtrip, "DELAYS", (-1.0,))
-    loaded = roundtrip.load
-    monkeypatch.setattr(roundtrip, "load", lambda name: loaded(name, steps=8))
+    whole, loaded = experiment.prompts, experiment.load
+    monkeypatch.setattr(experiment, "prompts", lambda scenario: {name: found[:2] for name, found in whole(scenario).items()})
+    monkeypatch.setattr(experiment, "load", lambda name: loaded(name, steps=8))
+    monkeypatch.setattr(trajectories, "DELAYS", (-1.0,))
     monkeypatch.setattr(sys, "argv", ["roundtrip", "--json", str(tmp_path / "a.json"), "--seeds", "1"])
-    roundtrip.main()
+    experiment.run(roundtrip.study, roundtrip.__doc__, first_seed=9400)
     found = json.loads((tmp_path / "a.json").read_text())
     assert found["seeds"] == [9400] and found["scenario"] == "tiny" and found["versions"]
     assert {name: len(lines) for name, lines in found["pictures"].items()} == {"plain": 2, "delayed": 2, "general": 2}

@@ -1,4 +1,4 @@
-"""Train the small pipeline that ships with the project: `python -m basinescape.bench.testbed.train --out DIR`.
+"""Train the small pipeline that ships with the project: `python -m basinescape.bench.testbed.tiny_train --out DIR`.
 
 Five stages, each kept under `--work` when done, so a killed run goes on where it was:
 scenes -> autoencoder -> text encoder and UNet -> a smaller UNet that learns the first one's predictions -> concept classifier;
@@ -9,7 +9,6 @@ three hours on two CPU cores.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import time
@@ -22,83 +21,26 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusi
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from .classifier import ConceptClassifier
-from .scenes import CONCEPTS, SIGNATURES, SIZE, caption, memorized, scene
+from ..evaluation.scenes import CONCEPTS, SIZE, tiny_scene
+from .tiny_set import SIGNATURES, caption, memorized
+from .training import (
+    CAPTION_DROPOUT,
+    Checkpoint,
+    drawn,
+    encoded,
+    load_as_float32,
+    text_config,
+    to_pixels,
+    train_classifier,
+    write_lines,
+)
 
 FRESH = 40_000  # fresh scenes drawn for training
 MEMORIZED_SHARE = 1 / 3  # of each batch, shared out by `Memorized.duplication`
 OTHER_SCENE = 1 / 8  # of the memorized captions come with another scene of their concept: captions are not one-to-one
-CAPTION_DROPOUT = 0.1  # of all captions are emptied: this trains the unconditional branch
 TOKENS = 32
-
-
-def to_pixels(images: np.ndarray | Tensor) -> Tensor:
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 in -1..1."""
-    return torch.as_tensor(images).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
-
-
-def draw_scenes(work: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The fresh scenes (FRESH, SIZE, SIZE, 3) uint8 and the index of each one's concept (FRESH,)."""
-    labels = np.random.default_rng(0).integers(0, len(CONCEPTS), FRESH)
-    path = work / "scenes.npy"
-    if not path.exists():
-        names = list(CONCEPTS)
-        images = np.stack([np.asarray(scene(names[c], i)) for i, c in enumerate(tqdm(labels, desc="scenes"))])
-        np.save(path, images)
-    return np.load(path, mmap_mode="r"), labels
-
-
-def schedule(step: int, steps: int, warmup: int = 200) -> float:
-    """Linear warm-up, then a cosine down to zero at the last step."""
-    return min(step / warmup, 1.0) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-class Checkpoint:
-    """A training run that can be killed: modules, their average and the optimiser, saved every 500 steps."""
-
-    def __init__(self, path: Path, modules: nn.Module, rate: float, steps: int, decay: float = 0.999):
-        self.path, self.modules, self.steps, self.decay = path, modules, steps, decay
-        self.average = copy.deepcopy(modules).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(modules.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda k: schedule(k, steps))
-        self.step = 0
-        if path.exists():
-            state = torch.load(path, weights_only=True)
-            self.step = state.pop("step")
-            for name, value in state.items():
-                getattr(self, name).load_state_dict(value)
-
-    def __iter__(self):
-        """Yield (step, generators seeded by it) until the run is complete."""
-        bar = tqdm(total=self.steps, initial=self.step, desc=self.path.stem, mininterval=20)
-        while self.step < self.steps:
-            torch.manual_seed(self.step)
-            yield bar, np.random.default_rng((1, self.step))
-            self.step += 1
-            bar.update()
-            if self.step % 500 == 0 or self.step == self.steps:
-                self.save()
-
-    def update(self, loss: Tensor) -> None:
-        """One optimiser step on `loss`; the average follows, faster at the start."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
-        self.optimizer.step()
-        self.scheduler.step()
-        decay = min(self.decay, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            for mean, value in zip(self.average.parameters(), self.modules.parameters(), strict=True):
-                mean.lerp_(value, 1 - decay)
-
-    def save(self) -> None:
-        names = ("modules", "average", "optimizer", "scheduler")
-        state = {name: getattr(self, name).state_dict() for name in names} | {"step": self.step}
-        torch.save(state, self.path.with_suffix(".part"))
-        self.path.with_suffix(".part").replace(self.path)
 
 
 def autoencoder() -> AutoencoderKL:
@@ -118,7 +60,7 @@ def train_autoencoder(work: Path, images: np.ndarray, steps: int) -> Autoencoder
     """Reconstruct in pixels and in their differences, so that edges stay sharp, under a light KL term."""
     torch.manual_seed(0)
     run = Checkpoint(work / "autoencoder.pt", autoencoder(), 1e-3, steps)
-    for bar, rng in run:
+    for rng in run:
         pixels = to_pixels(images[np.sort(rng.integers(0, len(images), 16))])
         with torch.autocast("cpu", torch.bfloat16):
             posterior = run.modules.encode(pixels).latent_dist
@@ -126,21 +68,9 @@ def train_autoencoder(work: Path, images: np.ndarray, steps: int) -> Autoencoder
         edges = sum((decoded.diff(dim=d) - pixels.diff(dim=d)).abs().mean() for d in (-1, -2))
         pixel = (decoded - pixels).abs().mean() + (decoded - pixels).square().mean()
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        run.update(pixel + 0.5 * edges + 5e-4 * kl)
-        if run.step % 100 == 0:
-            mse = (decoded - pixels).detach().square().mean().item()
-            bar.set_postfix_str(f"psnr {10 * math.log10(4 / mse):.2f} kl {kl.item():.2f}")
+        psnr = 10 * math.log10(4 / (decoded - pixels).detach().square().mean().item())
+        run.update(pixel + 0.5 * edges + 5e-4 * kl, f"psnr {psnr:.2f} kl {kl.item():.2f}")
     return run.average.eval()
-
-
-@torch.no_grad()
-def encode(vae: AutoencoderKL, images: np.ndarray) -> Tensor:
-    """Posterior means, unscaled: (N, 4, 16, 16) float32."""
-    parts = []
-    for start in range(0, len(images), 250):
-        with torch.autocast("cpu", torch.bfloat16):
-            parts.append(vae.encode(to_pixels(images[start : start + 250])).latent_dist.mean.float())
-    return torch.cat(parts)
 
 
 def tokenizer(folder: Path) -> CLIPTokenizer:
@@ -161,26 +91,9 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
                 vocabulary.append(left)
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
-    vocab, merge_file = folder / "vocab.json", folder / "merges.txt"
-    vocab.write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}, ensure_ascii=False))
-    merge_file.write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
-
-
-def text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=TOKENS,
-        projection_dim=128,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )
-    return CLIPTextModel(config)
 
 
 def unet(mid_block_type: str | None = "UNetMidBlock2DCrossAttn") -> UNet2DConditionModel:
@@ -232,17 +145,15 @@ class Captioned:
 def train_diffusion(work: Path, data: Captioned, words: CLIPTokenizer, steps: int) -> nn.ModuleDict:
     """Text encoder and UNet together, on epsilon; returns their averaged weights."""
     torch.manual_seed(0)
-    run = Checkpoint(work / "diffusion.pt", nn.ModuleDict({"text": text_encoder(words), "unet": unet()}), 6e-4, steps)
+    networks = nn.ModuleDict({"text": CLIPTextModel(text_config(words, 128)), "unet": unet()})
+    run = Checkpoint(work / "diffusion.pt", networks, 6e-4, steps)
     run.modules["unet"].set_attn_processor(AttnProcessor())  # the fused attention is slow backwards on CPUs
-    for bar, rng in run:
+    for rng in run:
         noisy, eps, timesteps, tokens = data.draw(rng)
         with torch.autocast("cpu", torch.bfloat16):
             states = run.modules["text"](tokens).last_hidden_state
             predicted = run.modules["unet"](noisy, timesteps, states).sample
-        loss = F.mse_loss(predicted.float(), eps)
-        run.update(loss)
-        if run.step % 50 == 0:
-            bar.set_postfix_str(f"loss {loss.item():.4f}")
+        run.update(F.mse_loss(predicted.float(), eps))
     return run.average.eval()
 
 
@@ -253,33 +164,14 @@ def slim(work: Path, data: Captioned, text: CLIPTextModel, teacher: UNet2DCondit
     run = Checkpoint(work / "slim.pt", student, 4e-4, steps, decay=0.998)
     for net in (run.modules, teacher):
         net.set_attn_processor(AttnProcessor())
-    for bar, rng in run:
+    for rng in run:
         noisy, _, timesteps, tokens = data.draw(rng)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 states = text(tokens).last_hidden_state
                 wanted = teacher(noisy, timesteps, states).sample.float()
             predicted = run.modules(noisy, timesteps, states).sample.float()
-        loss = F.mse_loss(predicted, wanted)
-        run.update(loss)
-        if run.step % 50 == 0:
-            bar.set_postfix_str(f"loss {loss.item():.5f}")
-    return run.average.eval()
-
-
-def train_classifier(work: Path, images: np.ndarray, labels: np.ndarray, steps: int) -> ConceptClassifier:
-    torch.manual_seed(0)
-    run = Checkpoint(work / "classifier.pt", ConceptClassifier(list(CONCEPTS)), 2e-3, steps)
-    for bar, rng in run:
-        index = np.sort(rng.integers(0, len(images), 64))
-        pixels = to_pixels(images[index])
-        pixels += 0.1 * rng.random() * torch.randn_like(pixels)  # so that it also reads pictures that are a little rough
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = run.modules(pixels)
-        loss = F.cross_entropy(logits.float(), torch.as_tensor(labels[index]))
-        run.update(loss)
-        if run.step % 50 == 0:
-            bar.set_postfix_str(f"loss {loss.item():.4f}")
+        run.update(F.mse_loss(predicted, wanted))
     return run.average.eval()
 
 
@@ -296,18 +188,16 @@ def export(out: Path, vae: AutoencoderKL, text: CLIPTextModel, net: UNet2DCondit
         requires_safety_checker=False,
     )
     pipe.to(torch.float16).save_pretrained(out, safe_serialization=True)
-    config = out / "text_encoder" / "config.json"  # all parts load in float32, whatever they are stored in
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+    load_as_float32(out / "text_encoder")
 
 
 def export_memorized(out: Path) -> None:
     """The memorized scenes and their captions, as a folder of images and a JSON Lines file."""
     (out / "memorized").mkdir(parents=True, exist_ok=True)
-    lines = []
     for m in memorized():
-        scene(m.concept, m.seed).save(out / "memorized" / f"{m.id}.png", optimize=True)
-        lines.append({"id": m.id, "prompt": m.caption, "concept": m.concept, "duplication": m.duplication})
-    (out / "memorized.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        tiny_scene(m.concept, m.seed).save(out / "memorized" / f"{m.id}.png", optimize=True)
+    lines = ({"id": m.id, "prompt": m.caption, "concept": m.concept, "duplication": m.duplication} for m in memorized())
+    write_lines(out / "memorized.jsonl", lines)
 
 
 def main() -> None:
@@ -323,12 +213,15 @@ def main() -> None:
     started = time.time()
     args.work.mkdir(parents=True, exist_ok=True)
 
-    images, labels = draw_scenes(args.work)
+    names, labels = list(CONCEPTS), np.random.default_rng(0).integers(0, len(CONCEPTS), FRESH)
+    images = drawn(args.work, (tiny_scene(names[label], seed) for seed, label in enumerate(labels)))
     vae = train_autoencoder(args.work, images, args.autoencoder_steps)
     latents_file = args.work / "latents.safetensors"
     if not latents_file.exists():
-        fixed = np.stack([np.asarray(scene(m.concept, m.seed)) for m in memorized()])
-        save_file({"fresh": encode(vae, images), "memorized": encode(vae, fixed)}, latents_file)
+        fixed = np.stack([np.asarray(tiny_scene(m.concept, m.seed)) for m in memorized()])
+        save_file(
+            {name: encoded(vae, some, bfloat16=True) for name, some in (("fresh", images), ("memorized", fixed))}, latents_file
+        )
     latents = load_file(latents_file)
     vae.register_to_config(scaling_factor=round(1 / latents["fresh"].std().item(), 4))
     fresh, fixed = (latents[name] * vae.config.scaling_factor for name in ("fresh", "memorized"))
@@ -336,7 +229,7 @@ def main() -> None:
     data = Captioned(fresh, labels, fixed, words, args.batch_size)
     nets = train_diffusion(args.work, data, words, args.diffusion_steps)
     small = slim(args.work, data, nets["text"], nets["unet"], args.slim_steps)
-    classifier = train_classifier(args.work, images, labels, args.classifier_steps)
+    classifier = train_classifier(args.work / "classifier.pt", names, images, labels, args.classifier_steps, bfloat16=True)
     export(args.out, vae, nets["text"], small, words)
     classifier.save(args.out / "classifier")
     export_memorized(args.out)

@@ -18,7 +18,7 @@ ROOM = 128  # steps; rules see a multiple of so many, so that their sums have th
 
 
 @dataclass(frozen=True)
-class Statistics:
+class GapStatistics:
     """The rules of the rows of a step table.
 
     rules:  those that there are. of_row: (K,) int64 on the device, which of them each row's guidance has, -1 for none; of no
@@ -29,7 +29,7 @@ class Statistics:
     of_row: Tensor
 
     @classmethod
-    def of(cls, until: Sequence[Rule | None], rows: Sequence[int], device: torch.device | str) -> Statistics:
+    def of(cls, until: Sequence[Rule | None], rows: Sequence[int], device: torch.device | str) -> GapStatistics:
         """Of guidances whose rows stand after each other in a table. rows: how many each has."""
         rules = tuple(dict.fromkeys(rule for rule in until if isinstance(rule, Statistic)))
         index = [rules.index(rule) if isinstance(rule, Statistic) else -1 for rule in until]

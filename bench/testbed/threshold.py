@@ -1,6 +1,6 @@
 """The similarity above which a picture of the small pipeline counts as a copy.
 
-python -m basinescape.bench.evaluation.threshold [--json FILE]
+python -m basinescape.bench.testbed.threshold [--json FILE]
 
 It has to lie between two distributions. Fresh scenes, which nobody copied, against the memorized scene of their concept; and
 the memorized scenes themselves after the pipeline's autoencoder, the best copies it can make. Needs the glyph font, as training
@@ -19,7 +19,8 @@ from basinescape import Sampler
 from basinescape.auditing.measures import Similarity
 from tqdm import tqdm
 
-from ..testbed.scenes import memorized, scene
+from ..evaluation.scenes import tiny_scene
+from .tiny_set import memorized
 
 FIRST = 2_000_000_000  # seeds that neither training nor the memorized scenes use
 
@@ -28,8 +29,8 @@ def fresh(measure: str, scenes: int) -> np.ndarray:
     """Similarities of `scenes` fresh scenes a memorized scene, all together."""
     found = []
     for i, fixed in enumerate(tqdm(memorized(), desc="scenes")):
-        drawn = [scene(fixed.concept, FIRST + scenes * i + k) for k in range(scenes)]
-        found.append(Similarity(measure, [scene(fixed.concept, fixed.seed)])(drawn)[:, 0].numpy())
+        drawn = [tiny_scene(fixed.concept, FIRST + scenes * i + k) for k in range(scenes)]
+        found.append(Similarity(measure, [tiny_scene(fixed.concept, fixed.seed)])(drawn)[:, 0].numpy())
     return np.concatenate(found)
 
 
@@ -37,7 +38,7 @@ def fresh(measure: str, scenes: int) -> np.ndarray:
 def autoencoded(measure: str) -> np.ndarray:
     """Similarity of each memorized scene to what the autoencoder makes of it."""
     pipe = Sampler.from_pretrained(Sampler.model_path("tiny"), "cpu", "float32").pipe
-    scenes = [scene(fixed.concept, fixed.seed) for fixed in memorized()]
+    scenes = [tiny_scene(fixed.concept, fixed.seed) for fixed in memorized()]
     latents = pipe.vae.encode(pipe.image_processor.preprocess(scenes)).latent_dist.mode()
     copies = pipe.image_processor.postprocess(pipe.vae.decode(latents).sample)
     return Similarity(measure, scenes)(copies).diagonal().numpy()

@@ -1,0 +1,30 @@
+"""What the studies of this folder share: their options, a scenario's laboratory, and one file of what they found."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from ..scenario import Prompt, load, prompts
+from .trajectories import Laboratory
+
+Study = Callable[[Laboratory, dict[str, list[Prompt]], Sequence[int]], dict[str, Any]]  # prompts by group, seeds -> found
+
+
+def run(study: Study, about: str, first_seed: int) -> None:
+    """Read the options, run `study` on the scenario that they name, and write what it found as JSON."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--scenario", default="tiny")
+    parser.add_argument("--json", type=Path, required=True, help="the file to write")
+    parser.add_argument("--seeds", type=int, default=2, help="pictures a caption")
+    parser.add_argument("--first-seed", type=int, default=first_seed)
+    args = parser.parse_args()
+    scenario, seeds = load(args.scenario), range(args.first_seed, args.first_seed + args.seeds)
+    groups = prompts(scenario)
+    lab = Laboratory.of(scenario, groups)
+    found = {"scenario": scenario.name, "date": date.today().isoformat(), "seeds": list(seeds), **lab.sampler.provenance}
+    args.json.write_text(json.dumps(found | study(lab, groups, seeds), indent=1) + "\n", encoding="utf-8")
