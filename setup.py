@@ -54,7 +54,6 @@ setup(
             "peft",
             "pyarrow",
             "pytest",
-            "pytest-benchmark",
             "pytest-xdist",
             "hypothesis",
             "mypy",

@@ -13,7 +13,8 @@ import torch
 from basinescape import Calibration, Sampler
 from basinescape.calibration.baseline import ordinary_prompts
 from basinescape.data.prompts import read_prompts
-from basinescape.runs.progress import FORMAT, parts
+from basinescape.runs.batches import parts
+from basinescape.runs.progress import FORMAT
 from tqdm import tqdm
 
 from . import update

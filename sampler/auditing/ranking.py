@@ -8,7 +8,7 @@ and no training image.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from tqdm import tqdm
 from .. import checks
 from ..calibration.cost import PlainRuns
 from ..guidance.guidance import Guidance
+from ..runs.batches import halving, parts
 from ..runs.journal import Journal, read_lines
-from ..runs.progress import moving, parts
+from ..runs.progress import moving
 
 log = logging.getLogger(__name__)
 Task = tuple[str, str, list[int]]  # of a caption: its id, its text, the seeds of its initial noises
@@ -52,8 +53,9 @@ def first_gaps(runs: PlainRuns, first: int, tasks: Sequence[Task], path: Path, w
             for part in parts(len(waiting), max(1, runs.size // len(tasks[0][2]))):
                 found: list[dict[str, Any]] = []
                 for some, made in halving(lambda some: _measured(runs, first, some, shown), [waiting[i] for i in part]):
-                    failed = isinstance(made, Exception)
-                    found += [{"id": some[0][0], "status": f"failed: {checks.line(made)}"}] if failed else made
+                    if isinstance(made, Exception):
+                        made = [{"id": some[0][0], "status": f"failed: {checks.line(made)}"}]
+                    found += made
                 journal.append(*found)
                 lines |= {line["id"]: line for line in found}
                 shown.update(len(part))
@@ -78,22 +80,3 @@ def _measured(runs: PlainRuns, first: int, tasks: Sequence[Task], shown: tqdm) -
 def statistic(gaps: Sequence[Sequence[float]], usual: Sequence[float]) -> float:
     """The mean of gaps (noises, steps), each divided by the usual gap of its step."""
     return float((np.asarray(gaps) / np.asarray(usual)).mean())
-
-
-def halving(make: Callable[[Sequence[Any]], Any], batch: Sequence[Any]) -> Iterator[tuple[Sequence[Any], Any]]:
-    """Call `make` with a batch, and yield the batch and the result.
-
-    A batch that fails is halved until what fails is one item, which is yielded with its exception.
-    """
-    try:
-        made = make(batch)
-    except Exception as error:  # out of memory, or what a caption does to a tokenizer
-        if len(batch) == 1:
-            log.error("%s", checks.line(error))
-            yield batch, error
-            return
-        middle = len(batch) // 2
-        for half in (batch[:middle], batch[middle:]):
-            yield from halving(make, half)
-        return
-    yield batch, made

@@ -32,6 +32,7 @@ from ..detection import basin
 from ..guidance.guard import PROBES, THRESHOLD
 from ..models import memory
 from ..runs.atomic import atomic_write
+from ..runs.batches import halving
 from ..runs.folder import differences, open_folder, read_settings
 from ..runs.journal import Journal, read_lines
 from ..runs.jsontext import json_bytes
@@ -39,7 +40,6 @@ from ..runs.provenance import weights_sha256
 from ..sampler import Sampler
 from . import judge_page
 from .html_images import inside
-from .ranking import halving
 
 log = logging.getLogger(__name__)
 SCORES, SHARDS = "scores.jsonl", "shard-*-of-*"

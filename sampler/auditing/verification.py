@@ -17,12 +17,13 @@ from ..data.pictures import opened
 from ..detection import basin
 from ..guidance.guidance import Guidance
 from ..runs.atomic import save_image
+from ..runs.batches import halving, parts
 from ..runs.journal import Journal, read_lines
-from ..runs.progress import moving, parts
+from ..runs.progress import moving
 from ..sampler import Sampler
 from .heat import Heat, in_grey
 from .index import Index
-from .ranking import Task, halving
+from .ranking import Task
 
 # Files of an audit's folder, of the lines about pictures.
 PICTURE, HEAT, PREDICTION = "images/{id}-{seed}.png", "heat/{id}-{seed}.png", "predictions/{id}.png"

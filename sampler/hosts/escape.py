@@ -24,7 +24,7 @@ from ..guidance.guard import PROBES, THRESHOLD, Guard
 from ..guidance.guidance import Guidance, first_of_step
 from ..kernels import guide_step
 from ..kernels.operands import is_dense
-from ..kernels.state import Latents, State, Transition, Workspace
+from ..kernels.state import Latents, State, TransitionState, Workspace
 from ..kernels.table import Column
 from ..sampling.gap_statistics import GapStatistics
 from ..sampling.step_table import branches, looks_for_transition, table_of
@@ -77,7 +77,7 @@ class Escape:
         until = [one.until for one in self._distinct]
         self._statistics = GapStatistics.of(until, [len(self._step)] * len(until), self.device)
         self._starts = torch.tensor([self._distinct.index(one) * len(self._step) for one in self.guidance], device=self.device)
-        self._transition = Transition.empty(self.batch, len(self.timesteps), self.device)
+        self._transition = TransitionState.empty(self.batch, len(self.timesteps), self.device)
         self._transition.restart(slice(None), self._starts, self._starts + len(self._step) - 1)
         self._state: State | None = None
 
@@ -132,11 +132,11 @@ class Escape:
         self.calls = call
         self._transition.row.copy_(self._starts + call)
 
-    def mark(self) -> Transition:
+    def mark(self) -> TransitionState:
         """What has been noted so far, for `forget`."""
         return self._transition.select(torch.arange(self.batch, device=self.device))
 
-    def forget(self, mark: Transition) -> None:
+    def forget(self, mark: TransitionState) -> None:
         """Undo what was noted since."""
         for name, noted in vars(mark).items():
             getattr(self._transition, name).copy_(noted)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernels.state import Transition, per_sample
+from ..kernels.state import TransitionState, per_sample
 from .escape import Escape
 from .guidance_widgets import Settings
 from .noise_levels import scalings, timestep
@@ -31,7 +31,7 @@ class SamplerRun:
         self.timesteps = [timestep(model, sigma) for sigma in steps.sigmas]
         self._guidance = partial(settings.guidance, timesteps=self.timesteps, goes_on=goes_on)
         self.state = self._at(scale, x)
-        self._marks: list[tuple[int, Transition]] = []  # (a step begun, what had been noted before it)
+        self._marks: list[tuple[int, TransitionState]] = []  # (a step begun, what had been noted before it)
 
     def go(self, sigma: Tensor) -> None:
         """Go to the next call of the model, at noise level sigma (B,), the same for all."""

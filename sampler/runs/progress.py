@@ -231,11 +231,6 @@ def moving(bar: tqdm, count: float) -> Callable[[float], None]:
     return tell
 
 
-def parts(total: int, size: int) -> list[range]:
-    """The indices of `total` samples in batches of at most `size`."""
-    return [range(start, min(start + size, total)) for start in range(0, total, size)]
-
-
 def bar(progress: bool | Callable[[float], None], part: int, parts: int) -> Bar:
     """A bar for the rows of part number `part` of `parts`; or, where `progress` is a function, what tells it the share done."""
     if not callable(progress):

@@ -15,7 +15,8 @@ from .. import models
 from ..guidance.guidance import never_came
 from ..kernels.state import State
 from ..models import memory
-from ..runs.progress import Bar, bar, parts
+from ..runs.batches import parts
+from ..runs.progress import Bar, bar
 from ..schedulers.solver import Solver
 from ..types import Network, Scheduler
 from . import callbacks

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..guidance.transitions import Statistic
 from ..guidance.transitions import Transition as Rule
 from ..kernels import noise_gap
-from ..kernels.state import Transition
+from ..kernels.state import TransitionState
 from ..kernels.table import Column
 
 ROOM = 128  # steps; rules see a multiple of so many, so that their sums have the same bits beside samples with more steps
@@ -36,7 +36,7 @@ class GapStatistics:
         each = torch.tensor(index).repeat_interleave(torch.tensor(rows)) if rules else torch.empty(0, dtype=torch.int64)
         return cls(rules, each.to(device))
 
-    def ask(self, uncond: Tensor, cond: Tensor, table: Tensor, state: Transition) -> None:
+    def ask(self, uncond: Tensor, cond: Tensor, table: Tensor, state: TransitionState) -> None:
         """Note which samples leave in the step that they are at, before it is taken. uncond, cond: (B, ...)."""
         if not self.rules:
             return
