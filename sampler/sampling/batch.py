@@ -72,9 +72,9 @@ class Runner:
         some = parts(total, call.batch_size or (total if call.seen else memory.size(model, *call.size)))
         made = [batch(part, bar(progress, i, len(some))) for i, part in enumerate(some)]
         whole = ladder.guard is None and call.callback is None and call.stop_after is None
-        line = never_came(torch.cat([one.transition_step for one in made]), solver.steps)
-        if line is not None and whole and not ladder.idle:
-            log.warning(line)
+        told = never_came(torch.cat([one.transition_step for one in made]), solver.steps)
+        if told is not None and whole and not ladder.idle:
+            log.warning(told)
         return made
 
     def lane(
