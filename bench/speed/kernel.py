@@ -6,7 +6,7 @@ Imports torch and basinescape.kernels alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -118,7 +118,7 @@ def step_work(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, 
 
 
 def _beside(
-    ours: dict[str, Callable[[], Any]],
+    ours: Mapping[str, Callable[[], Any]],
     chain: Callable[..., Any],
     operands: tuple[Tensor, ...],
     moved: int,
@@ -126,7 +126,7 @@ def _beside(
     compiles: bool,
 ) -> Work:
     """The work with its peers: the chain, the chain compiled, and a copy."""
-    peers = {**ours, BASELINE: partial(chain, *operands)}
+    peers: dict[str, Callable[[], Any]] = {**ours, BASELINE: partial(chain, *operands)}
     if compiles:
         peers["compiled chain"] = partial(compiled(chain, device), *operands)
     return Work({**peers, "copy": _copy(moved, device)}, moved)

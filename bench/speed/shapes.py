@@ -72,13 +72,17 @@ def pipeline(name: str, dtype: torch.dtype, device: torch.device) -> Any:
 
 def _random(name: str, dtype: torch.dtype, device: torch.device) -> Any:
     torch.manual_seed(0)
-    unet: Any
-    vae: Any
     pipe: Any
     with device:
-        unet = UNet2DConditionModel(**UNETS[name]).to(dtype).eval()
-        vae = AutoencoderKL(**VAE, scaling_factor=SCALING[name], force_upcast=False).to(dtype).eval()
-    parts = {"vae": vae, "unet": unet, "scheduler": DDIMScheduler(**SCHEDULER), "text_encoder": None, "tokenizer": None}
+        unet: Any = UNet2DConditionModel(**UNETS[name])
+        vae: Any = AutoencoderKL(**VAE, scaling_factor=SCALING[name], force_upcast=False)
+    parts = {
+        "vae": vae.to(dtype).eval(),
+        "unet": unet.to(dtype).eval(),
+        "scheduler": DDIMScheduler(**SCHEDULER),
+        "text_encoder": None,
+        "tokenizer": None,
+    }
     if name == "sdxl":
         width = UNETS[name]["projection_class_embeddings_input_dim"] - 6 * UNETS[name]["addition_time_embed_dim"]
         pipe = StableDiffusionXLPipeline(**parts, text_encoder_2=_projection(width), tokenizer_2=None, add_watermarker=False)

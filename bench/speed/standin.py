@@ -58,6 +58,6 @@ class StandIn:
 def stand_in(pipe: Any, scheduler: str = "dpmsolver++", seconds: float = 0.0) -> Sampler:
     """A sampler of `pipe` without the work of its model."""
     sampler = Sampler.from_pipeline(pipe, scheduler)
-    double: Any = StandIn(sampler.model, seconds)  # it has all that a Model has
-    sampler.model = double
+    model: Any = StandIn(sampler.model, seconds)  # a model by what it answers
+    sampler.model = model
     return sampler
