@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from basinescape import At, Guidance, Sampler
+from basinescape.bulk.settings import Recipe
 from basinescape.data.merge import merge
 from basinescape.data.prompts import Job
 from basinescape.guidance.early import EarlyLook
@@ -108,6 +109,12 @@ def test_the_same_weights_under_another_path_are_the_same_run(sampler, drawn, tm
     for i, path in enumerate(["here/model", "there/model"]):
         make(sampler, jobs(2), tmp_path / "parts", model=path, shard=(i, 2))
     assert merge(tmp_path / "parts", tmp_path / "whole") == (2, 2)
+
+
+@pytest.mark.parametrize("given", [{"guidance": {"scale": 5}}, {"guidance": Guidance.cfg(5), "named": {"mine": 5.0}}])
+def test_guidance_of_another_type_is_refused(given):
+    with pytest.raises(ValueError, match="must be a Guidance or a Guard"):
+        Recipe(**given)
 
 
 def test_jobs_of_one_id_are_refused(sampler, tmp_path):
