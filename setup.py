@@ -54,6 +54,7 @@ setup(
             "peft",
             "pyarrow",
             "pytest",
+            "pytest-benchmark",
             "pytest-xdist",
             "hypothesis",
             "mypy",
