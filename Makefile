@@ -44,9 +44,9 @@ sanitize: install
 	$(BIN)/pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0  # runs on Python 3.11, too
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels/test_compiled.py
 
-# Every scheduler with every option, prediction type, spacing and number of steps.
+# Every scheduler with every option, prediction type, spacing and number of steps; bench.gpu whole on a pretended device.
 matrix: install
-	$(PYTEST) --matrix tests/schedulers/test_matrix.py
+	$(PYTEST) --matrix tests/schedulers/test_matrix.py tests/bench/test_gpu_whole.py
 
 docs: links
 	$(BIN)/python -m mkdocs build --strict --quiet

@@ -13,11 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from basinescape import __version__
-from basinescape.commands.audit import audit
-from basinescape.commands.calibrate import calibrate
-from basinescape.commands.generate import EXAMPLE, generate
-from basinescape.commands.grouping import add
-from basinescape.commands.judge import judge
+from basinescape.commands import audit, calibrate, generate, grouping, judge
 from basinescape.commands.quiet import quieten
 from basinescape.commands.runs import merge, verify
 
@@ -53,9 +49,12 @@ def top(version: Annotated[bool, typer.Option("--version", help="say which versi
         raise typer.Exit
 
 
-add(app, generate, EXAMPLE)
-for command in (verify, merge, calibrate, audit, judge):
+grouping.add(app, generate.generate, generate.EXAMPLE)
+for command in (verify, merge):
     app.command()(command)
+grouping.add(app, calibrate.calibrate, calibrate.EXAMPLE)
+grouping.add(app, audit.audit, audit.EXAMPLE)
+grouping.add(app, judge.judge, judge.EXAMPLE)
 
 
 @app.command()

@@ -45,7 +45,7 @@ def factors(here, s, left, sums, gap, size, RULE: tl.constexpr):
 
 
 @jit
-def keep_books(
+def noted(
     here,
     following,
     row,
@@ -56,17 +56,16 @@ def keep_books(
     sample,
     batch,
     gaps_stride,
-    goes,
     k,
-    s,
-    left,
+    goes,
     gap,
-    top,
     SEES: tl.constexpr,  # a gap was computed
     FINDS: tl.constexpr,
     MOVES: tl.constexpr,  # the sample goes on to its next row
 ):
-    """Note where a sample is now, if it goes on."""
+    """(solver step, step of the transition) of a sample; where it is now is noted, if it goes on."""
+    s, left, top = look(here, at, gaps, peak, sample, gaps_stride, gap, FINDS)
+    tl.debug_barrier()  # all threads have read the state
     tl.store(at + sample, left, mask=goes)
     if SEES:
         first = goes & (tl.load(here + FIRST) > 0)
@@ -78,6 +77,7 @@ def keep_books(
         told = tl.load(following + TIMESTEP)
         tl.store(timestep + sample, told, mask=goes)
         tl.store(timestep + batch + sample, told, mask=goes)
+    return s, left
 
 
 @jit
@@ -102,26 +102,5 @@ def books_kernel(
     gap = float("nan")
     if partials is not None:
         gap = total_gap(partials, sample, tiles)
-    s, left, top = look(here, at, gaps, peak, sample, gaps_stride, gap, FINDS)
-    tl.debug_barrier()  # all threads have read the state
-    keep_books(
-        here,
-        following,
-        row,
-        at,
-        gaps,
-        peak,
-        timestep,
-        sample,
-        batch,
-        gaps_stride,
-        goes,
-        k,
-        s,
-        left,
-        gap,
-        top,
-        partials is not None,
-        FINDS,
-        MOVES,
-    )
+    sees = partials is not None
+    noted(here, following, row, at, gaps, peak, timestep, sample, batch, gaps_stride, k, goes, gap, sees, FINDS, MOVES)

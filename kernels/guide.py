@@ -32,7 +32,7 @@ from .rules import (
     options_of,
 )
 from .sums import SUMS, gap_kernel, launch_sums, norms, sample_sums, sums_of, total_gap, total_sums
-from .tiles import OPTIONS, TILES
+from .tiles import OPTIONS, TILES, read, tile_of
 
 
 @jit
@@ -55,14 +55,11 @@ def guide_kernel(
     RULE: tl.constexpr,  # a guidance rule's device function; None: cfg
     BLOCK: tl.constexpr,
 ):
-    sample = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    start = tile.to(tl.int64) * BLOCK
+    sample, tile, start = tile_of(tiles, BLOCK)
     lanes = tl.arange(0, BLOCK)
     mask = lanes < size - start
-    u = tl.load(uncond + sample * uncond_stride + start + lanes, mask=mask, other=0.0).to(tl.float32)
-    c = tl.load(cond + sample * cond_stride + start + lanes, mask=mask, other=0.0).to(tl.float32)
-    d = c - u
+    u = read(uncond + sample * uncond_stride + start, lanes, mask)
+    d = read(cond + sample * cond_stride + start, lanes, mask) - u
     if guided is not None:
         w = tl.cast(weight if weight_stride is None else tl.load(weight + sample * weight_stride), tl.float32)
         if RULE is None:
@@ -101,28 +98,11 @@ def launch_guide(
         partials = None if tiles == 1 else torch.empty((SUMS, batch, tiles), dtype=torch.float32, device=uncond.device)
         if partials is not None and rule is not None:
             launch_sums(uncond, cond, partials, True)
-        launch(
-            guide_kernel,
-            batch * tiles,
-            uncond,
-            cond,
-            weight,
-            guided,
-            gap,
-            partials,
-            *options,
-            batch,
-            size,
-            tiles,
-            sample_stride(uncond),
-            sample_stride(cond),
-            weight.stride(0) if isinstance(weight, torch.Tensor) else None,
-            0 if guided is None else sample_stride(guided),
-            RULE=None if rule is None else rule.device,
-            BLOCK=block,
-            num_warps=warps,
-            **OPTIONS,
-        )
+        operands = uncond, cond, weight, guided, gap, partials, *options, batch, size, tiles
+        of_weight = weight.stride(0) if isinstance(weight, torch.Tensor) else None
+        strides = sample_stride(uncond), sample_stride(cond), of_weight, 0 if guided is None else sample_stride(guided)
+        named = {"RULE": None if rule is None else rule.device, "BLOCK": block, "num_warps": warps, **OPTIONS}
+        launch(guide_kernel, batch * tiles, *operands, *strides, **named)
         if partials is not None and rule is None:
             launch(gap_kernel, batch, partials, gap, tiles, num_warps=1, **OPTIONS)
 

@@ -19,7 +19,7 @@ Index = Tensor | slice  # which samples of a batch: (N,) int64, or a slice
 
 
 @dataclass
-class Transition:
+class TransitionState:
     """Where each of B samples is in the table, and whether it has left its basin.
 
     row, last: (B,) int64, the row it is at and its last one; past that it is done, and no step changes it.
@@ -35,7 +35,7 @@ class Transition:
     peak: Tensor
 
     @classmethod
-    def empty(cls, batch: int, steps: int, device: torch.device | str) -> Transition:
+    def empty(cls, batch: int, steps: int, device: torch.device | str) -> TransitionState:
         """Buffers to be filled by `restart`."""
         row, last, at = torch.zeros((3, batch), dtype=torch.int64, device=device).unbind()
         return cls(row, last, at, torch.empty((batch, steps), device=device), torch.empty(batch, device=device))
@@ -62,9 +62,9 @@ class Transition:
         """(B,) int64, the step of each transition; -1 for none, and where it would be past the last of so many steps."""
         return self.at.where(self.at < steps, -1)
 
-    def select(self, index: Tensor) -> Transition:
+    def select(self, index: Tensor) -> TransitionState:
         """Some samples alone, in memory of their own."""
-        return Transition(*(buffer[index] for buffer in vars(self).values()))
+        return TransitionState(*(buffer[index] for buffer in vars(self).values()))
 
 
 @dataclass
@@ -129,7 +129,7 @@ class Workspace:
 class State:
     """B samples on their way: buffers on the device, made once."""
 
-    transition: Transition
+    transition: TransitionState
     latents: Latents
     workspace: Workspace
 
@@ -159,7 +159,7 @@ class State:
             unscaled=buffer(batch, dtype) if scaled else None,
             history=buffer(batch, torch.float32) if multistep else None,
         )
-        return cls(Transition.empty(batch, steps, device), latents, Workspace.beside(latents))
+        return cls(TransitionState.empty(batch, steps, device), latents, Workspace.beside(latents))
 
     def start(self, noise: Tensor, table: Tensor, row: int | Tensor = 0, last: int | Tensor | None = None) -> State:
         """All samples at the first row (of the table, or their own) with the initial noise (B, ...); returns itself."""
@@ -203,7 +203,7 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 
 # A state as an operator takes it: one buffer after another.
-_FORMS = (Transition, Latents, Workspace)
+_FORMS = (TransitionState, Latents, Workspace)
 BUFFERS = [field.name for form in _FORMS for field in fields(form)]
 
 

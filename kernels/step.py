@@ -15,22 +15,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .decision import books_kernel, factors, keep_books, look, place
+from .decision import books_kernel, factors, look, noted, place
 from .dispatch import backend, jit, launch, tl
 from .eager import eager_step
 from .operands import arranged, check_predictions, sample_size, sample_stride
 from .rules import RULES, guided_prediction, options_of
 from .state import BUFFERS, State, buffers_of, state_of
 from .sums import added, launch_sums, sums_of, total_gap, total_sums
-from .table import (
-    INPUT_SCALE,
-    A,
-    B,
-    Column,
-    P,
-    Q,
-)
-from .tiles import OPTIONS, TILES, parts
+from .table import INPUT_SCALE, A, B, Column, P, Q
+from .tiles import OPTIONS, TILES, parts, read, tile_of
 
 
 def step(uncond: Tensor, cond: Tensor | None, table: Tensor, state: State, finds: bool = True, rule: str = "cfg") -> None:
@@ -109,28 +102,37 @@ torch.library.impl("basinescape::step", ("cpu", "cuda"), _step)
 
 
 @jit
-def finish(g, guided, model_input, second, unscaled, history, here, following, lanes, mask):
-    """Store the guided prediction, or go on to the solver and store what follows from it."""
-    if guided is not None:
-        tl.store(guided + lanes, g, mask=mask)
+def mixed(u, d, a, b, RULE: tl.constexpr):
+    """The guided prediction; with one prediction alone (d None), that."""
+    if d is None:
+        g = u
+    elif RULE is None:
+        g = guided_prediction(u, d, b)
     else:
-        latents = model_input if unscaled is None else unscaled
-        x = tl.load(latents + lanes, mask=mask, other=0.0).to(tl.float32)
-        solved = tl.load(here + A) * x + tl.load(here + B) * g
-        if history is not None:
-            solved += tl.load(history + lanes, mask=mask, other=0.0)
-            tl.store(history + lanes, tl.load(here + P) * x + tl.load(here + Q) * g, mask=mask)
-        fed = solved.to(model_input.dtype.element_ty)
-        if unscaled is not None:
-            tl.store(unscaled + lanes, fed, mask=mask)
-            fed = (fed.to(tl.float32) * tl.load(following + INPUT_SCALE)).to(model_input.dtype.element_ty)
-        tl.store(model_input + lanes, fed, mask=mask)
-        tl.store(second + lanes, fed, mask=mask)
+        g = a * u + b * d
+    return g
 
 
 @jit
-def moved(pointer, by):
-    return None if pointer is None else pointer + by
+def finish(g, guided, model_input, unscaled, history, here, following, batch, size, by, lanes, mask):
+    """Store the guided prediction, or go on to the solver and store what follows from it. by: where the first lane is."""
+    if guided is not None:
+        tl.store(guided + by + lanes, g, mask=mask)
+    else:
+        first, second = model_input + by, model_input + tl.cast(batch, tl.int64) * size + by
+        latents = first if unscaled is None else unscaled + by
+        kept = None if history is None else history + by
+        x = read(latents, lanes, mask)
+        solved = tl.load(here + A) * x + tl.load(here + B) * g
+        if history is not None:
+            solved += tl.load(kept + lanes, mask=mask, other=0.0)
+            tl.store(kept + lanes, tl.load(here + P) * x + tl.load(here + Q) * g, mask=mask)
+        fed = solved.to(model_input.dtype.element_ty)
+        if unscaled is not None:
+            tl.store(latents + lanes, fed, mask=mask)
+            fed = (fed.to(tl.float32) * tl.load(following + INPUT_SCALE)).to(model_input.dtype.element_ty)
+        tl.store(first + lanes, fed, mask=mask)
+        tl.store(second + lanes, fed, mask=mask)
 
 
 @jit
@@ -171,62 +173,28 @@ def step_kernel(
     gap = float("nan")
     for part in tl.static_range(PARTS):
         mask = lanes < rest - part * PART
-        u = tl.load(uncond + sample * uncond_stride + part * PART + lanes, mask=mask, other=0.0).to(tl.float32)
+        u = read(uncond + sample * uncond_stride + part * PART, lanes, mask)
         predictions = predictions + (u,)  # type: ignore[assignment]  # noqa: RUF005 (Triton's tuples grow by +)
         if cond is not None:
-            c = tl.load(cond + sample * cond_stride + part * PART + lanes, mask=mask, other=0.0).to(tl.float32)
-            differences = differences + (c - u,)  # type: ignore[assignment]  # noqa: RUF005
-            squared += (c - u) * (c - u)
+            d = read(cond + sample * cond_stride + part * PART, lanes, mask) - u
+            differences = differences + (d,)  # type: ignore[assignment]  # noqa: RUF005
+            squared += d * d
             if RULE is not None:
-                sums = added(sums, sums_of(u, c - u))
-    if cond is not None:
+                sums = added(sums, sums_of(u, d))
+    sees: tl.constexpr = cond is not None
+    if sees:
         gap = tl.sqrt_rn(tl.sum(squared))
-    s, left, top = look(here, at, gaps, peak, sample, gaps_stride, gap, FINDS)
-    tl.debug_barrier()  # all threads have read the state
-    keep_books(
-        here,
-        following,
-        row,
-        at,
-        gaps,
-        peak,
-        timestep,
-        sample,
-        batch,
-        gaps_stride,
-        goes,
-        k,
-        s,
-        left,
-        gap,
-        top,
-        cond is not None,
-        FINDS,
-        guided is None,
+    s, left = noted(
+        here, following, row, at, gaps, peak, timestep, sample, batch, gaps_stride, k, goes, gap, sees, FINDS, guided is None
     )
     a, b = factors(here, s, left, sums, gap, size, RULE)
     for part in tl.static_range(PARTS):
         if PARTS > 1:
             tl.debug_barrier()  # keeps the compiler from loading the latents and histories of all parts at once
         by = sample * size + part * PART
-        if cond is None:
-            g = predictions[part]  # type: ignore[var-annotated]
-        elif RULE is None:
-            g = guided_prediction(predictions[part], differences[part], b)
-        else:
-            g = a * predictions[part] + b * differences[part]
-        finish(
-            g,
-            moved(guided, by),
-            model_input + by,
-            model_input + tl.cast(batch, tl.int64) * size + by,
-            moved(unscaled, by),
-            moved(history, by),
-            here,
-            following,
-            lanes,
-            lanes < rest - part * PART,
-        )
+        g = mixed(predictions[part], differences[part] if sees else None, a, b, RULE)  # type: ignore[misc]
+        mask = lanes < rest - part * PART
+        finish(g, guided, model_input, unscaled, history, here, following, batch, size, by, lanes, mask)
 
 
 @jit
@@ -256,17 +224,16 @@ def tile_kernel(
     BLOCK: tl.constexpr,
 ):
     """A program a tile of a sample: all of `step_kernel` but the books, so that the state is only read."""
-    sample = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    start = tile.to(tl.int64) * BLOCK
+    sample, tile, start = tile_of(tiles, BLOCK)
     _, goes, here, following = place(table, row, last, sample)
     lanes = tl.arange(0, BLOCK)
     mask = lanes < tl.where(goes, tl.cast(size - start, tl.int32), 0)
-    u = tl.load(uncond + sample * uncond_stride + start + lanes, mask=mask, other=0.0).to(tl.float32)
+    u = read(uncond + sample * uncond_stride + start, lanes, mask)
+    d = None
     gap = float("nan")
     sums = (0.0, 0.0, 0.0, 0.0)
     if cond is not None:
-        d = tl.load(cond + sample * cond_stride + start + lanes, mask=mask, other=0.0).to(tl.float32) - u
+        d = read(cond + sample * cond_stride + start, lanes, mask) - u
         if FINDS or RULE is not None:
             gap = total_gap(partials, sample, tiles)
             if RULE is not None:
@@ -275,25 +242,9 @@ def tile_kernel(
             tl.store(partials + sample * tiles + tile, tl.sum(d * d))
     s, left, _ = look(here, at, gaps, peak, sample, gaps_stride, gap, FINDS)
     a, b = factors(here, s, left, sums, gap, size, RULE)
-    if cond is None:
-        g = u
-    elif RULE is None:
-        g = guided_prediction(u, d, b)
-    else:
-        g = a * u + b * d
+    g = mixed(u, d, a, b, RULE)
     by = sample * size + start
-    finish(
-        g,
-        moved(guided, by),
-        model_input + by,
-        model_input + tl.cast(batch, tl.int64) * size + by,
-        moved(unscaled, by),
-        moved(history, by),
-        here,
-        following,
-        lanes,
-        mask,
-    )
+    finish(g, guided, model_input, unscaled, history, here, following, batch, size, by, lanes, mask)
 
 
 def launch_step(

@@ -9,7 +9,7 @@ import torch
 
 from .dispatch import jit, launch, tl
 from .operands import sample_size, sample_stride
-from .tiles import OPTIONS, TILES
+from .tiles import OPTIONS, TILES, read, tile_of
 
 SUMS = 5  # of a sample: that of its squared difference, and those that a guidance rule needs beside it
 
@@ -59,13 +59,11 @@ def total_sums(partials, sample, batch, tiles):
 @jit
 def sums_kernel(uncond, cond, partials, batch, size, tiles, uncond_stride, cond_stride, ALL: tl.constexpr, BLOCK: tl.constexpr):
     """A program a tile: its sum of squared differences, and with ALL the others, into partials (SUMS, B, tiles)."""
-    sample = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    start = tile.to(tl.int64) * BLOCK
+    sample, tile, start = tile_of(tiles, BLOCK)
     lanes = tl.arange(0, BLOCK)
     mask = lanes < size - start
-    u = tl.load(uncond + sample * uncond_stride + start + lanes, mask=mask, other=0.0).to(tl.float32)
-    c = tl.load(cond + sample * cond_stride + start + lanes, mask=mask, other=0.0).to(tl.float32)
+    u = read(uncond + sample * uncond_stride + start, lanes, mask)
+    c = read(cond + sample * cond_stride + start, lanes, mask)
     tl.store(partials + sample * tiles + tile, tl.sum((c - u) * (c - u)))
     if ALL:
         sums = sums_of(u, c - u)

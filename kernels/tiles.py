@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .dispatch import jit, tl
+
 # No fused multiply-add: a kernel's bits do not depend on the compiler's choice.
 OPTIONS = {"enable_fp_fusion": False}
 
@@ -31,6 +33,20 @@ class Tiles:
 
 
 TILES = Tiles(blocks=((1024, 4), (4096, 8), (16384, 16)), tile=(4096, 8))
+
+
+@jit
+def tile_of(tiles, BLOCK: tl.constexpr):
+    """(sample, its tile, where in the sample that starts) of a program."""
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    return sample, tile, tile.to(tl.int64) * BLOCK
+
+
+@jit
+def read(pointer, lanes, mask):
+    """Predictions or latents, in float32; 0 where the mask ends."""
+    return tl.load(pointer + lanes, mask=mask, other=0.0).to(tl.float32)
 
 
 def parts(block: int, itemsize: int) -> int:

@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` does the same
-    from .auditing.audit import audit
-    from .auditing.judge import judge
+    from .auditing.caption_audit import audit
+    from .auditing.set_verdicts import judge
     from .bulk.generate import generate
     from .bulk.settings import Files, Placement, Recipe
     from .calibration.calibration import Calibration
@@ -48,8 +48,8 @@ __all__ = [
     "judge",
 ]
 _MODULES = {
-    "audit": "auditing.audit",
-    "judge": "auditing.judge",
+    "audit": "auditing.caption_audit",
+    "judge": "auditing.set_verdicts",
     "generate": "bulk.generate",
     **dict.fromkeys(("Files", "Placement", "Recipe"), "bulk.settings"),
     "Calibration": "calibration.calibration",

@@ -196,7 +196,7 @@ class Sampler:
             call = Call(
                 Prompts.checked(prompts, seeds, num_images_per_prompt, negative_prompt, options),
                 guidance.rescaled(guidance_rescale) if isinstance(guidance, Guidance | Guard) else guidance,
-                Schedule.of(steps, timesteps, sigmas, eta, denoising_end, mu),
+                Schedule(steps, timesteps, sigmas, eta, denoising_end, mu),
                 size,
                 self.model.shape(*size, **options),
                 output,

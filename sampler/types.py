@@ -15,7 +15,7 @@ Pipeline = Any  # a diffusers.DiffusionPipeline
 Branch = Literal["both", "uncond", "cond"]  # which predictions a call of the network makes
 Pair = tuple[Tensor, Tensor | None]  # (uncond, cond), or (the one branch that was needed, None)
 Step = Callable[[Branch], Pair]  # what it returns may be written over by the next one
-Settle = Callable[[Tensor, Tensor, Tensor], Tensor]  # guided (B, ...), cond (B, ...), weight (B,) -> guided
+Correction = Callable[[Tensor, Tensor, Tensor], Tensor]  # guided (B, ...), cond (B, ...), weight (B,) -> guided
 
 
 class Network(Protocol):

@@ -17,7 +17,7 @@ MARKED = {"device": "interpreter", "tiny": "shipped"}  # a test that needs the f
 
 
 def pytest_addoption(parser):
-    parser.addoption("--matrix", action="store_true", help="every combination in tests/schedulers/test_matrix.py")
+    parser.addoption("--matrix", action="store_true", help="all of tests/schedulers/test_matrix.py and test_gpu_whole.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -35,7 +35,7 @@ MUTANTS = {
     "a sum is not stored": (steps, "sums", "sums_kernel", "tl.store(partials + sample * tiles + tile,", "(0,"),
     "a tile's sum is not stored": (gaps, "guide", "guide_kernel", "tl.store(partials + sample * tiles + tile,", "(0,"),
     "the last tiles are not added": (gaps, "sums", "total", "mask=lanes < tiles - start", "mask=lanes < tiles - start - 1"),
-    "the books are not kept": (KNOWN, "decision", "keep_books", "tl.store(row + sample, k + 1, mask=goes)", "pass"),
+    "the books are not kept": (KNOWN, "decision", "noted", "tl.store(row + sample, k + 1, mask=goes)", "pass"),
     "the gap of two steps ago is the last one": (steps, "decision", "look", "tl.load(own - 2", "tl.load(own - 1"),
     "the minimum may be at its end": (steps, "rules", "transition", "(last < gap)", "(last > gap)"),
     "a gap has fallen where it is above": (FALLEN, "rules", "transition", "(gap < fall * peak)", "(gap > fall * peak)"),

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from basinescape import At, Fallen, FirstMinimum, Guidance, Sampler, Settled
+from basinescape import At, Calibration, Fallen, FirstMinimum, Guidance, Sampler, Settled
 from basinescape.bench.evaluation.analyze import transition
 from basinescape.kernels import definition
 from basinescape.schedulers.schedule import make_scheduler
@@ -238,6 +238,14 @@ def test_a_sampler_that_cannot_be_made_says_why(pipe, change, says):
         Sampler.from_pipeline(pipe, **change)
 
 
+def test_a_pipeline_that_cannot_be_followed_is_refused(pipe, exact):
+    decoderless = type(pipe)(**pipe.components)
+    decoderless.vae = None
+    for unfit, says in ((exact, "float64.*use pipe.to"), (decoderless, "pipe has no vae")):
+        with pytest.raises(ValueError, match=says):
+            Sampler.from_pipeline(unfit)
+
+
 def test_pickled_weights_are_refused_unless_asked_for(pipe, tmp_path):
     pipe.save_pretrained(tmp_path, safe_serialization=False)
     with pytest.raises(ValueError, match="pickle"):
@@ -255,7 +263,9 @@ def test_what_is_printed_can_be_read(small):
     assert repr(sampler).startswith(f"Sampler({type(small).__name__} on cpu, float32, ")
 
 
-@pytest.mark.parametrize("calibration", ["tiny", 3])
-def test_a_guard_says_how_a_calibration_is_read(calibration):
-    with pytest.raises(ValueError, match=r"calibration must be a Calibration, as Calibration\.load reads one; got"):
+@pytest.mark.parametrize("calibration", ["tiny", Sampler.model_path("tiny"), Sampler.model_path("tiny") / "calibration.json"])
+def test_a_guard_says_the_call_that_reads_a_calibration(calibration):
+    with pytest.raises(ValueError, match=r"calibration must be a Calibration, got .*: give Calibration\.load\('") as refused:
         Guidance.guard(7.5, calibration)
+    said = str(refused.value).partition(": give ")[2]
+    assert Guidance.guard(7.5, eval(said, {"Calibration": Calibration})).early is not None

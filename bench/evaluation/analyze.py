@@ -33,7 +33,7 @@ def transition(gaps: Sequence[float], rule: Rule) -> int | None:
     """The transition that a rule finds in a curve of gaps, None for none."""
     if isinstance(rule, int):
         return rule
-    found = definition.transition(gaps, rule.leaving(range(len(gaps))))  # neither looks at the timesteps
+    found = definition.transition(gaps, rule.criteria(range(len(gaps))))  # neither looks at the timesteps
     return None if found < 0 else found
 
 

@@ -56,7 +56,7 @@ def demo(out: str | Path, progress: bool = True) -> str:
     out.mkdir(parents=True, exist_ok=True)
     rows, said = [], []
     work = sum(len(ids) * SEEDS * sum(WORK[name]) for name, ids in ROWS.items()) + GENERAL
-    with tqdm(total=work, bar_format=BAR, smoothing=0, disable=not progress) as bar:
+    with tqdm(total=work, bar_format=BAR, smoothing=0, miniters=0, disable=not progress) as bar:
         for name, ids in ROWS.items():
             bar.set_description(f"{name}, loading")
             scenario, sampler = loaded(PRESETS[name], dtype="float32")
@@ -84,7 +84,7 @@ def _columns(scenario: Scenario, sampler: Sampler, found: Sequence[Prompt], meas
         bar.set_description(f"{scenario.name}, {label}")
         made = []
         for prompt in found:
-            made.append(sampler([prompt.text] * SEEDS, 0, steps, guidance, progress=False))
+            made.append(sampler([prompt.text] * SEEDS, 0, steps, guidance, progress=moving(bar, work * SEEDS)))
             bar.update(work * SEEDS)
         output, every = Output.joined(made), [prompt for prompt in found for _ in range(SEEDS)]
         yield Column(label, output, measure(output.images, every))

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import groupby
@@ -24,6 +24,7 @@ from basinescape import Output, Sampler, checks
 from basinescape.data.pictures import images_in
 from basinescape.data.tables import write_csv
 from basinescape.runs.atomic import files_sha256, save_image
+from basinescape.runs.batches import halving
 from basinescape.runs.folder import open_folder, read_settings
 from basinescape.runs.journal import Journal, read_lines
 from basinescape.runs.provenance import weights_sha256
@@ -115,13 +116,13 @@ def evaluate(
         with tqdm(total=len(tasks), initial=len(tasks) - len(waiting), unit="image", disable=not progress) as bar:
             for batch in _batches(waiting, batch_size):
                 bar.set_description(batch[0].method)
-                for line in _halved(make, batch):
-                    if isinstance(line, Exception):
-                        failed.append(line)
+                for some, made in halving(make, batch):
+                    if isinstance(made, Exception):
+                        failed.append(made)
                     else:
-                        journal.append(line)
-                        lines.append(line)
-                    bar.update()
+                        journal.append(*made)
+                        lines += made
+                    bar.update(len(some))
     rows = table(lines)
     if rows:
         write_csv(out / "table.csv", rows)
@@ -180,22 +181,6 @@ def _batches(tasks: Sequence[Task], size: int) -> Iterator[list[Task]]:
     for _, same in groupby(tasks, key=lambda task: (task.method, task.group)):
         part = list(same)
         yield from (part[i : i + size] for i in range(0, len(part), size))
-
-
-def _halved(make: Callable[[Sequence[Task]], list[Line]], batch: Sequence[Task]) -> Iterator[Line | Exception]:
-    """The lines of a batch, or what went wrong with a task; a batch that fails is halved down to its fault."""
-    try:
-        lines = make(batch)
-    except Exception as error:  # out of memory, or what a user's method raises: nobody can list them
-        log.debug("%s", batch[0].method, exc_info=error)
-        if len(batch) == 1:
-            yield error
-        else:
-            middle = len(batch) // 2
-            yield from _halved(make, batch[:middle])
-            yield from _halved(make, batch[middle:])
-    else:
-        yield from lines
 
 
 def _made(

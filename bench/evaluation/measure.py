@@ -15,19 +15,24 @@ from .classifier import ConceptClassifier
 
 
 class TrainingImages:
-    """Compares images with training images: those of the prompts, and `others`, which no prompt belongs to.
+    """Compares images with training images: those of the prompts, and `others`, which no prompt belongs to, in `folder`.
 
     name, threshold: of a measure of `Index`, which says what is raised.
     """
 
     def __init__(
-        self, name: str, groups: Mapping[str, Sequence[Prompt]], others: Iterable[Path] = (), threshold: float | None = None
+        self,
+        name: str,
+        groups: Mapping[str, Sequence[Prompt]],
+        others: Iterable[Path] = (),
+        folder: str | Path = "",
+        threshold: float | None = None,
     ):
         own = {prompt.id: prompt.image for found in groups.values() for prompt in found if prompt.image}
         self._column = {id: i for i, id in enumerate(own)}
         taken = {path.resolve() for path in own.values()}
         others = [path for path in others if path.resolve() not in taken]
-        self.names = [*self._column, *map(str, others)]
+        self.names = [*self._column, *(str(path.relative_to(folder)) for path in others)]
         if not self.names:
             raise ValueError("the scenario's prompts have no training image to compare with")
         self._index = Index([*own.values(), *others], [name], threshold)
@@ -49,7 +54,8 @@ class Measure:
     """Measures images by what the scenario has: training images, and a classifier of concepts.
 
     similarity: to the prompt's own training image, or the nearest one of all where it has none.
-    nearest, nearest_similarity: the training image that is most like it, of the whole set, by prompt id or path.
+    nearest, nearest_similarity: the training image that is most like it, of the whole set; its prompt's id, or its path in
+        the scenario's folder.
     memorized:  whether any training image is more like it than the threshold. All four are None without training images.
     concept_ok: whether it shows the prompt's concept; None without one, or without a classifier beside the model.
 
@@ -61,8 +67,8 @@ class Measure:
         if scenario.images and not others:
             raise ValueError(f"images folder {scenario.images!r} holds no picture")
         known = others or any(prompt.image for found in groups.values() for prompt in found)
-        threshold = scenario.threshold
-        self._training = TrainingImages(str(scenario.similarity), groups, others, threshold) if known else None
+        given = str(scenario.similarity), groups, others, scenario.folder or "", scenario.threshold
+        self._training = TrainingImages(*given) if known else None
         folder = Path(scenario.source) / "classifier"
         self._classifier = ConceptClassifier.load(folder) if (folder / "config.json").is_file() else None
         wanted = {prompt.concept: prompt.id for found in groups.values() for prompt in found if prompt.concept}

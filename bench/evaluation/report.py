@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from basinescape.auditing.html_images import embedded, rendered
 from basinescape.calibration.baseline import STATIC
+from basinescape.data.pictures import images_in
 from basinescape.runs.atomic import atomic_write
 from markupsafe import Markup
 from matplotlib import rc_context
@@ -213,7 +214,7 @@ def _worst(folder: Path, id: str, lines: Sequence[dict[str, Any]], training: dic
         "copies": sum(bool(each["memorized"]) for each in lines),
         "seeds": len(lines),
         "alike": None if line["similarity"] is None else _alike(line),
-        "other": other and (Path(other).name, embedded(training.get(other, Path(other)))),
+        "other": other and (Path(other).name, other in training and embedded(training[other])),
     }
 
 
@@ -223,12 +224,16 @@ def _alike(line: dict[str, Any]) -> float:
 
 
 def _training(run: dict[str, Any], asked: dict[str, str]) -> dict[str, Path]:
-    """Training images by prompt id, without those whose caption is no longer the one that was asked for.
+    """Training images by prompt id, or by their path in the scenario's folder.
 
-    None where the scenario's files are gone.
+    Those whose caption is no longer the one that was asked for have no id. None where the scenario's files are gone.
     """
     try:
-        known: list[Prompt] = prompts(Scenario.read(run["scenario"]))["memorized"]
+        scenario = Scenario.read(run["scenario"])
+        known: list[Prompt] = prompts(scenario)["memorized"]
+        folder = scenario.folder
+        others = {str(path.relative_to(folder)): path for path in images_in(folder)} if folder else {}
     except (OSError, TypeError, ValueError):
         return {}
-    return {prompt.id: prompt.image for prompt in known if prompt.image and asked.get(prompt.id, prompt.text) == prompt.text}
+    own = {prompt.id: prompt.image for prompt in known if prompt.image and asked.get(prompt.id, prompt.text) == prompt.text}
+    return others | own

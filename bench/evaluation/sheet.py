@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from basinescape.auditing.html_images import inside, rendered
-from basinescape.data.writers import FORMATS, writer
+from basinescape.data.writers import FORMATS, writer_of
 from basinescape.runs.atomic import atomic_write
 from basinescape.runs.folder import read_settings
 from basinescape.runs.manifest import MANIFEST, sound
@@ -77,7 +77,7 @@ def _entry(line: Line, uri: str) -> Line:
 
 def _images(folder: Path, format: str, lines: Sequence[Line]) -> dict[str, str]:
     """The images of lines by id, as data URIs; without those that are not to be had. A shard is read once."""
-    writes, found = writer(folder, format), {}
+    writes, found = writer_of(folder, {"format": format}), {}
     wanted: dict[Path, set[str]] = {}
     for line in lines:
         if line["status"] == "ok" and format != "latents" and writes.owns(line["file"], line["id"]):

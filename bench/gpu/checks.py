@@ -1,4 +1,4 @@
-"""What the kernels must do on a GPU, checked against float64 definitions. Imports torch and basinescape.kernels alone.
+"""What the kernels must do on a GPU, checked against float64 definitions. Needs torch and triton alone.
 
 A check takes a device and returns its figures; it raises AssertionError where they are wrong, `Skipped` where it cannot look.
 """
@@ -16,7 +16,9 @@ from basinescape.kernels.rules import RULES
 from basinescape.kernels.state import State
 from basinescape.kernels.table import Column
 from torch import Tensor
+from torch.autograd import DeviceType
 
+from ..speed.timing import profiled
 from .cases import (
     DTYPES,
     LAYOUTS,
@@ -191,27 +193,21 @@ def check_capture(device: torch.device) -> Figures:
 def check_launches(device: torch.device) -> Figures:
     """Kernels, copies and fills of one step, as the profiler sees them on the device."""
     probe = torch.zeros(8, device=device)
-    _kernels(lambda: None)  # the first profile also sees the profiler's own start
-    if _kernels(lambda: probe.add_(1)) != 1:
+    _kernels(lambda: None, device)  # the first profile also sees the profiler's own start
+    if _kernels(lambda: probe.add_(1), device) != 1:
         raise Skipped("the profiler sees no kernels here")
     figures = {}
     for name, run in each_run(device):
         uncond, cond = (run.state.latents.model_input * run.pattern).chunk(2)
         arguments = uncond, None if run.mode.alone else cond, run.table, run.state, run.mode.finds
-        figures[name] = _kernels(partial(step, *arguments))
+        figures[name] = _kernels(partial(step, *arguments), device)
         require(figures[name] == run.mode.launches, f"{name}: {figures[name]} launches, not {run.mode.launches}")
     return figures
 
 
-def _kernels(call: Callable[[], object]) -> int:
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
+def _kernels(call: Callable[[], object], device: torch.device) -> int:
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        call()
-        torch.cuda.synchronize()
-    return sum(event.device_type == DeviceType.CUDA for event in profiler.events())
+    return sum(event.device_type == DeviceType.CUDA for event in profiled(call, device))
 
 
 CHECKS: dict[str, Callable[[torch.device], Figures]] = {

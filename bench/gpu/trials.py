@@ -2,11 +2,12 @@
 
 python -m basinescape.bench.gpu --out FILE.json [--minutes M]
 
-What is worth most comes first: the kernels against float64 and under a sanitizer, capture, waits and launches, then the
+What is worth most comes first: the kernels against float64 and under sanitizers, capture, waits and launches, then the
 benchmarks. Each check and each bench runs in a process of its own, under a time limit: one that fails, crashes or hangs is
 recorded, and the others go on. The file is written anew with every result. With --minutes there are fewer sizes, and what is
-left when time is up is recorded as not reached. Where diffusers is missing, what needs it is skipped. Where compute-sanitizer
-is installed (`pip install nvidia-cuda-sanitizer-api`), checks run under it, too.
+left when time is up is recorded as not reached. Where diffusers is missing, what needs it is skipped. Checks run under
+compute-sanitizer where it is installed (`pip install nvidia-cuda-sanitizer-api`), and under Triton's own sanitizers: GSan, from
+Triton 3.8 on, finds programs of a launch that share memory one of them writes; "overflow" finds 32-bit numbers that overflow.
 """
 
 from __future__ import annotations
@@ -36,11 +37,14 @@ from ..speed.timing import taken
 from .checks import CHECKS, Skipped
 from .report import rendered
 
+PROGRAM = Path(__file__).with_name("__main__.py")  # makes a trial in its own process
 SAMPLER_CHECKS = ("sampler launches", "sampler synchronisation", "sampler capture", "sampler images")
 BENCH = "bench "
 BENCHES = tuple(BENCH + name for name in speed.BENCHES)
 NEED_DIFFUSERS = {*SAMPLER_CHECKS, *BENCHES} - {"bench kernel"}
-SANITIZED = {f"{check}, {tool}": (check, tool) for tool in ("racecheck", "memcheck") for check in ("guide", "batches")}
+FIRST = ("guide", "step", "rules", "batches", "guide, racecheck", "batches, gsan")
+TOOLS = ("racecheck", "gsan", "memcheck", "overflow")
+SANITIZED = {f"{check}, {tool}": (check, tool) for tool in TOOLS for check in ("guide", "batches")}
 FOUND = 99  # what compute-sanitizer exits with where it has found something
 # Our kernels alone, and no failed calls of the driver's: libraries ask it for what may not be there, and go on.
 KERNELS = ("guide_kernel", "step_kernel", "tile_kernel", "books_kernel", "sums_kernel", "gap_kernel")
@@ -53,10 +57,22 @@ Result = dict[str, Any]
 
 
 def trial_names() -> list[str]:
-    """Checks by their names, under a sanitizer before its tool; benches after "bench ". What is worth most comes first."""
-    first, *slow = SANITIZED
-    exact = ["guide", "step", "rules", "batches"]
-    return [*exact, first, *(check for check in CHECKS if check not in exact), *SAMPLER_CHECKS, *BENCHES, *slow]
+    """Checks by their names, under a sanitizer before its name; benches after "bench ". What is worth most comes first."""
+    return list(dict.fromkeys([*FIRST, *CHECKS, *SAMPLER_CHECKS, *BENCHES, *SANITIZED]))
+
+
+def python(tool: str | None) -> list[str]:
+    """Python, to be given a program: under a sanitizer, or as it is. Raises `Skipped` where the sanitizer is not installed."""
+    if tool in ("racecheck", "memcheck"):
+        program = sanitizer()
+        if program is None:
+            raise Skipped("compute-sanitizer is not installed")
+        return [program, "--tool", tool, *WATCH, sys.executable]
+    if tool == "gsan":
+        if find_spec("triton") is None or find_spec("triton.tools.gsan") is None:
+            raise Skipped("Triton has GSan from 3.8 on")
+        return [sys.executable, "-m", "triton.tools.gsan"]
+    return ["env", "TRITON_DEBUG=1", sys.executable] if tool == "overflow" else [sys.executable]
 
 
 def sanitizer() -> str | None:
@@ -95,37 +111,21 @@ def isolated(name: str, quick: bool, limit: float, found: Callable[[Result], Non
     found: called with what there is so far, while it runs.
     """
     check, tool = SANITIZED.get(name, (name, None))
-    watcher: list[str] = []
-    if tool is not None:
-        program = sanitizer()
-        if program is None:
-            return _skipped("compute-sanitizer is not installed")
-        watcher = [program, "--tool", tool, *WATCH]
-    if name in NEED_DIFFUSERS and find_spec("diffusers") is None:
-        return _skipped("diffusers is not installed")
     start = time.perf_counter()
+    try:
+        if name in NEED_DIFFUSERS and find_spec("diffusers") is None:
+            raise Skipped("diffusers is not installed")
+        command = [*python(tool), str(PROGRAM), "--only", check, *(["--minutes", "1"] if quick else [])]
+    except Skipped as reason:
+        return {"status": "skipped", "error": str(reason), "rows": [], "seconds": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "result.json")
-        command = [
-            sys.executable,
-            "-m",
-            __package__,
-            "--only",
-            check,
-            "--out",
-            str(out),
-            *(["--minutes", "1"] if quick else []),
-        ]
-        code = ending([*watcher, *command], limit, lambda: found(read(out)))
+        code = ending([*command, "--out", str(out)], limit, lambda: found(read(out)))
         result = read(out)
     if result["status"] == "unfinished" or (code != 0 and result["status"] != "failed"):
         error = f"not done after {limit:.0f} s" if code is None else f"ended with code {code}"
         result |= {"status": "failed", "error": f"{tool} has found errors" if tool and code == FOUND else error}
     return {**result, "seconds": time.perf_counter() - start}
-
-
-def _skipped(why: str) -> Result:
-    return {"status": "skipped", "error": why, "rows": [], "seconds": 0.0}
 
 
 def ending(command: Sequence[str], limit: float, meanwhile: Callable[[], None] = lambda: None) -> int | None:

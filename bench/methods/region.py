@@ -13,7 +13,8 @@ import torch
 from basinescape import Calibration, Sampler
 from basinescape.calibration.baseline import ordinary_prompts
 from basinescape.data.prompts import read_prompts
-from basinescape.runs.progress import FORMAT, parts
+from basinescape.runs.batches import parts
+from basinescape.runs.progress import FORMAT
 from tqdm import tqdm
 
 from . import update
@@ -25,7 +26,7 @@ def measured(
     """Mean and standard deviation of the norms of each plainly guided step. Raises ValueError as `update.alphas`."""
     update.alphas(sampler, steps)
     found = []
-    for part in tqdm(parts(len(prompts), size), desc="stable region", bar_format=FORMAT):
+    for part in tqdm(parts(len(prompts), size), desc="stable region", unit=" batches", bar_format=FORMAT):
         texts, own = [prompts[i] for i in part], [seeds[i] for i in part]
         found.append(update.measured(sampler, texts, own, steps, scale))
     norms = torch.cat(found, dim=2)

@@ -73,7 +73,7 @@ def sample(
     """
     guidance = no_guard(guidance)
     model, solver = sampler.model, sampler.solver(steps)
-    ladder = Ladder.make(solver, guidance, model.device, model.settle)
+    ladder = Ladder.make(solver, guidance, model.device, model.correction)
     plan, options = ladder.plan, dict(zip(("height", "width"), sampler.size(), strict=True)) | sampler.options
     encoded = model.encode(list(prompts), **options)
     network = PairKeeper(model.network(encoded, plain=True))
@@ -92,7 +92,7 @@ def sample(
 
         begin(noise(predict, drawn))
     changed = network if wrap is None else wrap(network)
-    move, rows = mover(ladder, sampler.scheduler, generators, state), iter(plan.step)
+    move, rows = mover(ladder, sampler.scheduler, generators, plan, state), iter(plan.step)
 
     def take(branch: Branch) -> Pair:
         if push is not None:
@@ -125,4 +125,4 @@ def _guided(
     weight = state.transition.weight(state.transition.rows(plan.table))
     options: dict[str, Any] = dict(guidance.options)
     guided, _ = guide(changed[0], changed[1], weight, rule=plan.rule, **options)
-    return guided if plan.settle is None else plan.settle(guided, changed[1], weight)
+    return guided if plan.correction is None else plan.correction(guided, changed[1], weight)

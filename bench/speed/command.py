@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def works(jobs: int, steps: int) -> dict[str, list[int]]:
 
 def ours(sampler: Sampler, work: Sequence[int], guidance: Guidance | Guard, model: str) -> None:
     """The command's work, into a folder of its own."""
-    jobs = [Job(f"{i}", _prompt(i), i, steps=steps) for i, steps in enumerate(work)]
+    jobs = [Job(f"{i}", prompt(i), i, steps=steps) for i, steps in enumerate(work)]
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe(guidance, max(work))
         done = generate(sampler, jobs, folder, recipe, model, placement=Placement(BATCH), progress=False).done
@@ -41,27 +42,33 @@ def ours(sampler: Sampler, work: Sequence[int], guidance: Guidance | Guard, mode
 
 
 def stock(pipe: Any, work: Sequence[int], scale: float) -> None:
-    """A loop over diffusers' pipeline, which takes one number of steps a call: batches of neighbours that have the same."""
+    """A loop over diffusers' pipeline, and files."""
     with tempfile.TemporaryDirectory() as folder:
-        for steps, group in groupby(enumerate(work), key=lambda job: job[1]):
-            alike = [i for i, _ in group]
-            for batch in (alike[k : k + BATCH] for k in range(0, len(alike), BATCH)):
-                noise = [torch.Generator().manual_seed(i) for i in batch]
-                options = {"generator": noise, "num_inference_steps": steps, "guidance_scale": scale}
-                for i, image in zip(batch, pipe([_prompt(i) for i in batch], **options).images, strict=True):
-                    image.save(Path(folder, f"{i}.png"))
+        for i, image in looped(pipe, enumerate(work), scale):
+            image.save(Path(folder, f"{i}.png"))
 
 
-def _prompt(i: int) -> str:
+def looped(pipe: Any, work: Iterable[tuple[int, int]], scale: float, **options: Any) -> Iterator[tuple[int, Any]]:
+    """(job, image) of every (job, steps), by diffusers' pipeline: it takes one number of steps a call, so neighbours that have
+    the same make a batch."""
+    for steps, group in groupby(work, key=itemgetter(1)):
+        alike = [i for i, _ in group]
+        for batch in (alike[k : k + BATCH] for k in range(0, len(alike), BATCH)):
+            noise = [torch.Generator().manual_seed(i) for i in batch]
+            settings = {"generator": noise, "num_inference_steps": steps, "guidance_scale": scale, **options}
+            yield from zip(batch, pipe([prompt(i) for i in batch], **settings).images, strict=True)
+
+
+def prompt(i: int) -> str:
     return f"a picture of a {i}"
 
 
-def command(device: torch.device, rounds: int, jobs: int = 48, steps: int = 20) -> Iterator[Row]:
+def command(device: torch.device, rounds: int, jobs: int, steps: int) -> Iterator[Row]:
     """Rows in images a second. The guard's ratio is to plain guidance by diffusers, which judges nothing."""
     for model, scale in SCALES.items():
         pipe = pipeline(model, torch.float32, device)
         sampler, plain, kinds = Sampler.from_pipeline(pipe), Guidance.cfg(scale), works(jobs, steps)
-        guidances = {**dict.fromkeys(kinds, plain), "uniform, guard": Guidance.guard(scale)}
+        guidances: dict[str, Guidance | Guard] = {**dict.fromkeys(kinds, plain), "uniform, guard": Guidance.guard(scale)}
         kinds["uniform, guard"] = kinds["uniform"]
         for kind, work in kinds.items():
             own = partial(ours, sampler, work, guidances[kind], model)

@@ -13,8 +13,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from basinescape import At, Guard, Guidance, Sampler
@@ -22,27 +26,30 @@ from basinescape.bulk.generate import generate
 from basinescape.bulk.plans import Plans
 from basinescape.bulk.settings import Files, Placement, Recipe
 from basinescape.bulk.stop import Stop
-from basinescape.data.prompts import Job
+from basinescape.data.prompts import Job, Prompts
 from basinescape.guidance.guard import Attempt
+from basinescape.models import Guided
 from basinescape.sampling.engine import Engine
 from basinescape.sampling.ladder import Ladder
 from basinescape.sampling.samples import Sample
 from basinescape.schedulers.schedule import make_scheduler
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from ..tables import Row
-from .command import command
+from .command import BATCH as SLOTS
+from .command import command, looped, prompt
 from .shapes import pipeline
 from .standin import stand_in
 from .timing import interleaved, summary
 
 SCALE = 7.5
-SLOTS = 8
 LOOP = "diffusers, plain guidance"
 SECONDS = 0.01  # of a call of the stand-in's network
 ROUNDS = {"cpu": 3, "cuda": 5, "quick": 3}
 MEMORY = {"cpu": (1_000, 10_000, 100_000), "cuda": (1_000, 10_000), "quick": (1_000,)}  # prompts
+# Jobs, and the most steps of one: in flight beside others, through the command, beside no network, and for the network's share.
+STAND_IN, TINY, COMMAND, OVERHEAD, BUSY = (128, 50), (48, 20), (48, 20), (128, 30), (96, 50)
+JUDGED = 16  # images whose basin scores set the guard's limit
 
 
 def guarded(limit: float) -> Guard:
@@ -56,14 +63,18 @@ def guarded(limit: float) -> Guard:
     return Guard(tuple(Attempt(one, threshold) for one, threshold in limits))
 
 
-def works(sampler: Sampler, jobs: int, most: int, prompts: Sequence[str]) -> dict[str, list[tuple[int, Guidance]]]:
-    """(steps, guidance) of every job, by the kind of work. most: the largest number of steps."""
+Work = Sequence[tuple[int, Guidance | Guard]]  # (steps, guidance) of every job
+
+
+def works(sampler: Sampler, jobs: int, most: int) -> dict[str, Work]:
+    """By their kinds. most: the largest number of steps."""
     plain, middle, rng = Guidance.cfg(SCALE), 3 * most // 5, torch.Generator().manual_seed(0)
     counts = torch.randint(most // 5, most + 1, (jobs,), generator=rng).tolist()
-    outs = (sampler([text], [i], middle, plain, output="latent", progress=False) for i, text in enumerate(prompts))
-    scores = sorted(
-        sampler.judge(out.latents, text, i).score.item() for i, (out, text) in enumerate(zip(outs, prompts, strict=True))
-    )
+    scores = []
+    for i in range(JUDGED):
+        out = sampler([prompt(i)], [i], middle, plain, output="latent", progress=False)
+        scores.append(sampler.judge(out.latents, prompt(i), i).score.item())
+    scores.sort()
     guard, again = guarded(scores[3 * len(scores) // 4]), Guidance.cfg(SCALE, restart=(300, 600, 2))
     return {
         "uniform": [(middle, plain)] * jobs,
@@ -76,82 +87,73 @@ def works(sampler: Sampler, jobs: int, most: int, prompts: Sequence[str]) -> dic
 
 
 class Case:
-    """One sampler and the work it is given."""
+    """One sampler, and the work that it is given for so many jobs."""
 
-    def __init__(self, sampler: Sampler, prompts: Sequence[str]):
-        self.sampler, self.prompts = sampler, prompts
-        size = sampler.size()
-        self.shape, self.ladders = sampler.model.shape(*size), {}
+    def __init__(self, sampler: Sampler, jobs: int):
+        self.sampler, size = sampler, sampler.size()
+        self.shape = sampler.model.shape(*size)
+        self.ladders: dict[tuple[int, Guidance | Guard], Ladder] = {}
         with torch.inference_mode():
-            self.network = sampler.model.network(sampler.model.encode(list(prompts), *size))
+            self.network = sampler.model.network(sampler.model.encode([prompt(i) for i in range(jobs)], *size))
 
-    def samples(self, work: Sequence[tuple[int, Guidance]]) -> list[Sample]:
+    def samples(self, work: Work) -> list[Sample]:
         for kind in work:
             if kind not in self.ladders:
                 self.ladders[kind] = Ladder.make(self.sampler.solver(kind[0]), kind[1], self.sampler.model.device)
         return [Sample(i, self.ladders[kind], self.shape, self.network, i, seed=i) for i, kind in enumerate(work)]
 
     @torch.inference_mode()
-    def in_flight(self, work: Sequence[tuple[int, Guidance]]) -> dict[int, Tensor]:
+    def in_flight(self, work: Work) -> dict[int, Tensor]:
         """The latents of every job."""
-        return {
-            made.sample.key: made.latents
-            for made in Engine(self.sampler.runner.lane, SLOTS, fixed=True).run(self.samples(work))
-        }
+        engine = Engine(self.sampler.runner.lane, SLOTS, fixed=True)
+        return {made.sample.key: made.latents for made in engine.run(self.samples(work))}
 
     @torch.inference_mode()
-    def static(self, work: Sequence[tuple[int, Guidance]], shrinking: bool) -> dict[int, Tensor]:
+    def static(self, work: Work, shrinking: bool) -> dict[int, Tensor]:
         samples = self.samples(work)
         groups = [samples[i : i + SLOTS] for i in range(0, len(samples), SLOTS)]
         engines = [(Engine(self.sampler.runner.lane, len(group), fixed=not shrinking), group) for group in groups]
         return {made.sample.key: made.latents for engine, group in engines for made in engine.run(group)}
 
-    def peers(self, work: Sequence[tuple[int, Guidance]], loop: bool) -> dict[str, Callable[[], dict[int, Tensor]]]:
+    def plain(self, work: Work) -> dict[int, Tensor]:
+        """By diffusers' pipeline, which knows plain guidance only: jobs of the same number of steps together."""
+        alike = sorted(((i, steps) for i, (steps, _) in enumerate(work)), key=itemgetter(1))
+        return dict(looped(self.sampler.pipe, alike, SCALE, output_type="latent"))
+
+    def peers(self, work: Work, loop: bool) -> dict[str, Callable[[], dict[int, Tensor]]]:
         """loop: also diffusers' own."""
-        found = {
-            "static batches": lambda: self.static(work, False),
-            "static batches, shrinking": lambda: self.static(work, True),
-            "in-flight": lambda: self.in_flight(work),
+        found: dict[str, Callable[[], dict[int, Tensor]]] = {
+            "static batches": partial(self.static, work, False),
+            "static batches, shrinking": partial(self.static, work, True),
+            "in-flight": partial(self.in_flight, work),
         }
-        return found | ({LOOP: lambda: looped(self.sampler.pipe, self.prompts, work)} if loop else {})
-
-
-def looped(pipe: StableDiffusionPipeline, prompts: Sequence[str], work: Sequence[tuple[int, Guidance]]) -> dict[int, Tensor]:
-    """The latents of every job, in batches, by diffusers' pipeline: one number of steps a call, plain guidance only."""
-    found = {}
-    for steps in dict.fromkeys(steps for steps, _ in work):
-        jobs = [i for i, (own, _) in enumerate(work) if own == steps]
-        for batch in (jobs[k : k + SLOTS] for k in range(0, len(jobs), SLOTS)):
-            noise = [torch.Generator().manual_seed(i) for i in batch]
-            options = {"num_inference_steps": steps, "guidance_scale": SCALE, "output_type": "latent"}
-            found |= zip(batch, pipe([prompts[i] for i in batch], generator=noise, **options).images, strict=True)
-    return found
+        return found | ({LOOP: partial(self.plain, work)} if loop else {})
 
 
 def engine(device: torch.device, preset: str) -> Iterator[Row]:
     """Rows in images a second, with the network's calls where they are counted; then memory, and how busy the network is."""
     pipe = pipeline("tiny", torch.float32, device)
-    prompts = [f"a picture of a {i}" for i in range(128)]
     pipe.scheduler = make_scheduler("dpmsolver++", pipe.scheduler)
     waiting, real = stand_in(pipe, seconds=SECONDS), Sampler.from_pipeline(pipe)
-    for name, sampler, jobs, most in (("stand-in", waiting, 128, 50), ("tiny", real, 48, 20)):
-        case = Case(sampler, prompts[:jobs])
-        for kind, work in works(sampler, jobs, most, prompts[:16]).items():
+    for name, sampler, (jobs, most) in (("stand-in", waiting, STAND_IN), ("tiny", real, TINY)):
+        case = Case(sampler, jobs)
+        for kind, work in works(sampler, jobs, most).items():
             peers, calls, made = case.peers(work, loop=sampler is real), {}, {}
             for peer, call in peers.items():
                 before = getattr(sampler.model, "calls", 0)
                 made[peer] = call()
                 calls[peer] = getattr(sampler.model, "calls", 0) - before
-            known = [peer for peer in peers if peer != LOOP or all(guidance == Guidance.cfg(SCALE) for _, guidance in work)]
+            plain = all(guidance == Guidance.cfg(SCALE) for _, guidance in work)
+            known = [peer for peer in peers if peer != LOOP or plain]
             agree(*(made[peer] for peer in known))
             times = interleaved(peers, device, ROUNDS[preset])
             for peer in peers:
                 rates, row = summary([jobs / t for t in times[peer]], None), summary(times[peer], times["static batches"])
                 what = {"bench": "engine", "what": f"{name}, {kind}", "peer": peer, "unit": "images/s"}
                 yield {**what, **rates, "ratio": row["ratio"], "calls": calls[peer] or None}
-    yield from command(device, ROUNDS[preset])
-    yield overhead(Case(stand_in(pipe), prompts), device, ROUNDS[preset])
-    yield from busy(real)
+    yield from command(device, ROUNDS[preset], *COMMAND)
+    yield overhead(stand_in(pipe), device, ROUNDS[preset], *OVERHEAD)
+    yield busy(real, 2 * SLOTS, *BUSY)
     yield from scaling()
     for count in MEMORY[preset]:
         yield memory(count)
@@ -165,13 +167,13 @@ def agree(first: dict[int, Tensor], *others: dict[int, Tensor]) -> None:
             raise RuntimeError(f"the peers' latents are {apart:.2g} of their norm apart: they are not compared")
 
 
-def overhead(case: Case, device: torch.device, rounds: int, steps: int = 30) -> Row:
+def overhead(sampler: Sampler, device: torch.device, rounds: int, jobs: int, steps: int) -> Row:
     """What a sample costs beside its network, which answers at once."""
-    work = [(steps, Guidance.cfg(SCALE))] * len(case.prompts)
-    case.in_flight(work)
-    times = interleaved({"in-flight": lambda: case.in_flight(work)}, device, rounds)["in-flight"]
+    call = partial(Case(sampler, jobs).in_flight, [(steps, Guidance.cfg(SCALE))] * jobs)
+    call()
+    times = interleaved({"in-flight": call}, device, rounds)["in-flight"]
     what = f"stand-in that does not wait, {SLOTS} slots, {steps} steps"
-    row = summary([1e3 * t / len(work) for t in times], None)
+    row = summary([1e3 * t / jobs for t in times], None)
     return {"bench": "engine", "what": what, "peer": "in-flight", "unit": "ms a sample", **row}
 
 
@@ -184,7 +186,7 @@ def scaling(workers: Sequence[int] = (1, 2, 4), steps: int = 10) -> Iterator[Row
     from basinescape.bulk.ray import RayExecutor
 
     ray.init(num_cpus=max(workers), include_dashboard=False, log_to_driver=False)
-    jobs = [(i, Job(f"{i}", f"a picture of a {i}", i)) for i in range(2 * max(workers) * blocks * SLOTS)]
+    jobs = [(i, Job(f"{i}", prompt(i), i)) for i in range(2 * max(workers) * blocks * SLOTS)]
     rates: list[float] = []
     for count in workers:
         run = RayExecutor(
@@ -205,33 +207,23 @@ def worker() -> Sampler:
     return stand_in(pipeline("tiny", torch.float32, torch.device("cpu")), seconds=SECONDS)
 
 
-def busy(sampler: Sampler, jobs: int = 96, slots: int = 16, steps: int = 50) -> Iterator[Row]:
+def busy(sampler: Sampler, slots: int, jobs: int, steps: int) -> Row:
     """The share of a run's time in which the network runs, prompts to PNG, on the small pipeline: start and end included."""
     network, spent = sampler.model.network, [0.0]
 
-    def timed(*given: object, **named: object):
+    def timed(*given: Any, **named: Any) -> Guided:
         made = network(*given, **named)
         for name in ("net", "both"):
             setattr(made, name, _clocked(getattr(made, name), spent))
         return made
 
-    sampler.model.network = timed
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            work = [Job(f"{i}", f"a picture of a {i}", i) for i in range(jobs)]
-            start = time.perf_counter()
-            recipe = Recipe(Guidance.cfg(SCALE), steps)
-            generate(sampler, work, folder, recipe, "tiny", placement=Placement(slots), progress=False)
-            share = spent[0] / (time.perf_counter() - start)
-    finally:
-        del sampler.model.network
-    yield {
-        "bench": "engine",
-        "what": f"tiny, batch {slots}, prompts to PNG",
-        "peer": "in-flight",
-        "unit": "busy",
-        "median": share,
-    }
+    work, recipe = [Job(f"{i}", prompt(i), i) for i in range(jobs)], Recipe(Guidance.cfg(SCALE), steps)
+    with tempfile.TemporaryDirectory() as folder, patch.object(sampler.model, "network", timed):
+        start = time.perf_counter()
+        generate(sampler, work, folder, recipe, "tiny", placement=Placement(slots), progress=False)
+        share = spent[0] / (time.perf_counter() - start)
+    what = {"bench": "engine", "what": f"tiny, batch {slots}, prompts to PNG", "peer": "in-flight"}
+    return {**what, "unit": "busy", "median": share}
 
 
 def _clocked(call: Callable[..., object], spent: list[float]) -> Callable[..., object]:
@@ -260,8 +252,6 @@ def _measured(count: int) -> float:
         prompts = Path(folder) / "prompts.jsonl"
         with prompts.open("w") as file:
             file.writelines(f'{{"prompt": "a picture of a cat {i}"}}\n' for i in range(count))
-        from basinescape.data.prompts import Prompts
-
         recipe, files = Recipe(Guidance.cfg(SCALE), 1), Files("parquet")
         out = Path(folder) / "out"
         summary = generate(sampler, Prompts(prompts), out, recipe, "tiny", files, Placement(16), progress=False)

@@ -6,7 +6,9 @@ import copy
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +17,6 @@ from basinescape.models import adapt
 from basinescape.models.network import PACKED, traced
 from basinescape.sampling.step_table import StepTable
 from basinescape.schedulers.schedule import make_scheduler
-from diffusers import DiffusionPipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..tables import Row
@@ -31,6 +32,7 @@ METHODS = {
     "delayed, first minimum": Guidance.delayed(SCALE, until=FirstMinimum()),
 }
 BASELINE = "diffusers"
+SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices whose product is the measure of a device
 TOLERANCE = {torch.float32: 1.0, torch.bfloat16: 4.0, torch.float16: 2.0}  # of 255, largest in float32, else on average
 
 
@@ -72,28 +74,23 @@ WAYS = {
 }
 
 
-@dataclass(frozen=True)
-class Peer:
-    """A way to the images of one method."""
-
-    method: str
-    images: Callable[[], np.ndarray]
+Peer = tuple[str, Callable[[], np.ndarray]]  # a method, and a way to its images
 
 
 class Bench:
     """The peers of one model and batch size."""
 
-    def __init__(self, case: Case, device: torch.device, pipe: DiffusionPipeline, batch: int):
+    def __init__(self, case: Case, device: torch.device, pipe: Any, batch: int):
         self.case, self.device, self.pipe = case, device, pipe
         self.prompts = ["a picture of a cat signed by arno", "a picture of a frog"] * batch
         self.prompts, self.seeds = self.prompts[:batch], list(range(batch))
         self.size = pipe.unet.config.sample_size * pipe.vae_scale_factor
 
     def ours(self, sampler: Sampler, guidance: Guidance) -> np.ndarray:
-        together = {"batch_size": len(self.prompts), "output": "np", "progress": False}
+        together: Any = {"batch_size": len(self.prompts), "output": "np", "progress": False}
         return sampler(self.prompts, self.seeds, self.case.steps, guidance, **together).images
 
-    def diffusers(self, pipe: DiffusionPipeline) -> np.ndarray:
+    def diffusers(self, pipe: Any) -> np.ndarray:
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         options = {"generator": generators, "output_type": "np", "guidance_scale": SCALE}
         return pipe(self.prompts, num_inference_steps=self.case.steps, **options).images
@@ -111,28 +108,25 @@ class Bench:
         fast.unet.to(memory_format=torch.channels_last)
         mode = "reduce-overhead" if self.device.type == "cuda" else None
         fast.unet.compile(mode=mode, fullgraph=True, dynamic=False)
-        found = {
-            BASELINE: Peer("cfg", lambda: self.diffusers(self.pipe)),
-            "diffusers, compiled, channels-last": Peer("cfg", lambda: self.diffusers(fast)),
+        found: dict[str, Peer] = {
+            BASELINE: ("cfg", partial(self.diffusers, self.pipe)),
+            "diffusers, compiled, channels-last": ("cfg", partial(self.diffusers, fast)),
         }
         if self.device.type == "cpu":  # not in diffusers' guide, but what ours is compiled with
             best = twin(self.pipe)
             best.unet.to(memory_format=torch.channels_last).compile(fullgraph=True, dynamic=False, options=PACKED)
             best.unet._compiled_call_impl = traced(best.unet._compiled_call_impl, packed=True)
-            found["diffusers, compiled, channels-last, packed"] = Peer("cfg", lambda: self.diffusers(best))
+            found["diffusers, compiled, channels-last, packed"] = "cfg", partial(self.diffusers, best)
         if len(self.prompts) == 1:  # it takes one at a time, so other batches say the same
-            found["published style"] = Peer("cfg", lambda: self.published(METHODS["cfg"]))
+            found["published style"] = "cfg", partial(self.published, METHODS["cfg"])
         for way, options, methods in WAYS[self.case.ways]:
             if options.get("attention") == "xformers" and find_spec("xformers") is None:
                 continue
             pipe = twin(self.pipe) if options.get("compile") or "attention" in options else self.pipe
             sampler = Sampler.from_pipeline(pipe, **options)
             for method in methods:
-                found[f"{way}, {method}"] = Peer(method, self._images(sampler, METHODS[method]))
+                found[f"{way}, {method}"] = method, partial(self.ours, sampler, METHODS[method])
         return found
-
-    def _images(self, sampler: Sampler, guidance: Guidance) -> Callable[[], np.ndarray]:
-        return lambda: self.ours(sampler, guidance)
 
     def flops(self) -> dict[str, float]:
         """What the network needs for one image of each method."""
@@ -149,7 +143,7 @@ class Bench:
         return {method: count * counter.get_total_flops() for method, count in calls.items()}
 
 
-def twin(pipe: DiffusionPipeline) -> DiffusionPipeline:
+def twin(pipe: Any) -> Any:
     """The same pipeline with a UNet of its own, to be compiled or laid out differently."""
     other = copy.copy(pipe)
     other.unet = copy.deepcopy(pipe.unet)
@@ -158,7 +152,7 @@ def twin(pipe: DiffusionPipeline) -> DiffusionPipeline:
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOPs a second of a large square matrix product, the best of several."""
-    side = 8192 if device.type == "cuda" else 1024
+    side = SIDE[device.type]
     a, b = torch.randn((2, side, side), device=device).to(dtype)
     out = a @ b
     return 2 * side**3 / min(seconds(lambda: torch.matmul(a, b, out=out), device, 5) for _ in range(10))
@@ -199,14 +193,13 @@ def _what(case: Case, batch: int) -> str:
 
 def _rows(bench: Bench, batch: int, rate: float) -> Iterator[Row]:
     case, peers, flops = bench.case, bench.peers(), bench.flops()
-    made = {name: peer.images() for name, peer in peers.items()}
-    methods = dict.fromkeys(peer.method for peer in peers.values() if peer.method != "cfg")
-    expected = {method: bench.published(METHODS[method]) for method in methods}
-    expected["cfg"] = made[BASELINE]
+    made = {name: call() for name, (_, call) in peers.items()}
+    methods = dict.fromkeys(method for method, _ in peers.values())
+    expected = {method: made[BASELINE] if method == "cfg" else bench.published(METHODS[method]) for method in methods}
     apart = {name: {m: difference(made[name], right, case.dtype) for m, right in expected.items()} for name in peers}
-    times = interleaved({name: peer.images for name, peer in peers.items()}, bench.device, case.rounds)
-    for name, peer in peers.items():
-        off = apart[name][peer.method]
+    times = interleaved({name: call for name, (_, call) in peers.items()}, bench.device, case.rounds)
+    for name, (method, _) in peers.items():
+        off = apart[name][method]
         agrees = off <= TOLERANCE[case.dtype] and off <= min(apart[name].values())
         row = summary(times[name], times[BASELINE] if agrees else None)
         rates = summary([batch / t for t in times[name]], None)
@@ -217,6 +210,6 @@ def _rows(bench: Bench, batch: int, rate: float) -> Iterator[Row]:
             "unit": "images/s",
             **rates,
             "ratio": row["ratio"],
-            "utilisation": flops[peer.method] * rates["median"] / rate,
+            "utilisation": flops[method] * rates["median"] / rate,
             "apart": off,
         }

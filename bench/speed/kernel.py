@@ -6,8 +6,9 @@ Imports torch and basinescape.kernels alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def guide_chain(prediction: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return uncond + weight.view(-1, *[1] * (uncond.ndim - 1)) * difference, gap
 
 
-def compiled(call: Callable[..., object], device: torch.device) -> Callable[..., object]:
+def compiled(call: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """`call` by torch.compile at its best for one shape."""
     torch._dynamo.reset()
     mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else None
@@ -113,10 +114,21 @@ def step_work(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, 
 
     numbers = noise.numel()
     moved = numbers * (5 * dtype.itemsize + 2 * 4)
-    peers: dict[str, Callable[[], Any]] = {"fused step": fused, BASELINE: lambda: chain(*operands)}
+    return _beside({"fused step": fused}, chain, operands, moved, device, compiles)
+
+
+def _beside(
+    ours: Mapping[str, Callable[[], Any]],
+    chain: Callable[..., Any],
+    operands: tuple[Tensor, ...],
+    moved: int,
+    device: torch.device,
+    compiles: bool,
+) -> Work:
+    """The work with its peers: the chain, the chain compiled, and a copy."""
+    peers: dict[str, Callable[[], Any]] = {**ours, BASELINE: partial(chain, *operands)}
     if compiles:
-        fast = compiled(chain, device)
-        peers["compiled chain"] = lambda: fast(*operands)
+        peers["compiled chain"] = partial(compiled(chain, device), *operands)
     return Work({**peers, "copy": _copy(moved, device)}, moved)
 
 
@@ -137,14 +149,8 @@ def guide_work(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
     weight = torch.linspace(BEFORE, AFTER, shape[0], device=device).to(dtype)
     out = torch.empty_like(uncond), torch.empty(shape[0], device=device)
     moved = 3 * uncond.numel() * dtype.itemsize
-    peers: dict[str, Callable[[], Any]] = {
-        "guide": lambda: guide(uncond, cond, weight, out=out),
-        BASELINE: lambda: guide_chain(prediction, weight),
-    }
-    if compiles:
-        fast = compiled(guide_chain, device)
-        peers["compiled chain"] = lambda: fast(prediction, weight)
-    return Work({**peers, "copy": _copy(moved, device)}, moved)
+    ours = {"guide": partial(guide, uncond, cond, weight, out=out)}
+    return _beside(ours, guide_chain, (prediction, weight), moved, device, compiles)
 
 
 WORKS = {"step": step_work, "guide": guide_work}

@@ -19,9 +19,9 @@ def published(pipe: Any, prompt: str, seed: int, steps: int, guidance: Guidance,
     """Latents (1, C, h, w) of one square image under the pipeline's own scheduler and a guidance of constant scale."""
     scheduler, device = pipe.scheduler, pipe.device
     scheduler.set_timesteps(steps, device=device)
-    inputs = adapt(pipe).encode([prompt], height, height).inputs
-    side = height // pipe.vae_scale_factor
-    noise = torch.randn((1, pipe.unet.config.in_channels, side, side), generator=torch.Generator().manual_seed(seed))
+    model = adapt(pipe)
+    inputs = model.encode([prompt], height, height).inputs
+    noise = torch.randn((1, *model.shape(height, height)), generator=torch.Generator().manual_seed(seed))
     latents = (noise * scheduler.init_noise_sigma).to(device, pipe.unet.dtype)
     gaps: list[float] = []
     left = guidance.until is None

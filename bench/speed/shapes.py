@@ -65,18 +65,24 @@ SCHEDULER = {
 
 def pipeline(name: str, dtype: torch.dtype, device: torch.device) -> Any:
     """The diffusers pipeline of a name: tiny, flow, sd15 or sdxl."""
-    pipe = load(Sampler.model_path(name), dtype, False) if name in ("tiny", "flow") else _random(name, dtype, device)
+    pipe: Any = load(Sampler.model_path(name), dtype, False) if name in ("tiny", "flow") else _random(name, dtype, device)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 
 def _random(name: str, dtype: torch.dtype, device: torch.device) -> Any:
     torch.manual_seed(0)
-    with device:
-        unet = UNet2DConditionModel(**UNETS[name]).to(dtype).eval()
-        vae = AutoencoderKL(**VAE, scaling_factor=SCALING[name], force_upcast=False).to(dtype).eval()
     pipe: Any
-    parts = {"vae": vae, "unet": unet, "scheduler": DDIMScheduler(**SCHEDULER), "text_encoder": None, "tokenizer": None}
+    with device:
+        unet: Any = UNet2DConditionModel(**UNETS[name])
+        vae: Any = AutoencoderKL(**VAE, scaling_factor=SCALING[name], force_upcast=False)
+    parts = {
+        "vae": vae.to(dtype).eval(),
+        "unet": unet.to(dtype).eval(),
+        "scheduler": DDIMScheduler(**SCHEDULER),
+        "text_encoder": None,
+        "tokenizer": None,
+    }
     if name == "sdxl":
         width = UNETS[name]["projection_class_embeddings_input_dim"] - 6 * UNETS[name]["addition_time_embed_dim"]
         pipe = StableDiffusionXLPipeline(**parts, text_encoder_2=_projection(width), tokenizer_2=None, add_watermarker=False)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from basinescape import Sampler
 from basinescape.models import Decoded, Encoded, GuidedUNet, Model
-from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -29,16 +28,18 @@ class StandIn:
 
     def encode(
         self,
-        prompts: Sequence[str],
+        prompts: list[str] | None,
         height: int,
         width: int,
         count: int = 1,
         negative_prompt: Sequence[str | None] | None = None,
         **options: Any,
     ) -> Encoded:
+        prompts = prompts or []
         texts = [*([""] * len(prompts) if negative_prompt is None else negative_prompt), *prompts]
         numbers = [int.from_bytes(hashlib.sha256((text or "").encode()).digest()[:2]) / 2**16 for text in texts]
-        return Encoded({"encoder_hidden_states": torch.tensor(numbers).view(-1, 1, 1)}, truncated=[""] * len(prompts))
+        embedded = torch.tensor(numbers).view(-1, 1, 1).to(self._model.device)
+        return Encoded({"encoder_hidden_states": embedded}, truncated=[""] * len(prompts))
 
     def network(self, encoded: Encoded, plain: bool = False) -> GuidedUNet:
         return GuidedUNet(self._predict, encoded.inputs)
@@ -49,13 +50,14 @@ class StandIn:
             time.sleep(self.seconds)
         return (latents * 0.25 + encoder_hidden_states[..., None],)
 
-    def decode(self, latents: Tensor, output: str, generators: Sequence[torch.Generator] | None = None, **size: int) -> Decoded:
-        pixels = (latents[:, :3].float() * 32 + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+    def decode(self, latents: Tensor, output: str, *_: Any, **size: Any) -> Decoded:
+        pixels = (latents[:, :3].float() * 32 + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().contiguous().numpy()
         return Decoded([Image.fromarray(image) for image in pixels], latents.isfinite().flatten(1).all(dim=1), None)
 
 
-def stand_in(pipe: DiffusionPipeline, scheduler: str = "dpmsolver++", seconds: float = 0.0) -> Sampler:
+def stand_in(pipe: Any, scheduler: str = "dpmsolver++", seconds: float = 0.0) -> Sampler:
     """A sampler of `pipe` without the work of its model."""
     sampler = Sampler.from_pipeline(pipe, scheduler)
-    sampler.model = StandIn(sampler.model, seconds)
+    model: Any = StandIn(sampler.model, seconds)  # a model by what it answers
+    sampler.model = model
     return sampler

@@ -7,21 +7,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from basinescape import FirstMinimum, Guidance, Sampler
-from basinescape.models import GuidedUNet
+from basinescape.models import Guided, adapt
 from basinescape.sampling.step_table import StepTable
-from basinescape.sampling.steps import denoise, lockstep
+from basinescape.sampling.steps import denoise, lockstep_move, stepping
 from basinescape.schedulers.schedule import make_scheduler
 from torch import Tensor
-from torch.autograd.profiler import profile
 
 from ..tables import Row
 from .published import published
 from .shapes import pipeline
-from .timing import interleaved, summary
+from .timing import interleaved, profiled, summary
 
 SCALE = 7.5
 BASELINE = "diffusers"
@@ -84,7 +84,7 @@ def peers(pipe: Any, scheduler: str, height: int, batch: int) -> dict[str, tuple
     pipe.scheduler = make_scheduler(scheduler, pipe.scheduler)
 
     def ours(sampler: Sampler, guidance: Guidance) -> Callable[[int], Tensor]:
-        options = {"height": height, "width": height, "batch_size": batch, "output": "latent", "progress": False}
+        options: Any = {"height": height, "width": height, "batch_size": batch, "output": "latent", "progress": False}
         return lambda steps: sampler(prompts, seeds, steps, guidance, **options).latents
 
     def diffusers(steps: int) -> Tensor:
@@ -120,15 +120,12 @@ def counts(call: Callable[[int], object], device: torch.device) -> dict[str, flo
 
 def _counted(call: Callable[[int], object], steps: int, device: torch.device) -> Counter[str]:
     """Operators called by others than operators; launches and waits by the names of the runtime's own functions."""
-    cuda = device.type == "cuda"
-    with profile(use_device="cuda" if cuda else None, use_kineto=cuda) as profiler:
-        call(steps)
-    found = Counter(dict.fromkeys(("operators", "reads", *(("launches", "waits") if cuda else ())), 0))
-    for event in profiler.function_events:
+    found = Counter(dict.fromkeys(("operators", "reads", *(("launches", "waits") if device.type == "cuda" else ())), 0))
+    for event in profiled(partial(call, steps), device):
         inner = event.cpu_parent is not None and event.cpu_parent.name.startswith("aten::")
         found["operators"] += event.name.startswith("aten::") and not inner
         found["reads"] += event.name == READ
-        if cuda:
+        if device.type == "cuda":
             found["launches"] += bool(LAUNCH.match(event.name))
             found["waits"] += bool(WAIT.match(event.name))
     return found
@@ -156,8 +153,7 @@ def step(device: torch.device, preset: str) -> Iterator[Row]:
 
 
 def _latents(pipe: Any, height: int) -> str:
-    side = height // pipe.vae_scale_factor
-    return f"{pipe.unet.config.in_channels}x{side}x{side}"
+    return "x".join(map(str, adapt(pipe).shape(height, height)))
 
 
 def _compared(
@@ -168,7 +164,7 @@ def _compared(
     made = {peer: call(SHORT) for peer, (call, _) in found.items()}
     dtype, expected = made[BASELINE].dtype, made[BASELINE].double()
     apart = {peer: ((latents.double() - expected).norm() / expected.norm()).item() for peer, latents in made.items()}
-    calls = {(peer, steps): _of(call, steps) for peer, (call, _) in found.items() for steps in (SHORT, LONG)}
+    calls = {(peer, steps): partial(call, steps) for peer, (call, _) in found.items() for steps in (SHORT, LONG)}
     times = interleaved(calls, device, rounds)
 
     def a_step(peer: str) -> list[float]:
@@ -182,22 +178,18 @@ def _compared(
         yield {"bench": "step", "what": what, "peer": peer, "unit": "us a step", **row, "apart": apart[peer] if plain else None}
 
 
-def _of(call: Callable[[int], Tensor], steps: int) -> Callable[[], Tensor]:
-    return lambda: call(steps)
-
-
 @torch.inference_mode()
 def _cost(pipe: Any, height: int, cases: Cases) -> Iterator[Row]:
     """Microseconds of the whole loop; ratio: to it from the fitted (a + b * batch) + steps * (c + d * batch)."""
     device = pipe.device
     sampler = Sampler.from_pipeline(pipe)
-    side = height // pipe.vae_scale_factor
+    shape = sampler.model.shape(height, height)
     calls = {}
     for batch in cases.cost_batches:
         network = sampler.model.network(sampler.model.encode(["a picture of a cat"] * batch, height, height))
         for steps in cases.cost_steps:
             plan = StepTable.make(sampler.solver(steps), Guidance.cfg(SCALE), device)
-            noise = torch.randn((batch, pipe.unet.config.in_channels, side, side)).to(device, pipe.unet.dtype)
+            noise = torch.randn((batch, *shape)).to(device, pipe.unet.dtype)
             calls[batch, steps] = _loop(network, plan, noise)
             calls[batch, steps]()
     times = interleaved(calls, device, cases.rounds)
@@ -211,12 +203,12 @@ def _cost(pipe: Any, height: int, cases: Cases) -> Iterator[Row]:
         yield {"bench": "step, cost", "what": what, "peer": "ours", "unit": "us", **row, "us a step": a_step}
 
 
-def _loop(network: GuidedUNet, plan: StepTable, noise: Tensor) -> Callable[[], None]:
+def _loop(network: Guided, plan: StepTable, noise: Tensor) -> Callable[[], None]:
     state = plan.state(noise)
 
     def call() -> None:
         state.start(noise, plan.table, last=plan.last)
-        denoise(lockstep(network, plan, state), plan.branches)
+        denoise(stepping(network, state, lockstep_move(plan, state)), plan.branches)
 
     return call
 

@@ -1,15 +1,19 @@
-"""Peers timed round robin, and rows of what came out. Needs torch alone."""
+"""Peers timed round robin, what the profiler sees of a call, and rows of what came out. Needs torch alone."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from basinescape.runs.environment import environment
+from torch.autograd import profiler
 
 from ..tables import Row
+
+Peer = TypeVar("Peer")
 
 
 def seconds(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
@@ -30,18 +34,28 @@ def seconds(call: Callable[[], object], device: torch.device, calls: int = 1) ->
 
 
 def interleaved(
-    peers: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, least: float = 0.0
-) -> dict[str, list[float]]:
+    peers: Mapping[Peer, Callable[[], object]], device: torch.device, rounds: int, least: float = 0.0
+) -> dict[Peer, list[float]]:
     """Seconds of each peer in each round, one after another in every round; a peer is repeated for `least` seconds.
 
     Everything was called before, so that nothing is compiled here.
     """
     calls = {name: max(1, round(least / max(seconds(call, device), 1e-9))) for name, call in peers.items()}
-    times: dict[str, list[float]] = {name: [] for name in peers}
+    times: dict[Peer, list[float]] = {name: [] for name in peers}
     for _ in range(rounds):
         for name, call in peers.items():
             times[name].append(seconds(call, device, calls[name]))
     return times
+
+
+def profiled(call: Callable[[], object], device: torch.device) -> Sequence[Any]:
+    """What the profiler sees of a call: operators, functions of CUDA's and, on a GPU, what runs there."""
+    cuda = device.type == "cuda"
+    with profiler.profile(use_device="cuda" if cuda else None, use_kineto=cuda) as profile:
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+    return profile.function_events
 
 
 def summary(times: Sequence[float], baseline: Sequence[float] | None) -> Row:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.pictures import opened, readings
+from ..data.pictures import images_in, opened, readings
 from ..data.rows import Faults
 from .measures import BATCH, THRESHOLDS, Similarity, installed
 
 BLOCK = 64  # pictures of a set that are compared together
-
-
-@dataclass(frozen=True)
-class Found:
-    """The training image nearest to a picture, by the measure in which it stands out most from the measure's threshold."""
-
-    measure: str
-    similarity: float
-    image: Path
-    copy: bool
 
 
 class Comparison:
@@ -93,14 +82,11 @@ class Index(Comparison):
         if not images:
             raise ValueError("there are no training images to compare with")
         self.images: list[Path] = []
-        self._read(images, Faults(on_error))
-
-    def _read(self, images: Sequence[Path], faults: Faults) -> None:
-        digest, held = hashlib.sha256(), []
-        for path in tqdm(images, desc="training images", delay=5):
+        digest, waiting, faults = hashlib.sha256(), list[list[Image.Image]](), Faults(on_error)
+        for path in tqdm(images, desc="training images", unit=" images", delay=5):
             try:
                 data = path.read_bytes()
-                held.append(list(readings(data, f"training image {str(path)!r}")))
+                waiting.append(list(readings(data, f"training image {str(path)!r}")))
             except OSError as error:
                 faults(f"training image {str(path)!r} cannot be read: {error}")
                 continue
@@ -109,47 +95,42 @@ class Index(Comparison):
                 continue
             self.images.append(path)
             digest.update(repr((path.name, hashlib.sha256(data).hexdigest())).encode("utf-8", "surrogateescape"))
-            if len(held) == BATCH:
-                self.add(held)
-                held = []
-        if held:
-            self.add(held)
+            if len(waiting) == BATCH:
+                self.add(waiting)
+                waiting = []
+        if waiting:
+            self.add(waiting)
         if not self.images:
             raise ValueError("there are no training images that can be read")
         self.sha256 = digest.hexdigest()
 
-    def __call__(self, pictures: Sequence[Image.Image]) -> list[Found]:
-        """The nearest training image of each picture: that of the measure in which it stands out most from its threshold."""
+    def __call__(self, pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
+        """Of each picture the nearest training image, by the measure in which it stands out most from its threshold.
+
+        similarity, measure: how like it is, by which measure. nearest: the training image, a path. copy: above the threshold?
+        """
         margins, values, chosen = self.clearest(pictures)
         found = []
         for k, where in enumerate(margins.argmax(dim=1).tolist()):
             name, value = self.measures[int(chosen[k, where])], values[k, where].item()
-            found.append(Found(name, round(value, 4), self.images[where], value > self.thresholds[name]))
+            said = {"similarity": round(value, 4), "measure": name, "nearest": self.images[where]}
+            found.append({**said, "copy": value > self.thresholds[name]})
         return found
 
 
 class Copies:
-    """Compares images of a run with the training images of a folder, for its manifest. The arguments are those of `Index`."""
+    """Compares images of a run with the training images in a folder, for its manifest. The rest is `Index`'s."""
 
     def __init__(
-        self,
-        folder: Path,
-        images: Sequence[Path],
-        measures: Sequence[str] | None = None,
-        threshold: float | None = None,
-        on_error: str = "stop",
+        self, folder: Path, measures: Sequence[str] | None = None, threshold: float | None = None, on_error: str = "stop"
     ):
-        self._folder, self._index = folder, Index(images, measures, threshold, on_error)
-        self.settings = {
-            "images": len(self._index.images),
-            "sha256": self._index.sha256,
-            "thresholds": self._index.thresholds,
-        }
+        self._folder, self._index = folder, Index(images_in(folder), measures, threshold, on_error)
+        index = self._index
+        self.settings = {"images": len(index.images), "sha256": index.sha256, "thresholds": index.thresholds}
 
     def __call__(self, image: Image.Image) -> dict[str, Any]:
         (found,) = self._index([image])
-        nearest = str(found.image.relative_to(self._folder))
-        return {"similarity": found.similarity, "measure": found.measure, "nearest": nearest, "copy": found.copy}
+        return {**found, "nearest": str(found["nearest"].relative_to(self._folder))}
 
 
 class Duplicates:

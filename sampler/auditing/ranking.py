@@ -8,8 +8,7 @@ and no training image.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,11 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import checks
-from ..calibration import cost
+from ..calibration.cost import PlainRuns
 from ..guidance.guidance import Guidance
+from ..runs.batches import halving, parts
 from ..runs.journal import Journal, read_lines
-from ..runs.progress import FORMAT, moving, parts
-from ..sampler import Sampler
+from ..runs.progress import moving
 
 log = logging.getLogger(__name__)
 Task = tuple[str, str, list[int]]  # of a caption: its id, its text, the seeds of its initial noises
@@ -40,87 +39,44 @@ class Reference:
     source: str
 
 
-@dataclass(frozen=True)
-class Gaps:
-    """The first noise gaps of texts.
+def first_gaps(runs: PlainRuns, first: int, tasks: Sequence[Task], path: Path, what: str) -> dict[str, dict[str, Any]]:
+    """The noise gaps of each task's first steps, so many, in a line by its id.
 
-    steps: how many are taken, of a run of `of`. scale: of the guidance. size: samples a batch.
+    The lines are kept in the file `path`; a run that was stopped goes on from there. A line has id, status and, where that is
+    "ok", gaps: (noises, steps); and truncated, what the text encoder cut off. what: names the tasks for the user.
     """
+    with Journal(path, lambda line: line["id"] if line.get("status") == "ok" else None) as journal:
+        lines = {line["id"]: line for line in read_lines(path)}
+        waiting = [task for task in tasks if task[0] not in lines]
+        samples = [text for _, text, seeds in waiting for _ in seeds]
+        with runs.bar(what, "captions", len(tasks), len(tasks) - len(waiting), samples, first) as shown:
+            for part in parts(len(waiting), max(1, runs.size // len(tasks[0][2]))):
+                found: list[dict[str, Any]] = []
+                for some, made in halving(lambda some: _measured(runs, first, some, shown), [waiting[i] for i in part]):
+                    if isinstance(made, Exception):
+                        made = [{"id": some[0][0], "status": f"failed: {checks.line(made)}"}]
+                    found += made
+                journal.append(*found)
+                lines |= {line["id"]: line for line in found}
+                shown.update(len(part))
+    return lines
 
-    sampler: Sampler
-    steps: int
-    of: int
-    scale: float
-    size: int
-    progress: bool
 
-    def __call__(self, tasks: Sequence[Task], path: Path, what: str) -> dict[str, dict[str, Any]]:
-        """The line of each task by its id, kept in the file `path`; a run that was stopped goes on from there.
-
-        A line has id, status and, where that is "ok", gaps: (noises, steps); and truncated, what the text encoder cut off.
-        """
-        with Journal(path, lambda line: line["id"] if line.get("status") == "ok" else None) as journal:
-            lines = {line["id"]: line for line in read_lines(path)}
-            waiting = [task for task in tasks if task[0] not in lines]
-            if waiting and self.progress:
-                noises = [text for _, text, seeds in waiting for _ in seeds]
-                cost.announce(what, self.sampler, noises, len(noises), self.steps, self.of, self.scale, self.size)
-            with bar(what, len(tasks), len(tasks) - len(waiting), self.progress) as shown:
-                for part in parts(len(waiting), max(1, self.size // len(tasks[0][2]))):
-                    found = self._lines([waiting[i] for i in part], shown)
-                    journal.append(*found)
-                    lines |= {line["id"]: line for line in found}
-                    shown.update(len(part))
-        return lines
-
-    def _lines(self, batch: Sequence[Task], shown: tqdm) -> list[dict[str, Any]]:
-        lines: list[dict[str, Any]] = []
-        for some, found in each(lambda tasks: self._measured(tasks, shown), batch):
-            if isinstance(found, Exception):
-                lines.append({"id": some[0][0], "status": f"failed: {checks.line(found)}"})
-            else:
-                lines += found
-        return lines
-
-    def _measured(self, tasks: Sequence[Task], shown: tqdm) -> list[dict[str, Any]]:
-        texts = [text for _, text, seeds in tasks for _ in seeds]
-        seeds = [seed for _, _, own in tasks for seed in own]
-        options: dict[str, Any] = {"output": "latent", "batch_size": self.size, "progress": moving(shown, len(tasks))}
-        made = self.sampler(texts, seeds, self.of, Guidance.cfg(self.scale), stop_after=self.steps, **options)
-        gaps = made.noise_gap[:, : self.steps].view(len(tasks), -1, self.steps)
-        lines = []
-        for (id, _, own), found, cut in zip(tasks, gaps, made.truncated[:: len(tasks[0][2])], strict=True):
-            if not found.isfinite().all():
-                lines.append({"id": id, "status": f"failed: the noise gaps with seeds {own} are not finite"})
-            else:
-                lines.append({"id": id, "status": "ok", "gaps": found.tolist()} | ({"truncated": cut} if cut else {}))
-        return lines
+def _measured(runs: PlainRuns, first: int, tasks: Sequence[Task], shown: tqdm) -> list[dict[str, Any]]:
+    texts = [text for _, text, seeds in tasks for _ in seeds]
+    seeds = [seed for _, _, own in tasks for seed in own]
+    how: dict[str, Any] = {"output": "latent", "batch_size": runs.size, "progress": moving(shown, len(tasks))}
+    made = runs.sampler(texts, seeds, runs.steps, Guidance.cfg(runs.scale), stop_after=first, **how)
+    gaps = made.noise_gap[:, :first].view(len(tasks), -1, first)
+    lines = []
+    for (id, _, own), found, cut in zip(tasks, gaps, made.truncated[:: len(tasks[0][2])], strict=True):
+        if not found.isfinite().all():
+            lines.append({"id": id, "status": f"failed: the noise gaps with seeds {own} are not finite"})
+        else:
+            lines.append({"id": id, "status": "ok", "gaps": found.tolist()} | ({"truncated": cut} if cut else {}))
+    return lines
 
 
 def statistic(gaps: Sequence[Sequence[float]], usual: Sequence[float]) -> float:
     """The mean of gaps (noises, steps), each divided by the usual gap of its step."""
     return float((np.asarray(gaps) / np.asarray(usual)).mean())
-
-
-def each(make: Callable[[Sequence[Any]], Any], batch: Sequence[Any]) -> Iterator[tuple[Sequence[Any], Any]]:
-    """Call `make` with a batch, and yield the batch and the result.
-
-    A batch that fails is halved until what fails is one item, which is yielded with its exception.
-    """
-    try:
-        made = make(batch)
-    except Exception as error:  # out of memory, or what a caption does to a tokenizer
-        if len(batch) == 1:
-            log.error("%s", checks.line(error))
-            yield batch, error
-            return
-        middle = len(batch) // 2
-        for half in (batch[:middle], batch[middle:]):
-            yield from each(make, half)
-        return
-    yield batch, made
-
-
-def bar(what: str, total: int, done: int, progress: bool) -> AbstractContextManager[tqdm]:
-    """A bar of progress over `total` items, of which so many are done."""
-    return tqdm(total=total, initial=done, desc=what, bar_format=FORMAT, disable=not progress)

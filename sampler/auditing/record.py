@@ -9,27 +9,31 @@ from typing import Any
 from ..data.captions import Prompt
 from .index import Index
 from .ranking import Reference, statistic
-from .statistics import LEVEL, discoveries, fewest, interval, p_values
+from .significance import LEVEL, discoveries, fewest, interval, p_values
 
 log = logging.getLogger(__name__)
 Line = Mapping[str, Any]
-# Columns about the pictures of a caption.
-VERDICTS = ("score", "suspects", "n", "low", "high", "copies", "copies_low", "copies_high", "similarity", "measure", "nearest")
+# Of audit.csv; those that decide come first.
+COLUMNS = (
+    *("id", "caption", "flagged", "suspects", "n", "copies", "score", "gap", "p", "low", "high", "copies_low", "copies_high"),
+    *("similarity", "measure", "nearest", "image", "status"),
+)
 
 
 def ranked(captions: Sequence[Prompt], lines: Mapping[str, Line], reference: Reference, rate: float) -> list[dict[str, Any]]:
-    """A row for each caption, the largest statistic first, those that failed last. lines: of `Gaps`, by id."""
-    sound = [prompt for prompt in captions if lines[prompt.id]["status"] == "ok"]
-    values = [statistic(lines[prompt.id]["gaps"], reference.gap) for prompt in sound]
+    """A row for each caption, the largest statistic first, those that failed last. lines: of `first_gaps`, by id."""
+    sound = [prompt.id for prompt in captions if lines[prompt.id]["status"] == "ok"]
+    values = [statistic(lines[id]["gaps"], reference.gap) for id in sound]
     p = p_values(values, reference.ordinary)
-    told = dict(zip((prompt.id for prompt in sound), zip(values, p, discoveries(p, rate), strict=True), strict=True))
+    told = {
+        id: {"gap": round(gap, 5), "p": round(value, 6), "flagged": flagged}
+        for id, gap, value, flagged in zip(sound, values, p, discoveries(p, rate), strict=True)
+    }
     rows = []
     for prompt in captions:
-        row: dict[str, Any] = {"id": prompt.id, "caption": prompt.text, "gap": None, "p": None, "flagged": False}
-        if prompt.id in told:
-            gap, value, flagged = told[prompt.id]
-            row |= {"gap": round(gap, 5), "p": round(value, 6), "flagged": flagged}
-        rows.append({**row, "image": str(prompt.image) if prompt.image else None, "status": lines[prompt.id]["status"]})
+        image, status = str(prompt.image) if prompt.image else None, lines[prompt.id]["status"]
+        said = told.get(prompt.id, {"gap": None, "p": None, "flagged": False})
+        rows.append({"id": prompt.id, "caption": prompt.text, **said, "image": image, "status": status})
     return sorted(rows, key=lambda row: -(row["gap"] or 0))
 
 
@@ -38,22 +42,17 @@ def verdict(row: Line, found: Sequence[Line]) -> dict[str, Any]:
 
     low, high: exact bounds of the share of suspect pictures; copies_low, copies_high: of copies. None: not verified.
     """
-    said: dict[str, Any] = dict.fromkeys(VERDICTS)
+    said: dict[str, Any] = dict.fromkeys(COLUMNS) | dict(row)
     if found:
         suspects = sum(line["suspect"] for line in found)
         said |= {"score": max(line["score"] for line in found), "suspects": suspects, "n": len(found)}
-        said["low"], said["high"] = _rounded(interval(suspects, len(found)))
+        said["low"], said["high"] = (round(bound, 4) for bound in interval(suspects, len(found)))
     if found and "copy" in found[0]:
-        said["copies"] = sum(line["copy"] for line in found)
-        said["copies_low"], said["copies_high"] = _rounded(interval(said["copies"], len(found)))
+        copies = said["copies"] = sum(line["copy"] for line in found)
+        said["copies_low"], said["copies_high"] = (round(bound, 4) for bound in interval(copies, len(found)))
         nearest = max(found, key=lambda line: (line["copy"], line["similarity"]))
         said |= {name: nearest[name] for name in ("similarity", "measure", "nearest")}
-    first = {name: row[name] for name in ("id", "caption", "gap", "p", "flagged")}
-    return {**first, **said, "image": row["image"], "status": row["status"]}
-
-
-def _rounded(bounds: tuple[float, float]) -> tuple[float, float]:
-    return round(bounds[0], 4), round(bounds[1], 4)
+    return said
 
 
 def ranked_record(rows: Sequence[Line], lines: Mapping[str, Line], reference: Reference, rate: float) -> dict[str, Any]:

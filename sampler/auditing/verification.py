@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,132 +10,111 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
-from ..calibration import cost
+from ..calibration.cost import PlainRuns
 from ..data.pictures import opened
 from ..detection import basin
 from ..guidance.guidance import Guidance
 from ..runs.atomic import save_image
+from ..runs.batches import halving, parts
 from ..runs.journal import Journal, read_lines
-from ..runs.progress import moving, parts
+from ..runs.progress import moving
 from ..sampler import Sampler
 from .heat import Heat, in_grey
 from .index import Index
-from .ranking import Task, bar, each
+from .ranking import Task
 
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Files:
-    """Where an audit's folder `out` has its pictures."""
-
-    out: Path
-
-    def picture(self, id: str, seed: int) -> Path:
-        return self.out / "images" / f"{id}-{seed}.png"
-
-    def heat(self, id: str, seed: int) -> Path:
-        return self.out / "heat" / f"{id}-{seed}.png"
-
-    def prediction(self, id: str) -> Path:
-        return self.out / "predictions" / f"{id}.png"
+# Files of an audit's folder, of the lines about pictures.
+PICTURE, HEAT, PREDICTION = "images/{id}-{seed}.png", "heat/{id}-{seed}.png", "predictions/{id}.png"
+Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Makes pictures of captions with plain guidance, into the folder `out`, and judges them.
+    """Makes pictures of captions, into the folder `out`, and judges them.
 
-    steps, scale: of a run. usual: the usual noise gaps of its first steps, over which the maps of heat are summed.
-    threshold: of the basin score. size: samples a batch.
+    usual: the usual noise gaps of a run's first steps, over which the maps of heat are summed. threshold: of the basin score.
+    index: of the training images; None: there are none.
     """
 
-    sampler: Sampler
+    runs: PlainRuns
     out: Path
-    steps: int
-    scale: float
     usual: Sequence[float]
     threshold: float
-    size: int
-    progress: bool
+    index: Index | None
 
-    def __call__(self, tasks: Sequence[Task], index: Index | None) -> dict[str, list[dict[str, Any]]]:
+    def __call__(self, tasks: Sequence[Task]) -> dict[str, list[Line]]:
         """Lines about the pictures of each caption by its id: copies first, then by falling score.
 
         tasks: the captions, each with its pictures' seeds. A line has id, seed, score and suspect and, where there is an index
-        of training images, what `Found` has. A picture that fails is logged and has no line; it is made when the audit is run
+        of training images, what that finds. A picture that fails is logged and has no line; it is made when the audit is run
         again.
         """
-        files = Files(self.out)
-        for path in (files.heat("", 0), files.prediction("")):
-            path.parent.mkdir(exist_ok=True)
-        lines = self._pictures(tasks, files)
-        self._predictions([task for task in tasks if not files.prediction(task[0]).is_file()], files)
-        if index is not None:
-            for part in parts(len(lines), self.size):
+        for name in (HEAT, PREDICTION):
+            (self.out / name).parent.mkdir(exist_ok=True)
+        lines = self._pictures(tasks)
+        self._predictions(tasks)
+        if self.index is not None:
+            for part in parts(len(lines), self.runs.size):
                 some = [lines[i] for i in part]
-                pictures = [opened(path := files.picture(line["id"], line["seed"]), str(path)) for line in some]
-                for line, found in zip(some, index(pictures), strict=True):
-                    line |= {"copy": found.copy, "similarity": found.similarity, "measure": found.measure}
-                    line["nearest"] = str(found.image)
-        by_id: dict[str, list[dict[str, Any]]] = {}
+                pictures = [opened(path := self.out / PICTURE.format(**line), str(path)) for line in some]
+                for line, found in zip(some, self.index(pictures), strict=True):
+                    line |= found | {"nearest": str(found["nearest"])}
+        by_id: dict[str, list[Line]] = {}
         for line in sorted(lines, key=lambda line: (-line.get("copy", False), -line["score"])):
             by_id.setdefault(line["id"], []).append(line)
         return by_id
 
-    def _pictures(self, tasks: Sequence[Task], files: Files) -> list[dict[str, Any]]:
+    def _pictures(self, tasks: Sequence[Task]) -> list[Line]:
         path = self.out / "verified.jsonl"
-        pictures = [(id, text, seed) for id, text, seeds in tasks for seed in seeds]
+        asked = [(id, seed, text) for id, text, seeds in tasks for seed in seeds]
 
-        def known(line: dict[str, Any]) -> tuple[str, int]:
-            return line["id"], line["seed"]
+        def known(line: Line) -> tuple[str, int] | None:
+            there = all((self.out / name.format(**line)).is_file() for name in (PICTURE, HEAT))
+            return (line["id"], line["seed"]) if there else None
 
-        def there(line: dict[str, Any]) -> tuple[str, int] | None:
-            return known(line) if files.picture(*known(line)).is_file() and files.heat(*known(line)).is_file() else None
-
-        with Journal(path, there) as journal:
-            lines = {known(line): line for line in read_lines(path)}
-            waiting = [one for one in pictures if (one[0], one[2]) not in lines]
-            if waiting and self.progress:
-                texts, (size, steps) = [text for _, text, _ in waiting], (self.size, self.steps)
-                cost.announce("pictures to verify", self.sampler, texts, len(texts), steps, steps, self.scale, size)
-            with bar("pictures", len(pictures), len(pictures) - len(waiting), self.progress) as shown:
-                for part in parts(len(waiting), self.size):
-                    for some, made in each(lambda batch: self._sampled(batch, shown), [waiting[i] for i in part]):
-                        for (id, _, seed), one in zip(some, [] if isinstance(made, Exception) else made, strict=False):
+        with Journal(path, known) as journal:
+            lines = {(line["id"], line["seed"]): line for line in read_lines(path)}
+            waiting = [one for one in asked if one[:2] not in lines]
+            texts = [text for _, _, text in waiting]
+            with self.runs.bar("pictures", "pictures", len(asked), len(asked) - len(waiting), texts) as shown:
+                for part in parts(len(waiting), self.runs.size):
+                    for some, made in halving(lambda batch: self._sampled(batch, shown), [waiting[i] for i in part]):
+                        for (id, seed, _), one in zip(some, [] if isinstance(made, Exception) else made, strict=False):
                             picture, heat, score = one
-                            save_image(picture, files.picture(id, seed))
-                            save_image(heat, files.heat(id, seed))
-                            line = {"id": id, "seed": seed, "score": score}
+                            line = lines[id, seed] = {"id": id, "seed": seed, "score": score}
+                            save_image(picture, self.out / PICTURE.format(**line))
+                            save_image(heat, self.out / HEAT.format(**line))
                             journal.append(line)
-                            lines[id, seed] = line
                         shown.update(len(some))
-        found = [dict(lines[id, seed]) for id, _, seed in pictures if (id, seed) in lines]
+        found = [dict(lines[one[:2]]) for one in asked if one[:2] in lines]
         for line in found:
             line["score"] = math.nan if line["score"] is None else line["score"]
             line["suspect"] = bool(basin.suspects(line["score"], self.threshold))
         return found
 
-    def _sampled(self, batch: Sequence[tuple[str, str, int]], shown: Any) -> list[tuple[Image.Image, Image.Image, float]]:
-        """Picture, heat and score of each (id, text, seed)."""
-        texts, seeds = [text for _, text, _ in batch], [seed for _, _, seed in batch]
-        heat = Heat(len(self.usual))
-        told = moving(shown, len(batch))
-        made = self.sampler.wrapped(heat.watch)(texts, seeds, self.steps, Guidance.cfg(self.scale), progress=told)
+    def _sampled(self, batch: Sequence[tuple[str, int, str]], shown: tqdm) -> list[tuple[Image.Image, Image.Image, float]]:
+        """Picture, heat and score of each (id, seed, text)."""
+        runs, heat = self.runs, Heat(len(self.usual))
+        texts, seeds = [text for _, _, text in batch], [seed for _, seed, _ in batch]
+        sampler, told = runs.sampler.wrapped(heat.watch), moving(shown, len(batch))
+        made = sampler(texts, seeds, runs.steps, Guidance.cfg(runs.scale), progress=told)
         finite = made.latents.isfinite().flatten(1).all(dim=1) if made.finite is None else made.finite
         if not finite.all():
-            id, _, seed = batch[finite.tolist().index(False)]
+            id, seed, _ = batch[finite.tolist().index(False)]
             raise ValueError(f"the picture {id}-{seed} is not finite")
-        scores = self.sampler.judge(made.latents, texts, seeds, self.threshold, batch_size=self.size).score
-        maps = map(in_grey, heat.maps(self.sampler, self.usual))
+        scores = runs.sampler.judge(made.latents, texts, seeds, self.threshold, batch_size=runs.size).score
+        maps = map(in_grey, heat.maps(runs.sampler, self.usual))
         return list(zip(map(still, made.images), maps, (round(score, 5) for score in scores.tolist()), strict=True))
 
-    def _predictions(self, tasks: Sequence[Task], files: Files) -> None:
-        with bar("one-step predictions", len(tasks), 0, self.progress and bool(tasks)) as shown:
-            for part in parts(len(tasks), self.size):
-                for some, made in each(lambda batch: predictions(self.sampler, batch), [tasks[i] for i in part]):
+    def _predictions(self, tasks: Sequence[Task]) -> None:
+        waiting = [task for task in tasks if not (self.out / PREDICTION.format(id=task[0])).is_file()]
+        with self.runs.bar("one-step predictions", "captions", len(tasks), len(tasks) - len(waiting), ()) as shown:
+            for part in parts(len(waiting), self.runs.size):
+                for some, made in halving(lambda batch: predictions(self.runs.sampler, batch), [waiting[i] for i in part]):
                     for (id, _, _), picture in zip(some, [] if isinstance(made, Exception) else made, strict=False):
-                        save_image(picture, files.prediction(id))
+                        save_image(picture, self.out / PREDICTION.format(id=id))
                     shown.update(len(some))
 
 

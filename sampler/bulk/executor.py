@@ -13,17 +13,16 @@ from typing import Any, Protocol
 from torch import nn
 
 from ..data.encoding import Encoder, Made
-from ..data.prompts import Job
 from ..models.network import hooked
 from ..sampler import Sampler
 from ..sampling.engine import Engine
+from .part import Placed, longest_first
 from .plans import Plans
 from .settings import Files
 from .stages import TEXTS, Picture, Stages, decoded, encoded, said
 from .stop import Stop
 
 PRESSES = 2  # threads that turn pictures into files
-Placed = tuple[int, Job]  # a job and its position in the run
 
 
 class Executor(Protocol):
@@ -71,7 +70,7 @@ class LocalExecutor:
         model, options, order = self.sampler.model, self.sampler.options, deque[int]()
 
         def noted() -> Iterator[Placed]:
-            for position, job in stop.until(jobs):
+            for position, job in stop.until(longest_first(jobs, self.slots, self.plans.size_of, self.plans.calls_of)):
                 order.append(position)
                 yield position, job
 

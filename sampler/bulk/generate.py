@@ -11,13 +11,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..data.prompts import Job, Prompts
-from ..data.writers import Writer, files_of, writer
+from ..data.writers import Writer, writer_of
 from ..models import memory
 from ..runs.environment import own_numbers
 from ..runs.folder import differences, open_folder, read_settings
@@ -26,9 +27,9 @@ from ..runs.manifest import MANIFEST, note
 from ..runs.progress import Progress, Summary
 from ..runs.provenance import weights_sha256
 from ..sampler import Sampler
-from .executor import Executor, LocalExecutor, Placed
+from .executor import Executor, LocalExecutor
 from .forecast import Forecast
-from .part import Part, by_size, grown
+from .part import Part, Placed, by_size, grown
 from .plans import Plans
 from .settings import Duplicates, Files, Placement, Recipe
 from .stop import Stop
@@ -85,13 +86,18 @@ def generate(
     plans = Plans(sampler, recipe, model)
     prompts.check(plans.of)
     out = files.folder(out)
-    writes = writer(out, *files_of(files.settings()))
+    writes = writer_of(out, files.settings())
     slots = _slots(out, placement, plans, prompts)
     settings = {"model": model, "slots": slots, **recipe.settings(), **files.settings()}
     settings |= {"options": options} if options else {}
     settings |= prompts.settings | {"weights": weights_sha256(sampler.pipe)} | sampler.provenance
     open_folder(out, settings, GROWING, partial(_grown, out, settings, prompts))
-    executor = _executor(plans, slots, files, placement)
+    if placement.load is None:
+        executor: Executor = LocalExecutor(plans, slots, files)
+    else:
+        from .ray import RayExecutor
+
+        executor = RayExecutor(plans, slots, files, placement)
     shown = progress if isinstance(progress, Progress) else Progress("auto" if progress else "none")
     part, forecast = Part(prompts, files.shard), Forecast(plans, prompts.kinds, files.format == "latents", out, shown)
     _fill(writes, files, executor, part, plans, forecast, shown)
@@ -100,23 +106,11 @@ def generate(
     return shown.summary
 
 
-def _executor(plans: Plans, slots: int, files: Files, placement: Placement) -> Executor:
-    if placement.load is None:
-        return LocalExecutor(plans, slots, files)
-    from .ray import RayExecutor
-
-    return RayExecutor(plans, slots, files, placement)
-
-
 def _fill(
     writes: Writer, files: Files, executor: Executor, part: Part, plans: Plans, forecast: Forecast, shown: Progress
 ) -> None:
     """Make what is missing in a run's folder."""
-
-    def finished(line: dict[str, Any]) -> str | None:
-        return line["id"] if writes.holds(line) else None
-
-    with Journal(writes.out / MANIFEST, finished) as journal, shown, Stop() as stop:
+    with Journal(writes.out / MANIFEST, writes.finished) as journal, shown, Stop() as stop, closing(executor):
         part.record(writes.out)
 
         def waiting() -> Iterator[Placed]:
@@ -130,20 +124,17 @@ def _fill(
                 shown.update(line, executor.calls)
 
         shown.begin(len(part), len(journal), part.prompts.skipped)
-        forecast.left = len(part) - len(journal)
 
         def stepped(under_way: float) -> None:
             shown.moved(under_way)
-            forecast.step(executor.calls)
+            forecast.step()
 
         executor.stepped = stepped
-        jobs = waiting() if len({plans.size(kind) for kind in part.prompts.kinds}) == 1 else by_size(waiting(), plans.size_of)
-        for made in executor.made(forecast.first_of(jobs), stop):
+        for made in executor.made(forecast.first_of(by_size(waiting(), plans.size_of)), stop):
             keep(writes.add(files.signer(made) if files.signer else made))
         keep(writes.flush())
-        shown.summary.signal = stop.signal
-        executor.close()
-        if files.duplicates is not None and stop.signal is None:
+        shown.summary.signal = stop.signal if shown.summary.left else None
+        if files.duplicates is not None and shown.summary.signal is None:
             shown.summary.mark("duplicates", _note(writes, files.duplicates))
         writes.finish()
 

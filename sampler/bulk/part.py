@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from ..runs.jsontext import json_bytes
 from ..runs.manifest import JOBS, belongs, job_lines, read_jobs
 
 WINDOW = 1024  # jobs that are put into order together, and so are in memory
+END = 4  # times the slots: so many jobs at the end are begun longest first
+Placed = tuple[int, Job]  # a job and its position in the run
 
 
 class Part:
@@ -30,10 +33,10 @@ class Part:
     def __len__(self) -> int:
         return self.count
 
-    def __iter__(self) -> Iterator[tuple[int, Job]]:
+    def __iter__(self) -> Iterator[Placed]:
         return ((position, job) for position, job in self._asked() if belongs(position, self.shard))
 
-    def _asked(self) -> Iterator[tuple[int, Job]]:
+    def _asked(self) -> Iterator[Placed]:
         try:
             yield from self.prompts
         except Exception as error:  # whatever a source raises: nobody can list it
@@ -48,18 +51,31 @@ class Part:
                 file.write(json_bytes(_line(position, job)) + b"\n")
 
 
-def by_size(jobs: Iterable[tuple[int, Job]], size: Callable[[Job], tuple[int, int]]) -> Iterator[tuple[int, Job]]:
+def by_size(jobs: Iterable[Placed], size: Callable[[Job], tuple[int, int]]) -> Iterator[Placed]:
     """The jobs, those of one size together in every WINDOW: a batch has one size, and runs empty before the next.
 
     Each window begins with the size that the one before ended with.
     """
     jobs, last = iter(jobs), None
     while some := list(islice(jobs, WINDOW)):
-        groups: dict[tuple[int, int] | None, list[tuple[int, Job]]] = {last: []}
+        groups: dict[tuple[int, int] | None, list[Placed]] = {last: []}
         for placed in some:
             groups.setdefault(size(placed[1]), []).append(placed)
         for last, group in groups.items():  # noqa: B007 (the last of them stays open)
             yield from group
+
+
+def longest_first(
+    jobs: Iterable[Placed], slots: int, size: Callable[[Job], tuple[int, int]], calls: Callable[[Job], int]
+) -> Iterator[Placed]:
+    """The jobs; at the end those of one size by the network's calls that they take, so that all slots run empty together."""
+    ahead: deque[Placed] = deque()
+    for placed in jobs:
+        ahead.append(placed)
+        if len(ahead) > END * slots:
+            yield ahead.popleft()
+    for _, group in groupby(ahead, key=lambda placed: size(placed[1])):
+        yield from sorted(group, key=lambda placed: -calls(placed[1]))
 
 
 def grown(out: Path, known: Mapping[str, Any], prompts: Prompts) -> None:

@@ -62,13 +62,16 @@ class Plans:
         if isinstance(guidance, Guard) and (steps, size) != (own, self.sampler.size()):
             guidance = replace(guidance, early=None)
         solver, model = self.sampler.solver(steps, *size), self.sampler.model
-        return Ladder.make(solver, guidance, model.device, model.settle)
+        return Ladder.make(solver, guidance, model.device, model.correction)
 
     def size_of(self, job: Job) -> Size:
         return self.size(job.kind)
 
     def ladder_of(self, job: Job) -> Ladder:
         return self.of(job.kind)
+
+    def calls_of(self, job: Job) -> int:
+        return self.calls(job.kind)
 
     def calls(self, kind: Kind) -> int:
         """The network's calls that a first attempt takes, the judging of its picture included."""

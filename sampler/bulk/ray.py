@@ -1,51 +1,58 @@
-"""The same run on every GPU of a Ray cluster: actors hold the engine, this process reads the prompts and writes the folder.
+"""The same run on every GPU of a Ray cluster: workers make pictures, this process reads the prompts and writes the folder.
 
-Blocks of jobs go to the actors and come back as files, in order; few are under way at a time, so that nothing holds them all. A
-worker that dies is replaced and its block made again, by Ray. What is done is known from the manifest, as without Ray.
+Blocks of jobs go to the workers and come back as files, in order; few are under way at a time, so that nothing holds them all.
+Ray replaces a worker that dies, and its block is made again. What is done is known from the manifest, as without Ray.
 
-These are actors and not Ray Data's `map_batches`: what that adds, reading and writing in blocks, this process has already for
-all of its sources and formats, and it needs pandas and pyarrow on every machine.
+Workers are Ray's actors. Ray Data's `map_batches` would add reading and writing in blocks, which this process does for all
+sources and formats, and needs pandas and pyarrow on every machine.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
 
 from ..data.encoding import Made
+from ..runs.environment import library
 from ..sampler import Sampler
-from .executor import LocalExecutor, Placed
+from .executor import LocalExecutor
+from .part import Placed
 from .plans import Plans
 from .settings import Files, Placement, Recipe
 from .stop import Stop
 
-ROUNDS = 8  # times the slots of an engine: the jobs of a block
-AHEAD = 2  # blocks an actor: one that it makes, one that waits for it
+ROUNDS = 8  # times the slots of an engine: the jobs of a block, fewer where some workers would have none
+AHEAD = 2  # blocks a worker: one that it makes, one that waits for it
+LOOK = 0.5  # seconds of a look at whether a block is done
 RETRIES = 3  # times that a block is made again whose worker died
 
 
 def cluster(workers: int | None = None) -> tuple[int, bool]:
     """(the number of workers, whether each has a GPU) of the cluster that RAY_ADDRESS names, or of this machine.
 
-    workers: default one a GPU, or one where there is none. Raises ImportError without ray.
+    workers: default one a GPU, or one where there is none. Raises ImportError without ray, ValueError for more workers than
+    the cluster has GPUs, or CPUs where it has no GPU.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError("engine 'ray' needs the package ray: pip install 'basinescape[ray]'") from error
+    ray = library("ray", "engine 'ray' needs", install="'basinescape[ray]'")
     if not ray.is_initialized():
-        ray.init(log_to_driver=False)
-    gpus = int(ray.cluster_resources().get("GPU", 0))
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
+    if workers is not None and workers > (gpus or cpus):
+        raise ValueError(
+            f"workers is {workers}, and the cluster has {gpus or cpus} {'GPUs' if gpus else 'CPUs'}: ask for fewer"
+        )
     return workers or gpus or 1, gpus > 0
 
 
 class Worker:
-    """An actor: a sampler and its engine. threads: for what runs on a CPU, whose last bits depend on their number.
+    """A sampler and its engine. threads: for what runs on a CPU, whose last bits depend on their number.
 
     options: of every call of the sampler.
     """
@@ -64,6 +71,9 @@ class Worker:
         sampler = load().using(recipe.height, recipe.width, **options)
         self.executor = LocalExecutor(Plans(sampler, recipe, model), slots, files)
 
+    def ready(self) -> None:
+        """Returns once the sampler is loaded."""
+
     def make(self, jobs: list[Placed]) -> tuple[list[Made], Counter[str]]:
         """What comes of a block of jobs, in the order of their positions, and the network calls that it took."""
         before = Counter(self.executor.calls)
@@ -72,7 +82,10 @@ class Worker:
 
 
 class RayExecutor:
-    """An `Executor` by workers, each of which calls `placement.load` for its sampler."""
+    """An `Executor` by workers, each of which calls `placement.load` for its sampler.
+
+    Raises RuntimeError where a worker cannot load it.
+    """
 
     def __init__(self, plans: Plans, slots: int, files: Files, placement: Placement):
         import ray
@@ -83,16 +96,23 @@ class RayExecutor:
         here = replace(files, signer=None, duplicates=None)  # the rest is this process's work
         given = torch.get_num_threads(), placement.load, plans.sampler.options, plans.recipe, plans.model, slots, here
         self.workers = [actor.remote(*given) for _ in range(count)]
-        self.block, self.calls = ROUNDS * slots, Counter[str]()
+        self.slots, self.calls = slots, Counter[str]()
         self.stepped: Callable[[float], None] = lambda under_way: None  # nobody tells of steps taken elsewhere
+        try:
+            ray.get([worker.ready.remote() for worker in self.workers])
+        except ray.exceptions.RayError as error:
+            self.close()
+            raise RuntimeError(f"a worker of the cluster cannot begin: {_last(error)}") from error
 
     def made(self, jobs: Iterable[Placed], stop: Stop) -> Iterator[Made]:
         """What comes of the jobs, block by block; what is not finite is made again by the worker that had it."""
-        jobs, turn = stop.until(jobs), 0
-        under_way: deque[tuple[Any, list[Placed]]] = deque()
+        jobs, turn, count = stop.until(jobs), 0, len(self.workers)
+        first = list(islice(jobs, ROUNDS * self.slots * count))
+        block = math.ceil(len(first) / count / self.slots) * self.slots  # jobs for each worker, in full rounds
+        jobs, under_way = chain(first, jobs), deque[tuple[Any, list[Placed]]]()
         while True:
-            while len(under_way) < AHEAD * len(self.workers) and (block := list(islice(jobs, self.block))):
-                under_way.append((self.workers[turn % len(self.workers)].make.remote(block), block))
+            while len(under_way) < AHEAD * count and (some := list(islice(jobs, block))):
+                under_way.append((self.workers[turn % count].make.remote(some), some))
                 turn += 1
             if not under_way:
                 return
@@ -102,9 +122,11 @@ class RayExecutor:
         import ray
 
         try:
+            while not ray.wait([reference], timeout=LOOK)[0]:
+                pass  # Ctrl-C is heard between two looks, and not in one that has no end
             made, calls = ray.get(reference)
         except ray.exceptions.RayError as error:
-            said = f"failed: its worker: {' '.join(str(error).split())[:200]}"
+            said = f"failed: its worker: {_last(error)}"
             return [Made(position, job.asked() | {"status": said}) for position, job in block]
         self.calls += calls
         return made
@@ -115,3 +137,8 @@ class RayExecutor:
 
         for worker in self.workers:
             ray.kill(worker)
+
+
+def _last(error: Exception) -> str:
+    """The end of what Ray says, which is longer the more machines there are: the error itself, after its traceback."""
+    return str(error).strip().splitlines()[-1][:200]

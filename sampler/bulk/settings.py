@@ -22,6 +22,8 @@ class Recipe:
     guidance: of jobs that ask for none by name. named: what the others' names mean, see `data.prompts.GUIDANCES`.
     height, width: pixels; None: the model's own size.
     clip_skip: how many of the text encoder's last layers are left out, as in diffusers; of all jobs.
+
+    Raises ValueError for guidance of another type.
     """
 
     guidance: Guidance | Guard
@@ -31,6 +33,11 @@ class Recipe:
     negative_prompt: str | None = None
     clip_skip: int | None = None
     named: Mapping[str, Guidance | Guard] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, one in {"guidance": self.guidance, **self.named}.items():
+            if not isinstance(one, Guidance | Guard):
+                raise ValueError(f"{name} must be a Guidance or a Guard, such as Guidance.guard(), got {one!r}")
 
     def guidance_of(self, name: str | None) -> Guidance | Guard:
         """The guidance that a job asks for. Raises ValueError for a name that the run has no guidance of."""

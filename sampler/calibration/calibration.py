@@ -140,12 +140,12 @@ class Calibration:
     def fitted(self, sampler: Sampler, steps: int) -> Calibration:
         """The calibration for this sampler's steps: itself where they are those that were measured, else interpolated.
 
-        Logs a warning if the sampler's model or picture size is another one. Logs one, and leaves the gaps out, if the steps
-        are too far from the measured ones. The scores do not depend on the steps, and stay.
+        Logs what `made_on` does. Logs a warning, and leaves the gaps out, if the steps are too far from the measured ones. The
+        scores do not depend on the steps, and stay.
         """
-        self._warn(sampler)
+        self.made_on(sampler)
         levels, known = tuple(round(level, 3) for level in sampler.solver(steps).levels), self.timesteps
-        if not known or (len(known) == len(levels) and all(abs(a - b) <= 1 for a, b in zip(known, levels, strict=True))):
+        if not known or self.has(levels):
             return self
         if not sound(known, levels):
             log.warning(
@@ -158,9 +158,14 @@ class Calibration:
         baseline = self.baseline and self.baseline.fitted(known, levels)
         return replace(self, steps=len(levels), timesteps=levels, gap=curve(known, self.gap, levels), baseline=baseline)
 
-    def _warn(self, sampler: Sampler) -> None:
-        """Log where the sampler's model or size is not the calibration's."""
-        if self.model and (other := differing(self.model, fingerprint(sampler.pipe))):
+    def has(self, levels: Sequence[float]) -> bool:
+        """Whether its gaps were measured at these levels, timesteps in 0..1000."""
+        pairs = zip(self.timesteps, levels, strict=False)
+        return 0 < len(self.timesteps) == len(levels) and all(abs(known - level) <= 1 for known, level in pairs)
+
+    def made_on(self, sampler: Sampler) -> bool:
+        """Whether it was made on the sampler's model, in its size of pictures. Logs a warning for each that is another one."""
+        if other := differing(self.model, fingerprint(sampler.pipe)) if self.model else []:
             log.warning(
                 "the calibration was made on another model (its %s differ): what is ordinary here may be something else; "
                 "calibrate this one",
@@ -173,6 +178,7 @@ class Calibration:
                 "(--option height=%d --option width=%d)",
                 *(*size, *own, *own),
             )
+        return not other and size == own
 
     def settled(self, **given: float) -> Settled:
         """The rule `Settled.over` the gaps that ordinary prompts have without guidance.
@@ -198,13 +204,13 @@ class Calibration:
 
     @classmethod
     def load(cls, path_or_name: str | Path) -> Calibration:
-        """Read a file, or the calibration of a pipeline that ships, by its name.
+        """Read a file, or that in a model's folder, or the calibration of a pipeline that ships, by its name.
 
         Raises FileNotFoundError for a missing file, ValueError for one that is no calibration.
         """
         path = Path(path_or_name)
-        if not path.exists() and path.name == str(path_or_name) and not path.suffix:
-            path = Path(located(path.name)) / FILE
+        if path.is_dir() or not path.exists():
+            path = cls.beside(path_or_name) or path
         if not path.is_file():
             raise FileNotFoundError(f"calibration {str(path_or_name)!r} does not exist")
         try:

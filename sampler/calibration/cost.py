@@ -1,55 +1,64 @@
-"""What a run over many prompts will cost, told before it starts."""
+"""A bar of progress over many samples, after a line that says what they will cost."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ..guidance.guidance import Guidance
+from ..runs.progress import FORMAT, duration
 from ..sampler import Sampler
 
 TIMED = 2  # steps that are timed, of one batch, after one to warm up
 WORTH = 20  # times what timing costs: a shorter run is not timed
 
 
-def announce(
-    what: str, sampler: Sampler, prompts: Sequence[str], samples: int, steps: int, of: int, scale: float, size: int
-) -> None:
-    """Write to stderr how many samples there are to make, of how many steps, and about how long that takes.
+@dataclass(frozen=True)
+class PlainRuns:
+    """How many samples are made with plain guidance.
 
-    what: names the samples. prompts: theirs. steps: that are taken of each, in a run of `of`. size: samples a batch.
+    steps, scale: of a whole run. size: samples a batch. progress: whether to show it.
     """
-    batch = min(size, samples)
-    told = f"{samples:,} {what}, {f'{steps} steps' if steps == of else f'the first {steps} of {of} steps'} each"
-    if samples * steps >= WORTH * (1 + TIMED) * batch:
-        step = _a_step(sampler, [prompts[i % len(prompts)] for i in range(batch)], of, scale)
-        told += f": about {_duration(samples * steps * step)} on {sampler.model.device.type}"
-    tqdm.write(told, file=sys.stderr)
 
+    sampler: Sampler
+    steps: int
+    scale: float
+    size: int
+    progress: bool
 
-def _a_step(sampler: Sampler, prompts: Sequence[str], of: int, scale: float) -> float:
-    """Seconds a step and sample of one batch."""
-    taken = min(TIMED, of)
-    for stop_after in (1, taken):
-        start = _now(sampler)
-        how: dict[str, Any] = {"output": "latent", "progress": False, "batch_size": len(prompts), "stop_after": stop_after}
-        sampler(prompts, 0, of, Guidance.cfg(scale), **how)
-    return (_now(sampler) - start) / (taken * len(prompts))
+    def bar(self, what: str, unit: str, total: int, done: int, waiting: Sequence[str], steps: int | None = None) -> tqdm:
+        """A bar of `what`, over `total` units of which so many are done, after a line on stderr with the samples to make.
 
+        waiting: the prompts of these. steps: that are taken of each, from the first on; None: all.
+        """
+        if waiting and self.progress:
+            tqdm.write(f"{what}: {self._cost(waiting, steps or self.steps)}", file=sys.stderr)
+        return tqdm(total=total, initial=done, desc=what, unit=f" {unit}", bar_format=FORMAT, disable=not self.progress)
 
-def _now(sampler: Sampler) -> float:
-    if sampler.model.device.type == "cuda":
-        torch.cuda.synchronize(sampler.model.device)
-    return time.perf_counter()
+    def _cost(self, prompts: Sequence[str], steps: int) -> str:
+        taken = f"{steps} steps" if steps == self.steps else f"the first {steps} of {self.steps} steps"
+        told, batch = f"{len(prompts):,} samples, {taken} each", prompts[: self.size]
+        if len(prompts) * steps >= WORTH * (1 + TIMED) * len(batch):
+            seconds = len(prompts) * steps * self._step(batch)
+            told += f", about {duration(seconds)} on {self.sampler.model.device.type}"
+        return told
 
+    def _step(self, prompts: Sequence[str]) -> float:
+        """Seconds a step and sample of one batch."""
+        taken = min(TIMED, self.steps)
+        for stop_after in (1, taken):
+            start = self._now()
+            how: dict[str, Any] = {"output": "latent", "progress": False, "batch_size": len(prompts), "stop_after": stop_after}
+            self.sampler(prompts, 0, self.steps, Guidance.cfg(self.scale), **how)
+        return (self._now() - start) / (taken * len(prompts))
 
-def _duration(seconds: float) -> str:
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(1, round(seconds))} s"
+    def _now(self) -> float:
+        if self.sampler.model.device.type == "cuda":
+            torch.cuda.synchronize(self.sampler.model.device)
+        return time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from tqdm import tqdm
 from .. import checks
 from ..guidance.guidance import Guidance
 from ..runs.cache import MeasurementCache
-from ..runs.progress import FORMAT, moving
+from ..runs.progress import moving
 from ..sampler import Sampler
-from . import cost, figure
+from . import figure
 from .baseline import Baseline, unguided
 from .calibration import FEW, LOOKED, Calibration
+from .cost import PlainRuns
 from .fingerprint import fingerprint
 from .interpolation import five_digits
 
@@ -28,20 +29,12 @@ log = logging.getLogger(__name__)
 
 
 def calibrate(
-    sampler: Sampler,
-    prompts: Sequence[str],
-    seeds: int | Sequence[int],
-    out: str | Path,
-    steps: int = 50,
-    scale: float = 7.5,
-    settled: bool = False,
-    batch_size: int = 16,
-    progress: bool = True,
-    overwrite: bool = False,
+    sampler: Sampler, prompts: Sequence[str], seeds: int | Sequence[int], out: str | Path, overwrite: bool = False, **how: Any
 ) -> Calibration:
     """Write the calibration of the sampler's model to the file `out`, and a plot beside it, as `.png`.
 
-    Each measured batch is kept in `out` + ".part.jsonl", so that a run that was stopped goes on where it was.
+    how: the other arguments of `Calibration.measure`. Each measured batch is kept in `out` + ".part.jsonl", so that a run that
+    was stopped goes on where it was.
 
     Raises FileExistsError, before any work, if `out` exists, unless `overwrite`; and what `Calibration.measure` raises.
     """
@@ -50,7 +43,7 @@ def calibrate(
         raise FileExistsError(f"out {str(out)!r} exists: give another file, or --force to replace it (overwrite=True)")
     kept = out.with_name(out.name + ".part.jsonl")
     try:
-        found = measure(sampler, prompts, seeds, steps, scale, settled, batch_size, progress, resume=kept)
+        found = Calibration.measure(sampler, prompts, seeds, resume=kept, **how)
     except KeyboardInterrupt:
         log.warning("stopped; what was measured is in %s, and the same command goes on from there", kept)
         raise
@@ -81,19 +74,38 @@ def measure(
     tasks = list(zip(prompts, checks.seeds(seeds, len(prompts)), strict=True))
     solver = sampler.solver(steps)
     runs = [Guidance.cfg(scale), *([unguided(solver.steps)] if settled else [])]
-    name = Path(sampler.source).name
-    settings = {"model": name, **sampler.provenance}
+    settings = {"model": Path(sampler.source).name, **sampler.provenance}
     settings |= {"size": list(sampler.size())} | ({"options": dict(sampler.options)} if sampler.options else {})
     model = fingerprint(sampler.pipe)
-    total = len(tasks) * len(runs)
-    with MeasurementCache(resume, {"tasks": tasks, "steps": steps, "model": model, **settings}) as kept:
-        if progress and len(kept) < total:
-            what = f"pictures to make ({len(kept)} are kept from before)" if len(kept) else "pictures"
-            cost.announce(what, sampler, prompts, total - len(kept), solver.steps, solver.steps, scale, size)
-        with tqdm(total=total, unit="image", desc="calibrating", bar_format=FORMAT, disable=not progress) as bar:
-            sampling = Sampling(sampler, tasks, steps, size, bar)
-            found = [kept(repr(one), len(tasks), size, sampling.measured(one), bar) for one in runs]
+    every = prompts * len(runs)
+    plain = PlainRuns(sampler, solver.steps, scale, size, progress)
+    with (
+        MeasurementCache(resume, {"tasks": tasks, "steps": steps, "model": model, **settings}) as kept,
+        plain.bar("calibrating", "pictures", len(every), 0, every[len(kept) :]) as bar,
+    ):
+        sampled = partial(_sampled, sampler, tasks, steps, bar)
+        found = [kept(repr(one), len(tasks), size, partial(sampled, one), bar) for one in runs]
     return _calibration(found, tasks, steps, scale, solver.levels, settings, model)
+
+
+def _sampled(
+    sampler: Sampler, tasks: Sequence[tuple[str, int]], steps: int, bar: tqdm, guidance: Guidance, index: Sequence[int]
+) -> Tensor:
+    """Basin scores and noise gaps, (n, 1 + steps), of tasks, (prompt, seed), by their indices. `bar` moves with their steps."""
+
+    def sampled(index: Sequence[int], progress: Callable[[float], None] | bool) -> Tensor:
+        prompts, seeds = [tasks[i][0] for i in index], [tasks[i][1] for i in index]
+        how: dict[str, Any] = {"output": "latent", "batch_size": len(index), "progress": progress}
+        out = sampler(prompts, seeds, steps, guidance, stop_after=steps, **how)  # for their gaps: nobody waits for guidance
+        score = sampler.judge(out.latents, prompts, seeds, batch_size=len(index)).score
+        return torch.cat([score[:, None], out.noise_gap], dim=1)
+
+    values = sampled(index, moving(bar, len(index)))
+    again = (~values.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+    if again and sampler.model.half:
+        with sampler.in_float32():
+            values[again] = sampled([index[i] for i in again], False)
+    return values
 
 
 def _calibration(
@@ -128,33 +140,3 @@ def _calibration(
         model=model,
         baseline=Baseline.of(gaps, free, timesteps) if known else None,
     )
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Samples of (prompt, seed) tasks. size: samples a batch. bar: moves with their steps."""
-
-    sampler: Sampler
-    tasks: Sequence[tuple[str, int]]
-    steps: int
-    size: int
-    bar: tqdm
-
-    def measured(self, guidance: Guidance) -> Callable[[Sequence[int]], Tensor]:
-        """A function from the indices of tasks to their basin scores and noise gaps, (n, 1 + steps)."""
-
-        def measured(index: Sequence[int]) -> Tensor:
-            values = self._sampled(guidance, index, moving(self.bar, len(index)))
-            again = (~values.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
-            if again and self.sampler.model.half:
-                with self.sampler.in_float32():
-                    values[again] = self._sampled(guidance, [index[i] for i in again], False)
-            return values
-
-        return measured
-
-    def _sampled(self, guidance: Guidance, index: Sequence[int], progress: Callable[[float], None] | bool) -> Tensor:
-        prompts, seeds = [self.tasks[i][0] for i in index], [self.tasks[i][1] for i in index]
-        out = self.sampler(prompts, seeds, self.steps, guidance, output="latent", batch_size=self.size, progress=progress)
-        score = self.sampler.judge(out.latents, prompts, seeds, batch_size=self.size).score
-        return torch.cat([score[:, None], out.noise_gap], dim=1)

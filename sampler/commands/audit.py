@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -12,90 +13,102 @@ from . import options
 from .quiet import quieten
 
 if TYPE_CHECKING:
-    from ..auditing.audit import Settings
+    from ..auditing.caption_audit import Settings
+
+EXAMPLE = """
+  basinescape audit --model my-model --captions training/ --verify 9 --out audit"""
 
 
-def audit(
+@dataclass(frozen=True)
+class What:
+    """Which captions, how they are ranked, and where that is written."""
+
+    TITLE: ClassVar = "What"
     captions: Annotated[
         Path,
         typer.Option(
             help="perhaps with their images: a folder with .txt files or metadata.jsonl, or a .jsonl, .json, .csv, ... file"
         ),
-    ],
-    out: Annotated[Path, typer.Option(help="folder for audit.csv, audit.html, audit.json and the pictures")],
-    images: Annotated[Path | None, typer.Option(help="folder of the images that a file of captions names")] = None,
-    model: options.Model = "tiny",
-    calibration: Annotated[str | None, typer.Option(help="default calibration.json in the model's folder, if any")] = None,
+    ]
+    out: Annotated[Path, typer.Option(help="folder for audit.csv, audit.html, audit.json and the pictures")]
+    images: Annotated[Path | None, typer.Option(help="folder of the images that a file of captions names")] = None
     prompts: Annotated[
         Path | None, typer.Option(help="ordinary ones, measured once if no calibration has their gaps; default 200 that ship")
-    ] = None,
-    rate: Annotated[float, typer.Option(help="of the flagged captions, the share that may be ordinary")] = 0.1,
-    noises: Annotated[int, typer.Option(help="initial noises a caption; above 1, ordinary prompts are measured too")] = 1,
+    ] = None
+    rate: Annotated[float, typer.Option(help="of the flagged captions, the share that may be ordinary")] = 0.1
+    noises: Annotated[int, typer.Option(help="initial noises a caption; above 1, ordinary prompts are measured too")] = 1
     first_steps: Annotated[
         int | None, typer.Option(help="steps that are looked at, 1 to 10; default a tenth of all, as a guard")
-    ] = None,
-    verify: Annotated[int, typer.Option(help="sample so many of the worst captions, and judge their pictures")] = 0,
-    seeds: Annotated[int, typer.Option(help="with --verify: pictures a caption")] = 4,
+    ] = None
+    on_error: options.OnError = "stop"
+    progress: options.Progress = True
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Which captions are sampled to the end, and how their pictures are judged."""
+
+    TITLE: ClassVar = "Verification"
+    verify: Annotated[int, typer.Option(help="sample so many of the worst captions, and judge their pictures")] = 0
+    seeds: Annotated[int, typer.Option(help="with --verify: pictures a caption")] = 4
     training_images: Annotated[
         Path | None, typer.Option(help="with --verify: training images beside the captions' own, anywhere in a folder")
-    ] = None,
-    similarity: options.Similarity = None,
-    threshold: options.Threshold = None,
-    steps: Annotated[int | None, typer.Option(help="denoising steps of a whole run; default as calibrated")] = None,
-    scale: Annotated[float | None, typer.Option(help="guidance scale; default as calibrated")] = None,
-    scheduler: options.Scheduler = None,
-    seed: options.Seed = 0,
-    batch_size: options.BatchSize = None,
-    option: options.Option = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    allow_pickle: options.AllowPickle = False,
-    on_error: options.OnError = "stop",
-    progress: options.Progress = True,
-) -> None:
+    ] = None
+    similarity: options.Similarity = None
+    threshold: options.Threshold = None
+
+
+@dataclass(frozen=True)
+class Model(options.ModelOptions):
+    """Which model, and how it is sampled."""
+
+    calibration: Annotated[str | None, typer.Option(help="default calibration.json in the model's folder, if any")] = None
+    steps: Annotated[int | None, typer.Option(help="denoising steps of a whole run; default as calibrated")] = None
+    scale: Annotated[float | None, typer.Option(help="guidance scale; default as calibrated")] = None
+    seed: options.Seed = 0
+    batch_size: options.BatchSize = None
+
+
+def audit(what: What, model: Model, verification: Verify) -> None:
     """Find the captions that a model has memorized; with --verify, whether its pictures of them are copies.
 
     Neither needs training images: where there are some, pictures are compared with them too.
     """
     quieten()
-    from ..auditing.audit import Settings, audit
-    from ..calibration.baseline import ordinary_prompts
+    from ..auditing.caption_audit import Settings, audit
     from ..data.captions import read_captions
     from ..data.pictures import images_in
     from ..data.prompts import read_prompts
 
-    settings = Settings(
-        rate, noises, first_steps, verify, seeds, seed, similarity or None, threshold, on_error, steps, scale, batch_size
-    )
-    found = read_captions(captions, images=images, every=True, on_error=on_error)
-    training = images_in(training_images) if training_images else ()
-    ordinary = [job.prompt for job in read_prompts(prompts or ordinary_prompts(model))]
-    known = options.found(model, calibration)
-    known = options.of_enough(known, calibration) if verify else known
-    loading: dict[str, Any] = {"allow_pickle": allow_pickle, "device": device, "dtype": dtype}
-    sampler = options.sampler(model, known, scheduler, option, **loading)
-    rows = audit(sampler, found, out, settings, ordinary, known, training, model, progress)
-    _conclude(rows, out, settings)
+    judged: dict[str, Any] = {name: getattr(verification, name) for name in ("verify", "seeds", "threshold")}
+    judged |= {"similarity": verification.similarity or None}
+    sampled: dict[str, Any] = {name: getattr(model, name) for name in ("steps", "scale", "seed", "batch_size")}
+    settings = Settings(what.rate, what.noises, what.first_steps, on_error=what.on_error, **judged, **sampled)
+    captions = read_captions(what.captions, images=what.images, every=True, on_error=what.on_error)
+    training = images_in(verification.training_images) if verification.training_images else ()
+    ordinary = [job.prompt for job in read_prompts(what.prompts)] if what.prompts else None
+    known = options.of_enough(options.found(model.model, model.calibration), model.calibration)
+    sampler = options.sampler(model.model, known, model.scheduler, model.option, **model.loading)
+    rows = audit(sampler, captions, what.out, settings, ordinary, known, training, model.model, what.progress)
+    _conclude(rows, what.out, settings)
 
 
 def _conclude(rows: Sequence[dict[str, Any]], out: Path, settings: Settings) -> None:
     """Say what came out. Raises typer.Exit(1) where something failed."""
     flagged = sum(row["flagged"] for row in rows)
-    typer.echo(f"{len(rows)} captions, {flagged} flagged: {out / 'audit.csv'}, {out / 'audit.html'}")
+    typer.echo(f"{flagged} of {len(rows)} captions are flagged as memorized: {out / 'audit.csv'}, {out / 'audit.html'}")
     verified = [row for row in rows if row["n"] is not None]
-    for column, said in (("suspects", "made pictures that look like copies"), ("copies", "made copies of training images")):
+    pictures = sum(row["n"] for row in verified)
+    for column, said in (("suspects", "look like copies"), ("copies", "are copies of training images")):
         found = [row[column] for row in verified if row[column] is not None]
         if found:
-            typer.echo(f"of the worst {len(found)}, {sum(map(bool, found))} {said}: {sum(found)} of {_pictures(verified)}")
+            of = f", made from {sum(map(bool, found))} of the {len(found)} captions with the largest gaps" if any(found) else ""
+            typer.echo(f"{sum(found)} of {pictures} pictures {said}{of}")
     failed = [row["id"] for row in rows if row["status"] != "ok"]
-    missing = min(settings.verify, len(rows) - len(failed)) * settings.seeds - _pictures(verified)
+    missing = min(settings.verify, len(rows) - len(failed)) * settings.seeds - pictures
     if failed:
         typer.echo(f"{len(failed)} captions failed ({', '.join(failed[:5])}): see status in audit.csv", err=True)
     if missing:
         typer.echo(f"{missing} pictures failed: the same command makes them again", err=True)
     if failed or missing:
         raise typer.Exit(1)
-
-
-def _pictures(rows: Sequence[dict[str, Any]]) -> int:
-    return sum(row["n"] for row in rows)

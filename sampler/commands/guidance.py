@@ -25,13 +25,23 @@ class Method(StrEnum):
     guard = "guard"
 
 
+OWN = {  # options -> the methods that have them
+    "until": (Method.delayed, Method.opposite),
+    "before": (Method.delayed,),
+    "opposite_scale": (Method.opposite,),
+    "earliest": (Method.delayed, Method.opposite),
+    "latest": (Method.delayed, Method.opposite),
+}
+
+
 @dataclass(frozen=True)
 class GuidanceOptions:
     """How pictures are guided."""
 
     TITLE: ClassVar = "Guidance"
     guidance: Annotated[
-        Method | None, typer.Option(help="plain, delayed, opposite or guarded, of rows that do not say; default guard")
+        Method | None,
+        typer.Option(help="cfg (plain), delayed, opposite or guard, of rows that do not say; default guard", metavar="<str>"),
     ] = None
     scale: Annotated[
         float | None, typer.Option(help="guidance scale (after the transition); default as calibrated, else the model's own")
@@ -39,10 +49,6 @@ class GuidanceOptions:
     calibration: Annotated[
         str | None, typer.Option(help="thresholds at a stated false-alarm rate; default calibration.json in the model's folder")
     ] = None
-    rule: Annotated[str, typer.Option(help="how predictions combine: cfg, rescale, cfg-zero, apg, tcfg, ...")] = "cfg"
-    rule_option: Annotated[list[str] | None, typer.Option(help="of the rule, as phi=0.5; may be repeated")] = None
-    before: Annotated[float, typer.Option(help="weight before the transition, with --guidance delayed")] = 0.0
-    opposite_scale: Annotated[float, typer.Option(help="with --guidance opposite: weight -N before the transition")] = 2.0
     until: Annotated[
         str | None,
         typer.Option(
@@ -51,11 +57,19 @@ class GuidanceOptions:
             "calibration's timestep, else 500"
         ),
     ] = None
+    before: Annotated[float | None, typer.Option(help="weight before the transition, with --guidance delayed; default 0")] = (
+        None
+    )
+    opposite_scale: Annotated[
+        float | None, typer.Option(help="with --guidance opposite: weight -N before the transition; default 2")
+    ] = None
     earliest: Annotated[int | None, typer.Option(help="with --until auto: first step that may be it; default 2")] = None
     latest: Annotated[int | None, typer.Option(help="with --until NAME: step at which guidance starts in any case")] = None
     restart: Annotated[
         str | None, typer.Option(help="LOW,HIGH,TIMES: at timestep LOW go back to HIGH by new noise, so many times")
     ] = None
+    rule: Annotated[str, typer.Option(help="how predictions combine: cfg, rescale, cfg-zero, apg, tcfg, ...")] = "cfg"
+    rule_option: Annotated[list[str] | None, typer.Option(help="of the rule, as phi=0.5; may be repeated")] = None
 
     def check(self) -> None:
         """Raises ValueError for what no guidance can be, before a model is loaded."""
@@ -79,9 +93,10 @@ class GuidanceOptions:
         Raises ValueError where they do not fit the rest.
         """
         methods = {self.method, *names}
-        if self.until is not None and not methods & {Method.delayed, Method.opposite}:
-            found = "which a guard finds by itself" if self.method == Method.guard else "and plain guidance has no transition"
-            raise ValueError(f"until is {self.until!r}, {found}: leave it out, or take --guidance delayed")
+        for name, needed in OWN.items():
+            if (given := getattr(self, name)) is not None and not methods & set(needed):
+                which = f"which guidance {' and '.join(sorted(methods))} does not have"
+                raise ValueError(f"{name} is {given!r}, {which}: leave it out, or take --guidance {' or '.join(needed)}")
         fitted = None if known is None or methods == {Method.cfg} else known.fitted(sampler, steps)
         enough = options.of_enough(fitted, self.calibration) if Method.guard in methods else None
         made = {method: self._made(method, scale, enough if method == Method.guard else fitted) for method in methods}
@@ -101,8 +116,9 @@ class GuidanceOptions:
             return Guidance.guard(scale, known if fits else None, **given)
         transition = self._transition(known)
         if method == Method.delayed:
-            return Guidance.delayed(scale, until=transition, before=self.before, **given)
-        return Guidance.opposite(self.opposite_scale, scale=scale, until=transition, **given)
+            return Guidance.delayed(scale, until=transition, before=self.before or 0.0, **given)
+        weight = 2.0 if self.opposite_scale is None else self.opposite_scale
+        return Guidance.opposite(weight, scale=scale, until=transition, **given)
 
     def _given(self) -> dict[str, Any]:
         given: dict[str, Any] = {"rule": self.rule, **options.named("rule_option", self.rule_option, float)}
@@ -116,6 +132,8 @@ class GuidanceOptions:
 
         if self.until is not None:
             return named(self.until, known, earliest=self.earliest, latest=self.latest)
+        if self.earliest is not None or self.latest is not None:
+            raise ValueError("earliest and latest bound a transition that is looked for: give --until auto, too")
         return At(STATIC if known is None or known.baseline is None else known.baseline.transition)
 
 

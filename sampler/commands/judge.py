@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -15,100 +16,140 @@ from .runs import shard_of
 if TYPE_CHECKING:
     from .. import Calibration, Sampler
 
+EXAMPLE = """
+  basinescape judge --model my-model --images made/ --out verdicts"""
 
-def judge(
+
+@dataclass(frozen=True)
+class What:
+    """Which pictures, and where the verdicts are written."""
+
+    TITLE: ClassVar = "What"
     images: Annotated[
         str,
         typer.Option(
             help="with their prompts: a folder with .txt files, metadata.jsonl or a run of generate; .jsonl, .tar or .parquet; "
             "PNG files that hold their prompt; or a pattern of such names"
         ),
-    ],
-    out: Annotated[Path, typer.Option(help="folder for judge.csv and judge.html")],
-    model: Annotated[
-        str | None, typer.Option(help="that made the pictures: no other can judge them; default that of a run of generate")
-    ] = None,
-    threshold: Annotated[
-        float | None, typer.Option(help="score above which a picture is suspect; default as calibrated, else 0.3")
-    ] = None,
-    calibration: Annotated[str | None, typer.Option(help="default calibration.json in the model's folder, if any")] = None,
-    rate: Annotated[
-        float | None, typer.Option(help="with a calibration: share of ordinary pictures that are suspect; default a guard's")
-    ] = None,
-    probes: Annotated[int, typer.Option(help="noises that a picture is judged by, a call of the network each")] = 2,
-    seed: Annotated[int, typer.Option(help="of the noises, the same for every picture")] = 0,
-    scheduler: options.Scheduler = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="pictures judged together; default what the GPU's memory holds, 16 on a CPU")
-    ] = None,
-    option: options.Option = None,
+    ]
+    out: Annotated[Path, typer.Option(help="folder for judge.csv and judge.html")]
     shard: Annotated[
         str | None,
         typer.Option(help="i/n: the i-th of n parts, from 0, in OUT/shard-i-of-n; then once without it, to put them together"),
-    ] = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    allow_pickle: options.AllowPickle = False,
-    on_error: options.OnError = "stop",
-    progress: options.Progress = True,
-) -> None:
+    ] = None
+    on_error: options.OnError = "stop"
+    progress: options.Progress = True
+
+
+@dataclass(frozen=True)
+class Model(options.ModelOptions):
+    """Which model, and how it is asked."""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            help="that made the pictures: no other can judge them; default that of a run of generate", show_default=False
+        ),
+    ] = ""
+    batch_size: Annotated[
+        int | None, typer.Option(help="pictures judged together; default what the GPU's memory holds, 16 on a CPU")
+    ] = None
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What is suspect."""
+
+    TITLE: ClassVar = "Verdict"
+    threshold: Annotated[
+        float | None, typer.Option(help="score above which a picture is suspect; default as calibrated, else 0.3")
+    ] = None
+    calibration: Annotated[str | None, typer.Option(help="default calibration.json in the model's folder, if any")] = None
+    rate: Annotated[
+        float | None, typer.Option(help="with a calibration: share of ordinary pictures that are suspect; default a guard's")
+    ] = None
+    probes: Annotated[int, typer.Option(help="noises that a picture is judged by, a call of the network each")] = 2
+    seed: Annotated[int, typer.Option(help="of the noises, the same for every picture")] = 0
+
+
+def judge(what: What, model: Model, verdicts: Verdicts) -> None:
     """Find the pictures of a set that look like copies, by the model alone. The same command goes on where it was stopped.
 
     Scores differ a little from those in generate's manifest, which are of the latents before they are decoded.
     """
-    part = shard_of(shard)
+    part = shard_of(what.shard)
     quieten()
     from .. import Sampler
-    from ..auditing.judge import Settings, judge
+    from ..auditing.set_verdicts import Settings, judge
 
-    if threshold is not None and rate is not None:
+    if verdicts.threshold is not None and verdicts.rate is not None:
         raise ValueError("threshold and rate say the same: give one of the two")
-    model = _model(model, Path(images))
-    known = options.found(model, calibration)
-    given = options.of_call(option)
-    size = {name: given.pop(name, None) for name in ("height", "width")}
-    Settings(probes=probes, seed=seed, batch_size=batch_size)  # raises for what cannot be, before the model is loaded
-    loading: dict[str, Any] = {"allow_pickle": allow_pickle, "device": device, "dtype": dtype}
-    sampler = Sampler.from_pretrained(model, scheduler=options.scheduler_of(scheduler, known), **loading)
-    sampler = sampler.using(**({} if known is None else known.settings.get("options", {}))).using(**given)
-    if threshold is None:
-        threshold = _threshold(sampler, options.of_enough(known, calibration), rate)
-    settings = Settings(threshold, probes, seed, **size, batch_size=batch_size, on_error=on_error)
-    rows = judge(sampler, images, out, settings, model, part, progress)
-    _conclude(rows, out / f"shard-{part[0]}-of-{part[1]}" if part else out, model)
+    made = _run_of(Path(what.images))
+    source = model.model or made.get("model")
+    if not source:
+        raise ValueError("model must be given: the one that made the pictures, since no other can judge them")
+    known, given = options.found(source, verdicts.calibration), options.of_call(model.option)
+    enough = options.of_enough(known, verdicts.calibration) if verdicts.threshold is None else None
+    settings = Settings(
+        _threshold(enough, verdicts.rate) if verdicts.threshold is None else verdicts.threshold,
+        verdicts.probes,
+        verdicts.seed,
+        given.pop("height", None),
+        given.pop("width", None),
+        model.batch_size,
+        what.on_error,
+    )
+    sampler = Sampler.from_pretrained(source, scheduler=options.scheduler_of(model.scheduler, known), **model.loading)
+    sampler = sampler.using(**({} if known is None else known.settings.get("options", {})) | given)
+    _compare(made, source, sampler)
+    if enough is not None:
+        enough.made_on(sampler)
+    rows = judge(sampler, what.images, what.out, settings, source, part, what.progress)
+    _conclude(rows, what.out / f"shard-{part[0]}-of-{part[1]}" if part else what.out, source)
 
 
 def _conclude(rows: Sequence[dict[str, Any]], home: Path, model: str) -> None:
     """Say what came out. Raises typer.Exit(1) where a picture could not be judged."""
-    suspect = sum(bool(row["suspect"]) for row in rows)
-    typer.echo(f"{suspect} of {len(rows)} pictures are suspect, as {model} judges: {home / 'judge.csv'}, {home / 'judge.html'}")
-    failed = [row["id"] for row in rows if row["status"] != "ok"]
+    verdicts, failed = (
+        [row["suspect"] for row in rows if row["suspect"] is not None],
+        [row for row in rows if row["status"] != "ok"],
+    )
+    found = f"{sum(verdicts)} of {len(verdicts)} pictures are suspect, as {model} judges"
+    typer.echo(f"{found}: {home / 'judge.csv'}, {home / 'judge.html'}" if rows else found)
     if failed:
-        typer.echo(f"{len(failed)} failed ({', '.join(failed[:5])}): see status in judge.csv", err=True)
+        typer.echo(f"{len(failed)} failed ({', '.join(row['id'] for row in failed[:5])}): see status in judge.csv", err=True)
         raise typer.Exit(1)
 
 
-def _model(given: str | None, images: Path) -> str:
-    """The model that is given, else that of the run of `generate` that the pictures are; says where the two differ."""
+def _run_of(images: Path) -> dict[str, Any]:
+    """The settings of the run of `generate` that the pictures are; empty where they are none."""
     from ..runs.folder import read_settings
 
     runs = [folder for folder in (images, images.parent) if (folder / "run.json").is_file()]
-    made = read_settings(runs[0]).get("model") if runs else None
-    if given is None and made is None:
-        raise ValueError("model must be given: the one that made the pictures, since no other can judge them")
-    if given and made and Path(given).name != Path(made).name:
+    return read_settings(runs[0]) if runs else {}
+
+
+def _compare(made: dict[str, Any], source: str, sampler: Sampler) -> None:
+    """Say where a run was made by another model: by its weights, or by its name where the dtypes differ."""
+    from ..runs.provenance import weights_sha256
+
+    if "weights" in made and made.get("dtype") == sampler.provenance["dtype"]:
+        same = made["weights"] == weights_sha256(sampler.pipe)
+    else:
+        same = Path(made.get("model", source)).name == Path(source).name
+    if not same:
         typer.echo(
-            f"{made} made the pictures, and {given} judges them: scores mean nothing unless these are one model", err=True
+            f"{made.get('model')} made the pictures, and {source} judges them: scores mean nothing unless these are one model",
+            err=True,
         )
-    return str(given or made)
 
 
-def _threshold(sampler: Sampler, known: Calibration | None, rate: float | None) -> float:
+def _threshold(known: Calibration | None, rate: float | None) -> float:
     """The calibration's at the rate, else the one for all models. Raises ValueError for a rate without a calibration."""
     from ..guidance.guard import RATE, THRESHOLD
 
-    if known is None:
-        if rate is not None:
-            raise ValueError("rate needs a calibration, which `basinescape calibrate` makes, and the model has none")
-        return THRESHOLD
-    return known.fitted(sampler, known.steps).threshold(RATE if rate is None else rate)
+    if known is not None:
+        return known.threshold(RATE if rate is None else rate)
+    if rate is not None:
+        raise ValueError("rate needs a calibration, which `basinescape calibrate` makes, and the model has none")
+    return THRESHOLD

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -84,18 +85,29 @@ def sampler(
     return made.using(**calibrated | {name: value for name, value in given.items() if value is not None})
 
 
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is loaded."""
+
+    TITLE: ClassVar = "Model"
+    model: Model = "tiny"
+    scheduler: Scheduler = None
+    option: Option = None
+    dtype: Dtype = None
+    device: Device = None
+    allow_pickle: AllowPickle = False
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What `Sampler.from_pretrained` is given by name."""
+        return {"allow_pickle": self.allow_pickle, "device": self.device, "dtype": self.dtype}
+
+
 def scheduler_of(given: str | SchedulerMixin | None, known: Calibration | None) -> str | SchedulerMixin:
     """The scheduler that is given, else the calibration's, else the model's own."""
     if given is not None or known is None:
         return given or "own"
     return known.scheduler or "own"
-
-
-def steps_and_scale(sampler: Sampler, known: Calibration | None, steps: int | None, scale: float | None) -> tuple[int, float]:
-    """Those that are given, else the calibration's, else those of the model's own pipeline."""
-    from ..calibration.calibration import steps_and_scale
-
-    return steps_and_scale(sampler, known, steps, scale)
 
 
 def named(option: str, given: Sequence[str] | None, read: Callable[[str], Any]) -> dict[str, Any]:
@@ -123,11 +135,3 @@ def of_call(given: Sequence[str] | None) -> dict[str, Any]:
             return text
 
     return named("option", given, read)
-
-
-def batch_size(sampler: Sampler, given: int | None) -> int:
-    """The batch size that is given, or what the device holds of the sampler's images."""
-    from .. import checks
-    from ..models import memory
-
-    return memory.size(sampler.model, *sampler.size()) if given is None else checks.at_least_one("batch_size", given)

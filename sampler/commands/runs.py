@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -81,6 +82,16 @@ def looked_at(log: str, metrics: int | None, host: str, progress: bool) -> Progr
     if not progress:
         shown.kind = "none"
     return shown
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, Ctrl-C, or the second one of a run, which ends it at once, exits with 130 and a word about how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("\nstopped at once, what was begun is lost: the same command makes all that is left", err=True)
+        raise typer.Exit(130) from None
 
 
 def verify(out: Annotated[Path, typer.Argument(metavar="DIR", help="folder written by generate")]) -> None:

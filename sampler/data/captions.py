@@ -13,7 +13,7 @@ from typing import Any
 
 from ..runs.folder import SAFE_ID
 from .formats import HUB
-from .layout import METADATA, Layout, caption_of, file_in
+from .layout import METADATA, Layout, file_in
 from .names import COLUMN, IDS, IMAGE, TEXT, Ids, first
 from .rows import SAVED, Faults, open_rows
 
@@ -54,26 +54,20 @@ def read_captions(
     Raises FileNotFoundError for a missing `source` or `images`, and ValueError, with file and place, for the rest.
     """
     path, faults, name = Path(source), Faults(on_error), f"captions {str(source)!r}"
-    hub = str(source).startswith(HUB)
-    if not hub and not path.exists():
+    if not str(source).startswith(HUB) and not path.exists():
         published = f"; their authors publish them: {where}" if where else ""
         raise FileNotFoundError(f"{name} do not exist{published}")
     if path.is_dir() and not any((path / saved).is_file() for saved in SAVED):
-        found = _folder(path, every, faults)
+        found = _folder(Layout(path), every, faults)
+    elif images is None:
+        found = _table(path, partial(file_in, home=path.parent), every, faults, count())
     else:
-        layout = Layout(Path(images)) if images is not None else None
-        find = partial(file_in if layout is None else layout.find, home=path.parent if layout is None else layout.folder)
-        found = _with_images(_table(path, find, every, faults, count()), layout.images if layout else ())
+        layout = Layout(Path(images))
+        found = _table(path, partial(layout.find, home=layout.folder), every, faults, count(), layout.images)
     kept = list(_unlike(found, name, faults))
     if not kept:
         raise ValueError(f"{name} hold no prompts")
     return kept
-
-
-def _with_images(found: Iterator[Prompt], images: Sequence[Path]) -> Iterator[Prompt]:
-    """The same prompts. One without an image gets the image that is named as its id, if there is one."""
-    named = {image.stem: image for image in images}
-    return (prompt if prompt.image else replace(prompt, image=named.get(prompt.id)) for prompt in found)
 
 
 def _unlike(found: Iterator[Prompt], name: str, faults: Faults) -> Iterator[Prompt]:
@@ -91,23 +85,19 @@ def _unlike(found: Iterator[Prompt], name: str, faults: Faults) -> Iterator[Prom
             yield prompt
 
 
-def _folder(folder: Path, every: bool, faults: Faults) -> Iterator[Prompt]:
-    """The captions of a folder of images."""
-    layout = Layout(folder)
-    with_text = [image for image in layout.images if layout.beside(image)]
-    if layout.metadata or (layout.tables and not with_text):
-        yield from _tables(layout, every, faults)
-    elif with_text or not _named(layout):
-        yield from _beside(layout, every, faults)
-    else:
-        yield from _by_folder(layout)
+def _folder(layout: Layout, every: bool, faults: Faults) -> Iterator[Prompt]:
+    if layout.tables:
+        return _tables(layout, every, faults)
+    if any(map(layout.has_text, layout.images)) or not _are_named(layout):
+        return _beside(layout, every, faults)
+    return _by_folder(layout)
 
 
 def _tables(layout: Layout, every: bool, faults: Faults) -> Iterator[Prompt]:
     seen, numbers = set(), count()
     for table in layout.tables:
-        found = _table(table, partial(layout.find, home=table.parent), every, faults, numbers)
-        for prompt in _with_images(found, layout.images):
+        find = partial(layout.find, home=table.parent)
+        for prompt in _table(table, find, every, faults, numbers, layout.images):
             seen.add(prompt.image)
             yield prompt
     left = [image for image in layout.images if image not in seen]
@@ -116,14 +106,16 @@ def _tables(layout: Layout, every: bool, faults: Faults) -> Iterator[Prompt]:
         log.warning("%s: %d images are not in %s, first %r", layout.folder, len(left), names, left[0].name)
 
 
-def _table(path: Path, find: Find, every: bool, faults: Faults, numbers: Iterator[int]) -> Iterator[Prompt]:
-    """The captions of a file. numbers: make the ids of rows that have none."""
+def _table(
+    path: Path, find: Find, every: bool, faults: Faults, numbers: Iterator[int], images: Sequence[Path] = ()
+) -> Iterator[Prompt]:
+    """The captions of a file. numbers: make the ids of rows that have none. images: those that ids may name."""
     name, read = open_rows(str(path), "captions")
+    named = {image.stem: image for image in images}
     for (where, said), number in zip(read(), numbers, strict=False):
-        try:
-            yield from _prompts(said, number, find, every)
-        except ValueError as error:
-            faults(f"{name}, {where}: {error}")
+        with faults.at(f"{name}, {where}: "):
+            for prompt in _prompts(said, number, find, every):
+                yield prompt if prompt.image else replace(prompt, image=named.get(prompt.id))
 
 
 def _prompts(said: Mapping[str, Any] | str, number: int, find: Find, every: bool) -> list[Prompt]:
@@ -136,45 +128,41 @@ def _prompts(said: Mapping[str, Any] | str, number: int, find: Find, every: bool
         raise ValueError(f"needs {COLUMN}; it has {', '.join(said) or 'nothing'}")
     if image is not None and not isinstance(image, str):
         raise ValueError(f"its image must be a file's name, got {str(image)[:80]!r}")
-    path = find(image) if image else None
     own = f"{number:04d}" if id is None else str(id)
-    kept = texts if every else texts[:1]
-    return [Prompt(own if k == 1 else f"{own}-{k}", one, path, concept) for k, one in enumerate(kept, 1)]
+    return list(_each(own, texts, find(image) if image else None, every, concept))
+
+
+def _each(id: str, texts: Sequence[str], image: Path | None, every: bool, concept: str | None = None) -> Iterator[Prompt]:
+    """The captions of an image, or its first one alone; the k-th has -k behind its id."""
+    for k, text in enumerate(texts if every else texts[:1], 1):
+        yield Prompt(id if k == 1 else f"{id}-{k}", text, image, concept)
 
 
 def _beside(layout: Layout, every: bool, faults: Faults) -> Iterator[Prompt]:
     """The captions in text files beside images."""
-    without, ids = [image for image in layout.images if not layout.beside(image)], Ids()
+    without, ids = [image for image in layout.images if not layout.has_text(image)], Ids()
     if without:
-        example = without[0]
         above = [layout.folder.parent / name for name in METADATA]
         other = layout.elsewhere or next((path for path in above if path.is_file()), None)
         hint = f"; is it in {str(other)!r}? Then give that, or the folder it is in" if other else ""
         faults(
             f"captions {str(layout.folder)!r}: {len(without)} of {len(layout.images)} images have no caption: put that of "
-            f"{str(example.relative_to(layout.folder))!r} into {example.with_suffix('.txt').name!r}, "
+            f"{str(without[0].relative_to(layout.folder))!r} into {without[0].with_suffix('.txt').name!r}, "
             f"or all into metadata.jsonl (file_name, text){hint}"
         )
-    for image in layout.images:
-        texts: dict[str, None] = {}
-        wrong: list[str] = []
-        for path in layout.beside(image):
-            try:
-                texts.setdefault(caption_of(path))
-            except ValueError as error:
-                wrong.append(str(error))
-        if wrong and not texts:
-            faults(wrong[0])
-        id = ids(str(image.relative_to(layout.folder).with_suffix(""))) if texts else ""
-        for k, text in enumerate(list(texts)[: None if every else 1], 1):
-            yield Prompt(id if k == 1 else f"{id}-{k}", text, image)
+    for image in filter(layout.has_text, layout.images):
+        texts, wrong = layout.texts(image)
+        if texts:
+            yield from _each(ids(layout.name(image)), texts, image, every)
+        else:
+            faults(wrong)
 
 
-def _named(layout: Layout) -> bool:
+def _are_named(layout: Layout) -> bool:
     """Whether every image lies in a folder that may be named for what it shows."""
     homes = {image.parent for image in layout.images}
-    told = layout.elsewhere is None and not layout.tables
-    return told and bool(homes) and all(home != layout.folder and home.name.casefold() not in NO_CAPTION for home in homes)
+    named = all(home != layout.folder and home.name.casefold() not in NO_CAPTION for home in homes)
+    return bool(homes) and named and layout.elsewhere is None
 
 
 def _by_folder(layout: Layout) -> Iterator[Prompt]:
@@ -186,5 +174,4 @@ def _by_folder(layout: Layout) -> Iterator[Prompt]:
     names = list(dict.fromkeys(named.values()))
     said = ", ".join(map(repr, names[:3])) + (", ..." if names[3:] else "")
     log.warning("%s: no file has captions, so that the names of its folders are taken for them: %s", layout.folder, said)
-    for image, text in named.items():
-        yield Prompt(ids(str(image.relative_to(layout.folder).with_suffix(""))), text, image)
+    return (Prompt(ids(layout.name(image)), text, image) for image, text in named.items())

@@ -23,7 +23,6 @@ PICTURES: dict[str, dict[str, Any]] = {  # how Pillow saves a picture: the same 
     "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
     "webp": {"format": "WEBP", "quality": 95, "method": 4},
 }
-MIME = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Encoder:
         """The file of a picture, or of a video, which moves."""
         first, *others = [image] if isinstance(image, Image.Image) else image
         mark = xmp.packet(line, self.prompt_metadata)
-        options = dict(PICTURES[picture_format(self.format)])
+        options = _saving(self.format)
         if options["format"] == "PNG":
             options["pnginfo"] = PngInfo()
             options["pnginfo"].add_itxt("XML:com.adobe.xmp", mark.decode())
@@ -67,9 +66,15 @@ class Encoder:
         return file.getvalue()
 
 
-def picture_format(format: str) -> str:
-    """The format of the pictures of a run: its own, or PNG where a file holds many."""
-    return format if format in PICTURES else "png"
+def media_type(format: str) -> str:
+    """Of the pictures of a run, as image/png."""
+    Image.init()
+    return Image.MIME[_saving(format)["format"]]
+
+
+def _saving(format: str) -> dict[str, Any]:
+    """How Pillow saves the pictures of a run: in its own format, or as PNG where a file holds many."""
+    return dict(PICTURES.get(format, PICTURES["png"]))
 
 
 def latents(image: Tensor, line: dict[str, Any]) -> bytes:

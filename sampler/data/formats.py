@@ -9,18 +9,21 @@ import csv
 import gzip
 import json
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from ..runs.environment import library
 from .names import COLUMN, KNOWN, TEXT, Ids, columns
 
 HUB = "hf:"
+DELIMITERS = ",;\t"
 NUMBERS = ("seed", "steps", "scale", "height", "width", "count")  # columns of a CSV file
 PLAIN = ("Value", "ClassLabel", "List", "LargeList", "Sequence")  # kinds of columns of the library `datasets`
 ENCODING, ERRORS = "utf-8-sig", "surrogateescape"  # a byte order mark is no text; other bytes are told by line
+BOM = "\ufeff"  # where files were joined, it stands elsewhere too
 
 
 class Row(NamedTuple):
@@ -37,23 +40,28 @@ class NoText(ValueError):
     """Raised for a table none of whose columns holds prompts."""
 
 
-def fault_of(text: str) -> str | None:
-    """What is wrong with text that was read with ENCODING: bytes that are no UTF-8. None where nothing is."""
+def in_utf8(text: str) -> str:
+    """The same text. Raises ValueError for text that was read with ENCODING, and holds bytes that are no UTF-8."""
     if "\0" in text or (not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text)):
-        return "not UTF-8 text: save it in that encoding"
-    return None
+        raise ValueError("not UTF-8 text: save it in that encoding")
+    return text
+
+
+def _row(where: str, make: Callable[..., dict[str, Any]], *given: Any) -> Row:
+    """A row at a place: what `make` makes of what is given, or says where it raises ValueError."""
+    try:
+        return Row(where, make(*given))
+    except ValueError as error:
+        return Row(where, str(error))
 
 
 @contextmanager
 def _text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     """The file open for reading. Raises ValueError where it is compressed and broken."""
+    open_text: Callable[..., Any] = gzip.open if path.suffix.casefold() == ".gz" else open
     try:
-        if path.suffix.casefold() == ".gz":
-            with gzip.open(path, "rt", encoding=ENCODING, errors=ERRORS, newline=newline) as file:
-                yield file
-        else:
-            with path.open(encoding=ENCODING, errors=ERRORS, newline=newline) as file:
-                yield file
+        with open_text(path, "rt", encoding=ENCODING, errors=ERRORS, newline=newline) as file:
+            yield file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"which is no whole .gz file: {error}") from error
 
@@ -62,89 +70,89 @@ def lines(path: Path) -> Rows:
     """A prompt a line."""
     with _text(path) as file:
         for number, line in enumerate(file, 1):
-            text = line.strip().lstrip("\ufeff")
-            if text:
-                yield Row(f"line {number}", _line(text))
+            if text := line.strip().lstrip(BOM):
+                yield _row(f"line {number}", _prompt_of, text, number == 1)
 
 
-def _line(text: str) -> dict[str, Any] | str:
-    if text.startswith("{") and isinstance(parsed(text), dict):
-        return "is a JSON object, and a .txt file has a prompt a line: let its name end in .jsonl"
-    return fault_of(text) or {"prompt": text}
+def _prompt_of(text: str, first: bool) -> dict[str, str]:
+    """The row of a line of text. Raises ValueError where it is one of another format."""
+    if text.startswith("{") and isinstance(_json_or_none(text), dict):
+        raise ValueError("is a JSON object, and a .txt file has a prompt a line: let its name end in .jsonl")
+    headers = (_header(text, delimiter) for delimiter in DELIMITERS) if first else ()
+    if any(names and set(names) <= set(KNOWN) for names in headers):
+        raise ValueError(f"names columns ({text}), and a .txt file has a prompt a line: let its name end in .csv or .tsv")
+    return {"prompt": in_utf8(text)}
 
 
 def json_lines(path: Path) -> Rows:
     with _text(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield Row(f"line {number}", row_of(line))
+                yield _row(f"line {number}", row_of, line)
 
 
-def parsed(text: str) -> Any:
-    """The value of JSON text. A ValueError is returned, not raised, for what is no JSON or has a key twice."""
+def _json(text: str) -> Any:
+    """The value of JSON text. Raises ValueError for what is no JSON or has a key twice."""
     try:
-        return _JSON.decode(text.lstrip("\ufeff"))
+        return json.loads(text.lstrip(BOM), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        return ValueError(f"not JSON: {error}")
+        raise ValueError(f"not JSON: {error}") from error
+
+
+def _json_or_none(text: str) -> Any:
+    try:
+        return _json(text)
+    except ValueError:
+        return None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} comes twice")
-    return found
+    if twice := next((name for name, count in Counter(name for name, _ in pairs).items() if count > 1), None):
+        raise ValueError(f"the key {twice!r} comes twice")
+    return dict(pairs)
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=_once)
+def row_of(text: str) -> dict[str, Any]:
+    """The row that a JSON object is. Raises ValueError where it is none."""
+    return _named(_json(in_utf8(text)))
 
 
-def row_of(text: str) -> dict[str, Any] | str:
-    """The row that a JSON object is, or what is wrong with it."""
-    if fault := fault_of(text):
-        return fault
-    found = parsed(text)
-    return str(found) if isinstance(found, ValueError) else _named(found, text.strip())
-
-
-def _named(found: Any, text: str) -> dict[str, Any] | str:
-    """The row with the names of `names.columns`, or what is wrong with it."""
+def _named(found: Any) -> dict[str, Any]:
+    """The row with the names of `names.columns`. Raises ValueError for what is none."""
     if not isinstance(found, Mapping):
-        return f'must be an object such as {{"prompt": "a cat"}}, got {text[:60]}'
+        raise ValueError(f'must be an object such as {{"prompt": "a cat"}}, got {json.dumps(found, ensure_ascii=False)[:60]}')
+    names = columns(tuple(found))
     try:
-        names = columns(tuple(found))
-    except ValueError as error:
-        return str(error)
-    if "\\u" in text and any("\ud800" <= letter <= "\udfff" for letter in json.dumps(found, ensure_ascii=False)):
-        return "holds half a surrogate pair, which is no character"
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("holds half a surrogate pair, which is no character") from error
     return {names[name]: value for name, value in found.items() if name in names}
 
 
 def json_file(path: Path) -> Rows:
     """A list of objects; captions by image path, as {"images/1.jpg": ["a caption"]}; COCO's; or JSON Lines of this name."""
     with _text(path) as file:
-        text = file.read()
-    if fault := fault_of(text):
-        raise ValueError(fault)
-    found = parsed(text)
-    if isinstance(found, ValueError):
-        if not isinstance(parsed(text.strip().partition("\n")[0]), dict):
-            raise found
+        text = in_utf8(file.read())
+    try:
+        found = _json(text)
+    except ValueError:
+        if not isinstance(_json_or_none(text.strip().partition("\n")[0]), dict):
+            raise
         yield from json_lines(path)
-    elif isinstance(found, dict) and {"images", "annotations"} <= found.keys():
+        return
+    if isinstance(found, list):
+        yield from (_row(f"entry {number}", _named, row) for number, row in enumerate(found, 1))
+    elif not isinstance(found, dict):
+        raise ValueError(f"must be an object of captions by image path, or a list of objects, got a {type(found).__name__}")
+    elif {"images", "annotations"} <= found.keys():
         yield from _coco(found)
-    elif isinstance(found, dict) and isinstance(named := _named(found, text), dict) and named.keys() & set(TEXT):
-        yield Row("entry 1", named)
-    elif isinstance(found, dict):
+    elif isinstance(one := _row("entry 1", _named, found).said, dict) and one.keys() & set(TEXT):
+        yield Row("entry 1", one)
+    else:
         ids = Ids()
         for number, (image, caption) in enumerate(found.items(), 1):
-            row = {"id": ids(str(Path(image).with_suffix(""))) if image else None, "image": image, "caption": caption}
-            yield Row(f"entry {number}", _named(row, text))
-    elif isinstance(found, list):
-        for number, row in enumerate(found, 1):
-            yield Row(f"entry {number}", _named(row, json.dumps(row)))
-    else:
-        raise ValueError(f"must be an object of captions by image path, or a list of objects, got a {type(found).__name__}")
+            id = ids(str(Path(image).with_suffix(""))) if image else None
+            yield _row(f"entry {number}", _named, {"id": id, "image": image, "caption": caption})
 
 
 def _coco(found: dict[str, Any]) -> Rows:
@@ -154,27 +162,36 @@ def _coco(found: dict[str, Any]) -> Rows:
         notes = [{"image": names[note["image_id"]], "caption": note.get("caption")} for note in found["annotations"]]
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"must be laid out as COCO's captions are: {type(error).__name__} {error}") from error
-    for number, note in enumerate(notes, 1):
-        yield Row(f"annotation {number}", _named(note, json.dumps(note)))
+    yield from (_row(f"annotation {number}", _named, note) for number, note in enumerate(notes, 1))
 
 
-def csv_file(path: Path, delimiters: str = ",;\t") -> Rows:
+def csv_file(path: Path, delimiters: str = DELIMITERS) -> Rows:
     with _text(path, newline="") as file:
-        delimiter = _delimiter(file.readline(), delimiters)
-    with _text(path, newline="") as file:
+        first = file.readline()
+        delimiter = next((one for one in delimiters if _header(first, one)), delimiters[0])
+        file.seek(0)
         records = _records(file, delimiter)
         _, given = next(records, ("line 1", []))
-        if isinstance(given, str):
-            raise ValueError(f"line 1: {given}")
         try:
-            names = columns(tuple(given))
+            if isinstance(given, str):
+                raise ValueError(given)
+            names = columns(tuple(map(in_utf8, given)))
         except ValueError as error:
             raise ValueError(f"line 1: {error}") from error
         if given and not set(TEXT) & set(names.values()):
             raise NoText(f"line 1: must name {COLUMN}, and each column once; got {', '.join(given)}")
         behind = _behind_text(given, names) if delimiter == "," else None
         for where, cells in records:
-            yield Row(where, cells if isinstance(cells, str) else _cells(given, cells, names, behind))
+            yield Row(where, cells) if isinstance(cells, str) else _row(where, _of_cells, given, cells, names, behind)
+
+
+def _header(line: str, delimiter: str) -> list[str]:
+    """The names here of the columns that a line of CSV names; none where none of them is that of prompts."""
+    try:
+        names = list(columns(tuple(next(csv.reader([line], delimiter=delimiter), ()))).values())
+    except (ValueError, csv.Error):
+        return []
+    return names if set(TEXT) & set(names) else []
 
 
 def _records(file: TextIO, delimiter: str) -> Iterator[tuple[str, list[str] | str]]:
@@ -209,32 +226,21 @@ def _records(file: TextIO, delimiter: str) -> Iterator[tuple[str, list[str] | st
             yield f"line {before}", cells
 
 
-def _delimiter(header: str, delimiters: str) -> str:
-    """The delimiter by which a header names prompts; the first one where none does."""
-    for delimiter in delimiters:
-        try:
-            if set(TEXT) & set(columns(tuple(next(csv.reader([header], delimiter=delimiter), ()))).values()):
-                return delimiter
-        except (ValueError, csv.Error):
-            continue
-    return delimiters[0]
-
-
 def _behind_text(given: Sequence[str], names: dict[str, str]) -> str | None:
     """The column behind that of the prompts, into which half a prompt falls that holds a comma and is not quoted."""
     place = next((i for i, name in enumerate(given) if names.get(name) in TEXT), len(given))
     return given[place + 1] if place + 1 < len(given) and given[place + 1][:1] != " " else None
 
 
-def _cells(given: Sequence[str], cells: Sequence[str], names: dict[str, str], behind: str | None) -> dict[str, Any] | str:
+def _of_cells(given: Sequence[str], cells: Sequence[str], names: dict[str, str], behind: str | None) -> dict[str, Any]:
+    """The row of a record. Raises ValueError for one that is wrong."""
     if len(cells) > len(given):
-        return "more cells than columns; quote a cell that holds a comma"
+        raise ValueError("more cells than columns; quote a cell that holds a comma")
     row: dict[str, str | None] = {**dict.fromkeys(given), **dict(zip(given, cells, strict=False))}
-    if behind is not None and (row[behind] or "")[:1] == " ":
-        return f"{behind} starts with a space, as if a prompt went on behind its comma; quote a cell that holds a comma"
-    if fault := next((fault for cell in cells if cell and (fault := fault_of(cell))), None):
-        return fault
-    said: dict[str, Any] = {names[name]: cell or None for name, cell in row.items() if name in names}
+    if behind is not None and (half := row[behind]) and (half[0] == " " or not behind.strip()):
+        what = f"{behind} starts with a space" if behind.strip() else "text stands in a column without a name"
+        raise ValueError(f"{what}, as if a prompt went on behind its comma; quote a cell that holds a comma")
+    said: dict[str, Any] = {names[name]: in_utf8(cell) if cell else None for name, cell in row.items() if name in names}
     return said | {name: _number(said[name]) for name in NUMBERS if said.get(name)}
 
 
@@ -258,38 +264,23 @@ def parquet_rows(path: Path, wanted: Callable[[str, Any], bool], batch_size: int
 
     Raises ImportError without pyarrow, ValueError for columns that `names.columns` refuses and for a file that is broken.
     """
-    try:
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ImportError("a .parquet file needs the package pyarrow: pip install pyarrow") from error
+    pyarrow, parquet = (library(name, "a .parquet file needs", "pyarrow") for name in ("pyarrow", "pyarrow.parquet"))
     number = 0
     try:
-        file = parquet.ParquetFile(path)
-    except (ValueError, OSError) as error:  # pyarrow's own are kinds of these
-        raise ValueError(f"which is no Parquet file: {error}") from error
-    with file:
-        names = columns(tuple(file.schema_arrow.names))
-        chosen = [field.name for field in file.schema_arrow if wanted(names.get(field.name, ""), field.type)]
-        batches = file.iter_batches(batch_size=batch_size, columns=chosen)
-        while (batch := _next(batches)) is not None:
-            for row in batch.to_pylist():
-                number += 1
-                yield Row(f"row {number}", {names[name]: value for name, value in row.items() if name in names})
-
-
-def _next(batches: Iterator[Any]) -> Any:
-    try:
-        return next(batches, None)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"which is no whole Parquet file: {error}") from error
+        with parquet.ParquetFile(path) as file:
+            names = columns(tuple(file.schema_arrow.names))
+            chosen = [field.name for field in file.schema_arrow if wanted(names.get(field.name, ""), field.type)]
+            for batch in file.iter_batches(batch_size=batch_size, columns=chosen):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Row(f"row {number}", {names[name]: value for name, value in row.items() if name in names})
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"which is no Parquet file, or no whole one: {error}") from error
 
 
 def dataset(source: str) -> Rows:
     """The rows of a dataset, of which pictures, sounds and the like are left alone."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(f"{source!r} is a dataset, which needs the package datasets: pip install datasets") from error
+    datasets = library("datasets", f"{source!r} is a dataset, which needs")
     name, _, split = source.removeprefix(HUB).partition(":")
     if source.startswith(HUB):
         data = datasets.load_dataset(name, split=split or "train", streaming=True)

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-
 from ..runs.atomic import atomic_write
 from ..runs.journal import Keys, texts
 from ..runs.jsontext import json_bytes
@@ -52,14 +50,11 @@ def _rows(out: Path) -> Iterator[bytes]:
         place += len(text)
     if not places:
         return
-    keys = np.frombuffer(digests, np.uint64)
-    order = np.argsort(keys, kind="stable")
-    keys, columns = keys[order], [name for name in CHOSEN if name in names]
+    keys, columns = Keys(digests), [name for name in CHOSEN if name in names]
     with (out / MANIFEST).open("rb") as file:
         for _, id in read_jobs(out):
-            found = int(np.searchsorted(keys, np.uint64(Keys.digest(id)), side="right")) - 1  # the last line about it
-            if found >= 0 and keys[found] == Keys.digest(id):
-                file.seek(places[order[found]])
+            if (found := keys.find(id)) is not None:
+                file.seek(places[found])
                 line = json.loads(file.readline())
                 row = {"file_name": PurePosixPath(line["file"]).name, "text": line["prompt"]}
                 yield json_bytes(row | {name: line.get(name) for name in columns}) + b"\n"

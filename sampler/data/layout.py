@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
 
-from .formats import ENCODING, ERRORS, NoText, fault_of, row_of
+from .formats import ENCODING, ERRORS, NoText, in_utf8, row_of
 from .names import IMAGE, TEXT, first
 from .pictures import files_in, pictures_among, suffixes
 from .rows import format_of, open_rows
 
 METADATA = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".parquet"))  # as the library `datasets` has them
-BESIDE = (".txt", ".caption", ".json")  # suffixes of text files beside a picture; the first that is there counts
+BESIDE = (".txt", ".caption", ".json")  # suffixes of text files beside a picture; the first that has a caption counts
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
 class Layout:
-    """A folder of pictures, with all folders below it.
-
-    images: the pictures, in the order of their paths.
-    metadata: the files named as in METADATA.
+    """A folder of pictures, with all folders below it. images: the pictures, in the order of their paths.
 
     Raises FileNotFoundError for a missing folder.
     """
@@ -28,42 +26,58 @@ class Layout:
         self.folder, files = folder, files_in(folder)
         self.images = pictures_among(files, folder)
         chosen = set(self.images)
-        self._by_name: dict[str, list[Path]] = {}
+        self._stems = {(path.parent, path.stem) for path in self.images}
+        self._by_name: dict[str, list[Path]] = defaultdict(list)
         for path in self.images:
-            self._by_name.setdefault(path.name, []).append(path)
-        self._texts: dict[tuple[Path, str], dict[str, Path]] = {}
+            self._by_name[path.name].append(path)
+        self._texts: dict[tuple[Path, str], dict[str, Path]] = defaultdict(dict)
         for path in files:
             if path not in chosen and path.suffix.casefold() in BESIDE:
-                self._texts.setdefault((path.parent, path.stem), {})[path.suffix.casefold()] = path
-        self.metadata = [path for path in files if path.name.casefold() in METADATA]
-        own = {(path.parent, path.stem) for path in self.images}
-        rest = (path for path in files if path not in chosen and (path.parent, path.stem) not in own)
+                self._texts[path.parent, path.stem][path.suffix.casefold()] = path
+        self._metadata = [path for path in files if path.name.casefold() in METADATA]
+        rest = (path for path in files if path not in chosen and (path.parent, path.stem) not in self._stems)
         self._others = [path for path in rest if format_of(path) in TABLES]
 
     @cached_property
     def tables(self) -> list[Path]:
-        """The tables of captions: `metadata` or, where there is none, other tables that have captions.
+        """The tables of captions: METADATA or, where there is none and no picture has a text beside it, others with captions.
 
         Raises ValueError for a folder with two files of METADATA.
         """
-        homes = [path.parent for path in self.metadata]
+        homes = [path.parent for path in self._metadata]
         twice = next((home for home in homes if homes.count(home) > 1), None)
         if twice:
-            names = " and ".join(path.name for path in self.metadata if path.parent == twice)
+            names = " and ".join(path.name for path in self._metadata if path.parent == twice)
             raise ValueError(f"folder {str(twice)!r} has {names}: give the one that counts, or take the other away")
-        return self.metadata or [path for path in self._others if _has_captions(path)]
+        if self._metadata or any(map(self.has_text, self.images)):
+            return self._metadata
+        return [path for path in self._others if _has_captions(path)]
 
-    def beside(self, image: Path) -> list[Path]:
-        """The text files beside a picture that have its name. The first one counts."""
-        texts = self._texts.get((image.parent, image.stem), {})
-        return [texts[suffix] for suffix in BESIDE if suffix in texts]
+    def name(self, image: Path) -> str:
+        """The path of a picture in the folder, without its suffix."""
+        return image.relative_to(self.folder).with_suffix("").as_posix()
+
+    def has_text(self, image: Path) -> bool:
+        """Whether text files beside a picture have its name."""
+        return (image.parent, image.stem) in self._texts
+
+    def texts(self, image: Path) -> tuple[list[str], str]:
+        """The captions in the text files beside a picture, and what is wrong where there is none."""
+        beside = self._texts.get((image.parent, image.stem), {})
+        found: dict[str, None] = {}
+        wrong: list[str] = []
+        for path in (beside[suffix] for suffix in BESIDE if suffix in beside):
+            try:
+                found.setdefault(caption_in(path.read_bytes(), path.suffix.casefold(), f"caption file {str(path)!r}"))
+            except ValueError as error:
+                wrong.append(str(error))
+        return list(found), "" if found else (wrong or ["no text beside it"])[0]
 
     @property
     def elsewhere(self) -> Path | None:
         """A text file that has a picture's name but lies in another folder, if there is one."""
-        stems = {path.stem for path in self.images}
-        own = {(path.parent, path.stem) for path in self.images}
-        texts = (found for key, found in self._texts.items() if key[1] in stems and key not in own)
+        names = {stem for _, stem in self._stems}
+        texts = (found for key, found in self._texts.items() if key[1] in names and key not in self._stems)
         return next((path for found in texts for path in found.values()), None)
 
     def find(self, name: str, home: Path) -> Path:
@@ -71,8 +85,8 @@ class Layout:
 
         Raises ValueError where no picture or several fit.
         """
-        parts = Path(name).parts
-        found = [path for path in self._by_name.get(Path(name).name, ()) if path.parts[-len(parts) :] == parts]
+        parts = Path(_plain(name)).parts
+        found = [path for path in self._by_name.get(parts[-1] if parts else "", ()) if path.parts[-len(parts) :] == parts]
         if (home / name).is_file() or not found:
             return file_in(name, home)
         if len(found) > 1:
@@ -82,9 +96,15 @@ class Layout:
 
 def file_in(name: str, home: Path) -> Path:
     """The file `name` in the folder `home`. Raises ValueError where it is missing."""
-    if not (home / name).is_file():
+    found = next((path for path in (home / name, home / _plain(name)) if path.is_file()), None)
+    if found is None:
         raise ValueError(f"its image {name[:80]!r} is not in {str(home)!r}")
-    return home / name
+    return found
+
+
+def _plain(name: str) -> str:
+    """A path as this system writes it, where Windows wrote it."""
+    return name.replace("\\", "/")
 
 
 def _has_captions(path: Path) -> bool:
@@ -102,18 +122,13 @@ def _has_captions(path: Path) -> bool:
     return named and isinstance(text, str | list)
 
 
-def caption_of(path: Path) -> str:
-    """The caption in a text file beside a picture. Raises ValueError, naming the file, where it holds none."""
-    return caption_in(path.read_bytes(), path.suffix.casefold(), f"caption file {str(path)!r}")
-
-
 def caption_in(data: bytes, suffix: str, name: str) -> str:
-    """The caption in the bytes of a text file. suffix: one of BESIDE. Raises ValueError where they hold none."""
-    text = data.decode(ENCODING, ERRORS).strip()
-    fault, caption = fault_of(text), text
-    if fault is None and suffix == ".json":
-        row = row_of(text)
-        fault, caption = (row, "") if isinstance(row, str) else (None, first(row, TEXT))
-    if fault is not None or not isinstance(caption, str) or not caption.strip():
-        raise ValueError(f"{name}: {fault or 'holds no caption'}")
+    """The caption in the bytes of a text file. suffix: one of BESIDE. Raises ValueError, with `name`, where they hold none."""
+    try:
+        text = in_utf8(data.decode(ENCODING, ERRORS).strip())
+        caption = first(row_of(text), TEXT) if suffix == ".json" else text
+        if not isinstance(caption, str) or not caption.strip():
+            raise ValueError("holds no caption")
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     return caption.strip()

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..runs.atomic import atomic_write
-from ..runs.folder import open_folder, read_settings
+from ..runs.folder import differences, open_folder, read_settings
 from ..runs.journal import Journal
 from ..runs.manifest import JOBS, MANIFEST, sound
-from .writers import files_of, writer
+from .writers import writer_of
 
 log = logging.getLogger(__name__)
 NAME = re.compile(r"shard-(\d+)-of-(\d+)", re.ASCII)
@@ -29,21 +29,17 @@ def merge(run: str | Path, out: str | Path) -> tuple[int, int]:
     Raises ValueError, before any work, where there are no shards, a shard is missing or of another run, or `out` holds
     something else.
     """
-    parts, settings = _shards(Path(run))
+    parts, settings = _parts(Path(run))
     out = Path(out)
     open_folder(out, settings | {"shard": None})
-    writes = writer(out, *files_of(settings))
-
-    def finished(line: dict[str, Any]) -> str | None:
-        return line["id"] if writes.holds(line) else None
-
-    with Journal(out / MANIFEST, finished) as journal:
+    writes = writer_of(out, settings)
+    with Journal(out / MANIFEST, writes.finished) as journal:
         if not (out / JOBS).is_file() and (parts[0] / JOBS).is_file():  # the same in all of them
             with atomic_write(out / JOBS) as part:
                 shutil.copyfile(parts[0] / JOBS, part)
         writes.join(parts)
         for part in parts:
-            own = writer(part, *files_of(settings))
+            own = writer_of(part, settings)
             for line in sound(part):
                 if line["id"] in journal:
                     continue
@@ -56,7 +52,7 @@ def merge(run: str | Path, out: str | Path) -> tuple[int, int]:
     return sum(line["status"] == "ok" for line in sound(out)), settings["prompts"]
 
 
-def _shards(run: Path) -> tuple[list[Path], dict[str, Any]]:
+def _parts(run: Path) -> tuple[list[Path], dict[str, Any]]:
     """All shards of a run, in their order, and its settings."""
     found: dict[tuple[int, int], Path] = {}
     for part in sorted(run.glob("shard-*-of-*")):
@@ -66,21 +62,19 @@ def _shards(run: Path) -> tuple[list[Path], dict[str, Any]]:
         found[int(name[1]), int(name[2])] = part
     if not found:
         raise ValueError(f"{str(run)!r} holds no folder shard-i-of-n: give the --out of a run made with --shard")
-    counts = sorted({n for _, n in found})
-    if len(counts) > 1:
-        raise ValueError(f"{str(run)!r} holds shards of {' and of '.join(map(str, counts))}: keep those of one run")
-    missing = sorted({(i, counts[0]) for i in range(counts[0])} - found.keys())
-    if missing or len(found) != counts[0]:
-        raise ValueError(f"{str(run)!r} has {len(found)} of {counts[0]} shards; missing are {[i for i, _ in missing]}")
+    count, *others = sorted({n for _, n in found})
+    if others:
+        raise ValueError(f"{str(run)!r} holds shards of {' and of '.join(map(str, [count, *others]))}: keep those of one run")
+    missing = [i for i in range(count) if (i, count) not in found]
+    if missing or len(found) != count:
+        raise ValueError(f"{str(run)!r} has {len(found)} of {count} shards; missing are {missing}")
     parts = [part for _, part in sorted(found.items())]
     settings = [read_settings(part) for part in parts]
     if "format" not in settings[0]:
         raise ValueError(f"{str(run)!r} holds no run of generate: judge, without --shard, puts its own shards together")
-    common = {name: value for name, value in settings[0].items() if name not in MAY_DIFFER}
     for shard, part, own in zip(sorted(found), parts, settings, strict=True):
         if own.get("shard") != list(shard):
             raise ValueError(f"{part.name} holds shard {own.get('shard')}, by its run.json: give it its name back")
-        differs = [name for name in common if own.get(name) != common[name]]
-        if differs:
-            raise ValueError(f"{part.name} is of another run than {parts[0].name} (its {', '.join(differs)} differ)")
+        if said := differences(settings[0], own, MAY_DIFFER):
+            raise ValueError(f"{part.name} is of another run than {parts[0].name} ({said})")
     return parts, settings[0]

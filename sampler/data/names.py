@@ -1,4 +1,4 @@
-"""Names of columns in any spelling, ids that can name files, and cells that no spreadsheet takes for a formula."""
+"""Names of columns in any spelling, and ids that can name files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 from ..runs.folder import SAFE_ID
@@ -16,12 +17,11 @@ TEXT, IMAGE = ("prompt", "caption", "text"), ("image", "file", "file_name", "pat
 COLUMN = "prompt, caption or text"
 KNOWN = (*TEXT, *IMAGE, "id", "seed", "negative_prompt", "steps", "scale", "concept", "height", "width", "count", "guidance")
 MEANT = {"negative": "negative_prompt", "guidance_scale": "scale", "cfg_scale": "scale", "num_inference_steps": "steps"}
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def _letters(name: str) -> str:
     """A column's name without the differences of spelling: "File name", "file-name" and "fileName" become one."""
-    return re.sub(r"[\s_-]", "", name).casefold()
+    return re.sub(r"[\s\ufeff_-]", "", name).casefold()
 
 
 _KNOWN = {_letters(name): name for name in KNOWN}
@@ -60,9 +60,7 @@ def _slip(name: str, known: str) -> bool:
     """
     if len(known) < 4 or len(name) < 3 or name[0] != known[0]:
         return False
-    same = next(
-        (i for i, (one, other) in enumerate(zip(name, known, strict=False)) if one != other), min(len(name), len(known))
-    )
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(name, known, strict=False)))
     one, other = name[same:], known[same:]
     if one[:1].isdigit():  # "prompt2" is meant so
         return False
@@ -89,22 +87,10 @@ class Ids:
         plain = name.replace("/", "-")
         found = re.sub(r"[^A-Za-z0-9._-]", "_", plain).lstrip(".-")[:100]
         digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
-        if (
-            found != plain or not SAFE_ID.fullmatch(found) or found.casefold() in self._taken
-        ):  # some file systems do not tell A.png from a.png
+        # Some file systems do not tell A.png from a.png.
+        if found != plain or not SAFE_ID.fullmatch(found) or found.casefold() in self._taken:
             found = f"{found or '_'}-{digest[:8]}"
         if found.casefold() in self._taken:
             found = digest
         self._taken.add(found.casefold())
         return found
-
-
-def cell(value: Any) -> Any:
-    """The value for a cell of a CSV file: text that a spreadsheet would take for a formula gets a "'" before it.
-
-    Half a surrogate pair, which UTF-8 cannot hold, becomes "?".
-    """
-    if not isinstance(value, str):
-        return value
-    text = value.encode("utf-8", "replace").decode("utf-8")
-    return f"'{text}" if text.startswith(FORMULA) else text

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import numbers
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,15 +64,15 @@ class Job:
             raise ValueError(f"prompt must be a non-empty string, got {self.prompt!r}")
         if not isinstance(self.id, str) or not SAFE_ID.fullmatch(self.id):
             raise ValueError(f"id must be {IDS}; got {self.id!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral) or not 0 <= self.seed < 2**63:
+        seed = checks.whole_number(self.seed)
+        if seed is None or not 0 <= seed < 2**63:
             raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}")
         if not isinstance(self.negative_prompt, str | None):
             raise ValueError(f"negative_prompt must be a string, got {self.negative_prompt!r}")
         if self.guidance is not None and self.guidance not in GUIDANCES:
-            raise ValueError(
-                f"guidance must be one of {', '.join(GUIDANCES)}, got {self.guidance!r}; its scale is called scale"
-            )
-        object.__setattr__(self, "seed", int(self.seed))  # of numpy's integers too
+            names = ", ".join(GUIDANCES)
+            raise ValueError(f"guidance must be one of {names}, got {self.guidance!r}; its scale is called scale")
+        object.__setattr__(self, "seed", seed)  # of numpy's integers too
         for name in ("steps", "height", "width"):
             if (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, checks.at_least_one(name, given))
@@ -129,9 +128,8 @@ class Prompts:
         self._unfit: frozenset[Kind] = frozenset()
         self._others = Others()
         same = self._look(self._refuse)
-        if self._others.left_out:
-            names = ", ".join(sorted(self._others.left_out))
-            log.warning("%s: not carried into the manifest, which says this of its own images: %s", self.name, names)
+        if left_out := ", ".join(sorted(self._others.left_out)):
+            log.warning("%s: not carried into the manifest, which says this of its own images: %s", self.name, left_out)
         if same:
             log.warning("%s", self._said_twice(same))
 
@@ -139,7 +137,7 @@ class Prompts:
         return self.count
 
     def __iter__(self) -> Iterator[tuple[int, Job]]:
-        return ((position, job) for position, _, job in self._jobs(_passed_over))
+        return ((position, job) for position, _, job in self._jobs())
 
     @property
     def skipped(self) -> int:
@@ -166,14 +164,14 @@ class Prompts:
                 unfit[kind] = str(error)
         if not unfit:
             return
-        for _, where, job in self._jobs(_passed_over):
+        for _, where, job in self._jobs():
             if job.kind in unfit:
                 self._refuse(f"{where}: {unfit[job.kind]}")
         self._unfit = frozenset(unfit)
-        self._look(_passed_over)
+        self._look()
 
-    def _look(self, refuse: Callable[[str], None]) -> frozenset[int]:
-        """Read all rows; returns the positions of jobs that ask for an image that an earlier one asks for."""
+    def _look(self, refuse: Callable[[str], None] = lambda said: None) -> frozenset[int]:
+        """Read all rows; returns the positions of jobs that ask for an image that an earlier one asks for; see `_jobs`."""
         digest, ids, images, positions = hashlib.sha256(), array("Q"), array("Q"), array("Q")
         self.kinds: Counter[Kind] = Counter()
         for position, _, job in self._jobs(refuse):
@@ -187,13 +185,13 @@ class Prompts:
         if again := _later(ids, positions):
             self._refuse_repeated(again)
             self._repeated |= again
-            return self._look(_passed_over)
+            return self._look()
         if not len(ids):
             raise ValueError(f"{self.name} holds no prompts")
         self.count, self.sha256 = len(ids), digest.hexdigest()
         return _later(images, positions)
 
-    def _jobs(self, refuse: Callable[[str], None]) -> Iterator[tuple[int, str, Job]]:
+    def _jobs(self, refuse: Callable[[str], None] = lambda said: None) -> Iterator[tuple[int, str, Job]]:
         """(position, where it stands, job). `refuse` is told what is wrong with others; these have positions too."""
         position = 0
         for number, (where, said) in enumerate(self._read()):
@@ -229,33 +227,27 @@ class Prompts:
     def _refuse(self, said: str) -> None:
         self._faults(f"{self.name}, {said}")
 
-    def _refuse_repeated(self, again: frozenset[int]) -> None:
-        ids = {job.id.casefold() for position, _, job in self._jobs(_passed_over) if position in again}
-        places: dict[str, str] = {}
-        for position, where, job in self._jobs(_passed_over):
-            if job.id.casefold() in ids:
-                earlier = places.setdefault(job.id.casefold(), where)
+    def _repeats(self, again: frozenset[int], key: Callable[[Job], Any]) -> Iterator[tuple[str, Job, str, Job]]:
+        """The jobs at these positions as (where it stands, job), each with the first one that has the same key."""
+        keys = {key(job) for position, _, job in self._jobs() if position in again}
+        earlier: dict[Any, tuple[str, Job]] = {}
+        for position, where, job in self._jobs():
+            if key(job) in keys:
+                first = earlier.setdefault(key(job), (where, job))
                 if position in again:
-                    self._refuse(f"{where}: id {job.id!r} is already used in {earlier}")
+                    yield where, job, *first
+
+    def _refuse_repeated(self, again: frozenset[int]) -> None:
+        for where, job, earlier, _ in self._repeats(again, lambda job: job.id.casefold()):
+            self._refuse(f"{where}: id {job.id!r} is already used in {earlier}")
 
     def _said_twice(self, same: frozenset[int]) -> str:
         """What to say of jobs that ask for an image that an earlier one asks for; NAMED of them by their ids."""
-        first: dict[tuple, str] = {}
-        shown = set(sorted(same)[:NAMED])
-        named = {_image(job) for position, _, job in self._jobs(_passed_over) if position in shown}
-        pairs: list[str] = []
-        for position, _, job in self._jobs(_passed_over):
-            if _image(job) in named:
-                earlier = first.setdefault(_image(job), job.id)
-                if position in shown:
-                    pairs.append(f"{job.id} as {earlier}")
-        more = ", ..." if len(same) > len(pairs) else ""
+        shown = self._repeats(frozenset(sorted(same)[:NAMED]), _image)
+        pairs = ", ".join(f"{job.id} as {first.id}" for _, job, _, first in shown)
         asked = f"{len(same)} of {self.count} images are asked for twice, by the same prompt, seed and settings"
-        return f"{self.name}: {asked} ({', '.join(pairs)}{more}): each is made all the same; give them other seeds"
-
-
-def _passed_over(said: str) -> None:
-    """What is told of a row that is wrong when the source is read again."""
+        more = ", ..." if len(same) > NAMED else ""
+        return f"{self.name}: {asked} ({pairs}{more}): each is made all the same; give them other seeds"
 
 
 def _image(job: Job) -> tuple:

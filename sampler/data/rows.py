@@ -6,8 +6,9 @@ import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from codecs import BOM_UTF8
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -48,13 +49,21 @@ class Faults:
         self.skipped += 1
         log.warning("%s: skipped", said)
 
+    @contextmanager
+    def at(self, place: str) -> Iterator[None]:
+        """Inside, a ValueError is a fault. place: comes before what it says."""
+        try:
+            yield
+        except ValueError as error:
+            self(f"{place}{error}")
+
 
 def open_rows(source: str, what: str = "prompts") -> tuple[str, Callable[[], Rows]]:
     """(the name that messages have for a source, a function that reads its rows from the start).
 
-    source: a file with a suffix of FORMATS, perhaps followed by .gz; "-", JSON Lines on standard input; a pipe of JSON Lines;
-            a folder that the library `datasets` saved; or "hf:NAME" or "hf:NAME:SPLIT", a dataset of its hub. Standard input
-            and pipes are first copied to a temporary file, as they can be read once only.
+    source: a file with a suffix of FORMATS, perhaps followed by .gz; "-", standard input, or a pipe, either JSON Lines or a
+            prompt a line; a folder that the library `datasets` saved; or "hf:NAME" or "hf:NAME:SPLIT", a dataset of its hub.
+            Standard input and pipes are first copied to a temporary file, as they can be read once only.
     what:   the kind of its rows, for messages.
 
     Raises FileNotFoundError for a missing file, ValueError for another format. The function raises ValueError for a file that
@@ -75,10 +84,17 @@ def open_rows(source: str, what: str = "prompts") -> tuple[str, Callable[[], Row
         with nullcontext(sys.stdin.buffer) if source == "-" else path.open("rb") as stream:
             shutil.copyfileobj(stream, kept)
         kept.flush()
-        return _named(name, lambda: json_lines(Path(kept.name)))
+        return _named(name, lambda: _streamed(kept.name))
     if format_of(path) not in FORMATS:
         raise ValueError(f"{name} must end in {', '.join(filter(None, FORMATS))}, and perhaps .gz")
     return _named(name, partial(FORMATS[format_of(path)], path))
+
+
+def _streamed(kept: str) -> Rows:
+    """The rows of what came without a suffix: JSON Lines, each of which begins with a brace, or a prompt a line."""
+    with Path(kept).open("rb") as stream:
+        first = next((line for line in map(bytes.strip, stream) if line), b"")
+    return (json_lines if first.removeprefix(BOM_UTF8).startswith(b"{") else lines)(Path(kept))
 
 
 def _named(name: str, read: Callable[[], Rows]) -> tuple[str, Callable[[], Rows]]:

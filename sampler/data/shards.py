@@ -8,12 +8,12 @@ import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..runs.atomic import atomic_write
+from ..runs.environment import library
 from ..runs.jsontext import finite, json_bytes
 from .encoding import Made
 
@@ -31,9 +31,9 @@ class Shard(ABC):
     def read(self, data: bytes) -> Iterator[Made]:
         """What the bytes of a file hold. What is raised for a file that is damaged depends on the library."""
 
-    @abstractmethod
     def match(self, paths: Sequence[Path]) -> None:
         """Make the files of a set fit each other, once all are written."""
+        return
 
 
 class Parquet(Shard):
@@ -42,19 +42,22 @@ class Parquet(Shard):
     suffix = "parquet"
 
     def __init__(self) -> None:
-        self.arrow, self.parquet = (library(name, "pyarrow", "parquet") for name in ("pyarrow", "pyarrow.parquet"))
+        self.arrow, self.parquet = (
+            library(name, "format 'parquet' needs", "pyarrow") for name in ("pyarrow", "pyarrow.parquet")
+        )
 
     def _types(self) -> dict[str, Any]:
         """Of the columns that every file has: those of a set must be the same."""
         text, integer, real, truth = self.arrow.string(), self.arrow.int64(), self.arrow.float64(), self.arrow.bool_()
-        types = dict.fromkeys(("id", "prompt", "negative_prompt", "truncated", "retried", "status", "sha256"), text)
-        types |= dict.fromkeys(("scheduler", "guidance", "model", "fingerprint"), text)
-        types |= dict.fromkeys(
-            ("seed", "steps", "height", "width", "transition_step", "attempts", "bytes", "position"), integer
-        )
-        types |= dict.fromkeys(("scale", "transition_timestep", "transition_log_snr", "score"), real)
-        types |= {"noise_gap": self.arrow.list_(real)} | dict.fromkeys(("suspect", "nsfw_content_detected"), truth)
-        return types | {"image": self.arrow.struct([("bytes", self.arrow.binary()), ("path", text)])}
+        kinds = {
+            text: "id prompt negative_prompt truncated retried status sha256 scheduler guidance model fingerprint",
+            integer: "seed steps height width transition_step attempts bytes position",
+            real: "scale transition_timestep transition_log_snr score",
+            self.arrow.list_(real): "noise_gap",
+            truth: "suspect nsfw_content_detected",
+            self.arrow.struct([("bytes", self.arrow.binary()), ("path", text)]): "image",
+        }
+        return {name: kind for kind, names in kinds.items() for name in names.split()}
 
     def write(self, path: Path, rows: Sequence[Made]) -> None:
         types = self._types()
@@ -66,7 +69,7 @@ class Parquet(Shard):
         columns = {name: self.arrow.array([row.get(name) for row in found], types.get(name)) for name in names}
         features = json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})  # the others' are those of their types
         table = self.arrow.table(columns).replace_schema_metadata({"huggingface": features})
-        self._save(table, path)
+        self.parquet.write_table(table, path, write_page_checksum=True)
 
     def read(self, data: bytes) -> Iterator[Made]:
         for row in self.parquet.read_table(io.BytesIO(data), page_checksum_verification=True).to_pylist():
@@ -89,10 +92,8 @@ class Parquet(Shard):
                 nulls = {field.name: self.arrow.nulls(len(table), field.type) for field in common}
                 found = {name: table[name].cast(common.field(name).type) for name in table.column_names}
                 with atomic_write(path) as part:
-                    self._save(self.arrow.table(nulls | found, schema=common), part)
-
-    def _save(self, table: Any, path: Path) -> None:
-        self.parquet.write_table(table, path, write_page_checksum=True)
+                    table = self.arrow.table(nulls | found, schema=common)
+                    self.parquet.write_table(table, part, write_page_checksum=True)
 
 
 class WebDataset(Shard):
@@ -101,7 +102,7 @@ class WebDataset(Shard):
     suffix = "tar"
 
     def __init__(self) -> None:
-        self.writer = library("webdataset", "webdataset", "webdataset").TarWriter
+        self.writer = library("webdataset", "format 'webdataset' needs").TarWriter
 
     def write(self, path: Path, rows: Sequence[Made]) -> None:
         with path.open("wb") as stream, self.writer(stream, user="", group="", mtime=0, encoder=False) as tar:
@@ -115,9 +116,6 @@ class WebDataset(Shard):
                 found = {member.name.partition(".")[2]: contents(tar, member) for member in members}
                 yield Made(int(key), json.loads(found["json"]), found["png"])
 
-    def match(self, paths: Sequence[Path]) -> None:
-        pass  # lines of JSON may have any fields
-
 
 def contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     """The bytes of a member. Raises tarfile.ReadError for what is no file, as a folder."""
@@ -125,14 +123,6 @@ def contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     if file is None:
         raise tarfile.ReadError(f"{member.name!r} is no file")
     return file.read()
-
-
-def library(name: str, package: str, format: str) -> Any:
-    """A module that a format needs. Raises ImportError naming the package where it is missing."""
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ImportError(f"format {format!r} needs the package {package}: pip install {package}") from error
 
 
 SHARDS: dict[str, type[Shard]] = {"parquet": Parquet, "webdataset": WebDataset}

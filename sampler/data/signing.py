@@ -16,8 +16,8 @@ from typing import Any
 
 from PIL import Image
 
-from ..runs.environment import version_of
-from .encoding import MIME, Encoder, Made, picture_format
+from ..runs.environment import library, version_of
+from .encoding import Encoder, Made, media_type
 from .xmp import TRAINED
 
 CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}  # of keys -> C2PA's names of algorithms
@@ -40,15 +40,15 @@ class Signer:
     """
 
     def __init__(self, certificate: Path, key: Path, format: str):
-        self._c2pa = library()
+        self._c2pa = c2pa_library()
         if format == "latents":
             raise ValueError("c2pa_certificate signs pictures, and format is 'latents': leave one of them out")
         for name, path in (("c2pa_certificate", certificate), ("c2pa_key", key)):
             if not path.is_file():
                 raise FileNotFoundError(f"{name} {str(path)!r} does not exist")
-        self.format = picture_format(format)
+        self._type = media_type(format)
         self.settings = {"c2pa_certificate": hashlib.sha256(certificate.read_bytes()).hexdigest()}
-        trial = Encoder(self.format).picture(Image.new("RGB", (8, 8)), {})
+        trial = Encoder(format).picture(Image.new("RGB", (8, 8)), {})
         try:
             info = self._c2pa.C2paSignerInfo(_algorithm(key.read_bytes()), certificate.read_bytes(), key.read_bytes(), None)
             self._signer = self._c2pa.Signer.from_info(info)
@@ -73,21 +73,17 @@ class Signer:
         told = {
             "claim_generator_info": [agent],
             "title": title,
-            "format": MIME[self.format],
+            "format": self._type,
             "assertions": [{"label": "c2pa.actions.v2", "data": {"actions": [action]}}],
         }
         signed = io.BytesIO()
-        self._c2pa.Builder(told, _context(self._c2pa)).sign(self._signer, MIME[self.format], io.BytesIO(data), signed)
+        self._c2pa.Builder(told, _context(self._c2pa)).sign(self._signer, self._type, io.BytesIO(data), signed)
         return signed.getvalue()
 
 
-def library() -> Any:
+def c2pa_library() -> Any:
     """Raises ImportError where the package c2pa-python is missing."""
-    try:
-        import c2pa
-    except ImportError as error:
-        raise ImportError("C2PA needs the package c2pa-python: pip install 'basinescape[provenance]'") from error
-    return c2pa
+    return library("c2pa", "C2PA needs", "c2pa-python", "'basinescape[provenance]'")
 
 
 def fault_of(data: bytes, format: str) -> str | None:
@@ -95,9 +91,9 @@ def fault_of(data: bytes, format: str) -> str | None:
 
     Whom the certificate belongs to, and whether they are to be trusted, is not looked at.
     """
-    c2pa = library()
+    c2pa = c2pa_library()
     try:
-        found = json.loads(c2pa.Reader(MIME[picture_format(format)], io.BytesIO(data), context=_context(c2pa)).json())
+        found = json.loads(c2pa.Reader(media_type(format), io.BytesIO(data), context=_context(c2pa)).json())
     except c2pa.C2paError as error:
         return f"has no C2PA manifest that can be read: {error}"
     if found.get("validation_state") in SOUND:

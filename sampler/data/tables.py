@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..runs.atomic import atomic_write
-from .names import cell
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -17,3 +18,14 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
+
+
+def cell(value: Any) -> Any:
+    """The value for a cell of a CSV file: text that a spreadsheet would take for a formula gets a "'" before it.
+
+    Half a surrogate pair, which UTF-8 cannot hold, becomes "?".
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.encode("utf-8", "replace").decode("utf-8")
+    return f"'{text}" if text.startswith(FORMULA) else text

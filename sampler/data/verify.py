@@ -14,16 +14,19 @@ from ..runs.folder import leftover, read_settings
 from ..runs.journal import Keys, texts
 from ..runs.manifest import JOBS, MANIFEST, belongs, lacks, read_jobs
 from . import imagefolder, signing, xmp
-from .writers import Writer, files_of, writer
+from .writers import Writer, writer_of
 
 log = logging.getLogger(__name__)
 IMAGES = ("images", "shards")  # the folders that hold nothing but a run's images
+NOT_YET = "is not made yet: start the run again"
 Wrong = tuple[str, str]  # (file, image or line, what is wrong with it)
 
 
 def verify(out: str | Path) -> Iterator[Wrong]:
-    """What is wrong with a run's folder, as (where, what): images that are missing, changed or failed, damaged lines of its
-    manifest, and files that are none of the run's. The same command of `generate` makes what is missing or changed again.
+    """What is wrong with a run's folder, as (where, what): images that are missing, changed, failed or not made yet, damaged
+    lines of its manifest, and files that are none of the run's. The same command of `generate` makes these images.
+
+    An image is missing where the manifest has a line about it and its file is gone. One is not made yet where there is neither.
 
     Each image is checked against its SHA-256; each picture must say in its XMP that a machine made it and, where the run signed
     its pictures, have a C2PA manifest that holds. A warning tells where the library for that is missing.
@@ -34,13 +37,13 @@ def verify(out: str | Path) -> Iterator[Wrong]:
     settings = read_settings(out) if (out / "run.json").is_file() else {}
     if not {"format", "prompts"} <= settings.keys():
         raise ValueError(f"{str(out)!r} holds no run of generate: its run.json is missing or another command's")
-    writes, jobs = writer(out, *files_of(settings), inspect=_inspection(settings)), Jobs(out, settings.get("shard"))
+    writes, jobs = writer_of(out, settings, _inspection(settings)), Jobs(out, settings.get("shard"))
     total = sum(1 for _ in read_jobs(out))
     if total != settings["prompts"]:
         yield JOBS, f"names {total} of {settings['prompts']} jobs" if (out / JOBS).is_file() else "is missing"
     listed, files = array("Q"), array("Q")  # digests of what the manifest tells of
     sound = True
-    for wrong in chain(_lines(out, writes, jobs, listed, files), _unlisted(out, writes, jobs, listed)):
+    for wrong in chain(_lines(out, writes, jobs, listed, files), _unlisted(writes, jobs, listed)):
         sound = False
         yield wrong
     indexed = bool(writes.index) and "prompt_metadata" in settings  # runs of older versions have no index
@@ -54,14 +57,13 @@ def _with_beside(writes: Writer, file: str) -> list[str]:
     return [file, *writes.beside(file)]
 
 
-def _unlisted(out: Path, writes: Writer, jobs: Jobs, listed: Iterable[int]) -> Iterator[Wrong]:
+def _unlisted(writes: Writer, jobs: Jobs, listed: Iterable[int]) -> Iterator[Wrong]:
     """The images of jobs of which no line of the manifest tells."""
     told = Keys(listed)
     for position, id in jobs:
         if id not in told:
             file = writes.file(position, id)
-            there = (out / file).is_file()
-            yield writes.label(file, id), f"has no line in {MANIFEST}" if there else "is missing"
+            yield writes.label(file, id), f"has no line in {MANIFEST}" if writes.has(file, id) else NOT_YET
 
 
 def _inspection(settings: Mapping[str, Any]) -> Callable[[bytes], str | None]:
@@ -70,7 +72,7 @@ def _inspection(settings: Mapping[str, Any]) -> Callable[[bytes], str | None]:
     marked = "prompt_metadata" in settings  # not by an older version, and no latents are
     if signed:
         try:
-            signing.library()
+            signing.c2pa_library()
         except ImportError as error:
             log.warning("whether the pictures' signatures hold is not looked at: %s", error)
             signed = False

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .. import checks
 from ..runs.atomic import atomic_write, link, save_bytes
@@ -30,16 +30,8 @@ log = logging.getLogger(__name__)
 SHARD = 256  # positions a shard
 FORMATS = (*PICTURES, "latents", *SHARDS)
 SUFFIXES = {"latents": "safetensors"}  # of those that are not named by them
-
-
+MISSING = "is missing"
 Inspect = Callable[[bytes], str | None]
-
-
-class Found(NamedTuple):
-    """An image that is there: the SHA-256 of its bytes, and what `inspect` says is wrong with them."""
-
-    sha256: str
-    fault: str | None
 
 
 class Writer(ABC):
@@ -48,26 +40,27 @@ class Writer(ABC):
     inspect: what else may be wrong with the bytes of an image whose SHA-256 is right; None where nothing is.
     """
 
+    index: tuple[str, ...] = ()  # the files that tell of all images, which `finish` writes
+
     def __init__(self, out: Path, inspect: Inspect | None = None):
         self.out, self._inspect = out, inspect
-        self.index: tuple[str, ...] = ()  # the files that tell of all images, which `finish` writes
         self._found = lru_cache(maxsize=16)(self._read)  # asked line by line
 
     @abstractmethod
     def add(self, made: Made) -> Sequence[dict[str, Any]]:
         """Take what is made; returns the lines of all whose files are there now, and of those that failed."""
 
-    @abstractmethod
     def flush(self) -> Sequence[dict[str, Any]]:
         """Write what is still held back."""
+        return []
 
     @abstractmethod
     def finish(self) -> None:
         """Write what depends on all images, once the manifest tells of them."""
 
-    @abstractmethod
     def note(self, notes: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
         """Write notes into the lines that files of many images hold; see `manifest.noted`."""
+        return
 
     @abstractmethod
     def file(self, position: int, id: str) -> str:
@@ -99,9 +92,14 @@ class Writer(ABC):
     def owns(self, file: str, id: str) -> bool:
         """Whether a file is one that this writer may put an image into; such a one is nowhere but in the run's folder."""
 
-    def holds(self, line: dict[str, Any]) -> bool:
-        """Whether the image of a line of the manifest is there as it was made."""
-        return line.get("status") == "ok" and self.wrong(line) is None
+    def finished(self, line: dict[str, Any]) -> str | None:
+        """The id in a line of the manifest whose image is there as it was made; None in others, whose image is to be made."""
+        return line["id"] if line.get("status") == "ok" and self.wrong(line) is None else None
+
+    def has(self, file: str, id: str) -> bool:
+        """Whether an image is in a file, or may be, as it cannot be read."""
+        images = self._found(file)
+        return images != MISSING and (isinstance(images, str) or id in images)
 
     def wrong(self, line: dict[str, Any]) -> tuple[str, str] | None:
         """What is wrong with the image of a line of the manifest, as (where, what); None where it is as it was made.
@@ -114,25 +112,23 @@ class Writer(ABC):
         images = self._found(file)
         if isinstance(images, str):
             return file, images
-        found = images.get(id)
-        if found is None or found.sha256 != digest:
-            return self.label(file, id), "is missing" if found is None else "is changed"
-        return None if found.fault is None else (self.label(file, id), found.fault)
+        sha256, fault = images.get(id, (None, MISSING))
+        if sha256 not in (None, digest):
+            fault = "is changed"
+        return None if fault is None else (self.label(file, id), fault)
 
-    def _read(self, file: str) -> dict[str, Found] | str:
-        """The images in a file, by their ids; or what is wrong with the file."""
+    def _read(self, file: str) -> dict[str, tuple[str, str | None]] | str:
+        """The SHA-256 of the images in a file, and what `inspect` says of each, by id; or what is wrong with the file."""
+        look = self._inspect or (lambda data: None)
         try:
-            return {id: self._look(data) for id, data in self.contents(self.out / file)}
+            return {id: (hashlib.sha256(data).hexdigest(), look(data)) for id, data in self.contents(self.out / file)}
         except FileNotFoundError:
-            return "is missing"
+            return MISSING
         except Exception as error:  # whatever a library makes of a file that is damaged
             return f"cannot be read: {checks.line(error)}"
 
-    def _look(self, data: bytes) -> Found:
-        return Found(hashlib.sha256(data).hexdigest(), self._inspect(data) if self._inspect else None)
 
-
-class Files(Writer):
+class ImageFiles(Writer):
     """A file an image: images/<id>.<suffix>, and with `captions` images/<id>.txt, its prompt.
 
     A folder of pictures is an imagefolder of the library `datasets`; see `imagefolder`.
@@ -152,18 +148,12 @@ class Files(Writer):
         save_bytes(made.data, self.out / line["file"])
         return [line]
 
-    def flush(self) -> Sequence[dict[str, Any]]:
-        return []
-
     def file(self, position: int, id: str) -> str:
         return f"images/{id}.{self.suffix}"
 
     def finish(self) -> None:
         if self.index:
             imagefolder.write(self.out)
-
-    def note(self, notes: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
-        pass  # such a file holds no line
 
     def beside(self, file: str) -> list[str]:
         return [f"{file.removesuffix(self.suffix)}txt"] if self.captions else []
@@ -173,7 +163,7 @@ class Files(Writer):
             return wrong
         for file in self.beside(line["file"]):
             if not (self.out / file).is_file():
-                return file, "is missing"
+                return file, MISSING
             if (self.out / file).read_bytes() != _caption(line):
                 return file, "is changed"
         return None
@@ -189,9 +179,9 @@ class Files(Writer):
 
     def join(self, parts: Sequence[Path]) -> None:
         for part in parts:
-            there = Files(part, self.suffix, self.captions)
+            there = ImageFiles(part, self.suffix, self.captions)
             for line in sound(part):
-                if not self.holds(line) and there.holds(line):
+                if self.finished(line) is None and there.finished(line) is not None:
                     for file in (line["file"], *self.beside(line["file"])):
                         link(part / file, self.out / file)
         self._found.cache_clear()
@@ -201,7 +191,7 @@ def _caption(line: Mapping[str, Any]) -> bytes:
     return str(line["prompt"]).encode("utf-8", "replace")
 
 
-class Shards(Writer):
+class ShardFiles(Writer):
     """Files of SHARD positions each: shards/<number>.<suffix>. What one held before is kept beside what is new."""
 
     def __init__(self, out: Path, format: str, inspect: Inspect | None = None):
@@ -278,20 +268,14 @@ class Shards(Writer):
         self._found.cache_clear()
 
 
-def files_of(settings: Mapping[str, Any]) -> tuple[str, bool]:
-    """What the settings of a run say of its files: the format, and whether captions lie beside its pictures."""
-    return settings["format"], settings.get("captions", False)
-
-
-def writer(out: Path, format: str, captions: bool = False, inspect: Inspect | None = None) -> Writer:
-    """The writer of a format.
-
-    captions: put each prompt into a .txt file beside its picture. inspect: see `Writer`.
+def writer_of(out: Path, settings: Mapping[str, Any], inspect: Inspect | None = None) -> Writer:
+    """The writer of a run. settings: of its run.json, format and captions; with these, each prompt lies beside its picture.
 
     Raises ValueError for an unknown format and for captions beside no picture, ImportError where its library is missing.
     """
+    format, captions = settings["format"], settings.get("captions", False)
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if captions and format not in PICTURES:
         raise ValueError(f"captions lie beside pictures, so format must be one of {', '.join(PICTURES)}, got {format!r}")
-    return Shards(out, format, inspect) if format in SHARDS else Files(out, format, captions, inspect)
+    return ShardFiles(out, format, inspect) if format in SHARDS else ImageFiles(out, format, captions, inspect)

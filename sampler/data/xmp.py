@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
@@ -27,16 +26,7 @@ RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 OWN = "urn:basinescape:xmp#"
 NAMES = {"Iptc4xmpExt": IPTC, "xmp": XMP, "basinescape": OWN}
 SOURCE, PROMPT = "Iptc4xmpExt:DigitalSourceType", "Iptc4xmpExt:AIPromptInformation"
-SETTINGS = (
-    "seed",
-    "negative_prompt",
-    "steps",
-    "scale",
-    "guidance",
-    "scheduler",
-    "height",
-    "width",
-)  # of a line of the manifest
+SETTINGS = ("seed", "negative_prompt", "steps", "scale", "guidance", "scheduler", "height", "width")  # of the manifest's
 MOST = 65502  # bytes of a packet that a JPEG file can hold
 NO_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -98,10 +88,12 @@ def _text(field: ElementTree.Element) -> str:
     return "".join(field.itertext()).strip() if len(field) else field.text or ""
 
 
-def fault_of(source: Path | bytes) -> str | None:
+def fault_of(data: bytes) -> str | None:
     """What is wrong with the mark of a picture's file; None where it says that a machine made it."""
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    with Image.open(io.BytesIO(data)) as image:
         kind = fields_in(image.info).get(SOURCE)
-    if kind == TRAINED:
-        return None
-    return f"is not marked as made by a machine: the DigitalSourceType in its XMP is {kind or 'missing'}"
+    return (
+        None
+        if kind == TRAINED
+        else f"is not marked as made by a machine: the DigitalSourceType in its XMP is {kind or 'missing'}"
+    )

@@ -60,18 +60,17 @@ class Probe:
         if formulation == "flow":
             noise = 1 / (1 + math.exp(log_snr / 2))
             told = (1 - noise if own.get("invert_sigmas") else noise) * own.get("num_train_timesteps", 1000)
-            return cls.at(scheduler, told, log_snr)
-        if formulation == "edm":
-            sigma = torch.tensor(own["sigma_data"] * math.exp(-log_snr / 2))
-            return cls.at(scheduler, float(scheduler.precondition_noise(sigma)), log_snr)
-        if not hasattr(scheduler, "alphas_cumprod"):
+        elif formulation == "edm":
+            told = float(scheduler.precondition_noise(torch.tensor(own["sigma_data"] * math.exp(-log_snr / 2))))
+        elif hasattr(scheduler, "alphas_cumprod"):
+            levels = vp_log_snr(scheduler.alphas_cumprod, torch.arange(len(scheduler.alphas_cumprod)))
+            told = timestep = int((levels - log_snr).abs().argmin())
+            log_snr = levels[timestep].item()
+            if own.get("timestep_type") == "continuous":  # such networks are told a quarter of the logarithm of sigma
+                told = -log_snr / 8
+        else:
             raise ValueError(f"scheduler {type(scheduler).__name__} has no known noise levels, so pictures cannot be judged")
-        levels = vp_log_snr(scheduler.alphas_cumprod, torch.arange(len(scheduler.alphas_cumprod)))
-        timestep = int((levels - log_snr).abs().argmin())
-        told = float(timestep)
-        if own.get("timestep_type") == "continuous":  # such networks are told a quarter of the logarithm of sigma
-            told = -levels[timestep].item() / 8
-        return cls.at(scheduler, told, levels[timestep].item())
+        return cls.at(scheduler, float(told), log_snr)
 
     @classmethod
     def at(cls, scheduler: Scheduler, timestep: float, log_snr: float) -> Probe:

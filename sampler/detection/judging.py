@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import checks
 from ..data.pictures import pixels
 from ..models import Model, memory
-from ..runs.progress import parts
+from ..runs.batches import parts
 from ..types import Scheduler
 from . import basin
 

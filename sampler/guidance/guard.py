@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from .. import checks
 from .early import EarlyLook
 from .guidance import Guidance
-from .transitions import At
 
 PROBES = 2  # noises that a picture is judged by
 # The basin score above which a picture is suspect, of a plain attempt and of those after it, without a calibration.
@@ -17,14 +16,6 @@ THRESHOLD, LATER = 0.3, 0.2
 # With one: the share of ordinary pictures that may begin again, and of those that are above the threshold of later attempts.
 RATE, LATER_RATE = 0.01, 0.1
 LADDER = (-2.8, -2.8, -2.8, -1.9, -1.9, -1.5, -0.8)  # log SNRs until which the attempts after the plain one are delayed
-
-
-class Thresholds(Protocol):
-    """What a guard takes from a calibration; `calibration.Calibration` has it."""
-
-    def threshold(self, rate: float) -> float: ...
-
-    def early(self, rate: float, scale: float) -> EarlyLook | None: ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +32,7 @@ class Attempt:
 
     def __post_init__(self) -> None:
         if not isinstance(self.guidance, Guidance):
-            raise ValueError(f"an attempt's guidance must be a Guidance, got {self.guidance!r}")
+            raise ValueError(f"guidance must be a Guidance, such as Guidance.from_dict(...), got {self.guidance!r}")
         object.__setattr__(self, "threshold", checks.finite("threshold", self.threshold))
         checks.at_least_one("probes", self.probes)
 
@@ -69,30 +60,6 @@ class Guard:
         rules = {one.guidance.rule for one in self.attempts}
         if len(rules) > 1:
             raise ValueError(f"attempts must have one rule, got {', '.join(sorted(rules))}")
-
-    @classmethod
-    def of(
-        cls,
-        plain: Guidance,
-        calibration: Thresholds | None = None,
-        threshold: float | None = None,
-        later: float | None = None,
-        rate: float | None = None,
-        attempts: Sequence[Guidance] | None = None,
-    ) -> Guard:
-        """`Guidance.guard` with this plain guidance."""
-        rate = RATE if rate is None else rate
-        if not 0 < checks.share("rate", rate) < 1:
-            raise ValueError(f"rate must be between 0 and 1, got {rate!r}")
-        if calibration is not None and not hasattr(calibration, "threshold"):
-            raise ValueError(f"calibration must be a Calibration, as Calibration.load reads one; got {calibration!r}")
-        delays = [replace(plain, until=At(log_snr=log_snr)) for log_snr in LADDER] if attempts is None else list(attempts)
-        if threshold is None:
-            threshold = THRESHOLD if calibration is None else calibration.threshold(rate / 2)
-        if later is None:
-            later = LATER if calibration is None else calibration.threshold(LATER_RATE)
-        tried = (Attempt(plain, threshold), *(Attempt(one, later) for one in delays))
-        return cls(tried, None if calibration is None else calibration.early(rate / 2, plain.scale))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Guard:

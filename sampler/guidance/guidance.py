@@ -10,8 +10,9 @@ Memorization", CVPR 2025, https://arxiv.org/abs/2411.16738.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +21,11 @@ from torch import Tensor
 from .. import checks
 from ..kernels.rules import columns_of, options_of
 from ..kernels.table import Column
-from .transitions import LEAVES, RULES, STAYS, At, Transition
+from .transitions import RULES, At, Transition
+from .transitions.base import ALWAYS, NEVER, Calibrated
 
 if TYPE_CHECKING:
-    from .guard import Guard, Thresholds
+    from .guard import Guard
 
 
 # The columns of the step table that guidance fills.
@@ -47,9 +49,16 @@ def first_of_step(step: Tensor) -> Tensor:
     return torch.cat([torch.ones(1), step.diff().clamp(max=1).float()])
 
 
+def never_came(transition_step: Tensor, steps: int) -> str | None:
+    """What is to be said of samples whose transition, (B,), did not come in so many steps: -1; None where all have one."""
+    waiting = int((transition_step < 0).sum())
+    told = f"{waiting} of {len(transition_step)} samples had no transition in {steps} steps, so never their full guidance"
+    return f"{told}: give the transition a `latest`" if waiting else None
+
+
 def _restart(given: Sequence[Any]) -> tuple[float, float, int]:
     """(low, high, times) as checked."""
-    if len(given) != 3:
+    if not isinstance(given, Sequence) or len(given) != 3:
         raise ValueError(f"restart must be (low, high, times), got {given!r}")
     low, high = (checks.finite("restart", timestep) for timestep in given[:2])
     if low >= high:
@@ -99,13 +108,13 @@ class Guidance:
             unregistered = "; `transitions.register` it first" if isinstance(self.until, Transition) else ""
             known = ", ".join(f"{name}(...)" for name in RULES)
             raise ValueError(f"until must be one of {known}, got {self.until!r}{unregistered}")
-        if isinstance(self.shape, str):
-            if self.shape not in SHAPES:
-                raise ValueError(f"shape must be one of {', '.join(SHAPES)}, or a factor for each step; got {self.shape!r}")
-        else:
+        if self.shape not in SHAPES if isinstance(self.shape, str) else not isinstance(self.shape, Iterable):
+            raise ValueError(f"shape must be one of {', '.join(SHAPES)}, or a factor for each step; got {self.shape!r}")
+        if not isinstance(self.shape, str):
             object.__setattr__(self, "shape", tuple(checks.finite("shape", factor) for factor in self.shape))
         if self.interval is not None:
-            interval = tuple(checks.finite("interval", timestep) for timestep in self.interval)
+            given = self.interval if isinstance(self.interval, Iterable) else ()
+            interval = tuple(checks.finite("interval", timestep) for timestep in given)
             if len(interval) != 2 or interval[0] > interval[1]:
                 raise ValueError(f"interval must be two timesteps (low, high), got {self.interval!r}")
             object.__setattr__(self, "interval", interval)
@@ -151,7 +160,7 @@ class Guidance:
     def guard(
         cls,
         scale: float = 7.5,
-        calibration: Thresholds | None = None,
+        calibration: Calibrated | None = None,
         threshold: float | None = None,
         later: float | None = None,
         rate: float | None = None,
@@ -170,9 +179,24 @@ class Guidance:
 
         Raises ValueError for anything else, and for a calibration of too few pictures for the rate.
         """
-        from .guard import Guard  # which is made of guidances
+        from . import guard  # which is made of guidances
 
-        return Guard.of(cls.cfg(scale, **given), calibration, threshold, later, rate, attempts)
+        plain, rate = cls.cfg(scale, **given), guard.RATE if rate is None else rate
+        if not 0 < checks.share("rate", rate) < 1:
+            raise ValueError(f"rate must be between 0 and 1, got {rate!r}")
+        if calibration is not None and not hasattr(calibration, "threshold"):
+            path = repr(str(calibration)) if isinstance(calibration, str | Path) else "path"
+            raise ValueError(f"calibration must be a Calibration, got {calibration!r}: give Calibration.load({path})")
+        if isinstance(attempts, Guidance):
+            raise ValueError(f"attempts must be a list of guidances, got {attempts!r}")
+        if attempts is None:
+            attempts = [replace(plain, until=At(log_snr=log_snr)) for log_snr in guard.LADDER]
+        if threshold is None:
+            threshold = guard.THRESHOLD if calibration is None else calibration.threshold(rate / 2)
+        if later is None:
+            later = guard.LATER if calibration is None else calibration.threshold(guard.LATER_RATE)
+        tried = (guard.Attempt(plain, threshold), *(guard.Attempt(one, later) for one in attempts))
+        return guard.Guard(tried, None if calibration is None else calibration.early(rate / 2, plain.scale))
 
     def __repr__(self) -> str:
         extra = "" if self.shape == "static" else f", shape={self.shape!r}"
@@ -195,6 +219,8 @@ class Guidance:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Guidance | Guard:
         """The inverse of `to_dict`, a guard's too. Raises ValueError for an unknown rule or field."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"not a guidance: {data!r}")
         given = dict(data)
         try:
             if "attempts" in given:
@@ -236,10 +262,12 @@ class Guidance:
         """What is to be said where its transition changes nothing over steps at these timesteps, as `over` left them."""
         if self.until is None:
             return None
-        leaving = self.until.leaving(levels)
-        if leaving[0] == LEAVES:
+        if all(before == after for before, after in self.weights(levels)):
+            return f"{self!r} is plain guidance here: its weight is the same before the transition and after it"
+        criteria = self.until.criteria(levels)
+        if criteria[0] == ALWAYS:
             return f"{self!r} is plain guidance here: the first of {len(levels)} steps is past the transition already"
-        if all(step == STAYS or k + step.wait >= len(levels) for k, step in enumerate(leaving)):
+        if all(step == NEVER or k + step.wait >= len(levels) for k, step in enumerate(criteria)):
             return f"{self!r} has no transition here: none of {len(levels)} steps comes so far"
         return None
 
@@ -253,26 +281,19 @@ class Guidance:
             or self.shape in SHAPES.keys() - {"static"}
         )
 
-    def rows(self, levels: Sequence[float]) -> dict[Column, Tensor]:
-        """The guidance's columns of the table of steps, float32 on the CPU, a number for each step.
+    def calls(self, levels: Sequence[float], step: Tensor, first: Tensor) -> dict[Column, Tensor]:
+        """The columns of the step table that guidance decides, float32 on the CPU: a number for each call of the network.
 
-        levels: the steps' timesteps in 0..1000 of the training schedule. Raises ValueError if the guidance has another number
-        of steps.
+        levels: the steps' timesteps in 0..1000 of the training schedule.
+        step:   (K,) int64, the step each call belongs to.
+        first:  (K,), 1 for the first call of its step, which alone may show a transition, 0 for the others.
+
+        Raises ValueError if the guidance has another number of steps.
         """
-        leaving = [LEAVES] * len(levels) if self.until is None else self.until.leaving(levels)
+        criteria = [ALWAYS] * len(levels) if self.until is None else self.until.criteria(levels)
         options = columns_of(dict(self.options))
-        rows = [(*weights, *how, *options) for weights, how in zip(self.weights(levels), leaving, strict=True)]
-        return dict(zip(COLUMNS, torch.tensor(rows, dtype=torch.float32).unbind(1), strict=True))
-
-    def calls(self, levels: Sequence[float], step: Tensor, first: Tensor | None = None) -> dict[Column, Tensor]:
-        """`rows`, STEP and FIRST for each call of the network.
-
-        step:  (K,) int64, the step it belongs to.
-        first: (K,), 1 for the first call of its step, which alone may show a transition, 0 for the others; None: where `step`
-               grows.
-        """
-        first = first_of_step(step) if first is None else first
-        columns = {column: values[step] for column, values in self.rows(levels).items()}
+        rows = [(*weights, *criterion, *options) for weights, criterion in zip(self.weights(levels), criteria, strict=True)]
+        columns = dict(zip(COLUMNS, torch.tensor(rows, dtype=torch.float32)[step].unbind(1), strict=True))
         for column, nothing in ((Column.KEEP, -torch.inf), (Column.LIMIT, -torch.inf), (Column.FALL, 0.0)):
             columns[column] = columns[column].where(first > 0, torch.tensor(nothing))
         return columns | {Column.STEP: step.float(), Column.FIRST: first.float()}

@@ -24,10 +24,10 @@ from ..guidance.guard import PROBES, THRESHOLD, Guard
 from ..guidance.guidance import Guidance, first_of_step
 from ..kernels import guide_step
 from ..kernels.operands import is_dense
-from ..kernels.state import Latents, State, Transition, Workspace
-from ..sampling.branches import branches, looks
-from ..sampling.statistics import Statistics
-from ..sampling.step_table import table_of
+from ..kernels.state import Latents, State, TransitionState, Workspace
+from ..kernels.table import Column
+from ..sampling.gap_statistics import GapStatistics
+from ..sampling.step_table import branches, looks_for_transition, table_of
 from ..types import Branch
 
 
@@ -41,7 +41,7 @@ class Escape:
     device:      of the predictions.
     step:        the step that each call of the network belongs to, counted from 0, for solvers that call it more than once a
                  step: the first call of a step alone may show a transition. None: one call a step.
-    log_snrs:    of each step, rising; needed by guidance that is delayed until a log SNR (`schedulers.log_snrs` has them).
+    log_snrs:    of each step, rising; needed by guidance that is delayed until a log SNR (`schedule.noise_levels` has them).
 
     Raises ValueError for arguments that are not as described, for timesteps that the guidance is not made for, and for a guard
     or restart sampling, which need a loop that can go back. It judges nothing: `judge` does.
@@ -72,13 +72,12 @@ class Escape:
         if not self._timed_by_call:
             self._check_known(self.timesteps)
         self._distinct = list(dict.fromkeys(self.guidance))
-        table = self._rows()
-        self._finds = any(looks(one.calls(self.timesteps, self._step, self._first)) for one in self._distinct)
-        self._table = table.to(self.device)
+        self._finds = any(looks_for_transition(laid) for laid in self._columns())
+        self._table = self._rows().to(self.device)
         until = [one.until for one in self._distinct]
-        self._statistics = Statistics.of(until, [len(self._step)] * len(until), self.device)
+        self._statistics = GapStatistics.of(until, [len(self._step)] * len(until), self.device)
         self._starts = torch.tensor([self._distinct.index(one) * len(self._step) for one in self.guidance], device=self.device)
-        self._transition = Transition.empty(self.batch, len(self.timesteps), self.device)
+        self._transition = TransitionState.empty(self.batch, len(self.timesteps), self.device)
         self._transition.restart(slice(None), self._starts, self._starts + len(self._step) - 1)
         self._state: State | None = None
 
@@ -120,8 +119,7 @@ class Escape:
         """
         if self._timed_by_call:
             self._note_timestep(timestep)
-        columns = [one.calls(self.timesteps, self._step, self._first) for one in self._distinct]
-        needed = {branches(laid, looks(laid))[self.calls] for laid in columns}
+        needed = {branches(laid)[self.calls] for laid in self._columns()}
         return needed.pop() if len(needed) == 1 else "both"
 
     @property
@@ -134,11 +132,11 @@ class Escape:
         self.calls = call
         self._transition.row.copy_(self._starts + call)
 
-    def mark(self) -> Transition:
+    def mark(self) -> TransitionState:
         """What has been noted so far, for `forget`."""
         return self._transition.select(torch.arange(self.batch, device=self.device))
 
-    def forget(self, mark: Transition) -> None:
+    def forget(self, mark: TransitionState) -> None:
         """Undo what was noted since."""
         for name, noted in vars(mark).items():
             getattr(self._transition, name).copy_(noted)
@@ -160,7 +158,11 @@ class Escape:
 
     def _rows(self) -> Tensor:
         """The rows of each distinct guidance, one after another: (K * distinct, len(Column)) float32 on the CPU."""
-        return torch.cat([table_of(one.calls(self.timesteps, self._step, self._first)) for one in self._distinct])
+        return torch.cat([table_of(laid) for laid in self._columns()])
+
+    def _columns(self) -> list[dict[Column, Tensor]]:
+        """The columns of each distinct guidance, laid over the calls."""
+        return [one.calls(self.timesteps, self._step, self._first) for one in self._distinct]
 
     def _note_timestep(self, timestep: float | None) -> None:
         """Take the timestep of this call as that of its step, if the call is the step's first, and lay the guidance over it."""

@@ -13,18 +13,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .. import checks
-from ..detection.basin import LOG_SNR, Probe
 from ..detection.judging import Verdict
 from ..guidance.guard import PROBES, THRESHOLD
 from ..guidance.guidance import Guidance
 from ..guidance.transitions import At, Settled
 from ..kernels.state import per_sample
-from ..schedulers.schedule import timestep_of_ratio
-from ..types import Branch, Pair
 from .escape import Escape, each, judge
+from .noise_levels import UNEVEN, denoiser_probe, scalings, timestep
 
 MOST_STEPS = 1000  # of a run whose number of steps is not given
-UNEVEN = {"sample_dpm_fast", "sample_dpm_adaptive"}  # whose steps differ in their number of calls
 
 Scalings = Callable[[Tensor], Sequence[Tensor]]
 
@@ -84,10 +81,14 @@ class EscapeDenoiser:
             self.run = Escape(self.guidance, self.steps, len(x), x.device, step)
         if self.run.calls % self.order == 0:  # a step's other calls may lie anywhere below
             self._sigma = high
-        level = self._level(sigma)
-        branch = self.run.branch(level)
-        first, second = self._made(branch, x, sigma, uncond, cond, model_kwargs)
-        skip, out = (per_sample(scale.expand(len(x)), x) for scale in self._scalings(sigma))
+        level = timestep(self.inner_model, high)
+        branch, second = self.run.branch(level), None
+        if branch == "both":
+            first, second = self._both(x, sigma, uncond, cond, model_kwargs)
+        else:
+            first = self.inner_model(x, sigma, cond=cond if branch == "cond" else uncond, **model_kwargs)
+        found = scalings(self.inner_model, sigma) if self.scalings is None else self.scalings(sigma)
+        skip, out = (per_sample(torch.as_tensor(scale).to(sigma).expand(len(x)), x) for scale in found)
         guided = self.run((first - skip * x) / out, None if second is None else (second - skip * x) / out, timestep=level)
         return skip * x + out * guided
 
@@ -107,14 +108,11 @@ class EscapeDenoiser:
 
         cond, uncond, model_kwargs: as in a call. flow: the model denoises (1 - sigma) x0 + sigma noise, not x0 + sigma noise.
         """
-        ratio = math.exp(-LOG_SNR / 2)
-        sigma = ratio / (1 + ratio) if flow else ratio * getattr(self.inner_model, "sigma_data", 1.0)
-        probe = Probe(sigma, LOG_SNR, (1 - sigma if flow else 1.0, sigma), (1.0, 0.0))  # denoised it would be x0 itself
 
         def predict(x: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
             return self._both(x, told.to(x), uncond, cond, model_kwargs)
 
-        return judge(predict, probe, x0, seeds, threshold, probes)
+        return judge(predict, denoiser_probe(self.inner_model, flow), x0, seeds, threshold, probes)
 
     @property
     def transition_step(self) -> Tensor:
@@ -132,42 +130,20 @@ class EscapeDenoiser:
             raise ValueError(f"{name} is known when the denoiser has been called")
         return self.run
 
-    def _made(self, branch: Branch, x: Tensor, sigma: Tensor, uncond: Any, cond: Any, model_kwargs: dict[str, Any]) -> Pair:
-        """The denoised predictions that a call needs."""
-        if branch == "both":
-            return self._both(x, sigma, uncond, cond, model_kwargs)
-        return self.inner_model(x, sigma, cond=cond if branch == "cond" else uncond, **model_kwargs), None
-
     def _both(self, x: Tensor, sigma: Tensor, uncond: Any, cond: Any, model_kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(unconditional, conditional) denoised predictions."""
         (first, form), (second, other) = tree_flatten(uncond), tree_flatten(cond)
         if model_kwargs or form != other or any(a.shape != b.shape for a, b in zip(first, second, strict=True)):
-            return self.inner_model(x, sigma, cond=uncond, **model_kwargs), self.inner_model(
-                x, sigma, cond=cond, **model_kwargs
-            )
+            without, made = (self.inner_model(x, sigma, cond=one, **model_kwargs) for one in (uncond, cond))
+            return without, made
         doubled = tree_unflatten([torch.cat(pair) for pair in zip(first, second, strict=True)], form)
         denoised = self.inner_model(torch.cat([x, x]), torch.cat([sigma, sigma]), cond=doubled)
         return denoised[: len(x)], denoised[len(x) :]
 
     def _over(self, guidance: Guidance) -> Guidance:
         """The same with a transition that is stated as a log SNR as the timestep that has it."""
-        until = guidance.until if isinstance(guidance, Guidance) else None
+        until = guidance.until
         if not isinstance(until, At) or until.log_snr is None:
             return guidance
         sigma = math.exp(-until.log_snr / 2) * getattr(self.inner_model, "sigma_data", 1.0)
-        return replace(guidance, until=At(timestep=min(self._level(torch.tensor([sigma])), 1000.0)))
-
-    def _scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """(c_skip, c_out), (B,) each."""
-        if self.scalings is not None:
-            first, second = (torch.as_tensor(scale).to(sigma) for scale in self.scalings(sigma))
-            return first, second
-        *skip, out, _ = self.inner_model.get_scalings(sigma) if hasattr(self.inner_model, "get_scalings") else (-sigma, None)
-        return skip[0] if skip else torch.ones_like(sigma), out
-
-    def _level(self, sigma: Tensor) -> float:
-        """The timestep in 0..1000 of a noise level."""
-        model = self.inner_model
-        if not hasattr(model, "sigma_to_t"):
-            return float(timestep_of_ratio(sigma[:1] / getattr(model, "sigma_data", 1.0)))
-        return float(model.sigma_to_t(sigma[:1])) * 1000 / (len(model.sigmas) if hasattr(model, "sigmas") else 1)
+        return replace(guidance, until=At(timestep=min(timestep(self.inner_model, sigma), 1000.0)))

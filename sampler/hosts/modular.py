@@ -19,7 +19,7 @@ from ..guidance.guidance import Guidance
 from ..kernels.state import per_sample
 from ..types import Branch
 from .escape import Escape, each, judge
-from .network_call import NetworkCall, seen, stacked
+from .network_call import NetworkCall, seen, sign_of, stacked
 
 CONTINUOUS = 2.0  # a schedule that begins below this timestep does not count in 0..1000
 
@@ -83,14 +83,14 @@ class BasinEscapeGuidance(BaseGuidance):
         self._hooks.close()  # of a network that failed
         name = self._needed()[self._count_prepared - 1][1]
         if self._enabled and name not in self._network_calls:
-            self._hooks.enter_context(seen(denoiser, partial(self._keep, name, denoiser)))
+            self._hooks.enter_context(seen(denoiser, partial(self._keep, name)))
 
     def cleanup_models(self, denoiser: Any) -> None:
         super().cleanup_models(denoiser)
         self._hooks.close()
 
-    def _keep(self, name: str, denoiser: Any, given: tuple, named: dict[str, Any], output: Any) -> Any:
-        self._network_calls[name] = NetworkCall.kept(denoiser, given, named, float(self._timestep))
+    def _keep(self, name: str, call: NetworkCall, output: Any) -> Any:
+        self._network_calls[name] = call.kept(float(self._timestep))
         self._raw[name] = stacked(output[0]).clone()
         return output
 
@@ -112,11 +112,10 @@ class BasinEscapeGuidance(BaseGuidance):
         if missing:
             raise ValueError(f"the last run never asked for {' and '.join(sorted(missing))}: its pictures cannot be judged")
 
-        def asked(name: str, x: Tensor, timesteps: Tensor) -> Tensor:
-            return self._sign * self._network_calls[name].repeated(x, float(timesteps[0])).reshape(x.shape)
-
         def predict(x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-            return asked("pred_uncond", x, timesteps), asked("pred_cond", x, timesteps)
+            calls = (self._network_calls[name] for name in ("pred_uncond", "pred_cond"))
+            uncond, cond = (self._sign * call.repeated(x, float(timesteps[0])).reshape(x.shape) for call in calls)
+            return uncond, cond
 
         return judge(predict, scheduler, latents, seeds, threshold, probes)
 
@@ -143,7 +142,7 @@ class BasinEscapeGuidance(BaseGuidance):
         for name, own in (("pred_cond", pred_cond), ("pred_uncond", pred_uncond)):
             raw = self._raw.pop(name, None)
             if raw is not None and own is not None and raw.numel() == own.numel():
-                self._sign = -1.0 if bool((raw.flatten() * own.flatten()).nansum() < 0) else 1.0
+                self._sign = sign_of(raw.flatten(), own.flatten())
         # Some pipelines give the guided prediction the conditional one's norm: as everywhere, for weights above 1 alone.
         norm = pred if pred_cond is None else torch.where(per_sample(self.run.weight, pred) > 1, pred_cond, pred)
         return GuiderOutput(pred=pred, pred_cond=norm, pred_uncond=pred_uncond)

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
-
-TimeInput = Callable[[float, int], float]
+from torch.utils._pytree import tree_map_only
 
 # What a network is given as its time at timestep t of a scheduler that counts to n: t itself, its share of n, or the rest.
-TIME_INPUTS: tuple[TimeInput, ...] = (lambda t, n: t, lambda t, n: t / n, lambda t, n: 1 - t / n)
+TIME_INPUTS: tuple[Callable[[float, int], float], ...] = (lambda t, n: t, lambda t, n: t / n, lambda t, n: 1 - t / n)
 NEAR = 0.02  # how far, relatively, a network's time may be off one of these: half precision rounds it
 
 
@@ -25,22 +23,39 @@ NEAR = 0.02  # how far, relatively, a network's time may be off one of these: ha
 class NetworkCall:
     """A call of a network.
 
-    given, named: its arguments. timestep: the scheduler's there. counted: the length of the scheduler's training schedule.
+    arguments: by name, or by place where they were given so. timestep: the scheduler's there. counted: the length of the
+    scheduler's training schedule. Both are of a call that is kept.
     """
 
     network: nn.Module
-    given: tuple
-    named: dict[str, Any]
-    timestep: float
-    counted: int
+    arguments: dict[Any, Any]
+    timestep: float = torch.nan
+    counted: int = 1000
 
-    @classmethod
-    def kept(cls, network: nn.Module, given: tuple, named: dict[str, Any], timestep: float, counted: int = 1000) -> NetworkCall:
-        """A call with copies of its tensors: a host may write into them later."""
-        given, named = tree_map(
-            lambda value: _laid_out(value.clone(), value) if isinstance(value, Tensor) else value, (given, named)
-        )
-        return cls(network, given, named, timestep, counted)
+    @property
+    def latents_key(self) -> Any:
+        """Under which of the arguments the latents are: a network's first."""
+        return next(key for key in (0, "sample", "hidden_states") if key in self.arguments)
+
+    @property
+    def time_key(self) -> Any:
+        """Under which of the arguments the network is told the time: its second."""
+        return "timestep" if "timestep" in self.arguments else 1
+
+    @property
+    def latents(self) -> Tensor:
+        """(rows, ...), those that the network was called with."""
+        return stacked(self.arguments[self.latents_key])
+
+    @property
+    def time(self) -> Any:
+        """What the network was told as the time."""
+        return self.arguments[self.time_key]
+
+    def kept(self, timestep: float, counted: int = 1000) -> NetworkCall:
+        """The same with copies of its tensors: a host may write into them later."""
+        copies = tree_map_only(Tensor, lambda value: _laid_out(value.clone(), value), self.arguments)
+        return replace(self, arguments=copies, timestep=timestep, counted=counted)
 
     def repeated(self, latents: Tensor, timestep: float) -> Tensor:
         """The prediction (rows, ...) for other latents (B, ...), at another timestep of the scheduler.
@@ -48,37 +63,26 @@ class NetworkCall:
         Channels or tokens that the call had beyond those of the latents stay. Raises ValueError for latents of another shape,
         and where it is not known what the network is given as its time.
         """
-        time = self._time_input()(timestep, self.counted)
-        given, named = _with(self.given, self.named, "timestep", lambda own: _as_time(own, time))
-        given, named = _with(given, named, sample_name(given, named), lambda own: _replaced(own, latents))
-        with uncached(self.network):
-            return stacked(self.network(*given, **named)[0])
+        own = self.arguments[self.latents_key]
+        put = _put_into(self.latents, latents)
+        arguments = self.arguments | {
+            self.time_key: _as_time(self.time, self._told(timestep)),
+            self.latents_key: list(put.unbind()) if isinstance(own, list) else put,
+        }
+        given = [value for key, value in arguments.items() if isinstance(key, int)]
+        with _uncached(self.network):
+            return stacked(self.network(*given, **{key: arguments[key] for key in arguments if isinstance(key, str)})[0])
 
-    def _time_input(self) -> TimeInput:
-        """How what the network is given as its time follows from the scheduler's timestep."""
-        time = float(torch.as_tensor(timestep_of(self.given, self.named)).flatten()[0])
-        off, found = min(((_off(one(self.timestep, self.counted), time), one) for one in TIME_INPUTS), key=lambda one: one[0])
-        if off > NEAR:
+    def _told(self, timestep: float) -> float:
+        """What the network is told at this timestep, by what it was told at its own."""
+        time = float(torch.as_tensor(self.time).flatten()[0])
+        nearest = min(TIME_INPUTS, key=lambda told: abs(told(self.timestep, self.counted) - time))
+        if not abs(nearest(self.timestep, self.counted) - time) <= NEAR * max(abs(time), 0.1):
             raise ValueError(
                 f"{type(self.network).__name__} is told {time:g} at the scheduler's timestep {self.timestep:g}: how it is told "
                 "the time is not known here, so pictures cannot be judged; use judge(...) with a function of your own"
             )
-        return found
-
-
-def sample_name(given: tuple, named: dict[str, Any]) -> str:
-    """What a network's first argument is called."""
-    return "sample" if given or "sample" in named else "hidden_states"
-
-
-def sample_of(given: tuple, named: dict[str, Any]) -> Tensor:
-    """The latents that a network was called with, (rows, ...)."""
-    return stacked(given[0] if given else named[sample_name(given, named)])
-
-
-def timestep_of(given: tuple, named: dict[str, Any]) -> Any:
-    """What a network was given as its time."""
-    return named["timestep"] if "timestep" in named else given[1]
+        return nearest(timestep, self.counted)
 
 
 def stacked(tensors: Tensor | list[Tensor]) -> Tensor:
@@ -86,16 +90,9 @@ def stacked(tensors: Tensor | list[Tensor]) -> Tensor:
     return torch.stack(tensors) if isinstance(tensors, list) else tensors
 
 
-def _off(guess: float, time: float) -> float:
-    return abs(guess - time) / max(abs(time), 0.1)
-
-
-def _with(given: tuple, named: dict[str, Any], name: str, change: Callable[[Any], Any]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments with one changed: the latents are a network's first, the timestep its second."""
-    if name in named:
-        return given, named | {name: change(named[name])}
-    place = 1 if name == "timestep" else 0
-    return (*given[:place], change(given[place]), *given[place + 1 :]), named
+def sign_of(predicted: Tensor, taken: Tensor) -> float:
+    """-1 where a pipeline takes the opposite of what its network predicts, else 1; both of one shape."""
+    return -1.0 if bool((predicted * taken).nansum() < 0) else 1.0
 
 
 def _as_time(own: Any, value: float) -> Any:
@@ -110,12 +107,6 @@ def _laid_out(made: Tensor, own: Tensor) -> Tensor:
     return made[first].expand(own.shape)
 
 
-def _replaced(own: Tensor | list[Tensor], latents: Tensor) -> Tensor | list[Tensor]:
-    if isinstance(own, list):
-        return list(_put_into(torch.stack(own), latents).unbind())
-    return _put_into(own, latents)
-
-
 def _put_into(own: Tensor, latents: Tensor) -> Tensor:
     made, rows = own.clone(), len(own) // len(latents)
     there = made[:, : latents.shape[1]]
@@ -128,7 +119,7 @@ def _put_into(own: Tensor, latents: Tensor) -> Tensor:
     return made
 
 
-def uncached(network: Any) -> AbstractContextManager[None]:
+def _uncached(network: Any) -> AbstractContextManager[None]:
     """Inside, a network that keeps parts of its last calls (diffusers' caches) computes anew."""
     if not getattr(network, "is_cache_enabled", False):
         return nullcontext()
@@ -137,18 +128,20 @@ def uncached(network: Any) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def seen(network: Any, see: Callable[[tuple, dict, Any], Any]) -> Iterator[None]:
-    """`see` gets (arguments, named ones, output) of every call, and its result is the output; compiled or not."""
+def seen(network: Any, see: Callable[[NetworkCall, Any], Any]) -> Iterator[None]:
+    """`see` gets (call, output) of every call of the network, and its result is the output; compiled or not."""
+
+    def told(given: tuple, named: dict[str, Any], output: Any) -> Any:
+        return see(NetworkCall(network, dict(enumerate(given)) | named), output)
+
     compiled = network._compiled_call_impl
     if compiled is None:
-        handle = network.register_forward_hook(lambda _, *call: see(*call), with_kwargs=True)
-        try:
+        with network.register_forward_hook(lambda _, *call: told(*call), with_kwargs=True):
             yield
-        finally:
-            handle.remove()
-    else:  # of `network.compile()`, into which a hook would be compiled
-        network._compiled_call_impl = lambda *given, **named: see(given, named, compiled(*given, **named))
-        try:
-            yield
-        finally:
-            network._compiled_call_impl = compiled
+        return
+    # Into what `network.compile()` made a hook would be compiled.
+    network._compiled_call_impl = lambda *given, **named: told(given, named, compiled(*given, **named))
+    try:
+        yield
+    finally:
+        network._compiled_call_impl = compiled

@@ -22,9 +22,9 @@ from torch import Tensor
 from ..detection.judging import Verdict
 from ..guidance.guard import PROBES, THRESHOLD, Guard
 from ..guidance.guidance import Guidance
-from .call import Call
 from .escape import Escape, each
-from .stock_pipelines import StockPipeline, stock_pipeline_of
+from .known_pipelines import KnownPipeline, known_pipeline
+from .pipeline_call import PipelineCall
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ def escape(pipe: DiffusionPipeline, guidance: Guidance | Guard | Sequence[Guidan
     guidance: of all samples, or a list of one a sample, all of one rule; or a guard. Its scale counts, not that in the call.
 
     The call's `guidance_rescale` is followed, and a pipeline's own renormalisation for weights above 1. Steps count from the
-    first that is taken (image to image takes the later ones of a schedule). Guidance that a callback cuts off stays off.
+    first that is taken (image to image takes the later ones of a schedule). Guidance that a callback cuts off stays off. Where
+    the call's scale would switch guidance off, callbacks find 2 as `pipe.guidance_scale` meanwhile.
 
     A guard judges what the pipeline made, and calls it again for all samples while any is suspect: with the same arguments and
     the next noise of the call's generators, but without `latents`, which are the first attempt's alone. Each sample is returned
@@ -44,10 +45,12 @@ def escape(pipe: DiffusionPipeline, guidance: Guidance | Guard | Sequence[Guidan
     error in a later attempt does not lose what the attempts before it made: that is returned, its suspect samples stay marked,
     the log says so, and `run.error` holds the error.
 
+    The log says how many samples their transition never came for.
+
     Raises ValueError for a pipeline that is not guided by two predictions, or is inside another `escape`, and for guidance that
     needs a loop of its own; when `pipe` is called, for arguments that cannot be followed and pictures that cannot be judged;
-    after the first step where the pipeline did not step with the guided prediction. On leaving the pipeline is what it was
-    before, after errors too.
+    after the first step where the pipeline did not step with the guided prediction; for a copy of `pipe` that was made in here,
+    and a run that is entered after it was left. On leaving the pipeline is what it was before, after errors too.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise ValueError(f"pipe must be a diffusers pipeline, got {type(pipe).__name__}: in another loop use Escape")
@@ -56,10 +59,10 @@ def escape(pipe: DiffusionPipeline, guidance: Guidance | Guard | Sequence[Guidan
             "pipe is inside another escape: leave that first (the end of its `with`, or run.leave()), or give a list of one "
             "guidance a sample"
         )
-    stock = stock_pipeline_of(pipe)
+    known = known_pipeline(pipe)
     for one in [attempt.guidance for attempt in guidance.attempts] if isinstance(guidance, Guard) else [guidance]:
         each(one)
-    return EscapeRun(pipe, stock, guidance)
+    return EscapeRun(pipe, known, guidance)
 
 
 class _Escaping:
@@ -69,19 +72,17 @@ class _Escaping:
 class EscapeRun:
     """A pipeline inside `escape`, and what is known of its last call: of each of B samples what its attempt came to."""
 
-    def __init__(self, pipe: DiffusionPipeline, stock: StockPipeline, guidance: Guidance | Guard | Sequence[Guidance]):
-        self._pipe, self._stock, self._host = pipe, stock, type(pipe)
+    def __init__(self, pipe: DiffusionPipeline, known: KnownPipeline, guidance: Guidance | Guard | Sequence[Guidance]):
+        self._pipe, self._known_pipeline, self._host = pipe, known, type(pipe)
         self._guidance = guidance if isinstance(guidance, (Guidance, Guard)) else list(guidance)
-        self._calls: list[Call] = []
-        self._taken: Tensor | None = None  # (B,) int64, which of the calls each sample is from
-        self._latents: Tensor | None = None
-        self._verdict: Verdict | None = None
-        self.error: Exception | None = None  # what ended a later attempt of the last call's guard
-        scales = {f"_{name}" for name in (stock.scale, stock.capped, "guidance_rescale")}
+        self._forget()
+        scales = {f"_{name}" for name in (known.scale, known.capped, "guidance_rescale")}
         self._before = {name: value for name, value in vars(pipe).items() if name in scales}
 
         @functools.wraps(self._host.__call__)
         def call(own: DiffusionPipeline, *given: Any, **named: Any) -> Any:
+            if own is not pipe:
+                raise ValueError("pipe is a copy of one inside escape: copy it outside, and guide the copy by itself")
             bound = inspect.signature(self._host.__call__).bind(own, *given, **named)
             bound.apply_defaults()
             return self._run(bound.arguments)
@@ -90,6 +91,8 @@ class EscapeRun:
         pipe.__class__ = type(self._host.__name__, (_Escaping, self._host), own)
 
     def __enter__(self) -> EscapeRun:
+        if self._host is type(self._pipe):
+            raise ValueError("this run has been left, and guides nothing any more: call escape again")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -100,6 +103,14 @@ class EscapeRun:
         if self._host is not type(self._pipe):
             self._pipe.__class__ = self._host
             vars(self._pipe).update(self._before)
+
+    def _forget(self) -> None:
+        """Stand before a call of the pipeline."""
+        self._calls: list[PipelineCall] = []  # those that samples are from
+        self._taken: Tensor | None = None  # (B,) int64, which of these each sample is from
+        self._latents: Tensor | None = None
+        self._verdict: Verdict | None = None
+        self.error: Exception | None = None  # what ended a later attempt of the guard
 
     @property
     def transition_step(self) -> Tensor:
@@ -147,7 +158,7 @@ class EscapeRun:
     def judge(self, threshold: float = THRESHOLD, probes: int = PROBES) -> Verdict:
         """Judge the pictures of the last call: `score` and `suspect` are this verdict's then. See `escape.judge`.
 
-        Raises ValueError before a call, and for pictures that cannot be judged.
+        Raises ValueError before a call, after one that was stopped or failed, and for pictures that cannot be judged.
         """
         self._known("judge")
         self._verdict = self._calls[-1].judge(threshold, probes, self._latents)
@@ -168,27 +179,29 @@ class EscapeRun:
 
     def _run(self, arguments: Mapping[str, Any]) -> Any:
         """A call of the pipeline, or as many as a guard asks for."""
-        self._calls, self._taken, self._latents, self._verdict, self.error = [], None, None, None, None
-        if not isinstance(self._guidance, Guard):
-            call, made = self._called(self._guidance, arguments)
-            self._take(call, None)
+        self._forget()
+        guard = self._guidance if isinstance(self._guidance, Guard) else None
+        plain = self._guidance.plain if isinstance(self._guidance, Guard) else self._guidance
+        call = PipelineCall(self._pipe, self._known_pipeline, plain, arguments)
+        if guard:
+            call.check()
+        self._calls = [call]  # known even if it fails
+        made = call.run(self._host.__call__)
+        self._taken, self._latents = torch.zeros(call.begun.batch, dtype=torch.int64), call.latents
+        if guard is None or call.interrupted:
             return made
-        first, *later = self._guidance.attempts
-        call, made = self._called(first.guidance, arguments)
-        self._take(call, None)
-        if call.interrupted:
-            return made
-        self._verdict = call.judge(first.threshold, first.probes)
+        self._verdict = call.judge(guard.attempts[0].threshold, guard.attempts[0].probes, call.latents)
         arguments = {name: None if name == "latents" else value for name, value in arguments.items()}
-        for number, attempt in enumerate(later, start=2):
+        for number, attempt in enumerate(guard.attempts[1:], start=2):
             again = self._verdict.suspect.clone()
             if not again.any():
                 break
             try:
-                call, following = self._called(attempt.guidance, arguments)
+                call = PipelineCall(self._pipe, self._known_pipeline, attempt.guidance, arguments)
+                following = call.run(self._host.__call__)
                 if call.interrupted:
                     break
-                verdict = call.judge(attempt.threshold, attempt.probes)
+                verdict = call.judge(attempt.threshold, attempt.probes, call.latents)
             except Exception as error:
                 self.error = error
                 log.exception(
@@ -197,28 +210,11 @@ class EscapeRun:
                 )
                 break
             made, self._verdict = chosen(made, following, again), chosen(self._verdict, verdict, again)
-            self._take(call, again)
+            self._latents = chosen(self._latents, call.latents, again)
+            self._calls[-1].forget()
+            self._taken = self._taken.masked_fill(again, len(self._calls))
+            self._calls.append(call)
         return made
-
-    def _called(self, guidance: Guidance | list[Guidance], arguments: Mapping[str, Any]) -> tuple[Call, Any]:
-        """One call of the pipeline, and what it returned."""
-        call = Call(self._pipe, self._stock, guidance, arguments)
-        if isinstance(self._guidance, Guard):
-            call.check()
-        if not self._calls:
-            self._calls.append(call)  # known even if it fails
-        return call, call.run(self._host.__call__)
-
-    def _take(self, call: Call, again: Tensor | None) -> None:
-        """Take the samples `again` (B,) from this call, the last; None: all, from the first."""
-        if again is None or self._taken is None or self._latents is None:
-            self._taken, self._latents = torch.zeros(call.begun.batch, dtype=torch.int64), call.latents
-            return
-        for earlier in self._calls:
-            earlier.forget()
-        self._calls.append(call)
-        self._taken = self._taken.masked_fill(again, len(self._calls) - 1)
-        self._latents = chosen(self._latents, call.latents, again)
 
 
 def chosen(old: Any, new: Any, again: Tensor) -> Any:
@@ -234,11 +230,8 @@ def chosen(old: Any, new: Any, again: Tensor) -> Any:
     if isinstance(old, tuple):
         return tuple(chosen(one, other, again) for one, other in zip(old, new, strict=True))
     if isinstance(old, (Tensor, np.ndarray, list)) and len(old) == len(new) == len(again):
-        if isinstance(old, list):
-            return [new[i] if other else old[i] for i, other in enumerate(again.tolist())]
-        made, where = (old.clone(), again.to(old.device)) if isinstance(old, Tensor) else (old.copy(), again.numpy())
-        made[where] = new[where]
-        return made
+        samples = [new[i] if other else old[i] for i, other in enumerate(again.tolist())]
+        return samples if isinstance(old, list) else torch.stack(samples) if isinstance(old, Tensor) else np.stack(samples)
     raise ValueError(
         f"the pipeline returns {type(old).__name__}, which is not by sample: a guard cannot choose from it; use Sampler"
     )

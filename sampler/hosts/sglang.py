@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,9 +32,15 @@ from ..detection.basin import Probe, suspects
 from ..kernels import guide
 from ..kernels.state import per_sample
 from .escape import Escape, each, judge
-from .executed_steps import called, taken
-from .serving import KEY, RequestGuidance
+from .request_guidance import KEY, RequestGuidance, check_one_scale
+from .scheduler_steps import steps_taken
 
+STILL = SimpleNamespace(  # a scheduler under which the latents stay what they are
+    order=1,
+    set_begin_index=lambda begin_index=0: None,
+    scale_model_input=lambda sample, timestep: sample,
+    step=lambda model_output, timestep, sample, **given: (sample,),
+)
 MERGED_IN = {"CFGPolicy": None, "ZImageCFGPolicy": torch.float32}  # policies known, and the dtype that each combines in
 RUNTIME = "sglang.multimodal_gen.runtime"
 
@@ -50,7 +57,7 @@ class EscapePolicy(CFGPolicy):
     asked: list[RequestGuidance] = field(default_factory=list)
     merge: torch.dtype | None = None
     both: list[Any] = field(default_factory=list)
-    run: Escape | None = None
+    run: Escape = field(default=None)  # type: ignore[assignment]  # of the loop, once it is begun
     predicted: list[Any] | None = None  # the predictions of a step that is only asked about
 
     @classmethod
@@ -67,7 +74,7 @@ class EscapePolicy(CFGPolicy):
         for asked in self.asked:
             tried = asked.attempts
             guidance += [tried[min(attempt, len(tried) - 1)].guidance] * (rows // len(self.asked))
-        timesteps, noise, step = taken(batch.scheduler, called(batch.scheduler, batch.timesteps))
+        timesteps, noise, step = steps_taken(batch.scheduler, batch.timesteps)
         self.run = Escape(guidance, timesteps, rows, device, step, noise)
         self._need()
 
@@ -79,7 +86,7 @@ class EscapePolicy(CFGPolicy):
             self.predicted = predictions
             return predictions[0]
         made = [one if isinstance(one, tuple) else (one,) for one in predictions]
-        run = self.state
+        run = self.run
         if len(self.branches) == 1:
             guided = [run(made[0][0], None, dtype=self.merge), *made[0][1:]]
         else:
@@ -91,16 +98,9 @@ class EscapePolicy(CFGPolicy):
         self._need()
         return guided[0] if len(guided) == 1 else tuple(guided)
 
-    @property
-    def state(self) -> Escape:
-        """That of the loop. Raises ValueError before its first step."""
-        if self.run is None:
-            raise ValueError("no step has been taken yet")
-        return self.run
-
     def _need(self) -> None:
         """Only the branches of the next step, if there is one."""
-        branch = "both" if self.state.done else self.state.branch()
+        branch = "both" if self.run.done else self.run.branch()
         self.branches = [one for one in self.both if branch in ("both", "cond" if one.is_conditional else "uncond")]
 
 
@@ -114,8 +114,7 @@ def check(built: CFGPolicy, batch: Any, asked: list[RequestGuidance]) -> None:
             f"{KEY} guides by two predictions, and this request makes {len(built.branches)}: give a negative_prompt, which may "
             "be empty, and a guidance_scale (or true_cfg_scale) above 1; the guidance's own scale counts"
         )
-    if batch.guidance_scale_2 not in (None, batch.guidance_scale):
-        raise ValueError("guidance_scale_2 is not followed: guidance that varies over time is Guidance's shape and interval")
+    check_one_scale(batch)
     if batch.cfg_gate_step is not None and batch.cfg_gate_step < 1:
         raise ValueError(f"cfg_gate_step is {batch.cfg_gate_step}, which {KEY} cannot follow: use Guidance's interval")
     if (batch.guidance_rescale or batch.cfg_normalization) and guidance[0].rule != "cfg":
@@ -177,7 +176,7 @@ def denoised(original: Callable[..., Any], stage: Any, ctx: Any, batch: Any, ser
 
 def facts(policy: EscapePolicy, row: int) -> dict[str, Any]:
     """What a response says of a picture's guidance; None for a gap that was not computed."""
-    run = policy.state
+    run = policy.run
     gaps = [None if math.isnan(gap) else gap for gap in run.noise_gap[row].tolist()]
     return {"transition_step": int(run.transition_step[row]), "noise_gap": gaps}
 
@@ -198,28 +197,13 @@ def judged(loop: Callable[..., Any], ctx: Any, batch: Any, server_args: Any) -> 
 
     def predict(x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         one = copy.copy(ctx)
-        one.scheduler, one.latents, one.cfg_policy, one.timesteps = _Still(), x, asking, timesteps[:1].to(ctx.timesteps)
+        one.scheduler, one.latents, one.cfg_policy, one.timesteps = STILL, x, asking, timesteps[:1].to(ctx.timesteps)
         one.num_inference_steps, one.extra = 1, dict(ctx.extra)
         loop(one, batch, server_args, collect_trajectory=False)
         cond, uncond = (made[0] if isinstance(made, tuple) else made for made in asking.predicted or ())
         return uncond, cond
 
     return judge(predict, Probe.of(batch.scheduler), ctx.latents, batch.seeds).score
-
-
-class _Still:
-    """A scheduler under which the latents stay what they are."""
-
-    order = 1
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        pass
-
-    def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:
-        return sample
-
-    def step(self, model_output: Any, timestep: Any, sample: Tensor, **given: Any) -> tuple[Tensor]:
-        return (sample,)
 
 
 def compared(original: Callable[..., Any], scheduler: Any, value: Any) -> Any:

@@ -32,8 +32,8 @@ from ..guidance.guidance import Guidance
 from ..kernels.state import per_sample
 from ..types import Branch
 from .escape import Escape, each
-from .executed_steps import called, taken
-from .serving import KEY, RequestGuidance
+from .request_guidance import KEY, RequestGuidance, check_one_scale
+from .scheduler_steps import steps_taken
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,6 @@ class Request:
     guidance: Guidance | None
     rows: int | None = None
     run: Escape | None = None
-    guided_steps: int = 0
 
     @classmethod
     def of(cls, id: str, sampling: Any, rows: int | None = None) -> Request:
@@ -61,16 +60,13 @@ class Request:
         (guidance,) = each(asked.guidance, 1)
         if asked.judge:
             raise ValueError("judge is not known here: the server does not hand over finished latents; use basinescape judge")
-        if sampling.guidance_scale_2 not in (None, sampling.guidance_scale):
-            raise ValueError(
-                "guidance_scale_2 is not followed: guidance that varies over time is Guidance's shape and interval"
-            )
+        check_one_scale(sampling)
         return cls(id, guidance, rows)
 
     def begin(self, scheduler: Any, timesteps: Any, rows: int, device: torch.device) -> None:
         """Lay the guidance over the steps, once."""
         if self.guidance is not None and self.run is None:
-            levels, noise, step = taken(scheduler, called(scheduler, torch.as_tensor(timesteps)))
+            levels, noise, step = steps_taken(scheduler, torch.as_tensor(timesteps))
             self.run = Escape(self.guidance, levels, rows, device, step, noise)
 
     @property
@@ -82,14 +78,14 @@ class Request:
         """The guided prediction of its rows, and their weights (rows,)."""
         if self.run is None:
             raise ValueError(f"request {self.id} names no guidance")
-        guided, self.guided_steps = self.run(uncond, cond), self.guided_steps + 1
+        guided = self.run(uncond, cond)
         if self.run.done:
             log.info(f"basinescape: request {self.id}: guided from step {self.run.transition_step.tolist()} on; -1: never")
         return guided, self.run.weight
 
     def warn(self) -> None:
         """Log that nothing was guided, where the request has named guidance."""
-        if self.guidance is not None and not self.guided_steps:
+        if self.guidance is not None and (self.run is None or not self.run.calls):
             log.warning(
                 f"basinescape: request {self.id} named guidance, and nothing was guided by it: its model does not combine "
                 "predictions by the shared function (or this is not the last rank of a pipeline)"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from diffusers import DiffusionPipeline
 
-from .base import Decoded, Encoded, Model
+from .autoencoding import Decoded
+from .encoding import Encoded
 from .loading import load, located, shipped
+from .model import Model
 from .network import Guided
 from .registry import ADAPTERS
-from .unet import GuidedUNet
+from .sd import GuidedUNet
 
 __all__ = ["ADAPTERS", "Decoded", "Encoded", "Guided", "GuidedUNet", "Model", "adapt", "load", "located", "shipped"]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import finite
-from .base import Request
+from .encoding import Request
 from .packed import Packed
 
 
@@ -27,10 +26,10 @@ class Flux(Packed):
     )
     kwargs = "joint_attention_kwargs"
     options = frozenset((*texts, "guidance_scale", "max_sequence_length", kwargs))
-    encoders = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+    encoders = longest = 2  # the T5; the CLIP adds just a pooled vector
 
     def _encoded(self, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
-        told = finite("guidance_scale", request.options.get("guidance_scale", 3.5))
+        told = finite("guidance_scale", request.options["guidance_scale"])
 
         def encoded(texts: list[str] | None, prefix: str = "") -> tuple[Tensor, ...]:
             own = {name: request.options.get(prefix + name) for name in ("prompt_2", "prompt_embeds", "pooled_prompt_embeds")}
@@ -40,7 +39,7 @@ class Flux(Packed):
                 prompt=texts,
                 device=self.device,
                 num_images_per_prompt=request.count,
-                max_sequence_length=request.options.get("max_sequence_length", 512),
+                max_sequence_length=request.options["max_sequence_length"],
                 lora_scale=self._lora_scale(request),
                 **own,
             )
@@ -55,7 +54,3 @@ class Flux(Packed):
             inputs["guidance"] = torch.full((2 * request.count * len(request.negative),), told)
         grid = self.pipe._prepare_latent_image_ids(1, *self._grid(request.height, request.width), self.device, self.dtype)
         return inputs, {"txt_ids": positions, "img_ids": grid}
-
-    def _readers(self, prompts: list[str], options: dict[str, Any]) -> Iterator[tuple[Any, list[str], int]]:
-        """Only the T5: the CLIP adds just a pooled vector."""
-        yield self.pipe.tokenizer_2, options.get("prompt_2") or prompts, options.get("max_sequence_length", 512)

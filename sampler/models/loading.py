@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def load(path_or_id: str | Path, dtype: torch.dtype, allow_pickle: bool = False,
             raise ValueError(f"model {str(path)!r} is not safetensors, {pickle_refused}")
         return _loaded(str(path), lambda: _pipeline_of(path).from_single_file(str(path), **options))
     if path.is_dir():
-        index = _index(path)
+        index = _loaded(str(path), lambda: DiffusionPipeline.load_config(path))
         options = {part: None for part, source in index.items() if source == [None, None]} | options  # saved without them
         pickled = _pickled(path, index, options)
         if pickled is not None and not allow_pickle:
@@ -79,8 +79,8 @@ def load(path_or_id: str | Path, dtype: torch.dtype, allow_pickle: bool = False,
     return _loaded(source, lambda: DiffusionPipeline.from_pretrained(source, **options))
 
 
-def _loaded(source: str, loader: Any) -> DiffusionPipeline:
-    """The loader's pipeline. Its errors become a ValueError of one line."""
+def _loaded(source: str, loader: Callable[[], Any]) -> Any:
+    """What a loader of diffusers gives. Its errors become a ValueError of one line."""
     try:
         return loader()
     except ImportError:  # says best itself which package is missing
@@ -94,19 +94,6 @@ def _is_path(given: str | Path) -> bool:
         return True
     named = given.endswith(("/", "\\", ".safetensors", *PICKLED)) or given.startswith((".", "~"))
     return named or Path(given).is_absolute() or given.count("/") != 1
-
-
-def _index(folder: Path) -> dict[str, Any]:
-    """The folder's model_index.json. Raises ValueError where there is none."""
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ValueError(f"model {str(folder)!r} is no diffusers pipeline: it has no model_index.json")
-    try:
-        return json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"model {str(folder)!r} is no diffusers pipeline: its model_index.json is not JSON ({error})"
-        ) from error
 
 
 def _pickled(folder: Path, index: dict[str, Any], options: dict[str, Any]) -> str | None:

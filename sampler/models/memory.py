@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from .base import Model
+from .model import Model
 
 log = logging.getLogger(__name__)
 ON_CPU = 16  # on a CPU a larger batch is not faster

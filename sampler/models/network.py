@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..types import Branch
 from .changes import Snapshot, checksum
@@ -65,9 +67,9 @@ class Guided:
         self._give(inputs)
 
     def _give(self, inputs: dict[str, Any]) -> None:
-        batch = len(next(_tensors(inputs))) // 2
+        batch = len(_tensors(inputs)[0]) // 2
         halves = {"uncond": slice(0, batch), "cond": slice(batch, None), "both": slice(None)}
-        self.inputs = {branch: rows_of(inputs, rows) for branch, rows in halves.items()}
+        self.inputs = {branch: tree_map(itemgetter(rows), inputs) for branch, rows in halves.items()}
 
     @property
     def form(self) -> tuple:
@@ -83,7 +85,7 @@ class Guided:
     def blank(self, batch: int) -> Self:
         """The same network for `batch` samples. `put` gives them their prompts."""
         other = copy.copy(self)
-        other._give(_mapped(lambda x: x.new_zeros((2 * batch, *x.shape[1:])), self.inputs["both"]))
+        other._give(tree_map(lambda x: x.new_zeros((2 * batch, *x.shape[1:])), self.inputs["both"]))
         return other
 
     def put(self, place: int, other: Guided, row: int) -> None:
@@ -93,9 +95,9 @@ class Guided:
 
     def select(self, index: Tensor) -> Self:
         """The same network for some samples of the batch. index: (N,) int64."""
-        batch = len(next(_tensors(self.inputs["cond"])))
+        batch = len(_tensors(self.inputs["cond"])[0])
         other = copy.copy(self)
-        other._give(rows_of(self.inputs["both"], torch.cat([index, index + batch])))
+        other._give(tree_map(itemgetter(torch.cat([index, index + batch])), self.inputs["both"]))
         return other
 
     def load(self, other: Guided) -> None:
@@ -128,18 +130,13 @@ class Networks:
         self._made: _Made | None = None
         self._warned = False
 
-    def plain(self, net: nn.Module, inputs: dict[str, Any], shared: dict[str, Any]) -> Guided:
-        """A network that takes its inputs as `encode` makes them."""
+    def of(self, net: nn.Module, inputs: dict[str, Any], shared: dict[str, Any], plain: bool) -> Guided:
+        """The fastest network, which may take the text in another form; plain: one that takes inputs as `encode` makes them."""
         made = self._now(net)
         if made is None:
             return self.guided(net, inputs, shared=shared)
-        return self.guided(made.plain, inputs, shared=shared, version=made.version)
-
-    def fast(self, net: nn.Module, inputs: dict[str, Any], shared: dict[str, Any]) -> Guided:
-        """The fastest network; it may take the text in another form."""
-        made = self._now(net)
-        if made is None or made.lean is None:
-            return self.plain(net, inputs, shared)
+        if plain or made.lean is None:
+            return self.guided(made.plain, inputs, shared=shared, version=made.version)
         made.lean.refresh()
         inputs = {**inputs, "encoder_hidden_states": made.lean.text(inputs["encoder_hidden_states"])}
         return self.guided(made.one, inputs, made.both, shared, made.version)
@@ -182,25 +179,9 @@ class _Made:
 def hooked(net: nn.Module) -> bool:
     """Whether any weights of a module come and go: offloaded, or cast layer by layer."""
     registries = (getattr(module, "_diffusers_hook", None) for module in net.modules())
-    return any("_hf_hook" in vars(module) for module in net.modules()) or any(
-        registry is not None and registry.hooks for registry in registries
-    )
+    return any("_hf_hook" in vars(module) for module in net.modules()) or any(one and one.hooks for one in registries)
 
 
-def rows_of(value: Any, rows: slice | Tensor) -> Any:
-    """Some rows of every tensor in nested dicts and lists."""
-    return _mapped(lambda x: x[rows], value)
-
-
-def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _mapped(change, inner) for name, inner in value.items()}
-    return [_mapped(change, inner) for inner in value] if isinstance(value, list) else change(value)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(inner)
+def _tensors(tree: Any) -> list[Tensor]:
+    """Those in nested dicts and lists."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..schedulers.schedule import Schedule
 from ..types import draw
-from .base import Pixels
+from .autoencoding import Pixels
 from .transformer import GuidedTransformer, Transformer, shift
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from ..checks import whole_number
-from .base import Pixels, Request
+from .autoencoding import Pixels
+from .encoding import Request
 from .lean import LeanPixArt
 from .transformer import GuidedTransformer, Transformer
 
@@ -31,10 +31,9 @@ class PixArtSigma(Transformer):
     """
 
     guided = GuidedPixArt
-    masks = ("prompt_attention_mask", "negative_prompt_attention_mask")
-    texts = (*Transformer.texts, *masks)
+    texts = (*Transformer.texts, "prompt_attention_mask", "negative_prompt_attention_mask")
     options = frozenset((*texts, "clean_caption", "max_sequence_length", "use_resolution_binning"))
-    encoders = (("text_encoder", "tokenizer"),)
+    longest = 1
 
     @property
     def multiple(self) -> int:
@@ -46,13 +45,7 @@ class PixArtSigma(Transformer):
         return side, side
 
     def size(self, height: Pixels = None, width: Pixels = None) -> tuple[int, int]:
-        found = []
-        for name, pixels, own in zip(("height", "width"), (height, width), self.own_size, strict=True):
-            number = own if pixels is None else whole_number(pixels)
-            if number is None or number < 1:
-                raise ValueError(f"{name} must be a whole number of pixels, got {pixels!r}")
-            found.append(number)
-        return found[0], found[1]
+        return self._checked(height, width, 1)
 
     def shape(self, height: int, width: int, use_resolution_binning: bool | None = None, **options: Any) -> tuple[int, ...]:
         if use_resolution_binning and self._sizes is None:
@@ -88,15 +81,12 @@ class PixArtSigma(Transformer):
             negative_prompt=[text or "" for text in request.negative],
             num_images_per_prompt=request.count,
             device=self.device,
-            **{"clean_caption": True, **request.get(*self.texts, "clean_caption", "max_sequence_length")},
+            **request.get(*self.texts, "clean_caption", "max_sequence_length"),
         )
         return {
             "encoder_hidden_states": request.halves(uncond, cond),
             "encoder_attention_mask": request.halves(negative_mask, mask, "prompt_attention_mask"),
         }, {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
-
-    def _readers(self, prompts: list[str], options: dict[str, Any]) -> Iterator[tuple[Any, list[str], int]]:
-        yield self.pipe.tokenizer, prompts, options.get("max_sequence_length", 300)
 
     def _cropped(self, pixels: Tensor, height: Pixels, width: Pixels, options: dict[str, Any]) -> Tensor:
         return pixels if height is None else self.pipe.image_processor.resize_and_crop_tensor(pixels, width, height)

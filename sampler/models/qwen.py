@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .adapter import most_likely
-from .base import Request
+from .autoencoding import Generators
+from .encoding import Request
 from .packed import GuidedPacked, Packed
 
 
@@ -40,22 +40,17 @@ class QwenImage(Packed):
     """
 
     guided = GuidedQwen
-    masks = ("prompt_embeds_mask", "negative_prompt_embeds_mask")
-    texts = (*Packed.texts, *masks)
+    texts = (*Packed.texts, "prompt_embeds_mask", "negative_prompt_embeds_mask")
     kwargs = "attention_kwargs"
     options = frozenset((*texts, "max_sequence_length", kwargs))
-    encoders = (("text_encoder", "tokenizer"),)
+    longest = 1
     closing = 0
-    settle = staticmethod(renormalised)
+    correction = staticmethod(renormalised)
 
     def check(self) -> None:
+        super().check()
         if self.net.config.guidance_embeds:
             raise ValueError("pipe is distilled: its network takes the guidance scale as an input")
-        super().check()
-
-    @property
-    def latent_channels(self) -> int:
-        return 4 * self.pipe.vae.config.z_dim
 
     def _encoded(self, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
         def encoded(texts: list[str] | None, prefix: str = "") -> tuple[Tensor, Tensor]:
@@ -63,7 +58,7 @@ class QwenImage(Packed):
                 prompt=texts,
                 device=self.device,
                 num_images_per_prompt=request.count,
-                max_sequence_length=request.options.get("max_sequence_length", 512),
+                max_sequence_length=request.options["max_sequence_length"],
                 **{name: request.options.get(prefix + name) for name in ("prompt_embeds", "prompt_embeds_mask")},
             )
             return states, torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if mask is None else mask.bool()
@@ -77,28 +72,8 @@ class QwenImage(Packed):
             inputs["encoder_hidden_states_mask"] = request.halves(masks[0], masks[1], "prompt_embeds_mask")
         return inputs, {"img_shapes": (1, *self._grid(request.height, request.width))}
 
-    def _readers(self, prompts: list[str], options: dict[str, Any]) -> Iterator[tuple[Any, list[str], int]]:
-        yield self.pipe.tokenizer, prompts, options.get("max_sequence_length", 512)
+    def _pixels(self, latents: Tensor, generators: Generators) -> Tensor:
+        return super()._pixels(latents, generators)[:, :, 0]
 
-    def _pixels(self, latents: Tensor, generators: Any) -> Tensor:
-        return self.pipe.vae.decode(unscaled(latents, self.pipe.vae.config), return_dict=False)[0][:, :, 0]
-
-    def _latents(self, pictures: Tensor) -> Tensor:
-        return scaled(most_likely(self.pipe.vae, pictures[:, :, None]), self.pipe.vae.config)
-
-
-def unscaled(latents: Tensor, config: Any) -> Tensor:
-    """Latents (B, C, frames, h, w) in the scale of the autoencoders of Wan and Qwen-Image, which have one for each channel."""
-    mean, std = _scale(config, latents)
-    return latents / (1.0 / std) + mean
-
-
-def scaled(latents: Tensor, config: Any) -> Tensor:
-    """The reverse of `unscaled`."""
-    mean, std = _scale(config, latents)
-    return (latents - mean) * (1.0 / std)
-
-
-def _scale(config: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1).to(like) for values in (config.latents_mean, config.latents_std))
-    return mean, std
+    def _latents(self, pictures: Tensor, generators: Generators) -> Tensor:
+        return super()._latents(pictures[:, :, None], generators)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .adapter import Adapter
 from .flux import Flux
+from .model import Model
 from .pixart import PixArtSigma
 from .qwen import QwenImage
 from .sd import StableDiffusion
@@ -12,7 +12,7 @@ from .sdxl import StableDiffusionXL
 from .wan import Wan
 
 # By the name of diffusers' class. To look a class up would import it, and all that it needs.
-ADAPTERS: dict[str, type[Adapter]] = {
+ADAPTERS: dict[str, type[Model]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,

@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, most_likely
-from .base import Request
-from .unet import GuidedUNet, memory_format
+from .autoencoding import Generators
+from .encoding import Request
+from .lean import LeanUNet
+from .model import Model
+from .network import Guided
 
 
-class StableDiffusion(Adapter):
+class GuidedUNet(Guided):
+    """A UNet2DConditionModel with the encoded prompts of one batch."""
+
+    lean = LeanUNet
+
+    @staticmethod
+    def predict(net: Callable[..., Any], latents: Tensor, timesteps: Tensor, inputs: dict[str, Any]) -> Tensor:
+        return net(latents, timesteps, **inputs, return_dict=False)[0]
+
+
+class StableDiffusion(Model):
     """The adapter of StableDiffusionPipeline."""
 
     network_name = "unet"
     guided = GuidedUNet
     images = ("ip_adapter_image", "ip_adapter_image_embeds")
     kwargs = "cross_attention_kwargs"
-    options = frozenset((*Adapter.texts, *images, "clip_skip", kwargs))
-    encoders: tuple[tuple[str, str], ...] = (("text_encoder", "tokenizer"),)
+    options = frozenset((*Model.texts, *images, "clip_skip", kwargs))
 
     @property
     def memory_format(self) -> torch.memory_format:
-        return memory_format(self.pipe.unet)
+        weight = self.pipe.unet.conv_in.weight
+        channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        return torch.channels_last if channels_last else torch.contiguous_format
 
     def check(self) -> None:
+        super().check()
         if self.pipe.unet.config.time_cond_proj_dim is not None:
             raise ValueError(
                 "pipe is distilled: its network takes the guidance scale as an input, so there are no two predictions to merge"
             )
-        self._check_channels(self.pipe.unet.config.in_channels, self.pipe.vae.config.latent_channels)
 
     @property
     def own_size(self) -> tuple[int, int] | None:
@@ -76,12 +89,9 @@ class StableDiffusion(Adapter):
         if not adapter and any(name in options for name in self.images):
             raise ValueError(f"{' and '.join(self.images)} need an IP-Adapter, and pipe has none: load_ip_adapter() first")
 
-    def _pixels(self, latents: Tensor, generators: list[torch.Generator] | None) -> Tensor:
-        vae = self.pipe.vae
-        return vae.decode(latents / vae.config.scaling_factor, return_dict=False, generator=generators)[0]
-
-    def _latents(self, pictures: Tensor) -> Tensor:
-        return most_likely(self.pipe.vae, pictures) * self.pipe.vae.config.scaling_factor
+    def _pixels(self, latents: Tensor, generators: Generators) -> Tensor:
+        latents = latents / self.pipe.vae.config.scaling_factor
+        return self.pipe.vae.decode(latents, return_dict=False, generator=generators)[0]
 
 
 @contextmanager

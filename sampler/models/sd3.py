@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from ..schedulers.schedule import Schedule
-from .base import Pixels, Request
+from .autoencoding import Pixels
+from .encoding import Request
 from .transformer import Transformer, shift
 
 
@@ -21,7 +21,8 @@ class StableDiffusion3(Transformer):
     )
     kwargs = "joint_attention_kwargs"
     options = frozenset((*texts, "clip_skip", "max_sequence_length", kwargs))
-    encoders = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+    encoders = 2
+    longest = 3  # the T5, where there is one
     last_layer = 2
 
     @property
@@ -67,9 +68,3 @@ class StableDiffusion3(Transformer):
             "encoder_hidden_states": request.halves(uncond, cond),
             "pooled_projections": request.halves(negative_pooled, pooled, "pooled_prompt_embeds"),
         }, {}
-
-    def _readers(self, prompts: list[str], options: dict[str, Any]) -> Iterator[tuple[Any, list[str], int]]:
-        if self.pipe.text_encoder_3 is None:
-            yield from super()._readers(prompts, options)
-        else:  # which reads more than the others
-            yield self.pipe.tokenizer_3, options.get("prompt_3") or prompts, options.get("max_sequence_length", 256)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import whole_number
-from .adapter import most_likely
+from .autoencoding import Generators, most_likely
 from .sd import StableDiffusion
 
 SIZES = ("original_size", "crops_coords_top_left", "target_size")
@@ -24,7 +24,8 @@ class StableDiffusionXL(StableDiffusion):
         *("prompt_2", "negative_prompt_2", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"),
     )
     options = StableDiffusion.options | {*texts, *SIZES, *NEGATIVE_SIZES}
-    encoders = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+    encoders = 2
+    upcasts = True
     last_layer = 2
 
     def _check(self, prompts: list[str] | None, negative: Sequence[str | None] | None, options: dict[str, Any]) -> None:
@@ -57,23 +58,10 @@ class StableDiffusionXL(StableDiffusion):
         added = {"text_embeds": torch.cat([negative_pooled, pooled]), "time_ids": torch.cat([negative, ids(SIZES)])}
         return {"encoder_hidden_states": torch.cat([uncond, cond]), "added_cond_kwargs": added}
 
-    def _upcast(self) -> bool:
-        vae = self.pipe.vae
-        return vae.dtype == torch.float16 and vae.config.force_upcast
+    def _pixels(self, latents: Tensor, generators: Generators) -> Tensor:
+        scaling, std, mean = self._scale(latents)
+        return self.pipe.vae.decode(latents * (std / scaling) + mean, return_dict=False)[0]
 
-    def _pixels(self, latents: Tensor, generators: list[torch.Generator] | None) -> Tensor:
-        mean, scale = self._scale(latents)
-        return self.pipe.vae.decode(latents * scale + mean, return_dict=False)[0]
-
-    def _latents(self, pictures: Tensor) -> Tensor:
-        mean, scale = self._scale(pictures)
-        return (most_likely(self.pipe.vae, pictures) - mean) / scale
-
-    def _scale(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """(mean, scale): the autoencoder takes latents * scale + mean. They have the dtype of `like`."""
-        config = self.pipe.vae.config
-        mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
-        if mean is None or std is None:
-            return 0.0, 1 / config.scaling_factor
-        mean, std = (torch.tensor(value).view(1, -1, 1, 1).to(like) for value in (mean, std))
-        return mean, std / config.scaling_factor
+    def _latents(self, pictures: Tensor, generators: Generators) -> Tensor:
+        scaling, std, mean = self._scale(pictures)
+        return (most_likely(self.pipe.vae, pictures) - mean) / (std / scaling)

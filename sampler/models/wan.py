@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import whole_number
-from .adapter import most_likely
-from .base import Request
+from .encoding import Request
 from .lean import LeanWan
-from .qwen import scaled, unscaled
 from .transformer import GuidedTransformer, Transformer
 
 
@@ -32,7 +30,7 @@ class Wan(Transformer):
     guided = GuidedWan
     kwargs = "attention_kwargs"
     options = frozenset((*Transformer.texts, "num_frames", "max_sequence_length", kwargs))
-    encoders = (("text_encoder", "tokenizer"),)
+    longest = 1
     own_size = 480, 832  # the defaults of the pipeline's own call
     frames = 81
 
@@ -45,10 +43,6 @@ class Wan(Transformer):
         if self.pipe.transformer is None or config.boundary_ratio is not None or config.expand_timesteps:
             raise ValueError("pipe is Wan 2.2, which changes its network on the way or tells it a time per token: use Wan 2.1")
         super().check()
-
-    @property
-    def latent_channels(self) -> int:
-        return self.pipe.vae.config.z_dim
 
     @property
     def multiple(self) -> int:
@@ -68,18 +62,9 @@ class Wan(Transformer):
             do_classifier_free_guidance=True,
             num_videos_per_prompt=request.count,
             device=self.device,
-            **{"max_sequence_length": 512, **request.get(*self.texts, "max_sequence_length")},
+            **request.get(*self.texts, "max_sequence_length"),
         )
         return {"encoder_hidden_states": request.halves(uncond, cond)}, {}
-
-    def _readers(self, prompts: list[str], options: dict[str, Any]) -> Iterator[tuple[Any, list[str], int]]:
-        yield self.pipe.tokenizer, prompts, options.get("max_sequence_length", 512)
-
-    def _pixels(self, latents: Tensor, generators: Any) -> Tensor:
-        return self.pipe.vae.decode(unscaled(latents, self.pipe.vae.config), return_dict=False)[0]
-
-    def _latents(self, pictures: Tensor) -> Tensor:
-        return scaled(most_likely(self.pipe.vae, pictures), self.pipe.vae.config)
 
     def _pictures(self, pixels: Tensor, output: str, flagged: Sequence[Any] | None) -> Any:
         """Frames: lists of pictures, or (B, frames, ...)."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .batches import parts
 from .journal import Journal, read_lines
-from .progress import parts
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +69,4 @@ class MeasurementCache:
 
 def _tensor(values: list) -> Tensor:
     """Values that JSON has read, (n, ...) float32; None stands for NaN, which JSON lacks."""
-
-    def known(value: Any) -> Any:
-        return [known(inner) for inner in value] if isinstance(value, list) else math.nan if value is None else value
-
-    return torch.tensor(known(values), dtype=torch.float32)
+    return torch.from_numpy(np.array(values, np.float32))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -42,3 +43,12 @@ def version_of(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def library(name: str, what: str, package: str | None = None, install: str | None = None) -> Any:
+    """A module of a package that not everybody has. Raises ImportError, saying what needs it, where it is missing."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        package = package or name
+        raise ImportError(f"{what} the package {package}: pip install {install or package}") from error

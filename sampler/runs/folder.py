@@ -69,8 +69,13 @@ def _admit(out: Path, run: Mapping[str, Any], growing: Collection[str]) -> dict[
 
 
 def differences(known: Mapping[str, Any], run: Mapping[str, Any], but: Collection[str] = ()) -> str:
-    """What to say of settings that differ, but for those in `but`: "its steps, scale differ", and both values of each."""
+    """What to say of settings that differ, but for those in `but`: "its steps, scale differ", and both values of each.
+
+    A model of the same weights is the same, wherever it lies.
+    """
     names = [name for name in {**known, **run} if name not in but and known.get(name) != run.get(name)]
+    if "model" in names and known.get("weights") is not None and known.get("weights") == run.get("weights"):
+        names.remove("model")
     if not names:
         return ""
     both = "; ".join(text for name in names for text in _both(name, known.get(name), run.get(name)))

@@ -20,22 +20,29 @@ from .jsontext import json_bytes
 
 
 class Keys:
-    """A set of keys that keeps a digest of 8 bytes of each, so that a million take 8 MB.
+    """A set of keys that keeps a digest of 8 bytes of each, so that a million take 8 MB, and as much for their numbers.
 
     digests: of the keys, by `digest`. Among a million keys, two have the same digest with a probability of 3e-8.
+    last: the number of the last digest that is the same, counted from 0, for each key.
     """
 
     def __init__(self, digests: Iterable[int]):
-        self._sorted = np.unique(np.fromiter(digests, np.uint64))
+        given = np.fromiter(digests, np.uint64)
+        self._sorted, place = np.unique(given[::-1], return_index=True)
+        self.last = len(given) - 1 - place
 
     @staticmethod
     def digest(key: Hashable) -> int:
         return int.from_bytes(hashlib.blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
-    def __contains__(self, key: Hashable) -> bool:
+    def find(self, key: Hashable) -> int | None:
+        """The number of the last digest that is the key's; None where there is none."""
         digest = np.uint64(self.digest(key))
         place = np.searchsorted(self._sorted, digest)
-        return bool(place < len(self) and self._sorted[place] == digest)
+        return int(self.last[place]) if place < len(self) and self._sorted[place] == digest else None
+
+    def __contains__(self, key: Hashable) -> bool:
+        return self.find(key) is not None
 
     def __len__(self) -> int:
         return len(self._sorted)
@@ -105,8 +112,7 @@ def _repair(path: Path, key: Callable[[dict[str, Any]], Hashable | None]) -> Key
     keys = Keys(digests)
     if sound and len(keys) == len(numbers):  # nothing to repair
         return keys
-    _, last = np.unique(np.frombuffer(digests, np.uint64)[::-1], return_index=True)
-    wanted = iter(np.sort(np.frombuffer(numbers, np.uint64)[::-1][last]).tolist())
+    wanted = iter(sorted(numbers[i] for i in keys.last))
     following = next(wanted, None)
     with atomic_write(path) as part, part.open("wb") as file:
         for number, (_, line) in enumerate(texts(path)):

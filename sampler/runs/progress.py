@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,11 +15,15 @@ from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
+from .environment import library
+
 LOGS = ("auto", "plain", "json", "none")
 EVERY = 10.0  # seconds between lines, where there is no terminal
 NAMED = 5  # ids of a kind that the summary names
+TICK, WINDOW, FEW = 1.0, 30, 4  # seconds between two looks at how far a run is; the last and the fewest that tell its pace
 # A bar that counts samples and also moves with the steps of unfinished ones.
-FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
+FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f} of {total}{unit} [{elapsed}<{remaining}, {rate_fmt}]"
+PACED = "images: {percentage:3.0f}%|{bar}| {n:.1f} of {total} images [{elapsed}{postfix}]"  # which says its pace itself
 
 Bar = Callable[[Sequence], Iterable]  # the rows of a run pass through it, one by one
 
@@ -35,6 +39,8 @@ class Summary:
     ids:    the first NAMED ids of each kind.
     calls:  predictions of the network by branch; "spared" are those that steps with one branch alone did without.
     seconds: how long this call took. signal: the number of the signal that stopped it; None for none.
+    made: images of this call, with what unfinished ones amount to. pace: of the last steps, in images a second; 0 while these
+            are too few.
     """
 
     total: int
@@ -45,6 +51,8 @@ class Summary:
     calls: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     signal: int | None = None
+    made: float = 0.0
+    pace: float = 0.0
 
     def add(self, line: dict[str, Any]) -> None:
         """Count a line of the manifest."""
@@ -78,33 +86,34 @@ class Summary:
         return (self.counts["ok"] + self.counts["failed"]) / self.seconds if self.seconds else 0.0
 
     @property
+    def remaining(self) -> float | None:
+        """Seconds until all are made, at the pace of the last steps; None while that is not known."""
+        return (self.total - self.before - self.made) / self.pace if self.pace else None
+
+    @property
     def spared(self) -> float:
         """The share of the network's predictions that were not needed."""
-        made = sum(count for kind, count in self.calls.items() if kind != "spared")
-        return self.calls["spared"] / max(1, made + self.calls["spared"])
+        return self.calls["spared"] / max(1, self.calls.total())
 
     @property
     def calls_an_image(self) -> float:
         """The network's predictions for each image that was made; a step needs one or two."""
-        made = sum(count for kind, count in self.calls.items() if kind != "spared")
-        return made / max(1, self.counts["ok"] + self.counts["failed"])
+        return (self.calls.total() - self.calls["spared"]) / max(1, self.counts["ok"] + self.counts["failed"])
 
     def facts(self) -> dict[str, Any]:
         """The numbers, as plain data."""
         counts = {kind: self.counts[kind] for kind in ("ok", "failed", "suspect", "copies", "flagged", "truncated", "attempts")}
-        own = {"total": self.total, "before": self.before, "skipped": self.skipped} | counts
-        return own | {
-            "seconds": round(self.seconds, 3),
-            "images_per_second": round(self.rate, 4),
-            "spared": round(self.spared, 4),
-        }
+        speed = {"seconds": round(self.seconds, 3), "images_per_second": round(self.rate, 4), "spared": round(self.spared, 4)}
+        return {"total": self.total, "before": self.before, "skipped": self.skipped} | counts | speed
 
     def __str__(self) -> str:
-        left = self.left - self.counts["failed"]
-        text = f"{self.done:,} of {self.total:,} images, {self.rate:.3g} images/s"
-        if left and self.rate:
-            text += f", {duration(left / self.rate)} left"
-        return text + "".join(f", {self.counts[kind]} {kind}" for kind in ("suspect", "failed") if self.counts[kind])
+        return ", ".join([f"{self.done:,} of {self.total:,} images", *self.how()])
+
+    def how(self) -> list[str]:
+        """What there is to say of a run that goes on, beside the number of its images."""
+        left = self.remaining
+        known = [f"{self.pace:.3g} images/s", f"{duration(left)} left"] if left else []
+        return known + [f"{self.counts[kind]} {kind}" for kind in ("suspect", "failed") if self.counts[kind]]
 
 
 def duration(seconds: float) -> str:
@@ -134,56 +143,61 @@ class Progress:
             self._serve(metrics, host)
 
     def _serve(self, port: int, host: str) -> None:
-        try:
-            from prometheus_client import CollectorRegistry, Gauge, start_http_server
-        except ImportError as error:
-            raise ImportError("metrics need the package prometheus_client: pip install prometheus_client") from error
-        registry = CollectorRegistry()
+        client = library("prometheus_client", "metrics need")
+        registry = client.CollectorRegistry()
         for name in Summary(0).facts():
-            self._gauges[name] = Gauge(f"basinescape_{name}", f"{name} of the run, as in its summary", registry=registry)
-        self.port = start_http_server(port, host, registry)[0].server_port
+            self._gauges[name] = client.Gauge(f"basinescape_{name}", f"{name} of the run, as in its summary", registry=registry)
+        self.port = client.start_http_server(port, host, registry)[0].server_port
 
     def begin(self, total: int, before: int, skipped: int) -> None:
         self.summary, self._start = Summary(total, before, skipped), time.monotonic()
-        self._shown = self._start
-        if self.kind == "bar":
-            self._bar = tqdm(total=total, initial=before, desc="images", unit="image", bar_format=FORMAT, file=self.stream)
+        self._shown, self._looks = self._start, deque([(self._start, 0.0)], WINDOW)
+        if self.kind == "bar":  # miniters: without it a bar whose first steps are quick stands still in slow ones
+            self._bar = tqdm(total=total, initial=before, bar_format=PACED, miniters=0, file=self.stream)
         self._tell("begin", due=self.kind == "json")
 
     def update(self, line: dict[str, Any], calls: Counter[str]) -> None:
         """Count a new line of the manifest. calls: the network's so far, by branch."""
         self.summary.add(line)
-        self.summary.calls, self.summary.seconds = Counter(calls), time.monotonic() - self._start
-        if self._bar is not None:
-            kinds = ("suspect", "failed")
-            self._bar.set_postfix({kind: self.summary.counts[kind] for kind in kinds if self.summary.counts[kind]}, False)
-            self.moved(0.0)
-        self._tell("progress", due=time.monotonic() - self._shown >= EVERY)
+        self.summary.calls = Counter(calls)
+        self.moved(0.0)
 
     def moved(self, under_way: float) -> None:
-        """Move the bar with the steps taken. under_way: what unfinished images amount to, in images."""
+        """Show the steps taken. under_way: what unfinished images amount to, in images."""
+        summary, now = self.summary, time.monotonic()
+        summary.seconds = now - self._start
+        if under_way and not summary.made:
+            self._looks.clear()  # the first step sets things up
+        # never less than it was: what has left the network is perhaps not written yet, and a guard begins samples again
+        summary.made = max(summary.made, summary.counts["ok"] + summary.counts["failed"] + under_way)
+        if not self._looks or now - self._looks[-1][0] >= TICK:
+            self._looks.append((now, summary.made))
+        (since, before), (until, made) = self._looks[0], self._looks[-1]
+        summary.pace = (made - before) / (until - since) if len(self._looks) >= FEW else 0.0
         if self._bar is not None:
-            counts = self.summary.counts
-            self._bar.update(self.summary.before + counts["ok"] + counts["failed"] + under_way - self._bar.n)
+            self._bar.set_postfix_str(", ".join(summary.how()), refresh=False)
+            self._bar.update(summary.before + summary.made - self._bar.n)
+        self._tell("progress", due=now - self._shown >= EVERY)
 
-    def tell(self, text: str, facts: dict[str, Any]) -> None:
-        """Show what is expected: as text, or as a JSON line of facts."""
+    def tell(self, event: str, text: str, facts: dict[str, Any]) -> None:
+        """Show what happens: as text, or as a JSON line of facts."""
         if self._bar is not None:
             self._bar.write(text, file=self.stream)
-        elif self.kind != "none":
-            self._print(json.dumps({"event": "expected", **facts}) if self.kind == "json" else text)
+        else:
+            self._print(event, text, facts)
 
-    def _print(self, text: str) -> None:
-        with suppress(ValueError, OSError):  # nobody listens any more
-            print(text, file=self.stream, flush=True)
+    def _print(self, event: str, text: str, facts: dict[str, Any]) -> None:
+        if self.kind in ("plain", "json"):
+            with suppress(ValueError, OSError):  # nobody listens any more
+                print(json.dumps({"event": event, **facts}) if self.kind == "json" else text, file=self.stream, flush=True)
 
     def _tell(self, event: str, due: bool) -> None:
-        for name, value in self.summary.facts().items() if self._gauges else ():
-            self._gauges[name].set(value)
-        if not due or self.kind in ("bar", "none"):
-            return
-        self._shown = time.monotonic()
-        self._print(json.dumps({"event": event, **self.summary.facts()}) if self.kind == "json" else str(self.summary))
+        facts = self.summary.facts()
+        for name, gauge in self._gauges.items():
+            gauge.set(facts[name])
+        if due:
+            self._shown = time.monotonic()
+            self._print(event, str(self.summary), facts)
 
     def __enter__(self) -> Self:
         return self
@@ -201,22 +215,20 @@ class JsonFormatter(logging.Formatter):
         return json.dumps({"event": "log", "level": record.levelname, "message": record.getMessage()})
 
 
-def moving(bar: tqdm, count: int) -> Callable[[float], None]:
+def moving(bar: tqdm, count: float) -> Callable[[float], None]:
     """A function that moves `bar`, which has the FORMAT, by a share of its next `count` items.
 
-    At the share 1 it moves the bar back to where it was: the caller then counts the finished items with `bar.update`.
+    At the share 1 it sets the bar back to where it was: the caller then counts the finished items with `bar.update`.
     """
     done = bar.n
 
     def tell(share: float) -> None:
-        bar.update((done if share >= 1 else done + share * count) - bar.n)
+        if share < 1:
+            bar.update(done + share * count - bar.n)
+        else:
+            bar.n = done  # and is not drawn so
 
     return tell
-
-
-def parts(total: int, size: int) -> list[range]:
-    """The indices of `total` samples in batches of at most `size`."""
-    return [range(start, min(start + size, total)) for start in range(0, total, size)]
 
 
 def bar(progress: bool | Callable[[float], None], part: int, parts: int) -> Bar:

@@ -22,14 +22,19 @@ def settings_of(scheduler: Any, dtype: torch.dtype, device: torch.device) -> dic
 
 
 def weights_sha256(pipe: Any) -> str:
-    """The SHA-256 of a diffusers pipeline as it is: its modules' tensors and configurations by name, and its vocabularies."""
+    """The SHA-256 of a diffusers pipeline as it is: its modules' tensors and configurations by name, and its vocabularies.
+
+    Weights that lie elsewhere (sequential offloading) count by where the pipeline was loaded from.
+    """
     digest = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
         if isinstance(part, nn.Module):
             digest.update(f"{name} {json.dumps(_public(getattr(part, 'config', {})), sort_keys=True)}".encode())
             for key, tensor in sorted(part.state_dict().items()):
                 digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                if tensor.device.type != "meta":  # offloaded weights have no contents here
+                if tensor.device.type == "meta":
+                    digest.update(str(pipe.config.get("_name_or_path")).encode("utf-8", "surrogatepass"))
+                else:
                     digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         elif hasattr(part, "get_vocab"):
             digest.update(f"{name} {sorted(part.get_vocab().items())}".encode("utf-8", "surrogatepass"))

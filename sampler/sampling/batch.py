@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from .. import models
+from ..guidance.guidance import never_came
 from ..kernels.state import State
 from ..models import memory
-from ..runs.progress import Bar, bar, parts
+from ..runs.batches import parts
+from ..runs.progress import Bar, bar
 from ..schedulers.solver import Solver
-from ..types import Network, Scheduler, Step
+from ..types import Network, Scheduler
 from . import callbacks
 from .call import Call
 from .engine import guarded
@@ -25,24 +27,10 @@ from .ladder import Ladder
 from .output import Output
 from .samples import Results
 from .step_table import StepTable
-from .steps import Lane, Move, denoise, fused_step, lockstep_move, renoise, scheduler_move, stepping
+from .steps import Lane, Move, denoise, fused_move, lockstep_move, renoise, scheduler_move, stepping
 
 log = logging.getLogger(__name__)
 Wrap = Callable[[models.Guided], Network]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples of one call that are denoised together.
-
-    encoded: their prompts. noise: (B, ...) float32 of standard deviation 1. generators: of all their noise.
-    initial: what draws initial noise from generators.
-    """
-
-    encoded: models.Encoded
-    noise: Tensor
-    generators: list[torch.Generator]
-    initial: Callable[[Sequence[torch.Generator]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,7 +52,7 @@ class Runner:
         """
         model, prompts, total = self.model, call.prompts, call.total
         options = {"height": call.size[0], "width": call.size[1], **prompts.options}
-        ladder = Ladder.make(solver, call.guidance, model.device, model.settle).stopped(call.stop_after)
+        ladder = Ladder.make(solver, call.guidance, model.device, model.correction).stopped(call.stop_after)
         for line in ladder.idle:
             log.warning(line)
         generators = call.generators()
@@ -77,34 +65,66 @@ class Runner:
             own = [generators[i] for i in part]
             noise = initial(own) if call.latents is None else call.latents[list(part)].cpu().float()
             texts = encoded if len(part) == total else encoded.select(part)
-            results = self.run(ladder, Batch(texts, noise, own, initial), shown, call.callback, call.guidance.scale)
+            results = self.run(ladder, call, texts, noise, own, initial, shown)
             decode = partial(model.decode, generators=own, **options)
             return Output.of(results, texts, solver, call.output, decode)
 
         some = parts(total, call.batch_size or (total if call.seen else memory.size(model, *call.size)))
-        return [batch(part, bar(progress, i, len(some))) for i, part in enumerate(some)]
+        made = [batch(part, bar(progress, i, len(some))) for i, part in enumerate(some)]
+        whole = ladder.guard is None and call.callback is None and call.stop_after is None
+        told = never_came(torch.cat([one.transition_step for one in made]), solver.steps)
+        if told is not None and whole and not ladder.idle:
+            log.warning(told)
+        return made
 
     def lane(
-        self, ladder: Ladder, network: models.Guided, plan: StepTable, noise: Tensor, generators: list[torch.Generator]
+        self,
+        ladder: Ladder,
+        network: models.Guided,
+        plan: StepTable,
+        noise: Tensor,
+        generators: list[torch.Generator],
+        together: bool = False,
     ) -> Lane:
-        """A batch from `noise` (B, ...) for the engine: captured, or by the scheduler's own step, or fused."""
-        noise, form = noise.to(self.model.dtype), self.model.memory_format
-        if (graphs := self._graphs(network, plan, ladder.stepwise)) is not None:
-            return graphs.lane(network, plan, noise, form)
-        state = plan.state(noise, form)
-        if ladder.stepwise:
-            move = scheduler_move(ladder.solver, self.scheduler, generators, plan, state)
-            return Lane(network, state, stepping(network, state, move), plan.table)
-        return Lane(network, state, fused_step(network, plan, state))
+        """A batch from `noise` (B, ...): captured, or by the scheduler's own step, or fused.
 
-    def run(self, ladder: Ladder, batch: Batch, shown: Bar, callback: callbacks.Callback | None, scale: float) -> Results:
-        """All steps of a batch, which go through `shown`. callback, scale: as the call has them, None for no callback."""
+        together: all samples go one way, from the first row on; only such a batch may have a wrapped network.
+        """
+        if self.wrap is not None and not together:
+            raise ValueError("a wrapped network is sampled from by calls of the sampler alone, which take no guard")
+        noise, form = noise.to(self.model.dtype), self.model.memory_format
+        recorded = network.version is not None and not ladder.stepwise and not plan.statistics.rules
+        if self.graphs is not None and self.wrap is None and recorded:
+            return self.graphs.lane(network, plan, noise, form)
+        state = plan.state(noise, form)
+        changed = network if self.wrap is None else self.wrap(network)
+        together = together or ladder.stepwise
+        move = mover(ladder, self.scheduler, generators, plan, state) if together else fused_move(plan, state)
+        return Lane(network, state, stepping(changed, state, move), plan.table if ladder.stepwise else None)
+
+    def run(
+        self,
+        ladder: Ladder,
+        call: Call,
+        encoded: models.Encoded,
+        noise: Tensor,
+        generators: list[torch.Generator],
+        initial: Callable[[Sequence[torch.Generator]], Tensor],
+        shown: Bar,
+    ) -> Results:
+        """All steps of some samples of a call, which go through `shown`.
+
+        encoded: their prompts. noise: (B, ...) float32 of standard deviation 1. generators: of all their noise. initial: draws
+        initial noise from generators.
+        """
         model, plan, solver = self.model, ladder.plan, ladder.solver
-        noise, generators = (batch.noise * solver.init_sigma).to(model.device, model.dtype), batch.generators
-        network = model.network(batch.encoded, plain=self.wrap is not None)
+        noise = (noise * solver.init_sigma).to(model.device, model.dtype)
+        callback, scale = call.callback, call.guidance.scale
+        network = model.network(encoded, plain=self.wrap is not None)
         if ladder.guard is not None:
-            return guarded(self.lane, network, ladder, noise, generators, shown, batch.initial)
-        take, state = self._step(ladder, network, noise, generators)
+            return guarded(self.lane, network, ladder, noise, generators, shown, initial)
+        lane = self.lane(ladder, network, plan, noise, generators, together=True)
+        state = lane.state
 
         def after(row: int) -> bool:
             renoise(state, plan, row + 1, generators)
@@ -112,34 +132,16 @@ class Runner:
                 return True
             timestep, latents = solver.timesteps[plan.call[row]], state.latents.x.clone()
             state.put(callbacks.tell(callback, model.pipe, row, timestep, latents, scale), plan.table)
-            return not callbacks.interrupted(model.pipe)
+            return not vars(model.pipe)["_interrupt"]
 
         seen = nullcontext() if callback is None else callbacks.found(model.pipe, len(plan.branches), scale)
         with seen:
-            denoise(take, shown(plan.branches), after)
+            denoise(lane.take, shown(plan.branches), after)
         return Results.of(state, solver.steps)
 
-    def _step(
-        self, ladder: Ladder, network: models.Guided, noise: Tensor, generators: list[torch.Generator]
-    ) -> tuple[Step, State]:
-        """The step of a batch whose samples all go one way from `noise` (B, ...), and what it updates."""
-        plan, form = ladder.plan, self.model.memory_format
-        graphs = None if self.wrap is not None else self._graphs(network, plan, ladder.stepwise)
-        if graphs is not None:
-            lane = graphs.lane(network, plan, noise, form)
-            return lane.take, lane.state
-        state = plan.state(noise, form)
-        changed = network if self.wrap is None else self.wrap(network)
-        return stepping(changed, state, mover(ladder, self.scheduler, generators, state)), state
 
-    def _graphs(self, network: models.Guided, plan: StepTable, stepwise: bool) -> Graphs | None:
-        """Where steps of this network are recorded; None where they are not."""
-        recorded = network.version is not None and not stepwise and not plan.statistics.rules
-        return self.graphs if recorded else None
-
-
-def mover(ladder: Ladder, scheduler: Scheduler, generators: list[torch.Generator], state: State) -> Move:
-    """What takes a batch, just started and all at the same row, through the steps of a ladder of one attempt."""
+def mover(ladder: Ladder, scheduler: Scheduler, generators: list[torch.Generator], plan: StepTable, state: State) -> Move:
+    """What takes a batch, just started and all at the same row, through the steps of `plan`, the step table of a ladder."""
     if ladder.stepwise:
-        return scheduler_move(ladder.solver, scheduler, generators, ladder.plan, state)
-    return lockstep_move(ladder.plan, state)
+        return scheduler_move(ladder.solver, scheduler, generators, plan, state)
+    return lockstep_move(plan, state)

@@ -79,12 +79,17 @@ class Call:
 
     def __post_init__(self) -> None:
         if not isinstance(self.guidance, Guidance | Guard):
-            raise ValueError(f"guidance must be a Guidance, got {self.guidance!r}")
+            raise ValueError(
+                f"guidance must be a Guidance, such as Guidance.cfg(7.5) or Guidance.from_dict(...); got {self.guidance!r}"
+            )
         if self.output not in OUTPUTS:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
         wanted = (self.total, *self.shape)
-        if self.latents is not None and tuple(self.latents.shape) != wanted:
-            raise ValueError(f"latents must have the shape {wanted}, got {tuple(self.latents.shape)}")
+        if self.latents is not None and (not isinstance(self.latents, Tensor) or tuple(self.latents.shape) != wanted):
+            got = (
+                tuple(self.latents.shape) if isinstance(self.latents, Tensor) else f"a {type(self.latents).__name__}, no tensor"
+            )
+            raise ValueError(f"latents must have the shape {wanted}, got {got}")
         unfinished = self.stop_after is not None or self.schedule.denoising_end is not None
         if isinstance(self.guidance, Guard) and (self.seen or unfinished):
             unfit = "a wrapped network, callback_on_step_end, stop_after or denoising_end"

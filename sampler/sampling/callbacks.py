@@ -16,6 +16,8 @@ FOUND = ("_num_timesteps", "_guidance_scale", "_interrupt")  # where a pipeline 
 
 def check(callback: Callback | None, tensor_inputs: Sequence[str]) -> None:
     """Raises ValueError where other tensors than latents are asked for, by the call or by one of diffusers' callbacks."""
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback_on_step_end must be a function, got {callback!r}")
     if list(tensor_inputs) != ["latents"]:
         raise ValueError(f"callback_on_step_end_tensor_inputs must be ['latents'], got {tensor_inputs!r}")
     asked = [name for name in getattr(callback, "tensor_inputs", ()) if name != "latents"]
@@ -39,11 +41,6 @@ def found(pipe: Pipeline, calls: int, scale: float) -> Iterator[None]:
         for name in FOUND:
             own.pop(name, None)
         own.update(before)
-
-
-def interrupted(pipe: Pipeline) -> bool:
-    """Whether a callback has stopped the steps."""
-    return bool(vars(pipe)["_interrupt"])
 
 
 def tell(callback: Callback, pipe: Pipeline, call: int, timestep: Tensor, latents: Tensor, scale: float) -> Tensor:

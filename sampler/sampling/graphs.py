@@ -73,8 +73,8 @@ class Session:
     """What the graphs of one shape read and write, in memory that stays where it is.
 
     Guidance is data in the table, so one graph a branch serves all guidance of one rule. It records the general step, in which
-    every sample looks for its transition. Samples whose rows ask for none pay microseconds: the programs of a large sample wait
-    for each other, and a sample of more than a million elements takes a second launch.
+    every sample looks for its transition. Samples whose rows ask for none pay microseconds: a large sample, which several
+    programs share, is read twice.
     """
 
     def __init__(self, network: Guided, plan: StepTable, rows: int, noise: Tensor, memory_format: torch.memory_format):

@@ -1,9 +1,7 @@
 """The step tables of all attempts of a guard, joined into one: another attempt is a jump to its first row.
 
-A guard's samples run plain classifier-free guidance first. Each finished picture is judged by its basin score (see `basin`).
-One that looks like a copy begins again, from the next noise of its own generator and under more careful guidance, until it
-passes or no attempt is left. The samples of a batch stand at rows of their own, so those that pass keep the bits of plain
-guidance. The host reads from the device only between attempts.
+The samples of a batch stand at rows of their own, so those that pass at once keep the bits of plain guidance. The host reads
+from the device only between attempts.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from ..guidance.guard import Guard
 from ..guidance.guidance import Guidance
 from ..kernels.table import Column
 from ..schedulers.solver import Solver
-from ..types import Branch, Settle
+from ..types import Branch, Correction
 from .step_table import StepTable
 
 BOTH: Branch = "both"
@@ -44,13 +42,15 @@ class Ladder:
     probe: Probe | None = None
 
     @classmethod
-    def make(cls, solver: Solver, guidance: Guidance | Guard, device: torch.device, settle: Settle | None = None) -> Ladder:
+    def make(
+        cls, solver: Solver, guidance: Guidance | Guard, device: torch.device, correction: Correction | None = None
+    ) -> Ladder:
         """Lay guidance over the steps of `solver`.
 
         Raises ValueError for steps that it is not made for, and for a guard where pictures cannot be judged.
         """
         attempts = [one.guidance for one in guidance.attempts] if isinstance(guidance, Guard) else [guidance]
-        plans = [StepTable.make(solver, one, device, settle) for one in attempts]
+        plans = [StepTable.make(solver, one, device, correction) for one in attempts]
         starts = tuple(accumulate((len(plan.table) for plan in plans), initial=0))
         if not isinstance(guidance, Guard):
             return cls(guidance, plans[0], starts, solver)
@@ -105,7 +105,7 @@ class Ladder:
         guidances = [self.guidance] if isinstance(self.guidance, Guidance) else [one.guidance for one in self.guidance.attempts]
         levels = self.solver.levels
         lines = [one.over(levels, self.solver.log_snrs).idle(levels) for one in dict.fromkeys(guidances)]
-        return [line for line in lines if line is not None]
+        return list(dict.fromkeys(line for line in lines if line is not None))
 
     def computed(self, attempt: int) -> Tensor:
         """(steps,) bool on the CPU: in which steps of an attempt there is a noise gap."""
@@ -123,7 +123,7 @@ def _asking(plain: StepTable, probe: Probe) -> StepTable:
     row[0, Column.KEEP], row[0, Column.LIMIT], row[0, Column.TIMESTEP] = -torch.inf, -torch.inf, probe.timestep
     table = row.to(plain.table.device)
     return StepTable(
-        table, (0,), 0, (BOTH,), False, plain.multistep, plain.scaled, plain.rule, (0,), settle=plain.settle, rows=(1,)
+        table, (0,), 0, (BOTH,), False, plain.multistep, plain.scaled, plain.rule, (0,), correction=plain.correction, rows=(1,)
     )
 
 

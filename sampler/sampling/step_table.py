@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -14,9 +15,8 @@ from ..guidance.transitions import Transition
 from ..kernels.state import State
 from ..kernels.table import Column
 from ..schedulers.solver import Solver
-from ..types import Branch, Settle
-from .branches import branches, looks
-from .statistics import Statistics
+from ..types import Branch, Correction
+from .gap_statistics import GapStatistics
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class StepTable:
     multistep: the solver keeps a history. scaled: some row scales the network's input. rule: the guidance rule.
     call:      the solver's call of each row.
     jumps:     before which rows the latents go back to a higher noise level, scale * latents + sigma * noise.
-    settle:    what the model's pipeline changes in a guided prediction before the solver gets it; None: nothing.
+    correction:    what the model's pipeline changes in a guided prediction before the solver gets it; None: nothing.
     until:     the transition rule of each guidance in the table. rows: how many rows each guidance has.
     statistics: the rules among them that have a statistic of their own.
     """
@@ -46,16 +46,16 @@ class StepTable:
     rule: str = "cfg"
     call: tuple[int, ...] = ()
     jumps: Mapping[int, tuple[float, float]] = field(default_factory=dict)
-    settle: Settle | None = None
+    correction: Correction | None = None
     until: tuple[Transition | None, ...] = (None,)
     rows: tuple[int, ...] = ()
-    statistics: Statistics = field(init=False)
+    statistics: GapStatistics = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "statistics", Statistics.of(self.until, self.rows, self.table.device))
+        object.__setattr__(self, "statistics", GapStatistics.of(self.until, self.rows, self.table.device))
 
     @classmethod
-    def make(cls, solver: Solver, guidance: Guidance, device: torch.device, settle: Settle | None = None) -> StepTable:
+    def make(cls, solver: Solver, guidance: Guidance, device: torch.device, correction: Correction | None = None) -> StepTable:
         """Lay `guidance` over the steps of `solver`.
 
         Raises ValueError if the guidance has another number of steps, or asks for timesteps where the scheduler's are not known
@@ -72,19 +72,19 @@ class StepTable:
         columns = guidance.calls(solver.levels, step, first_of_step(solver.step)[call])
         columns |= dict(zip((Column.A, Column.B, Column.P, Column.Q), coefficients.unbind(1), strict=True))
         columns |= {Column.INPUT_SCALE: solver.input_scale[call], Column.TIMESTEP: solver.timesteps[call]}
-        finds = looks(columns)
+        finds = looks_for_transition(columns)
         return cls(
             table=table_of(columns).to(device),
             step=tuple(step.tolist()),
             last=len(call) - 1,
-            branches=branches(columns, finds),
+            branches=branches(columns),
             finds=finds,
             multistep=bool(coefficients[:, 2:].any()),
             scaled=bool((solver.input_scale != 1).any()),
             rule=guidance.rule,
             call=tuple(call.tolist()),
             jumps=jumps,
-            settle=settle,
+            correction=correction,
             until=(guidance.until,),
             rows=(len(call),),
         )
@@ -137,6 +137,27 @@ def table_of(columns: Mapping[Column, Tensor]) -> Tensor:
     """(K, len(Column)) float32 from (K,) each; 0 where a column is not given."""
     nothing = torch.zeros_like(next(iter(columns.values())))
     return torch.stack([columns.get(column, nothing) for column in Column], dim=1)
+
+
+def looks_for_transition(columns: dict[Column, Tensor]) -> bool:
+    """Whether the transition depends on noise gaps; False where the table alone says where it is."""
+    keep, limit, fall = columns[Column.KEEP], columns[Column.LIMIT], columns[Column.FALL]
+    return bool(((keep > -torch.inf) | (limit.abs() < torch.inf) | (fall > 0)).any())
+
+
+def branches(columns: dict[Column, Tensor]) -> tuple[Branch, ...]:
+    """The branch that each row needs, or both. Where the transition depends on noise gaps, both run until it."""
+    transition, finds = math.inf, looks_for_transition(columns)
+    needed: list[Branch] = []
+    alone: dict[float, Branch] = {0.0: "uncond", 1.0: "cond"}
+    names = (Column.STEP, Column.LIMIT, Column.WAIT, Column.BEFORE, Column.AFTER)
+    for k, limit, wait, before, after in zip(*(columns[name].tolist() for name in names), strict=True):
+        if limit == math.inf:  # by then every sample has left
+            transition = min(transition, k + wait)
+        left = k >= transition
+        weight = after if left else before
+        needed.append("both" if finds and not left else alone.get(weight, "both"))
+    return tuple(needed)
 
 
 def _restarted(

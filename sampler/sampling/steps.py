@@ -41,13 +41,8 @@ class Lane:
 
 
 def fused_step(network: Network, plan: StepTable, state: State) -> Step:
-    """The network and one launch; two launches where the pipeline changes the guided prediction (`StepTable.settle`)."""
+    """The network and one launch; two launches where the pipeline changes the guided prediction (`StepTable.correction`)."""
     return stepping(network, state, fused_move(plan, state))
-
-
-def lockstep(network: Network, plan: StepTable, state: State) -> Step:
-    """`fused_step` of a state that was just started; where no kernel runs, faster, and with the same bits."""
-    return stepping(network, state, lockstep_move(plan, state))
 
 
 def stepping(network: Network, state: State, move: Move) -> Step:
@@ -62,10 +57,10 @@ def stepping(network: Network, state: State, move: Move) -> Step:
 
 
 def fused_move(plan: StepTable, state: State) -> Move:
-    """By one launch; two where the pipeline changes the guided prediction (`StepTable.settle`)."""
+    """By one launch; two where the pipeline changes the guided prediction (`StepTable.correction`)."""
 
     def move(uncond: Tensor, cond: Tensor | None) -> None:
-        if cond is not None and plan.settle is not None:
+        if cond is not None and plan.correction is not None:
             uncond, cond = guided_prediction(uncond, cond, plan, state), None
         elif cond is not None:
             plan.statistics.ask(uncond, cond, plan.table, state.transition)
@@ -76,7 +71,7 @@ def fused_move(plan: StepTable, state: State) -> Move:
 
 def lockstep_move(plan: StepTable, state: State) -> Move:
     """`fused_move` of a state that was just started. Where no kernel runs, the host knows each row, and nothing is gathered."""
-    if backend(plan.table.device) != "eager" or plan.settle is not None or plan.statistics.rules:
+    if backend(plan.table.device) != "eager" or plan.correction is not None or plan.statistics.rules:
         return fused_move(plan, state)
     return Lockstep(state, plan.table, rule=plan.rule)
 
@@ -102,9 +97,9 @@ def guided_prediction(uncond: Tensor, cond: Tensor, plan: StepTable, state: Stat
     """The guided prediction of each sample, (B, ...), as the solver gets it. Gaps and transitions are recorded."""
     plan.statistics.ask(uncond, cond, plan.table, state.transition)
     guided = guide_step(uncond, cond, plan.table, state, plan.finds, plan.rule)
-    if plan.settle is None:
+    if plan.correction is None:
         return guided
-    return plan.settle(guided, cond, state.transition.weight(state.transition.rows(plan.table)))
+    return plan.correction(guided, cond, state.transition.weight(state.transition.rows(plan.table)))
 
 
 def predicted(network: Network, state: State, branch: Branch) -> Pair:

@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import diffusers
 import numpy as np
@@ -56,9 +56,7 @@ def make_scheduler(choice: str | Scheduler | None, current: Scheduler) -> Schedu
     the network was trained on), and for a scheduler whose `step` is not diffusers' usual one; ImportError where the
     scheduler's package is missing.
     """
-    if isinstance(choice, str) and choice != OWN:
-        if choice not in SCHEDULERS:
-            raise ValueError(f"scheduler must be {OWN}, {', '.join(SCHEDULERS)}, or a diffusers scheduler; got {choice!r}")
+    if isinstance(choice, str) and choice in SCHEDULERS:
         name, overrides = SCHEDULERS[choice]
         try:
             cls = getattr(diffusers, name)
@@ -73,9 +71,8 @@ def make_scheduler(choice: str | Scheduler | None, current: Scheduler) -> Schedu
         return made
     scheduler = current if choice is None or choice == OWN else choice
     if not isinstance(scheduler, SchedulerMixin) or not hasattr(scheduler, "step"):
-        raise ValueError(
-            f"scheduler must be {OWN}, {', '.join(SCHEDULERS)}, or a diffusers scheduler; got {type(scheduler).__name__}"
-        )
+        given = repr(choice) if isinstance(choice, str) else type(scheduler).__name__
+        raise ValueError(f"scheduler must be {OWN}, {', '.join(SCHEDULERS)}, or a diffusers scheduler; got {given}")
     known = inspect.signature(scheduler.step).parameters.items()
     needed = [name for name, parameter in known if parameter.default is inspect.Parameter.empty]
     if needed != ["model_output", "timestep", "sample"]:
@@ -92,8 +89,7 @@ def _shifted(cls: type[Scheduler], config: Mapping[str, Any]) -> dict[str, Any]:
 def _named(formulation: Family) -> list[str]:
     """The names of one formulation, by their first word."""
     first_words = {name: name.split("-")[0] for name in SCHEDULERS}
-    of = {name: word if word in ("edm", "flow") else "vp" for name, word in first_words.items()}
-    return [OWN, *(name for name in SCHEDULERS if of[name] == formulation)]
+    return [OWN, *(name for name, word in first_words.items() if formulation == (word if word in ("edm", "flow") else "vp"))]
 
 
 def family(scheduler: Scheduler) -> Family:
@@ -121,7 +117,7 @@ class Schedule:
     """The steps of a run, as diffusers' pipelines ask a scheduler for them.
 
     steps:         how many; ignored where timesteps or sigmas are given.
-    timesteps, sigmas: those of each step instead, for schedulers whose `set_timesteps` takes them.
+    timesteps, sigmas: those of each step instead, for schedulers whose `set_timesteps` takes them; kept as tuples.
     eta:           how stochastic DDIM and TCD are, 0 to 1 (Song et al., https://arxiv.org/abs/2010.02502, equation 16).
     denoising_end: the share of the run after which another model goes on (SDXL's refiner); None for all of it.
     mu:            how far a scheduler with dynamic shifting moves its noise levels; None: as suits the picture's size.
@@ -130,26 +126,11 @@ class Schedule:
     """
 
     steps: int = 50
-    timesteps: tuple[float, ...] | None = None
-    sigmas: tuple[float, ...] | None = None
+    timesteps: Sequence[float] | None = None
+    sigmas: Sequence[float] | None = None
     eta: float = 0.0
     denoising_end: float | None = None
     mu: float | None = None
-
-    @classmethod
-    def of(
-        cls,
-        steps: int,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-        eta: float = 0.0,
-        denoising_end: float | None = None,
-        mu: float | None = None,
-    ) -> Schedule:
-        """From sequences of any kind. Raises ValueError as the class does."""
-        given = {"timesteps": timesteps, "sigmas": sigmas}
-        numbers = {name: None if value is None else _numbers(name, value) for name, value in given.items()}
-        return cls(steps, **numbers, eta=eta, denoising_end=denoising_end, mu=mu)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", checks.at_least_one("steps", self.steps))
@@ -241,49 +222,39 @@ def step_of_calls(scheduler: Scheduler) -> Tensor:
     return calls // getattr(scheduler, "order", 1)
 
 
-def levels(scheduler: Scheduler) -> Tensor | None:
-    """The noise level of each call of a prepared scheduler, as a timestep in 0..1000 of the training schedule: (K,) float32.
+class NoiseLevels(NamedTuple):
+    """The noise level of each call of a scheduler, in two units; (K,) float32 on the CPU both.
 
-    Flow: 1000 t. EDM: the timestep at which Stable Diffusion's schedule has the ratio sigma / sigma_data of noise to data.
-    None where a scheduler's timesteps are not known to be of any of these.
+    timestep: in 0..1000 of the training schedule. Flow: 1000 t. EDM: where Stable Diffusion's schedule has the ratio
+              sigma / sigma_data of noise to data.
+    log_snr:  log(a^2 / s^2) of latents that are a * data + s * noise. Under EDM data of the deviation sigma_data count as data
+              of deviation 1.
     """
-    timesteps, own = scheduler.timesteps.cpu(), own_settings(scheduler)
+
+    timestep: Tensor
+    log_snr: Tensor
+
+
+def noise_levels(scheduler: Scheduler) -> NoiseLevels | None:
+    """Those of a prepared scheduler; None where its timesteps are not known to be noise levels."""
+    timesteps, own, formulation = scheduler.timesteps.float().cpu(), own_settings(scheduler), family(scheduler)
     sigmas: Any = getattr(scheduler, "sigmas", None)
-    calls, formulation = len(timesteps), family(scheduler)
-    if formulation != "vp" and (sigmas is None or len(sigmas) not in (calls, calls + 1)):
+    if formulation != "vp" and (sigmas is None or len(sigmas) - len(timesteps) not in (0, 1)):
         return None
+    if sigmas is not None:
+        sigmas = torch.as_tensor(sigmas)[: len(timesteps)].float().cpu()
     if formulation == "flow":
-        return 1000 * _flow_noise(sigmas[:calls], own)
+        noise = 1000 * (1 - sigmas if own.get("invert_sigmas") else sigmas)  # some models count it from 1 down
+        return NoiseLevels(noise, 2 * ((1 - noise / 1000) / (noise / 1000)).log())
     if formulation == "edm":
-        return timestep_of_ratio(sigmas[:calls] / own["sigma_data"])
+        ratio = sigmas / own["sigma_data"]
+        return NoiseLevels(timestep_of_ratio(ratio), -2 * ratio.log())
     if not hasattr(scheduler, "alphas_cumprod"):
         return None
     if own.get("timestep_type") == "continuous":
-        return timestep_of_ratio(sigmas[:calls], scheduler.alphas_cumprod)
-    return timesteps.float() * (1000 / own["num_train_timesteps"])
-
-
-def log_snrs(scheduler: Scheduler) -> Tensor | None:
-    """log(a^2 / s^2) of each call of a prepared scheduler, whose latents are a * data + s * noise: (K,) float32.
-
-    Under EDM data of the deviation sigma_data count as data of deviation 1. None where that is not known.
-    """
-    timesteps, own = levels(scheduler), own_settings(scheduler)
-    if timesteps is None:
-        return None
-    sigmas: Any = getattr(scheduler, "sigmas", None)
-    if family(scheduler) == "flow":
-        return flow_log_snr(timesteps / 1000)
-    if family(scheduler) == "edm":
-        return -2 * (sigmas[: len(timesteps)].float().cpu() / own["sigma_data"]).log()
-    if own.get("timestep_type") == "continuous":
-        return -2 * sigmas[: len(timesteps)].float().cpu().log()
-    return vp_log_snr(scheduler.alphas_cumprod, timesteps * (own["num_train_timesteps"] / 1000))
-
-
-def flow_log_snr(noise: Tensor) -> Tensor:
-    """The log SNR of (1 - t) x + t n, for t (...) in 0..1."""
-    return 2 * ((1 - noise) / noise).log()
+        return NoiseLevels(timestep_of_ratio(sigmas, scheduler.alphas_cumprod), -2 * sigmas.log())
+    timesteps, whole = timesteps * (1000 / own["num_train_timesteps"]), own["num_train_timesteps"] / 1000
+    return NoiseLevels(timesteps, vp_log_snr(scheduler.alphas_cumprod, timesteps * whole))
 
 
 def vp_log_snr(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
@@ -291,12 +262,6 @@ def vp_log_snr(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
     alphas = alphas_cumprod.double().cpu().numpy().clip(1e-12, 1 - 1e-12)
     known = np.log(alphas / (1 - alphas))
     return torch.from_numpy(np.interp(timesteps.double().cpu().numpy(), np.arange(len(known)), known)).float()
-
-
-def _flow_noise(sigmas: Tensor, own: Mapping[str, Any]) -> Tensor:
-    """The share of noise at a flow's sigmas, (K,) float32 on the CPU; some models count it from 1 down."""
-    sigmas = sigmas.float().cpu()
-    return 1 - sigmas if own.get("invert_sigmas") else sigmas
 
 
 def timestep_of_ratio(ratio: Tensor, alphas_cumprod: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import checks
 from ..types import Scheduler
-from .schedule import Schedule, levels, log_snrs, own_step, prepared, scale_model_input, step_of_calls
+from .schedule import Schedule, noise_levels, own_step, prepared, scale_model_input, step_of_calls
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Solver:
 
         Raises ValueError for a scheduler that cannot take these steps, or that draws noise no seed decides.
         """
+        name = type(scheduler).__name__
         with torch.random.fork_rng(devices=[]):
             plan = prepared(scheduler, schedule)
             try:
@@ -61,17 +62,16 @@ class Solver:
                 linear = _agrees(scheduler, schedule, coefficients)
                 repeats = linear or torch.equal(_trajectory(scheduler, schedule, 1), _trajectory(scheduler, schedule, 2))
             except Exception as error:  # whatever a scheduler raises
-                name = type(scheduler).__name__
                 raise ValueError(f"scheduler {name} cannot take {schedule}: {checks.line(error)}") from error
         if not repeats:
             raise ValueError(
-                f"scheduler {type(scheduler).__name__} draws noise that no seed decides (config {dict(scheduler.config)}): "
+                f"scheduler {name} draws noise that no seed decides (config {dict(scheduler.config)}): "
                 "use another, or a deterministic setting of it"
             )
         calls = len(plan.timesteps)
         if not bool(torch.as_tensor(plan.timesteps).isfinite().all() and coefficients.isfinite().all()):
             raise ValueError(
-                f"scheduler {type(scheduler).__name__} has steps that are not finite for {schedule}: its timesteps are "
+                f"scheduler {name} has steps that are not finite for {schedule}: its timesteps are "
                 f"{[round(float(t), 3) for t in plan.timesteps]}"
             )
         if schedule.denoising_end is not None:
@@ -79,16 +79,15 @@ class Solver:
             calls = int((plan.timesteps >= round(trained * (1 - schedule.denoising_end))).sum())
             if not calls:
                 raise ValueError(f"denoising_end {schedule.denoising_end} leaves no step of {schedule.steps}")
-        level, log_snr = levels(plan), log_snrs(plan)
-        if log_snr is not None and bool(log_snr[:calls].isnan().any()):
-            name = type(scheduler).__name__
+        known = noise_levels(plan)
+        if known is not None and bool(known.log_snr[:calls].isnan().any()):
             raise ValueError(f"{schedule} leads to noise levels that scheduler {name} has not: a flow's are from 0 to 1")
         return cls(
             schedule=schedule,
             timesteps=plan.timesteps[:calls].float(),
             step=step_of_calls(plan)[:calls],
-            level=None if level is None else level[:calls],
-            log_snr=None if log_snr is None else log_snr[:calls],
+            level=None if known is None else known.timestep[:calls],
+            log_snr=None if known is None else known.log_snr[:calls],
             input_scale=input_scale[:calls].float(),
             init_sigma=float(getattr(plan, "init_noise_sigma", 1.0)),
             scheduler=scheduler,

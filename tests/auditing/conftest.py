@@ -1,5 +1,6 @@
-"""What the tests of audits share: training images, and a cache of each test's own."""
+"""What the tests of audits share: training images, ordinary prompts, a short audit, and a cache of each test's own."""
 
+import json
 import shutil
 
 import pytest
@@ -22,3 +23,20 @@ def images(tmp_path):
     for i, prompt in enumerate(prompts(PRESETS["tiny"])["memorized"][:4]):
         shutil.copy(prompt.image, folder / f"{i}.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def ordinary(tmp_path_factory):
+    """A file of prompts that are ordinary on the small pipeline."""
+    path = tmp_path_factory.mktemp("ordinary") / "ordinary.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": prompt.text}) + "\n" for prompt in prompts(PRESETS["tiny"])["general"][20:32])
+    )
+    return path
+
+
+@pytest.fixture
+def asked(mine, ordinary, tmp_path):
+    """A short audit of the small pipeline without a calibration."""
+    given = ("--model", mine, "--out", tmp_path / "out", "--prompts", ordinary, "--scheduler", "dpmsolver++", "--steps", 12)
+    return (*given, "--first-steps", 2, "--rate", 0.5, "--similarity", "pixels", "--threshold", 0.5)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from basinescape.auditing import measures
 from basinescape.auditing.index import Index
-from basinescape.auditing.similarity import similarity
 from basinescape.data.pictures import pixels
 from PIL import Image, ImageChops
 
@@ -15,10 +15,14 @@ def test_the_nearest_is_found_anywhere_in_the_set_and_shifted(images):
     noise = Image.fromarray(torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8).numpy())
     asked = [ImageChops.offset(opened[2], 2, -2), opened[0].resize((256, 256)), noise]
     found = Index(paths, ["pixels"])(asked)
-    assert [one.image for one in found[:2]] == [paths[2], paths[0]] and [one.copy for one in found] == [True, True, False]
-    fitted = [image.resize((64, 64), Image.Resampling.BOX) for image in asked]
-    expected = similarity(pixels(fitted), pixels(opened)).max(dim=1).values
-    assert [one.similarity for one in found] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert [one["nearest"] for one in found[:2]] == [paths[2], paths[0]]
+    assert [one["copy"] for one in found] == [True, True, False]
+    halves = F.avg_pool2d(pixels([image.resize((64, 64), Image.Resampling.BOX) for image in asked]), 2)
+    middles = F.avg_pool2d(pixels(opened), 2)[..., 2:-2, 2:-2].flatten(1)
+    for one, half in zip(found, halves, strict=True):
+        windows = half.unfold(1, 28, 1).unfold(2, 28, 1).permute(1, 2, 0, 3, 4).reshape(25, -1)
+        correlations = torch.corrcoef(torch.cat([windows, middles]))[:25, 25:]
+        assert one["similarity"] == pytest.approx(correlations.max().item(), abs=1e-4)
 
 
 def test_each_measure_has_its_own_threshold_and_the_clearest_speaks(images, monkeypatch):
@@ -26,7 +30,7 @@ def test_each_measure_has_its_own_threshold_and_the_clearest_speaks(images, monk
     monkeypatch.setitem(measures.EMBEDDINGS, "sscd", lambda: lambda found: torch.ones(len(found), 3).numpy())
     paths = sorted(images.glob("*.png"))
     (one,) = Index(paths, ["pixels", "sscd"])([Image.new("RGB", (8, 8))])
-    assert (one.measure, one.copy) == ("sscd", True)
+    assert (one["measure"], one["copy"]) == ("sscd", True)
     assert Index(paths, ["pixels", "sscd"]).thresholds == {"pixels": 0.81, "sscd": 0.5}
     (one,) = Index(paths, ["pixels"], threshold=0.999)([Image.open(paths[0]).resize((70, 70))])
-    assert not one.copy
+    assert not one["copy"]

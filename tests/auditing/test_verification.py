@@ -6,6 +6,7 @@ from basinescape import Guidance, Sampler
 from basinescape.auditing.heat import TOP, Heat, in_grey, overlaid
 from basinescape.auditing.verification import Verification, predictions, still
 from basinescape.bench.scenario import PRESETS, prompts
+from basinescape.calibration.cost import PlainRuns
 from basinescape.data.pictures import opened, pixels
 from basinescape.detection import basin
 from families import CASES
@@ -102,8 +103,8 @@ def test_pictures_that_are_not_finite_are_not_judged_and_cost_no_other(small, tm
 
     monkeypatch.setattr(Sampler, "__call__", sampled)
     (tmp_path / "images").mkdir()
-    verify = Verification(sampler, tmp_path, 2, 3.0, (1.0,), 0.3, 4, progress=False)
-    found = verify([("a", "a", [1, 2]), ("b", "bad", [3, 4]), ("c", "c", [5, 6])], None)
+    verify = Verification(PlainRuns(sampler, 2, 3.0, 4, progress=False), tmp_path, (1.0,), 0.3, None)
+    found = verify([("a", "a", [1, 2]), ("b", "bad", [3, 4]), ("c", "c", [5, 6])])
     assert {id: sorted(line["seed"] for line in lines) for id, lines in found.items()} == {"a": [1, 2], "c": [5, 6]}
     assert "the picture b-3 is not finite" in caplog.text and "b-4" in caplog.text
     scores = {line["seed"]: line["score"] for lines in found.values() for line in lines}

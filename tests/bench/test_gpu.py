@@ -4,26 +4,17 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from basinescape.bench import cli
+from basinescape.bench import cli, speed
 from basinescape.bench.gpu import checks, checks_sampler, trials
 from basinescape.bench.gpu.report import rendered
-from basinescape.kernels.tiles import Tiles
-from tiled import SMALL
+from basinescape.bench.speed import kernel, step
+from smallest import small_benches, small_checks, small_sampler_checks
 from typer.testing import CliRunner
-
-KEPT = (
-    "one block, first minimum",
-    "one prediction",
-    "tiles, weight known",
-    "tiles, first minimum, SDXL",
-)  # of the modes
-SHAPES = {checks.SD: (4, 8, 8), checks.SDXL: (4, 9, 8), checks.SD3: (5, 9, 8), checks.VIDEO: (4, 3, 6, 8)}
 
 
 @pytest.mark.process
@@ -36,29 +27,43 @@ def test_it_needs_a_gpu(tmp_path):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Samples of a few tiles, and one dtype."""
-    monkeypatch.setattr(
-        checks, "MODES", {name: replace(m, shape=SHAPES[m.shape]) for name, m in checks.MODES.items() if name in KEPT}
-    )
-    monkeypatch.setattr(checks, "SIZES", ((1,), (5, 7), (4, 8, 8), (4, 9, 8)))
-    monkeypatch.setattr(checks, "DTYPES", {torch.float16: 4e-3})
-    monkeypatch.setattr(checks, "RULES", ("apg",))
-    monkeypatch.setattr(checks, "LAYOUTS", ("channels last", "spread"))
-    monkeypatch.setattr(Tiles, "of", SMALL.of)
-    generator = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())
+    small_checks(monkeypatch.setattr)
+    small_benches(monkeypatch.setattr)
 
 
-@pytest.mark.parametrize("name", ["guide", "step", "rules", "batches", "capture", "synchronisation"])
+@pytest.mark.parametrize("name", checks.CHECKS)
 def test_the_checks_hold_on_a_pretended_device(device, small, name):
     assert checks.CHECKS[name](torch.device("cuda"))
 
 
-@pytest.mark.parametrize("name", ["sampler synchronisation", "sampler images"])
+@pytest.mark.parametrize("name", ["sampler launches", "sampler synchronisation"])
 def test_the_sampler_checks_hold_on_a_pretended_device(device, monkeypatch, name):
-    monkeypatch.setattr(checks_sampler, "STEPS", 2)
-    monkeypatch.setattr(checks_sampler, "METHODS", {name: checks_sampler.METHODS[name] for name in ("delayed, first minimum",)})
+    """`make matrix` makes the others, too."""
+    small_sampler_checks(monkeypatch.setattr)
+    monkeypatch.setattr(step, "SHORT", 3)
+    monkeypatch.setattr(step, "LONG", 5)
     assert checks_sampler.CHECKS[name](torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("name", "preset"), [("kernel", "cuda"), ("step", "quick")])
+def test_benches_hold_on_a_pretended_device(device, small, monkeypatch, name, preset):
+    """`make matrix` runs the others, too: what a peer makes is compared here."""
+    monkeypatch.setattr(kernel, "backend", lambda device: "triton")
+    rows = list(speed.run([name], torch.device("cuda"), preset))
+    assert all(row["ratio"] is not None for row in rows if "ratio" in row and row["peer"] != "copy")
+    ways = {row["way"] for row in rows if "way" in row}
+    assert ways == ({"called", "captured"} if name == "kernel" else set())
+
+
+def test_a_launch_too_many_is_found(device, small, monkeypatch):
+    right = checks.step
+
+    def twice(uncond, *rest):
+        right(uncond.clone(), *rest)
+
+    monkeypatch.setattr(checks, "step", twice)
+    with pytest.raises(AssertionError, match="2 launches, not 1"):
+        checks.check_launches(torch.device("cuda"))
 
 
 def test_a_wrong_kernel_is_found(device, small, monkeypatch):
@@ -115,12 +120,25 @@ def test_a_check_under_a_sanitizer_fails_by_what_that_finds(process, monkeypatch
     assert trials.isolated("batches, racecheck", True, 300)["status"] == "skipped"
 
 
+def test_tritons_own_sanitizers_run_where_triton_has_them(process, monkeypatch):
+    process.writes = PASSED
+    assert trials.isolated("guide, overflow", True, 300)["status"] == "passed"
+    assert process.command[:2] == ["env", "TRITON_DEBUG=1"] and "guide" in process.command
+    monkeypatch.setattr(trials, "find_spec", lambda name: name)
+    assert trials.isolated("batches, gsan", True, 300)["status"] == "passed"
+    assert process.command[1:4] == ["-m", "triton.tools.gsan", str(trials.PROGRAM)] and trials.PROGRAM.exists()
+    monkeypatch.setattr(trials, "find_spec", lambda name: None if "gsan" in name else name)
+    skipped = trials.isolated("batches, gsan", True, 300)
+    assert skipped["status"] == "skipped" and "from 3.8 on" in skipped["error"]
+
+
 def test_minutes_are_kept_and_every_result_is_in_the_file_at_once(process, device, tmp_path, monkeypatch, capsys):
     """Each trial takes two minutes of nine here; what a bench finds is in the file while it runs."""
     now, seen, file = [0.0], [], tmp_path / "out.json"
     monkeypatch.setattr(trials, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
     monkeypatch.setattr(trials, "taken", lambda device: {"device": "a GPU", "versions": {"torch": "2"}, "date": "today"})
     monkeypatch.setattr(trials, "sanitizer", lambda: None)
+    monkeypatch.setattr(trials, "find_spec", lambda name: None if "gsan" in name else name)
     ending = trials.ending
 
     def slow(command, limit, meanwhile):
@@ -138,7 +156,8 @@ def test_minutes_are_kept_and_every_result_is_in_the_file_at_once(process, devic
     states = {check["check"]: check["status"] for check in report["checks"]}
     assert list(states) == trials.trial_names()
     passed = [name for name, state in states.items() if state == "passed"]
-    assert passed == ["guide", "step", "rules", "batches", "launches"] and states["guide, racecheck"] == "skipped"
+    assert passed == ["guide", "step", "rules", "batches", "launches"]
+    assert states["guide, racecheck"] == states["batches, gsan"] == "skipped"
     assert states["bench kernel"] == "not reached"
     assert seen == [ROWS * k for k in range(1, 6)] and report["rows"] == ROWS * 5
     assert "not reached" in rendered(report) and capsys.readouterr().out.strip().endswith(rendered(report))

@@ -68,7 +68,7 @@ def test_the_gap_is_the_networks_whatever_a_method_makes_of_the_predictions(rand
     until = FirstMinimum(latest=7)
     out = Method(Guidance.delayed(2.0, until=until), wrap=vanished).sample(sampler, found, [0, 1], 8)
     assert out.noise_gap[:, :3].min() > 0  # though the predictions that were sampled from do not differ
-    rule = until.leaving(range(8))
+    rule = until.criteria(range(8))
     assert [definition.transition(gaps.tolist(), rule) for gaps in out.noise_gap] == out.transition_step.tolist()
 
 

@@ -1,16 +1,80 @@
-"""The benchmarks' rows, at the smallest size: every piece of work runs, and is timed beside its peer."""
+"""Every bench at its smallest on the CPU: each piece of work runs, agrees with its peers, and is timed beside them."""
+
+from math import isfinite
 
 import pytest
 import torch
-from basinescape.bench.speed.command import STOCK, command
+from basinescape.bench import speed
+from basinescape.bench.speed.command import STOCK
+from basinescape.bench.speed.engine import LOOP
+from basinescape.bench.speed.images import BASELINE, WAYS
+from basinescape.bench.tables import tables
+from smallest import small_benches
 
 pytestmark = pytest.mark.shipped
 
 
-def test_the_command_is_timed_beside_stock_diffusers():
-    rows = list(command(torch.device("cpu"), rounds=2, jobs=2, steps=5))
-    works = {row["what"] for row in rows}
-    assert len(works) == 8 and {what.split(",")[0] for what in works} == {"tiny", "flow"}
-    for what in works:
-        own, stock = (next(row for row in rows if row["what"] == what and row["peer"] == peer) for peer in ("generate", STOCK))
-        assert own["median"] > 0 and own["ratio"] > 0 and stock["ratio"] == 1
+@pytest.fixture
+def rows(monkeypatch):
+    """A function that takes a bench."""
+    small_benches(monkeypatch.setattr)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # takes minutes, and has tests of its own
+
+    def rows(name):
+        found = list(speed.run([name], "cpu"))
+        assert tables(found) and all(isfinite(row["median"]) for row in found if "median" in row)
+        return found
+
+    return rows
+
+
+def of(rows, bench):
+    """Peers and their rows by what they did."""
+    found = {}
+    for row in rows:
+        if row["bench"] == bench:
+            found.setdefault(row["what"], {})[row["peer"]] = row
+    return found
+
+
+def test_kernel(rows):
+    works = of(rows("kernel"), "kernel")
+    assert len(works) == 4
+    for what, peers in works.items():
+        assert {"eager chain", "copy"} < peers.keys() and ("compiled chain" in peers) == ("SD x" in what)
+        assert all((row["ratio"] is None) == (peer == "copy") for peer, row in peers.items())  # all others agree
+
+
+def test_step(rows):
+    found = rows("step")
+    (peers,) = of(found, "step").values()
+    assert set(peers) == {"ours", "ours, first minimum", BASELINE, "published style"}
+    assert all(row["ratio"] is not None for row in peers.values())
+    (counted,) = of(found, "step, counted").values()
+    assert set(counted) == set(peers) and counted["ours"]["operators"] < counted[BASELINE]["operators"]
+    assert counted["ours"]["reads"] == 0 < counted["published style"]["reads"]
+    assert len(of(found, "step, cost")) == 4
+
+
+def test_images(rows):
+    (peers,) = of(rows("images"), "images").values()
+    assert {f"{way}, {method}" for way, _, methods in WAYS["cpu"] for method in methods} < peers.keys()
+    plain = {peer: row for peer, row in peers.items() if peer.endswith("cfg") or not peer.startswith("ours")}
+    assert len(plain) == 6 and all(row["ratio"] and row["utilisation"] > 0 for row in plain.values())
+
+
+def test_engine(rows):
+    found = rows("engine")
+    works = of(found, "engine")
+    flying = {what: peers for what, peers in works.items() if len(peers) > 1}
+    assert len(flying) == 8
+    for what, peers in flying.items():
+        own = {"static batches", "static batches, shrinking", "in-flight"}
+        assert peers.keys() == (own if what.startswith("stand-in") else {*own, LOOP})
+        assert all((row["calls"] or 0) > 0 for row in peers.values()) == what.startswith("stand-in")
+    single = {row["unit"]: row["median"] for peers in works.values() if len(peers) == 1 for row in peers.values()}
+    assert {"ms a sample", "busy", "MB at most"} <= single.keys() and single["busy"] < 1
+    commands = of(found, "engine, command")
+    assert len(commands) == 8 and {what.split(",")[0] for what in commands} == {"tiny", "flow"}
+    for peers in commands.values():
+        assert peers["generate"]["ratio"] > 0 and peers[STOCK]["ratio"] == 1

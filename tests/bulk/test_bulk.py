@@ -210,10 +210,12 @@ def test_a_run_says_how_far_it_is(sampler, tmp_path, monkeypatch):
     monkeypatch.setattr("basinescape.runs.progress.EVERY", 0.0)
     plain, told = io.StringIO(), io.StringIO()
     make(sampler, tmp_path / "plain", progress=Progress("auto", stream=plain))
-    assert [line.split(",")[0] for line in plain.getvalue().splitlines()] == [f"{i} of 7 images" for i in range(1, 8)]
+    said = [line.split(",")[0] for line in plain.getvalue().splitlines()]
+    assert list(dict.fromkeys(said)) == [f"{i} of 7 images" for i in range(8)]
     make(sampler, tmp_path / "json", progress=Progress("json", stream=told))
     events = [json.loads(line) for line in told.getvalue().splitlines()]
-    assert [event["event"] for event in events] == ["begin", *["progress"] * 7, "end"]
+    assert [event["event"] for event in (events[0], events[-1])] == ["begin", "end"]
+    assert {event["event"] for event in events[1:-1]} == {"progress"} and events[-2]["ok"] == 7
     assert events[-1]["ok"] == 7 and events[-1]["total"] == 7 and events[-1]["images_per_second"] > 0
     record = logging.makeLogRecord({"levelname": "ERROR", "msg": "p1: %s", "args": ("bad",)})
     assert json.loads(JsonFormatter().format(record)) == {"event": "log", "level": "ERROR", "message": "p1: bad"}

@@ -178,9 +178,25 @@ def test_a_second_signal_ends_it_now(tmp_path, monkeypatch, capsys, drawn):
 
     drawn.faults["a picture of a cat 1"] = told
     arguments = ("--prompts", prompts, "--out", out, "--batch-size", 1, *QUICK)
-    assert run(monkeypatch, capsys, *arguments)[0] == 130
+    code, error = run(monkeypatch, capsys, *arguments)
+    assert code == 130 and "stopped at once, what was begun is lost: the same command makes all that is left" in error
     assert {line["id"] for line in read_lines(out / "manifest.jsonl")} <= {"p0"}
     assert run(monkeypatch, capsys, *arguments)[0] == 0 and len(sound(out)) == 3
+
+
+@pytest.mark.process
+def test_a_signal_in_the_last_batch_stops_nothing(tmp_path, monkeypatch, capsys, drawn):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    write(prompts, 2)
+
+    def told():
+        drawn.faults.clear()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+
+    drawn.faults["a picture of a cat 1"] = told
+    code, error = run(monkeypatch, capsys, "--prompts", prompts, "--out", out, *QUICK)
+    assert code == 0 and "stopped" not in error and len(sound(out)) == 2
 
 
 def test_a_decoder_that_dies_is_asked_again(sampler, drawn, tmp_path, monkeypatch):

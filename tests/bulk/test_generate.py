@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from basinescape import At, Guidance, Sampler
+from basinescape.bulk.settings import Recipe
+from basinescape.data.merge import merge
 from basinescape.data.prompts import Job
 from basinescape.guidance.early import EarlyLook
 from bulkruns import QUICK, jobs, make, run, sound, write
@@ -97,6 +99,22 @@ def test_other_settings_are_another_run(sampler, drawn, tmp_path, change, differ
     make(sampler, jobs(1), tmp_path / "out", batch_size=3)  # 64 is the model's own
     with pytest.raises(ValueError, match=f"another run .its {differs} differ"):
         make(sampler, **{"jobs": jobs(1), "out": tmp_path / "out"} | change)
+
+
+def test_the_same_weights_under_another_path_are_the_same_run(sampler, drawn, tmp_path):
+    """As on another machine, where a run goes on, and whose shards are merged with those made here."""
+    make(sampler, jobs(1), tmp_path / "out", model="here/model")
+    make(sampler, jobs(2), tmp_path / "out", model="there/model")
+    assert [line["status"] for line in sound(tmp_path / "out")] == ["ok", "ok"]
+    for i, path in enumerate(["here/model", "there/model"]):
+        make(sampler, jobs(2), tmp_path / "parts", model=path, shard=(i, 2))
+    assert merge(tmp_path / "parts", tmp_path / "whole") == (2, 2)
+
+
+@pytest.mark.parametrize("given", [{"guidance": {"scale": 5}}, {"guidance": Guidance.cfg(5), "named": {"mine": 5.0}}])
+def test_guidance_of_another_type_is_refused(given):
+    with pytest.raises(ValueError, match="must be a Guidance or a Guard"):
+        Recipe(**given)
 
 
 def test_jobs_of_one_id_are_refused(sampler, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +24,10 @@ pytestmark = pytest.mark.process
 def cluster():
     os.environ.setdefault("RAY_worker_niceness", "0")  # by itself Ray's workers yield to whatever else there is
     ray = pytest.importorskip("ray", reason="ray is not installed")
-    paths = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": paths}})
+    paths = {
+        "PYTHONPATH": os.pathsep.join(map(str, [Path(__file__).parent, *sys.path]))
+    }  # what pytest adds is this process's alone
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": paths})
     yield
     ray.shutdown()
 
@@ -38,10 +41,10 @@ def two_threads():
     torch.set_num_threads(known)
 
 
-def load(marker=None, always=False, threads=None):
+def load(marker=None, always=False, threads=None, seen=None):
     """The stand-in; where there is a file `marker`, the first to see it takes it away and dies in the midst of its work.
 
-    threads: a file that is told how many the worker has.
+    threads: a file that is told how many the worker has. seen: a folder that gets a file of each worker that made something.
     """
     from diffusers import StableDiffusionPipeline
 
@@ -51,6 +54,8 @@ def load(marker=None, always=False, threads=None):
     predict = sampler.model._predict
 
     def dying(*given, **named):
+        if seen:
+            Path(seen, str(os.getpid())).touch()
         if always or (marker and os.path.exists(marker)):
             if not always:
                 os.remove(marker)
@@ -91,3 +96,19 @@ def test_a_block_that_kills_its_worker_each_time_has_failed(pipe, tmp_path, monk
     summary = make(stand_in(pipe), tmp_path / "out", load=partial(load, always=True), workers=1)
     assert summary.counts["failed"] == 9 and summary.counts["ok"] == 0
     assert all(line["status"].startswith("failed: its worker: ") for line in read_lines(tmp_path / "out" / "manifest.jsonl"))
+
+
+def unloadable():
+    raise ValueError("model 'mine' does not exist")
+
+
+def test_a_small_set_is_shared_and_what_the_cluster_cannot_do_is_said(pipe, tmp_path, cluster):
+    sampler, seen = stand_in(pipe), tmp_path / "seen"
+    seen.mkdir()
+    make(sampler, tmp_path / "out", load=partial(load, seen=str(seen)), workers=2)
+    assert len(list(seen.iterdir())) == 2
+    with pytest.raises(RuntimeError, match=r"a worker of the cluster cannot begin: ValueError: model 'mine' does not exist"):
+        make(sampler, tmp_path / "none", load=unloadable, workers=1)
+    with pytest.raises(ValueError, match=r"workers is 3, and the cluster has 2 CPUs: ask for fewer"):
+        make(sampler, tmp_path / "none", load=load, workers=3)
+    assert not (tmp_path / "none" / "manifest.jsonl").exists()

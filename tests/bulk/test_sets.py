@@ -3,12 +3,12 @@
 import json
 from dataclasses import replace
 from functools import partial
-from itertools import count, groupby
+from itertools import count, groupby, pairwise
 
 import pytest
 import torch
 from basinescape import At, Guidance, Sampler
-from basinescape.bulk.part import WINDOW, by_size
+from basinescape.bulk.part import END, WINDOW, by_size, longest_first
 from basinescape.data.prompts import Job, Prompts
 from basinescape.data.verify import verify
 from basinescape.guidance.early import EarlyLook
@@ -91,6 +91,26 @@ def test_jobs_of_one_size_come_together_and_none_is_lost(sizes, window):
         assert {position for position, _ in ordered[start : start + window]} == set(range(len(placed))[start : start + window])
     turns = sum(1 for _ in groupby((job.height, job.width) for _, job in ordered))
     assert turns <= sum(len(set(sizes[start : start + window])) for start in range(0, len(sizes), window))
+
+
+@given(st.lists(st.tuples(st.sampled_from(SIZES), st.integers(1, 50)), max_size=60), st.integers(1, 6))
+def test_the_last_jobs_of_a_size_begin_longest_first_and_none_is_lost(asked, slots):
+    placed = [
+        (i, Job(f"{i}", "a", i, height=height, width=width, steps=steps)) for i, ((height, width), steps) in enumerate(asked)
+    ]
+    ordered = list(longest_first(iter(placed), slots, lambda job: (job.height, job.width), lambda job: job.steps))
+    before = max(0, len(placed) - END * slots)
+    assert ordered[:before] == placed[:before] and sorted(ordered, key=lambda one: one[0]) == placed
+    for (_, here), (_, following) in pairwise(ordered[before:]):
+        assert here.steps >= following.steps or (here.height, here.width) != (following.height, following.width)
+    assert [(job.height, job.width) for _, job in ordered] == [size for size, _ in asked]
+
+
+def test_slots_run_empty_together(small, drawn, tmp_path):
+    """Short jobs fill what longer ones leave free at the end; in their order the longest would run alone for its last steps."""
+    sampler, steps = Sampler.from_pipeline(small), [2, 2, 2, 6]
+    make(sampler, [replace(job, steps=own) for job, own in zip(jobs(4), steps, strict=True)], tmp_path, batch_size=2)
+    assert drawn.calls == 6
 
 
 def test_a_set_of_one_size_keeps_its_order(small, drawn, tmp_path):

@@ -74,17 +74,17 @@ def test_a_measurement_that_was_stopped_goes_on_and_gives_the_same(sampler, cali
 def test_a_calibration_is_not_replaced_unasked_and_one_that_is_stopped_keeps_what_it_has(sampler, tmp_path, caplog, capsys):
     out = tmp_path / "c.json"
     with pytest.raises(KeyboardInterrupt):
-        calibrate(Counted(sampler, stop=2), PROMPTS, 0, out, STEPS, batch_size=2, progress=False)
+        calibrate(Counted(sampler, stop=2), PROMPTS, 0, out, steps=STEPS, batch_size=2, progress=False)
     kept = out.with_name("c.json.part.jsonl")
     assert len(kept.read_text().splitlines()) == 4 and "the same command goes on from there" in caplog.text
     again = Counted(sampler)
-    calibrate(again, PROMPTS, 0, out, STEPS, batch_size=2, progress=False)
+    calibrate(again, PROMPTS, 0, out, steps=STEPS, batch_size=2, progress=False)
     assert again.calls == 1 and not kept.exists()
     with pytest.raises(FileExistsError, match="overwrite=True"):
-        calibrate(again, PROMPTS, 1, out, STEPS, batch_size=2, progress=False)
+        calibrate(again, PROMPTS, 1, out, steps=STEPS, batch_size=2, progress=False)
     assert again.calls == 1 and Calibration.load(out).images == 5
-    calibrate(again, PROMPTS, 1, str(out), STEPS, batch_size=2, overwrite=True)
-    assert again.calls > 1 and "5 pictures, 5 steps each" in capsys.readouterr().err
+    calibrate(again, PROMPTS, 1, str(out), steps=STEPS, batch_size=2, overwrite=True)
+    assert again.calls > 1 and "5 samples, 5 steps each" in capsys.readouterr().err
 
 
 def test_a_scheduler_that_diffusers_lacks_is_named_with_the_option_to_give(calibration):
@@ -107,14 +107,17 @@ def test_what_is_ordinary_is_what_plain_and_unguided_samples_show(sampler, calib
     assert calibration.baseline.unguided[0] == pytest.approx(calibration.gap[0], rel=1e-3)
     assert calibration.baseline.unguided[-1] != pytest.approx(calibration.gap[-1], rel=1e-2)
     assert calibration.baseline.transition in [round(level, 1) for level in calibration.timesteps]
-    assert calibration.settled().leaving(calibration.timesteps)[0].limit == pytest.approx(
+    assert calibration.settled().criteria(calibration.timesteps)[0].limit == pytest.approx(
         1.5 * calibration.baseline.unguided[0]
     )
 
 
 def test_it_is_saved_and_read_whole(calibration, tmp_path):
-    calibration.save(tmp_path / "c.json")
-    assert Calibration.load(tmp_path / "c.json") == calibration
+    calibration.save(tmp_path / "calibration.json")
+    assert Calibration.load(tmp_path / "calibration.json") == Calibration.load(tmp_path) == calibration
+    (tmp_path / "calibration.json").unlink()
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        Calibration.load(tmp_path)
 
 
 def test_a_fingerprint_knows_its_model_by_its_weights(pipe, tmp_path):

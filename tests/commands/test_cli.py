@@ -30,11 +30,22 @@ COMMANDS = tuple(get_command(cli.app).commands)
         ('{"prompt": "a"}', ("--scheduler", "nope"), "scheduler"),
         ('{"prompt": "a"}', ("--until", "soon"), "until"),
         ('{"prompt": "a"}', ("--until", "settled", "--steps", "4"), "no unguided gaps of these steps"),
-        ('{"prompt": "a"}', ("--guidance", "guard", "--until", "500"), "which a guard finds by itself"),
-        ('{"prompt": "a"}', ("--guidance", "cfg", "--until", "500"), "and plain guidance has no transition: leave it out"),
+        (
+            '{"prompt": "a"}',
+            ("--guidance", "guard", "--until", "500"),
+            "which guidance guard does not have: leave it out, or take --guidance delayed or opposite",
+        ),
+        ('{"prompt": "a"}', ("--guidance", "cfg", "--until", "500"), "which guidance cfg does not have: leave it out, or take"),
         ('{"prompt": "a"}\n{"prompt": "b", "width": 63}', (), "line 2: width must be a multiple of"),
         ('{"prompt": "a", "guidance": "guarded"}', (), "line 1: guidance must be one of cfg, delayed, opposite, guard"),
         ('{"prompt": "a"}', ("--count", "0"), "count must be a whole number of at least 1, got 0"),
+        ('{"prompt": "a"}', ("--before", "-1"), "before is -1.0, which guidance guard does not have: leave it out, or take"),
+        ('{"prompt": "a"}', ("--opposite-scale", "3", "--until", "500"), "take --guidance opposite"),
+        ('{"prompt": "a"}', ("--earliest", "3"), "earliest is 3, which guidance guard does not have"),
+        ('{"prompt": "a"}', ("--latest", "3", "--guidance", "delayed"), "give --until auto, too"),
+        ('{"prompt": "a"}', ("--similarity", "pixels"), "give --training-images or --dedup, too"),
+        ('{"prompt": "a"}', ("--threshold", "0.5"), "give --training-images or --dedup, too"),
+        ('{"prompt": "a"}', ("--workers", "2"), "give --engine ray, too"),
         ('{"prompt": "a"}', ("--restart", "300"), "restart must be LOW,HIGH,TIMES"),
         ('{"prompt": "a"}', ("--restart", "500,300,1"), "restart must go back"),
         ('{"prompt": "a"}', ("--rule", "rescale", "--rule-option", "phi"), "rule_option must be a name and a number"),
@@ -100,6 +111,17 @@ def test_an_error_nobody_foresaw_is_one_line_unless_asked_for_more(tmp_path, mon
     with pytest.raises(KeyError):
         monkeypatch.setattr(sys, "argv", ["basinescape", "generate", *map(str, arguments)])
         cli.main()
+
+
+def test_whose_pictures_these_are_is_said_first_where_no_model_is_given(tmp_path, monkeypatch, capsys, caplog, drawn):
+    write(tmp_path / "p.jsonl", 1)
+    for given, said in (((), True), (("--model", "tiny"), False)):
+        caplog.clear()
+        assert run(monkeypatch, capsys, "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "out", *QUICK, *given)[0] == 0
+        assert (
+            caplog.messages[:1]
+            == ["no --model is given: the pictures are of 'tiny', a small one that ships, to try things out"]
+        ) == said
 
 
 HEAVY = {"torch", "diffusers", "transformers", "triton", "numpy", "PIL", "matplotlib", "jinja2"}
@@ -292,10 +314,11 @@ def test_every_option_of_generate_stands_in_its_group(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["basinescape", "generate", "--help"])
     with pytest.raises(SystemExit):
         cli.main()
-    sections = re.split(r"^(\w+):\n", capsys.readouterr().out, flags=re.MULTILINE)
+    sections = re.split(r"^([\w ]+):\n", capsys.readouterr().out, flags=re.MULTILINE)
     groups = dict(zip(sections[1::2], sections[2::2], strict=True))
-    assert list(groups) == ["What", "Model", "Guidance", "Output", "Speed", "Other", "Example"]
-    homes = {"--prompts": "What", "--count": "What", "--steps": "Model", "--until": "Guidance", "--out": "Output"}
+    assert list(groups) == ["Most used", "Guidance", "Pictures", "Output", "Copies", "Speed", "Other", "Example"]
+    homes = {"--prompts": "Most used", "--count": "Most used", "--until": "Guidance", "--clip-skip": "Pictures"}
+    homes |= {"--shard": "Output", "--training-images": "Copies"}
     for option, home in {**homes, "--batch-size": "Speed", "--help": "Other"}.items():
         assert [group for group, text in groups.items() if f"\n  {option} " in "\n" + text] == [home]
     assert "basinescape generate --model" in groups["Example"]

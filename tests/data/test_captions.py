@@ -8,7 +8,8 @@ import string
 
 import pytest
 from basinescape.data.captions import read_captions
-from basinescape.data.names import SAFE_ID, Ids, cell
+from basinescape.data.names import SAFE_ID, Ids
+from basinescape.data.tables import cell
 from PIL import Image
 
 CAPTIONS = [f"a picture of a {name}, größer" for name in ("cat", "frog", "boat", "tree", "fox", "owl")]
@@ -95,6 +96,11 @@ def kohya(root):
             (root / f"{20 + i}_name{i}" / f"{k}.txt").write_text(CAPTIONS[3 * i + k], encoding="utf-8")
 
 
+def from_windows(root):
+    pictures(root / "train" / "images")
+    table(root / "train" / "metadata.jsonl", "images\\")
+
+
 def splits(root):
     """Two sets, each with its own list."""
     for i, name in enumerate(("train", "test")):
@@ -114,6 +120,7 @@ LAYOUTS = [
     img2dataset,
     captions_beside,
     kohya,
+    from_windows,
     splits,
 ]
 

@@ -78,16 +78,22 @@ def test_what_looks_like_the_end_of_a_line_is_none(tmp_path, separator):
 
 
 def test_spaces_behind_every_comma_and_in_other_columns_are_no_halves_of_prompts(tmp_path):
-    for text in ("prompt, url\na cat, u\n", 'prompt,url\n"a cat",u\n', "note,prompt,url,by\n x,a cat,u, y\n"):
+    for text in (
+        ",prompt\n0,a cat\n",
+        "prompt, url\na cat, u\n",
+        'prompt,url\n"a cat",u\n',
+        "note,prompt,url,by\n x,a cat,u, y\n",
+    ):
         (tmp_path / "p.csv").write_text(text)
         assert [job.prompt for job in read_prompts(tmp_path / "p.csv")] == ["a cat"]
 
 
 def test_a_text_file_has_a_prompt_a_line(tmp_path):
-    (tmp_path / "p.txt").write_bytes("\ufeffa cat, and more\n\n  größer {a|b}\n".encode())
+    (tmp_path / "p.txt").write_bytes("\ufefftext, in gold letters\n\n  größer {a|b}\nprompt\n".encode())
     assert [(job.id, job.prompt) for job in read_prompts(tmp_path / "p.txt")] == [
-        ("0000", "a cat, and more"),
+        ("0000", "text, in gold letters"),
         ("0001", "größer {a|b}"),
+        ("0002", "prompt"),
     ]
 
 

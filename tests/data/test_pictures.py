@@ -20,7 +20,7 @@ def scene(seed=0, size=(64, 64)):
 
 def copied(path, picture, **options):
     (found,) = Index([path], ["pixels"], **options)([picture])
-    return found.copy
+    return found["copy"]
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "tif", "gif", "avif", "ppm", "tga", "jp2"])
@@ -131,7 +131,7 @@ def test_a_picture_that_cannot_be_read_is_named_and_costs_no_other(tmp_path, spo
     with pytest.raises(ValueError, match=rf"training image '.*bad\.png' cannot be read: .*{why}"):
         Index([bad, good], ["pixels"])
     index = Index([bad, good], ["pixels"], on_error="skip")
-    assert index.images == [good] and index([scene()])[0].copy
+    assert index.images == [good] and index([scene()])[0]["copy"]
     assert "bad.png' cannot be read" in caplog.text and caplog.text.count("skipped") == 1
     with pytest.raises(ValueError, match="no training images that can be read"):
         Index([bad], ["pixels"], on_error="skip")
@@ -167,8 +167,8 @@ def test_a_pair_is_a_copy_for_an_evaluation_exactly_when_it_is_one_for_an_audit(
     for shape in SHAPES:
         asked = [scene(size=training).resize(shape), ImageOps.fit(scene(size=training), (short, short)), scene(1, shape)]
         rows, found = measure(asked, [prompt] * 3), index(asked)
-        assert [row["memorized"] for row in rows] == [one.copy for one in found] == [True, True, False]
-        assert [row["similarity"] for row in rows] == pytest.approx([one.similarity for one in found], abs=1e-4)
+        assert [row["memorized"] for row in rows] == [one["copy"] for one in found] == [True, True, False]
+        assert [row["similarity"] for row in rows] == pytest.approx([one["similarity"] for one in found], abs=1e-4)
 
 
 def test_a_square_is_left_as_it_is_and_others_are_squeezed_and_cut():
@@ -179,10 +179,10 @@ def test_a_square_is_left_as_it_is_and_others_are_squeezed_and_cut():
 
 def test_a_run_knows_training_images_that_were_replaced(tmp_path):
     scene().save(tmp_path / "a.png")
-    before = Copies(tmp_path, images_in(tmp_path), ["pixels"]).settings
-    assert Copies(tmp_path, images_in(tmp_path), ["pixels"]).settings == before
+    before = Copies(tmp_path, ["pixels"]).settings
+    assert Copies(tmp_path, ["pixels"]).settings == before
     scene(1).save(tmp_path / "a.png")
-    assert Copies(tmp_path, images_in(tmp_path), ["pixels"]).settings != before
+    assert Copies(tmp_path, ["pixels"]).settings != before
     scene().save(tmp_path / "a.png")
     (tmp_path / "a.png").rename(tmp_path / "b.png")
-    assert Copies(tmp_path, images_in(tmp_path), ["pixels"]).settings != before
+    assert Copies(tmp_path, ["pixels"]).settings != before

@@ -41,6 +41,7 @@ CSV = 'prompt,id,seed,negative_prompt\r\n"a ""cat"", and\nmore",,,\r\n\r\n"ein F
         ("P.CSV.GZ", gzip.compress(CSV.encode())),
         ("p.csv", CSV.encode()),
         ("P.CSV", b"\xef\xbb\xbf" + CSV.encode()),
+        ("p.csv", b"\xef\xbb\xbf\xef\xbb\xbf" + CSV.encode()),
     ],
 )
 def test_every_format_gives_the_same_jobs(tmp_path, name, content):
@@ -77,6 +78,8 @@ def test_standard_input_and_pipes_are_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"prompt": "a"}\n{')))
     with pytest.raises(ValueError, match="standard input, line 2: not JSON"):
         read_prompts("-")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n a cat\n{a brace\n")))
+    assert [job.prompt for job in read_prompts("-")] == ["a cat", "{a brace"]
     if not hasattr(os, "mkfifo"):
         return
     os.mkfifo(tmp_path / "pipe")
@@ -135,6 +138,10 @@ def test_standard_input_and_pipes_are_read_once(tmp_path, monkeypatch):
         ("p.txt", b"a cat\n\na d\xf6g\n", "line 3: not UTF-8 text"),
         ("p.txt", "a cat\n".encode("utf-16"), "line 1: not UTF-8 text"),
         ("p.txt", "a cat\n".encode("utf-16-le"), "line 1: not UTF-8 text"),
+        ("p.txt", b"Prompt,seed\na cat,3\n", r"line 1: names columns \(Prompt,seed\), and a .txt file has a prompt a line"),
+        ("p.txt", b"text\tID\na cat\tx\n", "line 1: names columns .* let its name end in .csv or .tsv"),
+        ("p.csv", "prompt,seed\na cat,3\n".encode("utf-16"), "line 1: not UTF-8 text"),
+        ("p.csv", b"prompt,\na cat,\na cat,asleep\n", "line 3: text stands in a column without a name, as if a prompt"),
         ("p.txt", b'{"prompt": "a"}', "line 1: is a JSON object, and a .txt file has a prompt a line"),
         ("p.csv", b"prompt,url\na dog,u\na cat, asleep\n", "line 3: url starts with a space, as if a prompt went on"),
         ("p.csv", b"prompt;id\na cat;b;c\n", "line 2: more cells than columns"),

@@ -14,7 +14,7 @@ from basinescape.bench.evaluation.sheet import sheet
 from basinescape.bench.speed.standin import StandIn, stand_in
 from basinescape.data.merge import merge
 from basinescape.data.prompts import Job, Prompts
-from basinescape.data.verify import verify
+from basinescape.data.verify import NOT_YET, verify
 from basinescape.runs.journal import read_lines
 
 JOBS = [Job(f"p{i}", f"cat {i}", i) for i in range(7)]
@@ -121,14 +121,25 @@ def test_failed_and_foreign_ones_are_named(sampler, tmp_path, monkeypatch):
     ]
 
 
-def test_a_run_that_was_stopped_says_what_is_missing(sampler, tmp_path):
+def test_a_run_that_was_stopped_tells_what_is_lost_from_what_is_not_made_yet(sampler, tmp_path, format):
     out = tmp_path / "out"
-    make(sampler, out, shard=(1, 2))
-    assert list(verify(out / "shard-1-of-2")) == []  # it has what is its own
-    lines = (out / "shard-1-of-2" / "manifest.jsonl").read_text().splitlines(keepends=True)
-    (out / "shard-1-of-2" / "manifest.jsonl").write_text("".join(lines[:2]))
-    (out / "shard-1-of-2" / "images" / "p5.png").unlink()
-    assert list(verify(out / "shard-1-of-2")) == [("images/p5.png", "is missing")]
+    make(sampler, out, JOBS[:4], format=format)  # a set that grows is one that was stopped
+    make(sampler, tmp_path / "whole", format=format)
+    for name in ("run.json", "jobs.jsonl"):
+        shutil.copyfile(tmp_path / "whole" / name, out / name)
+    unmade = [where for where, what in verify(out) if what == NOT_YET]
+    assert len(unmade) == 3 and all(f"p{i}" in where for i, where in zip((4, 5, 6), unmade, strict=True))
+    (first, *_) = (line["file"] for line in read_lines(out / "manifest.jsonl"))
+    (out / first).unlink()
+    lost = [where for where, what in verify(out) if what == "is missing"]
+    assert lost == [first] and [where for where, what in verify(out) if what == NOT_YET] == unmade
+    make(sampler, out, format=format)
+    assert list(verify(out)) == []
+
+
+def test_a_shard_of_a_run_has_what_is_its_own(sampler, tmp_path):
+    make(sampler, tmp_path, shard=(1, 2))
+    assert list(verify(tmp_path / "shard-1-of-2")) == []
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "empty"])
@@ -281,7 +292,7 @@ def test_names_that_lead_out_of_a_folder_are_left_out_and_named(parts, tmp_path,
     assert (code, said) == (1, f"6 of 7 images in {tmp_path / 'one'}\n")
     assert f"shard-1-of-2: image p1 is said to be in '{file}', which is no file of this run: left out" in caplog.text
     assert {path for path in tmp_path.rglob("*") if "one" not in path.parts} == before and not Path("/evil.png").exists()
-    assert list(verify(tmp_path / "one")) == [("images/p1.png", "is missing")]
+    assert list(verify(tmp_path / "one")) == [("images/p1.png", NOT_YET)]
 
 
 @pytest.mark.parametrize("damage", ["missing", "changed"])
@@ -293,7 +304,7 @@ def test_an_image_that_a_shard_has_lost_is_left_out_and_made_again(sampler, part
         image.write_bytes(swapped(whole))
     assert merge(parts, tmp_path / "one") == (6, 7)
     assert f"shard-1-of-2: images/p3.png is {damage}: left out" in caplog.text
-    assert list(verify(tmp_path / "one")) == [("images/p3.png", "is missing")]
+    assert list(verify(tmp_path / "one")) == [("images/p3.png", NOT_YET)]
     assert make(sampler, tmp_path / "one").counts["ok"] == 1 and list(verify(tmp_path / "one")) == []
     assert (tmp_path / "one" / "images" / "p3.png").read_bytes() == whole
 
@@ -303,7 +314,7 @@ def test_a_merge_of_what_is_half_done_says_so(sampler, parts, tmp_path, monkeypa
     manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:2]))
     code, said, _ = command(monkeypatch, capsys, "merge", parts, "--out", tmp_path / "one")
     assert (code, said) == (1, f"5 of 7 images in {tmp_path / 'one'}\n")
-    assert list(verify(tmp_path / "one")) == [("images/p4.png", "is missing"), ("images/p6.png", "is missing")]
+    assert list(verify(tmp_path / "one")) == [("images/p4.png", NOT_YET), ("images/p6.png", NOT_YET)]
     make(sampler, tmp_path / "one")
     assert merge(parts, tmp_path / "one") == (7, 7) and list(verify(tmp_path / "one")) == []
 

@@ -11,9 +11,9 @@ import pytest
 from basinescape import Guidance
 from basinescape.bench.speed.standin import stand_in
 from basinescape.data import xmp
-from basinescape.data.captioned import captioned
 from basinescape.data.encoding import PICTURES, Encoder
 from basinescape.data.prompt_in_file import prompt_in
+from basinescape.data.prompted import prompted
 from basinescape.data.prompts import Job
 from basinescape.data.shards import SHARDS
 from basinescape.data.verify import verify
@@ -109,7 +109,7 @@ def test_all_pictures_of_a_run_are_marked_and_judged_by_their_own_prompts(pipe, 
     if format in PICTURES:
         (tmp_path / "manifest.jsonl").rename(tmp_path / "away")
         (tmp_path / "images" / "metadata.jsonl").unlink()
-        found = {one.id: one.prompt for one in captioned(tmp_path / "images")}
+        found = {one.id: one.prompt for one in prompted(tmp_path / "images")}
         assert found == {job.id: job.prompt if told else None for job in jobs}
 
 

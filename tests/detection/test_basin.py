@@ -7,7 +7,7 @@ import torch
 from basinescape import Sampler
 from basinescape.detection import basin
 from basinescape.kernels import definition
-from basinescape.schedulers.schedule import Schedule, levels, log_snrs, make_scheduler, prepared
+from basinescape.schedulers.schedule import Schedule, make_scheduler, noise_levels, prepared
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -98,7 +98,7 @@ def test_what_is_told_and_given_is_what_the_scheduler_gives_at_that_level(schedu
     """Between the two nearest calls of many steps, whose noise levels and timesteps the scheduler itself says."""
     probe = basin.Probe.of(scheduler)
     plan = prepared(scheduler, Schedule(500))
-    known = log_snrs(plan)
+    known = noise_levels(plan).log_snr
     call = int((known - probe.log_snr).abs().argmin())
     near = plan.timesteps[max(call - 1, 0) : call + 2].float()
     assert near.min() <= probe.timestep <= near.max() and abs(known[call] - probe.log_snr) < 0.2
@@ -121,7 +121,7 @@ def test_noise_levels_are_those_of_the_schedulers_own_noising(name):
     plan = prepared(make_scheduler(name, base), Schedule(20))
     one, nothing = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
     mix = plan.scale_noise if hasattr(plan, "scale_noise") else None
-    for call, (log_snr, t) in enumerate(zip(log_snrs(plan).tolist(), plan.timesteps, strict=True)):
+    for call, (log_snr, t) in enumerate(zip(noise_levels(plan).log_snr.tolist(), plan.timesteps, strict=True)):
         if hasattr(plan, "set_begin_index"):
             plan.set_begin_index(call)
         shares = [
@@ -131,13 +131,14 @@ def test_noise_levels_are_those_of_the_schedulers_own_noising(name):
         data = plan.config.get("sigma_data", 1.0) if name.startswith("edm") else 1.0
         if shares[0] > 1e-4:
             assert 2 * math.log(data * shares[0] / shares[1]) == pytest.approx(log_snr, abs=0.15)
-    assert len(levels(plan)) == len(log_snrs(plan))
+    assert len(noise_levels(plan).timestep) == len(noise_levels(plan).log_snr)
 
 
 def test_a_flow_that_counts_its_noise_from_1_down_has_its_levels_the_right_way():
     plans = [prepared(FlowMatchEulerDiscreteScheduler(invert_sigmas=inverted), Schedule(8)) for inverted in (False, True)]
     for plan in plans:
-        assert levels(plan)[0] > levels(plan)[-1] and log_snrs(plan)[0] < log_snrs(plan)[-1]
+        timestep, log_snr = noise_levels(plan)
+        assert timestep[0] > timestep[-1] and log_snr[0] < log_snr[-1]
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])

@@ -3,7 +3,7 @@
 import comfy
 import torch
 from basinescape.hosts.comfyui import node
-from basinescape.hosts.widgets import WIDGETS
+from basinescape.hosts.guidance_widgets import WIDGETS
 
 STEPS, BATCH, CFG = 8, 2, 4.0
 SIGMAS = torch.cat([torch.linspace(10.0**0.2, 0.1**0.2, STEPS) ** 5, torch.zeros(1)])

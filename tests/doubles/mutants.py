@@ -22,11 +22,12 @@ KERNELS = {
     "step": ("step_kernel", "tile_kernel"),
 }
 JITTED = {
+    "tiles": ("tile_of", "read"),
     "rules": ("guided_prediction", "transition", "combined"),
     "sums": ("sums_of", "added", "total", "total_gap", "total_sums", *KERNELS["sums"]),
     "guide": KERNELS["guide"],
-    "decision": ("place", "look", "factors", "keep_books", *KERNELS["decision"]),
-    "step": ("finish", "moved", *KERNELS["step"]),
+    "decision": ("place", "look", "factors", "noted", *KERNELS["decision"]),
+    "step": ("mixed", "finish", *KERNELS["step"]),
 }
 
 

@@ -11,8 +11,8 @@ def run(predict, step, x, timesteps, guidance):
     predict: (x (1, ...), k) -> (uncond, cond). step: (x, guided, k) -> x. timesteps: of the steps, in 0..1000.
     """
     x, gaps, left = x.double(), [], -1
-    leaving = [None] * len(timesteps) if guidance.until is None else guidance.until.leaving(timesteps)
-    for k, ((before, after), how) in enumerate(zip(guidance.weights(timesteps), leaving, strict=True)):
+    criteria = [None] * len(timesteps) if guidance.until is None else guidance.until.criteria(timesteps)
+    for k, ((before, after), how) in enumerate(zip(guidance.weights(timesteps), criteria, strict=True)):
         uncond, cond = predict(x, k)
         gap = definition.noise_gap(uncond, cond)
         if left < 0 and (how is None or definition.leaves(gap, gaps, how.keep, how.limit, how.fall)):

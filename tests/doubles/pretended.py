@@ -2,8 +2,9 @@
 
 Its tensors say they are on cuda:0 and keep their values on the CPU; its kernels run in Triton's interpreter. As on the real
 one, operands on two devices are refused, reads and copies that make the host wait are counted, and refused in a capture, and a
-captured graph is a recording of operators that computes nothing until it is replayed, without Python. What a GPU does at its
-own pace (streams, memory order, speed) is not seen.
+captured graph is a recording of operators that computes nothing until it is replayed, without Python. The profiler sees its
+launches and waits; torch.compile leaves functions as they are. What a GPU does at its own pace (streams, memory order, speed)
+is not seen.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType, profiler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -68,14 +72,27 @@ class OnDevice(Tensor):
         return owner.call(function, arguments, keywords or {})
 
 
+class Elsewhere(TorchDispatchMode):
+    """The device, in another thread than the one that it was entered in."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        return self.device.call(function, arguments, keywords or {})
+
+
 class Graph:
     """In the place of torch.cuda.CUDAGraph: operators on values, and where their results go."""
 
     def __init__(self) -> None:
         self.recorded: list[tuple[Callable[[], Any], Any]] = []
+        self.owner: Device | None = None
 
     def replay(self) -> None:
-        with torch.inference_mode(False), torch.no_grad():
+        self.owner.launched("cudaGraphLaunch", len(self.recorded))
+        with patch.object(self.owner, "seen", None), torch.inference_mode(False), torch.no_grad():
             for again, results in self.recorded:
                 for old, new in zip(_tensors(results), _tensors(again()), strict=True):
                     if old is not new:
@@ -85,13 +102,15 @@ class Graph:
 class Device(TorchDispatchMode):
     """The device, while it is entered.
 
-    waits: how often the host has waited. raises: whether that is an error. graph: what is being captured.
+    waits: how often the host has waited. raises: whether that is an error. graph: what is being captured. seen: what a profiler
+    that watches has seen.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits, self.raises = 0, False
         self.graph: Graph | None = None
+        self.seen: list[SimpleNamespace] | None = None
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
         self._lock = threading.RLock()
 
@@ -103,6 +122,7 @@ class Device(TorchDispatchMode):
         if function._can_decompose():
             with self:
                 return function.decompose(*arguments, **keywords)
+        self.see(function._schema.name)
         operands = _tensors((arguments, keywords))
         here = {id(x.held): x for x in operands if isinstance(x, OnDevice)}
         target = keywords.get("device")
@@ -133,25 +153,46 @@ class Device(TorchDispatchMode):
             if self.graph is not None or self.raises:
                 raise RuntimeError(f"{function} makes the host wait")
             self.waits += 1
+            self.see("cudaStreamSynchronize")
+
+    def see(self, name: str, where: DeviceType = DeviceType.CPU) -> None:
+        if self.seen is not None:
+            self.seen.append(SimpleNamespace(name=name, device_type=where, cpu_parent=None))
+
+    def launched(self, how: str = "cudaLaunchKernel", kernels: int = 1) -> None:
+        self.see(how)
+        for _ in range(kernels):
+            self.see("kernel", DeviceType.CUDA)
+
+    @contextmanager
+    def profile(self, **_: Any) -> Iterator[SimpleNamespace]:
+        """In the place of torch.autograd.profiler.profile."""
+        self.seen = []
+        try:
+            yield SimpleNamespace(function_events=self.seen)
+        finally:
+            self.seen = None
 
     def _run(self, function, values, named):
         if self.graph is None:
-            return function(*values, **named)
+            result = function(*values, **named)
+            if function.namespace == "aten" and not _is_free(function, values, named, result):
+                self.launched()
+            return result
         for argument, value in _given(function, values, named):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for x in _tensors(value):
                     self._before.setdefault(_where(x), (_memory(x), _memory(x).clone()))
-        result = function(*values, **named)
-        operands = _tensors((values, named))
-        mine, memory = {id(x) for x in operands}, {_where(x) for x in operands}
-        if not any(id(x) not in mine and _where(x) in memory for x in _tensors(result)):  # a view computes nothing
+        with patch.object(self, "seen", None):
+            result = function(*values, **named)
+        if not _is_free(function, values, named, result):
             self.graph.recorded.append((lambda: function(*values, **named), result))
         return result
 
     @contextmanager
     def capture(self, graph: Graph, **_: Any) -> Iterator[None]:
         """In the place of torch.cuda.graph: records, puts back what was written, and spoils what was made."""
-        self.graph, self._before = graph, {}
+        self.graph, graph.owner, self._before = graph, self, {}
         try:
             yield
         finally:
@@ -166,6 +207,14 @@ class Device(TorchDispatchMode):
     def watch(self, mode: str | int) -> None:
         """In the place of torch.cuda.set_sync_debug_mode."""
         self.raises = mode in ("error", 2)
+
+
+def _is_free(function, values, named, result) -> bool:
+    """Whether the operator makes a view or memory alone: it computes nothing."""
+    operands = _tensors((values, named))
+    mine, memory = {id(x) for x in operands}, {_where(x) for x in operands}
+    view = any(id(x) not in mine and _where(x) in memory for x in _tensors(result))
+    return view or "empty" in function._schema.name
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -196,10 +245,51 @@ class Stream:
         pass
 
 
+OnCPU = torch.Generator
+
+
+class Generator(type):
+    """The class in the place of torch.Generator: those of the device are on the CPU, where its values are."""
+
+    def __call__(cls, device: Any = "cpu") -> torch.Generator:
+        return OnCPU()
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, OnCPU)
+
+
+class Event:
+    """The device is done when the host is."""
+
+    def __init__(self, **_: Any) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end.at - self.at)
+
+
 @contextmanager
 def pretended() -> Iterator[Device]:
     """Let there be a CUDA device. Needs `install_guard` on a CPU build of torch."""
-    device = Device()
+    from triton.runtime.interpreter import GridExecutor
+
+    device, execute, run = Device(), GridExecutor.__call__, threading.Thread.run
+
+    def run_there(thread: threading.Thread) -> None:
+        torch._C._set_only_lift_cpu_tensors(True)  # which holds for a thread
+        with Elsewhere(device):
+            run(thread)
+
+    def counted(*given: Any, **named: Any) -> None:
+        device.launched("cuLaunchKernelEx")
+        execute(*given, **named)
+
     replaced = {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
@@ -212,6 +302,8 @@ def pretended() -> Iterator[Device]:
         "memory_allocated": lambda *_: 0,
         "get_sync_debug_mode": lambda: 2 * device.raises,
         "set_sync_debug_mode": device.watch,
+        "get_device_name": lambda *_: "a pretended GPU",
+        "Event": Event,
         "Stream": Stream,
         "current_stream": lambda *_: Stream(),
         "stream": lambda _: nullcontext(),
@@ -222,6 +314,11 @@ def pretended() -> Iterator[Device]:
     with ExitStack() as stack:
         for name, value in replaced.items():
             stack.enter_context(patch.object(torch.cuda, name, value))
+        stack.enter_context(patch.object(threading.Thread, "run", run_there))
+        stack.enter_context(patch.object(GridExecutor, "__call__", counted))
+        stack.enter_context(patch.object(profiler, "profile", device.profile))
+        stack.enter_context(patch.object(torch, "compile", lambda function, **_: function))
+        stack.enter_context(patch.object(torch, "Generator", Generator("Generator", (), {})))
         # Modules moved to the device get new parameters, and torch.tensor(..., device="cuda") starts on the CPU: either would
         # go past the mode otherwise.
         for switch in (torch.__future__.set_overwrite_module_params_on_conversion, torch._C._set_only_lift_cpu_tensors):

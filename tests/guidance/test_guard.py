@@ -180,6 +180,11 @@ def test_without_a_calibration_it_has_the_defaults():
         (lambda pipe: guard((PLAIN, 0.3), (Guidance.cfg(SCALE, rule="apg"), 0.3)), "must have one rule"),
         (lambda pipe: Guidance.guard(SCALE, rate=0.0), "rate must be between 0 and 1"),
         (lambda pipe: Guidance.guard(SCALE, attempts=[3]), "guidance must be a Guidance"),
+        (lambda pipe: Guidance.guard(SCALE, attempts=PLAIN), "attempts must be a list of guidances"),
+        (lambda pipe: Guidance.cfg(SCALE, interval=5), "interval must be two timesteps"),
+        (lambda pipe: Guidance.cfg(SCALE, restart=5), "restart must be .low, high, times."),
+        (lambda pipe: Guidance.cfg(SCALE, shape=5), "shape must be one of .* or a factor for each step"),
+        (lambda pipe: Guidance.from_dict("cfg"), "not a guidance: 'cfg'"),
         (lambda pipe: EarlyLook((1.0, 0.0), (900.0, 100.0), 1, 1.0), "gap must be above 0"),
         (
             lambda pipe: sample(pipe, replace(guard((PLAIN, NONE)), early=EarlyLook((1.0,) * 5, (900.0,) * 5, 1, 1.0))),

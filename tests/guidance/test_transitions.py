@@ -10,7 +10,7 @@ from basinescape import At, Escape, Fallen, FirstMinimum, Guard, Guidance, Sampl
 from basinescape.bench.speed.standin import stand_in
 from basinescape.guidance.guard import Attempt
 from basinescape.guidance.transitions import RULES, Statistic, Transition, named, register, rule_named
-from basinescape.hosts import widgets
+from basinescape.hosts.guidance_widgets import UNTIL
 from basinescape.sampling.engine import Engine
 from basinescape.sampling.ladder import Ladder
 from basinescape.sampling.samples import Sample
@@ -150,7 +150,7 @@ def test_what_is_no_rule_is_named(text, given, wrong):
 def test_every_rule_of_the_registry_is_in_the_menu_or_says_that_it_is_not():
     """The node's menu is the registry's, as it was when the node was loaded."""
     offered = {rule for rule in RULES.values() if rule.label} - {MeanFallen, RULES["MeanFallen"]}
-    assert offered == {At, FirstMinimum, Fallen} <= set(widgets.UNTIL.values()) and Settled.label is None
+    assert offered == {At, FirstMinimum, Fallen} <= set(UNTIL.values()) and Settled.label is None
 
 
 def test_a_rule_must_be_registered():

@@ -150,6 +150,52 @@ def test_a_transition_that_changes_nothing_is_said(random_pipeline, caplog, guid
     assert (said in lines[0] and len(lines) == 1) if said else not lines
 
 
+def test_a_transition_that_never_came_is_said(random_pipeline, caplog):
+    """The first minimum may be so shallow that it does not count: the log says so at the end, once."""
+    pipe = random_pipeline("sd", 8, "epsilon")
+    never = Guidance.delayed(4.0, until=FirstMinimum(drop=0.99))
+    with caplog.at_level(logging.WARNING, "basinescape"), escape(pipe, [never, FOUR]) as run:
+        stable_diffusion(pipe)
+    assert run.transition_step.tolist() == [-1, 0]
+    assert [line for line in caplog.messages if "1 of 2 samples had no transition in 6 steps" in line]
+    caplog.clear()
+    with escape(pipe, FOUR):
+        stable_diffusion(pipe)
+    assert not caplog.messages
+
+
+def test_a_call_that_failed_has_no_pictures_to_judge(random_pipeline):
+    pipe = random_pipeline("sd", 8, "epsilon")
+
+    def fail(pipe, step, timestep, given):
+        if step == 2:
+            raise RuntimeError("in the middle")
+        return given
+
+    with escape(pipe, FOUR) as run:
+        with pytest.raises(RuntimeError, match="in the middle"):
+            stable_diffusion(pipe, callback_on_step_end=fail)
+        assert run.calls == 3
+        with pytest.raises(ValueError, match="was stopped in its last call"):
+            run.judge()
+        stable_diffusion(pipe)
+        assert run.judge().score.isfinite().all() and run.calls == 6
+
+
+@pytest.mark.parametrize(("given", "found"), [(7.5, 7.5), (1.0, 2.0)])
+def test_a_callback_finds_the_scale_of_the_call_where_that_guides(random_pipeline, given, found):
+    pipe, seen = random_pipeline("sd", 8, "epsilon"), []
+    expected = stable_diffusion(pipe, 4.0)
+
+    def look(pipe, step, timestep, latents):
+        seen.append(pipe.guidance_scale)
+        return latents
+
+    with escape(pipe, FOUR):
+        assert torch.equal(stable_diffusion(pipe, given, callback_on_step_end=look), expected)
+        assert set(seen) == {found} and pipe.guidance_scale == given
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.__name__)
 def test_whatever_a_pipeline_can_do_its_pictures_are_judged(random_pipeline, variant):
     pipe, options = variant(random_pipeline("sd", 8, "epsilon"))

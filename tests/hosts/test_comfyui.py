@@ -12,8 +12,8 @@ from basinescape import At, FirstMinimum, Guidance, __version__
 from basinescape.hosts import comfyui
 from basinescape.hosts.comfyui import judge, node
 from basinescape.hosts.comfyui.described import CATEGORY
+from basinescape.hosts.guidance_widgets import FALLEN, MINIMUM, TIMESTEP, WIDGETS
 from basinescape.hosts.kdiffusion import EscapeDenoiser
-from basinescape.hosts.widgets import FALLEN, MINIMUM, TIMESTEP, WIDGETS
 from comfy_runs import BATCH, CFG, DEFAULTS, SIGMAS, STEPS, function_of, given, network, patched, sampled, state_of, visits
 from kd_package import package
 

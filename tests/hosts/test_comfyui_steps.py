@@ -7,9 +7,9 @@ import comfy
 import pytest
 import torch
 from basinescape.hosts.comfyui import node
-from basinescape.hosts.sigma_run import timestep
-from basinescape.hosts.sigma_steps import Steps, evaluates_twice
-from basinescape.hosts.widgets import FALLEN, MINIMUM, WIDGETS
+from basinescape.hosts.guidance_widgets import FALLEN, MINIMUM, WIDGETS
+from basinescape.hosts.noise_levels import timestep
+from basinescape.hosts.step_of_sigma import StepOfSigma, evaluates_twice
 from comfy_runs import (
     BATCH,
     CFG,
@@ -49,7 +49,7 @@ PROVISIONAL = {"heun": 1, "heunpp2": 2, "dpmpp_2s_ancestral": 1, "dpmpp_2s_ances
 @pytest.mark.parametrize("name", CALLS)
 def test_the_step_of_a_call_is_told_by_its_noise_level(name):
     """Until it has once come back to a noise level, a sampler that looks ahead seems to take a step. That is undone."""
-    steps = Steps([4.0, 3.0, 2.0, 1.0])
+    steps = StepOfSigma([4.0, 3.0, 2.0, 1.0])
     calls = [(int(step), float(place)) for step, place in (call.split(":") for call in CALLS[name].split())]
     found = [(steps.call(4 - place), steps.step) for _, place in calls]
     expected = [(i == 0 or step != calls[i - 1][0], step) for i, (step, _) in enumerate(calls)]
@@ -72,7 +72,7 @@ def test_a_sampler_that_evaluates_each_step_twice_is_known_by_its_name_or_option
         assert evaluates_twice(SimpleNamespace(sampler_function=function, extra_options=options)) is expected
     assert not evaluates_twice(object())  # a sampler of another node's
     for twice, expected in ((True, [0, None, 1, None, 2, None]), (False, [0, 0, 1, 1, None, 2])):
-        steps = Steps([4.0, 3.0, 2.0], twice)
+        steps = StepOfSigma([4.0, 3.0, 2.0], twice)
         assert [steps.step if steps.call(sigma) else None for sigma in (4, 4, 3, 3, 2, 2)] == expected
 
 
@@ -85,7 +85,7 @@ def test_a_sampler_that_evaluates_each_step_twice_is_known_by_its_name_or_option
     ],
 )
 def test_a_sampler_that_comes_back_is_not_stuck(places, expected):
-    steps = Steps([8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+    steps = StepOfSigma([8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
     assert [steps.step if steps.call(8 - place) else None for place in places] == expected
 
 

@@ -10,7 +10,7 @@ import torch
 from basinescape import At, Guard, Guidance, Sampler, escape
 from basinescape.detection.basin import Probe, nearer, noises
 from basinescape.guidance.guard import PROBES, Attempt
-from basinescape.hosts.call import Call
+from basinescape.hosts.pipeline_call import PipelineCall
 from components import PIPELINES, SEEDS, WORDS, build, call, stable_diffusion
 from diffusers import StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
@@ -184,8 +184,8 @@ def test_an_error_in_a_later_attempt_keeps_what_there_is(random_pipeline, caplog
 
     with escape(pipe, guard(FAILS, PASSES, PASSES)) as run:
         if fails == "the verdict":
-            own = Call.judge
-            monkeypatch.setattr(Call, "judge", lambda call, *given: (breaks(), own(call, *given))[1])
+            own = PipelineCall.judge
+            monkeypatch.setattr(PipelineCall, "judge", lambda call, *given: (breaks(), own(call, *given))[1])
             steps = 1
         else:
             handle, steps = pipe.unet.register_forward_pre_hook(lambda *given: breaks(given)), 6 + PROBES + 2
@@ -201,7 +201,7 @@ def test_an_error_in_a_later_attempt_keeps_what_there_is(random_pipeline, caplog
             handle.remove()
         else:
             calls.clear()
-            monkeypatch.setattr(Call, "judge", own)
+            monkeypatch.setattr(PipelineCall, "judge", own)
         stable_diffusion(pipe)
         assert run.error is None and not run.suspect.any()
 

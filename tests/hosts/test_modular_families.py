@@ -71,13 +71,13 @@ def test_each_step_is_what_the_definition_says(denoised, guidance):
     guider = Noted(guidance)
     denoised(guider)
     levels = guider.run.timesteps
-    leaving = [None] * STEPS if guidance.until is None else guidance.until.leaving(levels)
+    criteria = [None] * STEPS if guidance.until is None else guidance.until.criteria(levels)
     for i in range(2):
         gaps, left = [], -1
         for k, (uncond, cond, made) in enumerate(guider.noted):
             both = uncond is not None and cond is not None
             gap = definition.noise_gap(uncond[i], cond[i]) if both else math.nan
-            if left < 0 and (guidance.until is None or definition.leaves(gap, gaps, *leaving[k][:3])):
+            if left < 0 and (guidance.until is None or definition.leaves(gap, gaps, *criteria[k][:3])):
                 left = k
             gaps.append(gap)
             weight = guidance.weights(levels)[k][0 <= left <= k]

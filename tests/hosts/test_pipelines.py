@@ -7,7 +7,7 @@ import pytest
 import torch
 from basinescape import At, FirstMinimum, Guidance, escape
 from components import PIPELINES, build, call, prompts, stable_diffusion
-from diffusers import DDIMPipeline, WanTransformer3DModel
+from diffusers import DDIMPipeline, StableDiffusion3Pipeline, WanTransformer3DModel
 from PIL import Image
 from rounding import close
 
@@ -207,6 +207,27 @@ def test_what_cannot_be_is_refused_in_a_line(random_pipeline, doubles):
         call("FluxPipeline", flux)
     handle.remove()
     flux.transformer._forward_hooks.clear()
+
+
+def test_what_would_go_unguided_in_silence_is_refused(random_pipeline):
+    """A run that was left, a copy of a pipeline inside `escape`, and a class that hides what it is called with."""
+    pipe = random_pipeline("sd", 8, "epsilon")
+    with escape(pipe, FOUR) as run:
+        made = copy.copy(pipe)
+        with pytest.raises(ValueError, match="a copy of one inside escape"):
+            stable_diffusion(made)
+        with pytest.raises(ValueError, match="transition_step is known when"):
+            run.transition_step  # noqa: B018
+    with pytest.raises(ValueError, match="has been left"):
+        run.__enter__()
+
+    class Wrapping(StableDiffusion3Pipeline):
+        def __call__(self, *given, **named):
+            return super().__call__(*given, **named)
+
+    wrapped = Wrapping(**build("StableDiffusion3Pipeline").components)
+    with pytest.raises(ValueError, match="__call__ does not name guidance_scale"):
+        escape(wrapped, FOUR)
 
 
 def copying(network, given):

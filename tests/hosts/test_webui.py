@@ -12,9 +12,9 @@ import webui
 from basinescape import At, FirstMinimum, Guidance
 from basinescape.data.prompt_in_file import prompt_in
 from basinescape.hosts import webui as extension
+from basinescape.hosts.guidance_widgets import MINIMUM, TIMESTEP, WIDGETS
 from basinescape.hosts.kdiffusion import EscapeDenoiser
 from basinescape.hosts.webui.guided import NAME, guide
-from basinescape.hosts.widgets import MINIMUM, TIMESTEP, WIDGETS
 from comfy_runs import CFG, DEFAULTS, SIGMAS, STEPS, given, network
 from hosts_tested import FORGE
 from kd_package import package
@@ -171,6 +171,14 @@ def test_samplers_by_timesteps_are_refused(kind, kd):
     guide(p, **DEFAULTS)
     with pytest.raises(ValueError, match="DDIM, PLMS and UniPC"):
         own.sample(p, *given()[:1], [(given()[2], 1.0)], given()[1])
+
+
+def test_a_denoiser_that_automatic1111_has_for_other_models_is_refused_before_work(kd):
+    p = webui.job("a1111", kd, lambda *given: pytest.fail("work was done"), "sample_euler", SIGMAS)
+    own = p.sampler.model_wrap_cfg.inner_model
+    p.sampler.model_wrap_cfg.__dict__["inner_model"] = type("SD3Denoiser", (), {"__call__": lambda self, *given: own(*given)})()
+    with pytest.raises(ValueError, match="SD3Denoiser is not a denoiser of Stable Diffusion 1, 2 or XL: use Forge"):
+        sampled("a1111", kd, sliders={}, job=p)
 
 
 def test_other_extensions_may_clone_the_model_but_not_combine(kd):

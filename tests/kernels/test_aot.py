@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
 pytest.importorskip("triton")
+GSAN = find_spec("triton.tools.gsan")
 pytestmark = pytest.mark.aot
 
 
@@ -91,3 +93,62 @@ for name, launch in launches("{dtype}", shapes=SHAPES[-2:]):
     rows = [tuple(map(int, line.split())) for line in run("-c", script).splitlines()]
     assert len(rows) == 17
     assert {row[1] for row in rows} == {0} and all(row[2] >= 128 and row[0] <= 128 for row in rows)
+
+
+SANITIZED = """
+import re, sys
+from dataclasses import replace
+from types import SimpleNamespace
+from basinescape.kernels.aot import SHAPES, assembly, launches
+from triton.runtime import driver
+
+shared = SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": 232448})
+driver.set_active(SimpleNamespace(get_current_device=lambda: 0, utils=shared))
+for name, launch in launches("float16", shapes=(SHAPES[0], SHAPES[-1])):
+    made = assembly(replace(launch, options=launch.options | OPTIONS), "sm_90")
+    print(name, launch.options.get("BLOCK"), FOUND, sep=";")
+"""
+
+
+def sanitized(options, found):
+    lines = run("-c", SANITIZED.replace("OPTIONS", repr(options)).replace("FOUND", found)).splitlines()
+    assert len(lines) == 17
+    return [line.split(";") for line in lines]
+
+
+def test_overflows_of_32_bit_numbers_are_looked_for():
+    """With TRITON_DEBUG=1: programs of large samples are counted, and their sums walked through, in 32 bits."""
+    checked = sanitized({"debug": True, "sanitize_overflow": True}, "'__assertfail' in made['ptx']")
+    assert {name for name, _, found in checked if found == "True"} >= {"gap", "books", "sums, rule", "guide, rule"}
+
+
+@pytest.mark.skipif(GSAN is None, reason="Triton has GSan from 3.8 on")
+def test_gsan_sees_the_loads_and_stores_of_every_kernel():
+    looked = r"[len(re.findall(rf'call .*@__triton_gsan_{kind}_tensor', made['llir'])) for kind in ('load', 'store')]"
+    for name, block, found in sanitized({"instrumentation_mode": "gsan"}, looked):
+        loads, stores = json.loads(found)
+        assert loads and stores, (name, block)
+
+
+def test_a_step_of_one_prediction_compiles():
+    """Which the report has no row for: in one program, in parts, in tiles; of a step, and of the guided prediction alone."""
+    script = """
+import torch
+from basinescape.kernels.aot import BATCH, SHAPES, STEPS, assembly, resources
+from basinescape.kernels.dispatch import recorded
+from basinescape.kernels.state import State
+from basinescape.kernels.step import launch_step
+from basinescape.kernels.table import Column
+for shape in SHAPES[1:]:
+    uncond = torch.empty((BATCH, *shape), dtype=torch.float16, device="meta")
+    table = torch.empty((STEPS, len(Column)), device="meta")
+    for multistep, guided in ((True, None), (False, torch.empty_like(uncond))):
+        state = State.empty(tuple(uncond.shape), STEPS, uncond.dtype, "meta", multistep)
+        with recorded() as launches:
+            launch_step(uncond, None, table, False, guided, state)
+        for launch in launches:
+            print(launch.kernel.__name__, resources(assembly(launch, "sm_90"))["spill_bytes"])
+"""
+    found = [line.split() for line in run("-c", script).splitlines()]
+    assert [name for name, _ in found] == ["step_kernel"] * 4 + ["tile_kernel", "books_kernel"] * 2
+    assert {spilled for _, spilled in found} == {"0"}

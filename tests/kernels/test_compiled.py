@@ -187,7 +187,7 @@ MUTANTS = {  # what is broken, what it is found by, the run that finds it, and t
         "oob_write",
         {},
         "decision",
-        "keep_books",
+        "noted",
         "tl.store(at + sample",
         "tl.store(at + 2 * batch + sample + 1",
     ),
@@ -203,6 +203,6 @@ def test_a_broken_kernel_is_found(small, name):
 
 
 def test_an_address_of_32_bits_is_found():
-    broken = mutant("step", "tile_kernel", "(tl.program_id(0) // tiles).to(tl.int64)", "tl.program_id(0) // tiles")
+    broken = mutant("tiles", "tile_of", "(tl.program_id(0) // tiles).to(tl.int64)", "tl.program_id(0) // tiles")
     with broken, pytest.raises(AssertionError):
         test_addresses_beyond_32_bits(BEYOND)

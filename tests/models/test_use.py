@@ -301,7 +301,12 @@ def test_what_a_prompt_loses_is_what_the_larger_text_encoder_does_not_read(pipes
         ("flux", {"true_cfg_scale": 3.0}, "true_cfg_scale"),
         ("flux", {"guidance_scale": "x"}, "guidance_scale must be"),
         ("flux", {"latents": torch.zeros(2, 4, 8, 12)}, "latents must have the shape"),
+        ("flux", {"latents": [0.0]}, "latents must have the shape .*, got a list, no tensor"),
         ("qwen", {"max_sequence_length": 2000}, "max_sequence_length"),
+        ("qwen", {"max_sequence_length": -1}, "max_sequence_length must be a whole number of at least 1"),
+        ("wan", {"max_sequence_length": "40"}, "max_sequence_length must be a whole number of at least 1"),
+        ("wan", {"callback_on_step_end": 3}, "callback_on_step_end must be a function"),
+        ("wan", {"guidance": Guidance.cfg(4.0).to_dict()}, r"guidance must be a Guidance, such as .*from_dict\(...\); got \{"),
         ("qwen", {"negative_prompt_embeds": torch.zeros(2, 3, 8)}, "must be alike"),
         ("wan", {"num_frames": 4}, "num_frames must be 1 more than a multiple of 2"),
         ("wan", {"clip_skip": 1}, "clip_skip: no option of WanPipeline"),
@@ -311,7 +316,7 @@ def test_bad_options_are_refused_before_any_work(pipes, name, options, says):
     pipe = pipes(name)
     pipe.transformer.forward = None  # not to be called
     with pytest.raises(ValueError, match=says) as error:
-        call(name, Sampler.from_pipeline(pipe), **options)
+        call(name, Sampler.from_pipeline(pipe), **{"guidance": LATE} | options)
     assert "\n" not in str(error.value)
 
 

@@ -277,12 +277,12 @@ def test_bits_do_not_depend_on_the_neighbours(pipe):
 
 def test_the_benchmarks_peers_sample_the_same_and_the_network_is_timed(small, monkeypatch):
     monkeypatch.setattr(small, "scheduler", make_scheduler("dpmsolver++", small.scheduler))
-    case = speed.Case(Sampler.from_pipeline(small), [f"a picture of a {i}" for i in range(5)])
+    case = speed.Case(Sampler.from_pipeline(small), jobs=5)
     work = [(steps, Guidance.cfg(speed.SCALE)) for steps in (3, 4, 3, 3, 4)]
     made = {name: peer() for name, peer in case.peers(work, loop=True).items()}
     speed.agree(*made.values())
     assert set(made) >= {speed.LOOP, "in-flight"} and {tuple(sorted(found)) for found in made.values()} == {(0, 1, 2, 3, 4)}
     with pytest.raises(RuntimeError, match="of their norm apart"):
         speed.agree(made["in-flight"], {i: x + 1 for i, x in made["in-flight"].items()})
-    (row,) = speed.busy(case.sampler, jobs=3, slots=2, steps=2)
+    row = speed.busy(case.sampler, slots=2, jobs=3, steps=2)
     assert 0 < row["median"] < 1

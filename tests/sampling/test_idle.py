@@ -1,6 +1,9 @@
 """A transition that changes nothing is said, once a call and with the same words, by the sampler and by `escape`."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 from basinescape import At, Fallen, FirstMinimum, Guard, Guidance, Sampler, Settled, escape
 from basinescape.guidance.guard import Attempt
 
@@ -30,11 +33,13 @@ CASES = [
 @pytest.mark.parametrize(("until", "steps", "said"), CASES)
 def test_a_transition_that_changes_nothing_is_said(pipe, caplog, until, steps, said):
     sampler = Sampler.from_pipeline(pipe, "ddim")
-    sampler(["a", "b"], 0, steps, delayed(until), output="latent", progress=False, batch_size=1)
+    made = sampler(["a", "b"], 0, steps, delayed(until), output="latent", progress=False, batch_size=1)
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("basinescape")]
     if said == "NEVER" and steps == 1:
         said = "PLAIN" if sampler.solver(1).levels[0] <= 680 else "NEVER"
-    wanted = {"PLAIN": PLAIN, "NEVER": NEVER}.get(said)
+    waiting = int((made.transition_step < 0).sum())
+    came = f"{waiting} of 2 samples had no transition in {{}} steps" if waiting else None
+    wanted = {"PLAIN": PLAIN, "NEVER": NEVER}.get(said, came)
     assert len(lines) == (wanted is not None) and (wanted is None or wanted.format(steps) in lines[0])
     caplog.clear()
     own = type(pipe)(**{**pipe.components, "scheduler": sampler.scheduler})
@@ -42,6 +47,17 @@ def test_a_transition_that_changes_nothing_is_said(pipe, caplog, until, steps, s
     with escape(own, delayed(until)):
         own(["a", "b"], num_inference_steps=steps, output_type="latent")
     assert [record.getMessage() for record in caplog.records if record.name.startswith("basinescape")] == lines
+
+
+@pytest.mark.parametrize("shape", ["static", (1.0,) * 3])
+def test_one_weight_on_both_sides_is_said(pipe, caplog, shape):
+    same = Guidance.delayed(7.5, until=FirstMinimum(), before=7.5, shape=shape)
+    sampler = Sampler.from_pipeline(pipe, "ddim")
+    found = sampler("a", 0, 3, same, output="latent", progress=False).latents
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("basinescape")]
+    assert repr(same) in line and "its weight is the same before the transition and after it" in line
+    assert torch.equal(found, sampler("a", 0, 3, Guidance.cfg(7.5), output="latent", progress=False).latents)
+    assert same.idle([900, 500, 100]) is not None and replace(same, shape=(1.0, 0.5, 1.0)).idle([900, 500, 100]) is None
 
 
 def test_attempts_of_a_guard_are_told_apart(pipe, caplog):

@@ -14,7 +14,7 @@ from basinescape.kernels.state import State, buffers_of
 from basinescape.kernels.table import Column
 from basinescape.models import adapt
 from basinescape.sampling.step_table import StepTable
-from basinescape.sampling.steps import denoise, fused_step, lockstep
+from basinescape.sampling.steps import denoise, fused_move, fused_step, lockstep_move, stepping
 from basinescape.schedulers.schedule import Schedule, make_scheduler
 from basinescape.schedulers.solver import Solver
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
@@ -75,7 +75,7 @@ def test_every_step_of_a_branch_runs_the_same_operators_and_reads_nothing(pipe, 
     assert state.transition.row.tolist() == [STEPS, STEPS]
 
 
-@pytest.mark.parametrize("way", [fused_step, lockstep])
+@pytest.mark.parametrize("way", [fused_move, lockstep_move])
 @pytest.mark.parametrize("guidance", METHODS, ids=repr)
 def test_the_loop_runs_on_tensors_without_values(pipe, eager, monkeypatch, guidance, way):
     """In fake tensors there is nothing to read: any read of a value raises."""
@@ -84,18 +84,17 @@ def test_the_loop_runs_on_tensors_without_values(pipe, eager, monkeypatch, guida
     network, plan, _ = start(pipe, guidance)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
         state = plan.state(torch.randn(2, 4, 16, 16))
-        denoise(way(network, plan, state), plan.branches)
+        denoise(stepping(network, state, way(plan, state)), plan.branches)
         assert state.latents.x.shape == (2, 4, 16, 16) and state.latents.x.fake_mode is fake
         with pytest.raises(DataDependentOutputException):
             state.transition.row[0].item()
 
 
-@pytest.mark.parametrize("way", [fused_step, lockstep])
 @torch.inference_mode()
-def test_a_step_keeps_itsbuffers_of(pipe, eager, way):
+def test_a_step_keeps_its_buffers(pipe, eager):
     network, plan, state = start(pipe, METHODS[-1], "dpmsolver++")
     where = [buffer.data_ptr() for buffer in buffers_of(state) if buffer is not None]
-    denoise(way(network, plan, state), plan.branches)
+    denoise(fused_step(network, plan, state), plan.branches)
     assert where == [buffer.data_ptr() for buffer in buffers_of(state) if buffer is not None]
 
 
@@ -252,4 +251,4 @@ def test_a_rule_on_a_curve_finds_what_its_rows_find():
     cases = {FirstMinimum(): 2, FirstMinimum(earliest=3): 5, FirstMinimum(drop=0.5): 5, FirstMinimum(drop=0.9): -1}
     cases |= {FirstMinimum(drop=0.9, latest=4): 4, Settled((4.0,) * 7, factor=1.0, wait=2): 3, At(300): 4}
     for rule, expected in cases.items():
-        assert definition.transition(curve, rule.leaving([900, 700, 500, 400, 300, 200, 100])) == expected
+        assert definition.transition(curve, rule.criteria([900, 700, 500, 400, 300, 200, 100])) == expected

@@ -7,30 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from .at import At
-from .base import LEAVES, MEASURED, RULES, STAYS, Calibrated, Leaving, Statistic, Transition, register, until_deadline
+from .base import RULES, Calibrated, Statistic, Transition, register
 from .fallen import Fallen
 from .first_minimum import FirstMinimum
 from .settled import Settled
 
-__all__ = [
-    "LEAVES",
-    "MEASURED",
-    "RULES",
-    "STAYS",
-    "At",
-    "Calibrated",
-    "Fallen",
-    "FirstMinimum",
-    "Leaving",
-    "Settled",
-    "Statistic",
-    "Transition",
-    "check",
-    "named",
-    "register",
-    "rule_named",
-    "until_deadline",
-]
+__all__ = ["RULES", "At", "Fallen", "FirstMinimum", "Settled", "Statistic", "Transition", "named", "register", "rule_named"]
 
 for _rule in (At, FirstMinimum, Fallen, Settled):
     register(_rule)

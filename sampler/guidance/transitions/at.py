@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ... import checks
-from .base import LEAVES, STAYS, Leaving, Transition
+from .base import ALWAYS, NEVER, Criterion, Transition
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class At(Transition):
         steps = zip(timesteps, log_snrs, strict=True)
         return At(next((timestep for timestep, log_snr in steps if log_snr >= self.log_snr), -1.0))
 
-    def leaving(self, levels: Sequence[float]) -> list[Leaving]:
+    def criteria(self, levels: Sequence[float]) -> list[Criterion]:
         """By the steps' timesteps; see `over` for a log SNR."""
         if self.timestep is None:
             raise ValueError(f"{self!r} is not laid over the steps of a scheduler yet: see over")
-        return [LEAVES if t <= self.timestep else STAYS for t in levels]
+        return [ALWAYS if t <= self.timestep else NEVER for t in levels]
 
     def __repr__(self) -> str:
         return f"At(timestep={self.timestep:g})" if self.log_snr is None else f"At(log_snr={self.log_snr:g})"

@@ -9,8 +9,10 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
+from ..early import EarlyLook
 
-class Leaving(NamedTuple):
+
+class Criterion(NamedTuple):
     """What makes a sample leave its basin at a step, as columns of the step table; by default nothing does.
 
     keep:  the first minimum of the noise gap shows there, and is at most `keep` times the largest gap before it.
@@ -25,20 +27,24 @@ class Leaving(NamedTuple):
     wait: int = 0
 
 
-STAYS, LEAVES = Leaving(), Leaving(limit=math.inf)
-MEASURED = Leaving(limit=-1.0)  # no gap is as small: the step measures the gap and decides nothing by itself
+NEVER, ALWAYS = Criterion(), Criterion(limit=math.inf)
+MEASURED = Criterion(limit=-1.0)  # no gap is as small: the step measures the gap and decides nothing by itself
 
 
 class Calibrated(Protocol):
-    """What a rule may ask of a calibration; `calibration.Calibration` has it."""
+    """What guidance may ask of a calibration; `calibration.Calibration` has it."""
 
     def settled(self, **given: float) -> Transition: ...
+
+    def threshold(self, rate: float) -> float: ...
+
+    def early(self, rate: float, scale: float) -> EarlyLook | None: ...
 
 
 class Transition:
     """Where the weight of guidance changes. A rule is a frozen dataclass derived from this class, and registered.
 
-    A rule that the columns of the step table can state overrides `leaving`. One that needs a statistic of its own derives from
+    A rule that the columns of the step table can state overrides `criteria`. One that needs a statistic of its own derives from
     `Statistic`.
 
     word:     what `--until` calls it; None: nothing. label: what a menu calls it; None: no menu offers it.
@@ -49,7 +55,7 @@ class Transition:
     label: ClassVar[str | None] = None
     earliest_step: ClassVar[int] = 0
 
-    def leaving(self, levels: Sequence[float]) -> list[Leaving]:
+    def criteria(self, levels: Sequence[float]) -> list[Criterion]:
         """What makes a sample leave at each step. levels: the steps' timesteps in 0..1000, NaN where they are not known.
 
         Raises ValueError for steps that the rule is not made for.
@@ -82,11 +88,11 @@ class Transition:
 class Statistic(Transition):
     """A rule by a statistic of its own, computed on the device from the noise gaps so far.
 
-    The gaps are measured in every step until the transition. The table's columns hold besides, so `leaving` may state a
+    The gaps are measured in every step until the transition. The table's columns hold besides, so `criteria` may state a
     deadline.
     """
 
-    def leaving(self, levels: Sequence[float]) -> list[Leaving]:
+    def criteria(self, levels: Sequence[float]) -> list[Criterion]:
         return [MEASURED] * len(levels)
 
     def leaves(self, gaps: Tensor, step: Tensor) -> Tensor:
@@ -119,7 +125,7 @@ def register(rule: R) -> R:
     return rule
 
 
-def until_deadline(each: Leaving, levels: Sequence[float], latest: int | None) -> list[Leaving]:
+def until_deadline(each: Criterion, levels: Sequence[float], latest: int | None) -> list[Criterion]:
     """`each` at every step before `latest`, where every sample that still waits leaves. None: it may wait for ever."""
     deadline = len(levels) if latest is None else latest
-    return [LEAVES if k >= deadline else each for k in range(len(levels))]
+    return [ALWAYS if k >= deadline else each for k in range(len(levels))]

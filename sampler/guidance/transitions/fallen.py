@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ... import checks
-from .base import Leaving, Transition, until_deadline
+from .base import Criterion, Transition, until_deadline
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,6 @@ class Fallen(Transition):
         if self.latest is not None:
             checks.at_least("latest", self.latest, 1)
 
-    def leaving(self, levels: Sequence[float]) -> list[Leaving]:
+    def criteria(self, levels: Sequence[float]) -> list[Criterion]:
         """At any step but the first, which has no gap before it."""
-        return until_deadline(Leaving(fall=self.share), levels, self.latest)
+        return until_deadline(Criterion(fall=self.share), levels, self.latest)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ... import checks
-from .base import STAYS, Leaving, Transition, until_deadline
+from .base import NEVER, Criterion, Transition, until_deadline
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class FirstMinimum(Transition):
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop must be at least 0 and below 1, got {self.drop:g}")
 
-    def leaving(self, levels: Sequence[float]) -> list[Leaving]:
+    def criteria(self, levels: Sequence[float]) -> list[Criterion]:
         """Not before `earliest`."""
-        steps = until_deadline(Leaving(keep=1 - self.drop), levels, self.latest)
-        return [STAYS if k < self.earliest else step for k, step in enumerate(steps)]
+        steps = until_deadline(Criterion(keep=1 - self.drop), levels, self.latest)
+        return [NEVER if k < self.earliest else step for k, step in enumerate(steps)]
 
     def __repr__(self) -> str:
         given = {"earliest": self.earliest, "latest": self.latest, "drop": self.drop}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ... import checks
-from .base import Calibrated, Leaving, Transition
+from .base import Calibrated, Criterion, Transition
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Settled(Transition):
             raise ValueError(f"until 'settled' is as calibrated, and takes no {' or '.join(unfit)}")
         return calibration.settled()
 
-    def leaving(self, levels: Sequence[float]) -> list[Leaving]:
+    def criteria(self, levels: Sequence[float]) -> list[Criterion]:
         """Raises ValueError if `ordinary` has another number of steps."""
         if len(self.ordinary) != len(levels):
             raise ValueError(f"ordinary has {len(self.ordinary)} gaps, but the sampler takes {len(levels)} steps")
         limits = [self.factor * gap for gap in self.ordinary]
         if self.latest is not None:
             limits[self.latest - self.wait :] = [math.inf] * len(limits[self.latest - self.wait :])
-        return [Leaving(limit=limit, wait=self.wait) for limit in limits]
+        return [Criterion(limit=limit, wait=self.wait) for limit in limits]

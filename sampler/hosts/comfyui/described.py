@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from basinescape.hosts.widgets import Widget
+from basinescape.hosts.guidance_widgets import Widget
 
 CATEGORY = "sampling/custom_sampling/guiders"
 
@@ -38,7 +38,7 @@ class Node:
         """As a class for NODE_CLASS_MAPPINGS."""
 
         def typed(widget: Widget) -> tuple[Any, dict[str, Any]]:
-            options = dict(widget.options)
+            options = {**widget.options, "tooltip": widget.tooltip}
             return (options.pop("options") if widget.kind == "Combo" else widget.kind.upper(), options)
 
         required: dict[str, tuple] = {name: (kind.upper(),) for name, kind in self.connections.items()}
@@ -58,7 +58,8 @@ class Node:
     def third_version(self, io: Any) -> type:
         """As a class of ComfyUI's `io.ComfyNode`."""
         inputs = [getattr(io, kind).Input(name) for name, kind in self.connections.items()]
-        inputs += [getattr(io, widget.kind).Input(name, **widget.options) for name, widget in self.widgets.items()]
+        for name, (kind, options, tooltip) in self.widgets.items():
+            inputs.append(getattr(io, kind).Input(name, **options, tooltip=tooltip))
         outputs = [getattr(io, one.kind).Output(display_name=one.name, is_output_list=one.listed) for one in self.outputs]
         schema = {"node_id": self.id, "display_name": self.name, "category": CATEGORY, "description": self.description}
         own = {

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from basinescape.guidance.guidance import Guidance
-from basinescape.guidance.transitions import Transition
-from basinescape.hosts.sigma_run import Run, timestep
-from basinescape.hosts.sigma_steps import Steps, evaluates_twice
+from basinescape.hosts.guidance_widgets import Settings
+from basinescape.hosts.sampler_run import SamplerRun
+from basinescape.hosts.step_of_sigma import StepOfSigma, evaluates_twice
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -22,19 +21,14 @@ PLAIN = {"positive", "negative"}  # the conditionings of a guider that leaves co
 class Guided:
     """Delayed or opposite guidance of a model in ComfyUI: what the sampler is given as `cfg` is the scale after the transition.
 
-    before: the weight before it. rule: how predictions are combined.
-    until:  the transition of a run, by its steps' timesteps in 0..1000 and whether it goes on from another run's latents; None
-            for a run that begins past its transition.
-
     ComfyUI calls `sampled` around a run, `predicted` to make both predictions, and itself as the CFG function. `run` is the
     last run's; None where nothing was guided in it.
     """
 
-    def __init__(self, before: float, until: Callable[[list[float], bool], Transition | None], rule: str = "cfg"):
-        self.before, self.until, self.rule = before, until, rule
-        self.guidance(until([1000.0], False), 1.0)  # raises for what is not allowed
-        self.run: Run | None = None
-        self._begin: Callable[[dict[str, Any]], Run] | None = None  # while a sampler runs
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.run: SamplerRun | None = None
+        self._begin: Callable[[dict[str, Any]], SamplerRun] | None = None  # while a sampler runs
         self._went = False  # to the call whose predictions are to be combined next
         self._alone = False  # the unconditional one was made alone
 
@@ -42,22 +36,16 @@ class Guided:
         """Itself: the clone of a model has deep copies of its options, and the same wrappers around a run."""
         return self
 
-    def guidance(self, until: Transition | None, scale: float) -> Guidance:
-        """Of a run with this transition, at the sampler's scale."""
-        return Guidance(scale, self.before, until, rule=self.rule)
-
     def sampled(self, executor: Any, noise: Tensor, latent: Tensor, sampler: Any, sigmas: Tensor, *rest: Any, **named: Any):
         """ComfyUI's wrapper `outer_sample`: a run begins here, whatever became of the last one. The log tells what it did."""
-        guider, steps = executor.class_obj, Steps(sigmas[:-1].tolist(), evaluates_twice(sampler))
+        guider, steps = executor.class_obj, StepOfSigma(sigmas[:-1].tolist(), evaluates_twice(sampler))
         for doubt in self.doubts(guider):
             logger.warning(f"Basin Escape: {doubt}")
 
-        def begin(args: dict[str, Any]) -> Run:
-            x, model = args["input"], args["model"].model_sampling
-            timesteps = [timestep(model, sigma) for sigma in steps.sigmas]
+        def begin(args: dict[str, Any]) -> SamplerRun:
+            model = args["model"].model_sampling
             goes_on = not noise.any() and steps.sigmas[0] < float(model.sigma_max) * (1 - 1e-4)
-            until = self.until(timesteps, goes_on)
-            return Run(lambda scale: self.guidance(until, scale), float(guider.cfg), steps, timesteps, len(x), x.device)
+            return SamplerRun(self.settings, steps, model, args["input"], float(guider.cfg), goes_on)
 
         self.run, self._begin, self._went, self._alone = None, begin, False, False
         try:
@@ -100,10 +88,9 @@ class Guided:
             run = self._go(args, args["input_uncond"])
         self._went = False
         x, uncond, cond = (args[name] for name in ("input", "uncond_denoised", "cond_denoised"))
-        scale, sampling = float(args["cond_scale"]), args["model"].model_sampling
-        return x - run.guided(x, args["sigma"], uncond, None if self._alone else cond, scale, sampling)
+        return x - run.guided(x, args["sigma"], uncond, None if self._alone else cond, float(args["cond_scale"]))
 
-    def _go(self, args: dict[str, Any], negative: Any) -> Run:
+    def _go(self, args: dict[str, Any], negative: Any) -> SamplerRun:
         """Go to the next call of the model."""
         if negative is None:
             raise ValueError("Basin Escape needs a negative conditioning, which may be empty: use CFGGuider, not BasicGuider")

@@ -7,10 +7,10 @@ import math
 from typing import Any
 
 import torch
-from basinescape.detection.basin import LOG_SNR, Probe
 from basinescape.guidance.guard import PROBES, THRESHOLD
 from basinescape.hosts.escape import judge
-from basinescape.hosts.widgets import Widget
+from basinescape.hosts.guidance_widgets import Widget
+from basinescape.hosts.noise_levels import denoiser_probe, is_flow
 from torch import Tensor
 
 from .described import Node, Output
@@ -20,22 +20,15 @@ from .node import ID, OUTER_SAMPLE
 CALC = "sampler_calc_cond_batch_function"
 WIDGETS = {
     "seed": Widget(
-        "Int",
-        {"default": 0, "min": 0, "max": 2**63 - 1, "tooltip": "Of the noises that the pictures are judged by: the sampler's."},
+        "Int", {"default": 0, "min": 0, "max": 2**63 - 1}, "Of the noises that the pictures are judged by: the sampler's."
     ),
     "threshold": Widget(
         "Float",
-        {
-            "default": THRESHOLD,
-            "min": -10.0,
-            "max": 10.0,
-            "step": 0.01,
-            "tooltip": "The basin score above which a picture is suspect: about 0.1 is ordinary, copies have 0.5 and more.",
-        },
+        {"default": THRESHOLD, "min": -10.0, "max": 10.0, "step": 0.01},
+        "The basin score above which a picture is suspect: about 0.1 is ordinary, copies have 0.5 and more.",
     ),
     "probes": Widget(
-        "Int",
-        {"default": PROBES, "min": 1, "max": 64, "tooltip": "Noises a picture; each is a call of the model for both prompts."},
+        "Int", {"default": PROBES, "min": 1, "max": 64}, "Noises a picture; each is a call of the model for both prompts."
     ),
 }
 OUTPUTS = (
@@ -66,7 +59,7 @@ def judged(model: Any, latent: dict, positive: Any, negative: Any, seed: int, th
             denoiser(noised.to(x.dtype), told.to(x), **(extra_args or {}))
             return seen["uncond"], seen["cond"]
 
-        found.append(judge(predict, probe, x.float() / clean, seed, threshold, probes))
+        found.append(judge(predict, probe, x.float() / probe.given[0], seed, threshold, probes))
         return x
 
     def combine(args: dict[str, Any]) -> Tensor:
@@ -81,25 +74,14 @@ def judged(model: Any, latent: dict, positive: Any, negative: Any, seed: int, th
         asked.model_options.pop(name, None)
     asked.set_model_sampler_cfg_function(combine, disable_cfg1_optimization=True)
     sampling = model.model.model_sampling
-    sigma, clean = level(sampling)
-    probe = Probe(sigma, LOG_SNR, (clean, sigma), (1.0, 0.0))  # the denoised prediction would be the picture itself
+    probe = denoiser_probe(sampling, is_flow(sampling))
     guider = CFGGuider(asked)
     guider.set_conds(positive, negative)
     guider.set_cfg(1.0)
-    guider.sample(torch.zeros_like(samples), samples, KSAMPLER(sample), torch.tensor([sigma, 0.0]), seed=seed)
+    guider.sample(torch.zeros_like(samples), samples, KSAMPLER(sample), torch.tensor([probe.timestep, 0.0]), seed=seed)
     (verdict,) = found
     steps, gaps = became(model, len(samples))
     return latent, verdict.score.tolist(), verdict.suspect.tolist(), steps, gaps
-
-
-def level(sampling: Any) -> tuple[float, float]:
-    """(sigma, the share of the picture) of latents as noisy as those that a picture is judged by."""
-    ratio = math.exp(-LOG_SNR / 2)
-    sigma = ratio * float(getattr(sampling, "sigma_data", 1.0))
-    one = torch.ones(1)
-    if float(sampling.noise_scaling(0.5 * one, torch.zeros(1), one)) < 1:  # flow matching
-        return ratio / (1 + ratio), 1 / (1 + ratio)
-    return sigma, 1.0
 
 
 def became(model: Any, batch: int) -> tuple[list[int], list[str]]:

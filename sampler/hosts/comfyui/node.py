@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from typing import Any
 
-from basinescape.hosts.widgets import WIDGETS, transition
+from basinescape.hosts.guidance_widgets import WIDGETS, Settings
 
 from .described import Node, Output
 from .guided import CFG_FUNCTION, Guided
@@ -16,12 +15,12 @@ ID = "BasinEscape"
 OUTER_SAMPLE = "outer_sample"  # comfy.patcher_extension.WrappersMP's, around a run
 
 
-def patched(model: Any, before: float, until: str, timestep: float, latest: float, rule: str) -> Any:
+def patched(model: Any, **widgets: Any) -> Any:
     """A clone of ComfyUI's `model` that is guided so. Raises ValueError for widgets out of range and an old ComfyUI."""
     if not hasattr(model, "add_wrapper_with_key"):
         raise ValueError("this ComfyUI has no wrappers around a run (ModelPatcher.add_wrapper_with_key): update it")
     clone = model.clone()
-    guided = Guided(before, partial(transition, until, timestep, latest), rule)
+    guided = Guided(Settings(**widgets))
     options = clone.model_options
     if CFG_FUNCTION in options:
         logger.warning("Basin Escape: a node before it has set a CFG function, which it replaces: that node now does nothing")

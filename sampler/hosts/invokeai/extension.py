@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from invokeai.backend.stable_diffusion.diffusion.conditioning_data import ConditioningMode
@@ -13,10 +12,9 @@ from torch import Tensor
 
 from ...detection.basin import Probe
 from ...detection.judging import Verdict
-from ...guidance.guidance import Guidance
-from ...guidance.transitions import Transition
 from ..escape import Escape, judge
-from ..executed_steps import called, taken
+from ..guidance_widgets import Settings
+from ..scheduler_steps import steps_taken
 
 FIRST = -1000  # before other extensions change what was combined
 
@@ -24,20 +22,14 @@ FIRST = -1000  # before other extensions change what was combined
 class BasinEscapeExtension(ExtensionBase):
     """Delayed or opposite guidance of one denoising. Its CFG scale, or the list of one a step, is that after the transition.
 
-    before: the weight before it. rule: how predictions are combined.
-    until:  the transition of a run, by its steps' timesteps in 0..1000 and whether it goes on from another run's latents; None
-            for a run that begins past its transition.
-    judges: whether finished latents are judged.
+    settings: of the widgets. judges: whether finished latents are judged.
 
     `state` is the run's `Escape`, `verdict` that on its pictures; None where no step was taken.
     """
 
-    def __init__(
-        self, before: float, until: Callable[[list[float], bool], Transition | None], rule: str = "cfg", judges: bool = True
-    ):
+    def __init__(self, settings: Settings, judges: bool = True):
         super().__init__()
-        self.before, self.until, self.rule, self.judges = before, until, rule, judges
-        Guidance(1.0, before, until([1000.0], False), rule=rule)  # raises for what is not allowed
+        self.settings, self.judges = settings, judges
         self.manager: Any = None  # the ExtensionsManager that it was added to
         self.state: Escape | None = None
         self.verdict: Verdict | None = None
@@ -45,7 +37,7 @@ class BasinEscapeExtension(ExtensionBase):
     @callback(ExtensionCallbackType.PRE_DENOISE_LOOP, order=FIRST)
     def begin(self, ctx: Any) -> None:
         """Lay the guidance over the steps. Raises ValueError for what cannot be followed."""
-        timesteps, noise, step = taken(ctx.scheduler, called(ctx.scheduler, ctx.inputs.timesteps))
+        timesteps, noise, step = steps_taken(ctx.scheduler, ctx.inputs.timesteps)
         scale: Any = ctx.inputs.conditioning_data.guidance_scale
         shape: Any = "static"
         if isinstance(scale, list):
@@ -54,8 +46,7 @@ class BasinEscapeExtension(ExtensionBase):
                     "cfg_scale is a list, and the scheduler calls the network more than once a step: give a number"
                 )
             scale, shape = 1.0, tuple(scale[: len(timesteps)])
-        until = self.until([float(timestep) for timestep in timesteps], ctx.inputs.noise is None)
-        guidance = Guidance(scale, self.before, until, shape, rule=self.rule)
+        guidance = self.settings.guidance(scale, [float(one) for one in timesteps], ctx.inputs.noise is None, shape)
         if self.judges:
             Probe.of(ctx.scheduler)
         self.state = Escape(guidance, timesteps, len(ctx.latents), ctx.latents.device, step, noise)

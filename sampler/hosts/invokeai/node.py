@@ -1,11 +1,10 @@
 """The node: InvokeAI's own denoising node with the guidance's fields, and what became of each picture as outputs."""
 
 from contextvars import ContextVar
-from functools import partial
 from typing import Any, Literal
 
+from basinescape.hosts.guidance_widgets import FALLEN, MINIMUM, TIMESTEP, WIDGETS, Settings
 from basinescape.hosts.invokeai.extension import BasinEscapeExtension
-from basinescape.hosts.widgets import FALLEN, MINIMUM, TIMESTEP, WIDGETS, transition
 from basinescape.kernels.rules import RULES
 from invokeai.app.invocations import denoise_latents
 from invokeai.app.invocations.baseinvocation import invocation, invocation_output
@@ -30,9 +29,9 @@ denoise_latents.ExtensionsManager = Manager
 
 def field(name: str) -> Any:
     """A widget as InvokeAI has it."""
-    options = WIDGETS[name].options
+    _, options, tooltip = WIDGETS[name]
     limits = {"ge": options["min"], "le": options["max"]} if "min" in options else {}
-    return InputField(default=options["default"], description=options["tooltip"], **limits)
+    return InputField(default=options["default"], description=tooltip, **limits)
 
 
 @invocation_output("basin_escape_output")
@@ -64,8 +63,8 @@ class BasinEscapeInvocation(denoise_latents.DenoiseLatentsInvocation):
     def invoke(self, context: Any) -> BasinEscapeOutput:
         if self.cfg_rescale_multiplier > 0:
             raise ValueError("cfg_rescale_multiplier is the rule 'rescale' here: set it to 0, and choose that rule")
-        until = partial(transition, self.until, self.timestep, self.latest)
-        extension = BasinEscapeExtension(self.before, until, self.rule, self.judge)
+        settings = Settings(**{name: getattr(self, name) for name in WIDGETS})
+        extension = BasinEscapeExtension(settings, self.judge)
         token = EXTENSION.set(extension)
         try:
             made = self._new_invoke(context)

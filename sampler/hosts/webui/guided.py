@@ -17,26 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...guidance.guidance import Guidance
-from ..sigma_run import Run, timestep
-from ..sigma_steps import Steps
-from ..widgets import transition
+from ..guidance_widgets import Settings
+from ..noise_levels import UNEVEN
+from ..sampler_run import SamplerRun
+from ..step_of_sigma import StepOfSigma
 
 NAME = "Basin Escape"
-UNEVEN = {"sample_dpm_fast", "sample_dpm_adaptive"}  # their noise levels are not those of the schedule
 
 
 def guide(p: Any, refused: str | None = None, **sliders: Any) -> None:
     """Guide the sampling of the job `p` that is about to begin, by the sliders; refused: why its first call is to fail."""
     try:
-        guided = None if refused else Guided(p, **sliders)
+        refused, settings = refused or _unfit(p), Settings(**sliders)
     except ValueError as error:
-        guided, refused = None, str(error)
-    refused = refused or _unfit(p)
+        refused = refused or str(error)
     if refused:
         p.sampler.model_wrap_cfg.forward = partial(_refuse, refused)
-    elif guided is not None:
-        guided.install()
+    else:
+        Guided(p, settings).install()
 
 
 def _unfit(p: Any) -> str | None:
@@ -48,6 +46,10 @@ def _unfit(p: Any) -> str | None:
         return "the samplers DDIM, PLMS and UniPC, which go by timesteps, are not followed: use one of the others"
     if getattr(sampler, "funcname", None) in UNEVEN:
         return f"{sampler.funcname} chooses its noise levels by itself: use another sampler"
+    if not hasattr(p.sd_model, "forge_objects"):
+        denoiser = sampler.model_wrap_cfg.inner_model
+        if not hasattr(denoiser, "get_scalings"):
+            return f"{type(denoiser).__name__} is not a denoiser of Stable Diffusion 1, 2 or XL: use Forge"
     return None
 
 
@@ -58,17 +60,14 @@ def _refuse(reason: str, *given: Any, **named: Any) -> None:
 class Guided:
     """The guidance of one sampling of a webui's job `p`: of all its pictures, each with a transition of its own.
 
-    before, until, timestep, latest, rule: the sliders, see `widgets.WIDGETS`. The CFG scale is the webui's.
+    settings: of the sliders. The CFG scale is the webui's.
 
     `install` sets it on the job's sampler and model, which the webui makes anew, or puts back, for the next sampling.
     """
 
-    def __init__(self, p: Any, before: float, until: str, timestep: float, latest: float, rule: str):
-        self.p, self.before, self.rule = p, before, rule
-        self.until = partial(transition, until, timestep, latest)
-        self.guidance(self.until([1000.0], False), 1.0)  # raises for what is not allowed
-        self.shown = {"before": before, "until": until, "timestep": timestep, "latest": latest, "rule": rule}
-        self.run: Run | None = None
+    def __init__(self, p: Any, settings: Settings):
+        self.p, self.settings = p, settings
+        self.run: SamplerRun | None = None
         self._sigmas: list[float] = []
         self._now: tuple[Tensor, Tensor] | None = None  # the latents and noise levels of the call that is going on
         self._weight = 1.0  # of a prompt's parts together, where Forge is told so
@@ -76,10 +75,6 @@ class Guided:
     def __deepcopy__(self, memo: dict) -> Guided:
         """Itself: the clone of a model in Forge has deep copies of its options."""
         return self
-
-    def guidance(self, until: Any, scale: float) -> Guidance:
-        """Of a run with this transition, at the webui's scale."""
-        return Guidance(scale, self.before, until, rule=self.rule)
 
     def install(self) -> None:
         """Guide the sampling that is about to begin."""
@@ -94,7 +89,7 @@ class Guided:
             self.p.sd_model.forge_objects.unet = unet
         else:
             denoiser.combine_denoised = partial(self.in_a1111, denoiser)
-        self.p.extra_generation_params.update({f"{NAME} {name}": value for name, value in self.shown.items()})
+        self.p.extra_generation_params.update({f"{NAME} {name}": value for name, value in vars(self.settings).items()})
         self._shown_steps = self.p.extra_generation_params.setdefault(self._key, [None] * (self.p.n_iter * self.p.batch_size))
 
     @property
@@ -151,17 +146,14 @@ class Guided:
             sum(weight * (x_out[row] - one) for row, weight in rows) for rows, one in zip(conds_list, without, strict=True)
         ]
         cond = without + torch.stack(parts)
-        return self._guided(x, sigma, without, cond, float(cond_scale), _Wrapped(denoiser.inner_model))
+        return self._guided(x, sigma, without, cond, float(cond_scale), denoiser.inner_model)
 
-    def _guided(self, x: Tensor, sigma: Tensor, uncond: Tensor, cond: Tensor, scale: float, sampling: Any) -> Tensor:
+    def _guided(self, x: Tensor, sigma: Tensor, uncond: Tensor, cond: Tensor, scale: float, model: Any) -> Tensor:
         """The guided prediction of the call at the noise level sigma (B,), and what is known of the pictures by now."""
         if self.run is None:
-            steps = Steps(self._from(float(sigma.max())))
-            timesteps = [timestep(sampling, level) for level in steps.sigmas]
-            until = self.until(timesteps, False)
-            self.run = Run(lambda scale: self.guidance(until, scale), scale, steps, timesteps, len(x), x.device)
+            self.run = SamplerRun(self.settings, StepOfSigma(self._from(float(sigma.max()))), model, x, scale)
         self.run.go(sigma)
-        made = self.run.guided(x, sigma, uncond, cond, scale, sampling).to(uncond.dtype)
+        made = self.run.guided(x, sigma, uncond, cond, scale).to(uncond.dtype)
         first = getattr(self.p, "iteration", 0) * self.p.batch_size
         self._shown_steps[first : first + len(x)] = [
             "none" if step < 0 else step for step in self.run.state.transition_step.tolist()
@@ -172,23 +164,3 @@ class Guided:
         """The noise levels of the run, which begins at `sigma`: image to image takes the later ones of a schedule."""
         levels = [level for level in self._sigmas if level > 0 and level <= sigma * (1 + 1e-4)]
         return levels or [sigma]
-
-
-class _Wrapped:
-    """A k-diffusion wrapper of a network, as `sigma_run` takes a model's sampling."""
-
-    def __init__(self, wrapper: Any):
-        if not hasattr(wrapper, "get_scalings"):
-            raise ValueError(f"{NAME}: {type(wrapper).__name__} is not a denoiser of Stable Diffusion 1, 2 or XL: use Forge")
-        self.wrapper = wrapper
-        self.sigma_data, self.num_timesteps = getattr(wrapper, "sigma_data", 1.0), 1000 if hasattr(wrapper, "sigmas") else None
-
-    def calculate_denoised(self, sigma: Tensor, output: Tensor, x: Tensor) -> Tensor:
-        *skip, out, _ = self.wrapper.get_scalings(sigma)
-        return (skip[0] if skip else torch.ones_like(sigma))[:, None] * x + out[:, None] * output
-
-    def noise_scaling(self, sigma: Tensor, noise: Tensor, latent: Tensor) -> Tensor:
-        return noise * sigma + latent
-
-    def timestep(self, sigma: Tensor) -> Tensor:
-        return self.wrapper.sigma_to_t(sigma) * 1000 / len(self.wrapper.sigmas)

@@ -1,8 +1,8 @@
 """The sliders of basinescape in AUTOMATIC1111 and Forge, which load this file."""
 
 import gradio as gr
+from basinescape.hosts.guidance_widgets import WIDGETS
 from basinescape.hosts.webui.guided import NAME, guide
-from basinescape.hosts.widgets import WIDGETS
 from modules import scripts, shared
 
 
@@ -35,8 +35,7 @@ class BasinEscape(scripts.Script):
 
 def component(name, widget):
     """A widget as gradio has it."""
-    options = dict(widget.options)
-    value, info = options.pop("default"), options.pop("tooltip")
+    options, value, info = widget.options, widget.options["default"], widget.tooltip
     if widget.kind == "Combo":
         return gr.Dropdown(label=name, choices=options["options"], value=value, info=info)
     return gr.Slider(label=name, minimum=options["min"], maximum=options["max"], step=options["step"], value=value, info=info)

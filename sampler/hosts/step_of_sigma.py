@@ -9,7 +9,7 @@ NEAR = 1e-4  # relative; what a sampler computes by way of logarithms is off the
 AHEAD = 2  # how many steps a sampler looks ahead at most
 
 
-class Steps:
+class StepOfSigma:
     """The steps of a run, and the one that its sampler is at.
 
     sigmas: of each step, falling. twice: the sampler calls the model twice at each. step: that of the last call; -1 before it.

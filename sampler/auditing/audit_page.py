@@ -14,7 +14,7 @@ from PIL import Image
 from ..runs.atomic import atomic_write
 from .heat import TOP, overlaid
 from .html_images import embedded, inside, rendered
-from .verification import Files
+from .verification import HEAT, PICTURE, PREDICTION
 
 SHOWN = 200  # captions on the page beside those that were verified: audit.csv has them all
 
@@ -30,18 +30,16 @@ def write(
 
     images: the training image of each caption, by its id. rows: of audit.csv, in its order. found: lines about pictures, by id.
     """
-    files = Files(out)
-    ranks = {row["id"]: rank for rank, row in enumerate(rows, 1)}
+    ranked = [{**row, "rank": rank} for rank, row in enumerate(rows, 1)]
     # Captions that are reproduced come first, the rest as they are ranked.
-    shown = [row for rank, row in enumerate(rows) if row["n"] is not None or rank < SHOWN]
+    shown = [row for row in ranked if row["n"] is not None or row["rank"] <= SHOWN]
     shown.sort(key=lambda row: (-(row["copies"] or 0), -(row["suspects"] or 0)))
     entries = [
         {
             **row,
-            "rank": ranks[row["id"]],
-            "training": _embedded(images[row["id"]]),
-            "prediction": _embedded(files.prediction(row["id"])) if row["n"] else "",
-            "made": [_made(files, line, images[row["id"]]) for line in found.get(row["id"], ())],
+            "training": embedded(image) if (image := images[row["id"]]) else "",
+            "prediction": embedded(out / PREDICTION.format(**row)) if row["n"] else "",
+            "made": [_made(out, line, images[row["id"]]) for line in found.get(row["id"], ())],
         }
         for row in shown
     ]
@@ -51,14 +49,10 @@ def write(
         part.write_text(text, encoding="utf-8")
 
 
-def _embedded(path: Path | None) -> str:
-    return embedded(path) if path is not None and path.is_file() else ""
-
-
-def _made(files: Files, line: Mapping[str, Any], own: Path | None) -> dict[str, Any]:
+def _made(out: Path, line: Mapping[str, Any], own: Path | None) -> dict[str, Any]:
     """A picture for the template. other: the training image nearest to it, where that is not the caption's own."""
-    path = files.picture(line["id"], line["seed"])
-    with Image.open(path) as picture, Image.open(files.heat(line["id"], line["seed"])) as heat:
+    path = out / PICTURE.format(**line)
+    with Image.open(path) as picture, Image.open(out / HEAT.format(**line)) as heat:
         where = inside(overlaid(picture, heat))
     nearest = Path(line["nearest"]) if "nearest" in line else None
     other = embedded(nearest) if nearest is not None and nearest != own else ""

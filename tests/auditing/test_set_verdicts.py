@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -9,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from basinescape import Calibration, Guidance, Sampler
-from basinescape.auditing import judge as module
-from basinescape.auditing.judge import Settings, judge
+from basinescape.auditing import set_verdicts as module
 from basinescape.auditing.judge_page import bars
+from basinescape.auditing.set_verdicts import Settings, judge
 from basinescape.bench import cli
-from basinescape.data.captioned import captioned
 from basinescape.data.merge import merge
+from basinescape.data.prompted import prompted
 from basinescape.detection import basin
 from basinescape.guidance.guard import RATE
 from basinescape.models.sd import StableDiffusion
@@ -70,7 +71,7 @@ def judged(sampler, images, out, **options):
 def test_pictures_from_every_source_have_the_score_that_each_has_alone(tmp_path, sampler, keep):
     source = keep(tmp_path / "set")
     rows = judged(sampler, source, tmp_path / "out")
-    found = {one.id: one for one in captioned(source)}
+    found = {one.id: one for one in prompted(source)}
     assert len(rows) == 3 and [row["status"] for row in rows] == ["ok"] * 3
     for row in rows:
         one = found[row["id"]]
@@ -216,6 +217,25 @@ def test_what_cannot_be_judged_is_named_with_its_reason_and_costs_no_other(tmp_p
     assert again["2"]["status"] == "ok" and again["3"] == found["3"]
 
 
+def test_pictures_that_were_scaled_down_are_told(tmp_path, sampler, caplog):
+    height, width = sampler.size()
+    images = kept(tmp_path / "set", 3, sizes=((width, height), (width // 2, height), (width // 2, height // 2)))
+    judged(sampler, images, tmp_path / "own")
+    assert "1 pictures are judged in less than half of the pixels" in caplog.text
+    caplog.clear()
+    judged(sampler, images, tmp_path / "all", settings=Settings(height=height // 2, width=width // 2))
+    assert "3 pictures are judged in less than half of the pixels" in caplog.text
+
+
+def test_a_run_goes_on_under_another_path_of_its_model(tmp_path, sampler, asked):
+    images = kept(tmp_path / "set", 2)
+    judge(sampler, images, tmp_path / "out", Settings(batch_size=2), "models/small", shard=(0, 2), progress=False)
+    judge(sampler, images, tmp_path / "out", Settings(batch_size=2), "../models/small/", progress=False)
+    asked.clear()
+    judge(sampler, images, tmp_path / "out", Settings(batch_size=2), "small", progress=False)
+    assert asked == []
+
+
 def test_a_score_that_is_not_finite_is_suspect_and_comes_first(tmp_path, sampler, monkeypatch):
     own = basin.scores
 
@@ -268,6 +288,10 @@ def test_the_command_judges_as_calibrated_and_says_what_failed(tmp_path, monkeyp
     code, _, said = run(monkeypatch, capsys, "--images", images, "--out", out, "--model", "tiny", "--threshold", 0.4)
     assert code == 1 and "1 failed (1): see status in judge.csv" in said
     assert "above 0.40 is suspect" in (out / "judge.html").read_text()
+    (images / "0.txt").unlink()
+    (images / "2.txt").unlink()
+    _, said, _ = run(monkeypatch, capsys, "--images", images, "--out", out, "--model", "tiny")
+    assert said.startswith("0 of 0 pictures are suspect")
 
 
 @pytest.mark.parametrize(
@@ -301,14 +325,20 @@ def test_a_rate_needs_a_calibration_and_a_video_model_is_refused(tmp_path, monke
         judged(Sampler.from_pipeline(tiny), tmp_path / "empty", tmp_path / "out")
 
 
-def test_only_the_model_that_made_the_pictures_judges_them(tmp_path, monkeypatch, capsys, sampler):
-    """It is that of the run, where they are one; another is warned of, and none is guessed."""
+def test_only_the_model_that_made_the_pictures_judges_them(tmp_path, monkeypatch, capsys, tiny):
+    """It is that of the run, where they are one; another is warned of, whatever its name, and none is guessed."""
     images = kept(tmp_path / "set", 2)
     code, _, said = run(monkeypatch, capsys, "--images", images, "--out", tmp_path / "none")
     assert code == 2 and "model must be given: the one that made the pictures" in said and not (tmp_path / "none").exists()
-    make(sampler, jobs(1), tmp_path / "run", Guidance.cfg(5.0))
+    make(Sampler.from_pipeline(tiny), jobs(1), tmp_path / "run", Guidance.cfg(5.0))
     code, out, said = run(monkeypatch, capsys, "--images", tmp_path / "run", "--out", tmp_path / "own")
     assert code == 0 and "as tiny judges" in out and "made the pictures" not in said
     read = ("--images", tmp_path / "run", "--model", "flow", "--probes", 1)
     code, out, said = run(monkeypatch, capsys, *read, "--out", tmp_path / "other")
     assert code == 0 and "tiny made the pictures, and flow judges them" in said and "as flow judges" in out
+    copied = shutil.copytree(Sampler.model_path("tiny"), tmp_path / "copied")
+    shutil.copytree(Sampler.model_path("flow"), tmp_path / "tiny")
+    for folder, other in ((copied, False), (tmp_path / "tiny", True)):
+        read = ("--images", tmp_path / "run", "--model", folder, "--probes", 1, "--out", tmp_path / f"by-{folder.name}")
+        _, _, said = run(monkeypatch, capsys, *read)
+        assert ("made the pictures" in said) is other

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from basinescape import Calibration, Sampler
-from basinescape.auditing.audit import Settings, audit
+from basinescape.auditing.caption_audit import Settings, audit
 from basinescape.bench import cli
 from basinescape.bench.scenario import PRESETS, prompts
 from basinescape.data.captions import Prompt
@@ -41,21 +41,6 @@ def lines_of(path):
 @pytest.fixture
 def sampler(pipe):
     return Sampler.from_pipeline(pipe, "dpmsolver++")
-
-
-@pytest.fixture(scope="module")
-def ordinary(tmp_path_factory):
-    """A file of prompts that are ordinary on the small pipeline."""
-    path = tmp_path_factory.mktemp("ordinary") / "ordinary.jsonl"
-    path.write_text("".join(json.dumps({"prompt": prompt.text}) + "\n" for prompt in TINY["general"][20:32]))
-    return path
-
-
-@pytest.fixture
-def asked(mine, ordinary, tmp_path):
-    """A short audit of the small pipeline without a calibration."""
-    given = ("--model", mine, "--out", tmp_path / "out", "--prompts", ordinary, "--scheduler", "dpmsolver++", "--steps", 12)
-    return (*given, "--first-steps", 2, "--rate", 0.5, "--similarity", "pixels", "--threshold", 0.5)
 
 
 GAP = (4.0, 3.0, 2.0, 1.0)  # usual in the steps of a pretended run
@@ -107,8 +92,10 @@ def test_an_audit_without_training_images_judges_by_the_model_alone(asked, tmp_p
     texts = [prompt.text for prompt in (*TINY["memorized"][:2], *TINY["general"][2:4])]
     (captions := tmp_path / "list.txt").write_text("\n".join(texts))
     assert not run(monkeypatch, *asked, "--captions", captions, "--verify", 2, "--seeds", 2)
-    assert "of the worst 2, 2 made pictures that look like copies: " in capsys.readouterr().out
+    said = capsys.readouterr().out
     rows, out = rows_of(tmp_path / "out"), tmp_path / "out"
+    suspects = sum(int(row["suspects"]) for row in rows[:2])
+    assert f"{suspects} of 4 pictures look like copies, made from 2 of the 2 captions with the largest gaps" in said
     assert {row["caption"] for row in rows[:2]} == set(texts[:2]) and [row["flagged"] for row in rows[:2]] == ["True"] * 2
     for row in rows[:2]:
         assert int(row["n"]) == 2 and float(row["score"]) > 0.3 and row["copies"] == row["copies_low"] == row["nearest"] == ""
@@ -133,8 +120,9 @@ def test_with_training_images_two_verdicts_stand_side_by_side(asked, images, tmp
     asked += ("--training-images", images / ".." / images.name)  # the same files by another name count once
     assert not run(monkeypatch, *asked)
     said = capsys.readouterr().out
-    assert "of the worst 2, 2 made copies of training images: " in said and " of 4\n" in said
     rows, out = rows_of(tmp_path / "out"), tmp_path / "out"
+    copies = sum(int(row["copies"]) for row in rows[:2])
+    assert f"{copies} of 4 pictures are copies of training images, made from 2 of the 2 captions" in said
     own = {"0000": "0.png", "0001": "1.png"}
     assert all(row["nearest"].endswith(own[row["id"]]) for row in rows[:2])
     assert all(int(row["copies"]) >= 1 <= int(row["suspects"]) and row["copies_low"] for row in rows[:2])
@@ -196,6 +184,13 @@ def test_a_folder_of_another_audit_is_refused(sampler, tmp_path, pretended, monk
     assert len(pretended) == asked
 
 
+def test_an_audit_goes_on_under_another_path_of_its_model(sampler, tmp_path, pretended):
+    rows = pretend(sampler, ["1.0", "2.0"], tmp_path / "out")
+    pretended.clear()
+    assert pretend(sampler, ["1.0", "2.0"], tmp_path / "out", model="../m/") == rows and not pretended
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["model"] == "../m/"
+
+
 def test_ordinary_prompts_are_measured_once_for_a_model_and_its_settings(sampler, tmp_path, pretended, cache):
     """Whatever the captions; what was cut off or belongs to other settings is measured anew."""
     rows = pretend(sampler, ["1.0", "2.0"], tmp_path / "a")
@@ -249,8 +244,9 @@ def test_a_caption_that_the_encoder_cuts_off_is_told(sampler, tmp_path, pretende
     assert json.loads((tmp_path / "out" / "audit.json").read_text())["truncated"] == ["c0"]
 
 
-def test_a_calibration_of_the_same_runs_spares_ordinary_prompts(sampler, tmp_path, pretended):
+def test_a_calibration_of_the_same_runs_spares_ordinary_prompts(sampler, tmp_path, pretended, caplog):
     rows = pretend(sampler, ["1.01", "2.0"], tmp_path / "a", calibration=calibration_of(sampler))
+    assert "the 19 ordinary prompts are not measured" in caplog.text
     assert [one[0] for one in pretended] == [["1.01", "2.0"]]
     assert [(row["gap"], row["p"]) for row in rows] == [(2.0, 1 / 20), (1.01, (1 + 8) / 20)]
     assert json.loads((tmp_path / "a" / "audit.json").read_text())["ordinary_source"] == "the calibration"

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from basinescape.auditing.statistics import discoveries, fewest, interval, p_values
+from basinescape.auditing.significance import discoveries, fewest, interval, p_values
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom

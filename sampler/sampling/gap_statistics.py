@@ -11,14 +11,14 @@ from torch import Tensor
 from ..guidance.transitions import Statistic
 from ..guidance.transitions import Transition as Rule
 from ..kernels import noise_gap
-from ..kernels.state import Transition
+from ..kernels.state import TransitionState
 from ..kernels.table import Column
 
 ROOM = 128  # steps; rules see a multiple of so many, so that their sums have the same bits beside samples with more steps
 
 
 @dataclass(frozen=True)
-class Statistics:
+class GapStatistics:
     """The rules of the rows of a step table.
 
     rules:  those that there are. of_row: (K,) int64 on the device, which of them each row's guidance has, -1 for none; of no
@@ -29,14 +29,14 @@ class Statistics:
     of_row: Tensor
 
     @classmethod
-    def of(cls, until: Sequence[Rule | None], rows: Sequence[int], device: torch.device | str) -> Statistics:
+    def of(cls, until: Sequence[Rule | None], rows: Sequence[int], device: torch.device | str) -> GapStatistics:
         """Of guidances whose rows stand after each other in a table. rows: how many each has."""
         rules = tuple(dict.fromkeys(rule for rule in until if isinstance(rule, Statistic)))
         index = [rules.index(rule) if isinstance(rule, Statistic) else -1 for rule in until]
         each = torch.tensor(index).repeat_interleave(torch.tensor(rows)) if rules else torch.empty(0, dtype=torch.int64)
         return cls(rules, each.to(device))
 
-    def ask(self, uncond: Tensor, cond: Tensor, table: Tensor, state: Transition) -> None:
+    def ask(self, uncond: Tensor, cond: Tensor, table: Tensor, state: TransitionState) -> None:
         """Note which samples leave in the step that they are at, before it is taken. uncond, cond: (B, ...)."""
         if not self.rules:
             return

@@ -1,4 +1,4 @@
-"""What the servers share: how a request names its guidance."""
+"""How a request to a server names its guidance."""
 
 from __future__ import annotations
 
@@ -35,3 +35,9 @@ class RequestGuidance:
     def attempts(self) -> Sequence[Attempt]:
         """Those of a guard; plain guidance is the only one."""
         return self.guidance.attempts if isinstance(self.guidance, Guard) else [Attempt(self.guidance, THRESHOLD, PROBES)]
+
+
+def check_one_scale(sampling: Any) -> None:
+    """Raises ValueError for a request with another scale for a model's second network."""
+    if sampling.guidance_scale_2 not in (None, sampling.guidance_scale):
+        raise ValueError("guidance_scale_2 is not followed: guidance that varies over time is Guidance's shape and interval")

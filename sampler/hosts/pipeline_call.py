@@ -1,4 +1,4 @@
-"""One call of a stock pipeline, guided: what its networks return, what its scheduler steps with, what its callback changes."""
+"""One call of a known pipeline, guided: what its networks return, what its scheduler steps with, what its callback changes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..detection.basin import LOG_SNR, Probe
 from ..detection.judging import Verdict
-from ..guidance.guidance import Guidance
+from ..guidance.guidance import Guidance, never_came
 from ..kernels.state import per_sample
 from .escape import Escape, judge
-from .executed_steps import taken
-from .network_call import NetworkCall, sample_of, seen, stacked, timestep_of
-from .stock_pipelines import StockPipeline, network_of
+from .known_pipelines import KnownPipeline, network_of
+from .network_call import NetworkCall, seen, sign_of, stacked
+from .scheduler_steps import steps_taken
 
 log = logging.getLogger(__name__)
 ON = 2.0  # a scale at which every pipeline asks for both predictions; it multiplies zero
@@ -31,27 +31,25 @@ OFF = 1.0  # the largest at which a pipeline asks for one
 SEEDS = 2**63 - 1
 
 
-class Call:
+class PipelineCall:
     """A call of the pipeline `pipe` under `guidance`: one for all samples, or one a sample.
 
-    stock: what is known of such pipelines. arguments: of the call. state: the guidance's, None before the first step. latents:
+    known: what is known of such pipelines. arguments: of the call. state: the guidance's, None before the first step. latents:
     after the last step.
 
     Raises ValueError for arguments that cannot be followed.
     """
 
-    def __init__(
-        self, pipe: DiffusionPipeline, stock: StockPipeline, guidance: Guidance | list[Guidance], arguments: Mapping[str, Any]
-    ):
-        self.pipe: Any = pipe  # its components are attributes that its own class has
-        self.stock, self.arguments = stock, dict(arguments)
-        for name, allowed in stock.only:
+    def __init__(self, pipe: Any, known: KnownPipeline, guidance: Guidance | list[Guidance], arguments: Mapping[str, Any]):
+        self.pipe, self.scheduler = pipe, pipe.scheduler
+        self.known, self.arguments = known, dict(arguments)
+        for name, allowed in known.only:
             if self.arguments[name] != allowed:
                 raise ValueError(
                     f"{name} is {self.arguments[name]!r}, which escape cannot follow: leave it at {allowed!r}; guidance that "
                     "varies over time is Guidance's shape and interval"
                 )
-        network = network_of(pipe, stock)
+        network = network_of(pipe, known)
         if network.dtype == torch.float64:
             raise ValueError(
                 f"pipe's {type(network).__name__} is in {network.dtype}, and guidance computes in float32: use "
@@ -59,8 +57,9 @@ class Call:
             )
         self.state: Escape | None = None
         self.latents: Tensor | None = None
-        self._network_calls: list[NetworkCall] = []  # the network's call that a picture is judged by, or both of a pair
-        self._nearest = 0  # the step's call whose noise level is that of a judged picture, of those taken
+        self._finished = False
+        self._kept: list[NetworkCall] = []  # the network's call that a picture is judged by, or both of a pair
+        self._nearest = 0  # the call whose noise level is nearest to that of a judged picture, of those taken
         self._sign = 1.0  # -1 where the pipeline steps with the opposite of what its network predicts
         self._first: Tensor | None = None  # of a pair, as the pipeline holds it
         self._guided: Tensor | None = None  # of the step that is being taken
@@ -75,20 +74,30 @@ class Call:
         The pipeline is left as its own call leaves it, after errors too.
         """
         bound = inspect.BoundArguments(inspect.signature(method), self.arguments)
-        own, networks = vars(self.pipe), (getattr(self.pipe, name, None) for name in self.stock.networks)
+        own, networks = vars(self.pipe), (getattr(self.pipe, name, None) for name in self.known.networks)
         counted = own.pop("_num_timesteps", None)  # the pipeline counts its steps anew
         with ExitStack() as stack:
             for network in (network for network in networks if network is not None):
-                stack.enter_context(seen(network, partial(self._predicted, network)))
-            stack.enter_context(_stepping(self.pipe.scheduler, self._step))
+                stack.enter_context(seen(network, self._predicted))
+            stack.enter_context(_stepping(self.scheduler, self._step))
             try:
-                return method(*bound.args, **bound.kwargs)
+                made = method(*bound.args, **bound.kwargs)
             finally:
                 if counted is not None:  # one that failed before it counted has the count it had
                     own.setdefault("_num_timesteps", counted)
                 for name, (ours, given) in self._changed.items():
                     if own.get("_" + name) == ours:
                         own["_" + name] = given
+        self._finished = not self.interrupted
+        self._tell_who_waits()
+        return made
+
+    def _tell_who_waits(self) -> None:
+        """Log how many samples the transition never came for, in a run whose guidance could have changed."""
+        state = self.begun
+        line = never_came(state.transition_step, len(state.timesteps))
+        if self._finished and line is not None and not any(one.idle(state.timesteps) for one in state.guidance):
+            log.warning(line)
 
     @property
     def begun(self) -> Escape:
@@ -102,30 +111,29 @@ class Call:
         """Whether a callback has stopped the pipeline."""
         return bool(vars(self.pipe).get("_interrupt", False))
 
-    def judge(self, threshold: float, probes: int, latents: Tensor | None = None) -> Verdict:
-        """The verdict on the call's pictures, or on these latents (B, ...) in their place; see `escape.judge`.
+    def judge(self, threshold: float, probes: int, latents: Tensor | None) -> Verdict:
+        """The verdict on these latents (B, ...), made by this call or one with the same prompts; see `escape.judge`.
 
         Raises ValueError where the pictures cannot be judged.
         """
         self.check()
-        found = self.latents if latents is None else latents
-        if self.interrupted or not self._network_calls or found is None:
-            what = "was stopped in" if self.interrupted else "never asked for both predictions in"
+        if not self._finished or not self._kept or latents is None:
+            what = "never asked for both predictions in" if self._finished else "was stopped in"
             raise ValueError(f"{self._name} {what} its last call: its pictures cannot be judged")
         given = self.arguments.get("generator")
         one_each = given if isinstance(given, Sequence) else [given] * self.begun.batch
         seeds = [0 if one is None else one.initial_seed() & SEEDS for one in one_each]
-        verdict = judge(self._predict, self.pipe.scheduler, found, seeds, threshold, probes)
+        verdict = judge(self._predict, self.scheduler, latents, seeds, threshold, probes)
         self.pipe.maybe_free_model_hooks()
         return verdict
 
     def forget(self) -> None:
         """Let go of what only `judge` needs."""
-        self._network_calls, self.latents = [], None
+        self._kept, self.latents = [], None
 
     def check(self) -> None:
         """Raise ValueError where the pictures of such a call cannot be judged."""
-        Probe.of(self.pipe.scheduler)
+        Probe.of(self.scheduler)
         if 0 < (self.arguments.get("denoising_end") or 0) < 1:
             raise ValueError(
                 f"{self._name} leaves its last steps to another pipeline (denoising_end), and pictures are judged at the end: "
@@ -134,22 +142,24 @@ class Call:
 
     def _predict(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """(uncond, cond), (B, ...) each, for latents (B, ...): what the scheduler would be given."""
-        made = [call.repeated(latents, float(timesteps[0])) for call in self._network_calls]
-        earlier, later = made if self.stock.pair else self._halves(made[0])[:2]
-        uncond, cond = (later, earlier) if self.stock.cond_first else (earlier, later)
+        made = [call.repeated(latents, float(timesteps[0])) for call in self._kept]
+        earlier, later = made if self.known.pair else self._halves(made[0])[:2]
+        uncond, cond = (later, earlier) if self.known.cond_first else (earlier, later)
         return self._sign * uncond.reshape(latents.shape), self._sign * cond.reshape(latents.shape)
 
     def _followed(self, guidance: Guidance | list[Guidance]) -> Guidance | list[Guidance]:
         """The guidance, with the rule that the call's own arguments ask for. The pipeline's own way to it is switched off."""
-        stock, given = self.stock, self.arguments
-        followed = [_with_its_rule(one, stock, given) for one in ([guidance] if isinstance(guidance, Guidance) else guidance)]
-        self._per_token = given[stock.per_token] if isinstance(stock.per_token, str) else stock.per_token
-        changes = {stock.scale: ON, "guidance_rescale": 0.0}
-        if stock.capped and given[stock.capped]:
-            changes[stock.capped] = False
+        known, given = self.known, self.arguments
+        followed = [_with_its_rule(one, known, given) for one in ([guidance] if isinstance(guidance, Guidance) else guidance)]
+        self._per_token = given[known.per_token] if isinstance(known.per_token, str) else known.per_token
+        changes: dict[str, Any] = {"guidance_rescale": 0.0}
+        if not given[known.scale] > OFF:
+            changes[known.scale] = ON
+        if known.capped and given[known.capped]:
+            changes[known.capped] = False
         self._changed = {name: (value, given[name]) for name, value in changes.items() if name in given}
         given |= {name: ours for name, (ours, _) in self._changed.items()}
-        if stock.negated and all(value is None for name, value in given.items() if name.startswith("negative_prompt")):
+        if known.negated and all(value is None for name, value in given.items() if name.startswith("negative_prompt")):
             given["negative_prompt"] = ""
         return followed[0] if isinstance(guidance, Guidance) else followed
 
@@ -172,46 +182,42 @@ class Call:
 
     def _follow_scale(self) -> None:
         """Guidance that a callback has cut off stays off. Raises ValueError for another scale."""
-        scale = vars(self.pipe).get("_" + self.stock.scale, ON)
-        if scale == ON or self._cut_off:
-            return
-        if scale > OFF:
+        given = self.arguments[self.known.scale]
+        scale = vars(self.pipe).get("_" + self.known.scale, given)
+        if OFF < scale != given:
             raise ValueError(
-                f"callback_on_step_end has set {self.stock.scale} to {scale!r}, which escape cannot follow: guidance that "
+                f"callback_on_step_end has set {self.known.scale} to {scale!r}, which escape cannot follow: guidance that "
                 "varies over time is Guidance's shape and interval"
             )
-        self._cut_off = True
+        self._cut_off |= scale <= OFF
 
-    def _predicted(self, network: nn.Module, given: tuple, named: dict[str, Any], output: Any) -> Any:
+    def _predicted(self, call: NetworkCall, output: Any) -> Any:
         """What the pipeline gets in the place of a network's output."""
         if self._cut_off:
             return output
         if self._guided is not None:
             raise ValueError(f"{self._name} asks for a third prediction in a step, which escape cannot follow")
         prediction = output[0]
-        if self.stock.pair:
-            return (self._paired(network, given, named, prediction), *output[1:])
-        if self.state is None and not _is_doubled(sample_of(given, named)):
+        if self.known.pair:
+            return (self._paired(call, prediction), *output[1:])
+        if self.state is None and not _is_doubled(call.latents):
             raise ValueError(
                 f"{self._name} does not ask for two predictions of each sample at once here (guidance is off, or by something "
                 "else): escape cannot follow"
             )
         earlier, later, rest = self._halves(stacked(prediction))
-        self._begin(given, named, earlier)
-        self._keep(network, given, named)
+        self._note(call, earlier)
         m = self._guide(earlier, later)
         both = torch.cat([m, m])
         if rest is not None:
             both = torch.cat([both, rest.to(both.dtype)], dim=1)
         return (list(both.unbind()) if isinstance(prediction, list) else both, *output[1:])
 
-    def _paired(self, network: nn.Module, given: tuple, named: dict[str, Any], prediction: Tensor) -> Tensor:
+    def _paired(self, call: NetworkCall, prediction: Tensor) -> Tensor:
+        self._note(call, prediction)
         if self._first is None:  # a copy: the network may use its own memory again
-            self._begin(given, named, prediction)
-            self._keep(network, given, named)
-            self._first = prediction.to(self.stock.merge or prediction.dtype, copy=True)
+            self._first = prediction.to(self.known.merge or prediction.dtype, copy=True)
             return self._first
-        self._keep(network, given, named)
         m = self._guide(self._first, prediction)
         self._first.copy_(m)
         self._first = None
@@ -220,45 +226,43 @@ class Call:
     def _halves(self, doubled: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(first prediction, second, other channels of both) of a doubled batch, in its own order; None for no others."""
         channels = doubled.shape[1]
-        if self.stock.variance and channels == 2 * network_of(self.pipe, self.stock).config.in_channels:
+        if self.known.variance and channels == 2 * network_of(self.pipe, self.known).config.in_channels:
             channels //= 2
         earlier, later = doubled[:, :channels].chunk(2)
         return earlier, later, doubled[:, channels:] if channels < doubled.shape[1] else None
 
     def _guide(self, earlier: Tensor, later: Tensor) -> Tensor:
         """The guided prediction of a step, from its two in the order in which they came."""
-        cond, uncond = (earlier, later) if self.stock.cond_first else (later, earlier)
-        m = self.begun(uncond, cond, dtype=self.stock.merge)
-        if self._per_token:
-            m = renormalised(m, cond, self.begun.weight)
-        self._guided = m
-        return m
+        cond, uncond = (earlier, later) if self.known.cond_first else (later, earlier)
+        m = self.begun(uncond, cond, dtype=self.known.merge)
+        self._guided = renormalised(m, cond, self.begun.weight) if self._per_token else m
+        return self._guided
 
-    def _begin(self, given: tuple, named: dict[str, Any], prediction: Tensor) -> None:
-        """Lay the guidance over the steps that the pipeline is about to take, once."""
-        if self.state is not None:
-            return
-        scheduler = self.pipe.scheduler
-        calls = vars(self.pipe).get("_num_timesteps")
-        start = _first_call(scheduler, timestep_of(given, named))
-        which = slice(start, None if calls is None else start + calls)
-        timesteps, noise, step = taken(scheduler, which)
-        self._timesteps = scheduler.timesteps[which].tolist()
-        self._nearest = 0 if noise is None else int((noise[step] - LOG_SNR).nan_to_num(torch.inf).abs().argmin())
-        self.state = Escape(self._guidance, timesteps, len(prediction), prediction.device, step, noise)
+    def _note(self, call: NetworkCall, prediction: Tensor) -> None:
+        """Begin with the run's first call of the network, and keep the calls that pictures may be judged by.
+
+        These are the first step's, then those whose noise level is nearest to that of a judged picture.
+        """
+        if self.state is None:
+            self._begin(call.time, prediction)
+        number = self.begun.calls
+        if number in (0, self._nearest):
+            counted = self.scheduler.config.get("num_train_timesteps", 1000)
+            self._kept = [] if self._first is None else self._kept
+            self._kept.append(call.kept(self._timesteps[number], counted))
+
+    def _begin(self, time: Any, prediction: Tensor) -> None:
+        """Lay the guidance over the steps that the pipeline is about to take. time: what its network is told in the first."""
+        calls, start = vars(self.pipe).get("_num_timesteps"), _first_call(self.scheduler, time)
+        timesteps = self.scheduler.timesteps[start : None if calls is None else start + calls]
+        taken = steps_taken(self.scheduler, timesteps)
+        self._timesteps = timesteps.tolist()
+        if taken.log_snrs is not None:
+            self._nearest = int((taken.log_snrs[taken.step] - LOG_SNR).nan_to_num(torch.inf).abs().argmin())
+        self.state = Escape(self._guidance, taken.timesteps, len(prediction), prediction.device, taken.step, taken.log_snrs)
         for one in dict.fromkeys(self.state.guidance):
             if (line := one.idle(self.state.timesteps)) is not None:
                 log.warning(line)
-
-    def _keep(self, network: nn.Module, given: tuple, named: dict[str, Any]) -> None:
-        """Keep the arguments of the first step's calls, then of those whose noise level is that of a judged picture."""
-        call = self.begun.calls
-        if call not in (0, self._nearest):
-            return
-        if self._first is None:
-            self._network_calls = []
-        counted = self.pipe.scheduler.config.get("num_train_timesteps", 1000)
-        self._network_calls.append(NetworkCall.kept(network, given, named, self._timesteps[call], counted))
 
     def _step(self, step: Callable[..., Any], model_output: Tensor, *given: Any, **named: Any) -> Any:
         """A step of the scheduler with what the pipeline made of the predictions."""
@@ -276,22 +280,21 @@ class Call:
         m, found = self._guided.flatten(1).float(), model_output.flatten(1)[:, : self._guided[0].numel()].float()
         if m.shape != found.shape or not torch.allclose(found.abs(), m.abs(), rtol=1e-2, atol=1e-3, equal_nan=True):
             raise ValueError(f"{self._name} did not step with the guided prediction: use Escape in a loop of your own")
-        self._sign = -1.0 if bool((m * found).nansum() < 0) else 1.0
-        self._verified = True
+        self._sign, self._verified = sign_of(m, found), True
 
     @property
     def _name(self) -> str:
         return type(self.pipe).__name__
 
 
-def _with_its_rule(guidance: Guidance, stock: StockPipeline, arguments: Mapping[str, Any]) -> Guidance:
+def _with_its_rule(guidance: Guidance, known: KnownPipeline, arguments: Mapping[str, Any]) -> Guidance:
     """The guidance with what the call's own arguments ask for as its rule."""
     guidance = guidance.rescaled(arguments.get("guidance_rescale", 0.0))
-    cap = float(arguments[stock.capped] or 0) if stock.capped else 0.0
+    cap = float(arguments[known.capped] or 0) if known.capped else 0.0
     if cap > 0:
         if guidance.rule != "cfg":
             raise ValueError(
-                f"{stock.capped} is the rule 'norm-cap', and the guidance has the rule {guidance.rule!r}: give one"
+                f"{known.capped} is the rule 'norm-cap', and the guidance has the rule {guidance.rule!r}: give one"
             )
         guidance = replace(guidance, rule="norm-cap", options={"kappa": cap})
     return guidance

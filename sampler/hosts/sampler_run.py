@@ -3,42 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..guidance.guidance import Guidance
-from ..kernels.state import Transition, per_sample
-from ..schedulers.schedule import timestep_of_ratio
+from ..kernels.state import TransitionState, per_sample
 from .escape import Escape
-from .sigma_steps import Steps
+from .guidance_widgets import Settings
+from .noise_levels import scalings, timestep
+from .step_of_sigma import StepOfSigma
 
 logger = logging.getLogger(__name__)
 
 
-class Run:
+class SamplerRun:
     """The guidance of one run of a sampler.
 
-    guidance: of the run, at a scale. scale: of its first call. steps: those of the sampler. timesteps: of each, in 0..1000.
-    batch, device: of the latents.
+    settings: of the guidance. steps: those of the sampler. model: of its noise levels, see `noise_levels`. x: (B, ...), the
+    latents of its first call. scale: in that call. goes_on: the run goes on from another run's latents.
 
     `state` is its `Escape`. `go` says that the model is called; then `guided` combines what it returned.
     """
 
-    def __init__(
-        self,
-        guidance: Callable[[float], Guidance],
-        scale: float,
-        steps: Steps,
-        timesteps: list[float],
-        batch: int,
-        device: torch.device,
-    ):
-        self.guidance, self.scale, self.steps, self.timesteps = guidance, scale, steps, timesteps
-        self.state = self._at(scale, batch, device)
-        self._marks: list[tuple[int, Transition]] = []  # (a step begun, what had been noted before it)
+    def __init__(self, settings: Settings, steps: StepOfSigma, model: Any, x: Tensor, scale: float, goes_on: bool = False):
+        self.steps, self.model, self.scale = steps, model, scale
+        self.timesteps = [timestep(model, sigma) for sigma in steps.sigmas]
+        self._guidance = partial(settings.guidance, timesteps=self.timesteps, goes_on=goes_on)
+        self.state = self._at(scale, x)
+        self._marks: list[tuple[int, TransitionState]] = []  # (a step begun, what had been noted before it)
 
     def go(self, sigma: Tensor) -> None:
         """Go to the next call of the model, at noise level sigma (B,), the same for all."""
@@ -55,18 +48,17 @@ class Run:
         # A scale of 0 may be another one by the time that the predictions are combined.
         return self.scale == 0 or self.state.branch() != "uncond"
 
-    def guided(self, x: Tensor, sigma: Tensor, uncond: Tensor, cond: Tensor | None, scale: float, sampling: Any) -> Tensor:
+    def guided(self, x: Tensor, sigma: Tensor, uncond: Tensor, cond: Tensor | None, scale: float) -> Tensor:
         """The denoised prediction, (B, ...), from those that the model made, (B, ...) each; cond: None where it has no weight.
 
         x: (B, ...) of the call. sigma: (B,), or one for all. scale: after the transition; it may be another one in each call.
-        sampling: of the model, as `scalings` takes it.
         """
         if scale != self.scale:
             last, self.scale = self.state, scale
-            self.state = self._at(scale, last.batch, last.device)
+            self.state = self._at(scale, x)
             self.state.forget(last.mark())
             self.state.seek(last.calls)
-        skip, out = (per_sample(part, x) for part in scalings(sampling, sigma.reshape(-1).expand(len(x)).to(x)))
+        skip, out = (per_sample(part, x) for part in scalings(self.model, sigma.reshape(-1).expand(len(x)).to(x)))
         return skip * x + out * self.state((uncond - skip * x) / out, None if cond is None else (cond - skip * x) / out)
 
     def report(self, finished: bool) -> None:
@@ -83,27 +75,6 @@ class Run:
         if self.steps.returns:
             logger.info(f"Basin Escape: the sampler went back {self.steps.returns} times; what it did again counts")
 
-    def _at(self, scale: float, batch: int, device: torch.device) -> Escape:
+    def _at(self, scale: float, x: Tensor) -> Escape:
         calls = [k // 2 for k in range(2 * len(self.timesteps))]  # the first of each step, and all others of it
-        return Escape(self.guidance(scale), self.timesteps, batch, device, calls)
-
-
-def scalings(model: Any, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """(c_skip, c_out), (B,) each, of denoised = c_skip x + c_out * (what the network returned).
-
-    model: what ComfyUI calls a model sampling and Forge a predictor.
-    """
-    one, zero = torch.ones_like(sigma)[:, None], torch.zeros_like(sigma)[:, None]
-    return model.calculate_denoised(sigma, zero, one).flatten(), model.calculate_denoised(sigma, one, zero).flatten()
-
-
-def timestep(model: Any, sigma: float) -> float:
-    """The timestep in 0..1000 of a noise level: 1000 sigma for flow matching, the model's own where it has 1000, else that at
-    which Stable Diffusion has the same ratio of noise to data."""
-    level = torch.tensor([sigma])
-    clean = float(model.noise_scaling(level, torch.zeros(1), torch.ones(1)))
-    if clean < 1:
-        return 1000 * sigma
-    if getattr(model, "num_timesteps", None) == 1000:
-        return float(model.timestep(level))
-    return float(timestep_of_ratio(level / getattr(model, "sigma_data", 1.0)))
+        return Escape(self._guidance(scale), self.timesteps, len(x), x.device, calls)

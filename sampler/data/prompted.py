@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from glob import glob
@@ -14,20 +16,21 @@ from typing import Any
 from PIL import Image
 
 from .formats import ENCODING, ERRORS, Rows, parquet_rows, row_of
-from .layout import BESIDE, Layout, caption_in, caption_of, file_in
+from .layout import BESIDE, Layout, caption_in, file_in
 from .names import COLUMN, IMAGE, TEXT, Ids, first
 from .pictures import opened, suffixes
 from .prompt_in_file import prompt_in
 from .rows import Faults, open_rows
 from .shards import contents
 
+log = logging.getLogger(__name__)
 SOURCES = "a folder, a file that names pictures and prompts, as manifest.jsonl, a .tar, a .parquet, or a picture"
 MANIFEST = "manifest.jsonl"
 BATCH = 16  # rows of a Parquet file in memory at a time: each holds a picture
 
 
 @dataclass(frozen=True)
-class Captioned:
+class Prompted:
     """A picture and the prompt that it was made from.
 
     id:     differs from that of every other picture, and can name a file.
@@ -45,7 +48,7 @@ class Captioned:
     reason: str = ""
 
 
-def captioned(source: str | Path, on_error: str = "stop") -> Iterator[Captioned]:
+def prompted(source: str | Path, on_error: str = "stop") -> Iterator[Prompted]:
     """The pictures of a source. Each is read when it is opened, and few are in memory at a time.
 
     source: one of these, or a pattern of their names:
@@ -68,10 +71,7 @@ def captioned(source: str | Path, on_error: str = "stop") -> Iterator[Captioned]
     return (one for path, read in zip(paths, readers, strict=True) for one in read(path, ids, faults))
 
 
-Reader = Callable[[Path, Ids, Faults], Iterator[Captioned]]
-
-
-def _reader(path: Path) -> Reader:
+def _reader(path: Path) -> Callable[[Path, Ids, Faults], Iterator[Prompted]]:
     if path.is_dir():
         return _folder
     name = path.name.casefold()
@@ -80,67 +80,49 @@ def _reader(path: Path) -> Reader:
     if name.endswith(".parquet"):
         return _parquet
     if path.suffix.casefold() in suffixes():
-        return lambda path, ids, faults: iter([_of_file(path, ids(path.stem), None)])
+        return lambda path, ids, faults: iter([_of_file(path, ids(path.stem))])
     return _table
 
 
-def _of_file(path: Path, id: str, prompt: str | None, reason: str = "no text beside it") -> Captioned:
-    """A picture that is a file. Where no prompt is given, the file itself may tell it."""
-    where = f"image {str(path)!r}"
-    found = (prompt, "") if prompt else prompt_in(path, reason)
-    return Captioned(id, str(path), where, partial(opened, path, where), *found)
+def _prompted(source: Path | bytes, file: str, where: str, id: str, prompt: Any, reason: str) -> Prompted:
+    """A picture in a file, or in bytes that are in memory for as long as the caller keeps it.
+
+    prompt: its own file may tell it where this is no text; `reason` says why it is none.
+    """
+    found = (prompt, "") if isinstance(prompt, str) and prompt.strip() else prompt_in(source, reason)
+    return Prompted(id, file, where, partial(opened, source, where), *found)
 
 
-def _of_data(data: bytes, file: str, where: str, id: str, prompt: Any, reason: str) -> Captioned:
-    """A picture whose bytes are in memory, for as long as the caller keeps it."""
-    found = (prompt, "") if isinstance(prompt, str) and prompt.strip() else prompt_in(data, reason)
-    return Captioned(id, file, where, partial(opened, data, where), *found)
+def _of_file(path: Path, id: str, prompt: Any = None, reason: str = "no text beside it") -> Prompted:
+    return _prompted(path, str(path), f"image {str(path)!r}", id, prompt, reason)
 
 
-def _folder(folder: Path, ids: Ids, faults: Faults) -> Iterator[Captioned]:
+def _folder(folder: Path, ids: Ids, faults: Faults) -> Iterator[Prompted]:
     """First the pictures that tables name, then the others, with the text beside them or in them."""
     if (folder / MANIFEST).is_file():  # a run's, which may hold its pictures in shards
-        yield from _run(folder, ids, faults)
+        shards = sorted(path for path in (folder / "shards").glob("*") if path.suffix in (".tar", ".parquet"))
+        for file in shards or [folder / MANIFEST]:
+            yield from _reader(file)(file, ids, faults)
         return
     layout = Layout(folder)
     seen: set[Path] = set()
-    if layout.metadata or not any(map(layout.beside, layout.images)):
-        for table in layout.tables:
-            yield from _rows(table, partial(layout.find, home=table.parent), ids, faults, seen)
+    for table in layout.tables:
+        yield from _rows(table, partial(layout.find, home=table.parent), ids, faults, seen)
     for image in layout.images:
-        if image in seen:
-            continue
-        id, prompt, reason = ids(_stem(image, folder)), None, "no text beside it"
-        for text in layout.beside(image):
-            try:
-                prompt = prompt or caption_of(text)
-            except ValueError as error:
-                reason = str(error)
-        yield _of_file(image, id, prompt, reason)
+        if image not in seen:
+            texts, reason = layout.texts(image)
+            yield _of_file(image, ids(layout.name(image)), texts[0] if texts else None, reason)
 
 
-def _stem(path: Path, folder: Path) -> str:
-    return str(path.relative_to(folder).with_suffix(""))
-
-
-def _run(folder: Path, ids: Ids, faults: Faults) -> Iterator[Captioned]:
-    """The pictures of a folder of `generate`, in files of their own or in shards."""
-    shards = sorted(path for path in (folder / "shards").glob("*") if path.suffix in (".tar", ".parquet"))
-    for shard in shards:
-        yield from _reader(shard)(shard, ids, faults)
-    if not shards:
-        yield from _table(folder / MANIFEST, ids, faults)
-
-
-def _table(path: Path, ids: Ids, faults: Faults) -> Iterator[Captioned]:
+def _table(path: Path, ids: Ids, faults: Faults) -> Iterator[Prompted]:
     return _rows(path, partial(file_in, home=path.parent), ids, faults, set())
 
 
-def _rows(path: Path, find: Callable[[str], Path], ids: Ids, faults: Faults, seen: set[Path]) -> Iterator[Captioned]:
+def _rows(path: Path, find: Callable[[str], Path], ids: Ids, faults: Faults, seen: set[Path]) -> Iterator[Prompted]:
     """The pictures that a table's rows name. They are added to `seen`. Rows about pictures that failed are left out."""
     name, read = open_rows(str(path), "images")
     for where, said in _while_whole(read(), "", faults):
-        try:
+        with faults.at(f"{name}, {where}: "):
             if isinstance(said, str):
                 raise ValueError(said)
             if str(said.get("status")).startswith("failed"):
@@ -148,25 +130,18 @@ def _rows(path: Path, find: Callable[[str], Path], ids: Ids, faults: Faults, see
             image, prompt = first(said, IMAGE), first(said, TEXT)
             if not isinstance(image, str):
                 raise ValueError(f"needs {', '.join(IMAGE)}, the name of a picture; it has {', '.join(said) or 'nothing'}")
-            found = find(image)
-        except ValueError as error:
-            faults(f"{name}, {where}: {error}")
-            continue
-        seen.add(found)
-        prompt = prompt[0] if isinstance(prompt, list) and prompt else prompt
-        text = prompt if isinstance(prompt, str) and prompt.strip() else None
-        yield _of_file(found, ids(str(said.get("id") or Path(image).with_suffix(""))), text, f"{where} needs {COLUMN}")
+            seen.add(found := find(image))
+            prompt = prompt[0] if isinstance(prompt, list) and prompt else prompt
+            yield _of_file(found, ids(str(said.get("id") or Path(image).with_suffix(""))), prompt, f"{where} needs {COLUMN}")
 
 
 def _while_whole(rows: Rows, name: str, faults: Faults) -> Rows:
     """The rows of a file, as far as it can be read. name: comes before the fault that ends them."""
-    try:
+    with faults.at(name):
         yield from rows
-    except ValueError as error:
-        faults(f"{name}{error}")
 
 
-def _tar(path: Path, ids: Ids, faults: Faults) -> Iterator[Captioned]:
+def _tar(path: Path, ids: Ids, faults: Faults) -> Iterator[Prompted]:
     """The samples of a WebDataset: members in a row whose names are the same up to the first dot."""
     held: dict[str, tuple[str, bytes]] = {}
     last = None
@@ -195,7 +170,7 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
             raise tarfile.ReadError("it is cut off or broken behind its last member that can be read")
 
 
-def _sample(path: Path, members: Mapping[str, tuple[str, bytes]], ids: Ids) -> Iterator[Captioned]:
+def _sample(path: Path, members: Mapping[str, tuple[str, bytes]], ids: Ids) -> Iterator[Prompted]:
     """The pictures of a sample, each with the sample's first text. members: (suffix, bytes), by name."""
     prompt, reason, own = None, "no text beside it", None
     for name, (kind, data) in sorted(members.items(), key=lambda one: BESIDE.index(one[1][0]) if one[1][0] in BESIDE else -1):
@@ -209,16 +184,20 @@ def _sample(path: Path, members: Mapping[str, tuple[str, bytes]], ids: Ids) -> I
     for name, (kind, data) in members.items():
         if kind in suffixes():
             id = ids(own or f"{path.stem}/{Path(name).stem}")
-            yield _of_data(data, f"{path}/{name}", f"member {name!r} of {str(path)!r}", id, prompt, reason)
+            yield _prompted(data, f"{path}/{name}", f"member {name!r} of {str(path)!r}", id, prompt, reason)
+        elif Path(kind).suffix in suffixes():  # a mask beside its picture, or a name with a dot in it
+            log.warning("member %r of %r is passed over: in a WebDataset, a name ends at its first dot", name, str(path))
 
 
 def _id_in(data: bytes) -> str | None:
     """The id in a JSON object, as `generate` writes them into its shards."""
-    row = row_of(data.decode(ENCODING, ERRORS))
-    return str(row["id"]) if isinstance(row, dict) and row.get("id") is not None else None
+    with suppress(ValueError):
+        id = row_of(data.decode(ENCODING, ERRORS)).get("id")
+        return None if id is None else str(id)
+    return None
 
 
-def _parquet(path: Path, ids: Ids, faults: Faults) -> Iterator[Captioned]:
+def _parquet(path: Path, ids: Ids, faults: Faults) -> Iterator[Prompted]:
     """The pictures of a file, whose rows hold their bytes or their names."""
 
     def wanted(name: str, kind: Any) -> bool:
@@ -226,14 +205,9 @@ def _parquet(path: Path, ids: Ids, faults: Faults) -> Iterator[Captioned]:
 
     for where, row in _while_whole(parquet_rows(path, wanted, BATCH), f"images file {str(path)!r}, ", faults):
         place = f"{where} of {str(path)!r}"
-        try:
-            data, prompt = _bytes_in(row, path.parent), first(row, TEXT)
-        except (ValueError, OSError) as error:
-            faults(f"{place}: {error}")
-            continue
-        yield _of_data(
-            data, f"{path}/{where}", place, ids(str(row.get("id") or f"{path.stem}/{where}")), prompt, f"it needs {COLUMN}"
-        )
+        with faults.at(f"{place}: "):
+            data, id = _bytes_in(row, path.parent), str(row.get("id") or f"{path.stem}/{where}")
+            yield _prompted(data, f"{path}/{where}", place, ids(id), first(row, TEXT), f"it needs {COLUMN}")
 
 
 def _bytes_in(row: Mapping[str, Any], home: Path) -> bytes:
@@ -249,4 +223,7 @@ def _bytes_in(row: Mapping[str, Any], home: Path) -> bytes:
     named = named.get("path") if isinstance(named, Mapping) else named
     if not isinstance(named, str):
         raise ValueError(f"needs a column of pictures' bytes, or {', '.join(IMAGE)}; it has {', '.join(row) or 'nothing'}")
-    return file_in(named, home).read_bytes()
+    try:
+        return file_in(named, home).read_bytes()
+    except OSError as error:
+        raise ValueError(f"its image {named[:80]!r} cannot be read: {error}") from error

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from typing import Any
 from .. import checks
 from ..calibration.baseline import ordinary_prompts
 from ..calibration.calibration import EARLY, LOOKED, Calibration, steps_and_scale
-from ..calibration.fingerprint import differing, fingerprint
+from ..calibration.cost import PlainRuns
 from ..data.captions import Prompt, read_captions
 from ..data.pictures import images_in
 from ..data.prompts import read_prompts
@@ -40,12 +41,13 @@ from ..runs.folder import open_folder
 from ..runs.jsontext import json_bytes
 from ..runs.provenance import weights_sha256
 from ..sampler import Sampler
-from . import page
+from . import audit_page
 from .index import Index
-from .ranking import Gaps, Reference, Task, statistic
+from .ranking import Reference, Task, first_gaps, statistic
 from .record import ranked, ranked_record, verdict, verified_record
 from .verification import Verification
 
+log = logging.getLogger(__name__)
 FIRST_SEED = 1_000_000_000  # of the ordinary captions: no seeds of the audited ones, whatever their number
 
 
@@ -107,93 +109,71 @@ def audit(
 
     captions: a file or folder that `read_captions` knows, what it gives, or a list of captions.
     ordinary: prompts that the model has not memorized, or a file of them; None: those that ship. They are measured unless the
-              calibration has their gaps: one made on this model with these steps and this scale, where `settings.noises` is 1.
-              What was measured is kept in the user's cache, for the next audit.
+              calibration has such gaps: one made on this model with these steps and this scale, where `settings.noises` is 1.
+              A warning says so. What was measured is kept in the user's cache, for the next audit.
     calibration: one, a file, or the name of a pipeline that ships; None: no calibration.
     training_images: a folder, or files, beside the captions' own images.
     model:    what run.json calls the sampler's model; None: where it was loaded from.
 
     Raises ValueError, before any work, for what does not fit, and for a folder that holds something else.
     """
-    inputs = _Inputs.read(sampler, captions, settings, ordinary, calibration, training_images, model)
-    captions, settings, out = inputs.captions, inputs.settings, Path(out)
-    steps, scale, first = inputs.steps, inputs.scale, settings.looked(inputs.steps)
-    known = _of_calibration(inputs, sampler)
-    if known is None and len(inputs.ordinary) < 2:
+    out, model = Path(out), sampler.source if model is None else model
+    asked, own = _captions(captions, settings.on_error), ordinary is not None
+    ordinary = _ordinary(ordinary, model)
+    calibration = Calibration.load(calibration) if isinstance(calibration, str | Path) else calibration
+    images = _images(asked, images_in(training_images) if isinstance(training_images, str | Path) else training_images)
+    runs = _runs(sampler, settings, calibration, progress)
+    first = settings.looked(runs.steps)
+    known = None if calibration is None else _of_calibration(calibration, runs, first, settings.noises)
+    if known is None and len(ordinary) < 2:
         raise ValueError(
-            f"ordinary must be two prompts at least, and a hundred or more for small p-values; got {len(inputs.ordinary)}"
+            f"ordinary must be two prompts at least, and a hundred or more for small p-values; got {len(ordinary)}"
         )
-    threshold, index = _verdicts(sampler, inputs)
-    run = _run(sampler, inputs, known)
-    open_folder(out, run)
+    if known is not None and own:
+        log.warning("the %d ordinary prompts are not measured: the calibration has gaps of its own", len(ordinary))
+    threshold, index = _verdicts(settings, calibration, sampler, images)
+    run = _run(model, asked, known or ordinary, settings, runs)
+    open_folder(out, run, ("model",))  # which its weights tell, whatever path leads to it
 
-    gaps = Gaps(sampler, first, steps, scale, inputs.size, progress)
-    reference = known or _measured(gaps, inputs, run, out)
-    places = {prompt.id: i for i, prompt in enumerate(captions)}
+    reference = known or _measured(runs, first, ordinary, settings.noises, out, _cached(run))
+    places = {prompt.id: i for i, prompt in enumerate(asked)}
 
-    def task(prompt: Prompt, number: int) -> Task:
+    def task(id: str, number: int) -> Task:
         """A caption with so many seeds, which depend on its place alone."""
-        return prompt.id, prompt.text, [settings.seed + places[prompt.id] + k * len(captions) for k in range(number)]
+        return id, asked[places[id]].text, [settings.seed + places[id] + k * len(asked) for k in range(number)]
 
-    lines = gaps([task(prompt, settings.noises) for prompt in captions], out / "gaps.jsonl", "captions")
-    rows = ranked(captions, lines, reference, settings.rate)
-    worst = [captions[places[row["id"]]] for row in rows if row["status"] == "ok"][: settings.verify]
-    verify = Verification(sampler, out, steps, scale, reference.gap, threshold, inputs.size, progress)
-    found = verify([task(prompt, settings.seeds) for prompt in worst], index) if worst else {}
+    lines = first_gaps(runs, first, [task(id, settings.noises) for id in places], out / "gaps.jsonl", "captions")
+    rows = ranked(asked, lines, reference, settings.rate)
+    worst = [row["id"] for row in rows if row["status"] == "ok"][: settings.verify]
+    verify = Verification(runs, out, reference.gap, threshold, index)
+    found = verify([task(id, settings.seeds) for id in worst]) if worst else {}
     rows = [verdict(row, found.get(row["id"], [])) for row in rows]
-    write_csv(out / "audit.csv", rows)
     told = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **run}
     told |= ranked_record(rows, lines, reference, settings.rate)
     told |= verified_record(found, len(worst) * settings.seeds, threshold, index)
-    told |= {"training_images": len(inputs.images), "without_caption": len(inputs.images) - len(_images(captions))}
-    with atomic_write(out / "audit.json") as part:
-        part.write_bytes(json_bytes(told, indent=1) + b"\n")
-    page.write(out, told, {prompt.id: prompt.image for prompt in captions}, rows, found)
+    told |= {"training_images": len(images), "without_caption": len(images) - len(_images(asked))}
+    _write(out, told, rows, found, {prompt.id: prompt.image for prompt in asked})
     return rows
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """What `audit` is given, read. images: the captions' own training images and the others. size: samples a batch."""
+def _captions(given: str | Path | Sequence[Prompt | str], on_error: str) -> list[Prompt]:
+    if isinstance(given, str | Path):
+        return read_captions(given, every=True, on_error=on_error)
+    return [Prompt(f"{i:04d}", one) if isinstance(one, str) else one for i, one in enumerate(given)]
 
-    model: str
-    captions: Sequence[Prompt]
-    ordinary: Sequence[str]
-    calibration: Calibration | None
-    images: Sequence[Path]
-    settings: Settings
-    steps: int
-    scale: float
-    size: int
 
-    @classmethod
-    def read(
-        cls,
-        sampler: Sampler,
-        captions: str | Path | Sequence[Prompt | str],
-        settings: Settings,
-        ordinary: str | Path | Sequence[str] | None,
-        calibration: Calibration | str | Path | None,
-        training_images: str | Path | Sequence[Path],
-        model: str | None,
-    ) -> _Inputs:
-        """Raises what the readers raise, and ValueError for a scale at which there is nothing to compare."""
-        model = sampler.source if model is None else model
-        if isinstance(captions, str | Path):
-            captions = read_captions(captions, every=True, on_error=settings.on_error)
-        asked = [Prompt(f"{i:04d}", one) if isinstance(one, str) else one for i, one in enumerate(captions)]
-        if ordinary is None or isinstance(ordinary, str | Path):
-            ordinary = [job.prompt for job in read_prompts(ordinary_prompts(model) if ordinary is None else Path(ordinary))]
-        if isinstance(calibration, str | Path):
-            calibration = Calibration.load(calibration)
-        if isinstance(training_images, str | Path):
-            training_images = images_in(training_images)
-        steps, scale = steps_and_scale(sampler, calibration, settings.steps, settings.scale)
-        if scale in (0, 1):
-            raise ValueError(f"scale is {scale:g}, at which a model is asked once a step: an audit compares two predictions")
-        size = settings.batch_size or memory.size(sampler.model, *sampler.size())
-        images = _images(asked, training_images)
-        return cls(model, asked, ordinary, calibration, images, settings, steps, scale, size)
+def _ordinary(given: str | Path | Sequence[str] | None, model: str) -> Sequence[str]:
+    if given is None or isinstance(given, str | Path):
+        return [job.prompt for job in read_prompts(ordinary_prompts(model) if given is None else Path(given))]
+    return given
+
+
+def _runs(sampler: Sampler, settings: Settings, calibration: Calibration | None, progress: bool) -> PlainRuns:
+    """How captions are sampled. Raises ValueError for a scale at which there is nothing to compare."""
+    steps, scale = steps_and_scale(sampler, calibration, settings.steps, settings.scale)
+    if scale in (0, 1):
+        raise ValueError(f"scale is {scale:g}, at which a model is asked once a step: an audit compares two predictions")
+    return PlainRuns(sampler, steps, scale, settings.batch_size or memory.size(sampler.model, *sampler.size()), progress)
 
 
 def _images(captions: Sequence[Prompt], more: Sequence[Path] = ()) -> list[Path]:
@@ -204,46 +184,40 @@ def _images(captions: Sequence[Prompt], more: Sequence[Path] = ()) -> list[Path]
     return list(found.values())
 
 
-def _of_calibration(inputs: _Inputs, sampler: Sampler) -> Reference | None:
-    """What the calibration says of ordinary captions, if its pictures were made as the captions' are; None if not."""
-    calibration, settings, steps = inputs.calibration, inputs.settings, inputs.steps
-    if calibration is None:
+def _of_calibration(calibration: Calibration, runs: PlainRuns, first: int, noises: int) -> Reference | None:
+    """What a calibration says of ordinary captions, if its pictures were made as the captions' are; None if not."""
+    alike = calibration.made_on(runs.sampler) and calibration.has(runs.sampler.solver(runs.steps).levels)
+    alike = alike and calibration.scale == runs.scale and noises == 1
+    if not (alike and first <= min(map(len, calibration.first_gaps))):
         return None
-    first, levels = settings.looked(steps), sampler.solver(steps).levels
-    alike = calibration.fitted(sampler, steps) is calibration and len(calibration.gap) == len(levels)
-    alike = alike and calibration.scale == inputs.scale and settings.noises == 1
-    alike = alike and first <= min(map(len, calibration.first_gaps))
-    alike = alike and not (calibration.model and differing(calibration.model, fingerprint(sampler.pipe)))
-    if not (alike and calibration.settings.get("size", list(sampler.size())) == list(sampler.size())):
-        return None
-    ones = (1.0,) * first
+    ones = (1.0,) * first  # its first gaps are relative to the usual ones
     ordinary = tuple(statistic([gaps[:first]], ones) for gaps in calibration.first_gaps)
     return Reference(calibration.gap[:first], ordinary, "the calibration")
 
 
-def _measured(gaps: Gaps, inputs: _Inputs, run: dict[str, Any], out: Path) -> Reference:
+def _measured(runs: PlainRuns, first: int, ordinary: Sequence[str], noises: int, out: Path, cached: Path) -> Reference:
     """The same, measured on the ordinary prompts, or taken from the user's cache if an earlier audit measured it."""
-    noises, ordinary = inputs.settings.noises, inputs.ordinary
-    seeds = [[FIRST_SEED + j + k * len(ordinary) for k in range(noises)] for j in range(len(ordinary))]
-    tasks = [(f"{j:04d}", text, own) for j, (text, own) in enumerate(zip(ordinary, seeds, strict=True))]
-    path, cached = out / "ordinary.jsonl", _cached(run)
+    count, path = len(ordinary), out / "ordinary.jsonl"
+    tasks = [(f"{j:04d}", text, [FIRST_SEED + j + k * count for k in range(noises)]) for j, text in enumerate(ordinary)]
     if not path.exists() and cached.is_file():
-        with atomic_write(path) as part:
-            shutil.copyfile(cached, part)
-    what = "ordinary prompts, once for a model and its settings (basinescape calibrate keeps more)"
-    every = gaps(tasks, path, what)
+        _copy(cached, path)
+    every = first_gaps(runs, first, tasks, path, "ordinary prompts, once a model")
     lines = [line for line in every.values() if line["status"] == "ok"]
     if len(lines) < 2:
-        raise ValueError(f"{len(lines)} of {len(ordinary)} ordinary prompts could be measured: see {str(path)!r}")
+        raise ValueError(f"{len(lines)} of {count} ordinary prompts could be measured: see {str(path)!r}")
     if len(lines) == len(every):
         with suppress(OSError):  # without a cache the next audit measures again
             cached.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(cached) as part:
-                shutil.copyfile(path, part)
-    usual = tuple(median(noise[k] for line in lines for noise in line["gaps"]) for k in range(gaps.steps))
+            _copy(path, cached)
+    usual = tuple(median(noise[k] for line in lines for noise in line["gaps"]) for k in range(first))
     if min(usual) <= 0:
         raise ValueError("the usual noise gap is 0: the model takes no notice of prompts")
     return Reference(usual, tuple(statistic(line["gaps"], usual) for line in lines), "measured here")
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic_write(target) as part:
+        shutil.copyfile(source, part)
 
 
 def _cached(run: dict[str, Any]) -> Path:
@@ -253,42 +227,56 @@ def _cached(run: dict[str, Any]) -> Path:
     return home / f"ordinary-{_digest(decides)}.jsonl"
 
 
-def _verdicts(sampler: Sampler, inputs: _Inputs) -> tuple[float, Index | None]:
+def _verdicts(
+    settings: Settings, calibration: Calibration | None, sampler: Sampler, images: Sequence[Path]
+) -> tuple[float, Index | None]:
     """The threshold of the basin score, and the index of the training images, if pictures are to be judged.
 
-    Raises ValueError, before any work, for what cannot be judged.
+    Raises ValueError for what cannot be judged.
     """
-    settings, calibration = inputs.settings, inputs.calibration
     if not settings.verify:
         return THRESHOLD, None
     basin.Probe.of(sampler.scheduler)
     threshold = THRESHOLD if calibration is None else calibration.threshold(RATE)
-    if not inputs.images:
-        return threshold, None
-    return threshold, Index(inputs.images, settings.similarity, settings.threshold, settings.on_error)
+    return threshold, Index(images, settings.similarity, settings.threshold, settings.on_error) if images else None
 
 
-def _run(sampler: Sampler, inputs: _Inputs, known: Reference | None) -> dict[str, Any]:
+def _run(
+    model: str, captions: Sequence[Prompt], ordinary: Reference | Sequence[str], settings: Settings, runs: PlainRuns
+) -> dict[str, Any]:
     """The contents of run.json: what decides gaps, scores and pictures.
 
     How many captions are verified is free to change, and so are the training images: pictures are compared with them each time.
     """
-    captions, settings = inputs.captions, inputs.settings
+    sampler = runs.sampler
     return {
-        "model": inputs.model,
+        "model": model,
         "weights_sha256": weights_sha256(sampler.pipe),
         "captions": len(captions),
         "captions_sha256": _digest([(prompt.id, prompt.text) for prompt in captions]),
-        "ordinary_sha256": _digest([known.gap, known.ordinary] if known else list(inputs.ordinary)),
-        "steps": inputs.steps,
-        "scale": inputs.scale,
-        "first_steps": settings.looked(inputs.steps),
+        "ordinary_sha256": _digest([ordinary.gap, ordinary.ordinary] if isinstance(ordinary, Reference) else list(ordinary)),
+        "steps": runs.steps,
+        "scale": runs.scale,
+        "first_steps": settings.looked(runs.steps),
         "noises": settings.noises,
         "seed": settings.seed,
         "size": list(sampler.size()),
         "options": {name: str(value) for name, value in sampler.options.items()},
         **sampler.provenance,
     }
+
+
+def _write(
+    out: Path,
+    told: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    found: dict[str, list[dict[str, Any]]],
+    images: dict[str, Path | None],
+) -> None:
+    write_csv(out / "audit.csv", rows)
+    with atomic_write(out / "audit.json") as part:
+        part.write_bytes(json_bytes(told, indent=1) + b"\n")
+    audit_page.write(out, told, images, rows, found)
 
 
 def _digest(data: Any) -> str:

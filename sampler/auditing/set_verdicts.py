@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappush, heappushpop
 from itertools import islice
-from math import inf, isfinite
+from math import inf, isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +26,26 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import checks
-from ..data.captioned import Captioned, captioned
+from ..data.prompted import Prompted, prompted
 from ..data.tables import write_csv
 from ..detection import basin
 from ..guidance.guard import PROBES, THRESHOLD
 from ..models import memory
 from ..runs.atomic import atomic_write
-from ..runs.folder import open_folder, read_settings
+from ..runs.batches import halving
+from ..runs.folder import differences, open_folder, read_settings
 from ..runs.journal import Journal, read_lines
 from ..runs.jsontext import json_bytes
 from ..runs.provenance import weights_sha256
 from ..sampler import Sampler
 from . import judge_page
 from .html_images import inside
-from .ranking import each
 
 log = logging.getLogger(__name__)
 SCORES, SHARDS = "scores.jsonl", "shard-*-of-*"
 SHOWN = 200  # pictures on the page; judge.csv has them all
 HELD = 4  # batches whose pictures are in memory at a time, so that those of one size find each other
+FREE = ("model",)  # of run.json: the weights tell which model it is, whatever path leads to it
 NOT_FINITE = "failed: its score is not finite"
 Line = dict[str, Any]
 
@@ -88,17 +89,17 @@ def judge(
 ) -> list[Line]:
     """Judge the pictures of `images` into the folder `out`; returns the rows of `judge.csv`.
 
-    images: see `captioned`. model: what run.json calls the sampler's model; None: where it was loaded from.
+    images: see `prompted`. model: what run.json calls the sampler's model; None: where it was loaded from.
     shard: (i, n): every n-th picture alone, from the i-th on, in the folder `out`/shard-i-of-n.
 
     A row has id, file, prompt, score, suspect, and status: "ok", or "failed: " and why there is no score; such a picture is
     looked at again when the run is started again. The most suspect come first, and those without a score last.
 
-    Raises ValueError for settings that do not fit, a folder that holds something else, what `captioned` refuses, and where
+    Raises ValueError for settings that do not fit, a folder that holds something else, what `prompted` refuses, and where
     there are no pictures; FileNotFoundError where there is no such source.
     """
     _check(sampler, settings)
-    found = captioned(images, settings.on_error)
+    found = prompted(images, settings.on_error)
     size = settings.batch_size or memory.size(sampler.model, *sampler.size())
     model = sampler.source if model is None else model
     run = _run(sampler, model, images, settings)
@@ -115,12 +116,19 @@ def judge(
             journal.append(*(line for line in lines if line != known.get(line["id"])))
             rows += [_row(line, settings.threshold) for line in lines]
             bar.update(len(lines))
+    if judging.small:
+        log.warning(
+            "%d pictures are judged in less than half of the pixels that the model makes, %d x %d: a copy that was scaled down "
+            "may pass; judge pictures in the size they were made in",
+            *(judging.small, *sampler.size()),
+        )
     if not rows and shard is None:  # a shard may have none
         raise ValueError(f"images {str(images)!r} have no pictures")
     rows.sort(key=lambda row: -_rank(row))
     if rows:
         write_csv(home / "judge.csv", rows)
-        judge_page.write(home, run | {"images": str(images)}, rows, judging.shown, settings.threshold)
+        shown = {id: uri for _, id, uri in judging.worst}
+        judge_page.write(home, run | {"images": str(images)}, rows, shown, settings.threshold)
     return rows
 
 
@@ -148,21 +156,17 @@ def _opened(out: Path, run: dict[str, Any], shard: tuple[int, int] | None) -> Pa
     """
     if shard is not None:
         home = out / f"shard-{shard[0]}-of-{shard[1]}"
-        open_folder(home, run | {"shard": list(shard)})
+        open_folder(home, run | {"shard": list(shard)}, FREE)
         return home
-    run = json.loads(json_bytes(run | {"shard": None}))  # as a shard's is read back
+    text = json_bytes(run, indent=2)
     shards = sorted(path.parent for path in out.glob(f"{SHARDS}/run.json"))
     for part in shards:
-        earlier = read_settings(part) | {"shard": None}
-        differs = [name for name in run if earlier.get(name) != run[name]]
-        if differs:
-            raise ValueError(
-                f"{str(part)!r} is a shard of another run (its {', '.join(differs)} differ): choose another folder"
-            )
+        if said := differences(read_settings(part), json.loads(text), (*FREE, "shard")):
+            raise ValueError(f"{str(part)!r} is a shard of another run ({said}): choose another folder")
     if shards and not (out / "run.json").exists():
         with atomic_write(out / "run.json") as file:
-            file.write_bytes(json_bytes(run, indent=2) + b"\n")
-    open_folder(out, run)
+            file.write_bytes(text + b"\n")
+    open_folder(out, run, FREE)
     return out
 
 
@@ -176,14 +180,8 @@ def _row(line: Line, threshold: float) -> Line:
     """A row of judge.csv."""
     score, status = line.get("score"), line["status"]
     suspect = status == NOT_FINITE or (None if score is None else basin.suspects(score, threshold))
-    return {
-        "id": line["id"],
-        "file": line["file"],
-        "prompt": line["prompt"],
-        "score": score,
-        "suspect": suspect,
-        "status": status,
-    }
+    said = {name: line.get(name) for name in ("id", "file", "prompt", "score")}
+    return {**said, "suspect": suspect, "status": status}
 
 
 def _rank(line: Line) -> float:
@@ -193,20 +191,18 @@ def _rank(line: Line) -> float:
 
 
 class Judging:
-    """Judges pictures, and keeps the worst of them small, for the page.
+    """Judges pictures.
 
-    shown: data URIs of those, by their ids.
+    worst: of the most suspect, for the page: a heap of their rank, id, and the small picture as a data URI.
+    small: how many are judged in less than half of the pixels that the model makes.
     """
 
     def __init__(self, sampler: Sampler, settings: Settings, size: int):
         self.sampler, self.settings, self.size = sampler, settings, size
-        self._worst: list[tuple[float, str, str]] = []  # a heap: rank, id, data URI
+        self.worst: list[tuple[float, str, str]] = []
+        self.small = 0
 
-    @property
-    def shown(self) -> dict[str, str]:
-        return {id: uri for _, id, uri in self._worst}
-
-    def __call__(self, part: Sequence[Captioned], known: dict[str, Line]) -> list[Line]:
+    def __call__(self, part: Sequence[Prompted], known: dict[str, Line]) -> list[Line]:
         """A line for each picture, in their order; that of `known` where neither it nor its prompt changed."""
         lines: dict[str, Line] = {}
         waiting: list[tuple[Line, Image.Image]] = []
@@ -220,29 +216,22 @@ class Judging:
             except ValueError as error:
                 lines[one.id] = line | {"status": f"failed: {checks.line(error)}"}
                 continue
-            line["sha256"] = _sha256(image)
+            width, height = self.settings.width or image.width, self.settings.height or image.height
+            self.small += 2 * width * height < prod(self.sampler.size())
+            line["sha256"] = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
             earlier = known.get(one.id, {})
             if all(earlier.get(name) == line[name] for name in ("prompt", "sha256")):
                 lines[one.id] = earlier | line
             else:
                 waiting.append((line, image))
-        for line in self._judged(waiting):
-            lines[line["id"]] = line
+        for some, scores in halving(self._scores, waiting) if waiting else ():
+            for k, (line, _) in enumerate(some):
+                lines[line["id"]] = line | _verdict(scores if isinstance(scores, Exception) else scores[k])
         found = [lines[one.id] for one in part]
         for line in found:
             if "sha256" in line:
                 self._keep(_rank(line), line["id"], opened[line["id"]])
         return found
-
-    def _judged(self, waiting: Sequence[tuple[Line, Image.Image]]) -> Iterator[Line]:
-        for some, scores in each(self._scores, waiting) if waiting else ():
-            for k, (line, _) in enumerate(some):
-                if isinstance(scores, Exception):
-                    yield line | {"status": f"failed: {checks.line(scores)}"}
-                elif isfinite(scores[k]):
-                    yield line | {"score": round(scores[k], 5), "status": "ok"}
-                else:
-                    yield line | {"status": NOT_FINITE}
 
     def _scores(self, waiting: Sequence[tuple[Line, Image.Image]]) -> list[float]:
         """In float32 where that is needed for a score that is finite."""
@@ -255,18 +244,20 @@ class Judging:
         return scores
 
     def _asked(self, waiting: Sequence[tuple[Line, Image.Image]]) -> list[float]:
-        settings = self.settings
-        prompts, images = [line["prompt"] for line, _ in waiting], [image for _, image in waiting]
+        settings, images = self.settings, [image for _, image in waiting]
         how: dict[str, Any] = {name: getattr(settings, name) for name in ("probes", "height", "width")}
-        return self.sampler.judge(images, prompts, [settings.seed] * len(images), batch_size=self.size, **how).score.tolist()
+        how |= {"seeds": [settings.seed] * len(images), "batch_size": self.size}
+        return self.sampler.judge(images, [line["prompt"] for line, _ in waiting], **how).score.tolist()
 
     def _keep(self, rank: float, id: str, image: Image.Image) -> None:
-        if len(self._worst) < SHOWN:
-            heappush(self._worst, (rank, id, inside(image)))
-        elif rank > self._worst[0][0]:
-            heappushpop(self._worst, (rank, id, inside(image)))
+        if len(self.worst) < SHOWN:
+            heappush(self.worst, (rank, id, inside(image)))
+        elif rank > self.worst[0][0]:
+            heappushpop(self.worst, (rank, id, inside(image)))
 
 
-def _sha256(image: Image.Image) -> str:
-    """Of a picture's size and pixels."""
-    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+def _verdict(score: float | Exception) -> Line:
+    """What a line says of a score, or of what went wrong."""
+    if isinstance(score, Exception):
+        return {"status": f"failed: {checks.line(score)}"}
+    return {"score": round(score, 5), "status": "ok"} if isfinite(score) else {"status": NOT_FINITE}

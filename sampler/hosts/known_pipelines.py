@@ -1,7 +1,8 @@
-"""What is known of diffusers' pipelines: how each asks its network for the two predictions, and what it does with them."""
+"""The pipelines of diffusers that are known: how each asks its network for two predictions, and what it does with them."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class StockPipeline:
+class KnownPipeline:
     """Pipelines that are guided alike.
 
     networks:   the components that make the predictions, those that the pipeline has.
@@ -38,14 +39,14 @@ class StockPipeline:
     only: tuple[tuple[str, Any], ...] = ()
 
 
-_UNET = StockPipeline(networks=("unet",))
-_DOUBLED = StockPipeline()
+_UNET = KnownPipeline(networks=("unet",))
+_DOUBLED = KnownPipeline()
 _WIDE = replace(_DOUBLED, merge=torch.float32)
-_PAIR = StockPipeline(pair=True, cond_first=True)
+_PAIR = KnownPipeline(pair=True, cond_first=True)
 _TRUE_CFG = replace(_PAIR, scale="true_cfg_scale", negated=True)
 _WAN = replace(_PAIR, networks=("transformer", "transformer_2"), only=(("guidance_scale_2", None),))
 
-STOCK_PIPELINES: Mapping[str, StockPipeline] = {
+PIPELINES: Mapping[str, KnownPipeline] = {
     **dict.fromkeys(
         (
             "StableDiffusionPipeline",
@@ -78,26 +79,32 @@ STOCK_PIPELINES: Mapping[str, StockPipeline] = {
 }
 
 
-def stock_pipeline_of(pipe: Any) -> StockPipeline:
+def known_pipeline(pipe: Any) -> KnownPipeline:
     """What is known of a pipeline, by its class or the class that this one was made from.
 
-    Raises ValueError for a pipeline that is of none, and for a network that knows no guidance by two predictions.
+    Raises ValueError for a pipeline that is of none, whose call hides what such pipelines are called with, or whose network
+    knows no guidance by two predictions.
     """
     names = [made.__name__ for made in type(pipe).__mro__]
-    stock = next((STOCK_PIPELINES[name] for name in names if name in STOCK_PIPELINES), None)
-    if stock is None:
+    name = next((name for name in names if name in PIPELINES), None)
+    if name is None:
         guided = "give it a guider, basinescape.hosts.modular.BasinEscapeGuidance" if hasattr(pipe, "guider") else ""
         raise ValueError(
-            f"pipe is a {names[0]}, which is not among those whose two predictions are known ({', '.join(STOCK_PIPELINES)}): "
+            f"pipe is a {names[0]}, which is not among those whose two predictions are known ({', '.join(PIPELINES)}): "
             f"{guided or 'guide in a loop of your own with Escape'}"
         )
-    network = network_of(pipe, stock)
-    distilled = getattr(network.config, "time_cond_proj_dim", None) is not None or pipe.config.get("is_distilled", False)
-    if distilled:
+    known = PIPELINES[name]
+    if known.scale not in inspect.signature(type(pipe).__call__).parameters:
+        raise ValueError(
+            f"pipe's {names[0]}.__call__ does not name {known.scale}, so its arguments cannot be followed: give it those of "
+            f"{name}, or take a {name}"
+        )
+    network = network_of(pipe, known)
+    if getattr(network.config, "time_cond_proj_dim", None) is not None or pipe.config.get("is_distilled", False):
         raise ValueError(f"pipe's {type(network).__name__} is distilled: it makes one prediction, guidance needs two")
-    return stock
+    return known
 
 
-def network_of(pipe: Any, stock: StockPipeline) -> Any:
+def network_of(pipe: Any, known: KnownPipeline) -> Any:
     """The first of a pipeline's networks, a module of diffusers."""
-    return next(getattr(pipe, name) for name in stock.networks if getattr(pipe, name, None) is not None)
+    return next(getattr(pipe, name) for name in known.networks if getattr(pipe, name, None) is not None)

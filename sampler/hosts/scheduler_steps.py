@@ -1,0 +1,40 @@
+"""Which of a scheduler's steps a run takes, their noise levels, and the step of each call of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..guidance.guidance import first_of_step
+from ..schedulers.schedule import noise_levels, step_of_calls
+
+
+class StepsTaken(NamedTuple):
+    """Steps as `Escape` takes them, counted from the first that is taken.
+
+    timesteps: of each, in 0..1000, NaN where that is not known. log_snrs: likewise, or None. step: of each call of the network.
+    """
+
+    timesteps: Sequence[float] | Tensor
+    log_snrs: Tensor | None
+    step: Tensor
+
+
+def steps_taken(scheduler: Any, timesteps: Tensor) -> StepsTaken:
+    """Those of a scheduler that is set to a run, of which the calls at `timesteps` (K,) are taken.
+
+    Raises ValueError where these are not all of its own, or some that follow one another in them.
+    """
+    own, count = scheduler.timesteps.cpu(), len(timesteps)
+    wanted = timesteps.cpu().to(own.dtype)
+    calls = [slice(k, k + count) for k in range(len(own) - count + 1) if torch.equal(own[k : k + count], wanted)]
+    if not calls or not count:
+        raise ValueError(f"the {count} timesteps of the run are none of the scheduler's own: its noise levels are not known")
+    step, levels = step_of_calls(scheduler)[calls[0]], noise_levels(scheduler)
+    first = first_of_step(step) > 0
+    if levels is None:
+        return StepsTaken([torch.nan] * int(first.sum()), None, step - step[0])
+    return StepsTaken(levels.timestep[calls[0]][first], levels.log_snr[calls[0]][first], step - step[0])
