@@ -106,8 +106,8 @@ def evaluate(
         failed, rows = error, error.rows
     if rows:
         compared = Comparison.of(rows, STATIC if chosen.transition is None else chosen.transition)
-        threshold = f"A copy: {chosen.copy}" if compared.sure() and chosen.model not in shipped() else ""
-        said = (compared.sure(), threshold, compared.finding())
+        origin = f"A copy: {chosen.copy}" if compared.sure() and chosen.model not in shipped() else ""
+        said = (compared.sure(), origin, compared.finding())
         typer.echo("\n\n".join([aligned(compared.text_rows()), *(fill(text, 80) for text in said if text)]))
     if failed:
         typer.echo(f"basinescape: {failed}", err=True)

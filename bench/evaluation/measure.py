@@ -59,7 +59,8 @@ class Measure:
     memorized:  whether any training image is more like it than the threshold. All four are None without training images.
     concept_ok: whether it shows the prompt's concept; None without one, or without a classifier beside the model.
 
-    Raises ValueError for a folder of images that holds none, a concept that the classifier does not know, and what `TrainingImages` does.
+    Raises ValueError for a folder of images that holds none, for a concept that the classifier does not know, and what
+    `TrainingImages` does.
     """
 
     def __init__(self, scenario: Scenario, groups: Mapping[str, Sequence[Prompt]]):

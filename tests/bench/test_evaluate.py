@@ -208,11 +208,15 @@ def test_a_model_and_captions_of_ones_own(own_model, tmp_path, monkeypatch, caps
     assert run(monkeypatch, capsys, "report", tmp_path / "run", "--out", tmp_path / "page.html")[0] == 0
 
     (tmp_path / "images").mkdir()
+    (tmp_path / "empty").mkdir()
     source = tmp_path / "run" / "images" / "cfg" / "0000-0.png"
     (tmp_path / "images" / "0001.png").write_bytes(source.read_bytes())  # what the other caption's image will be
     methods = ("--images", tmp_path / "images", "--similarity", "pixels", "--methods", f"cfg,{tmp_path / 'mine.py'}:method")
     code, out, error = run(monkeypatch, capsys, *asked, *methods, "--out", tmp_path / "again")
     assert code == 1 and "1 images failed, the last of them: KeyError: 'b'" in error
+    words = " ".join(out.split())
+    assert "Shares of 1 image cannot tell methods apart" in words and "95% interval of the share" in words
+    assert "A copy: similarity (pixels) to a training image above 0.81, measured on tiny" in words
     lines = {(line["method"], line["id"]): line for line in map(json.loads, (tmp_path / "again" / "results.jsonl").open())}
     assert lines.keys() == {("cfg", "0000"), ("cfg", "0001"), ("mine.method", "0000")}
     assert (lines["cfg", "0000"]["nearest"], lines["cfg", "0000"]["memorized"]) == ("0001", True)
@@ -226,7 +230,11 @@ def test_a_model_and_captions_of_ones_own(own_model, tmp_path, monkeypatch, caps
         (("--methods", "shape-nope"), "must be all, FILE.py:NAME, or among cfg"),
         (("--similarity", "lpips"), "similarity must be among"),
         (("--images", tmp_path / "none"), "does not exist"),
+        (("--images", tmp_path / "empty"), "holds no picture"),
+        (("--images", tmp_path / "images", "--threshold", 5), "threshold must be between 0 and 1"),
         (("--scheduler", "nope"), "scheduler must be own"),
+        (("--methods", ""), "methods must name at least one"),
+        (("--first-seed", -1), "first_seed must be a whole number of at least 0"),
     ):
         code, _, error = run(monkeypatch, capsys, *asked, *options, "--out", tmp_path / "bad")
         assert code == 2 and says in error and not (tmp_path / "bad").exists()

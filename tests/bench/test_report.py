@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 import pytest
 from basinescape.bench import cli
+from basinescape.bench.evaluation.comparison import Comparison
 from basinescape.bench.evaluation.report import report
 from basinescape.bench.scenario import Scenario
 from PIL import Image
@@ -212,3 +213,20 @@ def test_runs_that_hold_no_images_are_refused(run, tmp_path):
     with pytest.raises(ValueError, match="names no scenario"):
         report([run], tmp_path / "page.html")
     assert not list(tmp_path.glob("page*"))
+
+
+def test_few_images_and_the_threshold_are_told_of():
+    row = {"method": "cfg", "group": "memorized", "n": 30, "memorized_share": 0.5, "memorized_low": 0.3, "memorized_high": 0.7}
+    row |= {"concept_share": None, "suspect_share": 0.0, "unmarked_copies": 0.5, "network_calls": 100.0}
+    few, enough = (Comparison.of([row | {"n": n}], 500.0).sure() for n in (29, 30))
+    assert "Shares of 29 images cannot tell" in few and "cannot tell" not in enough and "95% interval" in enough
+    assert Scenario("x", "m", "p", similarity="sscd", threshold=0.7).copy.endswith("above 0.7, as the scenario says")
+    assert "Somepalli" in Scenario("x", "m", "p", similarity="sscd").copy
+
+
+def test_a_lost_concept_counts_against_a_method():
+    """Of methods without copies the one that keeps the concept is the best, not one that keeps none."""
+    row = {"group": "memorized", "n": 30, "memorized_share": 0.0, "suspect_share": 0.0, "unmarked_copies": 0.0}
+    row |= {"memorized_low": 0.0, "memorized_high": 0.1, "network_calls": 100.0}
+    rows = [row | {"method": name, "concept_share": share} for name, share in (("delayed-at", 0.0), ("guard", 0.9))]
+    assert Comparison.of(rows, 500.0).best.name == "guard"
