@@ -85,11 +85,14 @@ def audit(what: What, model: Model, verification: Verify) -> None:
     sampled: dict[str, Any] = {name: getattr(model, name) for name in ("steps", "scale", "seed", "batch_size")}
     settings = Settings(what.rate, what.noises, what.first_steps, on_error=what.on_error, **judged, **sampled)
     captions = read_captions(what.captions, images=what.images, every=True, on_error=what.on_error)
+    if verification.training_images and not verification.verify:
+        raise ValueError("training_images are compared with pictures, and verify is 0, so none is made: give --verify N")
     training = images_in(verification.training_images) if verification.training_images else ()
     ordinary = [job.prompt for job in read_prompts(what.prompts)] if what.prompts else None
     known = options.of_enough(options.found(model.model, model.calibration), model.calibration)
     sampler = options.sampler(model.model, known, model.scheduler, model.option, **model.loading)
-    rows = audit(sampler, captions, what.out, settings, ordinary, known, training, model.model, what.progress)
+    with options.going_on(what.out):
+        rows = audit(sampler, captions, what.out, settings, ordinary, known, training, model.model, what.progress)
     _conclude(rows, what.out, settings)
 
 

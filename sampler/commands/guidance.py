@@ -92,6 +92,9 @@ class GuidanceOptions:
 
         Raises ValueError where they do not fit the rest.
         """
+        if self.guidance is None and self.method == Method.delayed:
+            asked = "--until" if self.until else "--restart"
+            typer.echo(f"guidance is delayed, as {asked} asks: no picture is judged (--guidance guard does)", err=True)
         methods = {self.method, *names}
         for name, needed in OWN.items():
             if (given := getattr(self, name)) is not None and not methods & set(needed):

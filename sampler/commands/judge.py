@@ -104,7 +104,8 @@ def judge(what: What, model: Model, verdicts: Verdicts) -> None:
     _compare(made, source, sampler)
     if enough is not None:
         enough.made_on(sampler)
-    rows = judge(sampler, what.images, what.out, settings, source, part, what.progress)
+    with options.going_on(what.out):
+        rows = judge(sampler, what.images, what.out, settings, source, part, what.progress)
     _conclude(rows, what.out / f"shard-{part[0]}-of-{part[1]}" if part else what.out, source)
 
 
@@ -117,7 +118,8 @@ def _conclude(rows: Sequence[dict[str, Any]], home: Path, model: str) -> None:
     found = f"{sum(verdicts)} of {len(verdicts)} pictures are suspect, as {model} judges"
     typer.echo(f"{found}: {home / 'judge.csv'}, {home / 'judge.html'}" if rows else found)
     if failed:
-        typer.echo(f"{len(failed)} failed ({', '.join(row['id'] for row in failed[:5])}): see status in judge.csv", err=True)
+        named = ", ".join(row["id"] for row in failed[:5])
+        typer.echo(f"{len(failed)} failed ({named}), the first: {failed[0]['status']}; see status in judge.csv", err=True)
         raise typer.Exit(1)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
@@ -80,9 +82,22 @@ def sampler(
 
     made = Sampler.from_pretrained(model, scheduler=scheduler_of(scheduler, known), **loading)
     settings = {} if known is None else known.settings
+    if known is not None:
+        how = f"{known.steps} steps, scale {known.scale:g}, {type(made.scheduler).__name__}"
+        typer.echo(f"calibrated: what no option says is as in the model's calibration ({how})", err=True)
     given = {"height": height, "width": width, **of_call(option)}
     calibrated = dict(zip(("height", "width"), settings.get("size", ()), strict=False)) | settings.get("options", {})
     return made.using(**calibrated | {name: value for name, value in given.items() if value is not None})
+
+
+@contextmanager
+def going_on(out: Path) -> Iterator[None]:
+    """Inside, Ctrl-C exits with 130 and a word about how the work goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"\nstopped; what was done is in {out}, and the same command goes on from there", err=True)
+        raise typer.Exit(130) from None
 
 
 @dataclass(frozen=True)

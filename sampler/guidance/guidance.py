@@ -107,7 +107,7 @@ class Guidance:
         if self.until is not None and type(self.until).__name__ not in RULES:
             unregistered = "; `transitions.register` it first" if isinstance(self.until, Transition) else ""
             known = ", ".join(f"{name}(...)" for name in RULES)
-            raise ValueError(f"until must be one of {known}, got {self.until!r}{unregistered}")
+            raise ValueError(f"until must be one of {known}, such as At(timestep=680); got {self.until!r}{unregistered}")
         if self.shape not in SHAPES if isinstance(self.shape, str) else not isinstance(self.shape, Iterable):
             raise ValueError(f"shape must be one of {', '.join(SHAPES)}, or a factor for each step; got {self.shape!r}")
         if not isinstance(self.shape, str):

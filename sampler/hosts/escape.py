@@ -205,7 +205,10 @@ def each(guidance: Guidance | Guard | Sequence[Guidance | Guard], batch: int | N
     given = [guidance] * (batch or 1) if isinstance(guidance, Guidance) else guidance
     found = [one for one in given if isinstance(one, Guidance)] if isinstance(given, Sequence) else []
     if not found or len(found) != len(given):
-        raise ValueError(f"guidance must be a Guidance, or a list of one a sample, got {guidance!r}")
+        raise ValueError(
+            f"guidance must be a Guidance, such as Guidance.delayed(7.5, until=At(timestep=680)), or a list of one a sample; "
+            f"got {guidance!r}"
+        )
     if batch is not None and len(found) != batch:
         raise ValueError(f"guidance has {len(found)} entries for {batch} samples")
     for one in found:

@@ -23,6 +23,15 @@ from .precision import HALF, in_float32
 ATTENTION = ("sdpa", "xformers")
 # The parts of pipelines that read a prompt: (text encoder, tokenizer) each.
 ENCODERS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"), ("text_encoder_3", "tokenizer_3"))
+# What callers of diffusers' pipelines say, and the argument of a sampler that it is.
+OURS = {
+    "prompt": "prompts",
+    "seed": "seeds",
+    "generator": "seeds",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "output_type": "output",
+}
 
 
 class Model(Autoencoding):
@@ -207,7 +216,9 @@ class Model(Autoencoding):
         unknown = sorted(set(options) - self.options)
         if unknown:
             takes = ", ".join(("height", "width", *sorted(self.options)))
-            raise ValueError(f"{', '.join(unknown)}: no option of {type(self.pipe).__name__}, whose options are {takes}")
+            hint = "".join(f"; say {OURS[name]} in place of {name}" for name in unknown if name in OURS)
+            kind = type(self.pipe).__name__
+            raise ValueError(f"{', '.join(unknown)}: no option of {kind}, whose options are {takes}{hint}")
         side = 16 * self.multiple  # a size that passes: the size of the run has been checked
         given: dict[str, Any] = {"prompt": prompts, "negative_prompt": None if negative is None else list(negative)}
         given |= {"height": side, "width": side, "callback_steps": 1, **options}

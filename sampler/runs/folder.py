@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .jsontext import finite, json_bytes
 LEFTOVERS = (".DS_Store", "Thumbs.db", "desktop.ini", "*.part")  # left by desktops, and by a run that was killed
 DIGEST = re.compile("[0-9a-f]{64}")
 SHORT = 60  # letters of a value in a message
+SAID = 6  # values in a message
 # An id names its image's file. Windows keeps some names for devices, with any suffix: con.png is one.
 SAFE_ID = re.compile(r"(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))[a-z0-9_][a-z0-9._-]{0,127}", re.IGNORECASE | re.ASCII)
 
@@ -78,7 +80,8 @@ def differences(known: Mapping[str, Any], run: Mapping[str, Any], but: Collectio
         names.remove("model")
     if not names:
         return ""
-    both = "; ".join(text for name in names for text in _both(name, known.get(name), run.get(name)))
+    texts = [text for name in names for text in _both(name, known.get(name), run.get(name))]
+    both = "; ".join(texts[:SAID]) + (f"; and {len(texts) - SAID} more" if len(texts) > SAID else "")
     return f"its {', '.join(names)} differ" + (f": {both}" if both else "")
 
 
@@ -89,12 +92,16 @@ def _both(name: str, there: Any, now: Any) -> Iterator[str]:
             if there.get(inner) != now.get(inner):
                 yield from _both(f"{name}.{inner}", there.get(inner), now.get(inner))
     elif not all(isinstance(value, str) and DIGEST.fullmatch(value) for value in (there, now)):
-        yield f"{name} {_short(there)} there, {_short(now)} now"
+        texts = [json.dumps(value, ensure_ascii=False) for value in (there, now)]
+        same = 0 if max(map(len, texts)) <= SHORT else next(i for i in count() if texts[0][i : i + 1] != texts[1][i : i + 1])
+        first, second = (_short(text, max(0, same - SHORT // 4)) for text in texts)  # what is cut is told where it differs
+        yield f"{name} {first} there, {second} now"
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= SHORT else f"{text[: SHORT - 3]}..."
+def _short(text: str, start: int) -> str:
+    """A part of a text from `start` on, of SHORT letters at most."""
+    part = text[start : start + SHORT]
+    return ("..." if start else "") + part + ("..." if start + SHORT < len(text) else "")
 
 
 def leftover(path: Path) -> bool:
