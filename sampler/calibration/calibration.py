@@ -150,7 +150,8 @@ class Calibration:
         if not sound(known, levels):
             log.warning(
                 "the first noise gaps are calibrated for %d steps at timesteps %g to %g, too far from the sampler's %d at %g "
-                "to %g: they are left out, and a guard gives no attempt up early; calibrate for those (--steps %d and this scheduler)",
+                "to %g: they are left out, no attempt is given up early by them; calibrate for those (--steps %d and this "
+                "scheduler) to save a guard's calls",
                 *(len(known), known[0], known[-1], len(levels), levels[0], levels[-1], steps),
             )
             none: tuple[tuple[float, ...], ...] = ((),) * self.images
