@@ -286,7 +286,7 @@ def test_the_command_judges_as_calibrated_and_says_what_failed(tmp_path, monkeyp
     assert settings["model"] == "tiny" and len(settings["weights"]) == 64 and settings["judged"] == "set"
     (images / "1.txt").unlink()
     code, _, said = run(monkeypatch, capsys, "--images", images, "--out", out, "--model", "tiny", "--threshold", 0.4)
-    assert code == 1 and "1 failed (1): see status in judge.csv" in said
+    assert code == 1 and "1 failed (1), the first: failed: no prompt" in said
     assert "above 0.40 is suspect" in (out / "judge.html").read_text()
     (images / "0.txt").unlink()
     (images / "2.txt").unlink()

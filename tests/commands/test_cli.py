@@ -13,7 +13,7 @@ from basinescape.bench import cli
 from basinescape.bench.scenario import PRESETS, prompts
 from basinescape.calibration.baseline import Baseline
 from basinescape.models.sd import StableDiffusion
-from bulkruns import QUICK, run, sound, write
+from bulkruns import QUICK, run, said, sound, write
 from PIL import Image
 from typer.main import get_command
 
@@ -115,13 +115,13 @@ def test_an_error_nobody_foresaw_is_one_line_unless_asked_for_more(tmp_path, mon
 
 def test_whose_pictures_these_are_is_said_first_where_no_model_is_given(tmp_path, monkeypatch, capsys, caplog, drawn):
     write(tmp_path / "p.jsonl", 1)
-    for given, said in (((), True), (("--model", "tiny"), False)):
+    for given, told in (((), True), (("--model", "tiny"), False)):
         caplog.clear()
         assert run(monkeypatch, capsys, "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "out", *QUICK, *given)[0] == 0
         assert (
             caplog.messages[:1]
             == ["no --model is given: the pictures are of 'tiny', a small one that ships, to try things out"]
-        ) == said
+        ) == told
 
 
 HEAVY = {"torch", "diffusers", "transformers", "triton", "numpy", "PIL", "matplotlib", "jinja2"}
@@ -210,7 +210,8 @@ def test_a_model_is_guarded_and_with_a_calibration_as_that_was_made(tmp_path, mo
     known = Calibration.load(made)
     looks = tuple((1.0 + i / 1000,) * 5 for i in range(200))
     replace(known, scores=tuple(i / 1000 for i in range(200)), first_gaps=looks).save(made)
-    assert run(monkeypatch, capsys, *asked, "--out", tmp_path / "after") == (0, "")
+    code, error = said(monkeypatch, capsys, *asked, "--out", tmp_path / "after")
+    assert code == 0 and error.startswith("calibrated: ") and "5 steps, scale 5, EulerDiscreteScheduler" in error
     lines = sound(tmp_path / "after")
     assert all(line["attempts"] >= 1 and line["status"] == "ok" for line in lines)
     stored = json.loads((tmp_path / "after" / "run.json").read_text())
@@ -262,6 +263,8 @@ def test_more_options_reach_the_sampler(tmp_path, monkeypatch, capsys, drawn, mi
         ("--guidance", "cfg", "--rule", "rescale", "--rule-option", "phi=0.5"): Guidance.cfg(7.5, rule="rescale", phi=0.5),
         ("--guidance", "opposite", "--until", 600): Guidance.opposite(2.0, scale=7.5, until=At(600)),
     }
+    code, error = said(monkeypatch, capsys, *base, "--out", tmp_path / "said", "--batch-size", 2, "--until", 600)
+    assert code == 0 and error.startswith("guidance is delayed, as --until asks: no picture is judged")
     for i, (options, guidance) in enumerate(given.items()):
         assert run(monkeypatch, capsys, *base, "--out", tmp_path / str(i), "--batch-size", 2, *options) == (0, "")
         assert planned(tmp_path / str(i)) == guidance

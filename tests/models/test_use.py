@@ -57,6 +57,8 @@ def test_a_samplers_own_options_hold_for_every_call_that_gives_no_others(pipes, 
         )
     with pytest.raises(ValueError, match="nonsense: no option of"):
         plain.using(nonsense=1)
+    with pytest.raises(ValueError, match=r"say seeds in place of seed$"):
+        plain.using(seed=1)
     with pytest.raises(ValueError, match="height must be a"):
         plain.using(height=-1, width=16)
 

@@ -12,7 +12,7 @@ from basinescape.data.prompts import Job
 from basinescape.runs import atomic
 from basinescape.runs import journal as journals
 from basinescape.runs.atomic import atomic_write, files_sha256, save_bytes
-from basinescape.runs.folder import SAFE_ID, locked, open_folder, read_settings
+from basinescape.runs.folder import SAFE_ID, differences, locked, open_folder, read_settings
 from basinescape.runs.journal import Journal, read_lines
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -59,6 +59,20 @@ def test_another_run_and_a_file_are_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
         open_folder(tmp_path / "file", RUN)
+
+
+def test_values_are_shown_where_they_differ_and_not_all_of_many():
+    long = ["the same beginning, which is longer than a message"] * 3
+    said = differences({"rule": [*long, "cfg"]}, {"rule": [*long, "apg"]})
+    assert 'cfg"] there' in said and 'apg"] now' in said and said.count("the same") <= 2
+    said = differences({}, {f"name{i}": i for i in range(20)})
+    assert "and 14 more" in said and said.count(" now") == 6
+
+
+def test_a_model_is_known_by_its_weights():
+    here, there = {"model": "a", "weights": "0"}, {"model": "/b/a", "weights": "0"}
+    assert not differences(here, there)
+    assert "model" in differences(here, there | {"weights": "1"}) and differences({"model": "a"}, {"model": "b"})
 
 
 def test_nothing_is_written_where_another_process_is_at_work(tmp_path):
