@@ -120,15 +120,7 @@ def analyze(
     lab = Laboratory.of(scenario, every, device, dtype, progress)
     drawn, steps, general, copies = range(seeds), lab.steps, "general" in groups, lab.measure.tells_copies
     onsets = range(0, 2 * steps // 3 + 1, max(1, steps // 25)) if onsets is None else onsets
-    for there, what, without in (
-        (general, "general prompts", "what tells memorized prompts apart, and what is ordinary"),
-        (copies, "training images", "where copying ends, and how wide a basin is"),
-    ):
-        if not there:
-            log.warning("the scenario has no %s: left out is %s", what, without)
-    few = min(len(found) for found in groups.values()) * seeds
-    if few < ENOUGH:
-        log.warning("rates of %d pictures a group cannot tell much; those of %d or more can begin to", few, ENOUGH)
+    _warn(general, copies, min(len(found) for found in groups.values()) * seeds)
     lab.sampler.solver(steps)  # raises for steps that the scheduler cannot take
     out.mkdir(parents=True, exist_ok=True)
 
@@ -158,6 +150,18 @@ def analyze(
     if sweep:
         figures.onset(summary["onset"], out / "onset.png")
     return summary
+
+
+def _warn(general: bool, copies: bool, pictures: int) -> None:
+    """Say what a scenario is too small for, or lacks. pictures: of the smallest group."""
+    for there, what, without in (
+        (general, "general prompts", "what tells memorized prompts apart, and what is ordinary"),
+        (copies, "training images", "where copying ends, and how wide a basin is"),
+    ):
+        if not there:
+            log.warning("the scenario has no %s: left out is %s", what, without)
+    if pictures < ENOUGH:
+        log.warning("rates of %d pictures a group cannot tell much; those of %d or more can begin to", pictures, ENOUGH)
 
 
 def _told(

@@ -12,10 +12,10 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,13 +102,7 @@ def evaluate(
         there = same and image_path(out, line).is_file()
         return (line["method"], line["group"], line["id"], line["seed"]) if there else None
 
-    tasks = [
-        Task(method, group, prompt, seed)
-        for method in known
-        for group, found in groups.items()
-        for seed in range(first_seed, first_seed + seeds)
-        for prompt in found
-    ]
+    tasks = _tasks(known, groups, range(first_seed, first_seed + seeds))
     make, failed = partial(_made, sampler, known, steps, measure, out), list[Exception]()
     with Journal(out / "results.jsonl", finished) as journal:
         lines = list(read_lines(out / "results.jsonl"))
@@ -129,6 +123,11 @@ def evaluate(
     if failed:
         raise Incomplete(failed, rows)
     return rows
+
+
+def _tasks(methods: Iterable[str], groups: Mapping[str, Sequence[Prompt]], seeds: Iterable[int]) -> list[Task]:
+    every = product(methods, groups.items(), seeds)
+    return [Task(method, group, prompt, seed) for method, (group, found), seed in every for prompt in found]
 
 
 def _digests(scenario: Scenario, groups: dict[str, list[Prompt]]) -> dict[str, str]:

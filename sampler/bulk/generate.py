@@ -92,18 +92,21 @@ def generate(
     settings |= {"options": options} if options else {}
     settings |= prompts.settings | {"weights": weights_sha256(sampler.pipe)} | sampler.provenance
     open_folder(out, settings, GROWING, partial(_grown, out, settings, prompts))
-    if placement.load is None:
-        executor: Executor = LocalExecutor(plans, slots, files)
-    else:
-        from .ray import RayExecutor
-
-        executor = RayExecutor(plans, slots, files, placement)
+    executor = _executor(plans, slots, files, placement)
     shown = progress if isinstance(progress, Progress) else Progress("auto" if progress else "none")
     part, forecast = Part(prompts, files.shard), Forecast(plans, prompts.kinds, files.format == "latents", out, shown)
     _fill(writes, files, executor, part, plans, forecast, shown)
     if part.fault is not None:
         raise part.fault
     return shown.summary
+
+
+def _executor(plans: Plans, slots: int, files: Files, placement: Placement) -> Executor:
+    if placement.load is None:
+        return LocalExecutor(plans, slots, files)
+    from .ray import RayExecutor
+
+    return RayExecutor(plans, slots, files, placement)
 
 
 def _fill(
