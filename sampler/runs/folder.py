@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import count
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,8 @@ def _both(name: str, there: Any, now: Any) -> Iterator[str]:
                 yield from _both(f"{name}.{inner}", there.get(inner), now.get(inner))
     elif not all(isinstance(value, str) and DIGEST.fullmatch(value) for value in (there, now)):
         texts = [json.dumps(value, ensure_ascii=False) for value in (there, now)]
-        same = 0 if max(map(len, texts)) <= SHORT else next(i for i in count() if texts[0][i : i + 1] != texts[1][i : i + 1])
+        cut = max(map(len, texts)) > SHORT
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))) if cut else 0
         first, second = (_short(text, max(0, same - SHORT // 4)) for text in texts)  # what is cut is told where it differs
         yield f"{name} {first} there, {second} now"
 

@@ -64,6 +64,7 @@ def test_another_run_and_a_file_are_refused(tmp_path):
 def test_values_are_shown_where_they_differ_and_not_all_of_many():
     long = ["the same beginning, which is longer than a message"] * 3
     said = differences({"rule": [*long, "cfg"]}, {"rule": [*long, "apg"]})
+    assert "there" in differences({"rule": long}, {"rule": tuple(long)})  # the same text
     assert 'cfg"] there' in said and 'apg"] now' in said and said.count("the same") <= 2
     said = differences({}, {f"name{i}": i for i in range(20)})
     assert "and 14 more" in said and said.count(" now") == 6
