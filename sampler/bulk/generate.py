@@ -8,6 +8,7 @@ made again: each that is there is read and compared with its SHA-256. Nothing ho
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from ..models import memory
 from ..runs.environment import own_numbers
 from ..runs.folder import differences, open_folder, read_settings
 from ..runs.journal import Journal
+from ..runs.jsontext import json_bytes
 from ..runs.manifest import MANIFEST, note
 from ..runs.progress import Progress, Summary
 from ..runs.provenance import weights_sha256
@@ -153,7 +155,8 @@ def _note(writes: Writer, duplicates: Duplicates) -> list[str]:
 def _grown(out: Path, settings: Mapping[str, Any], prompts: Prompts, known: Mapping[str, Any]) -> None:
     """Raises ValueError where what differs from a folder's `known` settings is not that prompts were added."""
     before = known.get("named", {})
-    now = {name: one for name, one in settings.get("named", {}).items() if name in before}
+    named = json.loads(json_bytes(settings.get("named", {})))  # as it was read back
+    now = {name: one for name, one in named.items() if name in before}
     if said := differences({"named": before}, {"named": now}):
         raise ValueError(f"output folder {str(out)!r} holds another run ({said}): choose another")
     if known["prompts_sha256"] != prompts.sha256:

@@ -210,6 +210,14 @@ def test_what_a_name_means_may_not_change_and_others_may_come(small, drawn, tmp_
     assert make(sampler, [*asked, Job("c", "c", 2, guidance="guard")], tmp_path, named=NAMED).counts["ok"] == 1
 
 
+def test_a_set_grows_whose_named_guidance_has_an_interval(small, drawn, tmp_path):
+    """Which run.json has as a list, and the guidance as a tuple."""
+    sampler, named = Sampler.from_pipeline(small, "ddim"), {"cfg": Guidance.cfg(5.0, interval=(0, 500))}
+    asked = [Job(f"{i}", "a", i, guidance="cfg") for i in range(2)]
+    make(sampler, asked[:1], tmp_path, named=named)
+    assert make(sampler, asked, tmp_path, named=named).counts["ok"] == 1
+
+
 def test_a_folder_that_no_longer_says_of_what_it_is_does_not_grow(small, drawn, tmp_path):
     """Else images of other prompts would stand in it under the new ones' names."""
     sampler = Sampler.from_pipeline(small)
