@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PACKAGE := .venv/src/basinescape
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
-QUICK := not aot and not interpreter and not process and not shipped
+QUICK := not aot and not interpreter and not process and not shipped and not slow
 
 .PHONY: install demo lint links types check test sanitize matrix docs
 

@@ -14,8 +14,9 @@ from typing import Annotated, Any
 import typer
 from basinescape import __version__
 from basinescape.commands import audit, calibrate, generate, grouping, judge
+from basinescape.commands.merge import merge
 from basinescape.commands.quiet import quieten
-from basinescape.commands.runs import merge, verify
+from basinescape.commands.verify import verify
 
 from .commands import evaluation
 from .tables import aligned, tables

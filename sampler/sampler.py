@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import checks, models
-from .detection import judging
-from .detection.judging import Verdict
+from .detection import verdict
+from .detection.verdict import Verdict
 from .guidance.guard import PROBES, THRESHOLD, Guard
 from .guidance.guidance import Guidance
 from .runs.environment import own_numbers
@@ -21,10 +21,10 @@ from .runs.provenance import settings_of
 from .sampling import callbacks
 from .sampling.batch import Runner, Wrap
 from .sampling.call import Call, Prompts
-from .sampling.graphs import Graphs
+from .sampling.cuda_graphs import Graphs
 from .sampling.output import Output
 from .schedulers.schedule import Schedule, configured, make_scheduler
-from .schedulers.solver import Solver
+from .schedulers.solver_coefficients import Solver
 from .types import Pipeline, Scheduler
 
 
@@ -224,7 +224,7 @@ class Sampler:
         batch_size: int | None = None,
         **options: Any,
     ) -> Verdict:
-        """Whether finished pictures, made anywhere, look like copies of training images, by their basin scores; see `basin`.
+        """Whether finished pictures, made anywhere, look like copies of training images; see `basin_score`.
 
         images:    latents (B, C, h, w), or whatever shape the model's latents have, as `Output.latents`; or pictures, as
                    `Output.images`: a list of PIL images, arrays or tensors of any sizes, or an array or tensor of them; of a
@@ -244,7 +244,7 @@ class Sampler:
         with torch.inference_mode():
             self.model.check()
             given = prompts, seeds, threshold, probes, negative_prompt, size, batch_size, options
-            judged = judging.judge(self.model, self.scheduler, images, *given)
+            judged = verdict.judge(self.model, self.scheduler, images, *given)
             self.pipe.maybe_free_model_hooks()
         return judged
 

@@ -12,7 +12,7 @@ from basinescape.bench import cli
 from basinescape.bulk.generate import generate
 from basinescape.bulk.settings import Files, Placement, Recipe
 from basinescape.data.prompts import Job
-from basinescape.models import Decoded, Encoded, GuidedUNet
+from basinescape.models import Decoded, Encoded, PromptedUNet
 from PIL import Image
 
 QUICK = ("--steps", 2, "--guidance", "delayed", "--until", 500, "--device", "cpu")
@@ -101,7 +101,7 @@ class Drawn:
             bad = torch.tensor([dtype in self.infinite.get(prompt, ()) for prompt in there])
             return (torch.where(bad.view(-1, 1, 1, 1), torch.nan, latents * 0.5),)
 
-        return GuidedUNet(predict, encoded.inputs)
+        return PromptedUNet(predict, encoded.inputs)
 
     def decode(self, model, latents, output, generators, **options):
         (seed,) = (generator.initial_seed() for generator in generators)

@@ -14,6 +14,7 @@ SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.slow
 def test_an_example_runs(name, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(EXAMPLES))
@@ -25,6 +26,7 @@ def test_an_example_runs(name, monkeypatch, tmp_path, capsys):
     assert len(Image.open(tmp_path / f"{name}.png").getcolors(1 << 16)) > 1
 
 
+@pytest.mark.slow
 def test_the_large_run_makes_its_files(monkeypatch, tmp_path, capsys):
     lines = '{"prompt": "a picture of a cat", "id": "cat"}', "not JSON", '{"prompt": "a picture of a dog"}'
     (tmp_path / "p.jsonl").write_text("\n".join(lines))

@@ -71,11 +71,11 @@ def captured(pipe):
 @pytest.mark.parametrize(
     ("owner", "name", "old"),
     [
-        ("Graphs", "lane", "session.table[: len(plan.table)].copy_(plan.table)"),
-        ("Graphs", "lane", "session.network.load(network)"),
+        ("Graphs", "open_batch", "session.table[: len(plan.table)].copy_(plan.table)"),
+        ("Graphs", "open_batch", "session.network.load(network)"),
         ("Session", "start", "self.state.start(noise, self.table, last=plan.last)"),
     ],
 )
 def test_what_a_graph_is_not_given_is_missed(pipe, device, owner, name, old):
-    with host_mutant("sampling.graphs", owner, name, old, "pass"), pytest.raises(AssertionError):
+    with host_mutant("sampling.cuda_graphs", owner, name, old, "pass"), pytest.raises(AssertionError):
         captured(pipe)

@@ -11,8 +11,8 @@ from typing import Any
 from basinescape.auditing.html_images import inside, rendered
 from basinescape.data.writers import FORMATS, writer_of
 from basinescape.runs.atomic import atomic_write
-from basinescape.runs.folder import read_settings
 from basinescape.runs.manifest import MANIFEST, sound
+from basinescape.runs.run_folder import read_settings
 from PIL import Image
 
 SIDE = 160  # pixels of an image on the page

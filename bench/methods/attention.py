@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from basinescape import Guidance
-from basinescape.models import GuidedUNet
+from basinescape.models import PromptedUNet
 from basinescape.types import Branch, Network
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
@@ -60,7 +60,7 @@ def attending(unet: Any, words: Tensor) -> Iterator[None]:
         unet.set_attn_processor(own)
 
 
-def reweighted(network: GuidedUNet, batch: Batch) -> Network:
+def reweighted(network: PromptedUNet, batch: Batch) -> Network:
     """`network`, whose conditional half looks at its first token and its words."""
     words = words_mask(batch)
     words = words & words.roll(-1, dims=1)  # without the end of the text

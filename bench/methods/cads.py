@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 from basinescape import Guidance
-from basinescape.models import GuidedUNet
+from basinescape.models import PromptedUNet
 from basinescape.types import Branch, Network
 from torch import Tensor
 
@@ -32,7 +32,7 @@ def annealed(states: Tensor, noise: Tensor, share: float) -> Tensor:
     return (mixed - mean) / std * states.std(dims, keepdim=True) + states.mean(dims, keepdim=True)
 
 
-def annealing(network: GuidedUNet, batch: Batch) -> Network:
+def annealing(network: PromptedUNet, batch: Batch) -> Network:
     """`network`, whose conditional embedding is annealed anew before every call."""
     following = iter(batch.sampler.solver(batch.steps).timesteps.tolist())
     generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from basinescape import At, Guidance, Output, Sampler
-from basinescape.models import GuidedUNet
+from basinescape.models import PromptedUNet
 from basinescape.types import Branch, Network
 from torch import Tensor
 
@@ -51,14 +51,14 @@ class DryRun:
                 images[i] = image
         return Output(images, latents, found, gaps, dry.timesteps)
 
-    def _until(self, timestep: float, wrap: Callable[[GuidedUNet, Batch], Network] | None = None) -> Method:
+    def _until(self, timestep: float, wrap: Callable[[PromptedUNet, Batch], Network] | None = None) -> Method:
         return Method(Guidance.opposite(self.opposite_scale, scale=self.scale, until=At(timestep)), wrap=wrap)
 
     def _dry(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> tuple[Output, list[int]]:
         """The run that never leaves, and the step of each sample's transition in it."""
         seen: list[Tensor] = []
 
-        def watched(network: GuidedUNet, batch: Batch) -> Network:
+        def watched(network: PromptedUNet, batch: Batch) -> Network:
             def predict(latents: Tensor, timesteps: Tensor, branch: Branch) -> Tensor:
                 seen.append(latents[: len(seeds)].flatten(1).float().clone())  # the cosine does not see the input's scale
                 return network(latents, timesteps, branch)

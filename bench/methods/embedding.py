@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from basinescape import Guidance
-from basinescape.models import GuidedUNet
+from basinescape.models import PromptedUNet
 from basinescape.types import Branch, Network
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ def constant(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def optimised(network: GuidedUNet, latents: Tensor, timesteps: Tensor, target: float | None) -> Tensor:
+def optimised(network: PromptedUNet, latents: Tensor, timesteps: Tensor, target: float | None) -> Tensor:
     """The conditional embedding (B, T, D) after at most ITERATIONS steps; a sample stops when its gap is at `target`."""
     inputs = network.inputs["cond"]
     with torch.inference_mode(False), torch.enable_grad():
@@ -61,7 +61,7 @@ def optimised(network: GuidedUNet, latents: Tensor, timesteps: Tensor, target: f
 def method(guidance: Guidance, target: float | None) -> Method:
     """`target`: the noise gap of an ordinary prompt's first step; None for a share of each prompt's own."""
 
-    def wrap(network: GuidedUNet, batch: Batch) -> Network:
+    def wrap(network: PromptedUNet, batch: Batch) -> Network:
         count, waiting = len(batch.seeds), True
 
         def predict(latents: Tensor, timesteps: Tensor, branch: Branch) -> Tensor:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from basinescape import Guard, Guidance, Output, Sampler
-from basinescape.models import GuidedUNet
-from basinescape.sampling.ladder import Ladder
+from basinescape.models import PromptedUNet
+from basinescape.sampling.attempt_table import AttemptTable
 from basinescape.types import Network
 
 from . import stepwise
@@ -42,13 +42,13 @@ class Method:
 
     guidance: Guidance | Guard
     prompts: Callable[[Batch], Sequence[str]] | None = None
-    wrap: Callable[[GuidedUNet, Batch], Network] | None = None
+    wrap: Callable[[PromptedUNet, Batch], Network] | None = None
     noise: stepwise.Noise | None = None
     suits: Callable[[Sampler, int], object] | None = None
 
     def check(self, sampler: Sampler, steps: int) -> None:
         """Raises ValueError, before any work, for a sampler or steps that the method does not suit."""
-        Ladder.make(sampler.solver(steps), self.guidance, torch.device("cpu"))
+        AttemptTable.make(sampler.solver(steps), self.guidance, torch.device("cpu"))
         if self.wrap is not None or self.noise is not None:
             stepwise.no_guard(self.guidance)
         if self.suits is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from basinescape import Guidance, Sampler
-from basinescape.models import GuidedUNet
+from basinescape.models import PromptedUNet
 from torch import Tensor
 
 from .method import Batch, Method
@@ -23,7 +23,7 @@ def needs_unet(sampler: Sampler, steps: int) -> None:
         raise ValueError(f"it masks the cross-attention of a UNet, and a {type(sampler.pipe).__name__} has none")
 
 
-def masked(network: GuidedUNet, batch: Batch) -> GuidedUNet:
+def masked(network: PromptedUNet, batch: Batch) -> PromptedUNet:
     """`network`, whose conditional half sees the words alone."""
     cond = words_mask(batch).to(network.inputs["both"]["encoder_hidden_states"].device)
     masks = {"uncond": torch.ones_like(cond), "cond": cond, "both": torch.cat([torch.ones_like(cond), cond])}

@@ -14,9 +14,9 @@ import torch
 from basinescape import Guard, Guidance, Output, Sampler
 from basinescape.kernels import guide
 from basinescape.kernels.state import State
-from basinescape.models import Guided
+from basinescape.models import PromptedNetwork
+from basinescape.sampling.attempt_table import AttemptTable
 from basinescape.sampling.batch import mover
-from basinescape.sampling.ladder import Ladder
 from basinescape.sampling.samples import Results
 from basinescape.sampling.step_table import StepTable
 from basinescape.sampling.steps import denoise, guided_prediction, predicted, renoise
@@ -33,7 +33,7 @@ Push = Callable[[int, State, Tensor], None]  # sees the step, the state and the 
 class PairKeeper:
     """The model's network, which keeps a copy of the pair of predictions that it gave last; otherwise as it is."""
 
-    def __init__(self, network: Guided):
+    def __init__(self, network: PromptedNetwork):
         self._network = network
         self.pair: Tensor | None = None
 
@@ -73,8 +73,8 @@ def sample(
     """
     guidance = no_guard(guidance)
     model, solver = sampler.model, sampler.solver(steps)
-    ladder = Ladder.make(solver, guidance, model.device, model.correction)
-    plan, options = ladder.plan, dict(zip(("height", "width"), sampler.size(), strict=True)) | sampler.options
+    attempt_table = AttemptTable.make(solver, guidance, model.device, model.correction)
+    plan, options = attempt_table.plan, dict(zip(("height", "width"), sampler.size(), strict=True)) | sampler.options
     encoded = model.encode(list(prompts), **options)
     network = PairKeeper(model.network(encoded, plain=True))
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -92,7 +92,7 @@ def sample(
 
         begin(noise(predict, drawn))
     changed = network if wrap is None else wrap(network)
-    move, rows = mover(ladder, sampler.scheduler, generators, plan, state), iter(plan.step)
+    move, rows = mover(attempt_table, sampler.scheduler, generators, plan, state), iter(plan.step)
 
     def take(branch: Branch) -> Pair:
         if push is not None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from basinescape import Guidance, Sampler
 from basinescape.kernels.state import per_sample
-from basinescape.models import GuidedUNet
+from basinescape.models import PromptedUNet
 from basinescape.types import Branch, Network
 from torch import Tensor
 
@@ -40,7 +40,7 @@ def method(scale: float, stable: Stable) -> Method:
             raise ValueError(f"stable is measured over {region.shape[1] + 1} steps, but the sampler takes {steps}")
         alphas(sampler, steps)
 
-    def wrap(network: GuidedUNet, batch: Batch) -> Network:
+    def wrap(network: PromptedUNet, batch: Batch) -> Network:
         suits(batch.sampler, batch.steps)
         correct = Correction(region.to(batch.sampler.pipe.device), alphas(batch.sampler, batch.steps), len(batch.seeds))
         return watched(network, batch, scale, correct)
@@ -76,7 +76,7 @@ def alphas(sampler: Sampler, steps: int) -> list[float]:
     return scheduler.alphas_cumprod[solver.timesteps.long()].sqrt().tolist()
 
 
-def watched(network: GuidedUNet, batch: Batch, scale: float, after: After) -> Network:
+def watched(network: PromptedUNet, batch: Batch, scale: float, after: After) -> Network:
     """`network` under which `after` sees every step but the last when it is taken, and may change its outcome.
 
     scale: the guidance's. Raises what `alphas` does.

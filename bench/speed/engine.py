@@ -23,14 +23,14 @@ from unittest.mock import patch
 import torch
 from basinescape import At, Guard, Guidance, Sampler
 from basinescape.bulk.generate import generate
-from basinescape.bulk.plans import Plans
+from basinescape.bulk.job_plans import Plans
 from basinescape.bulk.settings import Files, Placement, Recipe
 from basinescape.bulk.stop import Stop
 from basinescape.data.prompts import Job, Prompts
 from basinescape.guidance.guard import Attempt
-from basinescape.models import Guided
+from basinescape.models import PromptedNetwork
+from basinescape.sampling.attempt_table import AttemptTable
 from basinescape.sampling.engine import Engine
-from basinescape.sampling.ladder import Ladder
 from basinescape.sampling.samples import Sample
 from basinescape.schedulers.schedule import make_scheduler
 from torch import Tensor
@@ -92,27 +92,27 @@ class Case:
     def __init__(self, sampler: Sampler, jobs: int):
         self.sampler, size = sampler, sampler.size()
         self.shape = sampler.model.shape(*size)
-        self.ladders: dict[tuple[int, Guidance | Guard], Ladder] = {}
+        self.attempt_tables: dict[tuple[int, Guidance | Guard], AttemptTable] = {}
         with torch.inference_mode():
             self.network = sampler.model.network(sampler.model.encode([prompt(i) for i in range(jobs)], *size))
 
     def samples(self, work: Work) -> list[Sample]:
         for kind in work:
-            if kind not in self.ladders:
-                self.ladders[kind] = Ladder.make(self.sampler.solver(kind[0]), kind[1], self.sampler.model.device)
-        return [Sample(i, self.ladders[kind], self.shape, self.network, i, seed=i) for i, kind in enumerate(work)]
+            if kind not in self.attempt_tables:
+                self.attempt_tables[kind] = AttemptTable.make(self.sampler.solver(kind[0]), kind[1], self.sampler.model.device)
+        return [Sample(i, self.attempt_tables[kind], self.shape, self.network, i, seed=i) for i, kind in enumerate(work)]
 
     @torch.inference_mode()
     def in_flight(self, work: Work) -> dict[int, Tensor]:
         """The latents of every job."""
-        engine = Engine(self.sampler.runner.lane, SLOTS, fixed=True)
+        engine = Engine(self.sampler.runner.open_batch, SLOTS, fixed=True)
         return {made.sample.key: made.latents for made in engine.run(self.samples(work))}
 
     @torch.inference_mode()
     def static(self, work: Work, shrinking: bool) -> dict[int, Tensor]:
         samples = self.samples(work)
         groups = [samples[i : i + SLOTS] for i in range(0, len(samples), SLOTS)]
-        engines = [(Engine(self.sampler.runner.lane, len(group), fixed=not shrinking), group) for group in groups]
+        engines = [(Engine(self.sampler.runner.open_batch, len(group), fixed=not shrinking), group) for group in groups]
         return {made.sample.key: made.latents for engine, group in engines for made in engine.run(group)}
 
     def plain(self, work: Work) -> dict[int, Tensor]:
@@ -211,7 +211,7 @@ def busy(sampler: Sampler, slots: int, jobs: int, steps: int) -> Row:
     """The share of a run's time in which the network runs, prompts to PNG, on the small pipeline: start and end included."""
     network, spent = sampler.model.network, [0.0]
 
-    def timed(*given: Any, **named: Any) -> Guided:
+    def timed(*given: Any, **named: Any) -> PromptedNetwork:
         made = network(*given, **named)
         for name in ("net", "both"):
             setattr(made, name, _clocked(getattr(made, name), spent))

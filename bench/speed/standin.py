@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from basinescape import Sampler
-from basinescape.models import Decoded, Encoded, GuidedUNet, Model
+from basinescape.models import Decoded, Encoded, Model, PromptedUNet
 from PIL import Image
 from torch import Tensor
 
@@ -41,8 +41,8 @@ class StandIn:
         embedded = torch.tensor(numbers).view(-1, 1, 1).to(self._model.device)
         return Encoded({"encoder_hidden_states": embedded}, truncated=[""] * len(prompts))
 
-    def network(self, encoded: Encoded, plain: bool = False) -> GuidedUNet:
-        return GuidedUNet(self._predict, encoded.inputs)
+    def network(self, encoded: Encoded, plain: bool = False) -> PromptedUNet:
+        return PromptedUNet(self._predict, encoded.inputs)
 
     def _predict(self, latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor, return_dict: bool) -> tuple[Tensor]:
         self.calls += 1

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from basinescape import FirstMinimum, Guidance, Sampler
-from basinescape.models import Guided, adapt
+from basinescape.models import PromptedNetwork, adapt
 from basinescape.sampling.step_table import StepTable
 from basinescape.sampling.steps import denoise, lockstep_move, stepping
 from basinescape.schedulers.schedule import make_scheduler
@@ -203,7 +203,7 @@ def _cost(pipe: Any, height: int, cases: Cases) -> Iterator[Row]:
         yield {"bench": "step, cost", "what": what, "peer": "ours", "unit": "us", **row, "us a step": a_step}
 
 
-def _loop(network: Guided, plan: StepTable, noise: Tensor) -> Callable[[], None]:
+def _loop(network: PromptedNetwork, plan: StepTable, noise: Tensor) -> Callable[[], None]:
     state = plan.state(noise)
 
     def call() -> None:

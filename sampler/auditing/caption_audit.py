@@ -28,18 +28,18 @@ from typing import Any
 from .. import checks
 from ..calibration.baseline import ordinary_prompts
 from ..calibration.calibration import EARLY, LOOKED, Calibration, steps_and_scale
-from ..calibration.cost import PlainRuns
+from ..calibration.plain_runs import PlainRuns
 from ..data.captions import Prompt, read_captions
 from ..data.pictures import images_in
 from ..data.prompts import read_prompts
 from ..data.tables import write_csv
-from ..detection import basin
+from ..detection import basin_score
 from ..guidance.guard import RATE, THRESHOLD
 from ..models import memory
 from ..runs.atomic import atomic_write
-from ..runs.folder import open_folder
 from ..runs.jsontext import json_bytes
 from ..runs.provenance import weights_sha256
+from ..runs.run_folder import open_folder
 from ..sampler import Sampler
 from . import audit_page
 from .index import Index
@@ -236,7 +236,7 @@ def _verdicts(
     """
     if not settings.verify:
         return THRESHOLD, None
-    basin.Probe.of(sampler.scheduler)
+    basin_score.Probe.of(sampler.scheduler)
     threshold = THRESHOLD if calibration is None else calibration.threshold(RATE)
     return threshold, Index(images, settings.similarity, settings.threshold, settings.on_error) if images else None
 

@@ -17,10 +17,10 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import checks
-from ..calibration.cost import PlainRuns
+from ..calibration.plain_runs import PlainRuns
 from ..guidance.guidance import Guidance
-from ..runs.batches import halving, parts
-from ..runs.journal import Journal, read_lines
+from ..runs.halving import halving, parts
+from ..runs.jsonl_journal import Journal, read_lines
 from ..runs.progress import moving
 
 log = logging.getLogger(__name__)

@@ -1,8 +1,9 @@
 """Judging pictures that were made already: which of them look like copies of training images? The model alone decides.
 
 Each picture goes through the autoencoder and is judged with the prompt it was made from, by its basin score (see
-`detection.basin`), on the same noises as every other. So its score depends on nothing else in the set. It differs a little from
-the score in a manifest of `generate`, which is of the latents before they are decoded, on noises of the picture's own seed.
+`detection.basin_score`), on the same noises as every other. So its score depends on nothing else in the set. It differs a
+little from the score in a manifest of `generate`, which is of the latents before they are decoded, on noises of the picture's
+own seed.
 
 The folder gets `scores.jsonl` (a line as soon as it is known: a run that was stopped goes on), `judge.csv` and `judge.html`,
 the worst first. Pictures and prompts that changed are judged again. A shard works in a folder of its own, and the same run
@@ -28,15 +29,15 @@ from tqdm import tqdm
 from .. import checks
 from ..data.prompted import Prompted, prompted
 from ..data.tables import write_csv
-from ..detection import basin
+from ..detection import basin_score
 from ..guidance.guard import PROBES, THRESHOLD
 from ..models import memory
 from ..runs.atomic import atomic_write
-from ..runs.batches import halving
-from ..runs.folder import differences, open_folder, read_settings
-from ..runs.journal import Journal, read_lines
+from ..runs.halving import halving
+from ..runs.jsonl_journal import Journal, read_lines
 from ..runs.jsontext import json_bytes
 from ..runs.provenance import weights_sha256
+from ..runs.run_folder import differences, open_folder, read_settings
 from ..sampler import Sampler
 from . import judge_page
 from .html_images import inside
@@ -134,7 +135,7 @@ def judge(
 
 def _check(sampler: Sampler, settings: Settings) -> None:
     """Raises ValueError where no picture at all can be judged."""
-    basin.Probe.of(sampler.scheduler)
+    basin_score.Probe.of(sampler.scheduler)
     if "num_frames" in sampler.model.options:
         raise ValueError("the model makes videos: judge those by Sampler.judge, as lists of frames")
     if (settings.height, settings.width) != (None, None):
@@ -143,7 +144,7 @@ def _check(sampler: Sampler, settings: Settings) -> None:
 
 def _run(sampler: Sampler, model: str, images: str | Path, settings: Settings) -> dict[str, Any]:
     """The contents of run.json: what decides scores. The threshold is free to change, and shards may be on other devices."""
-    how: dict[str, Any] = {"log_snr": basin.LOG_SNR, "probes": settings.probes, "seed": settings.seed}
+    how: dict[str, Any] = {"log_snr": basin_score.LOG_SNR, "probes": settings.probes, "seed": settings.seed}
     how |= {"height": settings.height, "width": settings.width, "options": dict(sampler.options)}
     where = {name: value for name, value in sampler.provenance.items() if name != "device"}
     return {"model": model, "judged": Path(images).name, **how, "weights": weights_sha256(sampler.pipe), **where}
@@ -179,7 +180,7 @@ def _scored(home: Path) -> Iterator[Line]:
 def _row(line: Line, threshold: float) -> Line:
     """A row of judge.csv."""
     score, status = line.get("score"), line["status"]
-    suspect = status == NOT_FINITE or (None if score is None else basin.suspects(score, threshold))
+    suspect = status == NOT_FINITE or (None if score is None else basin_score.suspects(score, threshold))
     said = {name: line.get(name) for name in ("id", "file", "prompt", "score")}
     return {**said, "suspect": suspect, "status": status}
 

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..calibration.cost import PlainRuns
+from ..calibration.plain_runs import PlainRuns
 from ..data.pictures import opened
-from ..detection import basin
+from ..detection import basin_score
 from ..guidance.guidance import Guidance
 from ..runs.atomic import save_image
-from ..runs.batches import halving, parts
-from ..runs.journal import Journal, read_lines
+from ..runs.halving import halving, parts
+from ..runs.jsonl_journal import Journal, read_lines
 from ..runs.progress import moving
 from ..sampler import Sampler
 from .heat import Heat, in_grey
@@ -91,7 +91,7 @@ class Verification:
         found = [dict(lines[one[:2]]) for one in asked if one[:2] in lines]
         for line in found:
             line["score"] = math.nan if line["score"] is None else line["score"]
-            line["suspect"] = bool(basin.suspects(line["score"], self.threshold))
+            line["suspect"] = bool(basin_score.suspects(line["score"], self.threshold))
         return found
 
     def _sampled(self, batch: Sequence[tuple[str, int, str]], shown: tqdm) -> list[tuple[Image.Image, Image.Image, float]]:
@@ -125,12 +125,12 @@ def predictions(sampler: Sampler, tasks: Sequence[Task]) -> list[Image.Image]:
     The noise is the first that a picture with the caption's first seed is judged by. For a memorized caption the prediction
     shows the training image, or a mixture of several; for others it is a blur.
     """
-    model, probe = sampler.model, basin.Probe.of(sampler.scheduler)
+    model, probe = sampler.model, basin_score.Probe.of(sampler.scheduler)
     (height, width), options = sampler.size(), sampler.options
     shape = model.shape(height, width, **options)
     encoded = model.encode([text for _, text, _ in tasks], height, width, **options)
     seeds = [seeds[0] for _, _, seeds in tasks]
-    noise = torch.stack([next(basin.noises(seed, shape)) for seed in seeds])
+    noise = torch.stack([next(basin_score.noises(seed, shape)) for seed in seeds])
     given = (probe.given[1] * noise).to(model.device, model.dtype)
     told = torch.full((len(tasks),), probe.timestep, device=model.device)
     predicted = model.network(encoded, plain=True)(given, told, "cond")

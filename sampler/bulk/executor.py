@@ -12,32 +12,35 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ..data.encoding import Encoder, Made
+from ..data.image_encoding import Encoder, Made
 from ..models.network import hooked
 from ..sampler import Sampler
 from ..sampling.engine import Engine
-from .part import Placed, longest_first
-from .plans import Plans
+from .encode_decode import TEXTS, Picture, decoded, encoded, said
+from .job_order import Placed, longest_first
+from .job_plans import Plans
 from .settings import Files
-from .stages import TEXTS, Picture, Stages, decoded, encoded, said
 from .stop import Stop
+from .threads import Stages
 
 PRESSES = 2  # threads that turn pictures into files
+Stepped = Callable[[float], object]  # is told after every step what the samples in the making amount to, in samples
+
+
+def unwatched(under_way: float) -> None:
+    """Nobody looks at the steps."""
 
 
 class Executor(Protocol):
     """Who makes a run's pictures: this process, or the workers of a cluster.
 
     calls: the network's calls so far, see `Engine`.
-    stepped: is told of every step, with what the samples in the making amount to, in samples.
     """
-
-    stepped: Callable[[float], None]
 
     @property
     def calls(self) -> Counter[str]: ...
 
-    def made(self, jobs: Iterable[Placed], stop: Stop) -> Iterator[Made]:
+    def made(self, jobs: Iterable[Placed], stop: Stop, stepped: Stepped = unwatched) -> Iterator[Made]:
         """What comes of the jobs, in their order, but for those that are not finite, which come last."""
 
     def close(self) -> None:
@@ -45,12 +48,11 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """An `Executor` in this process; see `stages`."""
+    """An `Executor` in this process."""
 
     def __init__(self, plans: Plans, slots: int, files: Files):
         self.sampler, self.plans, self.slots, self.files = plans.sampler, plans, slots, files
-        self.engine = Engine(self.sampler.runner.lane, slots, fixed=True, local=True)
-        self.stepped: Callable[[float], None] = lambda under_way: None
+        self.engine = Engine(self.sampler.runner.open_batch, slots, fixed=True, local=True)
 
     @property
     def calls(self) -> Counter[str]:
@@ -59,18 +61,20 @@ class LocalExecutor:
     def close(self) -> None:
         pass
 
-    def made(self, jobs: Iterable[Placed], stop: Stop) -> Iterator[Made]:
+    def made(self, jobs: Iterable[Placed], stop: Stop, stepped: Stepped = unwatched) -> Iterator[Made]:
         """Samples that are not finite in half precision are made again in float32, at the end."""
         again: list[Placed] = []
-        yield from self._made(jobs, stop, again.append if self.sampler.model.half else None)
-        yield from self._in_float32(again, stop)
+        yield from self._made(jobs, stop, stepped, again.append if self.sampler.model.half else None)
+        yield from self._in_float32(again, stop, stepped)
 
-    def _made(self, jobs: Iterable[Placed], stop: Stop, again: Callable[[Placed], None] | None) -> Iterator[Made]:
+    def _made(
+        self, jobs: Iterable[Placed], stop: Stop, stepped: Stepped, again: Callable[[Placed], None] | None
+    ) -> Iterator[Made]:
         """What comes of the jobs, in their order; `again` is told of those that are not finite, which are left out then."""
         model, options, order = self.sampler.model, self.sampler.options, deque[int]()
 
         def noted() -> Iterator[Placed]:
-            for position, job in stop.until(longest_first(jobs, self.slots, self.plans.size_of, self.plans.calls_of)):
+            for position, job in stop.until(longest_first(jobs, self.slots, self.plans.size, self.plans.calls)):
                 order.append(position)
                 yield position, job
 
@@ -79,7 +83,7 @@ class LocalExecutor:
 
         def tick() -> None:
             stages.check()
-            self.stepped(self.engine.under_way)
+            stepped(self.engine.under_way)
 
         try:
             with ThreadPoolExecutor(PRESSES) if threads else nullcontext() as pool:
@@ -104,7 +108,7 @@ class LocalExecutor:
         line = picture.line | self.plans.facts(picture.job) | near
         return Encoder(self.files.format, self.files.prompt_metadata)(picture.position, line, picture.image)
 
-    def _in_float32(self, jobs: Sequence[Placed], stop: Stop) -> Iterator[Made]:
+    def _in_float32(self, jobs: Sequence[Placed], stop: Stop, stepped: Stepped) -> Iterator[Made]:
         """What float32 makes of samples that were not finite, one at a time."""
         retried, engine = {"retried": "float32"}, self.engine
         if not jobs or stop.signal is not None:
@@ -117,9 +121,9 @@ class LocalExecutor:
                     status = {"status": f"failed: the sample is not finite, and in float32: {said(error)}"}
                     yield Made(position, job.asked() | status | retried)
                 return
-            self.engine = Engine(self.sampler.runner.lane, 1, fixed=True, local=True)
+            self.engine = Engine(self.sampler.runner.open_batch, 1, fixed=True, local=True)
             self.engine.calls = engine.calls
-            for one in self._made(jobs, stop, None):
+            for one in self._made(jobs, stop, stepped, None):
                 yield replace(one, line=one.line | retried)
             self.engine = engine
 

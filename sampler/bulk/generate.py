@@ -22,17 +22,17 @@ from ..data.prompts import Job, Prompts
 from ..data.writers import Writer, writer_of
 from ..models import memory
 from ..runs.environment import own_numbers
-from ..runs.folder import differences, open_folder, read_settings
-from ..runs.journal import Journal
+from ..runs.jsonl_journal import Journal
 from ..runs.jsontext import json_bytes
 from ..runs.manifest import MANIFEST, note
 from ..runs.progress import Progress, Summary
 from ..runs.provenance import weights_sha256
+from ..runs.run_folder import differences, open_folder, read_settings
 from ..sampler import Sampler
+from .cost_forecast import Forecast
 from .executor import Executor, LocalExecutor
-from .forecast import Forecast
-from .part import Part, Placed, by_size, grown
-from .plans import Plans
+from .job_order import Part, Placed, by_size, grown
+from .job_plans import Plans
 from .settings import Duplicates, Files, Placement, Recipe
 from .stop import Stop
 
@@ -58,7 +58,7 @@ def generate(
     files: how they are written. placement: where they are computed. progress: whether to show how far it is, or what shows it.
 
     A job's own steps, scale, size, negative prompt and guidance go before the recipe's. Jobs of one size are made together,
-    see `part.by_size`; each image is that of its job alone in as many slots.
+    see `job_order.by_size`; each image is that of its job alone in as many slots.
 
     A manifest line says what was asked (id, prompt, seed, what is the job's own, and what else the file of prompts says of it),
     `transition_step`, `transition_timestep`, `transition_log_snr`, `noise_gap`, and `status`: "ok" where the image is there and
@@ -134,8 +134,7 @@ def _fill(
             shown.moved(under_way)
             forecast.step()
 
-        executor.stepped = stepped
-        for made in executor.made(forecast.first_of(by_size(waiting(), plans.size_of)), stop):
+        for made in executor.made(forecast.first_of(by_size(waiting(), plans.size)), stop, stepped):
             keep(writes.add(files.signer(made) if files.signer else made))
         keep(writes.flush())
         shown.summary.signal = stop.signal if shown.summary.left else None

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from ..data.encoding import Made
+from ..data.image_encoding import Made
 from ..runs.environment import library
 from ..sampler import Sampler
-from .executor import LocalExecutor
-from .part import Placed
-from .plans import Plans
+from .executor import LocalExecutor, Stepped, unwatched
+from .job_order import Placed
+from .job_plans import Plans
 from .settings import Files, Placement, Recipe
 from .stop import Stop
 
@@ -97,15 +97,17 @@ class RayExecutor:
         given = torch.get_num_threads(), placement.load, plans.sampler.options, plans.recipe, plans.model, slots, here
         self.workers = [actor.remote(*given) for _ in range(count)]
         self.slots, self.calls = slots, Counter[str]()
-        self.stepped: Callable[[float], None] = lambda under_way: None  # nobody tells of steps taken elsewhere
         try:
             ray.get([worker.ready.remote() for worker in self.workers])
         except ray.exceptions.RayError as error:
             self.close()
             raise RuntimeError(f"a worker of the cluster cannot begin: {_last(error)}") from error
 
-    def made(self, jobs: Iterable[Placed], stop: Stop) -> Iterator[Made]:
-        """What comes of the jobs, block by block; what is not finite is made again by the worker that had it."""
+    def made(self, jobs: Iterable[Placed], stop: Stop, stepped: Stepped = unwatched) -> Iterator[Made]:
+        """What comes of the jobs, block by block; what is not finite is made again by the worker that had it.
+
+        `stepped` is told nothing: the steps are taken elsewhere.
+        """
         jobs, turn, count = stop.until(jobs), 0, len(self.workers)
         first = list(islice(jobs, ROUNDS * self.slots * count))
         block = math.ceil(len(first) / count / self.slots) * self.slots  # jobs for each worker, in full rounds

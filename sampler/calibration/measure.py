@@ -15,15 +15,15 @@ from tqdm import tqdm
 
 from .. import checks
 from ..guidance.guidance import Guidance
-from ..runs.cache import MeasurementCache
+from ..runs.measurement_cache import MeasurementCache
 from ..runs.progress import moving
 from ..sampler import Sampler
 from . import figure
 from .baseline import Baseline, unguided
 from .calibration import FEW, LOOKED, Calibration
-from .cost import PlainRuns
 from .fingerprint import fingerprint
 from .interpolation import five_digits
+from .plain_runs import PlainRuns
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from . import options
+from . import model_loading, options
 from .quiet import quieten
+from .runs import going_on
 
 if TYPE_CHECKING:
     from ..auditing.caption_audit import Settings
@@ -89,9 +90,9 @@ def audit(what: What, model: Model, verification: Verify) -> None:
         raise ValueError("training_images are compared with pictures, and verify is 0, so none is made: give --verify N")
     training = images_in(verification.training_images) if verification.training_images else ()
     ordinary = [job.prompt for job in read_prompts(what.prompts)] if what.prompts else None
-    known = options.of_enough(options.found(model.model, model.calibration), model.calibration)
-    sampler = options.sampler(model.model, known, model.scheduler, model.option, **model.loading)
-    with options.going_on(what.out):
+    known = model_loading.of_enough(model_loading.found(model.model, model.calibration), model.calibration)
+    sampler = model_loading.sampler(model.model, known, model.scheduler, model.option, **model.loading)
+    with going_on(what.out):
         rows = audit(sampler, captions, what.out, settings, ordinary, known, training, model.model, what.progress)
     _conclude(rows, what.out, settings)
 

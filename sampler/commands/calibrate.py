@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
-from . import options
+from . import model_loading, options
 from .quiet import quieten
 
 ON_CPU = 4  # pictures measured together: what is measured is kept after each batch, and a larger one gains no time there
@@ -68,7 +68,7 @@ def calibrate(what: What, model: Model) -> None:
     jobs = read_prompts(what.prompts or ordinary_prompts(model.model), what.seed, what.on_error)
     out = _file(what.out, model.model, what.force)
     loading = model.loading | {"attention": model.attention, "compile": model.compile, "capture": model.capture}
-    sampler = options.sampler(model.model, None, model.scheduler, model.option, **loading)
+    sampler = model_loading.sampler(model.model, None, model.scheduler, model.option, **loading)
     steps, scale = steps_and_scale(sampler, None, model.steps, model.scale)
     size = model.batch_size
     if size is None:

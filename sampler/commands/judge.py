@@ -3,73 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from . import options
+from . import model_loading
+from .judge_options import Model, Verdicts, What
+from .options import of_call
 from .quiet import quieten
-from .runs import shard_of
+from .runs import going_on, shard_of
 
 if TYPE_CHECKING:
     from .. import Calibration, Sampler
 
 EXAMPLE = """
   basinescape judge --model my-model --images made/ --out verdicts"""
-
-
-@dataclass(frozen=True)
-class What:
-    """Which pictures, and where the verdicts are written."""
-
-    TITLE: ClassVar = "What"
-    images: Annotated[
-        str,
-        typer.Option(
-            help="with their prompts: a folder with .txt files, metadata.jsonl or a run of generate; .jsonl, .tar or .parquet; "
-            "PNG files that hold their prompt; or a pattern of such names"
-        ),
-    ]
-    out: Annotated[Path, typer.Option(help="folder for judge.csv and judge.html")]
-    shard: Annotated[
-        str | None,
-        typer.Option(help="i/n: the i-th of n parts, from 0, in OUT/shard-i-of-n; then once without it, to put them together"),
-    ] = None
-    on_error: options.OnError = "stop"
-    progress: options.Progress = True
-
-
-@dataclass(frozen=True)
-class Model(options.ModelOptions):
-    """Which model, and how it is asked."""
-
-    model: Annotated[
-        str,
-        typer.Option(
-            help="that made the pictures: no other can judge them; default that of a run of generate", show_default=False
-        ),
-    ] = ""
-    batch_size: Annotated[
-        int | None, typer.Option(help="pictures judged together; default what the GPU's memory holds, 16 on a CPU")
-    ] = None
-
-
-@dataclass(frozen=True)
-class Verdicts:
-    """What is suspect."""
-
-    TITLE: ClassVar = "Verdict"
-    threshold: Annotated[
-        float | None, typer.Option(help="score above which a picture is suspect; default as calibrated, else 0.3")
-    ] = None
-    calibration: Annotated[str | None, typer.Option(help="default calibration.json in the model's folder, if any")] = None
-    rate: Annotated[
-        float | None, typer.Option(help="with a calibration: share of ordinary pictures that are suspect; default a guard's")
-    ] = None
-    probes: Annotated[int, typer.Option(help="noises that a picture is judged by, a call of the network each")] = 2
-    seed: Annotated[int, typer.Option(help="of the noises, the same for every picture")] = 0
 
 
 def judge(what: What, model: Model, verdicts: Verdicts) -> None:
@@ -88,8 +37,8 @@ def judge(what: What, model: Model, verdicts: Verdicts) -> None:
     source = model.model or made.get("model")
     if not source:
         raise ValueError("model must be given: the one that made the pictures, since no other can judge them")
-    known, given = options.found(source, verdicts.calibration), options.of_call(model.option)
-    enough = options.of_enough(known, verdicts.calibration) if verdicts.threshold is None else None
+    known, given = model_loading.found(source, verdicts.calibration), of_call(model.option)
+    enough = model_loading.of_enough(known, verdicts.calibration) if verdicts.threshold is None else None
     settings = Settings(
         _threshold(enough, verdicts.rate) if verdicts.threshold is None else verdicts.threshold,
         verdicts.probes,
@@ -99,12 +48,12 @@ def judge(what: What, model: Model, verdicts: Verdicts) -> None:
         model.batch_size,
         what.on_error,
     )
-    sampler = Sampler.from_pretrained(source, scheduler=options.scheduler_of(model.scheduler, known), **model.loading)
+    sampler = Sampler.from_pretrained(source, scheduler=model_loading.scheduler_of(model.scheduler, known), **model.loading)
     sampler = sampler.using(**({} if known is None else known.settings.get("options", {})) | given)
     _compare(made, source, sampler)
     if enough is not None:
         enough.made_on(sampler)
-    with options.going_on(what.out):
+    with going_on(what.out):
         rows = judge(sampler, what.images, what.out, settings, source, part, what.progress)
     _conclude(rows, what.out / f"shard-{part[0]}-of-{part[1]}" if part else what.out, source)
 
@@ -125,7 +74,7 @@ def _conclude(rows: Sequence[dict[str, Any]], home: Path, model: str) -> None:
 
 def _run_of(images: Path) -> dict[str, Any]:
     """The settings of the run of `generate` that the pictures are; empty where they are none."""
-    from ..runs.folder import read_settings
+    from ..runs.run_folder import read_settings
 
     runs = [folder for folder in (images, images.parent) if (folder / "run.json").is_file()]
     return read_settings(runs[0]) if runs else {}

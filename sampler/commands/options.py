@@ -1,20 +1,13 @@
-"""Options that commands share: their names and help, and the sampler that they make together."""
+"""Options that commands share: their names, their help, and how their values are read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import typer
-
-if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
-
-    from .. import Calibration, Sampler
 
 Model = Annotated[str, typer.Option(help="a folder in diffusers' format, a hub id, or 'tiny' or 'flow', which ship")]
 Scheduler = Annotated[
@@ -46,60 +39,6 @@ Threshold = Annotated[float | None, typer.Option(help="similarity above which an
 EXAMPLES = {"option": "height=768", "rule_option": "phi=0.5"}
 
 
-def found(model: str, calibration: str | None) -> Calibration | None:
-    """The calibration that is given, or that lies beside the model; None without one."""
-    from .. import Calibration
-
-    path = calibration or Calibration.beside(model)
-    return None if path is None else Calibration.load(path)
-
-
-def of_enough(known: Calibration | None, given: str | None) -> Calibration | None:
-    """The calibration for thresholds; None where nobody gave it and its pictures are too few for them, which is said."""
-    from ..calibration.calibration import FEW
-
-    if known is None or given or known.images >= FEW:
-        return known
-    typer.echo(
-        f"the model's calibration is of {known.images} pictures, and thresholds need {FEW}: it is left out; calibrate again "
-        "with more prompts and --force",
-        err=True,
-    )
-    return None
-
-
-def sampler(
-    model: str,
-    known: Calibration | None,
-    scheduler: str | SchedulerMixin | None,
-    option: Sequence[str] | None,
-    height: int | None = None,
-    width: int | None = None,
-    **loading: Any,
-) -> Sampler:
-    """The sampler that the options ask for; scheduler, size and options of the call that they leave open are as calibrated."""
-    from .. import Sampler
-
-    made = Sampler.from_pretrained(model, scheduler=scheduler_of(scheduler, known), **loading)
-    settings = {} if known is None else known.settings
-    if known is not None:
-        how = f"{known.steps} steps, scale {known.scale:g}, {type(made.scheduler).__name__}"
-        typer.echo(f"calibrated: what no option says is as in the model's calibration ({how})", err=True)
-    given = {"height": height, "width": width, **of_call(option)}
-    calibrated = dict(zip(("height", "width"), settings.get("size", ()), strict=False)) | settings.get("options", {})
-    return made.using(**calibrated | {name: value for name, value in given.items() if value is not None})
-
-
-@contextmanager
-def going_on(out: Path) -> Iterator[None]:
-    """Inside, Ctrl-C exits with 130 and a word about how the work goes on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo(f"\nstopped; what was done is in {out}, and the same command goes on from there", err=True)
-        raise typer.Exit(130) from None
-
-
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model, and how it is loaded."""
@@ -116,13 +55,6 @@ class ModelOptions:
     def loading(self) -> dict[str, Any]:
         """What `Sampler.from_pretrained` is given by name."""
         return {"allow_pickle": self.allow_pickle, "device": self.device, "dtype": self.dtype}
-
-
-def scheduler_of(given: str | SchedulerMixin | None, known: Calibration | None) -> str | SchedulerMixin:
-    """The scheduler that is given, else the calibration's, else the model's own."""
-    if given is not None or known is None:
-        return given or "own"
-    return known.scheduler or "own"
 
 
 def named(option: str, given: Sequence[str] | None, read: Callable[[str], Any]) -> dict[str, Any]:

@@ -1,19 +1,17 @@
-"""Commands about the folders of `generate`: what a run came to, whether its images are what they were, shards made one."""
+"""What commands that make or judge a set have in common: its shards, how far it is, how it is stopped, what it came to."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 if TYPE_CHECKING:
-    from .. import Sampler
     from ..runs.progress import Progress, Summary
 
 NOTES = {  # kinds of images -> (what is said of them, the field of the manifest that says more)
@@ -59,18 +57,6 @@ def shard_of(text: str | None) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-def spread(arguments: tuple, loading: dict[str, Any], workers: int | None) -> tuple[Callable[[], Sampler], str, str]:
-    """How a cluster's workers load their samplers; device and dtype of this process's, which is looked at alone."""
-    from .. import Sampler
-    from ..bulk.ray import cluster
-    from ..checks import at_least_one
-
-    _, gpu = cluster(None if workers is None else at_least_one("workers", workers))
-    source, device, dtype, *rest = arguments
-    device, dtype = device or ("cuda" if gpu else "cpu"), dtype or ("float16" if gpu else "float32")
-    return partial(Sampler.from_pretrained, source, device, dtype, *rest, **loading), "cpu", dtype
-
-
 def looked_at(log: str, metrics: int | None, host: str, progress: bool) -> Progress:
     """What shows how far a run is; with "json", warnings and errors are JSON too."""
     from ..runs.progress import JsonFormatter, Progress
@@ -94,34 +80,11 @@ def stoppable() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def verify(out: Annotated[Path, typer.Argument(metavar="DIR", help="folder written by generate")]) -> None:
-    """Check that a run's folder holds all its images as they were made, and nothing else.
-
-    Exit code 1, and a line each, for images that are missing, changed or failed, damaged lines of manifest.jsonl, and files
-    that are none of the run's.
-    """
-    from ..data.verify import verify
-
-    wrong = 0
-    for file, what in verify(out):
-        typer.echo(f"{file} {what}")
-        wrong += 1
-    if wrong:
-        raise typer.Exit(1)
-    typer.echo(f"all images of {out} are there as they were made")
-
-
-def merge(
-    run: Annotated[Path, typer.Argument(metavar="DIR", help="the --out of a run that was made with --shard")],
-    out: Annotated[Path, typer.Option(help="folder for the run as if made in one, which generate can go on with")],
-) -> None:
-    """Make one run of a run's shards. Files of an image are linked where the file system can, else copied.
-
-    Exit code 1 where images are missing: `verify` names them.
-    """
-    from ..data.merge import merge
-
-    images, total = merge(run, out)
-    typer.echo(f"{images} of {total} images in {out}")
-    if images < total:
-        raise typer.Exit(1)
+@contextmanager
+def going_on(out: Path) -> Iterator[None]:
+    """Inside, Ctrl-C exits with 130 and a word about how the work goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"\nstopped; what was done is in {out}, and the same command goes on from there", err=True)
+        raise typer.Exit(130) from None

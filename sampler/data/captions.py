@@ -11,8 +11,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ..runs.folder import SAFE_ID
-from .formats import HUB
+from ..runs.run_folder import SAFE_ID
+from .input_formats import HUB
 from .layout import METADATA, Layout, file_in
 from .names import COLUMN, IDS, IMAGE, TEXT, Ids, first
 from .rows import SAVED, Faults, open_rows

@@ -12,7 +12,7 @@ from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 
 from ..runs.atomic import atomic_write
-from ..runs.journal import Keys, texts
+from ..runs.jsonl_journal import Keys, texts
 from ..runs.jsontext import json_bytes
 from ..runs.manifest import MANIFEST, lacks, read_jobs
 

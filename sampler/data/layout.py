@@ -6,7 +6,7 @@ from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
 
-from .formats import ENCODING, ERRORS, NoText, in_utf8, row_of
+from .input_formats import ENCODING, ERRORS, NoText, in_utf8, row_of
 from .names import IMAGE, TEXT, first
 from .pictures import files_in, pictures_among, suffixes
 from .rows import format_of, open_rows

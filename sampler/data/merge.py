@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..runs.atomic import atomic_write
-from ..runs.folder import differences, open_folder, read_settings
-from ..runs.journal import Journal
+from ..runs.jsonl_journal import Journal
 from ..runs.manifest import JOBS, MANIFEST, sound
+from ..runs.run_folder import differences, open_folder, read_settings
 from .writers import writer_of
 
 log = logging.getLogger(__name__)

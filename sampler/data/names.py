@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
-from ..runs.folder import SAFE_ID
+from ..runs.run_folder import SAFE_ID
 
 IDS = "1 to 128 letters, digits, '.', '_' or '-', not starting with '.' or '-' and no device of Windows, as con or nul"
 # Of the columns TEXT, and of IMAGE, the first that is not empty counts. "file" is the manifest's, so it goes before the others.

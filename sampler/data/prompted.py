@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from .formats import ENCODING, ERRORS, Rows, parquet_rows, row_of
+from .input_formats import ENCODING, ERRORS, Rows, parquet_rows, row_of
 from .layout import BESIDE, Layout, caption_in, file_in
 from .names import COLUMN, IMAGE, TEXT, Ids, first
 from .pictures import opened, suffixes

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import checks
-from ..runs.folder import SAFE_ID
-from ..runs.journal import Keys
-from .formats import Row, Rows
+from ..runs.jsonl_journal import Keys
+from ..runs.run_folder import SAFE_ID
+from .input_formats import Row, Rows
 from .names import COLUMN, IDS, IMAGE, TEXT
 from .rows import Faults, open_rows
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
-from .formats import HUB, NoText, Rows, csv_file, dataset, json_file, json_lines, lines, parquet
+from .input_formats import HUB, NoText, Rows, csv_file, dataset, json_file, json_lines, lines, parquet
 
 log = logging.getLogger(__name__)
 ON_ERROR = ("stop", "skip")

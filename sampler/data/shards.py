@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from ..runs.atomic import atomic_write
 from ..runs.environment import library
 from ..runs.jsontext import finite, json_bytes
-from .encoding import Made
+from .image_encoding import Made
 
 
 class Shard(ABC):

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from ..runs.environment import library, version_of
-from .encoding import Encoder, Made, media_type
+from .image_encoding import Encoder, Made, media_type
 from .xmp import TRAINED
 
 CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}  # of keys -> C2PA's names of algorithms

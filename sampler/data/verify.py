@@ -10,9 +10,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ..runs.folder import leftover, read_settings
-from ..runs.journal import Keys, texts
+from ..runs.jsonl_journal import Keys, texts
 from ..runs.manifest import JOBS, MANIFEST, belongs, lacks, read_jobs
+from ..runs.run_folder import leftover, read_settings
 from . import imagefolder, signing, xmp
 from .writers import Writer, writer_of
 

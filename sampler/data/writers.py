@@ -20,10 +20,10 @@ from typing import Any
 
 from .. import checks
 from ..runs.atomic import atomic_write, link, save_bytes
-from ..runs.folder import SAFE_ID
 from ..runs.manifest import noted, read_jobs, sound
+from ..runs.run_folder import SAFE_ID
 from . import imagefolder
-from .encoding import PICTURES, Made
+from .image_encoding import PICTURES, Made
 from .shards import SHARDS
 
 log = logging.getLogger(__name__)

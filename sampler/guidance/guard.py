@@ -15,7 +15,7 @@ PROBES = 2  # noises that a picture is judged by
 THRESHOLD, LATER = 0.3, 0.2
 # With one: the share of ordinary pictures that may begin again, and of those that are above the threshold of later attempts.
 RATE, LATER_RATE = 0.01, 0.1
-LADDER = (-2.8, -2.8, -2.8, -1.9, -1.9, -1.5, -0.8)  # log SNRs until which the attempts after the plain one are delayed
+DELAYS = (-2.8, -2.8, -2.8, -1.9, -1.9, -1.5, -0.8)  # log SNRs until which the attempts after the plain one are delayed
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Guard:
-    """Plain guidance whose pictures are judged by their basin score (see `basin`), with more careful attempts for copies.
+    """Plain guidance whose pictures are judged by their basin score (see `basin_score`), with more careful attempts for copies.
 
     attempts: the first is plain. An attempt that is suspect is followed by the next, from the next noise of the sample's own
               generator, until one passes; the last is returned, and marked. What passes at once keeps plain guidance's bits.

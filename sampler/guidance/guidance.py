@@ -174,7 +174,7 @@ class Guidance:
         later:       the same for the attempts after it, which are looked at more closely; default 0.2, or the calibration's.
         rate:        with a calibration, the share of ordinary pictures that may begin again: half of it by their first gaps,
                      half by their scores.
-        attempts:    those after the plain one; None: delayed guidance, until the log SNRs of `LADDER`.
+        attempts:    those after the plain one; None: delayed guidance, until the log SNRs of `DELAYS`.
         given:       rule and its options, shape, interval or restart, of every attempt.
 
         Raises ValueError for anything else, and for a calibration of too few pictures for the rate.
@@ -190,7 +190,7 @@ class Guidance:
         if isinstance(attempts, Guidance):
             raise ValueError(f"attempts must be a list of guidances, got {attempts!r}")
         if attempts is None:
-            attempts = [replace(plain, until=At(log_snr=log_snr)) for log_snr in guard.LADDER]
+            attempts = [replace(plain, until=At(log_snr=log_snr)) for log_snr in guard.DELAYS]
         if threshold is None:
             threshold = guard.THRESHOLD if calibration is None else calibration.threshold(rate / 2)
         if later is None:

@@ -18,8 +18,8 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from .. import checks
-from ..detection import basin
-from ..detection.judging import Verdict
+from ..detection import basin_score
+from ..detection.verdict import Verdict
 from ..guidance.guard import PROBES, THRESHOLD, Guard
 from ..guidance.guidance import Guidance, first_of_step
 from ..kernels import guide_step
@@ -239,14 +239,14 @@ def _log_snrs(given: Sequence[float] | Tensor | None, steps: int) -> list[float]
 
 @torch.no_grad()
 def judge(
-    predict: basin.Predict,
-    scheduler: SchedulerMixin | basin.Probe,
+    predict: basin_score.Predict,
+    scheduler: SchedulerMixin | basin_score.Probe,
     latents: Tensor,
     seeds: int | Sequence[int] = 0,
     threshold: float = THRESHOLD,
     probes: int = PROBES,
 ) -> Verdict:
-    """Whether finished pictures look like copies of training images, by their basin scores; see `basin`.
+    """Whether finished pictures look like copies of training images, by their basin scores; see `basin_score`.
 
     predict:   (latents (B, ...), timesteps (B,)) -> (uncond, cond), each (B, ...): what the network itself returns for noised
                pictures with their prompts. `latents` are as the scheduler's `scale_model_input` would hand them over, timesteps
@@ -259,6 +259,6 @@ def judge(
     Raises ValueError for arguments that are not as described, and for a scheduler whose noise levels are not known.
     """
     seeds, threshold = checks.seeds(seeds, len(latents)), checks.finite("threshold", threshold)
-    probe = scheduler if isinstance(scheduler, basin.Probe) else basin.Probe.of(scheduler)
-    score = basin.scores(predict, probe, latents, seeds, checks.at_least_one("probes", probes))
-    return Verdict(score, basin.suspects(score, threshold))
+    probe = scheduler if isinstance(scheduler, basin_score.Probe) else basin_score.Probe.of(scheduler)
+    score = basin_score.scores(predict, probe, latents, seeds, checks.at_least_one("probes", probes))
+    return Verdict(score, basin_score.suspects(score, threshold))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .. import checks
-from ..detection.judging import Verdict
+from ..detection.verdict import Verdict
 from ..guidance.guard import PROBES, THRESHOLD
 from ..guidance.guidance import Guidance
 from ..guidance.transitions import At, Settled

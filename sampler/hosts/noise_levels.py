@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..detection.basin import LOG_SNR, Probe
+from ..detection.basin_score import LOG_SNR, Probe
 from ..schedulers.schedule import timestep_of_ratio
 
 UNEVEN = {"sample_dpm_fast", "sample_dpm_adaptive"}  # k-diffusion's samplers whose steps are not those of a schedule

@@ -16,8 +16,8 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
-from ..detection.basin import LOG_SNR, Probe
-from ..detection.judging import Verdict
+from ..detection.basin_score import LOG_SNR, Probe
+from ..detection.verdict import Verdict
 from ..guidance.guidance import Guidance, never_came
 from ..kernels.state import per_sample
 from .escape import Escape, judge

@@ -19,7 +19,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from ..detection.judging import Verdict
+from ..detection.verdict import Verdict
 from ..guidance.guard import PROBES, THRESHOLD, Guard
 from ..guidance.guidance import Guidance
 from .escape import Escape, each
@@ -145,7 +145,7 @@ class EscapeRun:
 
     @property
     def score(self) -> Tensor | None:
-        """(B,) float32 on the CPU: the basin score of each picture, see `basin`. None without a guard, until `judge`."""
+        """(B,) float32 on the CPU: the basin score of each picture, see `basin_score`. None without a guard, until `judge`."""
         self._known("score")
         return None if self._verdict is None else self._verdict.score
 

@@ -28,7 +28,7 @@ import torch
 from sglang.multimodal_gen.runtime.distributed.cfg_policy import CFGPolicy, _apply_cfg_postprocess
 from torch import Tensor
 
-from ..detection.basin import Probe, suspects
+from ..detection.basin_score import Probe, suspects
 from ..kernels import guide
 from ..kernels.state import per_sample
 from .escape import Escape, each, judge

@@ -5,14 +5,14 @@ from __future__ import annotations
 from diffusers import DiffusionPipeline
 
 from .autoencoding import Decoded
-from .encoding import Encoded
 from .loading import load, located, shipped
 from .model import Model
-from .network import Guided
+from .network import PromptedNetwork
 from .registry import ADAPTERS
-from .sd import GuidedUNet
+from .sd import PromptedUNet
+from .text_encoding import Encoded
 
-__all__ = ["ADAPTERS", "Decoded", "Encoded", "Guided", "GuidedUNet", "Model", "adapt", "load", "located", "shipped"]
+__all__ = ["ADAPTERS", "Decoded", "Encoded", "Model", "PromptedNetwork", "PromptedUNet", "adapt", "load", "located", "shipped"]
 
 REPLACED = ("__call__", "prepare_latents")  # the methods of a pipeline that the loop stands in for
 

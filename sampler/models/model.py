@@ -16,9 +16,9 @@ from ..checks import at_least_one, whole_number
 from ..schedulers.schedule import Schedule
 from ..types import Correction, draw
 from .autoencoding import Autoencoding, Pixels
-from .encoding import Encoded, Request
-from .network import Guided, Networks
+from .network import Networks, PromptedNetwork
 from .precision import HALF, in_float32
+from .text_encoding import Encoded, Request
 
 ATTENTION = ("sdpa", "xformers")
 # The parts of pipelines that read a prompt: (text encoder, tokenizer) each.
@@ -45,7 +45,7 @@ class Model(Autoencoding):
     """
 
     network_name: str  # of the pipeline's part that is the network
-    guided: type[Guided]
+    guided: type[PromptedNetwork]
     texts: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")  # options that `encode_prompt` takes as they are
     options: frozenset[str]
     scale = "guidance_scale"  # the argument of the pipeline's call that is the guidance scale
@@ -262,7 +262,7 @@ class Model(Autoencoding):
         """Tensors on the network's device, those of floating point in its dtype."""
         return tree_map_only(Tensor, lambda x: x.to(self.device, self.net.dtype if x.is_floating_point() else x.dtype), inputs)
 
-    def network(self, encoded: Encoded, plain: bool = False) -> Guided:
+    def network(self, encoded: Encoded, plain: bool = False) -> PromptedNetwork:
         """The fastest network for `encoded`. plain: one that takes its inputs just as `encode` made them."""
         if self._live or encoded.own:  # with the caller's own arguments it runs as it is, too
             return self.guided(self.net, encoded.inputs, shared={**encoded.shared, **encoded.own})

@@ -43,7 +43,7 @@ def traced(compiled: Callable[..., Any], packed: bool) -> Callable[..., Any]:
     return call
 
 
-class Guided:
+class PromptedNetwork:
     """A network with the encoded prompts of one batch: the `Network` of the loop. A subclass says how the network is called.
 
     net:     the pipeline's network, perhaps compiled.
@@ -88,7 +88,7 @@ class Guided:
         other._give(tree_map(lambda x: x.new_zeros((2 * batch, *x.shape[1:])), self.inputs["both"]))
         return other
 
-    def put(self, place: int, other: Guided, row: int) -> None:
+    def put(self, place: int, other: PromptedNetwork, row: int) -> None:
         """Copy the prompt of sample `row` of `other` into the memory of sample `place`."""
         for old, new in zip(_tensors(self.inputs["both"]), _tensors(other.inputs["both"]), strict=True):
             old[place :: len(old) // 2].copy_(new[row :: len(new) // 2])
@@ -100,7 +100,7 @@ class Guided:
         other._give(tree_map(itemgetter(torch.cat([index, index + batch])), self.inputs["both"]))
         return other
 
-    def load(self, other: Guided) -> None:
+    def load(self, other: PromptedNetwork) -> None:
         """Copy the prompts of `other` into the memory of those here."""
         for inputs, given in ((self.inputs["both"], other.inputs["both"]), (self.shared, other.shared)):
             for old, new in zip(_tensors(inputs), _tensors(given), strict=True):
@@ -125,12 +125,12 @@ class Networks:
     come and go (offloaded, or cast layer by layer) runs as it is.
     """
 
-    def __init__(self, guided: type[Guided], compile: bool, lean: bool):
+    def __init__(self, guided: type[PromptedNetwork], compile: bool, lean: bool):
         self.guided, self._compile, self._lean = guided, compile, lean
         self._made: _Made | None = None
         self._warned = False
 
-    def of(self, net: nn.Module, inputs: dict[str, Any], shared: dict[str, Any], plain: bool) -> Guided:
+    def of(self, net: nn.Module, inputs: dict[str, Any], shared: dict[str, Any], plain: bool) -> PromptedNetwork:
         """The fastest network, which may take the text in another form; plain: one that takes inputs as `encode` makes them."""
         made = self._now(net)
         if made is None:

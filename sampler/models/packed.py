@@ -14,15 +14,15 @@ from torch import Tensor
 from ..schedulers.schedule import Schedule
 from ..types import draw
 from .autoencoding import Pixels
-from .transformer import GuidedTransformer, Transformer, shift
+from .transformer import PromptedTransformer, Transformer, shift
 
 
-class GuidedPacked(GuidedTransformer):
+class GuidedPacked(PromptedTransformer):
     """A transformer that takes the time as 0..1, rounded to the latents' dtype."""
 
     @staticmethod
     def predict(net: Callable[..., Any], latents: Tensor, timesteps: Tensor, inputs: dict[str, Any]) -> Tensor:
-        return GuidedTransformer.predict(net, latents, timesteps.to(latents.dtype) / 1000, inputs)
+        return PromptedTransformer.predict(net, latents, timesteps.to(latents.dtype) / 1000, inputs)
 
 
 class Packed(Transformer):

@@ -8,19 +8,19 @@ from typing import Any
 from torch import Tensor
 
 from .autoencoding import Pixels
-from .encoding import Request
 from .lean import LeanPixArt
-from .transformer import GuidedTransformer, Transformer
+from .text_encoding import Request
+from .transformer import PromptedTransformer, Transformer
 
 
-class GuidedPixArt(GuidedTransformer):
+class GuidedPixArt(PromptedTransformer):
     """A PixArtTransformer2DModel, without the channels in which it predicts a variance."""
 
     lean = LeanPixArt
 
     @staticmethod
     def predict(net: Callable[..., Any], latents: Tensor, timesteps: Tensor, inputs: dict[str, Any]) -> Tensor:
-        return GuidedTransformer.predict(net, latents, timesteps, inputs)[:, : latents.shape[1]]
+        return PromptedTransformer.predict(net, latents, timesteps, inputs)[:, : latents.shape[1]]
 
 
 class PixArtSigma(Transformer):

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .autoencoding import Generators
-from .encoding import Request
 from .packed import GuidedPacked, Packed
+from .text_encoding import Request
 
 
 class GuidedQwen(GuidedPacked):

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .autoencoding import Generators
-from .encoding import Request
 from .lean import LeanUNet
 from .model import Model
-from .network import Guided
+from .network import PromptedNetwork
+from .text_encoding import Request
 
 
-class GuidedUNet(Guided):
+class PromptedUNet(PromptedNetwork):
     """A UNet2DConditionModel with the encoded prompts of one batch."""
 
     lean = LeanUNet
@@ -30,7 +30,7 @@ class StableDiffusion(Model):
     """The adapter of StableDiffusionPipeline."""
 
     network_name = "unet"
-    guided = GuidedUNet
+    guided = PromptedUNet
     images = ("ip_adapter_image", "ip_adapter_image_embeds")
     kwargs = "cross_attention_kwargs"
     options = frozenset((*Model.texts, *images, "clip_skip", kwargs))

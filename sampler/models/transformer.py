@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from .model import Model
-from .network import Guided
+from .network import PromptedNetwork
 
 
-class GuidedTransformer(Guided):
+class PromptedTransformer(PromptedNetwork):
     """A transformer of diffusers with the encoded prompts of one batch."""
 
     @staticmethod
@@ -23,7 +23,7 @@ class Transformer(Model):
     """The adapter of a pipeline whose network is its `transformer`."""
 
     network_name = "transformer"
-    guided = GuidedTransformer
+    guided = PromptedTransformer
 
     def check(self) -> None:
         super().check()

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from ..checks import whole_number
-from .encoding import Request
 from .lean import LeanWan
-from .transformer import GuidedTransformer, Transformer
+from .text_encoding import Request
+from .transformer import PromptedTransformer, Transformer
 
 
-class GuidedWan(GuidedTransformer):
+class GuidedWan(PromptedTransformer):
     """A WanTransformer3DModel. It takes latents in the dtype of its text."""
 
     lean = LeanWan
 
     @staticmethod
     def predict(net: Callable[..., Any], latents: Tensor, timesteps: Tensor, inputs: dict[str, Any]) -> Tensor:
-        return GuidedTransformer.predict(net, latents.to(inputs["encoder_hidden_states"].dtype), timesteps, inputs)
+        return PromptedTransformer.predict(net, latents.to(inputs["encoder_hidden_states"].dtype), timesteps, inputs)
 
 
 class Wan(Transformer):

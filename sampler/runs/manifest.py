@@ -1,7 +1,7 @@
 """The lists in a run's folder: `jobs.jsonl`, the images that are asked for, and `manifest.jsonl`, what came of each.
 
-A line of the manifest is composed in the order in which a picture is made: `Job.asked`, `Plans.facts`, `bulk.stages`,
-`bulk.executor` (copies), `data.encoding` (digest). `runs.journal` writes it."""
+A line of the manifest is composed in the order in which a picture is made: `Job.asked`, `Plans.facts`, `bulk.encode_decode`,
+`bulk.executor` (copies), `data.image_encoding` (digest). `runs.jsonl_journal` writes it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .atomic import atomic_write
-from .journal import read_lines
+from .jsonl_journal import read_lines
 from .jsontext import json_bytes
 
 MANIFEST, JOBS = "manifest.jsonl", "jobs.jsonl"

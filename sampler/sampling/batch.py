@@ -15,22 +15,22 @@ from .. import models
 from ..guidance.guidance import never_came
 from ..kernels.state import State
 from ..models import memory
-from ..runs.batches import parts
+from ..runs.halving import parts
 from ..runs.progress import Bar, bar
-from ..schedulers.solver import Solver
+from ..schedulers.solver_coefficients import Solver
 from ..types import Network, Scheduler
 from . import callbacks
+from .attempt_table import AttemptTable
 from .call import Call
+from .cuda_graphs import Graphs
 from .engine import guarded
-from .graphs import Graphs
-from .ladder import Ladder
 from .output import Output
 from .samples import Results
 from .step_table import StepTable
-from .steps import Lane, Move, denoise, fused_move, lockstep_move, renoise, scheduler_move, stepping
+from .steps import DeviceBatch, Move, denoise, fused_move, lockstep_move, renoise, scheduler_move, stepping
 
 log = logging.getLogger(__name__)
-Wrap = Callable[[models.Guided], Network]
+Wrap = Callable[[models.PromptedNetwork], Network]
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Runner:
         """
         model, prompts, total = self.model, call.prompts, call.total
         options = {"height": call.size[0], "width": call.size[1], **prompts.options}
-        ladder = Ladder.make(solver, call.guidance, model.device, model.correction).stopped(call.stop_after)
-        for line in ladder.idle:
+        attempt_table = AttemptTable.make(solver, call.guidance, model.device, model.correction).stopped(call.stop_after)
+        for line in attempt_table.idle:
             log.warning(line)
         generators = call.generators()
         encoded = model.encode(prompts.texts, count=prompts.count, negative_prompt=prompts.negative, **options)
@@ -65,27 +65,27 @@ class Runner:
             own = [generators[i] for i in part]
             noise = initial(own) if call.latents is None else call.latents[list(part)].cpu().float()
             texts = encoded if len(part) == total else encoded.select(part)
-            results = self.run(ladder, call, texts, noise, own, initial, shown)
+            results = self.run(attempt_table, call, texts, noise, own, initial, shown)
             decode = partial(model.decode, generators=own, **options)
             return Output.of(results, texts, solver, call.output, decode)
 
         some = parts(total, call.batch_size or (total if call.seen else memory.size(model, *call.size)))
         made = [batch(part, bar(progress, i, len(some))) for i, part in enumerate(some)]
-        whole = ladder.guard is None and call.callback is None and call.stop_after is None
+        whole = attempt_table.guard is None and call.callback is None and call.stop_after is None
         told = never_came(torch.cat([one.transition_step for one in made]), solver.steps)
-        if told is not None and whole and not ladder.idle:
+        if told is not None and whole and not attempt_table.idle:
             log.warning(told)
         return made
 
-    def lane(
+    def open_batch(
         self,
-        ladder: Ladder,
-        network: models.Guided,
+        attempt_table: AttemptTable,
+        network: models.PromptedNetwork,
         plan: StepTable,
         noise: Tensor,
         generators: list[torch.Generator],
         together: bool = False,
-    ) -> Lane:
+    ) -> DeviceBatch:
         """A batch from `noise` (B, ...): captured, or by the scheduler's own step, or fused.
 
         together: all samples go one way, from the first row on; only such a batch may have a wrapped network.
@@ -93,18 +93,18 @@ class Runner:
         if self.wrap is not None and not together:
             raise ValueError("a wrapped network is sampled from by calls of the sampler alone, which take no guard")
         noise, form = noise.to(self.model.dtype), self.model.memory_format
-        recorded = network.version is not None and not ladder.stepwise and not plan.statistics.rules
+        recorded = network.version is not None and not attempt_table.stepwise and not plan.statistics.rules
         if self.graphs is not None and self.wrap is None and recorded:
-            return self.graphs.lane(network, plan, noise, form)
+            return self.graphs.open_batch(network, plan, noise, form)
         state = plan.state(noise, form)
         changed = network if self.wrap is None else self.wrap(network)
-        together = together or ladder.stepwise
-        move = mover(ladder, self.scheduler, generators, plan, state) if together else fused_move(plan, state)
-        return Lane(network, state, stepping(changed, state, move), plan.table if ladder.stepwise else None)
+        together = together or attempt_table.stepwise
+        move = mover(attempt_table, self.scheduler, generators, plan, state) if together else fused_move(plan, state)
+        return DeviceBatch(network, state, stepping(changed, state, move), plan.table if attempt_table.stepwise else None)
 
     def run(
         self,
-        ladder: Ladder,
+        attempt_table: AttemptTable,
         call: Call,
         encoded: models.Encoded,
         noise: Tensor,
@@ -117,14 +117,14 @@ class Runner:
         encoded: their prompts. noise: (B, ...) float32 of standard deviation 1. generators: of all their noise. initial: draws
         initial noise from generators.
         """
-        model, plan, solver = self.model, ladder.plan, ladder.solver
+        model, plan, solver = self.model, attempt_table.plan, attempt_table.solver
         noise = (noise * solver.init_sigma).to(model.device, model.dtype)
         callback, scale = call.callback, call.guidance.scale
         network = model.network(encoded, plain=self.wrap is not None)
-        if ladder.guard is not None:
-            return guarded(self.lane, network, ladder, noise, generators, shown, initial)
-        lane = self.lane(ladder, network, plan, noise, generators, together=True)
-        state = lane.state
+        if attempt_table.guard is not None:
+            return guarded(self.open_batch, network, attempt_table, noise, generators, shown, initial)
+        opened = self.open_batch(attempt_table, network, plan, noise, generators, together=True)
+        state = opened.state
 
         def after(row: int) -> bool:
             renoise(state, plan, row + 1, generators)
@@ -136,12 +136,14 @@ class Runner:
 
         seen = nullcontext() if callback is None else callbacks.found(model.pipe, len(plan.branches), scale)
         with seen:
-            denoise(lane.take, shown(plan.branches), after)
+            denoise(opened.take, shown(plan.branches), after)
         return Results.of(state, solver.steps)
 
 
-def mover(ladder: Ladder, scheduler: Scheduler, generators: list[torch.Generator], plan: StepTable, state: State) -> Move:
-    """What takes a batch, just started and all at the same row, through the steps of `plan`, the step table of a ladder."""
-    if ladder.stepwise:
-        return scheduler_move(ladder.solver, scheduler, generators, plan, state)
+def mover(
+    attempt_table: AttemptTable, scheduler: Scheduler, generators: list[torch.Generator], plan: StepTable, state: State
+) -> Move:
+    """What takes a batch, just started and all at the same row, through the steps of `plan`."""
+    if attempt_table.stepwise:
+        return scheduler_move(attempt_table.solver, scheduler, generators, plan, state)
     return lockstep_move(plan, state)

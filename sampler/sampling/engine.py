@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..detection import basin
+from ..detection import basin_score
 from ..guidance.guard import Guard
-from ..models import Guided
+from ..models import PromptedNetwork
 from ..types import Branch, Pair
-from .flight import Begin, Flight
-from .ladder import Ladder
+from .attempt_table import AttemptTable
 from .samples import Result, Results, Sample
+from .slot_batch import Begin, SlotBatch
 from .slots import Slot, Slots
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Trial:
 
     result: Result
     guard: Guard
-    probe: basin.Probe
+    probe: basin_score.Probe
     noises: Iterator[Tensor]
     target: Tensor | None = None
     scores: list[Tensor] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Engine:
     def __init__(self, begin: Begin, slots: int, fixed: bool = False, local: bool = False, room: bool = True):
         self._begin, self._fixed, self._local, self._room = begin, fixed, local, room
         self._slots: Slots = Slots(slots, room)
-        self._flight: Flight | None = None
+        self._batch: SlotBatch | None = None
         self._form: Any = None  # of the batch in flight
         self._trials: dict[Slot, Trial] = {}
         self.calls: Counter[str] = Counter()  # network calls of samples by branch; "spared": those that were not needed
@@ -112,93 +112,93 @@ class Engine:
     def _step(self, fresh: Sequence[Slot]) -> list[Result]:
         """Begin the samples of slots that were free, take a step, and see what becomes of all."""
         slots = self._slots
-        if self._flight is None or (fresh and self._form is not slots.form):
-            self._flight = None  # gives its memory back first
-            self._flight = Flight(self._begin, fresh[0].sample, slots.size, self._room, slots.multistep)
+        if self._batch is None or (fresh and self._form is not slots.form):
+            self._batch = None  # gives its memory back first
+            self._batch = SlotBatch(self._begin, fresh[0].sample, slots.size, self._room, slots.multistep)
             self._form = slots.form
-        flight = self._flight
+        batch = self._batch
         if fresh:
-            flight.begin(fresh)
+            batch.begin(fresh)
         elif not self._fixed and slots.sparse:
-            flight.shrink(slots.shrink())
-        branch, pair = flight.step(slots.live)
+            batch.shrink(slots.shrink())
+        branch, pair = batch.step(slots.live)
         self.calls[branch] += len(slots.live) * (2 if branch == "both" else 1)
         self.calls["spared"] += len(slots.live) * (branch != "both")
         slots.move()
-        flight.renoise(slots.live)
-        return self._settle(flight, pair)
+        batch.renoise(slots.live)
+        return self._settle(batch, pair)
 
-    def _settle(self, flight: Flight, pair: Pair) -> list[Result]:
+    def _settle(self, batch: SlotBatch, pair: Pair) -> list[Result]:
         """What becomes of slots after a step that made these predictions: they go on, are judged, begin again, or are free."""
         asked: list[Slot] = []
-        done, again = self._looked(flight)
+        done, again = self._looked(batch)
         ended = [slot for slot in self._slots.live if slot.row == slot.end and slot not in again]
-        self._hear(flight, ended, pair)
+        self._hear(batch, ended, pair)
         for slot in ended:
             trial = self._trials.get(slot)
             if trial is None:
-                result = replace(flight.result(slot), calls=slot.calls)
+                result = replace(batch.result(slot), calls=slot.calls)
             elif len(trial.scores) < trial.guard.attempts[slot.attempt].probes:
                 asked.append(slot)
                 continue
             else:
                 result = _judged(slot, trial)
                 del self._trials[slot]
-                if result.suspect and slot.attempt + 1 < len(trial.guard.attempts) and not _lost(flight, result):
+                if result.suspect and slot.attempt + 1 < len(trial.guard.attempts) and not _lost(batch, result):
                     again.append(slot)
                     continue
             done.append(result)
             self._slots.retire(slot)
-        self._go_on(flight, asked, again)
+        self._go_on(batch, asked, again)
         return done
 
-    def _looked(self, flight: Flight) -> tuple[list[Result], list[Slot]]:
+    def _looked(self, batch: SlotBatch) -> tuple[list[Result], list[Slot]]:
         """(what is given up for good, slots that are to make their next attempt) by the first gaps of plain attempts."""
         done, again = [], []
         looked = [slot for slot in self._slots.live if _looked_at(slot)]
-        gaps = flight.gaps if looked else None
+        gaps = batch.gaps if looked else None
         for slot in looked:
-            guard = slot.sample.ladder.guard
+            guard = slot.sample.attempt_table.guard
             if gaps is None or guard is None or guard.early is None or not guard.early.hopeless(gaps[slot.place]):
                 continue
-            result = flight.result(slot)
-            if _lost(flight, result):
+            result = batch.result(slot)
+            if _lost(batch, result):
                 done.append(replace(result, attempts=slot.attempt + 1, score=math.nan, suspect=True, calls=slot.calls))
                 self._slots.retire(slot)
             else:
                 again.append(slot)
         return done, again
 
-    def _hear(self, flight: Flight, ended: Sequence[Slot], pair: Pair) -> None:
+    def _hear(self, batch: SlotBatch, ended: Sequence[Slot], pair: Pair) -> None:
         """Begin the trials of attempts that are done, and note the answers of those that are judged already."""
         begun = []
         for slot in ended:
             sample, trial, (uncond, cond) = slot.sample, self._trials.get(slot), pair
-            guard, probe = sample.ladder.guard, sample.ladder.probe
+            guard, probe = sample.attempt_table.guard, sample.attempt_table.probe
             if trial is not None and trial.target is not None and cond is not None:
                 answers = uncond[slot.place][None], cond[slot.place][None]
-                trial.scores.append(basin.nearer(trial.target, *answers))
+                trial.scores.append(basin_score.nearer(trial.target, *answers))
             elif guard is not None and probe is not None:
-                noises = basin.noises(sample.seed, sample.shape)
-                self._trials[slot] = Trial(flight.result(slot), guard, probe, noises)
+                noises = basin_score.noises(sample.seed, sample.shape)
+                self._trials[slot] = Trial(batch.result(slot), guard, probe, noises)
                 begun.append(slot)
-        if begun and begun[0].sample.ladder.stepwise:
-            self._judge_together(flight, begun)
+        if begun and begun[0].sample.attempt_table.stepwise:
+            self._judge_together(batch, begun)
 
-    def _judge_together(self, flight: Flight, ended: Sequence[Slot]) -> None:
+    def _judge_together(self, batch: SlotBatch, ended: Sequence[Slot]) -> None:
         """The scores of slots whose scheduler takes its own steps."""
         trials = [self._trials[slot] for slot in ended]
         wanted = [trial.guard.attempts[slot.attempt].probes for slot, trial in zip(ended, trials, strict=True)]
         for probes in dict.fromkeys(wanted):
-            found = flight.scores(ended, trials[0].probe, probes)
+            found = batch.scores(ended, trials[0].probe, probes)
             for slot, trial, own in zip(ended, trials, wanted, strict=True):
                 if own == probes:
                     trial.scores = [found[slot.place]] * probes
                     slot.calls += 2 * probes
 
-    def _go_on(self, flight: Flight, asked: Sequence[Slot], again: Sequence[Slot]) -> None:
+    def _go_on(self, batch: SlotBatch, asked: Sequence[Slot], again: Sequence[Slot]) -> None:
         """Send slots to the calls that judge them, and to their next attempts."""
-        if again and again[0].sample.ladder.stepwise:
+        if again and again[0].sample.attempt_table.stepwise:
             self._slots.requeue(again)
             return
         for slot in asked:
@@ -207,12 +207,12 @@ class Engine:
             slot.enter(slot.attempt + 1)
         if asked or again:
             questions = [self._trials[slot].ask() for slot in asked]
-            flight.enter([*asked, *again], questions + [slot.sample.draw() for slot in again])
+            batch.enter([*asked, *again], questions + [slot.sample.draw() for slot in again])
 
     def _retreat(self, error: Exception) -> list[Result]:
         """After a fault of all slots together: those in flight begin again in half as many, one alone has failed."""
         together, short = len(self._slots.live), isinstance(error, torch.OutOfMemoryError)
-        self._flight, self._trials = None, {}
+        self._batch, self._trials = None, {}
         failed = self._slots.retreat(for_good=short)
         if failed:
             return [Result(sample, error=error) for sample in failed]
@@ -224,39 +224,39 @@ class Engine:
 
 def _looked_at(slot: Slot) -> bool:
     """Whether a guard looks at the first gaps of a plain attempt here, and has another one left."""
-    ladder = slot.sample.ladder
-    if ladder.guard is None or ladder.check is None or slot.attempt or slot.judged:
+    attempt_table = slot.sample.attempt_table
+    if attempt_table.guard is None or attempt_table.check is None or slot.attempt or slot.judged:
         return False
-    return slot.row == slot.offset + ladder.check and len(ladder.guard.attempts) > 1
+    return slot.row == slot.offset + attempt_table.check and len(attempt_table.guard.attempts) > 1
 
 
-def _lost(flight: Flight, result: Result) -> bool:
+def _lost(batch: SlotBatch, result: Result) -> bool:
     """Whether half precision has lost a sample that is suspect, so that another attempt is a waste: a read by the host."""
     scored = result.score is not None and math.isfinite(result.score)
-    return flight.half and not scored and not bool(result.latents.isfinite().all())
+    return batch.half and not scored and not bool(result.latents.isfinite().all())
 
 
 def _judged(slot: Slot, trial: Trial) -> Result:
     """What came of a slot's attempt, with the verdict on it: a read by the host."""
     score = torch.stack(trial.scores).mean().item()
-    suspect = basin.suspects(score, trial.guard.attempts[slot.attempt].threshold)
+    suspect = basin_score.suspects(score, trial.guard.attempts[slot.attempt].threshold)
     return replace(trial.result, attempts=slot.attempt + 1, score=score, suspect=suspect, calls=slot.calls)
 
 
 def guarded(
     begin: Begin,
-    network: Guided,
-    ladder: Ladder,
+    network: PromptedNetwork,
+    attempt_table: AttemptTable,
     noise: Tensor,
     generators: Sequence[torch.Generator],
     bar: Callable[[Sequence[Branch]], Iterable[Branch]],
     initial: Callable[[Sequence[torch.Generator]], Tensor],
 ) -> Results:
     """One batch under a guard, from its initial noise (B, ...). bar: of the plain attempt's steps; initial: see `Sample`."""
-    turns = iter(bar(ladder.plan.branches[: ladder.starts[1]]))
+    turns = iter(bar(attempt_table.plan.branches[: attempt_table.starts[1]]))
     given = enumerate(zip(noise, generators, strict=True))
     work = [
-        Sample(i, ladder, tuple(x.shape), network, i, own.initial_seed(), initial, generator=own, noise=x)
+        Sample(i, attempt_table, tuple(x.shape), network, i, own.initial_seed(), initial, generator=own, noise=x)
         for i, (x, own) in given
     ]
     engine = Engine(begin, len(work), fixed=network.version is not None, room=False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..models import Decoded, Encoded
-from ..schedulers.solver import Solver
+from ..schedulers.solver_coefficients import Solver
 from .samples import Results
 
 
@@ -27,7 +27,7 @@ class Output:
     noise_gap:       (B, steps) float32 on the CPU, ||cond - uncond||_2 at each step, NaN where it was not computed.
     timesteps:       (steps,) float32 on the CPU, in the scheduler's units.
     attempts:        (B,) int64 on the CPU, how often a guard began each sample, whose transition and gaps are the last one's.
-    score:           (B,) float32 on the CPU, the basin score of each picture, see `basin`; the higher, the more like a copy.
+    score:           (B,) float32 on the CPU, each picture's `basin_score`; the higher, the more like a copy.
     suspect:         (B,) bool on the CPU, the samples that still look like copies.
     calls:           (B,) int64 on the CPU, the predictions that each sample needed: one or two a step, two for each noise that
                      it was judged by. These four are None without a guard.

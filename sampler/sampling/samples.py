@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from ..kernels.state import State
-from ..models import Guided
+from ..models import PromptedNetwork
 from ..types import draw
-from .ladder import Ladder
+from .attempt_table import AttemptTable
 
 
 @dataclass(eq=False)
 class Sample:
     """What is to be sampled, under the caller's `key`.
 
-    ladder:  its attempts. shape: of its latents (C, h, w).
+    attempt_table:  its attempts. shape: of its latents (C, h, w).
     network, row: its encoded prompt is this row of the network's inputs.
     seed:    of its own generator, from which all its noise comes.
     initial: draws initial noise (1, C, h, w) from generators; None: normal noise of its shape. Some models pack theirs.
@@ -28,9 +28,9 @@ class Sample:
     """
 
     key: Any
-    ladder: Ladder
+    attempt_table: AttemptTable
     shape: tuple[int, ...]
-    network: Guided
+    network: PromptedNetwork
     row: int
     seed: int = 0
     initial: Callable[[Sequence[torch.Generator]], Tensor] | None = None
@@ -42,7 +42,7 @@ class Sample:
     @property
     def form(self) -> tuple:
         """What samples of one batch have in common. Rules that recorded steps do not know have batches of their own there."""
-        plan, version = self.ladder.plan, self.network.version
+        plan, version = self.attempt_table.plan, self.network.version
         own = version is not None and plan.statistics.rules
         return self.shape, self.network.row_form, id(version), plan.rule, plan.scaled, own
 
@@ -58,7 +58,7 @@ class Sample:
     def draw(self) -> Tensor:
         """The next initial noise (C, h, w) of its generator."""
         drawn = draw(self.shape, [self.generator]) if self.initial is None else self.initial([self.generator])
-        return drawn[0] * self.ladder.solver.init_sigma
+        return drawn[0] * self.attempt_table.solver.init_sigma
 
 
 @dataclass(eq=False)

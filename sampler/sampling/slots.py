@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # they hold tensors; what is used here of them are numbers
-    from .ladder import Ladder
+    from .attempt_table import AttemptTable
     from .samples import Sample
 
 ROWS, STEPS = 1024, 128  # room of a batch for the rows of all its samples' step tables, and for the noise gaps of one
@@ -44,13 +44,13 @@ class Slot:
 
     def enter(self, attempt: int) -> None:
         """Stand at the first row of an attempt."""
-        first, last = (self.offset + start for start in self.sample.ladder.starts[attempt : attempt + 2])
+        first, last = (self.offset + start for start in self.sample.attempt_table.starts[attempt : attempt + 2])
         self.attempt, self.judged = attempt, False
         self.row, self.start, self.end = first, first, last
 
     def enter_judging(self) -> None:
-        """Stand at the row of the calls that judge, which is the last one of the ladder."""
-        self.row = self.offset + self.sample.ladder.starts[-1]
+        """Stand at the row of the calls that judge, which is the last one of the attempt table."""
+        self.row = self.offset + self.sample.attempt_table.starts[-1]
         self.end, self.judged = self.row + 1, True
 
     @property
@@ -63,14 +63,14 @@ class Slots:
     """The slots of a batch that stays full: `most` of them, fewer after a fault.
 
     room: samples may come whose rows are not in the table yet; else the batch is made for the first one's.
-    live: those that are in use. ladders: whose rows the batch's table has, after each other.
+    live: those that are in use. attempt_tables: whose rows the batch's table has, after each other.
     size: how many there are now. form: of the samples that the batch is open for; None where no batch is open.
     """
 
     def __init__(self, most: int, room: bool = True):
         self.most = self.size = most
         self.live: list[Slot] = []
-        self.ladders: list[Ladder] = []
+        self.attempt_tables: list[AttemptTable] = []
         self.form: Hashable | None = None
         self.multistep = False  # one step alone has no history: once others were there, there is room for it
         self._room = room
@@ -101,7 +101,7 @@ class Slots:
             self._waiting.popleft()
             taken = {slot.place for slot in self.live}
             place = next(place for place in range(self.size) if place not in taken)
-            slot = Slot(place, sample, number, self._offset(sample.ladder), sample.calls)
+            slot = Slot(place, sample, number, self._offset(sample.attempt_table), sample.calls)
             slot.enter(sample.attempt)
             self.live.append(slot)
             fresh.append(slot)
@@ -127,7 +127,7 @@ class Slots:
     @property
     def sparse(self) -> bool:
         """Half of the slots or more are free, where samples need not step together."""
-        return not self.ladders[0].stepwise and 2 * len(self.live) <= self.size
+        return not self.attempt_tables[0].stepwise and 2 * len(self.live) <= self.size
 
     def shrink(self) -> list[int]:
         """Keep the slots that are in use alone; returns the places that they had. The batch takes no more samples."""
@@ -167,24 +167,29 @@ class Slots:
         """Whether the batch that is open can take the sample beside those that are in it."""
         if self.form != (self.size, sample.form):
             return False
-        ladder = sample.ladder
-        if ladder.stepwise:
-            return not self._begun and ladder is self.ladders[0]
-        rows = sum(known.rows for known in self.ladders)
-        room = self._room and rows + ladder.rows <= ROWS and ladder.steps <= STEPS and ladder.multistep <= self.multistep
-        return room or any(ladder is known for known in self.ladders)
+        attempt_table = sample.attempt_table
+        if attempt_table.stepwise:
+            return not self._begun and attempt_table is self.attempt_tables[0]
+        rows = sum(known.rows for known in self.attempt_tables)
+        room = (
+            self._room
+            and rows + attempt_table.rows <= ROWS
+            and attempt_table.steps <= STEPS
+            and attempt_table.multistep <= self.multistep
+        )
+        return room or any(attempt_table is known for known in self.attempt_tables)
 
     def _open(self, sample: Sample) -> None:
         """A batch of free slots that the sample can go into."""
-        self.form, self.ladders, self._begun = (self.size, sample.form), [sample.ladder], False
-        self.multistep |= sample.ladder.multistep
+        self.form, self.attempt_tables, self._begun = (self.size, sample.form), [sample.attempt_table], False
+        self.multistep |= sample.attempt_table.multistep
 
-    def _offset(self, ladder: Ladder) -> int:
-        """Where the ladder's rows begin in the batch's table, which they are added to where they are not there yet."""
+    def _offset(self, attempt_table: AttemptTable) -> int:
+        """Where the rows of an attempt table begin in the batch's table. They are added where they are not there yet."""
         offset = 0
-        for known in self.ladders:
-            if known is ladder:
+        for known in self.attempt_tables:
+            if known is attempt_table:
                 return offset
             offset += known.rows
-        self.ladders.append(ladder)
+        self.attempt_tables.append(attempt_table)
         return offset

@@ -14,7 +14,7 @@ from ..guidance.guidance import Guidance, first_of_step
 from ..guidance.transitions import Transition
 from ..kernels.state import State
 from ..kernels.table import Column
-from ..schedulers.solver import Solver
+from ..schedulers.solver_coefficients import Solver
 from ..types import Branch, Correction
 from .gap_statistics import GapStatistics
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from ..kernels import backend, guide_step, step
 from ..kernels.lockstep import Lockstep
 from ..kernels.state import State
-from ..models import Guided
+from ..models import PromptedNetwork
 from ..schedulers.schedule import own_step, prepared
-from ..schedulers.solver import Solver
+from ..schedulers.solver_coefficients import Solver
 from ..types import Branch, Network, Pair, Scheduler, Step, draw
 from .step_table import StepTable
 
@@ -21,13 +21,13 @@ Move = Callable[[Tensor, Tensor | None], None]  # takes the state one row on, fr
 
 
 @dataclass
-class Lane:
+class DeviceBatch:
     """A batch of the engine: its network, its state, and the step that moves all samples one row on.
 
     table: the memory that recorded steps read rows from; None where `take` reads the plan's table.
     """
 
-    network: Guided
+    network: PromptedNetwork
     state: State
     take: Step
     table: Tensor | None = None

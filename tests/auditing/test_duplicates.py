@@ -12,7 +12,7 @@ from basinescape.auditing.index import Duplicates
 from basinescape.bench.speed.standin import stand_in
 from basinescape.data.prompts import Job
 from basinescape.data.verify import verify
-from basinescape.runs.journal import read_lines
+from basinescape.runs.jsonl_journal import read_lines
 from PIL import Image
 
 LIBRARIES = {"parquet": "pyarrow", "webdataset": "webdataset"}

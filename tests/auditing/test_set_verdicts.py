@@ -16,10 +16,10 @@ from basinescape.auditing.set_verdicts import Settings, judge
 from basinescape.bench import cli
 from basinescape.data.merge import merge
 from basinescape.data.prompted import prompted
-from basinescape.detection import basin
+from basinescape.detection import basin_score
 from basinescape.guidance.guard import RATE
 from basinescape.models.sd import StableDiffusion
-from basinescape.runs.folder import locked
+from basinescape.runs.run_folder import locked
 from bulkruns import jobs, make
 from captionedsets import SOURCES
 from families import CASES
@@ -237,13 +237,13 @@ def test_a_run_goes_on_under_another_path_of_its_model(tmp_path, sampler, asked)
 
 
 def test_a_score_that_is_not_finite_is_suspect_and_comes_first(tmp_path, sampler, monkeypatch):
-    own = basin.scores
+    own = basin_score.scores
 
     def scores(predict, probe, latents, seeds, probes):
         found = own(predict, probe, latents, seeds, probes)
         return torch.where(latents.mean(dim=(1, 2, 3)) == latents.mean(dim=(1, 2, 3)).min(), torch.nan, found)
 
-    monkeypatch.setattr(basin, "scores", scores)
+    monkeypatch.setattr(basin_score, "scores", scores)
     rows = judged(sampler, kept(tmp_path / "set", 3, sizes=((16, 16),)), tmp_path / "out", batch_size=4)
     assert [row["score"] is None for row in rows] == [True, False, False] and rows[0]["suspect"] is True
     assert rows[0]["status"] == "failed: its score is not finite" and table(tmp_path / "out")[0]["suspect"] == "True"

@@ -6,9 +6,9 @@ from basinescape import Guidance, Sampler
 from basinescape.auditing.heat import TOP, Heat, in_grey, overlaid
 from basinescape.auditing.verification import Verification, predictions, still
 from basinescape.bench.scenario import PRESETS, prompts
-from basinescape.calibration.cost import PlainRuns
+from basinescape.calibration.plain_runs import PlainRuns
 from basinescape.data.pictures import opened, pixels
-from basinescape.detection import basin
+from basinescape.detection import basin_score
 from families import CASES
 from PIL import Image
 
@@ -110,4 +110,4 @@ def test_pictures_that_are_not_finite_are_not_judged_and_cost_no_other(small, tm
     scores = {line["seed"]: line["score"] for lines in found.values() for line in lines}
     latents = own(sampler, ["a"], [1], 2, Guidance.cfg(3.0), output="latent", progress=False).latents
     assert scores[1] == pytest.approx(sampler.judge(latents, ["a"], [1]).score.item(), abs=1e-3)
-    assert all(line["suspect"] == bool(basin.suspects(line["score"], 0.3)) for lines in found.values() for line in lines)
+    assert all(line["suspect"] == bool(basin_score.suspects(line["score"], 0.3)) for lines in found.values() for line in lines)

@@ -14,7 +14,7 @@ from basinescape.guidance.guidance import SHAPES
 from basinescape.kernels.table import Column
 from basinescape.sampling.step_table import StepTable
 from basinescape.schedulers.schedule import Schedule
-from basinescape.schedulers.solver import Solver
+from basinescape.schedulers.solver_coefficients import Solver
 from diffusers import DDIMScheduler, HeunDiscreteScheduler
 from PIL import Image
 

@@ -173,6 +173,7 @@ def test_without_diffusers_the_rest_is_done(process, monkeypatch):
     assert states == {"guide": "passed", "bench kernel": "passed", "bench step": "skipped", "sampler images": "skipped"}
 
 
+@pytest.mark.slow
 def test_kernels_are_checked_and_timed_without_diffusers():
     """With torch and triton alone everything up to the first bench can be imported."""
     script = """
@@ -185,6 +186,7 @@ from basinescape.bench.speed import kernel
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_a_command_that_hangs(tmp_path):
     late = tmp_path / "late"
     assert trials.ending(["sh", "-c", f"(sleep 2; touch {late}) & sleep 60"], 1.0) is None

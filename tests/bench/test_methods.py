@@ -14,7 +14,7 @@ from basinescape.bench.scenario import PRESETS
 from basinescape.calibration.baseline import Baseline
 from basinescape.kernels import definition
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from ladders import guarded
+from smallguards import guarded
 
 TINY = replace(PRESETS["tiny"], steps=4)
 MEMORIZED, GENERAL = "a picture of a cat signed by arno", "a picture of a frog"

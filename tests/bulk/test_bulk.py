@@ -16,13 +16,13 @@ from basinescape import Guidance
 from basinescape.bench import cli
 from basinescape.bench.evaluation.sheet import sheet
 from basinescape.bench.speed.standin import stand_in
-from basinescape.bulk import stages
+from basinescape.bulk import encode_decode
 from basinescape.bulk.generate import balanced
 from basinescape.data.merge import merge
 from basinescape.data.prompts import Job
 from basinescape.data.verify import verify
 from basinescape.data.writers import FORMATS
-from basinescape.runs.journal import read_lines
+from basinescape.runs.jsonl_journal import read_lines
 from basinescape.runs.progress import JsonFormatter, Progress
 from bulkruns import QUICK, run, write
 from PIL import Image
@@ -145,14 +145,14 @@ def test_shards_that_are_merged_are_the_run_made_in_one(sampler, tmp_path, forma
 def test_however_many_prompts_few_are_in_memory(sampler, tmp_path, monkeypatch):
     alive, most = weakref.WeakSet(), 0
 
-    class Counted(stages.Sample):
+    class Counted(encode_decode.Sample):
         def __init__(self, *given, **named):
             nonlocal most
             super().__init__(*given, **named)
             alive.add(self)
             most = max(most, len(alive))
 
-    monkeypatch.setattr(stages, "Sample", Counted)
+    monkeypatch.setattr(encode_decode, "Sample", Counted)
     jobs = [Job(f"{i}", f"cat {i % 40}", i) for i in range(150)]
     assert make(sampler, tmp_path / "out", jobs, steps=1).counts["ok"] == 150
     assert most < 75  # what the queues, the slots and the order of the results may hold

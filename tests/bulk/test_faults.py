@@ -15,7 +15,7 @@ from basinescape.data import writers
 from basinescape.data.prompts import Prompts
 from basinescape.data.verify import verify
 from basinescape.models.sd import StableDiffusion
-from basinescape.runs.journal import read_lines
+from basinescape.runs.jsonl_journal import read_lines
 from bulkruns import QUICK, jobs, make, run, sound, write
 
 pytestmark = pytest.mark.usefixtures("ways")
@@ -26,6 +26,7 @@ def sampler(pipe):
     return Sampler.from_pipeline(pipe, "dpmsolver++")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsys):
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     write(prompts, 3)

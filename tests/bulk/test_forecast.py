@@ -11,7 +11,7 @@ from basinescape.data.prompts import Job
 from basinescape.runs import progress
 from basinescape.runs.progress import Progress
 from bulkruns import jobs, make, sound
-from ladders import EVERY, NONE, guard
+from smallguards import EVERY, NONE, guard
 
 PLAIN = Guidance.cfg(5.0)
 STEP = 30.0  # seconds

@@ -13,9 +13,9 @@ from basinescape.data.merge import merge
 from basinescape.data.prompts import Job
 from basinescape.guidance.early import EarlyLook
 from bulkruns import QUICK, jobs, make, run, sound, write
-from ladders import NONE, guarded
 from PIL import Image
 from safetensors.torch import load_file
+from smallguards import NONE, guarded
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from basinescape.bench.speed.standin import stand_in
 from basinescape.data.merge import merge
 from basinescape.data.prompts import Job
 from basinescape.data.verify import verify
-from basinescape.runs import atomic, journal
+from basinescape.runs import atomic, jsonl_journal
 
 pytestmark = pytest.mark.process
 JOBS = [Job(f"p{i}", f"cat {i}", i) for i in range(5)]
@@ -33,7 +33,7 @@ def sampler(pipe, monkeypatch):
 
 def through(monkeypatch, system):
     """Files are written through `system`, in place of `os`."""
-    for module in (atomic, journal):
+    for module in (atomic, jsonl_journal):
         monkeypatch.setattr(module, "os", system)
     return system
 

@@ -9,8 +9,8 @@ from basinescape import At, Guidance, Sampler
 from basinescape.bulk.executor import threaded
 from basinescape.data.prompts import Job
 from bulkruns import make, sound
-from ladders import EVERY, NONE, guard
 from safetensors.torch import load_file
+from smallguards import EVERY, NONE, guard
 
 JOBS = [Job(f"p{i}", f"a picture of a cat {i}", i) for i in range(5)]
 PLAIN = Guidance.cfg(5.0)

@@ -13,7 +13,7 @@ from basinescape import Guidance, Sampler
 from basinescape.bench.speed.standin import stand_in
 from basinescape.bulk import ray as spread
 from basinescape.data.prompts import Job
-from basinescape.runs.journal import read_lines
+from basinescape.runs.jsonl_journal import read_lines
 
 JOBS = [Job(f"p{i}", f"cat {i}", i) for i in range(9)]
 

@@ -8,17 +8,17 @@ from itertools import count, groupby, pairwise
 import pytest
 import torch
 from basinescape import At, Guidance, Sampler
-from basinescape.bulk.part import END, WINDOW, by_size, longest_first
+from basinescape.bulk.job_order import END, WINDOW, by_size, longest_first
 from basinescape.data.prompts import Job, Prompts
 from basinescape.data.verify import verify
 from basinescape.guidance.early import EarlyLook
 from bulkruns import jobs, make, sound
 from hypothesis import given
 from hypothesis import strategies as st
-from ladders import EVERY, NONE
-from ladders import guard as guard_of
 from rounding import assert_same_but_for_rounding
 from safetensors.torch import load_file
+from smallguards import EVERY, NONE
+from smallguards import guard as guard_of
 
 PLAIN = Guidance.cfg(5.0)
 GUARD = guard_of((PLAIN, EVERY), (Guidance.delayed(5.0, until=At(600)), NONE))  # every first attempt begins again
@@ -52,6 +52,7 @@ def alone(sampler, job, out):
     return latents(out)[job.id]
 
 
+@pytest.mark.slow
 def test_each_image_of_a_mixed_set_is_that_of_its_own_run(small, tmp_path, monkeypatch, ways):
     """In as many slots, also of a set that was stopped on its way and that grew.
 
@@ -84,7 +85,7 @@ def test_each_image_of_a_mixed_set_is_that_of_its_own_run(small, tmp_path, monke
 def test_jobs_of_one_size_come_together_and_none_is_lost(sizes, window):
     placed = [(i, Job(f"{i}", "a", i, height=height, width=width)) for i, (height, width) in enumerate(sizes)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("basinescape.bulk.part.WINDOW", window)
+        patch.setattr("basinescape.bulk.job_order.WINDOW", window)
         ordered = list(by_size(iter(placed), lambda job: (job.height, job.width)))
     assert sorted(ordered, key=lambda one: one[0]) == placed
     for start in range(0, len(placed), window):

@@ -16,7 +16,7 @@ from basinescape.calibration.baseline import CAPTIONS, Baseline, ordinary_prompt
 from basinescape.calibration.fingerprint import differing, fingerprint
 from basinescape.calibration.interpolation import curve, sound
 from basinescape.calibration.measure import calibrate
-from basinescape.commands.options import found
+from basinescape.commands.model_loading import found
 from basinescape.data.prompts import read_prompts
 
 PROMPTS = [f"a picture of a {name}" for name in ("cat", "frog", "dog", "fish", "crab")]
@@ -232,6 +232,7 @@ def run(monkeypatch, *arguments):
     return stop.value.code
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_generate_finds(mine, monkeypatch, capsys):
     """Beside the model, from the prompts beside the model, with a plot; the region of update-norm is added to it."""
     assert ordinary_prompts(str(mine)) == CAPTIONS and ordinary_prompts("owner/name") == CAPTIONS

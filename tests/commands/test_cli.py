@@ -187,6 +187,7 @@ def planned_guard(out):
     return Guidance.from_dict(json.loads((out / "run.json").read_text())["guidance"])
 
 
+@pytest.mark.slow
 def test_a_model_is_guarded_and_with_a_calibration_as_that_was_made(tmp_path, monkeypatch, capsys, caplog, mine):
     """Scheduler, steps and scale too, beside the model or given; what cannot be had of it is said."""
     prompts, made = tmp_path / "prompts.jsonl", mine / "calibration.json"
@@ -327,6 +328,7 @@ def test_every_option_of_generate_stands_in_its_group(monkeypatch, capsys):
     assert "basinescape generate --model" in groups["Example"]
 
 
+@pytest.mark.slow
 def test_rows_ask_for_their_own_number_size_and_guidance(tmp_path, monkeypatch, capsys, mine):
     rows = [
         {"prompt": "a", "height": 32, "guidance": "opposite"},

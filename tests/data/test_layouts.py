@@ -11,7 +11,7 @@ from basinescape.data.captions import read_captions
 from basinescape.data.merge import merge
 from basinescape.data.prompts import Job, read_prompts
 from basinescape.data.verify import verify
-from basinescape.runs.journal import read_lines
+from basinescape.runs.jsonl_journal import read_lines
 from PIL import Image
 
 TEXTS = ["ein Bär & ein Kätzchen", "熊が一匹", 'a "cat"\u2028by night', "a dog, <bold>", "one more", "a cat", "the last"]

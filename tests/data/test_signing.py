@@ -10,11 +10,11 @@ import pytest
 from basinescape import Guidance
 from basinescape.bench.speed.standin import stand_in
 from basinescape.data import signing
-from basinescape.data.encoding import PICTURES, Encoder
+from basinescape.data.image_encoding import PICTURES, Encoder
 from basinescape.data.prompts import Job
 from basinescape.data.signing import Signer
 from basinescape.data.verify import verify
-from basinescape.runs.journal import read_lines
+from basinescape.runs.jsonl_journal import read_lines
 from PIL import Image
 
 c2pa = pytest.importorskip("c2pa")

@@ -15,7 +15,7 @@ from basinescape.bench.speed.standin import StandIn, stand_in
 from basinescape.data.merge import merge
 from basinescape.data.prompts import Job, Prompts
 from basinescape.data.verify import NOT_YET, verify
-from basinescape.runs.journal import read_lines
+from basinescape.runs.jsonl_journal import read_lines
 
 JOBS = [Job(f"p{i}", f"cat {i}", i) for i in range(7)]
 LIBRARIES = {"parquet": "pyarrow", "webdataset": "webdataset"}

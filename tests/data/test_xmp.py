@@ -11,13 +11,13 @@ import pytest
 from basinescape import Guidance
 from basinescape.bench.speed.standin import stand_in
 from basinescape.data import xmp
-from basinescape.data.encoding import PICTURES, Encoder
+from basinescape.data.image_encoding import PICTURES, Encoder
 from basinescape.data.prompt_in_file import prompt_in
 from basinescape.data.prompted import prompted
 from basinescape.data.prompts import Job
 from basinescape.data.shards import SHARDS
 from basinescape.data.verify import verify
-from basinescape.runs.journal import read_lines
+from basinescape.runs.jsonl_journal import read_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from basinescape import Sampler
-from basinescape.detection import basin
+from basinescape.detection import basin_score
 from basinescape.kernels import definition
 from basinescape.schedulers.schedule import Schedule, make_scheduler, noise_levels, prepared
 from diffusers import (
@@ -32,7 +32,7 @@ def drawn(count, seed=0, shape=SHAPE):
 def test_it_is_the_definition_of_each_sample(seed, apart):
     target, uncond, move = drawn(3, seed)
     cond = uncond + apart * move
-    found = basin.nearer(target, uncond, cond)
+    found = basin_score.nearer(target, uncond, cond)
     expected = [definition.basin_score(*one) for one in zip(target, uncond, cond, strict=True)]
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -42,7 +42,7 @@ def test_it_is_the_definition_of_each_sample(seed, apart):
 def test_half_precision_predictions_are_compared_in_float32(dtype):
     target, uncond, cond = drawn(3)
     uncond, cond = uncond.to(dtype), (0.7 * target + 0.3 * cond).to(dtype)
-    found = basin.nearer(target, uncond, cond.contiguous(memory_format=torch.channels_last))
+    found = basin_score.nearer(target, uncond, cond.contiguous(memory_format=torch.channels_last))
     expected = [definition.basin_score(*one) for one in zip(target, uncond, cond, strict=True)]
     assert found.dtype == torch.float32 and found.tolist() == pytest.approx(expected, abs=1e-5)
 
@@ -65,12 +65,12 @@ def cleaned(scheduler, given, prediction, timestep):
 def test_it_is_how_much_nearer_diffusers_own_denoised_prediction_comes(name):
     scheduler = CLEANED[name]
     latents, noise, uncond, cond = drawn(4)
-    probe = basin.Probe.of(scheduler)
+    probe = basin_score.Probe.of(scheduler)
     given, target = probe.question(latents, noise)
     assert torch.allclose(cleaned(scheduler, given, target, probe.timestep), latents, atol=1e-3)
     assert torch.allclose(probe.cleaned(given, uncond), cleaned(scheduler, given, uncond, probe.timestep), rtol=1e-3, atol=1e-3)
     off = [(cleaned(scheduler, given, one, probe.timestep) - latents).flatten(1).norm(dim=1) for one in (uncond, cond)]
-    assert torch.allclose(basin.nearer(target, uncond, cond), (off[0] / off[1]).log(), atol=1e-4)
+    assert torch.allclose(basin_score.nearer(target, uncond, cond), (off[0] / off[1]).log(), atol=1e-4)
 
 
 TOLD = {
@@ -89,20 +89,20 @@ TOLD = {
 @pytest.mark.parametrize("scheduler", [*TOLD.values(), *CLEANED.values()], ids=[*TOLD, *CLEANED])
 def test_what_the_network_has_in_mind_is_found_in_its_prediction(scheduler):
     latents, noise = drawn(2)
-    probe = basin.Probe.of(scheduler)
+    probe = basin_score.Probe.of(scheduler)
     assert torch.allclose(probe.cleaned(*probe.question(latents, noise)), latents, atol=1e-3)
 
 
 @pytest.mark.parametrize("scheduler", TOLD.values(), ids=TOLD)
 def test_what_is_told_and_given_is_what_the_scheduler_gives_at_that_level(scheduler):
     """Between the two nearest calls of many steps, whose noise levels and timesteps the scheduler itself says."""
-    probe = basin.Probe.of(scheduler)
+    probe = basin_score.Probe.of(scheduler)
     plan = prepared(scheduler, Schedule(500))
     known = noise_levels(plan).log_snr
     call = int((known - probe.log_snr).abs().argmin())
     near = plan.timesteps[max(call - 1, 0) : call + 2].float()
     assert near.min() <= probe.timestep <= near.max() and abs(known[call] - probe.log_snr) < 0.2
-    assert probe.log_snr == pytest.approx(basin.LOG_SNR, abs=0.02)
+    assert probe.log_snr == pytest.approx(basin_score.LOG_SNR, abs=0.02)
     signal, noise = probe.given
     data = plan.config.get("sigma_data", 1.0)
     assert 2 * math.log(data * signal / noise) == pytest.approx(probe.log_snr, abs=1e-4)
@@ -159,9 +159,9 @@ def test_a_sampler_judges_alone_as_in_a_batch(random_pipeline, prediction):
 
 def test_its_noise_is_none_of_the_samples_own():
     own = torch.randn(SHAPE[1:], generator=torch.Generator().manual_seed(5))
-    first, second = (next(basin.noises(seed, SHAPE[1:])) for seed in (5, 6))
+    first, second = (next(basin_score.noises(seed, SHAPE[1:])) for seed in (5, 6))
     assert all(abs(torch.corrcoef(torch.stack([own.flatten(), x.flatten()]))[0, 1]) < 0.3 for x in (first, second))
-    assert torch.equal(first, next(basin.noises(5, SHAPE[1:]))) and not torch.equal(first, second)
+    assert torch.equal(first, next(basin_score.noises(5, SHAPE[1:]))) and not torch.equal(first, second)
 
 
 def test_what_is_not_a_number_is_suspect(small):
@@ -170,7 +170,7 @@ def test_what_is_not_a_number_is_suspect(small):
     latents[1, 0, 0, 0] = torch.nan
     verdict = sampler.judge(latents, ["a cat", "a cat"], [0, 1], threshold=1e9)
     assert verdict.suspect.tolist() == [False, True] and verdict.score.isnan().tolist() == [False, True]
-    assert basin.suspects(math.nan, 0.3) and basin.suspects(math.inf, 0.3) and not basin.suspects(0.3, 0.3)
+    assert basin_score.suspects(math.nan, 0.3) and basin_score.suspects(math.inf, 0.3) and not basin_score.suspects(0.3, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -180,8 +180,8 @@ def test_what_is_not_a_number_is_suspect(small):
         (lambda s, x: s.judge(x[:, :1], "a"), "latents must have the shape"),
         (lambda s, x: s.judge(x, "a", probes=0), "probes must be a whole number of at least 1"),
         (lambda s, x: s.judge(x, "a", threshold=math.nan), "threshold must be a finite number"),
-        (lambda s, x: basin.Probe.at(s.scheduler, 1.0, 3.0), "pictures are judged near log SNR"),
-        (lambda s, x: basin.Probe.of(DDIMScheduler(beta_start=1e-4, beta_end=2e-4)), "the nearest level here is"),
+        (lambda s, x: basin_score.Probe.at(s.scheduler, 1.0, 3.0), "pictures are judged near log SNR"),
+        (lambda s, x: basin_score.Probe.of(DDIMScheduler(beta_start=1e-4, beta_end=2e-4)), "the nearest level here is"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(small, use, says):

@@ -11,7 +11,7 @@ import torch
 from basinescape import Guidance, Sampler
 from basinescape.bench.evaluation import experiment, roundtrip, trajectories
 from basinescape.data.pictures import pixels
-from basinescape.detection.judging import fitted, picture
+from basinescape.detection.verdict import fitted, picture
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_sigma
 from families import CASES
@@ -116,6 +116,7 @@ def test_what_is_encoded_is_what_was_decoded(name):
 
 
 @pytest.mark.parametrize("name", ["tiny", "flow"])
+@pytest.mark.slow
 def test_training_images_are_suspect_and_pictures_of_other_captions_are_not(name):
     from basinescape.bench.scenario import PRESETS, prompts
 
@@ -263,6 +264,7 @@ def test_pictures_that_overflow_the_autoencoder_in_half_precision_go_through_it_
     assert pipe.vae.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_what_files_cost_the_score_is_measured_on_the_same_pictures(tmp_path, monkeypatch):
     whole, loaded = experiment.prompts, experiment.load
     monkeypatch.setattr(experiment, "prompts", lambda scenario: {name: found[:2] for name, found in whole(scenario).items()})

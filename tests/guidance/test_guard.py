@@ -10,8 +10,8 @@ import torch
 from basinescape import At, Calibration, FirstMinimum, Guard, Guidance, Sampler
 from basinescape.guidance.early import EarlyLook
 from basinescape.guidance.guard import LATER, LATER_RATE, THRESHOLD, Attempt
-from ladders import EVERY, NONE, guard
 from rounding import assert_same_but_for_rounding
+from smallguards import EVERY, NONE, guard
 
 STEPS, SCALE = 8, 7.5
 PROMPTS = [
@@ -56,6 +56,7 @@ def second(seed):
 
 
 @pytest.mark.parametrize(("scheduler", "flagged"), [("euler", 1), ("dpmsolver++", 2), ("ddim", 3), ("unipc", 2)])
+@pytest.mark.slow
 def test_the_suspect_begin_again_and_the_others_keep_their_bits(pipe, scheduler, flagged):
     """The attempt is that of the next noise of the sample's own, under the next guidance; unipc takes steps of its own."""
     plain = sample(pipe, PLAIN, scheduler=scheduler)
@@ -118,6 +119,7 @@ def mixed(pipe):
 
 
 @pytest.mark.parametrize("scheduler", ["dpmsolver++", "unipc"])
+@pytest.mark.slow
 def test_a_sample_is_the_same_alone_in_a_batch_and_in_another_order(pipe, mixed, scheduler):
     if scheduler == "unipc":  # whose steps cannot go back
         mixed = Guard(mixed.attempts[:3])

@@ -8,7 +8,7 @@ import torch
 from basinescape import At, Guidance, Sampler
 from basinescape.guidance.early import EarlyLook
 from basinescape.guidance.guard import Attempt, Guard
-from ladders import EVERY
+from smallguards import EVERY
 
 STEPS, PROBES = 4, 1
 GOOD, BAD = "a picture of a cat", "a picture of a frog"

@@ -11,8 +11,8 @@ from basinescape.bench.speed.standin import stand_in
 from basinescape.guidance.guard import Attempt
 from basinescape.guidance.transitions import RULES, Statistic, Transition, named, register, rule_named
 from basinescape.hosts.guidance_widgets import UNTIL
+from basinescape.sampling.attempt_table import AttemptTable
 from basinescape.sampling.engine import Engine
-from basinescape.sampling.ladder import Ladder
 from basinescape.sampling.samples import Sample
 from mean_fallen import MeanFallen
 
@@ -39,6 +39,12 @@ def mean_fallen(gaps, share):
 
 def sampled(sampler, guidance, prompts=PROMPTS, seeds=range(5), steps=STEPS):
     return sampler(prompts, list(seeds), steps, guidance, output="latent", progress=False)
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    """The rule is registered as it is imported here, also after a test that runs its file again."""
+    monkeypatch.setitem(RULES, "MeanFallen", MeanFallen)
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +79,11 @@ def test_a_sample_is_what_it_is_alone(pipe):
     device = torch.device("cpu")
     encoded = sampler.model.encode([f"cat {i}" for i in range(len(kinds))], 64, 64)
     network, shape = sampler.model.network(encoded), sampler.model.shape(64, 64)
-    ladders = [Ladder.make(sampler.solver(steps), guidance, device) for steps, guidance in kinds]
+    attempt_tables = [AttemptTable.make(sampler.solver(steps), guidance, device) for steps, guidance in kinds]
     for slots in (1, 3, len(kinds)):
-        work = [Sample(i, one, shape, network, i, seed=i) for i, one in enumerate(ladders)]
+        work = [Sample(i, one, shape, network, i, seed=i) for i, one in enumerate(attempt_tables)]
         with torch.inference_mode():
-            found = {made.sample.key: made for made in Engine(sampler.runner.lane, slots, fixed=True).run(work)}
+            found = {made.sample.key: made for made in Engine(sampler.runner.open_batch, slots, fixed=True).run(work)}
         for i, (steps, guidance) in enumerate(kinds):
             alone = sampled(sampler, guidance, [f"cat {i}"], [i], steps)
             assert torch.equal(found[i].latents, alone.latents[0]), guidance
@@ -129,7 +135,6 @@ def test_a_rule_is_found_by_its_name(text, given, expected):
 def test_a_rule_is_found_in_a_file():
     found = rule_named(f"{FILE}:MeanFallen")
     assert found(0.5).to_dict() == MeanFallen(0.5).to_dict() and RULES["MeanFallen"] is found
-    register(MeanFallen)
 
 
 @pytest.mark.parametrize(

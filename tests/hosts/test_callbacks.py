@@ -8,9 +8,9 @@ from basinescape import At, FirstMinimum, Guidance, escape
 from components import PIPELINES, build, call, stable_diffusion
 from diffusers import FirstBlockCacheConfig
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback, SDXLCFGCutoffCallback
-from ladders import FAILS, PASSES
-from ladders import delays as guard
 from rounding import close
+from smallguards import FAILS, PASSES
+from smallguards import delays as guard
 from variants import VARIANTS
 
 FOUR = Guidance.cfg(4.0)

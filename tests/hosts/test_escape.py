@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from basinescape import At, Escape, Fallen, FirstMinimum, Guidance, Sampler, Settled
-from basinescape.detection.basin import Probe
+from basinescape.detection.basin_score import Probe
 from basinescape.hosts.escape import judge
 from basinescape.kernels import definition
 from basinescape.kernels.table import Column

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 from basinescape import At, Guard, Guidance, Sampler, escape
-from basinescape.detection.basin import Probe, nearer, noises
+from basinescape.detection.basin_score import Probe, nearer, noises
 from basinescape.guidance.guard import PROBES, Attempt
 from basinescape.hosts.pipeline_call import PipelineCall
 from components import PIPELINES, SEEDS, WORDS, build, call, stable_diffusion
 from diffusers import StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from families import CASES
-from ladders import FAILS, PASSES
-from ladders import delays as guard
 from rounding import close
+from smallguards import FAILS, PASSES
+from smallguards import delays as guard
 
 FOUR = Guidance.cfg(4.0)
 
@@ -118,6 +118,7 @@ def test_what_a_pipeline_negates_is_judged_in_its_own_sign(doubles, name):
         assert torch.allclose(run.score[i], torch.stack(expected).mean(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_pipelines_that_ship_agree_with_the_sampler():
     folder = Sampler.model_path("flow")
     captions = [json.loads(line)["prompt"] for line in (folder / "memorized.jsonl").read_text().splitlines()]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from basinescape import At, Fallen, FirstMinimum, Guidance, Sampler, Settled
-from basinescape.detection.basin import LOG_SNR, noises
+from basinescape.detection.basin_score import LOG_SNR, noises
 from basinescape.hosts.kdiffusion import EscapeDenoiser
 from basinescape.kernels import definition
 from basinescape.schedulers.schedule import make_scheduler

@@ -43,6 +43,7 @@ def test_predictions_in_half_are_combined_in_the_pipelines_dtype(name):
         assert torch.equal(call(name, pipe), expected)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_stays_compiled():
     """By the module's own `compile`, and by torch's, which wraps it."""
     name = "StableDiffusion3Pipeline"

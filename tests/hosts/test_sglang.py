@@ -6,7 +6,7 @@ import sglang_code
 import sglang_server
 import torch
 from basinescape import At, FirstMinimum, Guidance
-from basinescape.detection.basin import Probe
+from basinescape.detection.basin_score import Probe
 from basinescape.guidance.guard import PROBES
 from basinescape.hosts.escape import judge
 from diffusers import FlowMatchEulerDiscreteScheduler

@@ -10,9 +10,9 @@ from basinescape.kernels.tiles import Tiles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernelruns import TOLERANCE
-from ladders import EVERY, NONE, guarded
 from rounding import assert_same_but_for_rounding
 from ruleruns import COMBINING, check, follow, started, with_options
+from smallguards import EVERY, NONE, guarded
 from tiled import SMALL
 
 pytestmark = pytest.mark.interpreter

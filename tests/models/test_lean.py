@@ -5,8 +5,8 @@ import torch
 from basinescape import At, FirstMinimum, Guidance, Sampler
 from basinescape.models import adapt
 from basinescape.models.lean import LeanUNet, fuse
-from ladders import guarded
 from rounding import assert_same_but_for_rounding
+from smallguards import guarded
 
 METHODS = [
     Guidance.cfg(7.5),

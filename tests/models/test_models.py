@@ -135,6 +135,7 @@ def test_weights_cast_layer_by_layer_are_cast_in_each_call(random_pipeline, capl
     assert ["come and go" in record.message for record in caplog.records] == [True]
 
 
+@pytest.mark.slow
 def test_an_adapter_is_seen_at_every_turn(random_pipeline):
     """LoRA loaded, scaled, switched off and on, merged and taken out again."""
     peft = pytest.importorskip("peft")

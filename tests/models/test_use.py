@@ -13,12 +13,12 @@ from basinescape import At, Calibration, FirstMinimum, Guidance, Sampler
 from basinescape.calibration.fingerprint import differing, fingerprint
 from basinescape.data.prompts import Job
 from basinescape.models import adapt
-from basinescape.runs.journal import read_lines
+from basinescape.runs.jsonl_journal import read_lines
 from bulkruns import make
 from families import CASES
-from ladders import guarded
 from PIL import Image
 from rounding import assert_same_but_for_rounding
+from smallguards import guarded
 
 PROMPTS, SEEDS, STEPS = ["a picture of a cat", "a frog"], [5, 6], 4
 LATE = Guidance.delayed(4.0, until=FirstMinimum(latest=2))

@@ -10,10 +10,10 @@ from threading import Barrier, Thread
 import pytest
 from basinescape.data.prompts import Job
 from basinescape.runs import atomic
-from basinescape.runs import journal as journals
+from basinescape.runs import jsonl_journal as journals
 from basinescape.runs.atomic import atomic_write, files_sha256, save_bytes
-from basinescape.runs.folder import SAFE_ID, differences, locked, open_folder, read_settings
-from basinescape.runs.journal import Journal, read_lines
+from basinescape.runs.jsonl_journal import Journal, read_lines
+from basinescape.runs.run_folder import SAFE_ID, differences, locked, open_folder, read_settings
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

@@ -2,7 +2,7 @@
 
 import json
 
-from basinescape.runs.journal import Journal, read_lines
+from basinescape.runs.jsonl_journal import Journal, read_lines
 from basinescape.runs.jsontext import json_bytes
 from hypothesis import given
 from hypothesis import strategies as st

@@ -9,12 +9,12 @@ from basinescape import At, FirstMinimum, Guidance, Sampler
 from basinescape.bench.speed import engine as speed
 from basinescape.bench.speed.standin import stand_in
 from basinescape.sampling import slots
+from basinescape.sampling.attempt_table import AttemptTable
 from basinescape.sampling.engine import Engine
-from basinescape.sampling.ladder import Ladder
 from basinescape.sampling.samples import Result, Sample
 from basinescape.schedulers.schedule import make_scheduler
-from ladders import EVERY, NONE
-from ladders import guard as judged
+from smallguards import EVERY, NONE
+from smallguards import guard as judged
 
 PLAIN = Guidance.cfg(7.5)
 DELAYED = Guidance.delayed(7.5, until=At(500))
@@ -25,20 +25,20 @@ def sampler(pipe):
     return stand_in(pipe)
 
 
-def ladder(sampler, steps, guidance=PLAIN):
-    return Ladder.make(sampler.solver(steps), guidance, torch.device("cpu"))
+def attempt_table(sampler, steps, guidance=PLAIN):
+    return AttemptTable.make(sampler.solver(steps), guidance, torch.device("cpu"))
 
 
-def samples(sampler, ladders, size=64):
-    """One a ladder, of prompts of their own, with the seeds 0, 1, ..."""
-    encoded = sampler.model.encode([f"cat {i}" for i in range(len(ladders))], size, size)
+def samples(sampler, attempt_tables, size=64):
+    """One an attempt table, of prompts of their own, with the seeds 0, 1, ..."""
+    encoded = sampler.model.encode([f"cat {i}" for i in range(len(attempt_tables))], size, size)
     network = sampler.model.network(encoded)
-    return [Sample(i, one, sampler.model.shape(size, size), network, i, seed=i) for i, one in enumerate(ladders)]
+    return [Sample(i, one, sampler.model.shape(size, size), network, i, seed=i) for i, one in enumerate(attempt_tables)]
 
 
 def run(sampler, work, slots=3, begin=None, **options):
     """The results by key."""
-    made = Engine(begin or sampler.runner.lane, slots, **{"fixed": True, "local": True} | options)
+    made = Engine(begin or sampler.runner.open_batch, slots, **{"fixed": True, "local": True} | options)
     with torch.inference_mode():
         return {result.sample.key: result for result in made.run(work)}
 
@@ -64,7 +64,7 @@ def mixed(sampler):
         (12, Guidance.cfg(7.5, interval=(200, 700))),
         (4, PLAIN),
     ]
-    return kinds, samples(sampler, [ladder(sampler, *kind) for kind in kinds])
+    return kinds, samples(sampler, [attempt_table(sampler, *kind) for kind in kinds])
 
 
 @pytest.mark.parametrize("scheduler", ["dpmsolver++", "euler"])
@@ -89,7 +89,7 @@ def test_a_sample_is_what_it_is_alone(pipe, scheduler, slots):
 
 def test_a_step_that_is_the_schedulers_own_is_taken_together(pipe):
     sampler = stand_in(pipe, "unipc")
-    few, many = ladder(sampler, 6), ladder(sampler, 8, DELAYED)
+    few, many = attempt_table(sampler, 6), attempt_table(sampler, 8, DELAYED)
     assert few.stepwise and many.stepwise
     order = [few, few, few, many, few]
     found = run(sampler, samples(sampler, order), 2)
@@ -103,7 +103,7 @@ def test_a_step_that_is_the_schedulers_own_is_taken_together(pipe):
 def test_a_free_slot_is_filled_at_once(sampler, slots):
     """So the network is called as often as when each slot takes the next job as soon as it is free."""
     steps = [6, 3, 4, 9, 3, 3, 5, 4]
-    known = {count: ladder(sampler, count) for count in steps}
+    known = {count: attempt_table(sampler, count) for count in steps}
     free = [0] * slots
     for count in steps:
         free[free.index(min(free))] += count
@@ -112,10 +112,10 @@ def test_a_free_slot_is_filled_at_once(sampler, slots):
 
 
 def test_one_branch_runs_where_all_need_the_same(sampler):
-    delayed, plain = ladder(sampler, 4, DELAYED), ladder(sampler, 4)
+    delayed, plain = attempt_table(sampler, 4, DELAYED), attempt_table(sampler, 4)
     branches = delayed.plan.branches
     assert branches.count("uncond") == 2
-    made = Engine(sampler.runner.lane, 2, fixed=True)
+    made = Engine(sampler.runner.open_batch, 2, fixed=True)
     with torch.inference_mode():
         list(made.run(samples(sampler, [delayed, delayed])))
         assert made.calls == {"uncond": 4, "both": 8, "spared": 4}
@@ -132,7 +132,7 @@ def test_the_network_sees_one_shape(sampler):
         return predict(latents, *arguments, **options)
 
     sampler.model._predict = noted
-    work = [ladder(sampler, steps) for steps in (6, 2, 2, 3)]
+    work = [attempt_table(sampler, steps) for steps in (6, 2, 2, 3)]
     run(sampler, samples(sampler, work))
     assert set(sizes) == {6}
     sizes.clear()
@@ -141,7 +141,10 @@ def test_the_network_sees_one_shape(sampler):
 
 
 def test_samples_of_another_size_wait_until_the_batch_is_free(sampler):
-    small, large = samples(sampler, [ladder(sampler, 3)] * 3), samples(sampler, [ladder(sampler, 3)] * 3, size=128)
+    small, large = (
+        samples(sampler, [attempt_table(sampler, 3)] * 3),
+        samples(sampler, [attempt_table(sampler, 3)] * 3, size=128),
+    )
     work = [small[0], large[1], replace(small[2])]
     found = run(sampler, work)
     assert [tuple(found[i].latents.shape) for i in range(3)] == [(4, 16, 16), (4, 32, 32), (4, 16, 16)]
@@ -149,21 +152,21 @@ def test_samples_of_another_size_wait_until_the_batch_is_free(sampler):
 
 def test_a_table_that_is_full_begins_anew(sampler, monkeypatch):
     monkeypatch.setattr(slots, "ROWS", 12)
-    work = samples(sampler, [ladder(sampler, steps) for steps in (5, 6, 7, 5)])
+    work = samples(sampler, [attempt_table(sampler, steps) for steps in (5, 6, 7, 5)])
     found = run(sampler, work)
     assert sorted(found) == [0, 1, 2, 3] and all(result.error is None for result in found.values())
 
 
 def test_nobody_gets_far_ahead_of_the_slowest(sampler, monkeypatch):
     monkeypatch.setattr(slots, "AHEAD", 2)
-    slow, quick = ladder(sampler, 60), ladder(sampler, 3)
+    slow, quick = attempt_table(sampler, 60), attempt_table(sampler, 3)
     order = [result.sample.key for result in _ordered(sampler, samples(sampler, [slow] + [quick] * 12), 2)]
     assert order.index(0) == 3  # 1, 2 and 3 are less than 2 x 2 ahead
 
 
 def _ordered(sampler, work, slots):
     with torch.inference_mode():
-        return list(Engine(sampler.runner.lane, slots, fixed=True).run(work))
+        return list(Engine(sampler.runner.open_batch, slots, fixed=True).run(work))
 
 
 def failing(sampler, fault):
@@ -182,7 +185,7 @@ def test_out_of_memory_means_fewer_slots(sampler, caplog):
         if len(latents) > 4:
             raise torch.OutOfMemoryError("no memory")
 
-    work = [ladder(sampler, steps) for steps in (3, 4, 5, 3, 4, 5)]
+    work = [attempt_table(sampler, steps) for steps in (3, 4, 5, 3, 4, 5)]
     right = run(sampler, samples(sampler, work), 5)
     failing(sampler, short)
     found = run(sampler, samples(sampler, work), 5)
@@ -193,7 +196,7 @@ def test_out_of_memory_means_fewer_slots(sampler, caplog):
 
 
 def test_a_fault_costs_one_sample_and_no_slots(sampler):
-    work = samples(sampler, [ladder(sampler, 3)] * 8)
+    work = samples(sampler, [attempt_table(sampler, 3)] * 8)
     texts = work[0].network.inputs["cond"]["encoder_hidden_states"].flatten().tolist()
     sizes = []
 
@@ -203,16 +206,16 @@ def test_a_fault_costs_one_sample_and_no_slots(sampler):
             raise TypeError("bad")
 
     failing(sampler, fault)
-    found = run(sampler, samples(sampler, [ladder(sampler, 3)] * 8), 4)
+    found = run(sampler, samples(sampler, [attempt_table(sampler, 3)] * 8), 4)
     assert {i for i, result in found.items() if result.error is not None} == {2} and str(found[2].error) == "bad"
     assert sizes[-1] == 8  # both branches of four
     with pytest.raises(TypeError, match="bad"):
-        run(sampler, samples(sampler, [ladder(sampler, 3)] * 8), 4, local=False)
+        run(sampler, samples(sampler, [attempt_table(sampler, 3)] * 8), 4, local=False)
 
 
 def test_a_fault_that_passes_costs_nothing(sampler, caplog):
     """Also one in giving the batch its memory; afterwards there are as many slots as before."""
-    faults, sizes, lane = ["step", "lane"], [], sampler.runner.lane
+    faults, sizes, lane = ["step", "lane"], [], sampler.runner.open_batch
 
     def opened(*given):
         if faults[-1:] == ["lane"]:
@@ -227,14 +230,14 @@ def test_a_fault_that_passes_costs_nothing(sampler, caplog):
             raise RuntimeError("passes")
 
     failing(sampler, fault)
-    found = run(sampler, samples(sampler, [ladder(sampler, 3)] * 16), 4, begin=opened)
+    found = run(sampler, samples(sampler, [attempt_table(sampler, 3)] * 16), 4, begin=opened)
     assert not faults and len(found) == 16 and all(result.error is None for result in found.values())
     assert sizes[0] == 4 and sizes[-1] == 8 and len(caplog.records) == 2
 
 
 def test_a_source_that_fails_ends_the_work(sampler):
     def work():
-        yield samples(sampler, [ladder(sampler, 3)])[0]
+        yield samples(sampler, [attempt_table(sampler, 3)])[0]
         raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
@@ -242,7 +245,7 @@ def test_a_source_that_fails_ends_the_work(sampler):
 
 
 def test_what_has_failed_already_is_passed_on(sampler):
-    work = samples(sampler, [ladder(sampler, 3)] * 3)
+    work = samples(sampler, [attempt_table(sampler, 3)] * 3)
     work[1] = Result(work[1], error=ValueError("no prompt"))
     found = run(sampler, work, 1)
     assert str(found[1].error) == "no prompt" and found[0].error is found[2].error is None
@@ -250,7 +253,7 @@ def test_what_has_failed_already_is_passed_on(sampler):
 
 def test_what_is_done_is_let_go(sampler):
     """However long the work, what is in memory of it is bounded."""
-    alive, most, one = weakref.WeakSet(), 0, ladder(sampler, 1)
+    alive, most, one = weakref.WeakSet(), 0, attempt_table(sampler, 1)
     network = samples(sampler, [one])[0].network
 
     def work():
@@ -261,14 +264,14 @@ def test_what_is_done_is_let_go(sampler):
             yield sample
 
     with torch.inference_mode():
-        assert sum(1 for _ in Engine(sampler.runner.lane, 4, fixed=True).run(work())) == 200
+        assert sum(1 for _ in Engine(sampler.runner.open_batch, 4, fixed=True).run(work())) == 200
     assert most < 20
 
 
 def test_bits_do_not_depend_on_the_neighbours(pipe):
     """With the small pipeline's own network, whose bits depend on the shape of its batch."""
     sampler = Sampler.from_pipeline(pipe, "dpmsolver++")
-    three, two = ladder(sampler, 3), ladder(sampler, 2)
+    three, two = attempt_table(sampler, 3), attempt_table(sampler, 2)
     together = run(sampler, samples(sampler, [three, two, three, two, three]))
     others = [replace(sample) for sample in samples(sampler, [three, two, three, two, three]) if sample.key in (2, 3)]
     again = run(sampler, others)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from basinescape import At, FirstMinimum, Guidance, Sampler
 from basinescape.models import adapt
-from basinescape.sampling.graphs import Graphs
-from ladders import guarded
+from basinescape.sampling.cuda_graphs import Graphs
 from mean_fallen import MeanFallen
 from rounding import assert_same_but_for_rounding
+from smallguards import guarded
 
 STEPS = 5
 CALLS = [
@@ -133,6 +133,7 @@ def test_a_network_that_reads_runs_uncaptured(pipe, device, caplog):
     assert "cannot be captured" in said and "makes the host wait" in said
 
 
+@pytest.mark.slow
 def test_a_step_that_cannot_be_captured_runs_uncaptured(pipe, caplog):
     plain, captured = Sampler.from_pipeline(pipe, "dpmsolver++"), Sampler.from_pipeline(pipe, "dpmsolver++")
     plain.model = captured.model = adapt(pipe, lean=True)

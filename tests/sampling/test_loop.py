@@ -16,7 +16,7 @@ from basinescape.models import adapt
 from basinescape.sampling.step_table import StepTable
 from basinescape.sampling.steps import denoise, fused_move, fused_step, lockstep_move, stepping
 from basinescape.schedulers.schedule import Schedule, make_scheduler
-from basinescape.schedulers.solver import Solver
+from basinescape.schedulers.solver_coefficients import Solver
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode

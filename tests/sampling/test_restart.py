@@ -71,6 +71,7 @@ def plain_loop(pipe, scheduler, prompt, seed, low, high, times):
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "dpmsolver++", "heun"])
 @torch.inference_mode()
+@pytest.mark.slow
 def test_it_is_a_plain_loop_that_goes_back(pipe, name):
     scheduler = make_scheduler(name, pipe.scheduler)
     found = sample(pipe, scheduler, Guidance.cfg(SCALE, restart=RESTART)).latents
@@ -83,6 +84,7 @@ def test_it_is_a_plain_loop_that_goes_back(pipe, name):
 
 
 @pytest.mark.parametrize("guidance", [Guidance.delayed(SCALE, until=At(600)), Guidance.opposite(2.0, SCALE, FirstMinimum())])
+@pytest.mark.slow
 def test_it_composes_and_a_sample_is_its_own(pipe, guidance):
     """After a delay and opposite guidance: alone = in a batch = in another order; each step's gap is that of its last visit."""
     guidance = Guidance.from_dict({**guidance.to_dict(), "restart": RESTART})

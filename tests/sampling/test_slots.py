@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 
 @dataclass(eq=False)
-class Ladder:
+class AttemptTable:
     """Attempts of so many rows each, and a row for the calls that judge."""
 
     attempts: tuple[int, ...]
@@ -30,7 +30,7 @@ class Ladder:
 @dataclass(eq=False)
 class Work:
     key: int
-    ladder: Ladder
+    attempt_table: AttemptTable
     form: str = "one"
     attempt: int = 0
     calls: int = 0
@@ -71,7 +71,7 @@ def begun(most, work, **options):
 @settings(deadline=None)
 def test_a_free_slot_is_filled_at_once(rows, most):
     """So samples end when they would if each slot took the next in line as soon as it is free."""
-    kinds = {count: Ladder((count,)) for count in rows}
+    kinds = {count: AttemptTable((count,)) for count in rows}
     order, used, failed = run(begun(most, [Work(i, kinds[count]) for i, count in enumerate(rows)]))
     free, ends = [0] * most, []
     for i, count in enumerate(rows):
@@ -87,8 +87,8 @@ def test_a_free_slot_is_filled_at_once(rows, most):
 @settings(deadline=None)
 def test_a_sample_that_is_sent_back_makes_each_attempt_once(retries, most, stepwise):
     """In its slot, or, where all samples step together, with the next batch."""
-    ladder = Ladder((3, 2, 4), stepwise=stepwise)
-    work = [Work(i, ladder) for i in range(len(retries))]
+    attempt_table = AttemptTable((3, 2, 4), stepwise=stepwise)
+    work = [Work(i, attempt_table) for i in range(len(retries))]
     slots = begun(most, work)
     if stepwise:
         while fresh := slots.admit():
@@ -107,8 +107,8 @@ def test_a_sample_that_is_sent_back_makes_each_attempt_once(retries, most, stepw
 
 
 def test_samples_of_another_form_wait_until_the_batch_is_free():
-    ladder = Ladder((4,))
-    slots = begun(3, [Work(0, ladder), Work(1, ladder, "other"), Work(2, ladder)])
+    attempt_table = AttemptTable((4,))
+    slots = begun(3, [Work(0, attempt_table), Work(1, attempt_table, "other"), Work(2, attempt_table)])
     assert [slot.sample.key for slot in slots.admit()] == [0] and not slots.admit()
     slots.retire(slots.live[0])
     form = slots.form
@@ -116,26 +116,26 @@ def test_samples_of_another_form_wait_until_the_batch_is_free():
 
 
 def test_rows_that_are_there_are_used_again_and_no_table_overflows():
-    one, other, large = Ladder((4,)), Ladder((6,)), Ladder((ROWS - 11,))
+    one, other, large = AttemptTable((4,)), AttemptTable((6,)), AttemptTable((ROWS - 11,))
     slots = begun(9, [Work(0, one), Work(1, other), Work(2, one), Work(3, large)])
     fresh = slots.admit()
-    assert [slot.offset for slot in fresh] == [0, one.rows, 0] and slots.ladders == [one, other]
+    assert [slot.offset for slot in fresh] == [0, one.rows, 0] and slots.attempt_tables == [one, other]
     assert [(slot.start, slot.end) for slot in fresh] == [(0, 4), (5, 11), (0, 4)]
 
 
 def test_what_a_batch_has_no_room_for_begins_another():
     for first, second in (
-        (Ladder((4,)), Ladder((4,), steps=STEPS + 1)),
-        (Ladder((4,)), Ladder((4,), multistep=True)),
+        (AttemptTable((4,)), AttemptTable((4,), steps=STEPS + 1)),
+        (AttemptTable((4,)), AttemptTable((4,), multistep=True)),
     ):
         slots = begun(2, [Work(0, first), Work(1, second)])
         assert [slot.sample.key for slot in slots.admit()] == [0]
-    slots = begun(2, [Work(0, Ladder((4,))), Work(1, Ladder((4,)))], room=False)
+    slots = begun(2, [Work(0, AttemptTable((4,))), Work(1, AttemptTable((4,)))], room=False)
     assert len(slots.admit()) == 1
 
 
 def test_nobody_gets_far_ahead_of_the_slowest():
-    slow, quick = Ladder((1000,)), Ladder((1,))
+    slow, quick = AttemptTable((1000,)), AttemptTable((1,))
     order, *_ = run(begun(2, [Work(0, slow), *(Work(i, quick) for i in range(1, 100))]))
     assert order.index(0) == 2 * AHEAD - 1
 
@@ -144,7 +144,7 @@ def test_nobody_gets_far_ahead_of_the_slowest():
 @settings(deadline=None)
 def test_a_fault_costs_one_sample(count, most, bad, for_good):
     """Those beside it begin again in fewer slots; there are as many as before afterwards, unless it is for good."""
-    work = [Work(i, Ladder((2,))) for i in range(count)]
+    work = [Work(i, AttemptTable((2,))) for i in range(count)]
     slots = begun(most, work)
     order, _, failed = run(slots, fault=lambda live: any(slot.sample.key == bad for slot in live), for_good=for_good)
     assert failed == ([bad] if bad < count else []) and sorted([*order, *failed]) == list(range(count))
@@ -152,7 +152,9 @@ def test_a_fault_costs_one_sample(count, most, bad, for_good):
 
 
 def test_slots_that_stay_free_are_left_out():
-    slots = begun(4, [Work(0, Ladder((5,))), Work(1, Ladder((1,))), Work(2, Ladder((1,))), Work(3, Ladder((5,)))])
+    slots = begun(
+        4, [Work(0, AttemptTable((5,))), Work(1, AttemptTable((1,))), Work(2, AttemptTable((1,))), Work(3, AttemptTable((5,)))]
+    )
     slots.admit()
     assert not slots.sparse
     for slot in slots.live[1:3]:

@@ -7,7 +7,7 @@ import torch
 from basinescape import Guidance, Sampler
 from basinescape.data.prompts import Job
 from basinescape.schedulers.schedule import Schedule
-from basinescape.schedulers.solver import Solver
+from basinescape.schedulers.solver_coefficients import Solver
 from bulkruns import make, sound
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from safetensors.torch import load_file

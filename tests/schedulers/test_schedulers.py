@@ -8,7 +8,7 @@ import torch
 from basinescape import At, FirstMinimum, Guidance, Sampler
 from basinescape.kernels import definition
 from basinescape.schedulers.schedule import SCHEDULERS, Schedule, family, make_scheduler
-from basinescape.schedulers.solver import Solver
+from basinescape.schedulers.solver_coefficients import Solver
 
 STEPS = 12
 PROMPTS, SEEDS = ["a picture of a cat signed by arno", "a picture of a frog"], [3, 1]

@@ -10,8 +10,8 @@ from invokeai.backend.stable_diffusion.extension_callback_type import ExtensionC
 from invokeai.backend.stable_diffusion.extensions.base import ExtensionBase, callback
 from torch import Tensor
 
-from ...detection.basin import Probe
-from ...detection.judging import Verdict
+from ...detection.basin_score import Probe
+from ...detection.verdict import Verdict
 from ..escape import Escape, judge
 from ..guidance_widgets import Settings
 from ..scheduler_steps import steps_taken

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.state import State
-from ..models import Guided
+from ..models import PromptedNetwork
 from ..types import Branch, Pair
 from .step_table import StepTable
-from .steps import Lane, fused_step
+from .steps import DeviceBatch, fused_step
 
 log = logging.getLogger(__name__)
 ROWS = 256  # of a session's table, or the next power of two: shorter tables share its graphs
@@ -31,7 +31,9 @@ class Graphs:
         self._failed = False
         self._version: object | None = None
 
-    def lane(self, network: Guided, plan: StepTable, noise: Tensor, memory_format: torch.memory_format) -> Lane:
+    def open_batch(
+        self, network: PromptedNetwork, plan: StepTable, noise: Tensor, memory_format: torch.memory_format
+    ) -> DeviceBatch:
         """A batch that begins from `noise` under `plan`. Its step is captured where that works.
 
         Captures of an earlier version of the network are dropped.
@@ -53,7 +55,7 @@ class Graphs:
                 self._failed = True
                 log.warning("the step cannot be captured (%s); it runs uncaptured", error)
         take = session.take if self._failed else session.replay
-        return Lane(session.network, session.start(noise, plan), take, session.table)
+        return DeviceBatch(session.network, session.start(noise, plan), take, session.table)
 
     def _capture(self, session: Session, branches: dict[Branch, None]) -> None:
         if self._pool is None:
@@ -77,7 +79,7 @@ class Session:
     programs share, is read twice.
     """
 
-    def __init__(self, network: Guided, plan: StepTable, rows: int, noise: Tensor, memory_format: torch.memory_format):
+    def __init__(self, network: PromptedNetwork, plan: StepTable, rows: int, noise: Tensor, memory_format: torch.memory_format):
         self.network, self.table = network, plan.table.new_zeros((rows, plan.table.shape[1]))
         shape = tuple(noise.shape)
         self.state = State.empty(shape, rows, noise.dtype, noise.device, plan.multistep, plan.scaled, memory_format)

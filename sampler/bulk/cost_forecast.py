@@ -12,8 +12,8 @@ from tqdm import tqdm
 from ..data.prompts import Kind
 from ..guidance.guard import Guard
 from ..runs.progress import Progress, duration
-from .part import Placed
-from .plans import Plans
+from .job_order import Placed
+from .job_plans import Plans
 
 LONG = 60.0  # seconds of a run that is worth a forecast
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .batches import parts
-from .journal import Journal, read_lines
+from .halving import parts
+from .jsonl_journal import Journal, read_lines
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from ..data.prompts import Job, Kind
 from ..guidance.guard import Guard
 from ..guidance.guidance import Guidance
 from ..sampler import Sampler
-from ..sampling.ladder import Ladder
+from ..sampling.attempt_table import AttemptTable
 from .settings import Recipe
 
 Size = tuple[int, int]
@@ -27,7 +27,7 @@ class Plans:
     def __init__(self, sampler: Sampler, recipe: Recipe, model: str):
         """model: what a picture's file and line call the sampler's model; of a folder, its name."""
         self.sampler, self.recipe, self.model = sampler, recipe, model
-        self._made: dict[Kind, Ladder] = {}
+        self._made: dict[Kind, AttemptTable] = {}
         self._facts = {
             "scheduler": type(sampler.scheduler).__name__,
             "model": Path(model).resolve().name if Path(model).is_dir() else model,
@@ -50,34 +50,25 @@ class Plans:
         """(height, width) in pixels. Raises ValueError for a size that the model cannot make."""
         return self.sampler.size(kind.height, kind.width)
 
-    def of(self, kind: Kind) -> Ladder:
+    def of(self, kind: Kind) -> AttemptTable:
         """Raises ValueError for steps, a scale, a size or a guidance that do not fit."""
         if kind not in self._made:
             self._made[kind] = self._of(kind)
         return self._made[kind]
 
-    def _of(self, kind: Kind) -> Ladder:
+    def _of(self, kind: Kind) -> AttemptTable:
         guidance, own = self.guidance(kind), self.recipe.steps
         steps, size = kind.steps or own, self.size(kind)
         if isinstance(guidance, Guard) and (steps, size) != (own, self.sampler.size()):
             guidance = replace(guidance, early=None)
         solver, model = self.sampler.solver(steps, *size), self.sampler.model
-        return Ladder.make(solver, guidance, model.device, model.correction)
-
-    def size_of(self, job: Job) -> Size:
-        return self.size(job.kind)
-
-    def ladder_of(self, job: Job) -> Ladder:
-        return self.of(job.kind)
-
-    def calls_of(self, job: Job) -> int:
-        return self.calls(job.kind)
+        return AttemptTable.make(solver, guidance, model.device, model.correction)
 
     def calls(self, kind: Kind) -> int:
         """The network's calls that a first attempt takes, the judging of its picture included."""
-        ladder = self.of(kind)
-        needed = sum(2 if branch == "both" else 1 for branch in ladder.plan.branches[: ladder.starts[1]])
-        return needed + (2 * ladder.guard.attempts[0].probes if ladder.guard else 0)
+        attempt_table = self.of(kind)
+        needed = sum(2 if branch == "both" else 1 for branch in attempt_table.plan.branches[: attempt_table.starts[1]])
+        return needed + (2 * attempt_table.guard.attempts[0].probes if attempt_table.guard else 0)
 
     def bytes(self, kind: Kind, latents: bool) -> int:
         """At most what the file of a picture takes: 3 bytes a pixel of each frame, or 4 a number of its latents."""

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..detection.basin import Probe
+from ..detection.basin_score import Probe
 from ..guidance.guard import Guard
 from ..guidance.guidance import Guidance
 from ..kernels.table import Column
-from ..schedulers.solver import Solver
+from ..schedulers.solver_coefficients import Solver
 from ..types import Branch, Correction
 from .step_table import StepTable
 
@@ -26,7 +26,7 @@ BOTH: Branch = "both"
 
 
 @dataclass(frozen=True)
-class Ladder:
+class AttemptTable:
     """`plan` has the rows of all attempts after each other. Attempt i begins at row `starts[i]`.
 
     guidance: one attempt that nobody judges, or a guard.
@@ -44,7 +44,7 @@ class Ladder:
     @classmethod
     def make(
         cls, solver: Solver, guidance: Guidance | Guard, device: torch.device, correction: Correction | None = None
-    ) -> Ladder:
+    ) -> AttemptTable:
         """Lay guidance over the steps of `solver`.
 
         Raises ValueError for steps that it is not made for, and for a guard where pictures cannot be judged.
@@ -91,7 +91,7 @@ class Ladder:
         """Its solver is the scheduler's own `step`, which all samples of a batch take together."""
         return self.solver.coefficients is None
 
-    def stopped(self, after: int | None) -> Ladder:
+    def stopped(self, after: int | None) -> AttemptTable:
         """The same, of whose steps only so many are taken; None: all. Raises ValueError for a number that it has not."""
         if after is None:
             return self

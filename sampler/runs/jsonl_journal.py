@@ -15,8 +15,8 @@ from typing import Any, Self
 import numpy as np
 
 from .atomic import atomic_write, explaining_a_full_disk
-from .folder import locked
 from .jsontext import json_bytes
+from .run_folder import locked
 
 
 class Keys:

@@ -16,9 +16,9 @@ from torch import Tensor
 from .. import checks
 from ..data.pictures import pixels
 from ..models import Model, memory
-from ..runs.batches import parts
+from ..runs.halving import parts
 from ..types import Scheduler
-from . import basin
+from . import basin_score
 
 Size = tuple[int | None, int | None]
 KINDS = "a PIL image, an array (height, width, 3), or a tensor (3, height, width)"
@@ -73,17 +73,17 @@ def judge(
     negative = checks.one_each("negative_prompt", negative_prompt, total) or [None] * total
     count, threshold = checks.at_least_one("probes", probes), checks.finite("threshold", threshold)
     most = None if batch_size is None else checks.at_least_one("batch_size", batch_size)
-    probe, score = basin.Probe.of(scheduler), torch.empty(total)
+    probe, score = basin_score.Probe.of(scheduler), torch.empty(total)
     for lot in lots(model, images, size, options):
         encoded = model.encode([texts[i] for i in lot.rows], *lot.size, 1, [negative[i] for i in lot.rows], **lot.options)
         for part in parts(len(lot.rows), most or memory.size(model, *lot.size)):
             rows = [lot.rows[k] for k in part]
-            predict = partial(basin.both, model.network(encoded.select(part), plain=True))
+            predict = partial(basin_score.both, model.network(encoded.select(part), plain=True))
             latents = lot.latents(rows).to(model.device, model.dtype)
-            score[rows] = basin.scores(predict, probe, latents, [seeds[i] for i in rows], count)
+            score[rows] = basin_score.scores(predict, probe, latents, [seeds[i] for i in rows], count)
     with torch.inference_mode(False):
         score = score.clone()
-        return Verdict(score, basin.suspects(score, threshold))
+        return Verdict(score, basin_score.suspects(score, threshold))
 
 
 def lots(model: Model, images: Any, size: Size, options: dict[str, Any]) -> list[Lot]:

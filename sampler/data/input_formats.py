@@ -1,4 +1,4 @@
-"""Input formats, of prompts and captions; `encoding` and `shards` have the output formats.
+"""Input formats, of prompts and captions; `image_encoding` and `shards` have the output formats.
 
 Each is a function that yields the rows of a file, one after another, with their places.
 """

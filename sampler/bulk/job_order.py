@@ -9,7 +9,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from ..data.prompts import Job, Prompts
+from ..data.prompts import Job, Kind, Prompts
 from ..runs.atomic import atomic_write
 from ..runs.jsontext import json_bytes
 from ..runs.manifest import JOBS, belongs, job_lines, read_jobs
@@ -51,7 +51,7 @@ class Part:
                 file.write(json_bytes(_line(position, job)) + b"\n")
 
 
-def by_size(jobs: Iterable[Placed], size: Callable[[Job], tuple[int, int]]) -> Iterator[Placed]:
+def by_size(jobs: Iterable[Placed], size: Callable[[Kind], tuple[int, int]]) -> Iterator[Placed]:
     """The jobs, those of one size together in every WINDOW: a batch has one size, and runs empty before the next.
 
     Each window begins with the size that the one before ended with.
@@ -60,13 +60,13 @@ def by_size(jobs: Iterable[Placed], size: Callable[[Job], tuple[int, int]]) -> I
     while some := list(islice(jobs, WINDOW)):
         groups: dict[tuple[int, int] | None, list[Placed]] = {last: []}
         for placed in some:
-            groups.setdefault(size(placed[1]), []).append(placed)
+            groups.setdefault(size(placed[1].kind), []).append(placed)
         for last, group in groups.items():  # noqa: B007 (the last of them stays open)
             yield from group
 
 
 def longest_first(
-    jobs: Iterable[Placed], slots: int, size: Callable[[Job], tuple[int, int]], calls: Callable[[Job], int]
+    jobs: Iterable[Placed], slots: int, size: Callable[[Kind], tuple[int, int]], calls: Callable[[Kind], int]
 ) -> Iterator[Placed]:
     """The jobs; at the end those of one size by the network's calls that they take, so that all slots run empty together."""
     ahead: deque[Placed] = deque()
@@ -74,8 +74,8 @@ def longest_first(
         ahead.append(placed)
         if len(ahead) > END * slots:
             yield ahead.popleft()
-    for _, group in groupby(ahead, key=lambda placed: size(placed[1])):
-        yield from sorted(group, key=lambda placed: -calls(placed[1]))
+    for _, group in groupby(ahead, key=lambda placed: size(placed[1].kind)):
+        yield from sorted(group, key=lambda placed: -calls(placed[1].kind))
 
 
 def grown(out: Path, known: Mapping[str, Any], prompts: Prompts) -> None:

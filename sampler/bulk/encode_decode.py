@@ -1,7 +1,4 @@
-"""The stages of a run: prompts are encoded, samples denoised, latents decoded, none far ahead of the next.
-
-Beside a GPU each has a thread of its own. On a CPU they take turns: threads that compute would each bring a pool of their own.
-"""
+"""What happens to a job before it is sampled and after: its prompt is encoded, its latents are decoded."""
 
 from __future__ import annotations
 
@@ -11,104 +8,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, groupby, islice
-from queue import Empty, Full, Queue
-from threading import Event, Thread
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from ..data.prompts import Job
 from ..models import Decoded, Encoded, Model
 from ..sampling.samples import Result, Sample
-from .plans import Plans, Size
+from .job_plans import Plans, Size
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 TEXTS = 8  # prompts encoded together, always so many: a prompt's encoding has the same bits beside any others
 CACHE = 128  # prompts whose encodings are kept
-WAIT = 0.1  # seconds between looks at whether all is to stop
-
-
-class Stopped(BaseException):
-    """Raised in the threads of a run that is to stop now."""
-
-
-class Stages:
-    """The threads of a run. threads: False runs all in the caller's, each item when it is asked for."""
-
-    def __init__(self, threads: bool = True):
-        self._threads: list[Thread] | None = [] if threads else None
-        self._halted = Event()
-
-    def check(self) -> None:
-        """Raises Stopped once all is to stop; for work that takes long."""
-        if self._halted.is_set():
-            raise Stopped
-
-    def halt(self) -> None:
-        """End all threads, each within what it does at the moment."""
-        self._halted.set()
-        for thread in self._threads or ():
-            thread.join()
-
-    def ahead(self, items: Iterable[T], depth: int) -> Iterator[T]:
-        """The same items, made up to `depth` ahead in a thread of their own. What is raised there is raised here."""
-        if self._threads is None:
-            return _one_by_one(items)
-        ready: Queue[tuple[Any, BaseException | None]] = Queue(depth)
-        thread = Thread(target=self._make, args=(items, ready), daemon=True)
-        self._threads.append(thread)
-        thread.start()
-        return self._taken(ready)
-
-    def _taken(self, ready: Queue) -> Iterator[Any]:
-        while True:
-            item, end = self._patiently(ready.get, Empty)
-            if end is None:
-                yield item
-            elif isinstance(end, StopIteration):
-                return
-            elif isinstance(end, Exception):
-                raise end
-            else:
-                raise RuntimeError(f"a thread died of {type(end).__name__}: {end}") from end
-
-    @torch.inference_mode()
-    def _make(self, items: Iterable[Any], ready: Queue) -> None:
-        end: BaseException = StopIteration()
-        try:
-            try:
-                for item in items:
-                    self._patiently(partial(ready.put, (item, None)), Full)
-            except Stopped:
-                raise
-            except BaseException as error:
-                end = error
-            self._patiently(partial(ready.put, (None, end)), Full)
-        except Stopped:
-            pass
-
-    def _patiently(self, call: Callable[..., T], busy: type[Exception]) -> T:
-        while True:
-            self.check()
-            try:
-                return call(timeout=WAIT)
-            except busy:
-                continue
-
-
-def _one_by_one(items: Iterable[T]) -> Iterator[T]:
-    """The same items, each made when it is asked for; in inference mode, which is a thread's own."""
-    items = iter(items)
-    while True:
-        with torch.inference_mode():
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-        yield item
 
 
 @dataclass(frozen=True)
@@ -163,7 +75,7 @@ class Texts:
 def encoded(model: Model, jobs: Iterable[tuple[int, Job]], plans: Plans, **options: Any) -> Iterator[Sample | Result]:
     """The samples of jobs, up to TEXTS of one size at a time; one that cannot be encoded is a result that failed."""
     texts = Texts(model, **options)
-    for size, group in groupby(jobs, key=lambda placed: plans.size_of(placed[1])):
+    for size, group in groupby(jobs, key=lambda placed: plans.size(placed[1].kind)):
         shape = model.shape(*size, **options)
         initial = partial(model.noise, height=size[0], width=size[1], **options)
         while some := list(islice(group, TEXTS)):
@@ -172,12 +84,12 @@ def encoded(model: Model, jobs: Iterable[tuple[int, Job]], plans: Plans, **optio
             network: Any = model.network(Encoded.joined(good + good[:1] * (TEXTS - len(good)))) if good else None
             numbers = count()
             for (position, job), row in zip(some, rows, strict=True):
-                ladder = plans.ladder_of(job)
+                attempt_table = plans.of(job.kind)
                 if isinstance(row, Exception):
-                    yield Result(Sample(Request(position, job, size), ladder, shape, network, 0), error=row)
+                    yield Result(Sample(Request(position, job, size), attempt_table, shape, network, 0), error=row)
                 else:
                     request = Request(position, job, size, row.truncated[0])
-                    yield Sample(request, ladder, shape, network, next(numbers), job.seed, initial)
+                    yield Sample(request, attempt_table, shape, network, next(numbers), job.seed, initial)
 
 
 @dataclass(frozen=True)
@@ -218,7 +130,7 @@ def _tried(make: Callable[[], Picture], result: Result) -> Picture:
 
 
 def _picture(decode: Callable[..., Decoded], result: Result, latents: bool) -> Picture:
-    request, solver = result.sample.key, result.sample.ladder.solver
+    request, solver = result.sample.key, result.sample.attempt_table.solver
     found, line = int(result.transition.item()), request.job.asked()
     call = int(solver.first_calls[found])
     line |= {

@@ -1,4 +1,4 @@
-"""A batch in flight: the tensors of its slots. What is in which slot is decided elsewhere, see `slots`."""
+"""The batch that the engine keeps full: the tensors of its slots. What is in which slot is decided elsewhere, see `slots`."""
 
 from __future__ import annotations
 
@@ -9,53 +9,53 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..detection import basin
-from ..models import Guided
+from ..detection import basin_score
+from ..models import PromptedNetwork
 from ..types import Branch, Pair, draw
-from .ladder import Ladder
+from .attempt_table import AttemptTable
 from .samples import Result, Sample
 from .slots import ROWS, STEPS, Slot
 from .step_table import StepTable
-from .steps import Lane, fused_step
+from .steps import DeviceBatch, fused_step
 
-Begin = Callable[[Ladder, Guided, StepTable, Tensor, list[torch.Generator]], Lane]
+Begin = Callable[[AttemptTable, PromptedNetwork, StepTable, Tensor, list[torch.Generator]], DeviceBatch]
 
 
-class Flight:
+class SlotBatch:
     """A batch of `size` slots, begun for a first sample and for all that can stand beside it.
 
     begin: opens a batch. room: there is room for the rows of samples that come later. multistep: and for a solver's history.
     """
 
     def __init__(self, begin: Begin, first: Sample, size: int, room: bool, multistep: bool):
-        self.plan = first.ladder.plan
+        self.plan = first.attempt_table.plan
         self.generators = [torch.Generator() for _ in range(size)]
         self.network = first.network.blank(size)
         nothing = torch.zeros((size, *first.shape), device=self.plan.table.device)
         plan = replace(self.plan.roomy(ROWS, STEPS) if room else self.plan, multistep=multistep)
-        self.lane = begin(first.ladder, self.network, plan, nothing, self.generators)
-        self.network = self.lane.network  # a captured step has its own
-        self.lane.state.transition.row.fill_(1)  # past the last: no step changes them
-        self.lane.state.transition.last.fill_(0)
+        self.device_batch = begin(first.attempt_table, self.network, plan, nothing, self.generators)
+        self.network = self.device_batch.network  # a captured step has its own
+        self.device_batch.state.transition.row.fill_(1)  # past the last: no step changes them
+        self.device_batch.state.transition.last.fill_(0)
 
     @property
     def half(self) -> bool:
         """It computes in half precision."""
-        return self.lane.state.latents.x.dtype != torch.float32
+        return self.device_batch.state.latents.x.dtype != torch.float32
 
     def begin(self, fresh: Sequence[Slot]) -> None:
         """Begin the samples of slots that were free."""
         for slot in fresh:
             if slot.offset == len(self.plan.table):
-                self.plan = StepTable.joined([self.plan, slot.sample.ladder.plan])
-        self.lane.follow(self.plan)
+                self.plan = StepTable.joined([self.plan, slot.sample.attempt_table.plan])
+        self.device_batch.follow(self.plan)
         for slot in fresh:
             self.network.put(slot.place, slot.sample.network, slot.sample.row)
         self.enter(fresh, [slot.sample.begin() for slot in fresh])
 
     def enter(self, slots: Sequence[Slot], latents: Sequence[Tensor]) -> None:
         """Send slots to the rows where they stand, each with its latents (C, h, w)."""
-        state = self.lane.state
+        state = self.device_batch.state
         rows = torch.tensor([(slot.place, slot.row, slot.end - 1) for slot in slots])
         place, row, last = rows.to(state.latents.x.device).unbind(1)
         for slot in slots:
@@ -66,7 +66,7 @@ class Flight:
         """Take a step; returns (what ran, the predictions). A sample is charged with those that its own row needs."""
         each = [self.plan.branches[slot.row] for slot in live]
         branch: Branch = each[0] if len(set(each)) == 1 else "both"
-        pair = self.lane.take(branch)
+        pair = self.device_batch.take(branch)
         for slot, own in zip(live, each, strict=True):
             slot.calls += 2 if own == "both" else 1
         return branch, pair
@@ -76,40 +76,40 @@ class Flight:
         back = [slot for slot in live if slot.row in self.plan.jumps and slot.row < slot.end]
         if not back:
             return
-        latents = self.lane.state.latents.x.clone()
+        latents = self.device_batch.state.latents.x.clone()
         for slot in back:
             fresh = draw(slot.sample.shape, [slot.sample.generator])[0]
             latents[slot.place] = self.plan.renoised(slot.row, latents[slot.place], fresh)
-        self.lane.state.put(latents, self.plan.table)
+        self.device_batch.state.put(latents, self.plan.table)
 
     @property
     def gaps(self) -> Tensor:
         """(B, steps) on the CPU: a read by the host."""
-        return self.lane.state.transition.gaps.cpu()
+        return self.device_batch.state.transition.gaps.cpu()
 
     def result(self, slot: Slot) -> Result:
         """What came of a slot's attempt, in memory of its own."""
-        state, ladder = self.lane.state, slot.sample.ladder
-        gaps = state.transition.gaps[slot.place, : ladder.steps]
-        own = ladder.computed(slot.attempt).to(gaps.device)  # a step may have run both branches for another's sake
+        state, attempt_table = self.device_batch.state, slot.sample.attempt_table
+        gaps = state.transition.gaps[slot.place, : attempt_table.steps]
+        own = attempt_table.computed(slot.attempt).to(gaps.device)  # a step may have run both branches for another's sake
         gaps = gaps.where(own, torch.full_like(gaps, torch.nan))
-        at = state.transition.within(ladder.solver.steps)[slot.place]
+        at = state.transition.within(attempt_table.solver.steps)[slot.place]
         return Result(slot.sample, state.latents.x[slot.place].clone(), at, gaps)
 
-    def scores(self, ended: Sequence[Slot], probe: basin.Probe, probes: int) -> Tensor:
+    def scores(self, ended: Sequence[Slot], probe: basin_score.Probe, probes: int) -> Tensor:
         """(B,) the basin scores of what is in all slots, by so many noises of the samples that have ended.
 
         For a scheduler that takes its own steps, in which there is no room for calls that judge.
         """
-        x = self.lane.state.latents.x
+        x = self.device_batch.state.latents.x
         seeds = [0] * len(x)
         for slot in ended:
             seeds[slot.place] = slot.sample.seed
-        return basin.scores(partial(basin.both, self.network), probe, x, seeds, probes)
+        return basin_score.scores(partial(basin_score.both, self.network), probe, x, seeds, probes)
 
     def shrink(self, places: Sequence[int]) -> None:
         """Keep these places alone, in this order."""
         index = torch.tensor(places, device=self.plan.table.device)
-        self.network, state = self.network.select(index), self.lane.state.select(index)
+        self.network, state = self.network.select(index), self.device_batch.state.select(index)
         self.generators = [self.generators[place] for place in places]
-        self.lane = Lane(self.network, state, fused_step(self.network, self.plan, state))
+        self.device_batch = DeviceBatch(self.network, state, fused_step(self.network, self.plan, state))

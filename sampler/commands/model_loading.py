@@ -1,0 +1,81 @@
+"""The model, its calibration and its scheduler, as options ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .options import of_call
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+    from .. import Calibration, Sampler
+
+
+def found(model: str, calibration: str | None) -> Calibration | None:
+    """The calibration that is given, or that lies beside the model; None without one."""
+    from .. import Calibration
+
+    path = calibration or Calibration.beside(model)
+    return None if path is None else Calibration.load(path)
+
+
+def of_enough(known: Calibration | None, given: str | None) -> Calibration | None:
+    """The calibration for thresholds; None where nobody gave it and its pictures are too few for them, which is said."""
+    from ..calibration.calibration import FEW
+
+    if known is None or given or known.images >= FEW:
+        return known
+    typer.echo(
+        f"the model's calibration is of {known.images} pictures, and thresholds need {FEW}: it is left out; calibrate again "
+        "with more prompts and --force",
+        err=True,
+    )
+    return None
+
+
+def sampler(
+    model: str,
+    known: Calibration | None,
+    scheduler: str | SchedulerMixin | None,
+    option: Sequence[str] | None,
+    height: int | None = None,
+    width: int | None = None,
+    **loading: Any,
+) -> Sampler:
+    """The sampler that the options ask for; scheduler, size and options of the call that they leave open are as calibrated."""
+    from .. import Sampler
+
+    made = Sampler.from_pretrained(model, scheduler=scheduler_of(scheduler, known), **loading)
+    settings = {} if known is None else known.settings
+    if known is not None:
+        how = f"{known.steps} steps, scale {known.scale:g}, {type(made.scheduler).__name__}"
+        typer.echo(f"calibrated: what no option says is as in the model's calibration ({how})", err=True)
+    given = {"height": height, "width": width, **of_call(option)}
+    calibrated = dict(zip(("height", "width"), settings.get("size", ()), strict=False)) | settings.get("options", {})
+    return made.using(**calibrated | {name: value for name, value in given.items() if value is not None})
+
+
+def scheduler_of(given: str | SchedulerMixin | None, known: Calibration | None) -> str | SchedulerMixin:
+    """The scheduler that is given, else the calibration's, else the model's own."""
+    if given is not None or known is None:
+        return given or "own"
+    return known.scheduler or "own"
+
+
+def for_workers(
+    model: str, scheduler: str | SchedulerMixin, loading: dict[str, Any], workers: int | None
+) -> tuple[Callable[[], Sampler], dict[str, Any]]:
+    """(how the workers of a cluster load their samplers, how this process loads its own, which makes no pictures)."""
+    from .. import Sampler
+    from ..bulk.ray import cluster
+    from ..checks import at_least_one
+
+    _, gpu = cluster(None if workers is None else at_least_one("workers", workers))
+    device, dtype = ("cuda", "float16") if gpu else ("cpu", "float32")
+    there = loading | {"device": loading["device"] or device, "dtype": loading["dtype"] or dtype}
+    return partial(Sampler.from_pretrained, model, scheduler=scheduler, **there), there | {"device": "cpu"}
