@@ -62,7 +62,7 @@ def test_another_run_and_a_file_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"output folder '.*' cannot be made: Not a directory"):
         open_folder(tmp_path / "file" / "out", RUN)
     open_folder(tmp_path / "shards" / "shard-0-of-2", RUN)
-    with pytest.raises(ValueError, match="merge .*shards --out"):
+    with pytest.raises(ValueError, match=r"merge .*shards --out"):
         open_folder(tmp_path / "shards", RUN)
 
 
