@@ -1,4 +1,4 @@
-"""The command line, `basinescape`: each command reads its options, calls one function, and says what came out."""
+"""The command line, `basinescape`. Each command reads its options, calls one function, and prints the result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .commands import evaluation
 from .tables import aligned, tables
 
 SUMMARY = "Sample guided diffusion models without reproducing training images."
-DEBUG = "BASINESCAPE_DEBUG"  # an environment variable: where it is set, errors show where they come from
+DEBUG = "BASINESCAPE_DEBUG"  # an environment variable: if it is set, errors are shown with their traceback
 app = typer.Typer(
     help=SUMMARY,
     invoke_without_command=True,
@@ -34,7 +34,7 @@ app = typer.Typer(
 
 
 class Bench(StrEnum):
-    """What is timed."""
+    """What `bench` times."""
 
     kernel = "kernel"
     step = "step"
@@ -112,7 +112,7 @@ def report_gpu(file: Annotated[Path, typer.Argument(help="what python -m basines
 
 
 def _benchmarks(name: str) -> Any:
-    """A module of the benchmarks, which are not part of what is installed. Raises ImportError where there are none."""
+    """Import a module of the benchmarks. Raises ImportError where they are missing: only a checkout has them."""
     try:
         return import_module(f".{name}", __package__)
     except ModuleNotFoundError as error:
@@ -120,7 +120,7 @@ def _benchmarks(name: str) -> Any:
 
 
 def main() -> None:
-    """Run the command line; bad input ends with one line and exit code 2."""
+    """Run the command line. An error prints one line and exits with code 2."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     if DEBUG in os.environ:
         logging.getLogger("basinescape").setLevel(logging.DEBUG)
@@ -134,8 +134,8 @@ def main() -> None:
 
 
 def _said(error: Exception) -> str:
-    """What an error says: all of it where it is meant for the user, else its kind and how to see where it comes from."""
-    if hasattr(error, "format_message"):  # typer's own: an option that is missing, or no number
+    """The text printed for an error: its message if that is written for users, else also its type and a hint at DEBUG."""
+    if hasattr(error, "format_message"):  # an error of typer: an option is missing, or is not a number
         return error.format_message()
     if isinstance(error, ValueError | OSError | ImportError | RuntimeError):
         return str(error)

@@ -1,7 +1,7 @@
-"""Scenarios: a model, its memorized and general prompts with the training images, and how to sample. Data only.
+"""Scenarios: a model, its memorized and general prompts with the training images, and the sampling settings.
 
-Scenarios 1 to 4 are those of Jain et al. (CVPR 2025, https://arxiv.org/abs/2411.16738). Their models and data are published by
-their authors and are not part of this project. For a missing file the error says where it can be had.
+Scenarios 1 to 4 are from Jain et al. (CVPR 2025, https://arxiv.org/abs/2411.16738). The authors publish the models and data,
+which are not part of this project. If a file is missing, the error says where to get it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["PRESETS", "Prompt", "Scenario", "limited", "load", "loaded", "prompt
 
 DATA = "https://github.com/somepago/DCR and https://github.com/YuxinWenRick/diffusion_memorization"
 NEAR = "which lets near-duplicates alone count, as there is no usual one"
-# Where the threshold of each similarity is from.
+# The source of the usual threshold of each similarity.
 ORIGINS = {
     "pixels": "measured on tiny: of 6,400 fresh scenes of the same concept one in a thousand is above 0.80",
     "sscd": "that of Somepalli et al. and Jain et al.",
@@ -31,20 +31,20 @@ ORIGINS = {
 
 @dataclass(frozen=True)
 class Scenario:
-    """What an evaluation runs on.
+    """The model, the prompts, the training images and the settings of an evaluation.
 
-    model:      folder, hub id, or the name of a pipeline that ships. A classifier of concepts beside the model, in
-                `classifier/`, judges whether pictures show those of the prompts.
+    model:      folder, hub id, or the name of a pipeline that ships. If the model's folder has a classifier of concepts, in
+                `classifier/`, it judges whether pictures show the concepts of their prompts.
     memorized, general: captions that may be memorized, and ordinary ones, in any layout that `read_captions` knows; or the name
-                of a pipeline that ships with its own.
-    images:     folder of training images, of the captions and others; None: those that the prompt files name, perhaps none.
+                of a pipeline that ships, for the captions that ship with it.
+    images:     folder of training images, with captions or without; None: the images that the prompt files name, if any.
     calibration: file of a `Calibration`, or the name of a pipeline that ships; None: the one beside the model, if there is one.
-    steps, scheduler, scale, options: how to sample; options are arguments of the pipeline's own call, as height or
+    steps, scheduler, scale, options: how to sample; options are arguments of the pipeline's own call, such as height or
                 max_sequence_length. None: as calibrated, and without a calibration as the model's own pipeline does.
     transition: the timestep of the static transition; None: the calibration's, else the paper's.
-    similarity: "pixels", "sscd", "clip" or "dino"; None: sscd where it is installed, else pixels.
-    threshold:  similarity above which an image counts as memorized; None: that of the similarity.
-    where:      where the authors publish what is missing here.
+    similarity: "pixels", "sscd", "clip" or "dino"; None: sscd if it is installed, else pixels.
+    threshold:  an image of a larger similarity counts as memorized; None: the usual threshold of the similarity.
+    where:      for an error message: where the authors publish a missing file.
 
     Raises ValueError for an unknown similarity.
     """
@@ -74,38 +74,38 @@ class Scenario:
 
     @property
     def source(self) -> str | Path:
-        """What a sampler is loaded from."""
+        """The folder or hub id from which the sampler is loaded."""
         return models.shipped().get(self.model, self.model)
 
     @property
     def folder(self) -> Path | None:
-        """The folder of the training images, if they are all in one."""
+        """The folder that holds the training images; None if they are not all in one folder."""
         if self.images is not None:
             return Path(self.images)
         return models.shipped()[self.memorized] / "memorized" if self.memorized in models.shipped() else None
 
     @property
     def copy(self) -> str:
-        """What counts as a copy, and where the threshold is from, in one line."""
+        """One line that defines a copy and names the source of the threshold."""
         usual = self.threshold == THRESHOLDS[str(self.similarity)]
         origin = ORIGINS[str(self.similarity)] if usual else "as the scenario says"
         return f"similarity ({self.similarity}) to a training image above {self.threshold}, {origin}"
 
     @property
     def how(self) -> tuple[int, float, float]:
-        """(steps, scale, transition). Raises ValueError where one is open still: `loaded` fills them in."""
+        """(steps, scale, transition). Raises ValueError if one of them is None; `loaded` fills them in."""
         if self.steps is None or self.scale is None or self.transition is None:
             raise ValueError(f"scenario {self.name!r} leaves steps, scale or transition open: scenario.loaded fills them in")
         return self.steps, self.scale, self.transition
 
     @property
     def calibrated(self) -> Calibration | None:
-        """The calibration, None without one."""
+        """The calibration, read from its file; None without one."""
         return None if self.calibration is None else Calibration.load(self.calibration)
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> Scenario:
-        """The scenario in a run's settings; fields of other versions are left out. Raises TypeError where there is none."""
+        """The scenario in a run's settings, without fields of other versions. Raises TypeError without a required field."""
         return cls(**{field.name: stored[field.name] for field in fields(cls) if field.name in stored})
 
 
@@ -134,10 +134,10 @@ FILES = ("model", "memorized", "general", "images", "calibration")  # fields tha
 
 
 def load(name: str | None = None, **given: Any) -> Scenario:
-    """A preset, or a scenario from a YAML file of the fields of `Scenario`, with the fields in `given` that are not None.
+    """Load a preset, or a YAML file of the fields of `Scenario`; fields in `given` that are not None replace its own.
 
-    name: None for a scenario of `given` alone, or "tiny" where that names neither model nor prompts. Files are made absolute.
-    What the scenario leaves open is as calibrated, where there is a calibration.
+    name: a preset or a .yaml file. None: the scenario is made of `given` alone; or "tiny", if `given` has neither model nor
+    memorized. Paths of files that exist are made absolute. Fields that are None are taken from the calibration, if any.
 
     Raises ValueError for an unknown name or field, FileNotFoundError for a missing file.
     """
@@ -155,7 +155,7 @@ def load(name: str | None = None, **given: Any) -> Scenario:
 
 
 def _as_calibrated(scenario: Scenario) -> Scenario:
-    """What the scenario leaves open filled in by its calibration, which is looked for beside the model."""
+    """The scenario, with fields that are None taken from its calibration or, without one, from the one beside the model."""
     path = scenario.calibration or Calibration.beside(scenario.source)
     scenario = replace(scenario, calibration=None if path is None else str(path))
     known = scenario.calibrated
@@ -166,14 +166,14 @@ def _as_calibrated(scenario: Scenario) -> Scenario:
 
 
 def _filled(scenario: Scenario, **values: Any) -> Scenario:
-    """The scenario with those of the values that it leaves open."""
+    """The scenario, with `values` for those of its fields that are None."""
     return replace(scenario, **{name: value for name, value in values.items() if getattr(scenario, name) is None})
 
 
 def loaded(scenario: Scenario, device: str | None = None, dtype: str | None = None) -> tuple[Scenario, Sampler]:
-    """The scenario's sampler, and the scenario with the steps and scale of the model's own pipeline where it leaves them open.
+    """(scenario, sampler): the model is loaded, and its own steps and scale replace those that are None.
 
-    Raises what `Sampler.from_pretrained` does, and ValueError where the calibration's scheduler cannot be had.
+    A transition that is None becomes the paper's. Raises what `Sampler.from_pretrained` does, also for a calibrated scheduler.
     """
     known = scenario.calibrated
     settings = {} if known is None else known.settings
@@ -207,7 +207,7 @@ def _from_yaml(name: str) -> Scenario:
 
 
 def _absolute(given: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Those of the fields that name a file in `folder`, with the whole path; a hub id, or what ships here, is none."""
+    """The fields of `given` that name an existing file in `folder`, as absolute paths. Hub ids and shipped names are not."""
     named = {field: given[field] for field in FILES if isinstance(given.get(field), str | Path)}
     found = {field: folder / value for field, value in named.items()}
     return {field: str(path.resolve()) for field, path in found.items() if path.exists()}
@@ -216,7 +216,7 @@ def _absolute(given: dict[str, Any], folder: Path) -> dict[str, str]:
 def prompts(scenario: Scenario) -> dict[str, list[Prompt]]:
     """The scenario's prompts by group, "memorized" and "general".
 
-    Raises FileNotFoundError, with where to get it, for what is missing.
+    Raises FileNotFoundError for a missing file or folder, and says where to get it.
     """
     groups = {"memorized": _group(scenario, "memorized")}
     if scenario.general:

@@ -10,14 +10,14 @@ Row = dict[str, Any]
 
 
 def aligned(rows: Sequence[Row]) -> str:
-    """Rows of equal keys, a heading and a line a row."""
+    """Rows of equal keys as text: a heading, then one line for each row."""
     cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """The rows of benchmarks, with numbers shortened: a table for each sequence of rows of one bench with the same keys."""
+    """Rows of benchmarks as text, numbers shortened. Successive rows of one bench with the same keys make one table."""
 
     def kind(row: Row) -> tuple[str, tuple[str, ...]]:
         return row["bench"], tuple(row)

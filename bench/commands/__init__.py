@@ -1,4 +1,4 @@
-"""Commands for a model of one's own, a file each: `generate`, `calibrate`, `audit`. `cli` has the others, and runs them all.
+"""The commands that measure methods, in `evaluation`. `cli` has the others, and runs them all.
 
 Nothing here imports torch before a command runs.
 """

@@ -49,7 +49,7 @@ Progress = Annotated[bool, typer.Option(help="show a progress bar")]
 
 
 def add(app: typer.Typer) -> None:
-    """The commands of this file."""
+    """Add the commands of this file to `app`."""
     app.command(epilog=f"{METHODS} {OWN}")(evaluate)
     app.command()(quality)
     app.command()(report)
@@ -187,7 +187,7 @@ def _scenario(
     option: list[str] | None,
     **sampled: Any,
 ) -> Scenario:
-    """The scenario that the options ask for; raises what `scenario.load` does."""
+    """The scenario that the options describe. Raises what `scenario.load` raises."""
     from ..scenario import load
 
     paths = {"memorized": prompts, "general": general, "images": images}

@@ -1,1 +1,1 @@
-"""Memorization measured: images made by every method, what they are worth, basins, and pages about it."""
+"""Measurements of memorization: the images of every method, their quality, basins, and pages about the results."""

@@ -1,8 +1,8 @@
-"""Basins made visible: where guidance may start, how trajectories converge, how wide a basin is, does a rule find its edge.
+"""Analysis of basins: where guidance may start, how trajectories converge, how wide a basin is, which rules find its edge.
 
-`analyze` runs a scenario with the sampler's own step, opened up where a trajectory is looked at or pushed, and writes
-onset.csv, convergence.csv, returns.csv, curves.json and summary.json, with a figure for each of the first four. What needs
-training images, concepts or general prompts that the scenario has not is left out.
+`analyze` runs a scenario with the sampler's own step, and with hooks that record or push a trajectory. It writes onset.csv,
+convergence.csv, returns.csv, curves.json and summary.json, and a figure for each of the first four. An analysis that needs
+training images, concepts or general prompts is skipped if the scenario has none.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from .trajectories import Laboratory, constant, convergence, curves, edges, onse
 
 log = logging.getLogger(__name__)
 
-Rule = FirstMinimum | Settled | int  # of the transition; a number is the step for all
+Rule = FirstMinimum | Settled | int  # finds the transition; a number is the same step for all samples
 
 
 def transition(gaps: Sequence[float], rule: Rule) -> int | None:
-    """The transition that a rule finds in a curve of gaps, None for none."""
+    """The step at which `rule` finds the transition in a curve of gaps; None if it finds none."""
     if isinstance(rule, int):
         return rule
-    found = definition.transition(gaps, rule.criteria(range(len(gaps))))  # neither looks at the timesteps
+    found = definition.transition(gaps, rule.criteria(range(len(gaps))))  # neither rule uses the timesteps
     return None if found < 0 else found
 
 
 def agreement(lines: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], rule: Rule) -> dict[str, Any]:
-    """Does `rule` find in lines of curves the edge that the sweep saw? What it would give, by the nearest onset."""
+    """Compare the steps that `rule` finds in `lines` with the edges in the sweep's `rows`. Shares are of the nearest onsets."""
     outcome = {(row["id"], row["seed"], row["onset"]): row for row in rows}
     onsets = np.array(sorted({row["onset"] for row in rows}))
     true = edges(rows)
@@ -60,18 +60,18 @@ def agreement(lines: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], r
 
 
 def _share(values: Sequence[float | None]) -> float | None:
-    """The mean of those that are known."""
+    """The mean of the values that are not None; None without any."""
     known = [value for value in values if value is not None]
     return round(float(np.mean(known)), 3) if known else None
 
 
 def at(step: int, steps: int) -> int:
-    """The step, of `steps`, that is as far along as `step` of 50 is."""
+    """`step` of 50 scaled to `steps` steps."""
     return round(step * steps / 50)
 
 
 def rules(ordinary: Sequence[float], steps: int) -> dict[str, Rule]:
-    """The rules that are compared: the paper's, its options, this project's, and a step that is the same for all."""
+    """The rules to compare: the paper's, its options, this project's (if `ordinary`, the usual gaps, is known), fixed steps."""
     earliest = max(2, at(8, steps))
     found: dict[str, Rule] = {
         "first minimum": FirstMinimum(),
@@ -88,7 +88,7 @@ def rules(ordinary: Sequence[float], steps: int) -> dict[str, Rule]:
 
 
 def halves(found: Sequence[Prompt]) -> dict[str, set[str]]:
-    """Prompts to choose a rule's numbers on, and prompts held out; a single prompt is held out."""
+    """The ids of the prompts on which a rule's numbers are chosen, and of those held out. A single prompt is held out."""
     middle = len(found) // 2
     parts = {"chosen on": {p.id for p in found[:middle]}, "held out": {p.id for p in found[middle:]}}
     return {name: ids for name, ids in parts.items() if ids}
@@ -104,9 +104,9 @@ def analyze(
     device: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Run every analysis on `scenario` into the folder `out`, which must be new or empty; returns the summary.
+    """Run every analysis on `scenario`, write the files into the folder `out`, new or empty, and return the summary.
 
-    onsets: steps at which guidance starts in the sweep; None: every other one (of 50) in the first two thirds.
+    onsets: steps at which guidance starts in the sweep; None: every second step (of 50) in the first two thirds.
 
     Raises ValueError, before any work, for a bad number or folder.
     """
@@ -153,7 +153,7 @@ def analyze(
 
 
 def _warn(general: bool, copies: bool, pictures: int) -> None:
-    """Say what a scenario is too small for, or lacks. pictures: of the smallest group."""
+    """Warn of missing general prompts or training images, and of too few pictures. pictures: those of the smallest group."""
     for there, what, without in (
         (general, "general prompts", "what tells memorized prompts apart, and what is ordinary"),
         (copies, "training images", "where copying ends, and how wide a basin is"),
@@ -167,7 +167,7 @@ def _warn(general: bool, copies: bool, pictures: int) -> None:
 def _told(
     lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Sequence[int], plain: dict[str, list[dict[str, Any]]]
 ) -> dict[str, list[Any]]:
-    """What tells memorized captions and copies apart, and the usual unguided gaps; all empty without general prompts."""
+    """How well memorized captions and copies are detected, and the usual unguided gaps. All empty without general prompts."""
     if "general" not in groups:
         return {"detection": [], "copies": [], "ordinary": []}
     free = curves(lab, groups["general"], seeds, constant(0.0, lab.steps))
@@ -179,7 +179,7 @@ def _told(
 
 
 def _basins(lab: Laboratory, groups: dict[str, list[Prompt]], sweep: Sequence[dict[str, Any]], out: Path) -> None:
-    """Write the sweep, how trajectories converge and, where copies can be told, which come back after a push."""
+    """Write files and figures of the sweep, the convergence of trajectories and, with training images, returns after a push."""
     if sweep:
         write_csv(out / "onset.csv", sweep)
     converging = convergence(lab, {name: found[:8] for name, found in groups.items()}, range(8))

@@ -1,4 +1,4 @@
-"""Which concept a picture of the small pipeline shows: a stand-in for text alignment, trained on fresh scenes."""
+"""A classifier of the concept in a picture of a small pipeline: a stand-in for text alignment, trained on fresh scenes."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class ConceptClassifier(nn.Module):
         return self.head(self.pooled(pixels))
 
     def pooled(self, pixels: Tensor) -> Tensor:
-        """What the head reads, (B, channels): any height and width of picture gives as many."""
+        """The features before the head, (B, channels), for pictures of any height and width."""
         return self.features(pixels).amax(dim=(2, 3))
 
     @torch.inference_mode()
     def name(self, pixels: Tensor) -> list[str]:
-        """The concept each picture shows most likely."""
+        """The most likely concept of each picture."""
         return [self.concepts[i] for i in self(pixels).argmax(dim=1).tolist()]
 
     def save(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""An evaluation summed up: the finding in a sentence, and a line a method, memorized prompts beside general ones."""
+"""The summary of an evaluation: the finding in a sentence, and a line for each method, memorized beside general prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..methods import label
 from .evaluate import RECORDED
 
 Row = dict[str, Any]  # of `evaluate.table`
-ENOUGH = 30  # images a method, below which a difference of methods is chance
+ENOUGH = 30  # images for each method; with fewer, a difference of methods is chance
 GROUPS = {"memorized": "memorized prompts", "general": "general prompts"}
 
 
@@ -22,8 +22,8 @@ GROUPS = {"memorized": "memorized prompts", "general": "general prompts"}
 class Column:
     """A column of the comparison: a field of a group's rows.
 
-    short: its title where there are 80 columns. share: whether it is shown as a percentage. best: min or max, which picks the
-    best value; None where none is the best.
+    short: its title in text of 80 columns. share: whether it is shown as a percentage. best: min or max, which selects the best
+    value; None if no value is better than another.
     """
 
     group: str
@@ -50,12 +50,12 @@ COLUMNS = (
     Column("general", "concept right", "general concept", "concept_share", best=max),
     Column("general", "network calls", "general calls", "network_calls", share=False),
 )
-JUDGED = ("unmarked_copies", "suspect_share")  # fields that say something only where a method marks images
+JUDGED = ("unmarked_copies", "suspect_share")  # fields shown only if a method marks images
 
 
 @dataclass(frozen=True)
 class Cell:
-    """value: as measured. text: as shown. interval: its bounds as shown, where the column has them. best: of its column."""
+    """value: as measured. text, interval: the value and its bounds, if any, as shown. best: whether it is the column's best."""
 
     value: float | None
     text: str = ""
@@ -65,7 +65,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A method by its name and as a reader calls it, its rows by group, and its cells, one a column."""
+    """A method: its name, its label, its rows by group, and its cells, one for each column."""
 
     name: str
     label: str
@@ -74,12 +74,12 @@ class Line:
 
     @property
     def memorized(self) -> Row:
-        """Its row of memorized prompts; empty where there is none."""
+        """The row of memorized prompts; empty if there is none."""
         return self.rows.get("memorized", {})
 
     @property
     def copies(self) -> float | None:
-        """The share of copies on memorized prompts; None where they were not counted."""
+        """The share of copies on memorized prompts; None if copies were not counted."""
         return self.memorized.get("memorized_share")
 
 
@@ -92,7 +92,7 @@ class Comparison:
 
     @classmethod
     def of(cls, rows: Sequence[Row], transition: float) -> Comparison:
-        """From the rows of `evaluate.table`. Columns without values are left out, and JUDGED where no method marks images."""
+        """Compare the rows of `evaluate.table`. Columns without values are left out, and JUDGED if no method marks images."""
         by_method: dict[str, dict[str, Row]] = {}
         for row in rows:
             by_method.setdefault(row["method"], {})[row["group"]] = row
@@ -108,22 +108,22 @@ class Comparison:
 
     @property
     def groups(self) -> list[tuple[str, int]]:
-        """The heading over the columns of each group, and how many those are."""
+        """(heading, number of columns) of each group."""
         return [(GROUPS[group], count) for group, count in Counter(column.group for column in self.columns).items()]
 
     @property
     def plain(self) -> Line | None:
-        """Plain guidance, where it tells copies."""
+        """The line of plain guidance; None if it was not run or its copies were not counted."""
         return next((line for line in self.lines if line.name == RECORDED and line.copies is not None), None)
 
     @property
     def best(self) -> Line | None:
-        """The method, plain guidance apart, with the fewest copies and lost concepts together on memorized prompts."""
+        """The method, without plain guidance, with the smallest sum of copies and wrong concepts on memorized prompts."""
         told = [line for line in self.lines if line.name != RECORDED and line.copies is not None]
         return min(told, key=_lost, default=None)
 
     def finding(self) -> str:
-        """What came out, in one line."""
+        """The result in one sentence."""
         plain, best, parts = self.plain, self.best, []
         if plain is not None:
             parts.append(
@@ -143,7 +143,7 @@ class Comparison:
         return f"On memorized prompts {', '.join(parts)}."
 
     def sure(self) -> str:
-        """What the intervals are, in one line, and whether there are too few images to tell methods apart; "" without any."""
+        """A line about the intervals, and whether the images are too few to compare methods; "" if no copies were counted."""
         counts = [line.memorized["n"] for line in self.lines if line.copies is not None]
         if not counts:
             return ""
@@ -154,7 +154,7 @@ class Comparison:
         return f"{text} Shares of {few} cannot tell methods apart; those of {ENOUGH} or more can begin to."
 
     def text_rows(self) -> list[dict[str, str]]:
-        """Rows to be printed in 80 columns."""
+        """Rows to print in 80 columns, with short titles."""
         return [
             {"method": line.name}
             | {column.short: _text(column, cell) for column, cell in zip(self.columns, line.cells, strict=True)}
@@ -208,13 +208,13 @@ def percent(share: float) -> str:
 
 
 def _lost(line: Line) -> float:
-    """Copies and lost concepts together."""
+    """The share of copies plus the share of wrong concepts."""
     right = line.memorized["concept_share"]
     return (line.copies or 0.0) + (0.0 if right is None else 1 - right)
 
 
 def _cells(rows: Sequence[Row], column: Column) -> list[Cell]:
-    """The cells of a column. All with the same text as the best one are marked best, unless they are the majority."""
+    """The cells of a column. Cells with the text of the best one are marked best, unless more than half have that text."""
     cells = []
     for row in rows:
         value, (low, high) = row.get(column.field), map(row.get, column.bounds)

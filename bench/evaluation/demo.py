@@ -1,7 +1,7 @@
-"""Memorization and its cure, to look at.
+"""A demonstration of memorization and of the guard, as one picture for each of the two small pipelines, "tiny" and "flow".
 
-For each of the two small pipelines, "tiny" and "flow", there is a picture. Each row has a training image, four images that
-plain guidance makes of its caption, and what the guard makes of the same caption and seeds. Copies are framed.
+Each row shows a training image, four images that plain guidance makes of its caption, and the guard's images of the same
+caption and seeds. Copies are framed.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from ..tables import aligned
 from . import figures
 from .measure import Measure
 
-# The captions that have a row: six of each pipeline's, chosen in stored runs on other seeds, where the guard is clearest.
+# The captions shown, six for each pipeline: in stored runs on other seeds, the guard's effect is clearest on them.
 ROWS = {"tiny": ("m00", "m02", "m04", "m08", "m16", "m18"), "flow": ("s04", "s07", "s12", "s14", "s15", "s20")}
 SEEDS = 4  # images a caption
 GENERAL = 12  # ordinary prompts, whose noise gaps are drawn beside those of the captions
-WORK = {"tiny": (1.0, 2.9), "flow": (0.25, 0.75)}  # of an image, plain and under the guard, for the bar
+WORK = {"tiny": (1.0, 2.9), "flow": (0.25, 0.75)}  # relative time of an image, plain and under the guard, for the bar
 BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
-SIDE, GAP, LINE, FRAME = 96, 10, 17, 3  # pixels: of a picture, between two, of a line of text, of a frame's width
+SIDE, GAP, LINE, FRAME = 96, 10, 17, 3  # pixels: a picture, the gap between two, the height of a text line, a frame's width
 NOTES = {"flow": "This pipeline draws everything but its training images roughly, whatever the prompt."}
 RED, SOFT, INK = "#d00000", "#666666", "#111111"
 
 
 @dataclass(frozen=True)
 class Column:
-    """A method as a reader knows it, its images, SEEDS a caption, and what was measured on each."""
+    """A method by its label, with its images (SEEDS for each caption) and the measurements of each image."""
 
     label: str
     output: Output
     measured: Sequence[Mapping[str, Any]]
 
     def count(self, name: str) -> int:
-        """How many images are "memorized", or are "concept_ok"."""
+        """The number of images for which the measurement `name`, "memorized" or "concept_ok", is true."""
         return sum(bool(one[name]) for one in self.measured)
 
 
 def demo(out: str | Path, progress: bool = True) -> str:
     """Make tiny.png, flow.png, noise_gap.png and table.json in the folder `out`.
 
-    Returns what there is to say: a table, the conclusion, and where the pictures are.
+    Returns the text to print: a table, the conclusions, and the paths of the pictures.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def demo(out: str | Path, progress: bool = True) -> str:
 
 
 def _columns(scenario: Scenario, sampler: Sampler, found: Sequence[Prompt], measure: Measure, bar: tqdm) -> Iterator[Column]:
-    """Plain guidance and the guard, on the same captions and seeds."""
+    """The columns of plain guidance and of the guard, on the same captions and seeds."""
     steps, scale, _ = scenario.how
     given: dict[str, Guidance | Guard] = {"plain guidance": Guidance.cfg(scale), "with the guard": Guidance.guard(scale)}
     for (label, guidance), work in zip(given.items(), WORK[scenario.name], strict=True):
@@ -110,7 +110,7 @@ def _conclusion(name: str, plain: Column, guard: Column) -> str:
 
 
 def picture(scenario: Scenario, found: Sequence[Prompt], columns: Sequence[Column], known: int) -> Image.Image:
-    """A row a caption: its training image, and the images of each of `columns`. known: captions of the scenario in all."""
+    """Draw one row for each caption: its training image, and the images of each column. known: captions in the scenario."""
     step, first = SIDE + GAP, SIDE + 3 * GAP
     starts = [first + i * (SEEDS * step + 2 * GAP) for i in range(len(columns))]
     row, top = LINE + FRAME + SIDE + LINE + GAP, 3 * LINE + GAP
@@ -153,7 +153,7 @@ def _paste(
     place: tuple[int, int],
     font: Any,
 ) -> None:
-    """An image at its place, framed where it is a copy, with its similarity below."""
+    """Paste an image at `place`, with a frame if it is a copy, and write its similarity below."""
     x, y = place
     copy = bool(measured["memorized"])
     if copy:

@@ -1,4 +1,4 @@
-"""What tells memorized captions from others, and copies from other pictures: statistics, how well each does, what it costs.
+"""Statistics that tell memorized captions from others, and copies from other pictures: how well each does, what it costs.
 
 python -m basinescape.bench.evaluation.detection --scenario flow --json FILE [--seeds 2] [--first-seed 0]
 """
@@ -21,22 +21,22 @@ from . import experiment
 from .metrics import roc
 from .trajectories import Laboratory, curves
 
-WATCHED = (1, 5, 10)  # first steps whose statistics are tried as a score of memorization
-ALIGNED = {"v_prediction": 0.1}  # weight of the cosine beside the norm, 2 for any other prediction: SD 2's and SD 1's
+WATCHED = (1, 5, 10)  # numbers of first steps over which a statistic is averaged
+ALIGNED = {"v_prediction": 0.1}  # weight of the cosine beside the norm, for SD 2; any other prediction type has SD 1's, 2
 Lines = list[dict[str, Any]]
 Groups = dict[str, list[Prompt]]
-SIZE = 4 * 64 * 64  # numbers in the latents that those weights are for; a norm grows with the root of their number
+SIZE = 4 * 64 * 64  # elements of the latents for which these weights were chosen; a norm grows with the root of the number
 
 
 @torch.inference_mode()
 def anisotropy(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int]) -> list[dict[str, float]]:
-    """What the initial noise alone says of every prompt with every seed, by two pairs of predictions.
+    """Statistics of the initial noise of every prompt with every seed, from two pairs of predictions.
 
-    norm: || cond - uncond || at the first timestep. cosine: of uncond and cond - uncond over the channels, at the third last
-    timestep on the same noise, the mean over places. both: norm + weight * cosine.
+    norm: || cond - uncond || at the first timestep. cosine: that of uncond and cond - uncond over the channels, at the third
+    last timestep on the same noise, averaged over positions. both: norm + weight * cosine.
 
-    Asthana & Belagiannis, ICLR 2026, https://arxiv.org/abs/2601.20642, as in its authors' scripts; here always of the raw
-    predictions, and with the norm as it would be in latents of 4 x 64 x 64.
+    Asthana & Belagiannis, ICLR 2026, https://arxiv.org/abs/2601.20642, as in its authors' scripts. Differences: predictions are
+    always raw, and the norm is scaled to latents of 4 x 64 x 64.
     """
     sampler, model, solver = lab.sampler, lab.sampler.model, lab.sampler.solver(lab.steps)
     weight = ALIGNED.get(sampler.scheduler.config.get("prediction_type"), 2.0)
@@ -68,14 +68,14 @@ def detection(
     usual: Sequence[float],
     noise: Sequence[dict[str, float]] = (),
 ) -> list[dict[str, Any]]:
-    """How well each statistic tells the positive ones of `lines` from the others, and the network calls it takes a sample.
+    """How well each statistic tells the positive `lines` from the others, and its network calls for each sample.
 
     lines: of `curves`. usual: the noise gap of ordinary prompts at each step. noise: `anisotropy` of each line; () for none.
 
-    Statistics of `Curves` are their means over the first steps; they cost nothing where the picture is made anyhow. Of gaps
-    relative to what is usual: last: that of the last step; product: the mean of the first tenth times the last; collapse: the
-    geometric mean of the first fifth over that of the second, times the last; largest: of all. turn: how far the conditional
-    prediction moves from the first step to the second. basin score: see `basinescape.basin`.
+    Statistics of `Curves` are averaged over the first steps; they cost nothing if the picture is made anyhow. Four use the gaps
+    divided by `usual`. last: the last step's. product: the mean of the first tenth, times the last. collapse: log(last * the
+    first fifth's geometric mean / the second fifth's). largest: the maximum. turn: how far the conditional prediction moves
+    from the first step to the second. basin score: see `basinescape.detection.basin_score`.
     """
     gaps = torch.tensor([line["gap"] for line in lines]) / torch.tensor(usual)
     steps, tenth, fifth = gaps.shape[1], max(1, gaps.shape[1] // 10), max(1, gaps.shape[1] // 5)
@@ -107,16 +107,16 @@ def detection(
 
 
 def captions_told(lab: Laboratory, groups: Groups, seeds: Sequence[int], plain: dict[str, Lines]) -> Lines:
-    """`detection` of memorized captions among all, under plain guidance. plain: lines of `curves` by group."""
+    """`detection` of the memorized captions among all captions, under plain guidance. plain: lines of `curves` by group."""
     noise = [row for name in ("memorized", "general") for row in anisotropy(lab, groups[name], seeds)]
     positive = [True] * len(plain["memorized"]) + [False] * len(plain["general"])
     return detection([*plain["memorized"], *plain["general"]], positive, _usual(plain), noise)
 
 
 def pictures_told(lab: Laboratory, groups: Groups, seeds: Sequence[int], plain: dict[str, Lines]) -> Lines:
-    """`detection` of copies among delayed attempts at memorized captions: what tells the picture, where all captions are alike.
+    """`detection` of copies among delayed attempts at memorized captions: the captions are alike, so only the picture tells.
 
-    Nothing where all, or none, are copies, or copies cannot be told.
+    Empty if all pictures or none are copies, or without training images.
     """
     if not lab.measure.tells_copies:
         return []
@@ -130,7 +130,7 @@ def _usual(plain: dict[str, Lines]) -> list[float]:
 
 
 def study(lab: Laboratory, groups: Groups, seeds: Sequence[int]) -> dict[str, Lines]:
-    """What tells captions and pictures apart."""
+    """The rows of `captions_told` and of `pictures_told`."""
     plain = {name: curves(lab, found, seeds, Guidance.cfg(lab.scale)) for name, found in groups.items()}
     return {"captions": captions_told(lab, groups, seeds, plain), "pictures": pictures_told(lab, groups, seeds, plain)}
 

@@ -1,8 +1,8 @@
-"""The evaluation: every method on every prompt and seed of a scenario. It writes a line an image, and a table of the lines.
+"""The evaluation: run every method on every prompt and seed of a scenario, measure each image, and write a table.
 
-The output folder gets `run.json` (the settings), `results.jsonl` (a line an image, written when it is done),
-`images/<method>/<prompt id>-<seed>.png` and `table.csv`, which `table` makes of `results.jsonl` alone. A run that was stopped
-goes on where it was.
+The output folder gets `run.json` (the settings), `results.jsonl` (one line for each image, written when it is done),
+`images/<method>/<prompt id>-<seed>.png` and `table.csv`, which `table` computes from `results.jsonl` alone. The same command
+continues a run that was stopped.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from .metrics import interval
 
 log = logging.getLogger(__name__)
 
-RECORDED = "cfg"  # the method whose noise gaps are kept, for detection; those of a user's own methods are, too
+RECORDED = "cfg"  # the method whose noise gaps are written, for detection; those of a user's own methods are written, too
 Line = dict[str, Any]  # of results.jsonl
 
 
 class Incomplete(RuntimeError):
-    """Some images failed. rows: of the others."""
+    """Some images failed. rows: the table's rows of the other images."""
 
     def __init__(self, failed: Sequence[Exception], rows: list[dict[str, Any]]):
         why = f"{type(failed[-1]).__name__}: {failed[-1]}"
@@ -72,14 +72,14 @@ def evaluate(
     progress: bool = True,
     first_seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Run `methods` on `scenario` into the folder `out`; returns the rows of `table.csv`.
+    """Run `methods` on `scenario`, write the results into the folder `out`, and return the rows of `table.csv`.
 
-    methods: as for `methods.chosen`. One that does not suit the sampler is left out, with a warning, unless it is named.
-    seeds: images a prompt, their seeds counted up from `first_seed`.
+    methods: as for `methods.chosen`. A method that does not suit the sampler is skipped with a warning, unless it is named.
+    seeds: images for each prompt; their seeds are counted up from `first_seed`.
 
-    A batch that fails is tried again in halves, and costs no other image; `Incomplete` is raised at the end. Raises
-    ValueError, before any work, for no or an unknown method, one that does not suit the sampler, a bad number, or a folder that
-    holds another run.
+    A batch that fails is tried again in halves, so only images that fail alone are missing; then `Incomplete` is raised at
+    the end. Raises ValueError, before any work, for no method, an unknown one, a named one that does not suit the sampler, a
+    bad number, or a folder that holds another run.
     """
     for name, value in (("seeds", seeds), ("batch_size", batch_size), ("limit", 1 if limit is None else limit)):
         checks.at_least_one(name, value)
@@ -131,7 +131,7 @@ def _tasks(methods: Iterable[str], groups: Mapping[str, Sequence[Prompt]], seeds
 
 
 def _digests(scenario: Scenario, groups: dict[str, list[Prompt]]) -> dict[str, str]:
-    """The SHA-256 of what lies in files beside the model's, under names that may come to hold something else."""
+    """SHA-256 of prompts, training images, calibration and classifier: files that may change under the same names."""
     prompts = [(group, prompt.id, prompt.text, prompt.concept) for group, found in groups.items() for prompt in found]
     images = {prompt.image for found in groups.values() for prompt in found if prompt.image}
     images |= set(images_in(scenario.folder)) if scenario.folder else set()
@@ -149,9 +149,9 @@ def _sha256(value: Any) -> str:
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[Line]]:
-    """The settings and the lines of a folder that `evaluate` wrote; its results.jsonl may be compressed, results.jsonl.gz.
+    """(settings, lines) of a folder that `evaluate` wrote. Lines are read from results.jsonl, else from results.jsonl.gz.
 
-    Raises FileNotFoundError or ValueError, naming the folder, where it holds no evaluation or no image yet.
+    Raises FileNotFoundError or ValueError, naming the folder, if it holds no evaluation or no image yet.
     """
     plain, packed = folder / "results.jsonl", folder / "results.jsonl.gz"
     for path, other in ((folder / "run.json", None), (plain, packed)):
@@ -171,12 +171,12 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Line]]:
 
 
 def image_path(folder: Path, line: Line) -> Path:
-    """Where the image of a line of results.jsonl lies in its run folder."""
+    """The path of the image of a line of results.jsonl in its run folder."""
     return folder / "images" / line["method"] / f"{line['id']}-{line['seed']}.png"
 
 
 def _batches(tasks: Sequence[Task], size: int) -> Iterator[list[Task]]:
-    """Tasks of one method and group at a time, which keeps their seconds apart."""
+    """Batches of at most `size` tasks. A batch has one method and group, so that its time is theirs alone."""
     for _, same in groupby(tasks, key=lambda task: (task.method, task.group)):
         part = list(same)
         yield from (part[i : i + size] for i in range(0, len(part), size))
@@ -228,7 +228,7 @@ def _made(
 def table(lines: Sequence[Line]) -> list[dict[str, Any]]:
     """A row for each method and group, from the lines of results.jsonl; intervals are 95% bootstraps over prompts.
 
-    A column is None where its lines do not say it: the similarity without training images, the concept without a classifier.
+    A column that was not measured is None: the similarity without training images, the concept without a classifier.
     """
     rows = []
     for method, group in dict.fromkeys((line["method"], line["group"]) for line in lines):
@@ -254,7 +254,7 @@ def table(lines: Sequence[Line]) -> list[dict[str, Any]]:
 
 
 def _share(lines: Sequence[Line], field: str, name: str) -> dict[str, float | None]:
-    """The columns of `name`: how many of the lines that say `field` say yes, and the 95% interval of that share."""
+    """The columns of `name`: the share of lines whose `field` is true, and its 95% interval. Lines with None do not count."""
     known = [line for line in lines if line[field] is not None]
     columns = (f"{name}_share", f"{name}_low", f"{name}_high")
     if not known:

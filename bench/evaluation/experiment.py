@@ -1,4 +1,4 @@
-"""What the studies of this folder share: their options, a scenario's laboratory, and one file of what they found."""
+"""The code that the studies of this folder share: options, a scenario's laboratory, and the file of results."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from ..scenario import Prompt, load, prompts
 from .trajectories import Laboratory
 
-Study = Callable[[Laboratory, dict[str, list[Prompt]], Sequence[int]], dict[str, Any]]  # prompts by group, seeds -> found
+Study = Callable[[Laboratory, dict[str, list[Prompt]], Sequence[int]], dict[str, Any]]  # prompts are by group
 
 
 def run(study: Study, about: str, first_seed: int) -> None:
-    """Read the options, run `study` on the scenario that they name, and write what it found as JSON."""
+    """Read the options, run `study` on the scenario that they name, and write its results as JSON."""
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--scenario", default="tiny")
     parser.add_argument("--json", type=Path, required=True, help="the file to write")

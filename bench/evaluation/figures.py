@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, Scala
 from matplotlib.transforms import Bbox
 
 COLORS = {"memorized": "C3", "general": "C0"}
-SIDES = [(6, 5), (6, -5), (-6, 5), (-6, -5), (0, 9), (0, -9), (9, 0), (-9, 0)]  # where a label may be of its point, in points
+SIDES = [(6, 5), (6, -5), (-6, 5), (-6, -5), (0, 9), (0, -9), (9, 0), (-9, 0)]  # offsets of a label from its dot, 1/72 inch
 
 
 def single(**labels: str) -> tuple[Figure, Axes]:
@@ -28,7 +28,7 @@ def single(**labels: str) -> tuple[Figure, Axes]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """With a legend that names each kind of curve once."""
+    """Write the figure to `path`, with a legend that names each kind of curve once."""
     for axes in figure.axes:
         handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
         axes.legend(handles.values(), handles.keys())
@@ -36,9 +36,9 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def band(axes: Axes, values: Sequence[Sequence[float]], name: str) -> None:
-    """The median of curves against the step, and the band from the first to the third quartile; lines at 5% and 95%.
+    """Draw the median of curves against the step, a band from the first to the third quartile, and lines at 5% and 95%.
 
-    On a logarithmic scale, so that a curve far above the others does not press them flat.
+    The scale is logarithmic, so that a curve far above the others does not press them flat.
     """
     low, first, middle, third, high = np.nanquantile(np.array(values, dtype=float), [0.05, 0.25, 0.5, 0.75, 0.95], axis=0)
     color = COLORS[name]
@@ -91,7 +91,7 @@ def curves(plain: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
     save(figure, path)
 
 
-Share = tuple[float, float, float]  # with the bounds of its interval
+Share = tuple[float, float, float]  # (share, low, high), with the bounds of its interval
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,12 @@ class Point:
 
     @property
     def place(self) -> tuple[float, float]:
-        """In a figure of copies over concepts."""
+        """(x, y) in the figure: the shares of right concepts and of copies."""
         return (self.concept or (0.0, 0.0, 0.0))[0], self.copies[0]
 
 
 def tradeoff(points: Sequence[Point]) -> Figure:
-    """Copies against the concept, a point a method, with intervals; where no concept is known, the copies alone, in rows."""
+    """A figure of copies against concepts, a dot with intervals for each method; if no concept is known, copies in rows."""
     if all(point.concept is None for point in points):
         return _in_rows(points)
     figure = Figure(figsize=(5, 4), layout="constrained")
@@ -152,13 +152,13 @@ def _bars(share: Share) -> list[list[float]]:
 
 
 def _beats(one: Point, other: Point) -> bool:
-    """No more copies and no less concept, and not the same."""
+    """Whether `one` has no more copies and no fewer right concepts than `other`, and is not equal to it."""
     (right, copies), (others_right, others_copies) = one.place, other.place
     return one.place != other.place and copies <= others_copies and right >= others_right
 
 
 def _name(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
-    """The label of each point beside it, first come, first served: where there is no room left there is none."""
+    """Write each point's label beside it, in the order of `points`. A label for which no room is left is omitted."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
     taken = [_around(axes, point) for point in points]
@@ -187,6 +187,6 @@ def _beside(axes: Axes, point: Point, dx: float, dy: float) -> Annotation:
 
 
 def _around(axes: Axes, point: Point) -> Bbox:
-    """The point's dot, in the figure's pixels."""
+    """The box of the point's dot, in the figure's pixels."""
     x, y = axes.transData.transform(point.place)
     return Bbox.from_extents(x - 4, y - 4, x + 4, y + 4)

@@ -1,4 +1,4 @@
-"""What an evaluation measures on each image: its similarity to training images, and the concept that it shows."""
+"""The measurements of each image of an evaluation: its similarity to training images, and the concept that it shows."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .classifier import ConceptClassifier
 
 
 class ScenarioImages:
-    """Compares images with training images: those of the prompts, and `others`, which no prompt belongs to, in `folder`.
+    """Compare images with training images: those of the prompts, and `others`, files in `folder` that belong to no prompt.
 
-    name, threshold: of a measure of `TrainingImages`, which says what is raised.
+    name, threshold: of a measure of `TrainingImages`. Raises what `TrainingImages` does, and ValueError without any image.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class ScenarioImages:
         self._threshold = self._index.thresholds[name]
 
     def __call__(self, images: Sequence[Image.Image], found: Sequence[Prompt]) -> list[dict[str, Any]]:
-        """What `Measure` says of copies, of each image, one a prompt."""
+        """`Measure`'s fields about copies for each image; `found` has the prompt of each."""
         rows = self._index.similarity(images)
         best = rows.max(dim=1)
         lines = []
@@ -51,16 +51,16 @@ class ScenarioImages:
 
 
 class Measure:
-    """Measures images by what the scenario has: training images, and a classifier of concepts.
+    """Measure images with the scenario's training images and its classifier of concepts, if it has them.
 
-    similarity: to the prompt's own training image, or the nearest one of all where it has none.
-    nearest, nearest_similarity: the training image that is most like it, of the whole set; its prompt's id, or its path in
-        the scenario's folder.
-    memorized:  whether any training image is more like it than the threshold. All four are None without training images.
-    concept_ok: whether it shows the prompt's concept; None without one, or without a classifier beside the model.
+    similarity: to the prompt's own training image or, if it has none, to the nearest training image.
+    nearest, nearest_similarity: the most similar training image of the whole set, as its prompt's id or its path in the
+        scenario's folder, and its similarity.
+    memorized:  whether nearest_similarity is above the threshold. These four are None without training images.
+    concept_ok: whether the image shows the prompt's concept; None without a concept, or without a classifier beside the model.
 
-    Raises ValueError for a folder of images that holds none, for a concept that the classifier does not know, and what
-    `ScenarioImages` does.
+    Raises ValueError for a folder of images that holds none and for a concept that the classifier does not know, and what
+    `ScenarioImages` raises.
     """
 
     def __init__(self, scenario: Scenario, groups: Mapping[str, Sequence[Prompt]]):
@@ -80,11 +80,11 @@ class Measure:
 
     @property
     def tells_copies(self) -> bool:
-        """Whether copies can be told."""
+        """Whether copies can be counted: there are training images."""
         return self._training is not None
 
     def knows_concepts(self, found: Sequence[Prompt]) -> bool:
-        """Whether some of these prompts have a concept, and there is a classifier."""
+        """Whether there is a classifier, and one of these prompts has a concept."""
         return self._classifier is not None and any(prompt.concept for prompt in found)
 
     def __call__(self, images: Sequence[Image.Image], found: Sequence[Prompt]) -> list[dict[str, Any]]:

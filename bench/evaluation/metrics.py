@@ -8,10 +8,10 @@ import numpy as np
 
 
 def interval(values: Sequence[float], groups: Sequence[str], level: float = 0.95, draws: int = 2000) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values`, drawing whole groups: a prompt's seeds are not independent.
+    """Percentile bootstrap interval of the mean of `values`. Whole groups are drawn: a prompt's seeds are not independent.
 
-    Where all values are 0, or all are 1, the bootstrap has no width: the interval is the exact one of as many groups (Clopper &
-    Pearson).
+    If all values are 0, or all are 1, the bootstrap has no width. Then the interval is the exact one (Clopper & Pearson) of as
+    many trials as there are groups.
     """
     if set(values) in ({0.0}, {1.0}):
         bound = ((1 - level) / 2) ** (1 / len(set(groups)))

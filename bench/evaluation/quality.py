@@ -1,7 +1,7 @@
 """The quality of an evaluation's images: text alignment, distance from ordinary images, similarity to training images.
 
 It is computed from the saved images of a run folder, so that a measure may be added long after the run. The folder gets
-`quality.csv`, a row for each method and group, and `quality.jsonl`, a line an image; the same images give the same files.
+`quality.csv`, a row for each method and group, and `quality.jsonl`, a line for each image. The same images give the same files.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from .scenes import CONCEPTS, FLOW_CONCEPTS, SIZE, draw_facts, flow_scene, tiny_
 log = logging.getLogger(__name__)
 
 BATCH = 64  # images in memory at a time
-SUBSETS, SUBSET = 100, 100  # of KID; a group of fewer images has subsets of half of them
-FEWEST = 4  # images with a distance: half of them are a subset of KID, which compares pairs
-SCENES, FIRST = 2000, 3_000_000_000  # reference scenes, and seeds that neither training nor the threshold use
+SUBSETS, SUBSET = 100, 100  # of KID: number and size of subsets; with fewer images, the size is half of their number
+FEWEST = 4  # images for which a distance is computed: half of them are a subset of KID, which compares pairs
+SCENES, FIRST = 2000, 3_000_000_000  # number of reference scenes; first seed, which neither training nor the threshold uses
 
-PerImage = Callable[[Sequence[Image.Image], Sequence[dict[str, Any]]], list[float]]  # of images and their results.jsonl lines
+PerImage = Callable[[Sequence[Image.Image], Sequence[dict[str, Any]]], list[float]]  # (images, their results.jsonl lines)
 
 
 def quality(
@@ -52,17 +52,17 @@ def quality(
     similarity: str | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Measure the saved images of the run folder `run`; returns the rows of `quality.csv`.
+    """Measure the saved images of the run folder `run`, write the two files, and return the rows of `quality.csv`.
 
     clip:       a CLIP model, folder or hub id, for `clip_score` with its 95% bootstrap over prompts; None: not computed.
     features:   one of FEATURES for `fid`, `kid_mean` and `kid_std`; None: not computed.
-    references: the folder, searched through, of the images that FID and KID are the distance from; None: 2,000 fresh scenes,
-                for a pipeline that ships alone.
+    references: the folder, with its subfolders, of the reference images of FID and KID; None: 2,000 fresh scenes, which only
+                a pipeline that ships has.
     similarity: a name that `Similarity` knows, for its mean and 95th percentile; None: not computed.
 
-    An image that is missing or broken is counted as such, logged and left out. Raises, before anything is measured or
-    written, ValueError for a bad argument, FileNotFoundError for what is not there, ImportError or OSError for a model that
-    is not installed or cannot be loaded.
+    An image that is missing or broken is counted in `missing`, logged and left out. Raises, before anything is measured or
+    written, ValueError for a bad argument, FileNotFoundError for a missing file or folder, ImportError or OSError for a model
+    that is not installed or cannot be loaded.
     """
     folder = Path(run)
     settings, lines = read_run(folder)
@@ -101,7 +101,7 @@ def quality(
 
 
 def _check(scenario: Scenario, features: str | None, references: str | Path | None) -> list[Path]:
-    """The reference images; raises for features and references that do not fit the run."""
+    """The paths of the reference images. Raises for features or references that do not fit the run."""
     if features is not None and features not in FEATURES:
         raise ValueError(f"features must be one of {', '.join(FEATURES)}, or None; got {features!r}")
     if features == "concept" and not (Path(scenario.source) / "classifier").is_dir():
@@ -139,7 +139,7 @@ def _likeness(name: str, scenario: Scenario, limit: int | None, lines: Sequence[
 def _measured(
     folder: Path, lines: Sequence[dict[str, Any]], measures: dict[str, PerImage], embed: Embedding | None
 ) -> tuple[list[dict[str, Any]], np.ndarray | None]:
-    """The entries of quality.jsonl for those lines whose image can be read, and these images' features (N, D)."""
+    """(entries of quality.jsonl, features (N, D)) of the lines whose images can be read; features are None without `embed`."""
     entries, parts, missing = [], [], []
 
     def readable() -> Iterator[tuple[Image.Image, dict[str, Any]]]:
@@ -173,7 +173,7 @@ def _opened(path: Path) -> Image.Image:
 
 
 def _embedded(embed: Embedding, images: Iterable[Image.Image]) -> np.ndarray:
-    """Features (N, D) of the images, some at a time."""
+    """Features (N, D) of the images, computed in batches."""
     images, parts = iter(images), []
     while batch := list(islice(images, BATCH)):
         parts.append(embed(batch))
@@ -181,9 +181,9 @@ def _embedded(embed: Embedding, images: Iterable[Image.Image]) -> np.ndarray:
 
 
 def fresh_scenes(model: str, count: int = SCENES) -> Iterator[Image.Image]:
-    """What ordinary pictures of a model of FRESH ought to look like: every concept equally often, always the same scenes.
+    """Scenes as a model of FRESH ought to draw them: every concept equally often, and always the same scenes.
 
-    Raises FileNotFoundError where the font of the glyphs is missing.
+    Raises FileNotFoundError if the font of the glyphs is missing.
     """
     return (FRESH[model](i) for i in range(count))
 
@@ -211,7 +211,7 @@ def _alike(name: str, entries: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def distances(real: np.ndarray, made: np.ndarray) -> dict[str, float | None]:
-    """`fid`, `kid_mean` and `kid_std` of features (N, D) and (M, D); None where there are too few."""
+    """`fid`, `kid_mean` and `kid_std` of features (N, D) and (M, D); None if N or M is below FEWEST."""
     if min(len(real), len(made)) < FEWEST:
         return dict.fromkeys(("fid", "kid_mean", "kid_std"))
     mean, deviation = kid(real, made)
@@ -219,7 +219,7 @@ def distances(real: np.ndarray, made: np.ndarray) -> dict[str, float | None]:
 
 
 def _short(value: float) -> float:
-    """Five digits: KID is small where features have length 1."""
+    """Round to five significant digits, because KID is small for features of length 1."""
     return float(f"{value:.5g}")
 
 
@@ -246,7 +246,7 @@ def kid(real: np.ndarray, made: np.ndarray, subsets: int = SUBSETS, size: int = 
 
 
 def _compared(metric: Callable[..., Any], real: np.ndarray, made: np.ndarray) -> Any:
-    """A metric of torchmetrics on features that are there already: it would extract them once for each metric."""
+    """Compute a metric of torchmetrics from given features, because it would extract them anew for each metric."""
     extractor: Any = nn.Identity()
     extractor.num_features = real.shape[1]
     found = metric(extractor)
@@ -259,7 +259,7 @@ def clip_scores(model: str) -> PerImage:
     """The CLIP score of each image and its prompt: 100 times the cosine of their embeddings, 0 where that is negative.
 
     Hessel et al., EMNLP 2021, https://arxiv.org/abs/2104.08718. model: folder or hub id; only safetensors are loaded. Raises
-    OSError where the model cannot be had.
+    OSError if the model cannot be loaded.
     """
     from transformers import CLIPModel, CLIPProcessor
 
@@ -283,7 +283,7 @@ def clip_scores(model: str) -> PerImage:
 
 
 def concept(scenario: Scenario) -> Embedding:
-    """What the concept classifier beside the model sees before it decides: 128 numbers an image."""
+    """The features before the last layer of the concept classifier beside the model: 128 numbers for each image."""
     network = ConceptClassifier.load(Path(scenario.source) / "classifier")
 
     @torch.inference_mode()
@@ -296,7 +296,7 @@ def concept(scenario: Scenario) -> Embedding:
 
 
 def inception(scenario: Scenario) -> Embedding:
-    """Inception-v3 as FID and KID were defined with: 2,048 numbers an image.
+    """The features of Inception-v3 with which FID and KID were defined: 2,048 numbers for each image.
 
     Needs torch-fidelity, which needs torchvision and downloads the weights, a pickle. Raises ImportError without it.
     """

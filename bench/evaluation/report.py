@@ -1,7 +1,7 @@
 """A page about evaluations: the finding, copies against concept, the table, and each caption's training image and images.
 
-The page is one file that needs no network: styles, script, curves and images are inside. The table lies beside it as CSV and
-LaTeX.
+The page is one file that needs no network: it contains styles, script, curves and images. The table is also written as CSV
+and LaTeX.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from .comparison import GROUPS, Comparison
 from .evaluate import RECORDED, image_path, read_run, table
 from .figures import COLORS, Point, band, tradeoff
 
-SHOWN = 64  # captions on the page, the worst ones: a set of thousands would make it too large to open
-INK = "#010203"  # stands for the page's own text colour, which a light and a dark page do not share
+SHOWN = 64  # the worst captions, on the page: thousands would make it too large to open
+INK = "#010203"  # a placeholder for the page's text colour, which differs between a light and a dark page
 
 
 def report(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
-    """Write the page `out` about the run folders of `evaluate`, a section each, and its table as .csv and .tex beside it.
+    """Write the page `out`, with a section for each run folder of `evaluate`, and its tables as .csv and .tex beside it.
 
-    Returns the files. Raises FileNotFoundError or ValueError, before anything is written, for a folder that holds no
+    Returns the files written. Raises FileNotFoundError or ValueError, before anything is written, for a folder without an
     evaluation.
     """
     out = Path(out)
@@ -55,7 +55,7 @@ def report(folders: Sequence[str | Path], out: str | Path) -> list[Path]:
 
 
 def _section(folder: Path, run: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the template needs of a run."""
+    """The values that the template shows of a run."""
     scenario = run["scenario"]
     compared = Comparison.of(table(lines), scenario.get("transition") or STATIC)
     training = _training(run, {line["id"]: line["prompt"] for line in lines if line["group"] == "memorized"})
@@ -95,7 +95,7 @@ def _tradeoff(compared: Comparison) -> Markup | None:
 
 
 def _judged(lines: Sequence[dict[str, Any]], compared: Comparison) -> list[str]:
-    """What a guard, or any method that marks its images, did and said, a sentence for each group."""
+    """A sentence for each group of each method that marks its images, as a guard does: images made again, marks, copies."""
     found = []
     for line in compared.lines:
         for group in line.rows:
@@ -116,7 +116,7 @@ def _judged(lines: Sequence[dict[str, Any]], compared: Comparison) -> list[str]:
 
 
 def _quality(path: Path) -> list[list[tuple[str, float | str | None, str]]]:
-    """The cells of the command `quality`'s table, name, value and text; no row where it was not run."""
+    """The rows of quality.csv, each a list of cells (name, value, text). Empty if the command `quality` was not run."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -125,7 +125,7 @@ def _quality(path: Path) -> list[list[tuple[str, float | str | None, str]]]:
 
 
 def _value(text: str) -> tuple[float | str | None, str]:
-    """What a cell of a CSV file says, and how it is shown: a number in three digits, or as many as stand before the point."""
+    """(value, text to show) of a cell of a CSV file. A number from 100 on is shown without decimals, others in three digits."""
     try:
         value = float(text)
     except ValueError:
@@ -151,7 +151,7 @@ def _facts(run: dict[str, Any], images: int) -> dict[str, Any]:
 
 
 def _curves(lines: Sequence[dict[str, Any]]) -> Markup | None:
-    """The noise gap of plain guidance against the step, median and quartiles; None where it was not recorded."""
+    """A figure of plain guidance's noise gap against the step, median and quartiles; None if no gap was recorded."""
     found = [line for line in lines if line["method"] == RECORDED and "noise_gap" in line]
     if not found:
         return None
@@ -170,7 +170,7 @@ def _curves(lines: Sequence[dict[str, Any]]) -> Markup | None:
 
 
 def _svg(draw: Callable[[], Figure]) -> Markup:
-    """A figure as SVG, its ink the page's own."""
+    """A figure as SVG, drawn in the page's own text colour."""
     inks: dict[Any, Any] = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "basinescape", **inks}):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -180,9 +180,9 @@ def _svg(draw: Callable[[], Figure]) -> Markup:
 
 
 def _captions(folder: Path, lines: Sequence[dict[str, Any]], training: dict[str, Path]) -> list[dict[str, Any]]:
-    """The captions of which most images are copies, those whose images are most alike first; at most SHOWN.
+    """The captions with the largest share of copies, at most SHOWN, sorted by that share and then by mean similarity.
 
-    Each has its training image and, by method, the line and image of its most similar seed and how many seeds were copied.
+    Each has its training image and, by method, the line and image of its most similar seed and the number of copies.
     """
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for line in lines:
@@ -206,7 +206,7 @@ def _captions(folder: Path, lines: Sequence[dict[str, Any]], training: dict[str,
 
 
 def _worst(folder: Path, id: str, lines: Sequence[dict[str, Any]], training: dict[str, Path]) -> dict[str, Any]:
-    """The most similar seed of a caption under a method. other: the training image that it copies, where it is not its own."""
+    """The most similar seed of a caption under a method. other: the training image it copies, if that is another caption's."""
     line = max(lines, key=_alike)
     other = line.get("nearest") if line["memorized"] and line.get("nearest") not in (None, id) else None
     return line | {
@@ -219,14 +219,14 @@ def _worst(folder: Path, id: str, lines: Sequence[dict[str, Any]], training: dic
 
 
 def _alike(line: dict[str, Any]) -> float:
-    """Similarity to the nearest training image; runs of earlier versions know their own alone."""
+    """Similarity to the nearest training image; to the caption's own in runs of earlier versions, which have no other."""
     return line.get("nearest_similarity", line["similarity"]) or 0.0
 
 
 def _training(run: dict[str, Any], asked: dict[str, str]) -> dict[str, Path]:
-    """Training images by prompt id, or by their path in the scenario's folder.
+    """Training images by prompt id and, for those in the scenario's folder, by their path in it.
 
-    Those whose caption is no longer the one that was asked for have no id. None where the scenario's files are gone.
+    Images whose caption has changed since the run have no id. Empty if the scenario's files are gone.
     """
     try:
         scenario = Scenario.read(run["scenario"])

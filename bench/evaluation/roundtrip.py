@@ -1,4 +1,4 @@
-"""What a file costs the basin score: how well it tells copies by the latents, and by pictures read back from files.
+"""How much saving pictures in files harms the basin score: how well it tells copies from latents and from pictures read back.
 
 python -m basinescape.bench.evaluation.roundtrip --scenario flow --json FILE [--seeds 2] [--first-seed 9400]
 """
@@ -21,13 +21,13 @@ from .metrics import roc
 from .trajectories import DELAYS, Laboratory
 
 Line = dict[str, Any]
-# How pictures are kept in files.
+# How pictures are saved: options of Pillow.
 FILES: dict[str, dict[str, Any]] = {"png": {"format": "PNG"}, "jpeg": {"format": "JPEG", "quality": 90}}
 WAYS = ("latents", *FILES)
 
 
 def read_back(images: Sequence[Image.Image], **kept: Any) -> list[Image.Image]:
-    """The pictures as they come out of files."""
+    """The pictures, saved with the options `kept` and read again."""
     found = []
     for image in images:
         image.save(file := io.BytesIO(), **kept)
@@ -36,7 +36,7 @@ def read_back(images: Sequence[Image.Image], **kept: Any) -> list[Image.Image]:
 
 
 def judged(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], guidance: Guidance) -> list[Line]:
-    """A line for each prompt and seed: whether its picture is a copy, and its score by each of WAYS."""
+    """A line for each prompt and seed: whether its picture is a copy, and its basin score in each of WAYS."""
     lines = []
     for batch, drawn in lab.bar(lab.batches(found, seeds), repr(guidance)):
         texts = [prompt.text for prompt in batch]
@@ -51,7 +51,7 @@ def judged(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], guida
 
 
 def told(copies: Sequence[Line], others: Sequence[Line]) -> list[dict[str, Any]]:
-    """How well the score tells `copies` from `others`, by each of WAYS."""
+    """How well the score tells `copies` from `others`, a row for each of WAYS. moved: mean change of a score from latents'."""
     rows = []
     for way in WAYS:
         positive = [True] * len(copies) + [False] * len(others)
@@ -69,7 +69,7 @@ def _suspect(lines: Sequence[Line], way: str) -> float:
 
 
 def compared(lines: dict[str, list[Line]]) -> list[dict[str, Any]]:
-    """`told` of the copies under plain and delayed guidance, from general pictures and from others of the same captions."""
+    """The rows of `told`: copies under plain and delayed guidance, against general pictures and others of the same captions."""
     rows = []
     for guidance in ("plain", "delayed"):
         copies, clean = ([line for line in lines[guidance] if bool(line["memorized"]) is wanted] for wanted in (True, False))
@@ -80,7 +80,7 @@ def compared(lines: dict[str, list[Line]]) -> list[dict[str, Any]]:
 
 
 def study(lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Sequence[int]) -> dict[str, Any]:
-    """How well the score tells copies, and its lines, of plain and delayed pictures and of general prompts' plain ones."""
+    """How well the score tells copies, and the lines of `judged`: memorized prompts plain and delayed, general ones plain."""
     plain = Guidance.cfg(lab.scale)
     lines = {
         "plain": judged(lab, groups["memorized"], seeds, plain),

@@ -10,7 +10,7 @@ and a few small distractors that no caption names. Its caption says just that, i
     a bell right of a red cat under a pink sky
     under a pink sky a red cat left of a bell
 
-Fresh scenes are endless: each is a function of a seed.
+Every seed gives another scene: a scene is a function of its seed and its content.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Facts:
-    """All that a caption says: `concept` in `colour` stands in `relation` to `object` ("left of": on its left)."""
+    """All that a caption says: a `concept` in `colour` is in `relation` to `object` ("left of": on its left), under a `sky`."""
 
     colour: str
     concept: str
@@ -86,12 +86,12 @@ class Facts:
     sky: str
 
     def caption(self, form: int) -> str:
-        """The facts in words, in the order `form` of `FORMS`."""
+        """The facts in words, in the word order `FORMS[form]`."""
         return FORMS[form].format(**asdict(self), inverse=INVERSE[self.relation])
 
 
 def draw_facts(rng: np.random.Generator, concept: str | None = None) -> Facts:
-    """Any facts, all equally likely, or any of a concept."""
+    """Random facts, all equally likely; about `concept`, if it is given."""
     return Facts(
         str(rng.choice(list(COLOURS))),
         concept or str(rng.choice(FLOW_CONCEPTS)),
@@ -140,7 +140,7 @@ def _jittered(colour: tuple[int, int, int], rng: np.random.Generator) -> np.ndar
 
 
 def _ground(sky: tuple[int, ...], earth: tuple[int, ...], slope: np.ndarray) -> Image.Image:
-    """Two tones that meet on a line from slope[0] of the height, on the left, to slope[1]; drawn at twice the size."""
+    """A canvas of twice the size, `sky` above `earth`: the border is at slope[0] of the height on the left, slope[1] right."""
     side = 2 * SIZE
     canvas = Image.new("RGB", (side, side), sky)
     left, right = slope * side
@@ -158,7 +158,7 @@ def _tinted(art: Image.Image, colour: str, rng: np.random.Generator) -> Image.Im
 
 
 def _turned(art: Image.Image, rng: np.random.Generator, scale: float, turn: float) -> Image.Image:
-    """`art` at `scale` of its size in the finished picture, perhaps mirrored, turned by up to `turn` degrees."""
+    """`art` scaled by `scale` in the finished picture, mirrored in half of the cases, turned by up to `turn` degrees."""
     if rng.random() < 0.5:
         art = ImageOps.mirror(art)
     art = art.resize((round(2 * scale * art.width), round(2 * scale * art.height)), Image.Resampling.BOX, reducing_gap=2)
@@ -166,7 +166,7 @@ def _turned(art: Image.Image, rng: np.random.Generator, scale: float, turn: floa
 
 
 def _drop(canvas: Image.Image, art: Image.Image, rng: np.random.Generator) -> None:
-    """Draw `art` anywhere, wholly inside the picture if there is room."""
+    """Draw `art` at a random place, wholly inside the picture if there is room."""
     place = [int(rng.integers(max(room - side, 1))) for room, side in zip(canvas.size, art.size, strict=True)]
     canvas.paste(art, (place[0], place[1]), art)
 
@@ -174,7 +174,7 @@ def _drop(canvas: Image.Image, art: Image.Image, rng: np.random.Generator) -> No
 def _places(
     relation: str, main: tuple[int, int], other: tuple[int, int], side: int, rng: np.random.Generator
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Corners of both inside the picture, with no overlap along the relation's axis and anywhere along the other one."""
+    """Upper left corners of both, inside the picture: no overlap along the relation's axis, any place along the other axis."""
     axis, main_first = int(relation in ("above", "below")), relation in ("left of", "above")
     first, second = (main, other) if main_first else (other, main)
     before, after = np.sort(rng.integers(0, side - first[axis] - second[axis] + 1, 2))

@@ -1,4 +1,4 @@
-"""A contact sheet of a run of generate: its images with their scores, copies and suspect ones first, as one page."""
+"""A contact sheet of a run of generate: one page with its images and their scores, copies and suspect images first."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from PIL import Image
 
 SIDE = 160  # pixels of an image on the page
 MOST = 500  # images on the page; the manifest has them all
-KINDS = {"copy": "copies", "suspect": "suspect", "failed": "failed"}  # in this order; then the others
+KINDS = {"copy": "copies", "suspect": "suspect", "failed": "failed"}  # in the order of the page; other images come last
 Line = dict[str, Any]
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is one of generate's."""
+    """Whether `generate` wrote a folder."""
     return (folder / MANIFEST).is_file() and (folder / "run.json").is_file()
 
 
 def sheet(folder: str | Path, out: str | Path) -> int:
-    """Write the page `out` about a folder that generate wrote; returns the number of images on it.
+    """Write the page `out` about a folder that generate wrote. Returns the number of images on the page.
 
-    Copies come first, then suspect and failed ones, then the rest by falling score. Of latents there are captions alone.
+    Copies come first, then suspect images, failed ones and the rest, each by falling score. Latents have captions only.
 
-    Raises ValueError where the folder holds no run of generate, or no image yet.
+    Raises ValueError if the folder holds no run of generate, or no image yet.
     """
     folder, out = Path(folder), Path(out)
     settings = read_settings(folder) if is_run(folder) else {}
@@ -70,13 +70,13 @@ def _rank(line: Line) -> tuple[int, float, str]:
 
 
 def _entry(line: Line, uri: str) -> Line:
-    """What the template needs of a line of the manifest."""
+    """The values that the template shows of a line of the manifest."""
     optional = {"score": None, "attempts": 1, "nearest": "", "similarity": 0.0, "measure": ""}
     return {**optional, **line, "kind": _kind(line), "uri": uri}
 
 
 def _images(folder: Path, format: str, lines: Sequence[Line]) -> dict[str, str]:
-    """The images of lines by id, as data URIs; without those that are not to be had. A shard is read once."""
+    """{id: data URI} of the images of `lines` that can be read. Each shard is read once."""
     writes, found = writer_of(folder, {"format": format}), {}
     wanted: dict[Path, set[str]] = {}
     for line in lines:

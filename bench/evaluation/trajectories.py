@@ -1,4 +1,4 @@
-"""Trajectories that are watched and pushed: where they end, how they converge, and where the edge of a basin is."""
+"""Record and push trajectories: where they end, how they converge, and where the edge of a basin is."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DELAYS = (-3.5, -2.8, -1.9)  # log SNRs at which some of the pictures of memoriz
 
 @dataclass
 class Laboratory:
-    """Runs of a sampler, `steps` at guidance `scale`, in which every step can be watched or changed."""
+    """Runs of a sampler, of `steps` steps at guidance `scale`, in which every step can be recorded or changed."""
 
     sampler: Sampler
     steps: int
@@ -40,13 +40,13 @@ class Laboratory:
         dtype: str | None = None,
         progress: bool = True,
     ) -> Laboratory:
-        """That of a scenario, with its model loaded. Raises what `Measure` and `scenario.loaded` do."""
+        """Load the scenario's model and make its laboratory. Raises what `Measure` and `scenario.loaded` raise."""
         measure = Measure(scenario, groups)
         scenario, sampler = loaded(scenario, device, dtype)
         return cls(sampler, *scenario.how[:2], measure, progress=progress)
 
     def delays(self) -> list[Guidance]:
-        """Guidance that is delayed until each of DELAYS."""
+        """Delayed guidance, one for each of DELAYS."""
         return [Guidance.delayed(self.scale, until=At(log_snr=log_snr)) for log_snr in DELAYS]
 
     def run(
@@ -62,7 +62,7 @@ class Laboratory:
         return stepwise.sample(self.sampler, texts, seeds, self.steps, guidance, look=look, push=push)
 
     def bar(self, turns: Sequence[Any], what: str) -> tqdm:
-        """The turns, with a bar."""
+        """Iterate over `turns` with a progress bar."""
         return tqdm(turns, desc=what, disable=not self.progress)
 
     def batches(self, found: Sequence[Prompt], seeds: Sequence[int]) -> list[tuple[list[Prompt], list[int]]]:
@@ -82,7 +82,7 @@ class Laboratory:
 
 
 def onset_sweep(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], onsets: Sequence[int]) -> list[dict[str, Any]]:
-    """What becomes of every prompt and seed if guidance starts at each of `onsets`."""
+    """A row for each prompt, seed and onset: the measurements of the image, with guidance from the step `onset` on."""
     return [
         {"id": id, "seed": seed, "onset": onset, **measured}
         for onset in lab.bar(onsets, "onsets")
@@ -93,7 +93,7 @@ def onset_sweep(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], 
 def edges(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], int]:
     """The basin's edge of each (id, seed): the first onset of the sweep from which on no image is memorized.
 
-    One past the last onset where even that is memorized.
+    If the image of the last onset is memorized, the edge is one past it.
     """
     onsets = sorted({row["onset"] for row in rows})
     inside: dict[tuple[str, int], list[int]] = {(row["id"], row["seed"]): [] for row in rows}
@@ -107,7 +107,7 @@ def edges(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], int]:
 
 
 class Curves:
-    """Collects statistics of each step of a batch: {name: (steps, B)}.
+    """Collect statistics of each call of a batch: {name: (calls, B)}, with one call less of update and turn.
 
     gap: ||cond - uncond||. relative: the gap over ||uncond||. alignment: the cosine of cond - uncond and uncond (Asthana &
     Belagiannis, ICLR 2026). update: ||x_(k+1) - x_k|| (Huang et al., KDD 2026). turn: ||cond_k - cond_(k-1)||^2.
@@ -135,10 +135,10 @@ class Curves:
 
 
 def curves(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], guidance: Guidance) -> list[dict[str, Any]]:
-    """A line for each prompt and seed: its `Curves`, the basin score of its picture, and whether that is a copy.
+    """A line for each prompt and seed: its `Curves`, the basin score of its picture, and whether the picture is a copy.
 
-    Of a step that calls the network more than once the first call counts; of turn the first alone is kept. memorized is None
-    without training images.
+    If a step calls the network more than once, its first call counts. turn is a single number, from the first two calls.
+    memorized is None without training images.
     """
     lines, first = [], lab.sampler.solver(lab.steps).first_calls.tolist()
     for batch, drawn in lab.bar(lab.batches(found, seeds), f"curves, {guidance!r}"):
@@ -158,12 +158,12 @@ def curves(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], guida
 
 
 def constant(weight: float, steps: int) -> Guidance:
-    """The same weight in every step, at which both predictions are made."""
+    """Guidance with the same weight in every step."""
     return Guidance.cfg(1.0, shape=(weight,) * steps)
 
 
 class Spread:
-    """Collects the root mean square distance of a batch's latents to their mean, a number a step."""
+    """Collect, for each step, the root mean square distance of a batch's latents to their mean."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
@@ -174,7 +174,7 @@ class Spread:
 
 
 def convergence(lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """How far apart the plainly guided trajectories of one prompt's seeds are, over time."""
+    """A row for each prompt and step: how far apart the trajectories of the prompt's seeds are under plain guidance."""
     rows = []
     for group, found in groups.items():
         for prompt in lab.bar(found, f"convergence, {group}"):
@@ -185,7 +185,7 @@ def convergence(lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Sequenc
 
 
 def pushed(at: int, size: float) -> stepwise.Push:
-    """Noise on the latents before step `at`, `size` times their standard deviation."""
+    """A push that adds noise to the latents before step `at`, of `size` times their standard deviation."""
 
     def push(k: int, state: State, table: Tensor) -> None:
         if k == at:
@@ -200,7 +200,7 @@ def pushed(at: int, size: float) -> stepwise.Push:
 def returns(
     lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], steps: Sequence[int], sizes: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """Whether a plainly guided trajectory that is pushed still ends in the memorized image: the basin's width."""
+    """The basin's width: a row for each push says whether the plainly guided trajectory still ends in a memorized image."""
     plain = Guidance.cfg(lab.scale)
     return [
         {"step": at, "size": size, "id": id, "seed": seed, "returned": measured["memorized"]}

@@ -1,7 +1,7 @@
-"""Methods against memorization: `table` has them all by name, `chosen` also takes those of a user's own files (see `own`).
+"""Methods against memorization: `table` returns all by name, `chosen` also takes methods of a user's files (see `own`).
 
-Each is a `Method`, or has its `sample`. The project's own differ in their `Guidance` alone; each method of another paper is a
-module that makes one. All go through the same sampler, so that their images and their cost can be compared.
+Each is a `Method`, or an object with the same `sample`. The project's own methods differ in their `Guidance` only; for each
+other paper a module makes the `Method`. All use the same sampler, so that their images and their cost can be compared.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ __all__ = ["DEFAULT", "Batch", "DryRun", "Method", "Sampling", "chosen", "label"
 
 log = logging.getLogger(__name__)
 
-DEFAULT = ("cfg", "delayed-at", "opposite-at", "guard")  # where nobody chooses
-CALIBRATE = {  # what makes one with which a method is there
+DEFAULT = ("cfg", "delayed-at", "opposite-at", "guard")  # the methods that run if none is named
+CALIBRATE = {  # methods that need a calibration, and the command that makes it
     "guard-calibrated": "basinescape calibrate --model ...",
     "delayed-settled": "basinescape calibrate --settled --model ...",
     "update-norm": "python -m basinescape.bench.methods.region --model ..., after basinescape calibrate --settled",
 }
 SHAPES = ("linear", "invlinear", "cosine", "sine", "v_shape", "a_shape")
 
-# How a reader knows each method; {} is the timestep of the static transition.
+# The label of each method in tables and figures; {} is the timestep of the static transition.
 LABELS = {
     "cfg": "plain guidance",
     "guard": "guard",
@@ -56,12 +56,12 @@ LABELS = {
 
 
 def label(name: str, transition: float) -> str:
-    """What a reader calls the method `name` where the static transition is at the timestep `transition`."""
+    """The label of the method `name`. transition: the timestep of the static transition."""
     return LABELS.get(name, name).format(transition)
 
 
 def table(scenario: Scenario) -> dict[str, Sampling]:
-    """All methods by name, with the scenario's steps, scale, transition and calibration."""
+    """{name: method} with the scenario's steps, scale, transition and calibration. Methods that lack a calibration are absent."""
     steps, scale, transition = scenario.how
     at, minimum, plain = At(transition), FirstMinimum(), Guidance.cfg(scale)
     known = scenario.calibrated
@@ -95,9 +95,9 @@ def table(scenario: Scenario) -> dict[str, Sampling]:
 
 
 def own_methods(names: Sequence[str]) -> dict[str, Own]:
-    """The methods among `names` that are FILE.py:NAME, read from their files, by that name.
+    """{name: method} of the `names` of the form FILE.py:NAME, read from their files.
 
-    Raises ValueError for a name that neither is one of them nor of `table`, or "all"; and what `from_file` raises.
+    Raises ValueError for a name that is neither FILE.py:NAME, nor a name of `table`, nor "all"; and what `from_file` raises.
     """
     found = {}
     for name in names:
@@ -110,11 +110,11 @@ def own_methods(names: Sequence[str]) -> dict[str, Own]:
 
 
 def chosen(scenario: Scenario, names: Sequence[str] | None = None, own: Mapping[str, Own] | None = None) -> dict[str, Sampling]:
-    """The methods that `names` ask for: names of `table`, "all" of them, or FILE.py:NAME, which is called FILE.NAME then.
+    """The methods that `names` ask for: names of `table`, "all" of them, or FILE.py:NAME, which has the key FILE.NAME.
 
-    names: None for DEFAULT. own: those of files, where they are read already.
+    names: None for DEFAULT. own: the methods of files, if they are already read.
 
-    Raises ValueError for a name that comes twice, or of a method that needs a calibration where the scenario has none, and what
+    Raises ValueError for a name that occurs twice, for a method that needs a calibration that the scenario lacks, and what
     `own_methods` raises.
     """
     known, found = table(scenario), dict[str, Sampling]()
@@ -132,9 +132,9 @@ def chosen(scenario: Scenario, names: Sequence[str] | None = None, own: Mapping[
 
 
 def suitable(methods: Mapping[str, Sampling], sampler: Sampler, steps: int, asked: Sequence[str]) -> dict[str, Sampling]:
-    """Those of `methods` that suit the sampler, a warning for each other one.
+    """The `methods` that suit the sampler; a warning is logged for each other one.
 
-    Raises ValueError for one that does not and that is `asked` for by its name.
+    Raises ValueError if a method that is in `asked`, or comes from a user's file, does not suit the sampler.
     """
     found = {}
     for name, method in methods.items():

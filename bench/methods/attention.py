@@ -1,4 +1,4 @@
-"""Cross-attention re-weighted: the prompt's first token gets more of it, the tokens after its last word none.
+"""Re-weight cross-attention: the prompt's first token gets more attention, the tokens after its last word get none.
 
 Ren et al., "Unveiling and Mitigating Memorization in Text-to-image Diffusion Models through Cross Attention", ECCV 2024,
 https://arxiv.org/abs/2403.11052, section 5: at inference the logits of the beginning token are multiplied by BEGINNING and
@@ -26,7 +26,7 @@ BEGINNING = 1.25
 
 
 class Reweighted:
-    """Attention processor; `words` (N, T) are the rows' tokens that may be looked at."""
+    """Attention processor. words: (N, T) bool, the tokens of each row that may be attended to."""
 
     def __init__(self, words: Tensor):
         self.words = words
@@ -51,7 +51,7 @@ class Reweighted:
 
 @contextmanager
 def attending(unet: Any, words: Tensor) -> Iterator[None]:
-    """Inside, the cross-attention of `unet` is `Reweighted`."""
+    """In this context, `Reweighted` processes the cross-attention of `unet`."""
     own = dict(unet.attn_processors)
     unet.set_attn_processor({name: Reweighted(words) if "attn2" in name else old for name, old in own.items()})
     try:
@@ -61,7 +61,7 @@ def attending(unet: Any, words: Tensor) -> Iterator[None]:
 
 
 def reweighted(network: PromptedUNet, batch: Batch) -> Network:
-    """`network`, whose conditional half looks at its first token and its words."""
+    """Wrap `network`: its conditional half attends to the first token and the words only."""
     words = words_mask(batch)
     words = words & words.roll(-1, dims=1)  # without the end of the text
     words[:, -1] = False

@@ -1,4 +1,4 @@
-"""Prompts with something added, which a memorized caption does not survive word for word.
+"""Words added to the prompt, so that it is no longer a memorized caption word for word.
 
 Somepalli et al., "Understanding and Mitigating Copying in Diffusion Models", NeurIPS 2023, https://arxiv.org/abs/2305.20086,
 section 6: random tokens or numbers put at random places, and words of the caption repeated at random places.
@@ -30,7 +30,7 @@ def repeated_words(rng: random.Random, caption: list[str], vocabulary: list[str]
 
 
 def augmented(prompt: str, seed: int, word: Words, vocabulary: list[str]) -> str:
-    """`prompt` with ADDED words put at random places, a function of the arguments alone."""
+    """`prompt` with ADDED words inserted at random places. The same arguments always give the same result."""
     rng, words = random.Random(f"{seed} {prompt}"), prompt.split()
     caption = list(words)
     for _ in range(ADDED):
@@ -39,7 +39,7 @@ def augmented(prompt: str, seed: int, word: Words, vocabulary: list[str]) -> str
 
 
 def vocabulary(sampler: Sampler) -> list[str]:
-    """The words of the first tokenizer, of more than two letters. Raises ValueError where it is not of CLIP's kind."""
+    """The words of more than two letters in the first tokenizer. Raises ValueError if it is not of CLIP's kind."""
     tokens: Mapping[str, int] = getattr(getattr(sampler.pipe, "tokenizer", None), "get_vocab", dict)()
     words = sorted(token.removesuffix("</w>") for token in tokens if token.endswith("</w>") and len(token) > 6)
     if not words:

@@ -1,10 +1,10 @@
-"""CADS, condition-annealed sampling: noise on the prompt's embedding, less of it as sampling goes on.
+"""CADS, condition-annealed sampling: noise is added to the prompt's embedding, and the amount falls during sampling.
 
 Sadat et al., ICLR 2024, https://arxiv.org/abs/2310.17347, equations 3 to 5 and algorithm 1:
 
     y' = sqrt(gamma(t)) * y + s * sqrt(1 - gamma(t)) * n,   gamma = 1 up to TAU_1, 0 from TAU_2 on, linear between
 
-rescaled to the mean and standard deviation of y.
+Then y' is rescaled to the mean and standard deviation of y.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def gamma(time: float) -> float:
 
 
 def annealed(states: Tensor, noise: Tensor, share: float) -> Tensor:
-    """`states` (B, T, D), of which `share` is kept and the rest is `noise`, with its own mean and deviation."""
+    """`states` (B, T, D) mixed with `noise`, at gamma = `share`, and rescaled to the mean and deviation of `states`."""
     mixed = share**0.5 * states + SCALE * (1 - share) ** 0.5 * noise
     dims = (1, 2)
     mean, std = mixed.mean(dims, keepdim=True), mixed.std(dims, keepdim=True)
@@ -33,11 +33,11 @@ def annealed(states: Tensor, noise: Tensor, share: float) -> Tensor:
 
 
 def annealing(network: PromptedUNet, batch: Batch) -> Network:
-    """`network`, whose conditional embedding is annealed anew before every call."""
+    """Wrap `network`: before every call its conditional embedding is annealed, with new noise."""
     following = iter(batch.sampler.solver(batch.steps).timesteps.tolist())
     generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
     train_steps = batch.sampler.scheduler.config.num_train_timesteps
-    states = network.inputs["cond"]["encoder_hidden_states"]  # seen by both branches, too
+    states = network.inputs["cond"]["encoder_hidden_states"]  # "both" has a view of the same memory
     clean = states.clone()
 
     def predict(latents: Tensor, timesteps: Tensor, branch: Branch) -> Tensor:

@@ -1,7 +1,7 @@
-"""Opposite guidance whose transition is found beforehand, in a dry run of all steps under opposite guidance.
+"""Opposite guidance with the transition found in a dry run beforehand, of all steps under opposite guidance.
 
-The statistic of the scripts of Jain et al. (CVPR 2025): the first local minimum of 1 - cos(x_(k+1), x_k) over the latents.
-A minimum at index 1 is passed over where there is a later one, and index 5 is taken where there is none. Costs a second run.
+The statistic is that of the scripts of Jain et al. (CVPR 2025): the first local minimum of 1 - cos(x_(k+1), x_k) of the
+latents. A minimum at index 1 is skipped if there is a later one; without any minimum, index 5 is taken. It costs a second run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FALLBACK = 5
 
 
 def transition(distances: Sequence[float]) -> int:
-    """The step of the transition, from 1 - cos of the latents of successive steps."""
+    """The step of the transition. distances: 1 - cos of the latents of successive steps."""
     minima = [i for i in range(1, len(distances) - 1) if distances[i - 1] > distances[i] < distances[i + 1]]
     if not minima:
         return FALLBACK
@@ -32,7 +32,7 @@ def transition(distances: Sequence[float]) -> int:
 
 @dataclass(frozen=True)
 class DryRun:
-    """A method of two runs: weight -opposite_scale up to each sample's own transition, `scale` after it."""
+    """A method of two runs. In the second, the weight is -opposite_scale up to each sample's transition, `scale` after it."""
 
     scale: float
     opposite_scale: float
@@ -55,7 +55,7 @@ class DryRun:
         return Method(Guidance.opposite(self.opposite_scale, scale=self.scale, until=At(timestep)), wrap=wrap)
 
     def _dry(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> tuple[Output, list[int]]:
-        """The run that never leaves, and the step of each sample's transition in it."""
+        """(output of the dry run, in which no transition occurs; the step of each sample's transition)."""
         seen: list[Tensor] = []
 
         def watched(network: PromptedUNet, batch: Batch) -> Network:

@@ -1,4 +1,4 @@
-"""The prompt's embedding changed, before sampling, until the noise gap of the first step is an ordinary one.
+"""Change the prompt's embedding, before sampling, until the noise gap of the first step is ordinary.
 
 Wen et al., "Detecting, Explaining, and Mitigating Memorization in Diffusion Models", ICLR 2024,
 https://arxiv.org/abs/2407.21720, section 5.1: Adam on the embedding, at the first timestep, down to a target gap.
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from .method import Batch, Method
 
 RATE, ITERATIONS = 0.05, 10
-SHARE = 0.5  # of the gap that the prompt begins with: the target where no ordinary gap is known
+SHARE = 0.5  # of the prompt's initial gap: the target if no ordinary gap is known
 
 
 @contextmanager
 def constant(module: nn.Module) -> Iterator[None]:
-    """Inside, no parameter of `module` asks for its gradient."""
+    """In this context, no parameter of `module` requires a gradient."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -35,7 +35,7 @@ def constant(module: nn.Module) -> Iterator[None]:
 
 
 def optimised(network: PromptedUNet, latents: Tensor, timesteps: Tensor, target: float | None) -> Tensor:
-    """The conditional embedding (B, T, D) after at most ITERATIONS steps; a sample stops when its gap is at `target`."""
+    """The conditional embedding (B, T, D) after at most ITERATIONS steps. A sample stops when its gap is at most `target`."""
     inputs = network.inputs["cond"]
     with torch.inference_mode(False), torch.enable_grad():
         states = inputs["encoder_hidden_states"].clone().requires_grad_()
@@ -59,7 +59,7 @@ def optimised(network: PromptedUNet, latents: Tensor, timesteps: Tensor, target:
 
 
 def method(guidance: Guidance, target: float | None) -> Method:
-    """`target`: the noise gap of an ordinary prompt's first step; None for a share of each prompt's own."""
+    """target: the noise gap of an ordinary prompt at the first step; None: SHARE of each prompt's own gap."""
 
     def wrap(network: PromptedUNet, batch: Batch) -> Network:
         count, waiting = len(batch.seeds), True

@@ -1,4 +1,4 @@
-"""A method against memorization as data: its guidance, and what it makes of the prompts, the noise and the network."""
+"""A method against memorization as data: its guidance, and functions that change the prompts, the noise or the network."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from . import stepwise
 
 
 def starting_at(step: int, scale: float, steps: int) -> Guidance:
-    """No guidance before `step`, `scale` from there on."""
+    """Guidance with weight 0 before `step` and `scale` from it on."""
     return Guidance.cfg(scale, shape=tuple(float(k >= step) for k in range(steps)))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One call, as a method sees it: B prompts and their seeds, sampled together in so many steps."""
+    """The arguments of one call: B prompts and their seeds, which are sampled together in `steps` steps."""
 
     sampler: Sampler
     prompts: Sequence[str]
@@ -34,10 +34,10 @@ class Method:
     """How a batch is sampled.
 
     guidance: of every sample.
-    prompts:  the prompts that are sampled in the place of the batch's; None: those.
-    wrap:     the network that is sampled from, made of the model's, which holds the encoded prompts; None: the model's.
-    noise:    the noise to begin from, made of that drawn and of the first step's predictions; None: that drawn.
-    suits:    raises ValueError for a sampler or a number of steps that the method is not made for; None: suits all.
+    prompts:  returns the prompts to sample instead of the batch's; None: the batch's own.
+    wrap:     makes the network to sample from of the model's, which holds the encoded prompts; None: the model's own.
+    noise:    makes the initial noise of the drawn noise and the first step's predictions; None: the drawn noise.
+    suits:    raises ValueError for a sampler or a number of steps that the method is not made for; None: all suit.
     """
 
     guidance: Guidance | Guard
@@ -47,7 +47,7 @@ class Method:
     suits: Callable[[Sampler, int], object] | None = None
 
     def check(self, sampler: Sampler, steps: int) -> None:
-        """Raises ValueError, before any work, for a sampler or steps that the method does not suit."""
+        """Raise ValueError, before any work, for a sampler or steps that the method does not suit."""
         AttemptTable.make(sampler.solver(steps), self.guidance, torch.device("cpu"))
         if self.wrap is not None or self.noise is not None:
             stepwise.no_guard(self.guidance)

@@ -4,8 +4,8 @@
     a function (sampler, prompts, seeds) or (sampler, prompts, seeds, steps) that returns an `Output`, as the sampler does;
     a `Method`, or any object with `sample(sampler, prompts, seeds, steps)`, which returns an `Output`.
 
-A `Method` can change the network, the noise or the prompts of a run. This one caps what guidance adds. The noise gap that is
-recorded, and in which transitions are looked for, stays the model's own:
+A `Method` can change the network, the noise or the prompts of a run. This one caps what guidance adds. The noise gap, which is
+recorded and in which transitions are found, is still that of the model's own predictions:
 
     import torch
     from basinescape import Guidance
@@ -43,34 +43,34 @@ CONTRACT = (
 
 
 class Sampling(Protocol):
-    """What a method must have: an image for each prompt and its seed."""
+    """The interface of a method: `sample` returns an image for each prompt and its seed."""
 
     def sample(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Output: ...
 
 
 @dataclass(frozen=True)
 class Own:
-    """A method from a user's file. digest: of the file; images of a file that has changed are made again."""
+    """A method from a user's file. digest: the file's SHA-256, 12 digits; if it has changed, images are made again."""
 
     method: Sampling
     digest: str
 
     def sample(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Output:
-        """What the method makes. Raises TypeError where that is no `Output` of an image a prompt."""
+        """The method's output. Raises TypeError unless it is an `Output` with one image for each prompt."""
         made = self.method.sample(sampler, prompts, seeds, steps)
         if not isinstance(made, Output) or len(made.images) != len(prompts):
             raise TypeError(f"a method must return an Output of {len(prompts)} images, got {type(made).__name__}")
         return made
 
     def check(self, sampler: Sampler, steps: int) -> None:
-        """Raises ValueError where the method does not suit the sampler or the steps, as far as it says so."""
+        """Call the method's own `check`, if it has one. Raises ValueError if the method does not suit sampler or steps."""
         getattr(self.method, "check", lambda *_: None)(sampler, steps)
 
 
 def from_file(path: Path, name: str) -> Own:
-    """The method `name` of the Python file `path`, which is run for it.
+    """Run the Python file `path`, and return its method `name`.
 
-    Raises FileNotFoundError without the file, ValueError where it cannot be run or `name` is no method.
+    Raises FileNotFoundError for a missing file, ValueError if it cannot be run or `name` is not a method.
     """
     if not path.is_file():
         raise FileNotFoundError(f"methods file {str(path)!r} does not exist")
@@ -97,7 +97,7 @@ def _run(path: Path) -> ModuleType:
 
 
 def _method(given: Any) -> Sampling | None:
-    """The method that a value of a user's file is, None for one that is none."""
+    """A value of a user's file as a method; None if it is not a method."""
     if isinstance(given, Guidance | Guard):
         return Method(given)
     if isinstance(given, type | ModuleType):
@@ -111,7 +111,7 @@ def _method(given: Any) -> Sampling | None:
 
 
 def _takes(function: Any, count: int) -> bool:
-    """Whether a function can be called with so many positional arguments and nothing else."""
+    """Whether a function can be called with `count` positional arguments and no others."""
     try:
         inspect.signature(function).bind(*range(count))
     except (TypeError, ValueError):
@@ -120,7 +120,7 @@ def _takes(function: Any, count: int) -> bool:
 
 
 def _described(given: Any) -> str:
-    """What was given, a function with its arguments."""
+    """A value in words, for an error: its type or, for a function, its arguments."""
     called = given.sample if hasattr(given, "sample") else given
     if inspect.isroutine(called):
         return f"one that is called with {inspect.signature(called)}"
@@ -128,5 +128,5 @@ def _described(given: Any) -> str:
 
 
 def _candidates(module: ModuleType) -> list[str]:
-    """The names in a module that are methods, functions left out: not every one is meant as a method."""
+    """The names of a module's methods, without functions, because not every function is meant as a method."""
     return [name for name, value in vars(module).items() if not inspect.isroutine(value) and _method(value) is not None]

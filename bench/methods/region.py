@@ -1,4 +1,4 @@
-"""The stable region that the method "update-norm" needs, measured on ordinary prompts and added to a model's calibration.
+"""Measure the stable region that the method "update-norm" needs on ordinary prompts, and add it to a model's calibration.
 
 python -m basinescape.bench.methods.region --model tiny
 """
@@ -23,7 +23,7 @@ from . import update
 def measured(
     sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int, scale: float, size: int = 16
 ) -> dict[str, list[list[float]]]:
-    """Mean and standard deviation of the norms of each plainly guided step. Raises ValueError as `update.alphas`."""
+    """{norm: (mean, deviation) of each step but the last}, under plain guidance. Raises ValueError as `update.alphas` does."""
     update.alphas(sampler, steps)
     found = []
     for part in tqdm(parts(len(prompts), size), desc="stable region", unit=" batches", bar_format=FORMAT):

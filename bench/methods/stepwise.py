@@ -1,7 +1,7 @@
-"""Sampling a step at a time, open to a method that changes it and to whoever looks.
+"""Sample one step at a time, with hooks that change or record a step.
 
-The noise gap of a step is that of the model's own predictions, whatever a method makes of them: transitions are looked for in
-it, and it is what is recorded.
+The noise gap of a step, which is recorded and in which transitions are found, is that of the model's own predictions, even if
+a method changes them.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from basinescape.sampling.steps import denoise, guided_prediction, predicted, re
 from basinescape.types import Branch, Network, Pair
 from torch import Tensor
 
-Wrap = Callable[[Any], Network]  # the network that is sampled from, of the model's
+Wrap = Callable[[Any], Network]  # the model's network -> the network to sample from
 Predict = Callable[[Tensor], tuple[Tensor, Tensor]]  # noise (B, ...) -> the first step's uncond and cond, float32
-Noise = Callable[[Predict, Tensor], Tensor]  # the noise to begin from, of that drawn: (B, ...) float32 of deviation 1
-Look = Callable[[State, Tensor, Tensor], None]  # sees the state and both predictions, (B, ...), before a step is taken
-Push = Callable[[int, State, Tensor], None]  # sees the step, the state and the table, and may put other latents into the state
+Noise = Callable[[Predict, Tensor], Tensor]  # (predict, drawn noise) -> initial noise, both (B, ...) float32 of deviation 1
+Look = Callable[[State, Tensor, Tensor], None]  # (state, uncond, cond), predictions (B, ...); called before a step is taken
+Push = Callable[[int, State, Tensor], None]  # (step, state, table), called before the network; may replace the state's latents
 
 
 class PairKeeper:
-    """The model's network, which keeps a copy of the pair of predictions that it gave last; otherwise as it is."""
+    """The model's network, unchanged, with `pair`: a copy of the last predictions of both branches."""
 
     def __init__(self, network: PromptedNetwork):
         self._network = network
@@ -40,7 +40,7 @@ class PairKeeper:
     def __call__(self, latents: Tensor, timesteps: Tensor, branch: Branch) -> Tensor:
         predictions = self._network(latents, timesteps, branch)
         if branch == "both":
-            self.pair = predictions.clone()  # a method may write over what it is given
+            self.pair = predictions.clone()  # a method may overwrite the predictions
         return predictions
 
     def __getattr__(self, name: str) -> Any:
@@ -48,7 +48,7 @@ class PairKeeper:
 
 
 def no_guard(guidance: Guidance | Guard) -> Guidance:
-    """The guidance. Raises ValueError for a guard, whose attempts are more than one way through the steps."""
+    """Return the guidance. Raises ValueError for a guard, because its attempts are several passes through the steps."""
     if isinstance(guidance, Guard):
         raise ValueError("a guard takes neither a wrapped network nor other noise: its attempts are not steps of one run")
     return guidance
@@ -67,9 +67,9 @@ def sample(
     push: Push | None = None,
     output: str = "pil",
 ) -> Output:
-    """An image for each prompt and its seed, as the sampler makes it where nothing is changed.
+    """An image for each prompt and its seed; without wrap, noise and push, the image that the sampler makes.
 
-    Where there is somebody to look, both branches run in every step. Raises what `no_guard` does, and what the sampler does.
+    With `look`, both branches run in every step. Raises what `no_guard` raises, and what the sampler raises.
     """
     guidance = no_guard(guidance)
     model, solver = sampler.model, sampler.solver(steps)
@@ -120,7 +120,7 @@ def sample(
 def _guided(
     changed: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], guidance: Guidance, plan: StepTable, state: State
 ) -> Tensor:
-    """What guidance makes of `changed`, with gap and transition of the model's `own` predictions, (B, ...) all."""
+    """The guided prediction of `changed`, with gap and transition from the model's `own` predictions; all (B, ...)."""
     guided_prediction(*own, plan, state)
     weight = state.transition.weight(state.transition.rows(plan.table))
     options: dict[str, Any] = dict(guidance.options)

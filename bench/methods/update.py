@@ -1,4 +1,4 @@
-"""Latents put back into a stable region, measured on ordinary prompts, where an update has left it.
+"""If an update leaves a stable region, which is measured on ordinary prompts, the latents are put back into the region.
 
 Huang et al., "Broken Memories: Detecting and Mitigating Memorization in Diffusion Models with Degraded Generations", KDD 2026,
 https://arxiv.org/abs/2605.22050, algorithms 1 and 2 with their numbers for 50 steps; prompt and guidance stay as they are. With
@@ -9,8 +9,8 @@ x -> x' a step just taken, x0 its clean prediction, and z(v) the distance of |v|
     correction  x0 gets the mean norm, x' += alpha' * (the change of x0); then |x' - x| (where strongly flagged) and |x'| are
                 clamped to the region: the mean -+ WIDTH deviations
 
-The rule is taken from what others write of the paper, whose text was not at hand. Here x0 is the prediction that the step was
-taken with, so no network call is added, and the last update, which no call follows, is left as it is.
+The rule is taken from other texts about the paper, because the paper itself was not at hand. Here x0 is the prediction with
+which the step was taken, so no network call is added. The last update is not corrected, because no call follows it.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def measured(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], ste
 
 
 def alphas(sampler: Sampler, steps: int) -> list[float]:
-    """The factor of the clean latents in those of every step.
+    """The factor of the clean latents in the noisy latents, sqrt(alphas_cumprod), for every step.
 
-    Raises ValueError for a scheduler under which the network does not see the latents themselves, of unit variance, and for
-    another prediction than epsilon or v.
+    Raises ValueError if the scheduler scales the network's input or its latents are not of unit variance, and for a prediction
+    type other than epsilon and v_prediction.
     """
     solver, scheduler = sampler.solver(steps), sampler.scheduler
     kind = scheduler.config.get("prediction_type", "a flow")
@@ -77,9 +77,9 @@ def alphas(sampler: Sampler, steps: int) -> list[float]:
 
 
 def watched(network: PromptedUNet, batch: Batch, scale: float, after: After) -> Network:
-    """`network` under which `after` sees every step but the last when it is taken, and may change its outcome.
+    """Wrap `network`: `after` is called with every step but the last once it is taken, and may change its outcome.
 
-    scale: the guidance's. Raises what `alphas` does.
+    scale: that of the guidance. Raises what `alphas` raises.
     """
     signal, kind = alphas(batch.sampler, batch.steps), batch.sampler.scheduler.config.prediction_type
     k = 0
@@ -101,13 +101,13 @@ def watched(network: PromptedUNet, batch: Batch, scale: float, after: After) -> 
 
 
 def denoised(latents: Tensor, guided: Tensor, alpha: float, kind: str) -> Tensor:
-    """The clean latents that a prediction means."""
+    """The clean latents x0 that a prediction of the given `kind` implies."""
     sigma = (1 - alpha**2) ** 0.5
     return alpha * latents - sigma * guided if kind == "v_prediction" else (latents - sigma * guided) / alpha
 
 
 class Correction:
-    """The paper's rule over the steps of one batch.
+    """The paper's rule, applied to the steps of one batch.
 
     region: (len(NORMS), steps - 1, 2) float32, mean and standard deviation. signal: `alphas`.
     """
@@ -135,12 +135,12 @@ def lengths(values: Tensor) -> Tensor:
 
 
 def distance(values: Tensor, stable: Tensor) -> Tensor:
-    """(B,) how many deviations the norms of `values` (B, ...) are from the mean; `stable` (2,) is both."""
+    """(B,) distance of the norms of `values` (B, ...) from the mean, in deviations. stable: (2,), mean and deviation."""
     return (lengths(values) - stable[0]).abs() / stable[1]
 
 
 def clamped(values: Tensor, stable: Tensor) -> Tensor:
-    """`values` (B, ...) with norms at most WIDTH deviations from the mean; `stable` (2,) is both."""
+    """`values` (B, ...) with norms at most WIDTH deviations from the mean. stable: (2,), mean and deviation."""
     mean, width = stable[0], WIDTH * stable[1]
     return resized(values, lengths(values).clamp(mean - width, mean + width))
 
