@@ -61,7 +61,7 @@ def label(name: str, transition: float) -> str:
 
 
 def table(scenario: Scenario) -> dict[str, Sampling]:
-    """{name: method} with the scenario's steps, scale, transition and calibration. Methods that lack a calibration are absent."""
+    """{name: method} with the scenario's steps, scale, transition and calibration. Methods that need one are absent without."""
     steps, scale, transition = scenario.how
     at, minimum, plain = At(transition), FirstMinimum(), Guidance.cfg(scale)
     known = scenario.calibrated

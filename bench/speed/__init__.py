@@ -1,4 +1,4 @@
-"""Benchmarks of speed. All peers run in one process, interleaved, and only peers whose results agree are compared."""
+"""Benchmarks of speed. All peers run interleaved in one process, and only peers whose results agree are compared."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ BENCHES = ("kernel", "step", "images", "engine")
 
 
 def run(names: Sequence[str], device: torch.device | str | None = None, preset: str | None = None) -> Iterator[Row]:
-    """The rows of each named bench, as they are found: what, peer, unit, median, spread, ratio and more.
+    """Run the named benches, and yield each row when it is measured: what, peer, unit, median, spread, ratio and more.
 
-    device: default "cuda" where there is a GPU, else "cpu". preset: "cpu", "cuda" or "quick"; default the device's own.
+    device: default "cuda" if there is a GPU, else "cpu". preset: "cpu", "cuda" or "quick"; default the name of the device.
 
-    Raises ValueError for a device that is not there, RuntimeError where kernels are interpreted.
+    Raises ValueError for a missing device, RuntimeError if "kernel" would time interpreted kernels or peers of "engine" differ.
     """
     device = checks.device(device)
     for name in names:

@@ -1,4 +1,4 @@
-"""What `basinescape generate` does, prompts to files, beside stock diffusers in batches; a process's start is left out."""
+"""Time the work of `basinescape generate`, prompts to files, beside stock diffusers in batches, without a process's start."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ STOCK = "diffusers, plain guidance"
 
 
 def works(jobs: int, steps: int) -> dict[str, list[int]]:
-    """The steps of every job: all alike, from a fifth of `steps` on as they come, and those sorted."""
+    """{kind: steps of every job}: all equal, random from a fifth of `steps` to `steps`, and the random ones sorted."""
     counts = torch.randint(steps // 5, steps + 1, (jobs,), generator=torch.Generator().manual_seed(0)).tolist()
     return {"uniform": [3 * steps // 5] * jobs, "mixed steps, as they come": counts, "mixed steps, sorted": sorted(counts)}
 
 
 def ours(sampler: Sampler, work: Sequence[int], guidance: Guidance | Guard, model: str) -> None:
-    """The command's work, into a folder of its own."""
+    """Do the command's work, into a temporary folder."""
     jobs = [Job(f"{i}", prompt(i), i, steps=steps) for i, steps in enumerate(work)]
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe(guidance, max(work))
@@ -42,15 +42,15 @@ def ours(sampler: Sampler, work: Sequence[int], guidance: Guidance | Guard, mode
 
 
 def stock(pipe: Any, work: Sequence[int], scale: float) -> None:
-    """A loop over diffusers' pipeline, and files."""
+    """Loop over diffusers' pipeline, and write the images as PNG."""
     with tempfile.TemporaryDirectory() as folder:
         for i, image in looped(pipe, enumerate(work), scale):
             image.save(Path(folder, f"{i}.png"))
 
 
 def looped(pipe: Any, work: Iterable[tuple[int, int]], scale: float, **options: Any) -> Iterator[tuple[int, Any]]:
-    """(job, image) of every (job, steps), by diffusers' pipeline: it takes one number of steps a call, so neighbours that have
-    the same make a batch."""
+    """Yield (job, image) for every (job, steps), by diffusers' pipeline. A call takes one number of steps, so a batch has
+    neighbours with the same number."""
     for steps, group in groupby(work, key=itemgetter(1)):
         alike = [i for i, _ in group]
         for batch in (alike[k : k + BATCH] for k in range(0, len(alike), BATCH)):
@@ -64,7 +64,7 @@ def prompt(i: int) -> str:
 
 
 def command(device: torch.device, rounds: int, jobs: int, steps: int) -> Iterator[Row]:
-    """Rows in images a second. The guard's ratio is to plain guidance by diffusers, which judges nothing."""
+    """Rows in images a second. The guard's ratio compares it with plain guidance by diffusers, which judges nothing."""
     for model, scale in SCALES.items():
         pipe = pipeline(model, torch.float32, device)
         sampler, plain, kinds = Sampler.from_pipeline(pipe), Guidance.cfg(scale), works(jobs, steps)

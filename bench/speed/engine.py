@@ -1,9 +1,9 @@
-"""In-flight batching beside static batches and a loop over diffusers' pipeline, on mixed work and on uniform work.
+"""Time in-flight batching beside static batches and a loop over diffusers' pipeline, on mixed and on uniform work.
 
-And what a run costs beside its network: time a sample, peak memory, how busy the network is, how far Ray's workers scale.
-Static batches begin together, and the next one begins when all of one are done; "shrinking" ones leave out what is done once
-half of them are. The stand-in's network waits for so long whatever its batch, as a GPU that is not full: there the number
-of calls decides, which is a figure without noise.
+Also measured are a run's costs beside its network: time for a sample, peak memory, how busy the network is, how Ray's workers
+scale. The samples of a static batch begin together, and the next batch begins when all are done. A "shrinking" batch drops
+finished samples once they are half of it. The stand-in's network waits for a fixed time in every call, as a GPU that is not
+full does; there the number of calls decides, and this number has no noise.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ LOOP = "diffusers, plain guidance"
 SECONDS = 0.01  # of a call of the stand-in's network
 ROUNDS = {"cpu": 3, "cuda": 5, "quick": 3}
 MEMORY = {"cpu": (1_000, 10_000, 100_000), "cuda": (1_000, 10_000), "quick": (1_000,)}  # prompts
-# Jobs, and the most steps of one: in flight beside others, through the command, beside no network, and for the network's share.
+# (jobs, most steps of a job): the comparisons of in-flight batching, `command`, `overhead`, `busy`.
 STAND_IN, TINY, COMMAND, OVERHEAD, BUSY = (128, 50), (48, 20), (48, 20), (128, 30), (96, 50)
 JUDGED = 16  # images whose basin scores set the guard's limit
 
 
 def guarded(limit: float) -> Guard:
-    """A guard whose attempts pass while their basin scores are at most `limit`, the last one in any case."""
+    """A guard whose attempts pass if their basin scores are at most `limit`; the last attempt always passes."""
     guidances = (
         Guidance.cfg(SCALE),
         Guidance.delayed(SCALE, until=At(900), before=2.0),
@@ -67,7 +67,7 @@ Work = Sequence[tuple[int, Guidance | Guard]]  # (steps, guidance) of every job
 
 
 def works(sampler: Sampler, jobs: int, most: int) -> dict[str, Work]:
-    """By their kinds. most: the largest number of steps."""
+    """{kind: work}. most: the largest number of steps."""
     plain, middle, rng = Guidance.cfg(SCALE), 3 * most // 5, torch.Generator().manual_seed(0)
     counts = torch.randint(most // 5, most + 1, (jobs,), generator=rng).tolist()
     scores = []
@@ -87,7 +87,7 @@ def works(sampler: Sampler, jobs: int, most: int) -> dict[str, Work]:
 
 
 class Case:
-    """One sampler, and the work that it is given for so many jobs."""
+    """One sampler, the prompts of `jobs` jobs, encoded, and the peers that sample them."""
 
     def __init__(self, sampler: Sampler, jobs: int):
         self.sampler, size = sampler, sampler.size()
@@ -116,12 +116,12 @@ class Case:
         return {made.sample.key: made.latents for engine, group in engines for made in engine.run(group)}
 
     def plain(self, work: Work) -> dict[int, Tensor]:
-        """By diffusers' pipeline, which knows plain guidance only: jobs of the same number of steps together."""
+        """The latents by diffusers' pipeline, under plain guidance only. Jobs with the same number of steps share a batch."""
         alike = sorted(((i, steps) for i, (steps, _) in enumerate(work)), key=itemgetter(1))
         return dict(looped(self.sampler.pipe, alike, SCALE, output_type="latent"))
 
     def peers(self, work: Work, loop: bool) -> dict[str, Callable[[], dict[int, Tensor]]]:
-        """loop: also diffusers' own."""
+        """{name: call}. loop: include the loop over diffusers' pipeline."""
         found: dict[str, Callable[[], dict[int, Tensor]]] = {
             "static batches": partial(self.static, work, False),
             "static batches, shrinking": partial(self.static, work, True),
@@ -131,7 +131,7 @@ class Case:
 
 
 def engine(device: torch.device, preset: str) -> Iterator[Row]:
-    """Rows in images a second, with the network's calls where they are counted; then memory, and how busy the network is."""
+    """Rows in images a second, with the stand-in's network calls; then overhead, the network's share, Ray's scaling, memory."""
     pipe = pipeline("tiny", torch.float32, device)
     pipe.scheduler = make_scheduler("dpmsolver++", pipe.scheduler)
     waiting, real = stand_in(pipe, seconds=SECONDS), Sampler.from_pipeline(pipe)
@@ -160,7 +160,7 @@ def engine(device: torch.device, preset: str) -> Iterator[Row]:
 
 
 def agree(first: dict[int, Tensor], *others: dict[int, Tensor]) -> None:
-    """Raises RuntimeError unless all have made the same latents."""
+    """Raise RuntimeError unless the latents of all peers agree: a relative distance of at most 1e-3 for each job."""
     for other in others:
         apart = max(((other[i] - x).norm() / x.norm()).item() for i, x in first.items())
         if first.keys() != other.keys() or not apart <= 1e-3:
@@ -168,7 +168,7 @@ def agree(first: dict[int, Tensor], *others: dict[int, Tensor]) -> None:
 
 
 def overhead(sampler: Sampler, device: torch.device, rounds: int, jobs: int, steps: int) -> Row:
-    """What a sample costs beside its network, which answers at once."""
+    """The row of the time for a sample outside its network, which returns at once."""
     call = partial(Case(sampler, jobs).in_flight, [(steps, Guidance.cfg(SCALE))] * jobs)
     call()
     times = interleaved({"in-flight": call}, device, rounds)["in-flight"]
@@ -192,7 +192,7 @@ def scaling(workers: Sequence[int] = (1, 2, 4), steps: int = 10) -> Iterator[Row
         run = RayExecutor(
             Plans(worker(), Recipe(Guidance.cfg(SCALE), steps), "tiny"), SLOTS, Files(), Placement(SLOTS, worker, count)
         )
-        sum(1 for _ in run.made(iter(jobs[: count * blocks * SLOTS]), Stop()))  # until every worker is there
+        sum(1 for _ in run.made(iter(jobs[: count * blocks * SLOTS]), Stop()))  # starts every worker
         start = time.perf_counter()
         rates.append(sum(1 for _ in run.made(iter(jobs), Stop())) / (time.perf_counter() - start))
         run.close()
@@ -202,13 +202,13 @@ def scaling(workers: Sequence[int] = (1, 2, 4), steps: int = 10) -> Iterator[Row
 
 
 def worker() -> Sampler:
-    """What one of Ray's samples with."""
+    """The sampler of one of Ray's workers."""
     torch.set_num_threads(1)
     return stand_in(pipeline("tiny", torch.float32, torch.device("cpu")), seconds=SECONDS)
 
 
 def busy(sampler: Sampler, slots: int, jobs: int, steps: int) -> Row:
-    """The share of a run's time in which the network runs, prompts to PNG, on the small pipeline: start and end included."""
+    """The row of the share of a whole run's time, from prompts to PNG, in which the small pipeline's network runs."""
     network, spent = sampler.model.network, [0.0]
 
     def timed(*given: Any, **named: Any) -> PromptedNetwork:
@@ -237,7 +237,7 @@ def _clocked(call: Callable[..., object], spent: list[float]) -> Callable[..., o
 
 
 def memory(count: int) -> Row:
-    """Peak memory of a process that makes `count` images with the stand-in, into Parquet."""
+    """The row of the peak memory of a process that makes `count` images with the stand-in and writes them as Parquet."""
     done = subprocess.run([sys.executable, "-m", __name__, str(count)], capture_output=True, text=True, check=True)
     what = {"bench": "engine", "what": f"stand-in, {count:,} prompts", "peer": "in-flight"}
     return {**what, "unit": "MB at most", "median": float(done.stdout.split()[-1])}

@@ -1,4 +1,4 @@
-"""Whole images a second, and the share of the device's measured matrix product rate that the network's FLOPs come to."""
+"""Images a second, and utilisation: the network's FLOPs a second over the device's measured rate of matrix products."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ METHODS = {
     "delayed, first minimum": Guidance.delayed(SCALE, until=FirstMinimum()),
 }
 BASELINE = "diffusers"
-SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices whose product is the measure of a device
-TOLERANCE = {torch.float32: 1.0, torch.bfloat16: 4.0, torch.float16: 2.0}  # of 255, largest in float32, else on average
+SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices whose product measures a device's rate
+TOLERANCE = {torch.float32: 1.0, torch.bfloat16: 4.0, torch.float16: 2.0}  # of `difference`, in 255ths
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model: its steps and batches, how often each peer is timed, and which of the WAYS."""
+    """One model: its dtype, steps and batches, how often each peer is timed, and the key of WAYS."""
 
     model: str
     dtype: torch.dtype
@@ -57,7 +57,7 @@ CASES = {
     ),
     "quick": (Case("sd15", torch.float16, 20, (1, 4, 16), 3, "quick"),),
 }
-# (name, keyword arguments of the sampler, methods); the methods are timed where they are cheapest and plainest.
+# (name, keyword arguments of the sampler, methods). All methods are timed only in the cheapest and in the plainest way.
 WAYS = {
     "cpu": (("ours", {}, tuple(METHODS)), ("ours, compiled", {"compile": True}, ("cfg", "delayed, t <= 500"))),
     "cuda": (
@@ -74,7 +74,7 @@ WAYS = {
 }
 
 
-Peer = tuple[str, Callable[[], np.ndarray]]  # a method, and a way to its images
+Peer = tuple[str, Callable[[], np.ndarray]]  # (name of the method, a call that returns its images)
 
 
 class Bench:
@@ -129,7 +129,7 @@ class Bench:
         return found
 
     def flops(self) -> dict[str, float]:
-        """What the network needs for one image of each method."""
+        """{method: FLOPs of the network for one image}."""
         model = adapt(self.pipe)
         network = model.network(model.encode(self.prompts[:1], self.size, self.size))
         latents = torch.randn((1, *model.shape(self.size, self.size))).to(self.device, self.case.dtype)
@@ -144,7 +144,7 @@ class Bench:
 
 
 def twin(pipe: Any) -> Any:
-    """The same pipeline with a UNet of its own, to be compiled or laid out differently."""
+    """A copy of the pipeline with its own copy of the UNet, which may be compiled or change its memory format."""
     other = copy.copy(pipe)
     other.unet = copy.deepcopy(pipe.unet)
     return other
@@ -159,19 +159,19 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def difference(found: np.ndarray, expected: np.ndarray, dtype: torch.dtype) -> float:
-    """In 255ths of full contrast: the largest in float32; the mean in half precision, where roundings grow over the steps.
+    """The difference of images in 255ths: the largest in float32; the mean in half precision, where rounding errors grow.
 
-    Random networks make pale images, and there a difference counts for as much more.
+    Random networks make pale images: their differences are scaled up to full contrast.
     """
     apart = 255 * np.abs(found.astype(np.float64) - expected) / min(1.0, 4 * float(expected.std()))
     return float(apart.max() if dtype == torch.float32 else apart.mean())
 
 
 def images(device: torch.device, preset: str) -> Iterator[Row]:
-    """Rows in images a second. utilisation counts the UNet's FLOPs, each method's own.
+    """Rows in images a second. utilisation is computed from the UNet's FLOPs under each method.
 
-    Every peer's images are checked, plain guidance against diffusers', other methods against the plain loop: within
-    TOLERANCE, and nearer to their own method's than to another's. One that differs gets no ratio.
+    The images of plain guidance are compared with diffusers', those of other methods with the `published` loop's. They must be
+    within TOLERANCE, and nearer to their own method's images than to another's; otherwise the peer gets no ratio.
     """
     for case in CASES[preset]:
         pipe = pipeline(case.model, case.dtype, device)

@@ -1,6 +1,6 @@
-"""The launch after the network, against the chain of operators it replaces and a copy of the same bytes.
+"""Time the launch after the network beside the chain of operators that it replaces and a copy of the same bytes.
 
-Imports torch and basinescape.kernels alone.
+Imports only torch and basinescape.kernels.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ..tables import Row
 from .timing import interleaved, summary
 
 SIZES = {"SD": (4, 64, 64), "SDXL": (4, 128, 128), "SD3": (16, 128, 128), "video": (16, 21, 60, 104)}
-STEPS = 100_000  # more than anything here takes
+STEPS = 100_000  # more than any peer takes
 BEFORE, AFTER = -2.0, 7.5
-A, B, P, Q = 0.5, 0.25, 0.125, 0.0625  # contracting, so that a state can be stepped without end
+A, B, P, Q = 0.5, 0.25, 0.125, 0.0625  # contracting, so that any number of steps stays finite
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 BASELINE = "eager chain"
 REPEATS = 20
@@ -33,7 +33,7 @@ REPEATS = 20
 @dataclass(frozen=True)
 class Cases:
     """What is timed: names in SIZES, batches, dtypes; each peer for `least` seconds in each of `rounds` rounds. compiled: the
-    sizes at which the chain is compiled, too, which takes long."""
+    sizes at which the compiled chain is timed, too; compiling takes long."""
 
     sizes: tuple[str, ...]
     batches: tuple[int, ...]
@@ -52,7 +52,7 @@ CASES = {
 
 @dataclass
 class Work:
-    """One piece of work: what its peers do (equal work, results returned), and the bytes it has to move."""
+    """Peers that do equal work and return its results, and the bytes that the work must move."""
 
     peers: dict[str, Callable[[], Any]]
     moved: int
@@ -61,7 +61,7 @@ class Work:
 def chain(
     prediction: Tensor, latents: Tensor, history: Tensor, recent: Tensor, k: Tensor, transition: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A step as a loop of PyTorch operators takes it, with numbers of the host where a loop has them.
+    """A step as a chain of PyTorch operators. As in a usual loop, coefficients and weights are numbers on the host.
 
     Returns the network's next input, the history, the noise gap and the transition.
     """
@@ -77,7 +77,7 @@ def chain(
 
 
 def guide_chain(prediction: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Guidance and noise gap as operators."""
+    """Guidance and noise gap as PyTorch operators."""
     uncond, cond = prediction.chunk(2)
     difference = cond - uncond
     gap = torch.linalg.vector_norm(difference.flatten(1), dim=1, dtype=torch.float32)
@@ -85,20 +85,20 @@ def guide_chain(prediction: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compiled(call: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """`call` by torch.compile at its best for one shape."""
+    """`call`, compiled by torch.compile with the fastest options for one shape."""
     torch._dynamo.reset()
     mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else None
     return torch.compile(call, fullgraph=True, dynamic=False, mode=mode)
 
 
 def step_work(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, compiles: bool = True) -> Work:
-    """A step of a two-step solver in which every sample looks for its first minimum. compiles: the chain compiled, too."""
+    """A step of a two-step solver in which every sample tests for its first minimum. compiles: include the compiled chain."""
     batch = shape[0]
     prediction, noise = _predictions(shape, dtype, device)
     table = table_of(STEPS, device)
     state = State.empty(shape, STEPS, dtype, device, multistep=True, scaled=False).start(noise, table)
     uncond, cond = prediction.chunk(2)
-    # A minimum at the step before for every other sample, so that both weights are used.
+    # Every second sample has a minimum at the step before, so that both weights are used.
     recent = torch.tensor([[2e9, 1e9], [2e9, 1.0]], device=device).repeat(batch, 1)[:batch]
     state.transition.row.fill_(2)
     state.transition.gaps[:, :2] = recent
@@ -125,7 +125,7 @@ def _beside(
     device: torch.device,
     compiles: bool,
 ) -> Work:
-    """The work with its peers: the chain, the chain compiled, and a copy."""
+    """The work of `ours` with its other peers: the chain, the compiled chain if it `compiles`, and a copy."""
     peers: dict[str, Callable[[], Any]] = {**ours, BASELINE: partial(chain, *operands)}
     if compiles:
         peers["compiled chain"] = partial(compiled(chain, device), *operands)
@@ -133,7 +133,7 @@ def _beside(
 
 
 def table_of(steps: int, device: torch.device) -> Tensor:
-    """Every step the same: each may show the first minimum."""
+    """A step table of equal rows, each of which may show the first minimum."""
     columns = torch.zeros((len(Column), steps))
     columns[: Column.TIMESTEP + 1] = torch.tensor([BEFORE, AFTER, A, B, P, Q, 1.0, 500.0])[:, None]
     columns[Column.STEP] = torch.arange(steps)
@@ -163,19 +163,19 @@ def _predictions(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
 
 
 def _copy(moved: int, device: torch.device) -> Callable[[], Tensor]:
-    """Reads half of the bytes and writes as many."""
+    """A call that reads half of the bytes and writes the other half."""
     source, target = torch.zeros((2, moved // 2), dtype=torch.uint8, device=device)
     return lambda: target.copy_(source)
 
 
 def difference(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
-    """The largest of the distances of the results of two peers, each relative to its size."""
+    """The largest relative distance (in the L2 norm) between corresponding results of two peers."""
     pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
     return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
 
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:
-    """REPEATS calls as one CUDA graph: what the device needs, without the host."""
+    """REPEATS calls as one CUDA graph, which shows the device's time without the host's."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(REPEATS):
@@ -185,9 +185,9 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
 
 @torch.inference_mode()
 def kernel(device: torch.device, preset: str) -> Iterator[Row]:
-    """Rows in microseconds. bytes are those the work must move; share is of the copy's bandwidth in the same case.
+    """Rows in microseconds. GB/s counts the bytes that the work must move; share is of the copy's bandwidth in the same case.
 
-    A peer whose results are not the eager chain's gets no ratio. Raises RuntimeError where Triton interprets.
+    A peer whose results differ from the eager chain's gets no ratio. Raises RuntimeError if kernels run in the interpreter.
     """
     if backend(device) == "triton-interpreter":
         raise RuntimeError("kernels are interpreted here, which is no measure of speed: unset TRITON_INTERPRET")

@@ -1,6 +1,6 @@
-"""A loop in the manner of the published scripts: one image at a time, values read back by the host in every step.
+"""A loop in the style of the published scripts: one image at a time, and the host reads values back in every step.
 
-Written from the method's definitions, so it is also what every guidance method's images are checked against.
+It is written from the definitions of the methods, so the images of every guidance method are also checked against it.
 """
 
 from __future__ import annotations

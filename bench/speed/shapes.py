@@ -1,6 +1,6 @@
-"""Pipelines to time: the one that ships, and the public shapes of SD 1.5 and SDXL base with random weights.
+"""Pipelines to time: those that ship, and the public shapes of SD 1.5 and SDXL base with random weights.
 
-Speed does not depend on the values. Text embeddings are random too, so no text encoder is needed.
+Speed does not depend on the values. Text embeddings are random, too, so no text encoder is needed.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _random(name: str, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def _projection(width: int) -> CLIPTextModelWithProjection:
-    """A text encoder whose one use is that its configuration is asked for the width of what it would return."""
+    """A small text encoder that never runs: the pipeline only reads the projection's `width` from its configuration."""
     small: dict[str, Any] = {
         "vocab_size": 8,
         "hidden_size": 8,
@@ -107,7 +107,7 @@ def _projection(width: int) -> CLIPTextModelWithProjection:
 
 
 class _Embeddings:
-    """Stands for a pipeline's `encode_prompt`: random embeddings, the same for the same position."""
+    """Replaces a pipeline's `encode_prompt`: random embeddings, the same for all prompts and calls; cond and uncond differ."""
 
     def __init__(self, width: int, pooled: int | None, dtype: torch.dtype, device: torch.device):
         self.width, self.pooled, self.like = width, pooled, SimpleNamespace(dtype=dtype, device=device)

@@ -1,6 +1,6 @@
-"""A stand-in for a model: the small pipeline with a network that only waits, so that what is left is the work of the loop.
+"""A stand-in for a model: the small pipeline with a network that only waits, so that only the loop has work to do.
 
-Its arithmetic is exact per element: an image has the same bits in every batch.
+Its arithmetic is exact for each element, so an image has the same bits in every batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class StandIn:
-    """A `Model` around another, of which it keeps all but the work. seconds: of a call of the network, whatever its batch."""
+    """A `Model` around another, without its work. seconds: the time of a call of the network, for a batch of any size."""
 
     def __init__(self, model: Model, seconds: float = 0.0):
         self._model, self.seconds, self.calls = model, seconds, 0
@@ -58,6 +58,6 @@ class StandIn:
 def stand_in(pipe: Any, scheduler: str = "dpmsolver++", seconds: float = 0.0) -> Sampler:
     """A sampler of `pipe` without the work of its model."""
     sampler = Sampler.from_pipeline(pipe, scheduler)
-    model: Any = StandIn(sampler.model, seconds)  # a model by what it answers
+    model: Any = StandIn(sampler.model, seconds)  # has the methods of a `Model`
     sampler.model = model
     return sampler

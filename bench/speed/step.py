@@ -1,4 +1,4 @@
-"""What a step takes outside the network: the network returns at once, and the rest is timed and counted."""
+"""The cost of a step outside the network. The network is a stub that returns at once, and the rest is timed and counted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .traffic import moved
 
 SCALE = 7.5
 BASELINE = "diffusers"
-SHORT, LONG = 10, 910  # steps; the difference leaves out what a call does once, which varies by milliseconds
+SHORT, LONG = 10, 910  # steps; the difference of their times excludes the work done once a call, which varies by milliseconds
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}
 READ = "aten::_local_scalar_dense"
 LAUNCH = re.compile(r"cud?a?(Launch\w*Kernel|GraphLaunch|Mem(cpy|set)\w*Async)")
@@ -35,8 +35,8 @@ WAIT = re.compile(r"cud?a?(Stream|Device|Event|Ctx)Synchronize")
 
 @dataclass(frozen=True)
 class Cases:
-    """Schedulers, models, each at a number of pixels a side, and batches of the comparison; batches and steps of the table of
-    cost."""
+    """The cases to time. models: (name, pixels a side). cost_batches, cost_steps: of the table of cost. schedulers, batches: of
+    the comparison."""
 
     schedulers: tuple[str, ...]
     models: tuple[tuple[str, int], ...]
@@ -56,7 +56,7 @@ CASES = {
 
 @contextmanager
 def stubbed(pipe: Any) -> Iterator[None]:
-    """Let UNet and text encoder return the same tensor in every call, the two halves of the UNet's different."""
+    """In this context, UNet and text encoder return the same tensor in every call. The two halves of the UNet's differ."""
     kept: dict[torch.Size, Tensor] = {}
 
     def predict(sample: Tensor, *_: object, **__: object) -> tuple[Tensor]:
@@ -79,7 +79,7 @@ def stubbed(pipe: Any) -> Iterator[None]:
 
 
 def peers(pipe: Any, scheduler: str, height: int, batch: int) -> dict[str, tuple[Callable[[int], Tensor], Guidance]]:
-    """Each takes a number of steps, samples the whole batch and returns the latents."""
+    """{name: (call, guidance)}. A call takes a number of steps, samples the whole batch and returns the latents."""
     cfg, first = Guidance.cfg(SCALE), Guidance.delayed(SCALE, until=FirstMinimum())
     prompts, seeds = ["a picture of a cat"] * batch, list(range(batch))
     pipe.scheduler = make_scheduler(scheduler, pipe.scheduler)
@@ -112,9 +112,9 @@ def peers(pipe: Any, scheduler: str, height: int, batch: int) -> dict[str, tuple
 
 
 def counts(call: Callable[[int], object], device: torch.device) -> dict[str, float]:
-    """Of one step, once all that is made once is made: operators, reads by the host and, on a GPU, launches and waits.
+    """Counts for one step, without what a call does once: operators, reads by the host and, on a GPU, launches and waits.
 
-    On a CPU, too, the bytes that operators read and write.
+    On a CPU also the bytes that operators read and write.
     """
     for steps in (SHORT, LONG):
         call(steps)
@@ -125,7 +125,7 @@ def counts(call: Callable[[int], object], device: torch.device) -> dict[str, flo
 
 
 def _counted(call: Callable[[int], object], steps: int, device: torch.device) -> Counter[str]:
-    """Operators called by others than operators; launches and waits by the names of the runtime's own functions."""
+    """Counts for a call. Operators called by operators are left out; launches and waits are found by the runtime's names."""
     found = Counter(dict.fromkeys(("operators", "reads", *(("launches", "waits") if device.type == "cuda" else ())), 0))
     for event in profiled(partial(call, steps), device):
         inner = event.cpu_parent is not None and event.cpu_parent.name.startswith("aten::")
@@ -138,9 +138,9 @@ def _counted(call: Callable[[int], object], steps: int, device: torch.device) ->
 
 
 def step(device: torch.device, preset: str) -> Iterator[Row]:
-    """Rows in microseconds a step and batch: the comparison, what a step consists of, and the table of cost.
+    """Rows in microseconds for one step of a batch: the comparison, the counts of a step, and the table of cost.
 
-    A peer of plain guidance whose latents are not diffusers' gets no ratio.
+    A peer of plain guidance whose latents differ from diffusers' gets no ratio.
     """
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     cases = CASES[preset]
@@ -186,7 +186,7 @@ def _compared(
 
 @torch.inference_mode()
 def _cost(pipe: Any, height: int, cases: Cases) -> Iterator[Row]:
-    """Microseconds of the whole loop; ratio: to it from the fitted (a + b * batch) + steps * (c + d * batch)."""
+    """Rows in microseconds for the whole loop. ratio: the fitted (a + b * batch) + steps * (c + d * batch) over the median."""
     device = pipe.device
     sampler = Sampler.from_pipeline(pipe)
     shape = sampler.model.shape(height, height)
@@ -220,7 +220,7 @@ def _loop(network: PromptedNetwork, plan: StepTable, noise: Tensor) -> Callable[
 
 
 def _fit(medians: dict[tuple[int, int], float]) -> dict[tuple[int, int], float]:
-    """The bilinear function nearest to `medians`, (batch, steps) -> time, in relative error."""
+    """{(batch, steps): time} of the bilinear function that fits `medians` with the least relative error."""
     terms = torch.tensor([[1, batch, steps, steps * batch] for batch, steps in medians], dtype=torch.float64)
     found = torch.tensor(list(medians.values()), dtype=torch.float64)
     solution = torch.linalg.lstsq(terms / found[:, None], torch.ones_like(found)[:, None]).solution

@@ -1,4 +1,4 @@
-"""The launch and the loop under pytest-benchmark: python -m pytest bench/speed/test_speed.py. Not part of the tests."""
+"""Time the launch and the loop with pytest-benchmark: python -m pytest bench/speed/test_speed.py. Not part of the tests."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Peers timed round robin, what the profiler sees of a call, and rows of what came out. Needs torch alone."""
+"""Time peers in turns, profile a call, and summarise times as rows. Needs torch only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Peer = TypeVar("Peer")
 
 
 def seconds(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
-    """What one of `calls` calls takes from the first to the last kernel: CUDA events on a GPU, a clock elsewhere."""
+    """The mean time of `calls` calls: from the first to the last kernel by CUDA events on a GPU, by a clock elsewhere."""
     if device.type != "cuda":
         began = time.perf_counter()
         for _ in range(calls):
@@ -36,9 +36,9 @@ def seconds(call: Callable[[], object], device: torch.device, calls: int = 1) ->
 def interleaved(
     peers: Mapping[Peer, Callable[[], object]], device: torch.device, rounds: int, least: float = 0.0
 ) -> dict[Peer, list[float]]:
-    """Seconds of each peer in each round, one after another in every round; a peer is repeated for `least` seconds.
+    """{peer: seconds of a call in each round}. A round times the peers one after another, each for about `least` seconds.
 
-    Everything was called before, so that nothing is compiled here.
+    Call every peer once before, so that no compilation is timed.
     """
     calls = {name: max(1, round(least / max(seconds(call, device), 1e-9))) for name, call in peers.items()}
     times: dict[Peer, list[float]] = {name: [] for name in peers}
@@ -49,7 +49,7 @@ def interleaved(
 
 
 def profiled(call: Callable[[], object], device: torch.device) -> Sequence[Any]:
-    """What the profiler sees of a call: operators, functions of CUDA's and, on a GPU, what runs there."""
+    """The profiler's events of a call: operators and, on a GPU, functions of CUDA and kernels."""
     cuda = device.type == "cuda"
     with profiler.profile(use_device="cuda" if cuda else None, use_kineto=cuda) as profile:
         call()
@@ -69,5 +69,5 @@ def summary(times: Sequence[float], baseline: Sequence[float] | None) -> Row:
 
 
 def taken(device: torch.device) -> Row:
-    """Where and when figures were taken."""
+    """Where and when figures were taken: device, versions, number of threads, date."""
     return {**environment(device), "threads": torch.get_num_threads(), "date": time.strftime("%Y-%m-%d")}

@@ -1,4 +1,4 @@
-"""How much memory the operators of a call read and write."""
+"""Count the bytes that the operators of a call read and write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WRITTEN = ("copy_", "fill_", "normal_", "zero_")  # their first argument is writ
 
 
 class Traffic(TorchDispatchMode):
-    """Inside, `bytes` grows by what every operator is given and what it makes. Views take nothing."""
+    """In this context, `bytes` sums the sizes of every operator's arguments and results. Views count nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Traffic(TorchDispatchMode):
 
 
 def moved(call: Callable[[], object]) -> int:
-    """The bytes that a call's operators read and write, each as if nothing were in a cache."""
+    """The bytes that the operators of `call` read and write, as if nothing were cached."""
     with Traffic() as traffic:
         call()
     return traffic.bytes
