@@ -15,9 +15,9 @@ class Column(IntEnum):
     INPUT_SCALE: factor on the latents at the network's input. TIMESTEP: the timestep passed to the network.
     STEP: the solver step the row belongs to, a whole number. FIRST: 1 for the first row of its step, whose noise gap is
     recorded; 0 for the others.
-    KEEP, LIMIT and FALL are criteria; a sample leaves its basin here if one of them holds (`definition.leaves`). KEEP: the step
-    before had a local minimum of the gap, at most KEEP times the largest gap so far (minus infinity: off). LIMIT: the gap is at
-    most LIMIT (minus infinity: off; infinity: every sample leaves). FALL: the gap is below FALL times the largest one (0: off).
+    A sample leaves its basin here if KEEP, LIMIT or FALL holds (`definition.leaves`). KEEP: the step before had a local minimum
+    of the gap, at most KEEP times the largest earlier gap (minus infinity: off). LIMIT: the gap is at most LIMIT (minus
+    infinity: off; infinity: every sample leaves). FALL: the gap is below FALL times the largest earlier gap (0: off).
     WAIT: steps from there to the transition.
     FIRST_OPTION, SECOND_OPTION: options of the guidance rule (`rules.RULES`), in its own order.
     """

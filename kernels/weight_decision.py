@@ -10,7 +10,7 @@ from .table import AFTER, BEFORE, COLUMNS, FALL, FIRST, FIRST_OPTION, KEEP, LIMI
 
 @jit
 def place(table, row, last, sample):
-    """(row number, whether it is not done, pointer to that row, to the next row) of a sample; if it is done, of its last row."""
+    """(row number, whether it is not done, pointer to that row, to the next row) of a sample; if done, of its last row."""
     end, k = tl.load(last + sample), tl.load(row + sample)
     goes = k <= end
     k = tl.minimum(k, end)
