@@ -21,13 +21,12 @@ from ..detection.verdict import Verdict
 from ..guidance.guidance import Guidance, never_came
 from ..kernels.state import per_sample
 from .escape import Escape, judge
-from .known_pipelines import KnownPipeline, network_of
+from .known_pipelines import OFF, KnownPipeline, network_of
 from .network_call import NetworkCall, seen, sign_of, stacked
 from .scheduler_steps import steps_taken
 
 log = logging.getLogger(__name__)
 ON = 2.0  # a scale at which every pipeline asks for both predictions; it multiplies zero
-OFF = 1.0  # the largest at which a pipeline asks for one
 SEEDS = 2**63 - 1
 
 
@@ -153,7 +152,7 @@ class PipelineCall:
         followed = [_with_its_rule(one, known, given) for one in ([guidance] if isinstance(guidance, Guidance) else guidance)]
         self._per_token = given[known.per_token] if isinstance(known.per_token, str) else known.per_token
         changes: dict[str, Any] = {"guidance_rescale": 0.0}
-        if not given[known.scale] > OFF:
+        if not known.weight(given[known.scale]) > OFF:
             changes[known.scale] = ON
         if known.capped and given[known.capped]:
             changes[known.capped] = False
@@ -184,12 +183,12 @@ class PipelineCall:
         """Guidance that a callback has cut off stays off. Raises ValueError for another scale."""
         given = self.arguments[self.known.scale]
         scale = vars(self.pipe).get("_" + self.known.scale, given)
-        if OFF < scale != given:
+        if OFF < self.known.weight(scale) != self.known.weight(given):
             raise ValueError(
                 f"callback_on_step_end has set {self.known.scale} to {scale!r}, which escape cannot follow: guidance that "
                 "varies over time is Guidance's shape and interval"
             )
-        self._cut_off |= scale <= OFF
+        self._cut_off |= self.known.weight(scale) <= OFF
 
     def _predicted(self, call: NetworkCall, output: Any) -> Any:
         """What the pipeline gets in the place of a network's output."""

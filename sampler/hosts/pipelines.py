@@ -23,7 +23,7 @@ from ..detection.verdict import Verdict
 from ..guidance.guard import PROBES, THRESHOLD, Guard
 from ..guidance.guidance import Guidance
 from .escape import Escape, each
-from .known_pipelines import KnownPipeline, known_pipeline
+from .known_pipelines import OFF, KnownPipeline, known_pipeline
 from .pipeline_call import PipelineCall
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 def escape(pipe: DiffusionPipeline, guidance: Guidance | Guard | Sequence[Guidance]) -> EscapeRun:
     """From here on every call of `pipe` is guided by `guidance`: to the end of `with escape(...) as run:`, or to `run.leave()`.
 
-    guidance: of all samples, or a list of one a sample, all of one rule; or a guard. Its scale counts, not that in the call.
+    guidance: of all samples, or a list of one a sample, all of one rule; or a guard. Its scale counts, not that in the call:
+              the log says so, once for each, where a call gives another. The call's may be left out.
 
     The call's `guidance_rescale` is followed, and a pipeline's own renormalisation for weights above 1. Steps count from the
     first that is taken (image to image takes the later ones of a schedule). Guidance that a callback cuts off stays off. Where
@@ -75,6 +76,7 @@ class EscapeRun:
     def __init__(self, pipe: DiffusionPipeline, known: KnownPipeline, guidance: Guidance | Guard | Sequence[Guidance]):
         self._pipe, self._known_pipeline, self._host = pipe, known, type(pipe)
         self._guidance = guidance if isinstance(guidance, (Guidance, Guard)) else list(guidance)
+        self._told: set[str] = set()  # of the calls' own scales
         self._forget()
         scales = {f"_{name}" for name in (known.scale, known.capped, "guidance_rescale")}
         self._before = {name: value for name, value in vars(pipe).items() if name in scales}
@@ -84,6 +86,7 @@ class EscapeRun:
             if own is not pipe:
                 raise ValueError("pipe is a copy of one inside escape: copy it outside, and guide the copy by itself")
             bound = inspect.signature(self._host.__call__).bind(own, *given, **named)
+            self._tell_scale(bound.arguments.get(known.scale))
             bound.apply_defaults()
             return self._run(bound.arguments)
 
@@ -176,6 +179,20 @@ class EscapeRun:
         found = torch.stack([getattr(state, name) for state in self._known(name)])
         taken = torch.zeros(found.shape[1], dtype=torch.int64) if self._taken is None else self._taken
         return found[taken.to(found.device), torch.arange(found.shape[1], device=found.device)]
+
+    def _tell_scale(self, given: float | None) -> None:
+        """Log that a scale given in the call does not count, where the guidance has another."""
+        guided = self._guidance if isinstance(self._guidance, list) else [self._guidance]
+        scales = dict.fromkeys(one.scale for one in guided)
+        if given is None or scales.keys() == {weight := self._known_pipeline.weight(given)}:
+            return
+        named = f"{self._known_pipeline.scale}={given:g} in the call of {self._host.__name__}"
+        means = "switches guidance off" if weight <= OFF else f"is weight {weight:g}" if weight != given else ""
+        line = f"{named}{means and f' {means} there, and'} does not count: the guidance's own scale does, "
+        line += ", ".join(f"{scale:g}" for scale in scales)
+        if line not in self._told:
+            self._told.add(line)
+            log.warning(line)
 
     def _run(self, arguments: Mapping[str, Any]) -> Any:
         """A call of the pipeline, or as many as a guard asks for."""

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from basinescape import At, FirstMinimum, Guidance, escape
-from components import PIPELINES, build, call, prompts, stable_diffusion
+from components import PIPELINES, WORDS, build, call, prompts, stable_diffusion
 from diffusers import DDIMPipeline, StableDiffusion3Pipeline, WanTransformer3DModel
 from PIL import Image
 from rounding import close
+from smallguards import FAILS, PASSES
+from smallguards import delays as guard
 
 FOUR = Guidance.cfg(4.0)
 PICTURE = Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8))
@@ -33,6 +35,41 @@ def test_plain_cfg_is_the_pipelines_own(doubles, name):
     assert close(found, stock) if PIPELINES[name].shift else torch.equal(found, stock)
     assert run.transition_step.tolist() == [0, 0] and run.calls == 3 and run.noise_gap.isfinite().all()
     assert torch.equal(call(name, pipe, 4.0), stock)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_scale_in_the_call_that_does_not_count_is_said_once(doubles, caplog, name):
+    """Not one that is left out, nor one that means what the guidance says; images are the guidance's in each case."""
+    pipe, own = doubles(name), PIPELINES[name].scale
+    off, stock = (call(name, pipe, weight) for weight in (1.0, 4.0))
+    caplog.clear()
+    with escape(pipe, FOUR):
+        expected = call(name, pipe, None)
+        assert close(expected, stock) and torch.equal(call(name, pipe, 4.0), expected) and not caplog.messages
+        for weight in (7.0, 7.0, 1.0, 0.0):
+            assert torch.equal(call(name, pipe, weight), expected)
+    told = [message for message in caplog.messages if own in message]
+    assert len(told) == 3 and all("the guidance's own scale does, 4" in message for message in told)
+    assert ["switches guidance off" in message for message in told] == [False, True, True]
+    caplog.clear()
+    with escape(pipe, Guidance.cfg(1.0)):  # what the pipeline does where guidance is off
+        assert close(call(name, pipe, 1.0), off) and not caplog.messages
+        call(name, pipe, 4.0)
+    assert f"{own}={4.0 - PIPELINES[name].shift:g} in the call of {name}" in caplog.text
+
+
+def test_a_scale_in_the_call_is_compared_with_all_of_the_guidances(random_pipeline, caplog):
+    """Given by place as by name; of a guard once, whatever it begins again."""
+    pipe = random_pipeline("sd", 8, "epsilon")
+    with escape(pipe, [FOUR, Guidance.cfg(3.0)]):
+        stable_diffusion(pipe, 4.0)
+    assert caplog.text.count("guidance_scale=4 in the call") == 1 and "own scale does, 4, 3" in caplog.text
+    caplog.clear()
+    with escape(pipe, guard(FAILS, PASSES)) as run:
+        pipe(WORDS, None, None, 6, None, None, 4, output_type="latent")
+        assert not [message for message in caplog.messages if "guidance_scale" in message]
+        pipe(WORDS, None, None, 6, None, None, 5, output_type="latent")
+    assert run.attempts.tolist() == [2, 2] and caplog.text.count("guidance_scale=5 in the call") == 1
 
 
 @pytest.mark.parametrize("name", ["SanaPipeline", "LTXPipeline", "CogVideoXPipeline"])
