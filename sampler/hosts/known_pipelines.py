@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-
 OFF = 1.0  # the largest weight at which a pipeline asks for one prediction
 
 
@@ -44,7 +43,7 @@ class KnownPipeline:
     only: tuple[tuple[str, Any], ...] = ()
 
     def weight(self, scale: float) -> float:
-        """The weight that the pipeline guides with at this scale; 1, the conditional prediction alone, where guidance is off."""
+        """The weight that the pipeline guides with at this scale: 1, the conditional prediction alone, where it is off."""
         return max(scale + self.shift, OFF)
 
 
@@ -77,9 +76,7 @@ PIPELINES: Mapping[str, KnownPipeline] = {
     "SanaPipeline": replace(_WIDE, variance=True),
     "LTXPipeline": _WIDE,
     "CogVideoXPipeline": replace(_WIDE, only=(("use_dynamic_cfg", False),)),
-    "ZImagePipeline": replace(
-        _WIDE, cond_first=True, shift=1.0, capped="cfg_normalization", only=(("cfg_truncation", 1.0),)
-    ),
+    "ZImagePipeline": replace(_WIDE, cond_first=True, shift=1.0, capped="cfg_normalization", only=(("cfg_truncation", 1.0),)),
     "FluxPipeline": _TRUE_CFG,
     "Flux2KleinPipeline": replace(_PAIR, only=(("image", None),)),
     "QwenImagePipeline": replace(_TRUE_CFG, per_token=True),

@@ -19,6 +19,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from ..calibration.fingerprint import another_model
 from ..detection.verdict import Verdict
 from ..guidance.guard import PROBES, THRESHOLD, Guard
 from ..guidance.guidance import Guidance
@@ -42,7 +43,8 @@ def escape(pipe: DiffusionPipeline, guidance: Guidance | Guard | Sequence[Guidan
     A guard judges what the pipeline made, and calls it again for all samples while any is suspect: with the same arguments and
     the next noise of the call's generators, but without `latents`, which are the first attempt's alone. Each sample is returned
     from the attempt that it passed, else from the last. The noises that judge it are made from its generator's seed, or from 0.
-    A calibrated guard's early look is left out, since the samples of a batch go on together. Callbacks are called in each. An
+    A calibrated guard's early look is left out, since the samples of a batch go on together: the log says so, and where the
+    calibration was made on another model. Callbacks are called in each. An
     error in a later attempt does not lose what the attempts before it made: that is returned, its suspect samples stay marked,
     the log says so, and `run.error` holds the error.
 
@@ -63,7 +65,20 @@ def escape(pipe: DiffusionPipeline, guidance: Guidance | Guard | Sequence[Guidan
     known = known_pipeline(pipe)
     for one in [attempt.guidance for attempt in guidance.attempts] if isinstance(guidance, Guard) else [guidance]:
         each(one)
+    if isinstance(guidance, Guard):
+        _tell_calibrated(pipe, guidance)
     return EscapeRun(pipe, known, guidance)
+
+
+def _tell_calibrated(pipe: DiffusionPipeline, guard: Guard) -> None:
+    """Log what of a guard's calibration does not hold in this pipeline."""
+    if guard.early is not None:
+        log.warning(
+            "the guard's early look is left out: in a pipeline the samples of a batch go on together, so that none is given up "
+            "before it is finished; Sampler has it"
+        )
+    if other := another_model(guard.model or {}, pipe):
+        log.warning(other)
 
 
 class _Escaping:

@@ -155,12 +155,12 @@ def test_a_transition_that_never_came_is_said(random_pipeline, caplog):
     pipe = random_pipeline("sd", 8, "epsilon")
     never = Guidance.delayed(4.0, until=FirstMinimum(drop=0.99))
     with caplog.at_level(logging.WARNING, "basinescape"), escape(pipe, [never, FOUR]) as run:
-        stable_diffusion(pipe)
+        stable_diffusion(pipe, 4.0)
     assert run.transition_step.tolist() == [-1, 0]
     assert [line for line in caplog.messages if "1 of 2 samples had no transition in 6 steps" in line]
     caplog.clear()
     with escape(pipe, FOUR):
-        stable_diffusion(pipe)
+        stable_diffusion(pipe, 4.0)
     assert not caplog.messages
 
 
