@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from ..kernels.state import per_sample
 from .escape import Escape, judge
 from .known_pipelines import OFF, KnownPipeline, network_of
 from .network_call import NetworkCall, seen, sign_of, stacked
-from .scheduler_steps import steps_taken
+from .scheduler_steps import stepping, steps_taken
 
 log = logging.getLogger(__name__)
 ON = 2.0  # a scale at which every pipeline asks for both predictions; it multiplies zero
@@ -78,7 +76,7 @@ class PipelineCall:
         with ExitStack() as stack:
             for network in (network for network in networks if network is not None):
                 stack.enter_context(seen(network, self._predicted))
-            stack.enter_context(_stepping(self.scheduler, self._step))
+            stack.enter_context(stepping(self.scheduler, self._step))
             try:
                 made = method(*bound.args, **bound.kwargs)
             finally:
@@ -180,7 +178,13 @@ class PipelineCall:
         self.arguments[name], self.arguments[wanted] = after, list(dict.fromkeys(["latents", *inputs]))
 
     def _follow_scale(self) -> None:
-        """Guidance that a callback has cut off stays off. Raises ValueError for another scale."""
+        """Guidance that a callback has cut off stays off. Raises ValueError for another scale, or another way to use it."""
+        for name in ("guidance_rescale", self.known.capped, self.known.per_token):
+            if name in self.arguments and vars(self.pipe).get(f"_{name}", self.arguments[name]) != self.arguments[name]:
+                raise ValueError(
+                    f"callback_on_step_end has set {name} to {vars(self.pipe)[f'_{name}']!r}, which escape cannot follow: give "
+                    "it in the call"
+                )
         given = self.arguments[self.known.scale]
         scale = vars(self.pipe).get("_" + self.known.scale, given)
         if OFF < self.known.weight(scale) != self.known.weight(given):
@@ -319,17 +323,3 @@ def _first_call(scheduler: Any, timestep: Any) -> int:
         return begin
     told = torch.as_tensor(timestep).flatten()[0].to(scheduler.timesteps)
     return int((scheduler.timesteps == told).nonzero()[0]) if bool((scheduler.timesteps == told).any()) else 0
-
-
-@contextmanager
-def _stepping(scheduler: Any, take: Callable[..., Any]) -> Iterator[None]:
-    """`take` gets the scheduler's step and its arguments in the place of every step."""
-    step = scheduler.step
-    own = vars(scheduler).get("step")
-    scheduler.step = functools.wraps(step)(partial(take, step))
-    try:
-        yield
-    finally:
-        del scheduler.step
-        if own is not None:
-            scheduler.step = own

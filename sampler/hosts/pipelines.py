@@ -26,6 +26,7 @@ from ..guidance.guidance import Guidance
 from .escape import Escape, each
 from .known_pipelines import OFF, KnownPipeline, known_pipeline
 from .pipeline_call import PipelineCall
+from .scheduler_steps import is_taken
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,11 @@ class EscapeRun:
         def call(own: DiffusionPipeline, *given: Any, **named: Any) -> Any:
             if own is not pipe:
                 raise ValueError("pipe is a copy of one inside escape: copy it outside, and guide the copy by itself")
+            if is_taken(pipe.scheduler):
+                raise ValueError(
+                    "pipe's scheduler is in the middle of another call inside escape, in another thread or in a callback: give "
+                    "each pipeline a scheduler of its own (their networks may be shared), or make one call after another"
+                )
             bound = inspect.signature(self._host.__call__).bind(own, *given, **named)
             self._tell_scale(bound.arguments.get(known.scale))
             bound.apply_defaults()

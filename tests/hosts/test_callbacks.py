@@ -54,6 +54,25 @@ def test_a_callback_that_sets_another_scale_is_refused(random_pipeline):
         stable_diffusion(pipe, callback_on_step_end=change)
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("LTXPipeline", "guidance_rescale"),
+        ("ZImagePipeline", "cfg_normalization"),
+    ],
+)
+def test_a_callback_that_sets_what_follows_guidance_is_refused(name, option):
+    """The pipeline would do it to predictions that are guided already, where it changes nothing."""
+
+    def change(pipe, step, timestep, given):
+        setattr(pipe, "_" + option, 0.5)
+        return given
+
+    pipe = build(name)
+    with escape(pipe, FOUR), pytest.raises(ValueError, match=rf"has set {option} to 0\.5, which escape cannot follow"):
+        call(name, pipe, callback_on_step_end=change)
+
+
 @pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "QwenImagePipeline", "WanPipeline"])
 def test_what_a_callback_returns_is_followed(name):
     """Prompts in the middle of a run, and latents at its end, which are what is judged."""
