@@ -156,7 +156,7 @@ class PipelineCall:
             changes[known.capped] = False
         self._changed = {name: (value, given[name]) for name, value in changes.items() if name in given}
         given |= {name: ours for name, (ours, _) in self._changed.items()}
-        if known.negated and all(value is None for name, value in given.items() if name.startswith("negative_prompt")):
+        if known.negated and given["negative_prompt"] is None and given["negative_prompt_embeds"] is None:
             given["negative_prompt"] = ""
         return followed[0] if isinstance(guidance, Guidance) else followed
 

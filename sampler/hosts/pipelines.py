@@ -39,7 +39,8 @@ def escape(pipe: DiffusionPipeline, guidance: Guidance | Guard | Sequence[Guidan
 
     The call's `guidance_rescale` is followed, and a pipeline's own renormalisation for weights above 1. Steps count from the
     first that is taken (image to image takes the later ones of a schedule). Guidance that a callback cuts off stays off. Where
-    the call's scale would switch guidance off, callbacks find 2 as `pipe.guidance_scale` meanwhile.
+    the call's scale would switch guidance off, callbacks find 2 as `pipe.guidance_scale` meanwhile. A pipeline that needs a
+    negative prompt for guidance is given an empty one where the call has none.
 
     A guard judges what the pipeline made, and calls it again for all samples while any is suspect: with the same arguments and
     the next noise of the call's generators, but without `latents`, which are the first attempt's alone. Each sample is returned
@@ -49,7 +50,7 @@ def escape(pipe: DiffusionPipeline, guidance: Guidance | Guard | Sequence[Guidan
     error in a later attempt does not lose what the attempts before it made: that is returned, its suspect samples stay marked,
     the log says so, and `run.error` holds the error.
 
-    The log says how many samples their transition never came for.
+    The log says how many samples their transition never came for, and that a `with` ended without a call of `pipe`.
 
     Raises ValueError for a pipeline that is not guided by two predictions, or is inside another `escape`, and for guidance that
     needs a loop of its own; when `pipe` is called, for arguments that cannot be followed and pictures that cannot be judged;
@@ -93,6 +94,7 @@ class EscapeRun:
         self._pipe, self._known_pipeline, self._host = pipe, known, type(pipe)
         self._guidance = guidance if isinstance(guidance, (Guidance, Guard)) else list(guidance)
         self._told: set[str] = set()  # of the calls' own scales
+        self._called = False
         self._forget()
         scales = {f"_{name}" for name in (known.scale, known.capped, "guidance_rescale")}
         self._before = {name: value for name, value in vars(pipe).items() if name in scales}
@@ -107,6 +109,7 @@ class EscapeRun:
                     "each pipeline a scheduler of its own (their networks may be shared), or make one call after another"
                 )
             bound = inspect.signature(self._host.__call__).bind(own, *given, **named)
+            self._called = True
             self._tell_scale(bound.arguments.get(known.scale))
             bound.apply_defaults()
             return self._run(bound.arguments)
@@ -119,8 +122,13 @@ class EscapeRun:
             raise ValueError("this run has been left, and guides nothing any more: call escape again")
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.leave()
+        if kind is None and not self._called:
+            log.warning(
+                f"this {self._host.__name__} was not called inside escape, so nothing was guided: another pipeline, even of "
+                "the same parts, needs an escape of its own"
+            )
 
     def leave(self) -> None:
         """The pipeline is what it was before `escape`; what is known of its last call stays known."""

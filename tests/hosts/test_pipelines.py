@@ -7,7 +7,7 @@ import pytest
 import torch
 from basinescape import At, FirstMinimum, Guidance, escape
 from components import PIPELINES, WORDS, build, call, prompts, stable_diffusion
-from diffusers import DDIMPipeline, StableDiffusion3Pipeline, WanTransformer3DModel
+from diffusers import DDIMPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, WanTransformer3DModel
 from PIL import Image
 from rounding import close
 from smallguards import FAILS, PASSES
@@ -170,8 +170,8 @@ def test_a_negative_prompt_is_given_where_guidance_needs_one(doubles):
     name = "FluxPipeline"
     pipe, asked, given = copy.copy(doubles(name)), [], prompts(name)
 
-    def encoded(prompt=None, prompt_embeds=None, pooled_prompt_embeds=None, **named):
-        asked.append(prompt)
+    def encoded(prompt=None, prompt_2=None, prompt_embeds=None, pooled_prompt_embeds=None, **named):
+        asked.append((prompt, prompt_2))
         if prompt_embeds is None:
             prompt_embeds, pooled_prompt_embeds = given["negative_prompt_embeds"], given["negative_pooled_prompt_embeds"]
         return prompt_embeds, pooled_prompt_embeds, torch.zeros(prompt_embeds.shape[1], 3)
@@ -179,8 +179,10 @@ def test_a_negative_prompt_is_given_where_guidance_needs_one(doubles):
     pipe.encode_prompt = encoded
     expected = call(name, pipe, 4.0)
     with escape(pipe, FOUR):
-        found = call(name, pipe, negative_prompt_embeds=None, negative_pooled_prompt_embeds=None)
-    assert torch.equal(found, expected) and asked == [None, None, None, ""]
+        for second in (None, "a dog"):  # which the pipeline takes no guidance from alone
+            none = {"negative_prompt_embeds": None, "negative_pooled_prompt_embeds": None, "negative_prompt_2": second}
+            assert torch.equal(call(name, pipe, **none), expected)
+    assert asked == [(None, None)] * 3 + [("", None), (None, None), ("", "a dog")]
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "SanaPipeline", "QwenImagePipeline", "WanPipeline"])
@@ -270,6 +272,22 @@ def test_what_would_go_unguided_in_silence_is_refused(random_pipeline):
     wrapped = Wrapping(**build("StableDiffusion3Pipeline").components)
     with pytest.raises(ValueError, match="__call__ does not name guidance_scale"):
         escape(wrapped, FOUR)
+
+
+def test_a_with_that_guides_nothing_is_said(random_pipeline, caplog):
+    """As where another pipeline is made from this one, and called."""
+    pipe, said = random_pipeline("sd", 8, "epsilon"), "was not called inside escape, so nothing was guided"
+    with escape(pipe, FOUR):
+        made = StableDiffusionPipeline.from_pipe(pipe)
+        made.set_progress_bar_config(disable=True)
+        stable_diffusion(made)
+    assert caplog.text.count(said) == 1
+    caplog.clear()
+    with pytest.raises(RuntimeError), escape(pipe, FOUR):
+        raise RuntimeError
+    with escape(pipe, FOUR):
+        stable_diffusion(pipe)
+    assert said not in caplog.text
 
 
 def copying(network, given):
