@@ -139,7 +139,13 @@ class PipelineCall:
 
     def _predict(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """(uncond, cond), (B, ...) each, for latents (B, ...): what the scheduler would be given."""
-        made = [call.repeated(latents, float(timesteps[0])) for call in self._kept]
+        own = vars(self.pipe)
+        before = {name: own[name] for name in ("_current_timestep",) if name in own}  # which diffusers' caches ask for
+        own.update(dict.fromkeys(before, timesteps[0]))
+        try:
+            made = [call.repeated(latents, float(timesteps[0])) for call in self._kept]
+        finally:
+            own.update(before)
         earlier, later = made if self.known.pair else self._halves(made[0])[:2]
         uncond, cond = (later, earlier) if self.known.cond_first else (earlier, later)
         return self._sign * uncond.reshape(latents.shape), self._sign * cond.reshape(latents.shape)

@@ -39,7 +39,8 @@ def escape(pipe: DiffusionPipeline, guidance: Guidance | Guard | Sequence[Guidan
 
     The call's `guidance_rescale` is followed, and a pipeline's own renormalisation for weights above 1. Steps count from the
     first that is taken (image to image takes the later ones of a schedule). Guidance that a callback cuts off stays off. Where
-    the call's scale would switch guidance off, callbacks find 2 as `pipe.guidance_scale` meanwhile. A pipeline that needs a
+    the call's scale would switch guidance off, callbacks find 2 as `pipe.guidance_scale` meanwhile; as `pipe.guidance_rescale`,
+    which is followed, they find 0. A pipeline that needs a
     negative prompt for guidance is given an empty one where the call has none.
 
     A guard judges what the pipeline made, and calls it again for all samples while any is suspect: with the same arguments and
@@ -211,9 +212,12 @@ class EscapeRun:
 
     def _tell_scale(self, given: float | None) -> None:
         """Log that a scale given in the call does not count, where the guidance has another."""
+        if given is None:
+            return
         guided = self._guidance if isinstance(self._guidance, list) else [self._guidance]
         scales = dict.fromkeys(one.scale for one in guided)
-        if given is None or scales.keys() == {weight := self._known_pipeline.weight(given)}:
+        given, weight = float(given), self._known_pipeline.weight(given)
+        if scales.keys() == {weight}:
             return
         named = f"{self._known_pipeline.scale}={given:g} in the call of {self._host.__name__}"
         means = "switches guidance off" if weight <= OFF else f"is weight {weight:g}" if weight != given else ""

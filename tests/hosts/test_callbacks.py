@@ -6,7 +6,7 @@ import pytest
 import torch
 from basinescape import At, FirstMinimum, Guidance, escape
 from components import PIPELINES, build, call, stable_diffusion
-from diffusers import FirstBlockCacheConfig
+from diffusers import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback, SDXLCFGCutoffCallback
 from rounding import close
 from smallguards import FAILS, PASSES
@@ -244,6 +244,25 @@ def test_a_network_that_keeps_parts_of_its_calls_judges_anew():
         call(name, pipe)
         first = run.judge().score
         assert torch.equal(run.judge().score, first) and (first - expected).abs().max() < 1
+
+
+@pytest.mark.parametrize("config", [PyramidAttentionBroadcastConfig, FasterCacheConfig])
+def test_a_cache_that_asks_for_the_timestep_does_not_change_a_verdict(config):
+    """Of the same latents: a pipeline has none between its calls, and what such a cache keeps is left out."""
+    name, ranges = "CogVideoXPipeline", {"spatial_attention_block_skip_range": 2}
+    if config is FasterCacheConfig:
+        ranges |= {"unconditional_batch_skip_range": 2, "attention_weight_callback": lambda _: 0.3, "tensor_format": "BFCHW"}
+    pipe = build(name)
+    with escape(pipe, FOUR) as run:
+        plain = call(name, pipe, steps=6)
+        uncached = run._calls[-1]
+    pipe.transformer.enable_cache(config(**ranges, current_timestep_callback=lambda: pipe.current_timestep))
+    with escape(pipe, FOUR) as run:
+        latents = call(name, pipe, steps=6)
+        found = run.judge().score
+    assert pipe.current_timestep is None and not torch.equal(latents, plain)
+    pipe.transformer.disable_cache()
+    assert torch.allclose(found, uncached.judge(0.3, 2, latents).score, atol=1e-4)
 
 
 def make_flux():

@@ -68,7 +68,7 @@ def test_a_scale_in_the_call_is_compared_with_all_of_the_guidances(random_pipeli
     with escape(pipe, guard(FAILS, PASSES)) as run:
         pipe(WORDS, None, None, 6, None, None, 4, output_type="latent")
         assert not scales_told(caplog)
-        pipe(WORDS, None, None, 6, None, None, 5, output_type="latent")
+        pipe(WORDS, None, None, 6, None, None, torch.tensor([5.0]), output_type="latent")
     assert run.attempts.tolist() == [2, 2] and len(scales_told(caplog)) == 1
 
 
