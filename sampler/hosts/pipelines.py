@@ -101,10 +101,10 @@ class EscapeRun:
         self._before = {name: value for name, value in vars(pipe).items() if name in scales}
 
         @functools.wraps(self._host.__call__)
-        def call(own: DiffusionPipeline, *given: Any, **named: Any) -> Any:
+        def call(own: Any, *given: Any, **named: Any) -> Any:
             if own is not pipe:
                 raise ValueError("pipe is a copy of one inside escape: copy it outside, and guide the copy by itself")
-            if is_taken(pipe.scheduler):
+            if is_taken(own.scheduler):
                 raise ValueError(
                     "pipe's scheduler is in the middle of another call inside escape, in another thread or in a callback: give "
                     "each pipeline a scheduler of its own (their networks may be shared), or make one call after another"
