@@ -40,22 +40,22 @@ def escape(pipe: DiffusionPipeline, guidance: Guidance | Guard | Sequence[Guidan
     The call's `guidance_rescale` is followed, and a pipeline's own renormalisation for weights above 1. Steps count from the
     first that is taken (image to image takes the later ones of a schedule). Guidance that a callback cuts off stays off. Where
     the call's scale would switch guidance off, callbacks find 2 as `pipe.guidance_scale` meanwhile; as `pipe.guidance_rescale`,
-    which is followed, they find 0. A pipeline that needs a
-    negative prompt for guidance is given an empty one where the call has none.
+    which is followed, they find 0. A pipeline that needs a negative prompt for guidance is given an empty one where the call
+    has none.
 
     A guard judges what the pipeline made, and calls it again for all samples while any is suspect: with the same arguments and
     the next noise of the call's generators, but without `latents`, which are the first attempt's alone. Each sample is returned
     from the attempt that it passed, else from the last. The noises that judge it are made from its generator's seed, or from 0.
     A calibrated guard's early look is left out, since the samples of a batch go on together: the log says so, and where the
-    calibration was made on another model. Callbacks are called in each. An
-    error in a later attempt does not lose what the attempts before it made: that is returned, its suspect samples stay marked,
-    the log says so, and `run.error` holds the error.
+    calibration was made on another model. Callbacks are called in each. An error in a later attempt does not lose what the
+    attempts before it made: that is returned, its suspect samples stay marked, the log says so, and `run.error` holds the error.
 
     The log says how many samples their transition never came for, and that a `with` ended without a call of `pipe`.
 
     Raises ValueError for a pipeline that is not guided by two predictions, or is inside another `escape`, and for guidance that
     needs a loop of its own; when `pipe` is called, for arguments that cannot be followed and pictures that cannot be judged;
-    after the first step where the pipeline did not step with the guided prediction; for a copy of `pipe` that was made in here,
+    where its scheduler is in the middle of another such call (threads may share a network, not a scheduler); after the first
+    step where the pipeline did not step with the guided prediction; for a copy of `pipe` that was made in here,
     and a run that is entered after it was left. On leaving the pipeline is what it was before, after errors too.
     """
     if not isinstance(pipe, DiffusionPipeline):
@@ -92,7 +92,8 @@ class EscapeRun:
     """A pipeline inside `escape`, and what is known of its last call: of each of B samples what its attempt came to."""
 
     def __init__(self, pipe: DiffusionPipeline, known: KnownPipeline, guidance: Guidance | Guard | Sequence[Guidance]):
-        self._pipe, self._known_pipeline, self._host = pipe, known, type(pipe)
+        self._pipe: Any = pipe
+        self._known_pipeline, self._host = known, type(pipe)
         self._guidance = guidance if isinstance(guidance, (Guidance, Guard)) else list(guidance)
         self._told: set[str] = set()  # of the calls' own scales
         self._called = False
@@ -101,10 +102,10 @@ class EscapeRun:
         self._before = {name: value for name, value in vars(pipe).items() if name in scales}
 
         @functools.wraps(self._host.__call__)
-        def call(own: Any, *given: Any, **named: Any) -> Any:
+        def call(own: DiffusionPipeline, *given: Any, **named: Any) -> Any:
             if own is not pipe:
                 raise ValueError("pipe is a copy of one inside escape: copy it outside, and guide the copy by itself")
-            if is_taken(own.scheduler):
+            if is_taken(self._pipe.scheduler):
                 raise ValueError(
                     "pipe's scheduler is in the middle of another call inside escape, in another thread or in a callback: give "
                     "each pipeline a scheduler of its own (their networks may be shared), or make one call after another"
@@ -210,19 +211,18 @@ class EscapeRun:
         taken = torch.zeros(found.shape[1], dtype=torch.int64) if self._taken is None else self._taken
         return found[taken.to(found.device), torch.arange(found.shape[1], device=found.device)]
 
-    def _tell_scale(self, given: float | None) -> None:
-        """Log that a scale given in the call does not count, where the guidance has another."""
-        if given is None:
+    def _tell_scale(self, named: float | None) -> None:
+        """Log that a scale given in the call does not count, where the guidance has another. None: left out."""
+        if named is None:
             return
+        given, weight = float(named), self._known_pipeline.weight(float(named))
         guided = self._guidance if isinstance(self._guidance, list) else [self._guidance]
         scales = dict.fromkeys(one.scale for one in guided)
-        given, weight = float(given), self._known_pipeline.weight(given)
         if scales.keys() == {weight}:
             return
-        named = f"{self._known_pipeline.scale}={given:g} in the call of {self._host.__name__}"
         means = "switches guidance off" if weight <= OFF else f"is weight {weight:g}" if weight != given else ""
-        line = f"{named}{means and f' {means} there, and'} does not count: the guidance's own scale does, "
-        line += ", ".join(f"{scale:g}" for scale in scales)
+        line = f"{self._known_pipeline.scale}={given:g} in the call of {self._host.__name__}{means and f' {means} there, and'}"
+        line += f" does not count: the guidance's own scale does, {', '.join(f'{scale:g}' for scale in scales)}"
         if line not in self._told:
             self._told.add(line)
             log.warning(line)

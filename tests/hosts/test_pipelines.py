@@ -66,7 +66,7 @@ def test_a_scale_in_the_call_is_compared_with_all_of_the_guidances(random_pipeli
     assert caplog.text.count("guidance_scale=4 in the call") == 1 and "own scale does, 4, 3" in caplog.text
     caplog.clear()
     with escape(pipe, guard(FAILS, PASSES)) as run:
-        pipe(WORDS, None, None, 6, None, None, 4, output_type="latent")
+        pipe(WORDS, None, None, 6, None, None, torch.tensor(4.0), output_type="latent")
         assert not scales_told(caplog)
         pipe(WORDS, None, None, 6, None, None, torch.tensor([5.0]), output_type="latent")
     assert run.attempts.tolist() == [2, 2] and len(scales_told(caplog)) == 1
