@@ -48,15 +48,16 @@ def escape(pipe: DiffusionPipeline, guidance: Guidance | Guard | Sequence[Guidan
     from the attempt that it passed, else from the last. The noises that judge it are made from its generator's seed, or from 0.
     A calibrated guard's early look is left out, since the samples of a batch go on together: the log says so, and where the
     calibration was made on another model. Callbacks are called in each. An error in a later attempt does not lose what the
-    attempts before it made: that is returned, its suspect samples stay marked, the log says so, and `run.error` holds the error.
+    attempts before it made: that is returned, its suspect samples stay marked, the log says so, and `run.error` holds the
+    error.
 
     The log says how many samples their transition never came for, and that a `with` ended without a call of `pipe`.
 
     Raises ValueError for a pipeline that is not guided by two predictions, or is inside another `escape`, and for guidance that
     needs a loop of its own; when `pipe` is called, for arguments that cannot be followed and pictures that cannot be judged;
     where its scheduler is in the middle of another such call (threads may share a network, not a scheduler); after the first
-    step where the pipeline did not step with the guided prediction; for a copy of `pipe` that was made in here,
-    and a run that is entered after it was left. On leaving the pipeline is what it was before, after errors too.
+    step where the pipeline did not step with the guided prediction; for a copy of `pipe` that was made in here, and a run that
+    is entered after it was left. On leaving the pipeline is what it was before, after errors too.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise ValueError(f"pipe must be a diffusers pipeline, got {type(pipe).__name__}: in another loop use Escape")
