@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .. import checks
@@ -44,12 +44,15 @@ class Guard:
     attempts: the first is plain. After a suspect picture, the next attempt starts from the next noise of the sample's own
               generator. If none passes, the last is returned, marked. A picture that passes at once has plain guidance's bits.
     early:    gives up a hopeless plain attempt after its first steps; None: every attempt is finished.
+    model:    the fingerprint of the model of the calibration, with which `escape` warns of another model; None: not known, also
+              after `from_dict`, because `to_dict` leaves it out.
 
     Made by `Guidance.guard`. Raises ValueError if the first attempt is not plain, or if rules differ between attempts.
     """
 
     attempts: tuple[Attempt, ...]
     early: EarlyLook | None = None
+    model: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attempts", tuple(self.attempts))

@@ -81,6 +81,8 @@ class Request:
         guided = self.run(uncond, cond)
         if self.run.done:
             log.info(f"basinescape: request {self.id}: guided from step {self.run.transition_step.tolist()} on; -1: never")
+            for line in self.run.lost():
+                log.warning(f"basinescape: request {self.id}: {line}")
         return guided, self.run.weight
 
     def warn(self) -> None:

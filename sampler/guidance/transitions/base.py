@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
@@ -32,7 +32,10 @@ MEASURED = Criterion(limit=-1.0)  # no gap is so small, so the step measures the
 
 
 class Calibrated(Protocol):
-    """The methods of a calibration that guidance uses; `calibration.Calibration` implements them."""
+    """The members of a calibration that guidance uses; `calibration.Calibration` has them."""
+
+    @property
+    def model(self) -> Mapping[str, Any]: ...
 
     def settled(self, **given: float) -> Transition: ...
 
