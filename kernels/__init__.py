@@ -3,7 +3,7 @@
 The package imports only torch and triton, so it can be copied and used alone. Without triton the eager versions run.
 """
 
-# Run from the repository's root, transformers imports this folder as the package `kernels`. It then gets an empty module.
+# In the repository's root, transformers imports this folder as the package `kernels`; it then gets an empty module.
 if __name__ != "kernels":
     from .dispatch import backend
     from .guide import guide, guide_eager, noise_gap, noise_gap_eager

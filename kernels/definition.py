@@ -46,7 +46,7 @@ def cfg_zero(u: Tensor, c: Tensor, w: float, *_: float) -> Tensor:
 
 
 def apg(u: Tensor, c: Tensor, w: float, eta: float, norm_threshold: float) -> Tensor:
-    """cfg with c - u shortened to norm_threshold and its part along c scaled by eta (Sadat et al., arXiv 2410.02416)."""
+    """cfg with c - u cut to norm_threshold, its part along c times eta (Sadat et al., https://arxiv.org/abs/2410.02416)."""
     d = c - u
     d = d * (norm_threshold / d.norm()).clamp(max=1) if norm_threshold else d
     along = (d * c).sum() / (c * c).sum() * c

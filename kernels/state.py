@@ -24,8 +24,8 @@ class TransitionState:
 
     row, last: (B,) int64, its current row and its last row. With row > last it is done, and no step changes it.
     at:        (B,) int64, the solver step of the transition, the first with the weight AFTER; -1 while not known.
-    gaps:      (B, steps) float32, the noise gap of each solver step, NaN where not computed. It may be strided by rows.
-    peak:      (B,) float32, the largest gap so far; kept only if the table needs it (a finite KEEP other than 1, or a FALL).
+    gaps:      (B, steps) float32, the noise gap of each solver step, NaN where not computed. Its rows need not be adjacent.
+    peak:      (B,) float32, the largest gap so far; valid only if the table needs it (a finite KEEP other than 1, or a FALL).
     """
 
     row: Tensor

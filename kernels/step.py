@@ -1,7 +1,7 @@
 """The rest of a step after the network call: noise gap, transition, guidance and solver update. It takes one launch if a
 program holds a whole sample.
 
-    gap      = || cond - uncond ||_2                        it decides whether this step is the sample's transition
+    gap      = || cond - uncond ||_2                        which decides whether the sample leaves its basin
     guided   = uncond + w * (cond - uncond)                 w: BEFORE or AFTER the transition; or a rule of `RULES`
     latents' = a * latents + b * guided + history           the solver, linear (see `Column`)
     history' = p * latents + q * guided
@@ -36,7 +36,7 @@ def step(uncond: Tensor, cond: Tensor | None, table: Tensor, state: State, finds
     uncond, cond: (B, ...) float32, float16 or bfloat16, as for `guide`. cond None: `uncond` is the guided prediction.
     table:        (any number of rows, len(Column)) float32, on the device.
     finds:        False only if no row needs the gap for its decision: every LIMIT is infinite or minus infinity, every KEEP
-                  minus infinity, every FALL 0. It saves large samples the launch for the sums.
+                  minus infinity, every FALL 0. Under "cfg" it saves large samples the launch for the sums.
     rule:         the guidance rule of all samples. Its options are columns of the table, so samples may differ in them.
 
     Raises ValueError if the predictions or the table do not match the state, or the rule is not known.

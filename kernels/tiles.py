@@ -14,7 +14,7 @@ OPTIONS = {"enable_fp_fusion": False}
 class Tiles:
     """One program holds a sample of up to the largest block; larger samples are cut into tiles, one for each program.
 
-    No program of a launch reads what another one of it writes. The next launch adds up the sums of a sample's tiles.
+    No program reads what another one of the same launch writes. The next launch adds up the sums of a sample's tiles.
 
     blocks: (elements, warps), from which the smallest that fits is taken; tile: (elements, warps). The choice depends only on
     a sample's size, so a sample's bits do not depend on its batch.

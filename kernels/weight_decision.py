@@ -96,7 +96,7 @@ def books_kernel(
     FINDS: tl.constexpr,
     MOVES: tl.constexpr,  # advance samples to their next rows
 ):
-    """One program a sample, after `tile_kernel`: makes the same decision again and stores it."""
+    """One program makes the decision of `tile_kernel` for one sample again, and stores it."""
     sample = tl.program_id(0).to(tl.int64)
     k, goes, here, following = place(table, row, last, sample)
     gap = float("nan")
