@@ -18,8 +18,8 @@ from ..guidance.guard import PROBES, THRESHOLD
 from ..guidance.guidance import Guidance
 from ..guidance.transitions import At, Settled
 from ..kernels.state import per_sample
-from .escape import Escape, each, judge
 from .noise_levels import UNEVEN, denoiser_probe, scalings, timestep
+from .own_loop import Escape, each, judge
 
 # How often a sampler of k-diffusion calls the model in a step.
 CALLS = dict.fromkeys(

@@ -20,8 +20,8 @@ from ..guidance.guard import PROBES, THRESHOLD, Guard
 from ..guidance.guidance import Guidance
 from ..kernels.state import per_sample
 from ..types import Branch
-from .escape import Escape, each, judge
 from .network_call import NetworkCall, seen, sign_of, stacked
+from .own_loop import Escape, each, judge
 
 log = logging.getLogger(__name__)
 CONTINUOUS = 2.0  # a schedule that begins below this timestep does not count in 0..1000

@@ -18,9 +18,9 @@ from ..detection.basin_score import LOG_SNR, Probe
 from ..detection.verdict import Verdict
 from ..guidance.guidance import Guidance, never_came
 from ..kernels.state import per_sample
-from .escape import Escape, judge
 from .known_pipelines import OFF, KnownPipeline, network_of
 from .network_call import NetworkCall, seen, sign_of, stacked
+from .own_loop import Escape, judge
 from .scheduler_steps import stepping, steps_taken
 
 log = logging.getLogger(__name__)

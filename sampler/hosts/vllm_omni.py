@@ -31,7 +31,7 @@ from torch import Tensor
 from ..guidance.guidance import Guidance
 from ..kernels.state import per_sample
 from ..types import Branch
-from .escape import Escape, each
+from .own_loop import Escape, each
 from .request_guidance import KEY, RequestGuidance, check_one_scale
 from .scheduler_steps import steps_taken
 

@@ -23,8 +23,8 @@ from ..calibration.fingerprint import another_model
 from ..detection.verdict import Verdict
 from ..guidance.guard import PROBES, THRESHOLD, Guard
 from ..guidance.guidance import Guidance
-from .escape import Escape, each
 from .known_pipelines import OFF, KnownPipeline, known_pipeline
+from .own_loop import Escape, each
 from .pipeline_call import PipelineCall
 from .scheduler_steps import is_taken
 

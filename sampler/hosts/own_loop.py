@@ -206,7 +206,7 @@ def each(guidance: Guidance | Guard | Sequence[Guidance | Guard], batch: int | N
     if isinstance(guidance, Guard) or (isinstance(guidance, Sequence) and any(isinstance(one, Guard) for one in guidance)):
         raise ValueError(
             "a guard begins samples again, which this loop cannot: use Sampler or escape(pipe, guard), or plain guidance here "
-            "and basinescape.hosts.escape.judge for the finished pictures"
+            "and basinescape.hosts.own_loop.judge for the finished pictures"
         )
     given = [guidance] * (batch or 1) if isinstance(guidance, Guidance) else guidance
     found = [one for one in given if isinstance(one, Guidance)] if isinstance(given, Sequence) else []
