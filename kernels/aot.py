@@ -21,7 +21,7 @@ from .table import Column
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 DTYPES = ("float32", "float16", "bfloat16")
-SHAPES = ((4, 16, 16), (4, 32, 32), (4, 64, 64), (4, 128, 128))  # one for each block of `TILES`, and one of several tiles
+SHAPES = ((4, 16, 16), (4, 32, 32), (4, 64, 64), (4, 128, 128))  # one for each block, and one of several tiles
 BATCH, STEPS = 3, 50
 
 
@@ -66,7 +66,7 @@ def assembly(launch: Launch, target: str) -> dict[str, Any]:
         gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     kernel = launch.kernel
     backend = make_backend(gpu)
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)  # Triton's own way to bind arguments
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)  # as Triton itself reads arguments
     bound, specialization, options = bind(*launch.arguments, **launch.options)
     options, signature, constants, attributes = kernel._pack_args(backend, launch.options, bound, specialization, options)
     source = ASTSource(kernel, signature, constants, attributes)
@@ -121,7 +121,7 @@ def rows(targets: Sequence[str] = TARGETS, dtypes: Sequence[str] = DTYPES) -> It
             for name, launch in launches(dtype):
                 yield {
                     "kernel": name,
-                    "block": launch.options.get("BLOCK"),  # None: each program adds up the tiles of one sample
+                    "block": launch.options.get("BLOCK"),  # None: a program adds up a sample's tiles
                     "split": launch.programs > BATCH or "BLOCK" not in launch.options,
                     "dtype": dtype,
                     "target": target,

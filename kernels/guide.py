@@ -1,7 +1,7 @@
 """Guidance and noise gap from the two predictions. Plain guidance reads each of them once.
 
 guided = uncond + w * (cond - uncond)     classifier-free guidance (Ho & Salimans, arXiv 2207.12598)
-gap    = || cond - uncond ||_2            noise gap (Jain et al., CVPR 2025, arXiv 2411.16738)
+gap    = || cond - uncond ||_2            basin-escape statistic (Jain et al., CVPR 2025, arXiv 2411.16738)
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def guide_kernel(
     uncond,
     cond,
     weight,  # float, or pointer to one number a sample
-    guided,  # None: compute only the noise gap
+    guided,  # None: the noise gap alone
     gap,
-    partials,  # (SUMS, B, tiles) float32: a rule reads it, plain guidance writes it; None if one program holds a sample
+    partials,  # (SUMS, B, tiles) float32: read by a rule, written by plain guidance; None where one program holds a sample
     first,  # options of the rule
     second,
     batch,
@@ -181,7 +181,7 @@ def guide(
     rule: str = "cfg",
     **options: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Guided prediction and noise gap of each sample, in one launch; see `backend` for the implementation that runs.
+    """Guided prediction and noise gap of each sample, in one launch; see `backend` for what runs where.
 
     Samples of more than 16,384 elements take two launches: "cfg" adds up the gap last, the other rules add up their sums first.
 

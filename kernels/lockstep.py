@@ -17,7 +17,7 @@ from .rules import RULES, GuidanceRule, leaves_eager
 from .state import State, fill_input
 from .table import Column
 
-GROUP = 131072  # elements per thread in one group, few enough to stay in its cache from one operator to the next
+GROUP = 131072  # elements a thread works on at a time, so that they stay in its cache from one operator to the next
 Value = float | Tensor
 
 

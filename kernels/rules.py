@@ -30,7 +30,7 @@ def guided_prediction_eager(uncond: Tensor, difference: Tensor, weight: float | 
 
 @jit
 def transition(step, left, gap, before, last, peak, keep, limit, fall, wait):
-    """The step of the transition: `left` if that is known (>= 0), step + wait if the sample leaves its basin here, else -1."""
+    """The step of the transition: `left` where it is known, step + wait if the sample leaves its basin here, else -1."""
     minimum = (before > last) & (last < gap) & (last <= keep * peak)
     leaves = minimum | (gap < fall * peak) | (gap <= limit) | (limit == float("inf"))
     return tl.where(leaves & (left < 0), step + wait.to(tl.int64), left)
@@ -189,7 +189,7 @@ def combined(rule, weight, sums, gap, size, first, second):
 def combined_eager(
     rule: GuidanceRule, weight: Tensor, sums: tuple[Tensor, ...], gap: Tensor, size: int, first: Tensor, second: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same on (B,) tensors."""
+    """The same, of (B,) tensors."""
     a, b = rule.eager(weight, *sums, gap * gap, size, first, second)
     plain = (weight == 0) | (weight == 1) | (a - a != 0) | (b - b != 0)
     return torch.where(plain, 1.0, a), torch.where(plain, weight, b)

@@ -2,7 +2,7 @@
 program holds a whole sample.
 
     gap      = || cond - uncond ||_2                        which decides whether the sample leaves its basin
-    guided   = uncond + w * (cond - uncond)                 w: BEFORE or AFTER the transition; or a rule of `RULES`
+    guided   = uncond + w * (cond - uncond)                 w: the column BEFORE or AFTER; or a rule of `RULES`
     latents' = a * latents + b * guided + history           the solver, linear (see `Column`)
     history' = p * latents + q * guided
     the network's next input = input_scale * latents', for both branches, and its next timestep

@@ -59,12 +59,12 @@ def seeds(given: int | Sequence[int], count: int) -> list[int]:
 
 
 def at_least_one(name: str, given: int) -> int:
-    """`given` as an int; ValueError unless it is a whole number of at least 1."""
+    """A whole number of at least 1."""
     return at_least(name, given, 1)
 
 
 def at_least(name: str, given: int, least: int) -> int:
-    """`given` as an int; ValueError unless it is a whole number of at least `least`."""
+    """A whole number of at least `least`."""
     found = whole_number(given)
     if found is None or found < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {given!r}")
@@ -72,14 +72,14 @@ def at_least(name: str, given: int, least: int) -> int:
 
 
 def finite(name: str, given: float) -> float:
-    """`given` as a float; ValueError unless it is a finite number."""
+    """A finite number, as a float."""
     if isinstance(given, bool) or not isinstance(given, (int, float)) or not math.isfinite(given):
         raise ValueError(f"{name} must be a finite number, got {given!r}")
     return float(given)
 
 
 def share(name: str, given: float) -> float:
-    """`given`; ValueError unless it is a number from 0 to 1."""
+    """A number from 0 to 1."""
     if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given <= 1:
         raise ValueError(f"{name} must be a number from 0 to 1, got {given!r}")
     return given

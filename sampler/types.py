@@ -21,7 +21,7 @@ Correction = Callable[[Tensor, Tensor, Tensor], Tensor]  # guided (B, ...), cond
 class Network(Protocol):
     """latents (N, ...), timesteps (N,) -> prediction (N, ...).
 
-    For one branch N is the batch size. For both it is twice the batch size, with the uncond half first.
+    N is the batch for one branch, twice the batch for both, the unconditional half first.
     """
 
     def __call__(self, latents: Tensor, timesteps: Tensor, branch: Branch) -> Tensor: ...

@@ -1,1 +1,1 @@
-"""The basin score, and verdicts by it: does a picture look like a copy of a training image?"""
+"""Does a picture look like a copy of a training image? The basin score, and verdicts by it."""

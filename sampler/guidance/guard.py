@@ -1,4 +1,4 @@
-"""The configuration of a guard: plain guidance first, then more careful attempts if the picture looks like a copy."""
+"""A guard's configuration: plain guidance first; more careful attempts follow if the picture looks like a copy."""
 
 from __future__ import annotations
 
@@ -94,6 +94,6 @@ class Guard:
         return self.changed(lambda one: one.rescaled(phi))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that json can write, the input of `Guidance.from_dict`."""
+        """Plain data that json can write; `Guidance.from_dict` reads it back."""
         attempts = [{**vars(one), "guidance": one.guidance.to_dict()} for one in self.attempts]
         return {"attempts": attempts, "early": self.early and asdict(self.early)}

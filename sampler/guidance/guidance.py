@@ -1,6 +1,6 @@
-"""Guidance as data: the weight of each step before and after the transition, and the rule for the transition.
+"""Guidance as data: which weight a step uses before and after the transition, and where the transition is.
 
-Both weights of a step are columns of the step table; `kernels.weight_decision` picks one of them in each step.
+The weights of both sides of the transition are columns of the step table; `kernels.weight_decision` picks one in each step.
 
 guided = uncond + w * (cond - uncond), so w = 0 is the unconditional prediction, w = 1 the conditional one and w < 0
 opposite guidance. Delayed and opposite guidance: Jain et al., "Classifier-Free Guidance inside the Attraction Basin May Cause
@@ -139,13 +139,13 @@ class Guidance:
 
     @classmethod
     def opposite(cls, opposite_scale: float, scale: float, until: Transition, **given: Any) -> Guidance:
-        """The constant weight -opposite_scale until the transition, `scale` from there on."""
+        """The weight -opposite_scale, constant, until the transition, `scale` from there on."""
         if checks.finite("opposite_scale", opposite_scale) <= 0:
             raise ValueError(f"opposite_scale must be above 0 (it is applied with a minus sign), got {opposite_scale!r}")
         return cls(scale, -float(opposite_scale), until, **_fields(given))
 
     def scaled(self, scale: float) -> Guidance:
-        """A copy with another scale."""
+        """The same at another scale."""
         return replace(self, scale=scale)
 
     def rescaled(self, phi: float) -> Guidance:
@@ -177,7 +177,7 @@ class Guidance:
         attempts:    the guidances after the plain one; None: delayed guidance, until the log SNRs of `DELAYS`.
         given:       rule and its options, shape, interval or restart, for the plain attempt and the default ones.
 
-        Raises ValueError for anything else, and for a calibration with too few pictures for the rate.
+        Raises ValueError for anything else, and for a calibration of too few pictures for the rate.
         """
         from . import guard  # here, because guard.py imports this module
 
@@ -214,7 +214,7 @@ class Guidance:
         return f"Guidance.delayed({self.scale:g}, until={self.until!r}{before}{extra})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that json can write, the input of `from_dict`."""
+        """Plain data that json can write; `from_dict` reads it back."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         return {**own, "until": self.until and self.until.to_dict(), "options": dict(self.options)}
 

@@ -102,7 +102,7 @@ def family(scheduler: Scheduler) -> Family:
 
 
 def configured(scheduler: Scheduler) -> tuple:
-    """Everything on which a scheduler's coefficients depend."""
+    """All that a scheduler's coefficients depend on."""
     return scheduler, dict(scheduler.config), getattr(scheduler, "shift", None)
 
 
@@ -185,7 +185,7 @@ def prepared(scheduler: Scheduler, schedule: Schedule, device: torch.device | st
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     if hasattr(scheduler, "is_scale_input_called"):
-        scheduler.is_scale_input_called = True  # the loop scales the input itself
+        scheduler.is_scale_input_called = True  # the loop scales by itself
     return scheduler
 
 
@@ -205,7 +205,7 @@ def own_step(
     """Return the latents of the scheduler's own `step`, called as diffusers' pipelines do, with noise from `generators`."""
     takes = _step_parameters(scheduler.__class__)
     given: Mapping[str, Any] = {"eta": eta, "generator": generators}
-    if getattr(scheduler, "noise_sampler", 0) is None:  # a Brownian path for each sample, with the sample's seed
+    if getattr(scheduler, "noise_sampler", 0) is None:  # a Brownian path for each sample, seeded as the sample is
         scheduler.noise_sampler_seed = [generator.initial_seed() for generator in generators]
     wanted = {name: value for name, value in given.items() if name in takes}
     return scheduler.step(guided, timestep, latents, return_dict=False, **wanted)[0]

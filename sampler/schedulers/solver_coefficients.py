@@ -105,16 +105,16 @@ class Solver:
 
     @property
     def levels(self) -> list[float]:
-        """The level of each step's first call; NaN if it is not known."""
+        """The level of each step's first call, NaN where that is not known."""
         return [math.nan] * self.steps if self.level is None else self.level[self.first_calls].tolist()
 
     @property
     def log_snrs(self) -> list[float] | None:
-        """The log SNR of each step's first call; None if it is not known."""
+        """The log SNR of each step's first call; None where that is not known."""
         return None if self.log_snr is None else self.log_snr[self.first_calls].tolist()
 
     def call_at(self, timestep: float) -> int:
-        """The first call of the first step whose level is at or below `timestep`. Raises ValueError if there is none."""
+        """The first call of the first step whose level is at or below `timestep`. Raises ValueError where there is none."""
         for level, call in zip(self.levels, self.first_calls.tolist(), strict=True):
             if level <= timestep:
                 return call
