@@ -29,7 +29,7 @@ from .types import Pipeline, Scheduler
 
 
 class Sampler:
-log = logging.getLogger(__name__)
+    """Guided sampling from a diffusers pipeline of one of `models.ADAPTERS`, on the device the pipeline is on.
 
     A sampler takes one call at a time, so threads must not share it.
     """
@@ -104,7 +104,7 @@ log = logging.getLogger(__name__)
         capture: bool = False,
         **loading: Any,
     ) -> Sampler:
-        allow_pickle: bool = False,
+        """Load a pipeline from a folder in diffusers' format, a single file of weights, a hub id, or one that ships, by name.
 
         device: default "cuda" where there is a GPU, else "cpu".
         dtype:  default float16 on a GPU, float32 elsewhere.
@@ -133,7 +133,7 @@ log = logging.getLogger(__name__)
     @own_numbers()
     def __call__(
         self,
-        return ships[name]
+        # What is drawn, and how it is guided.
         prompts: str | Sequence[str] | None = None,
         seeds: int | Sequence[int] = 0,
         steps: int = 50,
@@ -181,7 +181,7 @@ log = logging.getLogger(__name__)
         stop_after: take only this many of the steps, to measure their noise gaps. The latents stay noisy. Not under a guard.
         options: arguments of the pipeline's own call, with its names and meaning: clip_skip, prompt_embeds (in place of
                 prompts), negative_prompt_embeds, cross_attention_kwargs (such as LoRA's "scale"; with them the network is
-        batch_size: how many samples are denoised together; None: as many as a GPU's free memory holds, 16 on a CPU, and all
+                neither compiled nor captured), ip_adapter_image, ip_adapter_image_embeds; SDXL's also pooled_prompt_embeds,
                 negative_pooled_prompt_embeds, prompt_2, negative_prompt_2, original_size, crops_coords_top_left, target_size
                 and the negatives of these three. `sampler.model.options` lists those of other models, such as
                 max_sequence_length, or num_frames of a video model.
@@ -255,7 +255,7 @@ log = logging.getLogger(__name__)
 
     @property
     def source(self) -> str:
-        """Log a warning, once a guard, where it was calibrated on another model."""
+        """Where the pipeline was loaded from: a folder or a hub id; "" where diffusers does not say."""
         return str(getattr(self.pipe, "config", {}).get("_name_or_path", ""))
 
     @property
@@ -285,7 +285,7 @@ log = logging.getLogger(__name__)
         return other
 
     def close(self) -> None:
-
+        """Give back the memory of captured graphs. The sampler can still be used, and captures again."""
         if self.graphs is not None:
             self.graphs.clear()
 
@@ -304,7 +304,7 @@ log = logging.getLogger(__name__)
         return self._solvers[key]
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        """(height, width) in pixels; None: as in `using`, or the model's own. Raises ValueError for one that the model cannot make."""
+        """(height, width) in pixels; None: as in `using`, or the model's own. Raises ValueError for one it cannot make."""
         return self.model.size(*self._sized(height, width))
 
     def _sized(self, height: int | None, width: int | None) -> tuple[int | None, int | None]:
