@@ -18,10 +18,10 @@ from ..guidance.early import EarlyLook
 from ..guidance.guard import RATE
 from ..guidance.transitions import Settled
 from ..models import located
+from ..models.fingerprint import another_model
 from ..runs.atomic import atomic_write
 from ..sampler import Sampler
 from .baseline import Baseline
-from .fingerprint import another_model
 from .interpolation import curve, sound
 
 log = logging.getLogger(__name__)

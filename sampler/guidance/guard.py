@@ -44,7 +44,7 @@ class Guard:
     attempts: the first is plain. After a suspect picture, the next attempt starts from the next noise of the sample's own
               generator. If none passes, the last is returned, marked. A picture that passes at once has plain guidance's bits.
     early:    gives up a hopeless plain attempt after its first steps; None: every attempt is finished.
-    model:    the fingerprint of the model of the calibration, with which `escape` warns of another model; None: not known, also
+    model:    the fingerprint of the model of the calibration, for a warning if another model is used; None: not known, also
               after `from_dict`, because `to_dict` leaves it out.
 
     Made by `Guidance.guard`. Raises ValueError if the first attempt is not plain, or if rules differ between attempts.

@@ -19,10 +19,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from ..calibration.fingerprint import another_model
 from ..detection.verdict import Verdict
 from ..guidance.guard import PROBES, THRESHOLD, Guard
 from ..guidance.guidance import Guidance
+from ..models.fingerprint import another_model
 from .known_pipelines import OFF, KnownPipeline, known_pipeline
 from .own_loop import Escape, each
 from .pipeline_call import PipelineCall

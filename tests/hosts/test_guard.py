@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from basinescape import At, Calibration, Guard, Guidance, Sampler, escape
-from basinescape.calibration.fingerprint import fingerprint
 from basinescape.detection.basin_score import Probe, nearer, noises
 from basinescape.guidance.guard import PROBES, Attempt
 from basinescape.hosts.pipeline_call import PipelineCall
+from basinescape.models.fingerprint import fingerprint
 from components import PIPELINES, SEEDS, WORDS, build, call, stable_diffusion
 from diffusers import StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
@@ -156,6 +156,12 @@ def test_a_guard_of_another_models_calibration_is_said(random_pipeline, caplog):
     caplog.clear()
     with escape(other, replace(made, early=None)):
         assert "made on another model (its unet" in caplog.text
+    for model, said in ((other, 1), (pipe, 0)):  # a sampler says it once a guard
+        caplog.clear()
+        sampler, guarded = Sampler.from_pipeline(model), replace(made, early=None)
+        for seed in range(2):
+            sampler(["a cat"], seed, 2, guarded, output="latent", progress=False)
+        assert caplog.text.count("made on another model (its unet") == said
     caplog.clear()
     read = Guidance.from_dict(json.loads(json.dumps(replace(made, early=None).to_dict())))
     assert read == replace(made, early=None) and hash(read) == hash(replace(made, early=None))
