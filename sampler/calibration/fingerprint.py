@@ -1,14 +1,14 @@
-"""A fingerprint that tells which model something was measured on. It is cheap to take of any loaded pipeline.
+"""A fingerprint that identifies the model of a measurement. It is cheap to compute from any loaded pipeline.
 
-It has three fields for each part that decides predictions: the denoiser and the text encoders.
+It has three fields for each part that decides predictions, which are the denoiser and the text encoders.
 
     form:   SHA-256 of the names and shapes of its tensors, and of the settings in its configuration that differ from the
             defaults of its class. (A newer diffusers adds settings, with defaults.)
     sample: the middle number of each of up to SAMPLED tensors, spread evenly over the part.
-    dtype:  of the tensors. Samples of one dtype must be equal; those of two, equal to the precision of the coarser one.
+    dtype:  of the tensors. Samples of one dtype must be equal, and those of two equal up to the precision of the coarser one.
 
-A fine-tuned model differs from its base, and a model with a LoRA from the same one without. A copy under another name, on
-another device or in another dtype is the same model.
+A fine-tuned model differs from its base model, and a model with a LoRA differs from the model without it. A copy under another
+name, on another device or in another dtype counts as the same model.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ SAMPLED = 48
 
 
 def fingerprint(pipe: DiffusionPipeline) -> dict[str, dict[str, Any]]:
-    """The fingerprint of a pipeline as it is now, by part; plain data that json can write."""
+    """Return the fingerprint of a pipeline in its current state, by part, as plain data that json can write."""
     return {name: _part(part) for name in PARTS if isinstance(part := getattr(pipe, name, None), nn.Module)}
 
 
 def digest(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """A fingerprint in short, in hexadecimal; another dtype has another."""
+    """Return the SHA-256 of a fingerprint in hexadecimal. It changes with the dtype."""
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def differing(one: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The parts in which two fingerprints differ; none for the same model."""
+    """Return the parts in which two fingerprints differ; [] for the same model."""
     return [name for name in PARTS if not _same(one.get(name), other.get(name))]
 
 
 def _part(part: nn.Module) -> dict[str, Any]:
-    # "text_model" and "_orig_mod": the same weights under another version of transformers, and compiled
+    # Prefixes of the same weights: "text_model." under another version of transformers, "_orig_mod." when compiled.
     tensors = {name.removeprefix("_orig_mod.").removeprefix("text_model."): x for name, x in part.named_parameters()}
     form = json.dumps(
         [_chosen(part), {name: list(x.shape) for name, x in sorted(tensors.items())}], sort_keys=True, default=str
@@ -58,7 +58,7 @@ def _part(part: nn.Module) -> dict[str, Any]:
 
 
 def _chosen(part: nn.Module) -> dict[str, Any]:
-    """The settings of a diffusers model that are not defaults; nothing for a part of transformers."""
+    """Return the settings of a diffusers model that differ from their defaults; {} for a part from transformers."""
     known = inspect.signature(type(part).__init__).parameters
     config = part.config if isinstance(part.config, Mapping) else {}
     return {name: value for name, value in config.items() if name in known and value != known[name].default}

@@ -1,8 +1,8 @@
 """Noise gaps measured at one sequence of noise levels, interpolated at another one.
 
-A noise gap compares two predictions for latents of one noise level. A scheduler and its number of steps decide which levels are
-looked at. Between two measured levels the logarithm of the gap is interpolated linearly over the timestep. That holds while
-the sampler's steps are about as fine as the measured ones and span the same levels (`sound`).
+A noise gap compares two predictions for latents of one noise level. A scheduler and its number of steps decide at which levels.
+Between two measured levels the logarithm of the gap is interpolated linearly over the timestep. This is valid while the
+sampler's steps are about as fine as the measured ones and span the same levels (`sound`).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def sound(known: Sequence[float], wanted: Sequence[float]) -> bool:
 
 
 def curve(known: Sequence[float], values: Sequence[float], wanted: Sequence[float]) -> tuple[float, ...]:
-    """Positive `values` at the levels `known`, interpolated at the levels `wanted`; constant beyond the ends."""
+    """Interpolate positive `values` from the levels `known` to the levels `wanted`; constant beyond the ends."""
     order = np.argsort(known)
     logs = np.interp(wanted, np.asarray(known)[order], np.log(np.asarray(values)[order]))
     return five_digits(np.exp(logs).tolist())
 
 
 def five_digits(values: Sequence[float]) -> tuple[float, ...]:
-    """Each value rounded to five significant digits."""
+    """Round each value to five significant digits."""
     return tuple(float(f"{value:.5g}") for value in values)

@@ -1,4 +1,4 @@
-"""Measuring a calibration: ordinary prompts are sampled, and their noise gaps and basin scores are kept."""
+"""Measures a calibration: samples ordinary prompts, and keeps their noise gaps and basin scores."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 def calibrate(
     sampler: Sampler, prompts: Sequence[str], seeds: int | Sequence[int], out: str | Path, overwrite: bool = False, **how: Any
 ) -> Calibration:
-    """Write the calibration of the sampler's model to the file `out`, and a plot beside it, as `.png`.
+    """Measure the calibration of the sampler's model, and write it to the file `out` and a plot to a `.png` file beside it.
 
-    how: the other arguments of `Calibration.measure`. Each measured batch is kept in `out` + ".part.jsonl", so that a run that
-    was stopped goes on where it was.
+    how: the other arguments of `Calibration.measure`. Each measured batch is kept in `out` + ".part.jsonl", so that a stopped
+    run can continue.
 
     Raises FileExistsError, before any work, if `out` exists, unless `overwrite`; and what `Calibration.measure` raises.
     """
@@ -64,7 +64,7 @@ def measure(
     progress: bool,
     resume: str | Path | None,
 ) -> Calibration:
-    """`Calibration.measure`, whose arguments it takes."""
+    """Implement `Calibration.measure`, with the same arguments."""
     prompts = checks.texts("prompts", prompts)
     if len(prompts) < 2:
         raise ValueError(f"prompts must be two at least, and {FEW} for a guard; got {prompts}")
@@ -92,10 +92,10 @@ def measure(
 def _sampled(
     sampler: Sampler, tasks: Sequence[tuple[str, int]], steps: int, bar: tqdm, guidance: Guidance, index: Sequence[int]
 ) -> Tensor:
-    """Basin scores and noise gaps, (n, 1 + steps), of tasks, (prompt, seed), by their indices. `bar` moves with their steps."""
+    """Return scores and gaps, (n, 1 + steps), of the tasks, (prompt, seed), at `index`. `bar` advances with each step."""
     prompts, seeds = [tasks[i][0] for i in index], [tasks[i][1] for i in index]
     how: dict[str, Any] = {"output": "latent", "batch_size": len(index), "progress": moving(bar, len(index))}
-    out = sampler(prompts, seeds, steps, guidance, stop_after=steps, **how)  # for their gaps: nobody waits for guidance
+    out = sampler(prompts, seeds, steps, guidance, stop_after=steps, **how)  # no warning: unguided runs never have a transition
     score = sampler.judge(out.latents, prompts, seeds, batch_size=len(index)).score
     return torch.cat([score[:, None], out.noise_gap], dim=1)
 
@@ -109,7 +109,7 @@ def _calibration(
     settings: dict[str, Any],
     model: dict[str, Any],
 ) -> Calibration:
-    """The calibration from scores and gaps, (n, 1 + steps), with plain guidance and, if measured, without any."""
+    """Build a calibration from scores and gaps, (n, 1 + steps), with plain guidance and, if measured, without guidance."""
     good = torch.stack([values.isfinite().all(dim=1) for values in found]).all(dim=0)
     for (prompt, seed), fine in zip(tasks, good.tolist(), strict=True):
         if not fine:

@@ -1,4 +1,4 @@
-"""Flux.1 with two predictions, which diffusers calls true CFG: a T5, a pooled CLIP, perhaps an embedded guidance scale."""
+"""Flux.1 with two predictions (true CFG in diffusers): a T5, a pooled CLIP, and in some models an embedded guidance scale."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from .packed import Packed
 class Flux(Packed):
     """The adapter of FluxPipeline.
 
-    The option guidance_scale is the input of a guidance-distilled network. It is not the scale that the two predictions are
-    guided with.
+    The option guidance_scale is an input of a guidance-distilled network. It is not the guidance scale of the two predictions.
     """
 
     texts = (

@@ -1,8 +1,8 @@
 """Networks that skip redundant work under classifier-free guidance.
 
-Both halves of a batch start from the same latents, so the layers before the first reader of the text run for one half only. The
+Both halves of a batch have the same latents, so the layers before the first one that reads the text run for one half only. The
 text is the same in every step, so its keys and values are computed once a run (in float16 they take 8 MB an image for SD 1.5,
-51 MB for SDXL). The results are those of the network but for rounding.
+51 MB for SDXL). The results equal the network's up to rounding.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ KNOWN = (*PLAIN, "FusedAttnProcessor2_0")
 class Lean:
     """Two lean copies of a network, `one` for one half of a batch and `both` for both halves. They share its parameters.
 
-    They take the network's arguments, but the text in the form that `text` makes. On a GPU the weights that `fuse` joins are
-    copied, and `refresh` copies them again. The copies see no other change of the network.
+    They take the network's arguments, but the text as `text` returns it. On a GPU the weights that `fuse` joins are copied;
+    `refresh` copies them again. Apart from the shared parameters, no other change of the network reaches them.
 
     network:    the name of diffusers' class.
     processors: the names of the attention processors that are known to work.
@@ -46,27 +46,27 @@ class Lean:
 
     @classmethod
     def suits(cls, net: Any) -> bool:
-        """Whether it is diffusers' own network, without hooks or processors that would miss a call or see half of a batch."""
+        """Whether it is diffusers' own network, without hooks or processors, which could miss calls or see half of a batch."""
         known = _is(net, cls.network) and all(_is(p, *cls.processors) for p in net.attn_processors.values())
         return known and not any(map(_watched, net.modules()))
 
     @staticmethod
     def readers(net: Any) -> list[nn.Module]:
-        """The layers that attend to the text; [] where anything but their `to_k` and `to_v` reads it."""
+        """The layers that attend to the text; [] if anything except their `to_k` and `to_v` reads it."""
         raise NotImplementedError
 
     @staticmethod
     def before_text(net: Any) -> list[nn.Module]:
-        """The first layers, which see only latents and timestep."""
+        """The first layers, which read only latents and timestep."""
         raise NotImplementedError
 
     @staticmethod
     def embed(net: Any) -> nn.Module | None:
-        """The layer that the text goes through before it is read; None for none."""
+        """The layer that transforms the text before the readers; None for none."""
         return None
 
     def read_ready(self, net: Any) -> None:
-        """Make the readers take the text in the form that `text` makes."""
+        """Make the readers accept the text as `text` returns it: each layer slices its own keys and values from it."""
         start = 0
         for module in self.readers(net):
             for name in ("to_k", "to_v"):
@@ -75,14 +75,14 @@ class Lean:
                 start = stop
 
     def refresh(self) -> None:
-        """Copy the weights that `fuse` joined again, into the same memory."""
+        """Copy the network's weights again into those that `fuse` joined, in the same memory."""
         for module in self._fused:
             parts = module.to_q, module.to_k, module.to_v
             for name in ("weight", "bias") if module.to_qkv.bias is not None else ("weight",):
                 getattr(module.to_qkv, name).data.copy_(torch.cat([getattr(part, name) for part in parts]))
 
     def text(self, states: Tensor) -> Tensor:
-        """The keys and values of all layers, (B, T, all their channels), from the text's states (B, T, D)."""
+        """Return the keys and values of all readers, (B, T, all their channels), from the text's states (B, T, D)."""
         if not self._projections:
             return states
         states = states if self._embed is None else self._embed(states)
@@ -147,7 +147,7 @@ class LeanPixArt(Lean):
 
 
 class LeanWan(Lean):
-    """Lean copies of a WanTransformer3DModel, of one that reads only text."""
+    """Lean copies of a WanTransformer3DModel. One that also reads images has no readers here, so its text stays as it is."""
 
     network, processors = "WanTransformer3DModel", ("WanAttnProcessor",)
 
@@ -171,7 +171,7 @@ class LeanWan(Lean):
 
 
 def _is(thing: object, *names: str) -> bool:
-    """Whether it is of one of these classes of diffusers. The classes go by name: looking them up would import them."""
+    """Whether `thing` is of one of these diffusers classes. They are given by name, because a look-up would import them."""
     return type(thing).__name__ in names and type(thing).__module__.startswith("diffusers.")
 
 
@@ -184,7 +184,7 @@ def _watched(module: nn.Module) -> bool:
 
 
 class _Slice(nn.Module):
-    """Takes a layer's keys or values from those of all layers."""
+    """A layer that returns one reader's keys or values from those of all readers."""
 
     def __init__(self, start: int, stop: int):
         super().__init__()
@@ -195,7 +195,7 @@ class _Slice(nn.Module):
 
 
 def _repeated(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A forward that runs for the first half of the batch and returns its result twice."""
+    """Return a forward that computes the first half of the batch and returns the result for both halves."""
 
     def once(x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
         half = len(x) // 2
@@ -210,7 +210,7 @@ def _repeated(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def fuse(net: Any) -> list[Any]:
-    """Join the queries, keys and values of each plain self-attention in one product. Returns the attentions it joined."""
+    """Fuse the query, key and value projections of each plain self-attention into one. Returns the fused attentions."""
     fused: list[Any] = []
     for module in net.modules():
         if not isinstance(module, Attention) or module.is_cross_attention:

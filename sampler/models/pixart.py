@@ -1,4 +1,4 @@
-"""PixArt-Sigma: a masked T5, a network that also predicts a variance, pictures in the sizes of its training."""
+"""PixArt-Sigma: a masked T5, a network that also predicts a variance, and pictures in the sizes of its training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .transformer import PromptedTransformer, Transformer
 
 
 class PromptedPixArt(PromptedTransformer):
-    """A PixArtTransformer2DModel, without the channels in which it predicts a variance."""
+    """A PixArtTransformer2DModel. `predict` drops the channels of the variance."""
 
     lean = LeanPixArt
 
@@ -60,7 +60,7 @@ class PixArtSigma(Transformer):
         return self._bin(height, width, use_resolution_binning) or super().nearest_size(height, width)
 
     def _bin(self, height: int, width: int, wanted: bool | None) -> tuple[int, int] | None:
-        """The size of training in which such a picture is made; None where it is made in its own size."""
+        """Return the training size in which a picture of this size is made; None if it is made in its own size."""
         sizes = self._sizes
         if sizes is None or wanted is False:
             return None
@@ -68,7 +68,7 @@ class PixArtSigma(Transformer):
 
     @property
     def _sizes(self) -> dict[str, list[float]] | None:
-        """Ratio -> (height, width) of training, for networks of this sample_size; None for other networks."""
+        """Ratio -> (height, width) of training for the network's sample_size; None where no sizes are known for it."""
         from diffusers.pipelines.pixart_alpha import pipeline_pixart_sigma as own
 
         side = {32: 256, 64: 512, 128: 1024, 256: 2048}.get(self.net.config.sample_size)

@@ -1,4 +1,4 @@
-"""The machine that figures and images were made on: its device, and the versions of the libraries that compute."""
+"""The machine of a run: its device, and the versions of the libraries that compute."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ PACKAGES = ("basinescape", "torch", "triton", "diffusers", "transformers", "xfor
 
 @contextmanager
 def own_numbers() -> Iterator[None]:
-    """Inside, or in a function that it decorates, torch computes in a pipeline's own dtypes.
+    """A context, or a decorator, in which torch computes in a pipeline's own dtypes.
 
-    A caller's autocast and default dtype have no effect there.
+    A caller's autocast and default dtype have no effect in it.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -31,7 +31,7 @@ def own_numbers() -> Iterator[None]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The device, a GPU by its name, and the versions of Python, CUDA (where torch has it) and the installed PACKAGES."""
+    """Return the device (a GPU's name) and the versions of Python, CUDA (if torch has it) and the installed PACKAGES."""
     versions = {"python": platform.python_version()} | {name: found for name in PACKAGES if (found := version_of(name))}
     if torch.version.cuda is not None:
         versions["cuda"] = torch.version.cuda
@@ -40,7 +40,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 @cache
 def version_of(package: str) -> str | None:
-    """The version of an installed package; None where it is not installed."""
+    """Return the version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -48,7 +48,7 @@ def version_of(package: str) -> str | None:
 
 
 def library(name: str, what: str, package: str | None = None, install: str | None = None) -> Any:
-    """A module of a package that not everybody has. Raises ImportError, saying what needs it, where it is missing."""
+    """Import the module `name` of an optional package. Raises ImportError, which begins with `what`, if it is missing."""
     try:
         return import_module(name)
     except ImportError as error:

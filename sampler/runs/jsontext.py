@@ -1,4 +1,4 @@
-"""JSON that people can read: the letters of every script as they are."""
+"""JSON that people can read: non-ASCII letters are not escaped."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 import math
 from typing import Any
 
-# What some readers take for the end of a line, though JSON Lines does not.
+# Characters at which some readers end a line, although JSON Lines does not.
 BREAKS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
 def json_bytes(value: Any, indent: int | None = None) -> bytes:
-    """The value as JSON in UTF-8, without a line break unless `indent` is given; see `finite`.
+    """Return `finite(value)` as JSON in UTF-8, without a line break unless `indent` is given.
 
     Half a surrogate pair, which UTF-8 cannot hold, is escaped, and so are the characters of BREAKS.
     """
@@ -20,7 +20,7 @@ def json_bytes(value: Any, indent: int | None = None) -> bytes:
 
 
 def finite(value: Any) -> Any:
-    """The same with None for NaN and infinities, which JSON does not have."""
+    """Return the value with None in place of NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""A cache of measurements: each is written to a file when it is made, so that a run that was stopped makes none twice."""
+"""A cache of measurements in a file, so that a run that was stopped repeats none of them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 
 class MeasurementCache:
-    """Measurements by their name and the sample's index, in the JSON Lines file `path`. None: none is kept.
+    """Measurements by name and sample index, in the JSON Lines file `path`; None: they are not stored.
 
-    run: the settings that decide them. Measurements of other settings in the same file are removed.
+    run: the settings that decide them. Measurements under other settings are removed from the file.
     """
 
     def __init__(self, path: str | Path | None, run: Mapping[str, Any]):
@@ -39,13 +39,13 @@ class MeasurementCache:
         return (line["what"], line["index"]) if whole else None
 
     def __len__(self) -> int:
-        """How many measurements of this run are known from before."""
+        """The number of this run's measurements that the file had when it was opened."""
         return len(self._lines)
 
     def __call__(self, what: str, count: int, size: int, make: Callable[[Sequence[int]], Tensor], bar: tqdm) -> Tensor:
-        """The measurements `what` of `count` samples, (count, ...) float32.
+        """Return the measurements named `what` of `count` samples, (count, ...) float32, cached or new.
 
-        make: measures the samples of some indices, at most `size` at a time. bar: moves by each sample.
+        make: measures the samples of some indices, at most `size` at a time. bar: advances by the samples of each batch.
         """
         found = []
         for part in parts(count, size):  # always the same batches: rounding depends on them
@@ -68,5 +68,5 @@ class MeasurementCache:
 
 
 def _tensor(values: list) -> Tensor:
-    """Values that JSON has read, (n, ...) float32; None stands for NaN, which JSON lacks."""
+    """Convert values read from JSON to (n, ...) float32. None becomes NaN, which JSON does not have."""
     return torch.from_numpy(np.array(values, np.float32))

@@ -75,7 +75,7 @@ class Engine:
         self._form: Any = None  # of the batch in flight
         self._trials: dict[Slot, Trial] = {}
         self._attempts: deque[int] = deque(maxlen=USUAL)  # of samples that are done
-        self.calls: Counter[str] = Counter()  # network calls of samples by branch; "spared": those that were not needed
+        self.calls: Counter[str] = Counter()  # predictions by branch; "spared": those that steps with a single branch saved
 
     def run(self, work: Iterable[Sample | Result], tick: Callable[[], Any] = lambda: None) -> Iterator[Result]:
         """Yield results as they are done; a Result in `work` is passed on unchanged. `tick` is called before each step."""
