@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,6 +17,7 @@ from .detection import verdict
 from .detection.verdict import Verdict
 from .guidance.guard import PROBES, THRESHOLD, Guard
 from .guidance.guidance import Guidance
+from .models.fingerprint import another_model
 from .runs.environment import own_numbers
 from .runs.provenance import settings_of
 from .sampling import callbacks
@@ -26,6 +28,8 @@ from .sampling.output import Output
 from .schedulers.schedule import Schedule, configured, make_scheduler
 from .schedulers.solver_coefficients import Solver
 from .types import Pipeline, Scheduler
+
+log = logging.getLogger(__name__)
 
 
 class Sampler:
@@ -54,6 +58,7 @@ class Sampler:
         self.wrap: Wrap | None = None
         self._size: tuple[int | None, int | None] = (None, None)
         self.options: dict[str, Any] = {}  # of every call, see `using`
+        self._guard: Guard | None = None  # the last one whose calibration was compared with the model
 
     def __repr__(self) -> str:
         dtype = str(self.model.dtype).removeprefix("torch.")
@@ -206,6 +211,7 @@ class Sampler:
                 callback_on_step_end,
                 self.wrap is not None,
             )
+            self._compare(guidance)
             made = self.runner.sampled(call, self.solver(call.schedule, *size, **options), progress)
             self.pipe.maybe_free_model_hooks()
         return Output.joined(made)
@@ -247,6 +253,14 @@ class Sampler:
             judged = verdict.judge(self.model, self.scheduler, images, *given)
             self.pipe.maybe_free_model_hooks()
         return judged
+
+    def _compare(self, guidance: Guidance | Guard) -> None:
+        """Log a warning, once a guard, where it was calibrated on another model."""
+        if not isinstance(guidance, Guard) or guidance is self._guard:
+            return
+        self._guard = guidance
+        if other := another_model(guidance.model or {}, self.pipe):
+            log.warning(other)
 
     @property
     def runner(self) -> Runner:

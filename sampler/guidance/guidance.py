@@ -196,7 +196,9 @@ class Guidance:
         if later is None:
             later = guard.LATER if calibration is None else calibration.threshold(guard.LATER_RATE)
         tried = (guard.Attempt(plain, threshold), *(guard.Attempt(one, later) for one in attempts))
-        return guard.Guard(tried, None if calibration is None else calibration.early(rate / 2, plain.scale))
+        if calibration is None:
+            return guard.Guard(tried)
+        return guard.Guard(tried, calibration.early(rate / 2, plain.scale), calibration.model or None)
 
     def __repr__(self) -> str:
         extra = "" if self.shape == "static" else f", shape={self.shape!r}"
