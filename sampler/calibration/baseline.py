@@ -15,8 +15,8 @@ from ..guidance.transitions import Settled
 from ..models.loading import ASSETS, located
 from .interpolation import curve, five_digits
 
-# Guidance may begin at the step where the unguided gap of ordinary prompts reaches this share of its maximum. It fits the
-# onset sweep of one model (bench/RESULTS.md). For another model it is a first guess, which its own sweep can correct.
+# Guidance may begin at the step where the unguided gap of ordinary prompts reaches this share of its maximum. The share fits
+# the onset sweep of one model (bench/RESULTS.md). For another model it is a first guess, which its own sweep can correct.
 RISEN = 0.65
 STATIC = 500.0  # the paper's static transition
 LIST = "ordinary.jsonl"  # in a model's folder: its own ordinary prompts, if photographic captions do not suit it
@@ -54,7 +54,7 @@ class Baseline:
 
     @classmethod
     def of(cls, plain: Tensor, free: Tensor | None, levels: Sequence[float]) -> Baseline:
-        """Compute it from the gaps, (n, steps), with plain guidance and with none (or None), at timesteps in 0..1000."""
+        """Compute it from gaps (n, steps) under plain guidance and, unless None, without any. levels: timesteps in 0..1000."""
         low, high = map(five_digits, plain.quantile(torch.tensor([0.05, 0.95]), dim=0).tolist())
         if free is None:
             return cls(low, high)

@@ -33,7 +33,7 @@ class PlainRuns:
     progress: bool
 
     def bar(self, what: str, unit: str, total: int, done: int, waiting: Sequence[str], steps: int | None = None) -> tqdm:
-        """Return a bar named `what` over `total` units, of which `done` are finished. First writes a line of cost to stderr.
+        """Return a bar named `what` over `total` units, of which `done` are finished. First writes the expected cost to stderr.
 
         waiting: the prompts of the samples to make. steps: how many first steps each sample takes; None: all.
         """

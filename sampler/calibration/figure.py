@@ -11,7 +11,7 @@ from .calibration import Calibration
 
 
 def draw(found: Calibration, path: Path) -> None:
-    """Plot the noise gaps of ordinary prompts, with plain guidance and with none, and the basin scores of their pictures."""
+    """Plot the noise gaps of ordinary prompts, with plain guidance and without any, and the basin scores of their pictures."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     curves, scores = figure.subplots(1, 2)
     curves.set(title=f"ordinary prompts ({found.images})", xlabel="timestep", ylabel="noise gap  ||cond - uncond||")

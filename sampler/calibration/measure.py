@@ -95,7 +95,7 @@ def _sampled(
     """Return scores and gaps, (n, 1 + steps), of the tasks, (prompt, seed), at `index`. `bar` advances with each step."""
     prompts, seeds = [tasks[i][0] for i in index], [tasks[i][1] for i in index]
     how: dict[str, Any] = {"output": "latent", "batch_size": len(index), "progress": moving(bar, len(index))}
-    out = sampler(prompts, seeds, steps, guidance, stop_after=steps, **how)  # no warning: unguided runs never have a transition
+    out = sampler(prompts, seeds, steps, guidance, stop_after=steps, **how)  # stop_after: no warning of a missing transition
     score = sampler.judge(out.latents, prompts, seeds, batch_size=len(index)).score
     return torch.cat([score[:, None], out.noise_gap], dim=1)
 

@@ -1,4 +1,4 @@
-"""Adapters, one file for each family of models. `adapt` turns a diffusers pipeline into the `Model` that the loop runs."""
+"""Adapters, one file a family of models: `adapt` turns a diffusers pipeline into the `Model` that the loop runs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A fingerprint that identifies the model of a measurement. It is cheap to compute from any loaded pipeline.
 
-It has three fields for each part that decides predictions, which are the denoiser and the text encoders.
+It has three fields for each part that decides predictions: the denoiser and the text encoders.
 
     form:   SHA-256 of the names and shapes of its tensors, and of the settings in its configuration that differ from the
             defaults of its class. (A newer diffusers adds settings, with defaults.)
@@ -43,7 +43,7 @@ def differing(one: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[
 
 
 def another_model(measured: Mapping[str, Mapping[str, Any]], pipe: DiffusionPipeline) -> str | None:
-    """What is to be said where a calibration that was measured on the one is used on `pipe`; None for the same model."""
+    """Return the warning for a calibration that was measured on another model than `pipe`; None for the same model."""
     if not measured or not (other := differing(measured, fingerprint(pipe))):
         return None
     told = f"the calibration was made on another model (its {', '.join(other)} differ)"

@@ -1,4 +1,4 @@
-"""PixArt-Sigma: a masked T5, a network that also predicts a variance, and pictures in the sizes of its training."""
+"""PixArt-Sigma: a masked T5, a network that also predicts a variance, pictures in the sizes of its training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen-Image: padded states of a language model, predictions renormalised token by token, and a video autoencoder."""
+"""Qwen-Image: the padded states of a language model, predictions renormalised token by token, a video autoencoder."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from .sd3 import StableDiffusion3
 from .sdxl import StableDiffusionXL
 from .wan import Wan
 
-# The keys are names of diffusers' classes, because the class itself would be imported with all that it needs.
+# The keys are the names of diffusers' classes, because importing a class imports all that it needs.
 ADAPTERS: dict[str, type[Model]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: flow matching, the joined text of two CLIPs and an optional T5, and pooled text."""
+"""Stable Diffusion 3 and 3.5: flow matching, the joined text of two CLIPs and perhaps a T5, pooled text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SDXL: two text encoders, pooled text and sizes as conditions, and an autoencoder that overflows in float16."""
+"""SDXL: two text encoders, pooled text and sizes as conditions, an autoencoder that overflows in float16."""
 
 from __future__ import annotations
 

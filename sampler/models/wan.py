@@ -1,4 +1,4 @@
-"""Wan 2.1: videos, a multilingual T5, and latents that are always float32."""
+"""Wan 2.1: videos, a multilingual T5, latents that are always float32."""
 
 from __future__ import annotations
 

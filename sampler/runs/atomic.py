@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-FULL = (errno.ENOSPC, errno.EDQUOT)  # the errors of a full disk
+FULL = (errno.ENOSPC, errno.EDQUOT)  # errors of a disk that has no room
 
 
 def files_sha256(files: Iterable[Path]) -> str:

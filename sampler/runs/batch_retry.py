@@ -1,4 +1,4 @@
-"""Splits work into batches, and retries a batch that fails in halves."""
+"""Splits work into batches, and tries a batch that fails again in two halves."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from .run_folder import locked
 class Keys:
     """A set of keys, stored as digests of 8 bytes: a million keys take 8 MB, and their positions another 8 MB.
 
-    digests: the digests of the keys, see `digest`. Two of a million keys have the same digest with a probability of 3e-8.
+    digests: the digests of the keys, see `digest`. Among a million keys, two share a digest with a probability of 3e-8.
     last: for each distinct digest, in ascending order, its last position in `digests`, from 0.
     """
 
@@ -53,7 +53,7 @@ class Journal:
 
     Opening the journal repairs the file. It removes lines that are not JSON objects, such as one that a killed run left half
     written, and lines that do not count. Of several lines with one key it keeps the last. Lines are read one by one, and only
-    their keys stay in memory: `key in journal` tells whether a line has this key.
+    digests of their keys stay in memory: `key in journal` tells whether a line has this key.
 
     key: returns the key of a line, or None for a line that does not count, because its image must be made again. A line without
         the fields that `key` reads does not count.

@@ -23,7 +23,7 @@ except ImportError:  # Windows
 from .atomic import atomic_write
 from .jsontext import finite, json_bytes
 
-LEFTOVERS = (".DS_Store", "Thumbs.db", "desktop.ini", "*.part")  # files of desktops, and of a run that was killed
+LEFTOVERS = (".DS_Store", "Thumbs.db", "desktop.ini", "*.part")  # left by desktops, and by a run that was killed
 DIGEST = re.compile("[0-9a-f]{64}")
 SHORT = 60  # the most characters of a value in a message
 SAID = 6  # the most differences in a message
@@ -40,7 +40,7 @@ def open_folder(
     """Prepare the folder `out` for a new run with the settings `run`, or to continue that run.
 
     growing: the settings that may differ from those in the folder. `grown` is called with the folder's settings if any differ,
-    and raises ValueError if the run cannot continue with the new ones.
+             and raises ValueError if the run cannot continue with the new ones.
 
     Raises ValueError, before it writes a file, if `out` holds anything except this run, or if another process works there.
     """

@@ -115,7 +115,7 @@ class Runner:
         """Take all steps of one batch of a call, and return what came of it. shown: the bar that the rows pass through.
 
         encoded: the samples' prompts. noise: (B, ...) float32 of standard deviation 1. generators: one a sample, for all of its
-        noise. initial: draws initial noise from generators.
+            noise. initial: draws initial noise from generators.
         """
         model, plan, solver = self.model, attempt_table.plan, attempt_table.solver
         noise = (noise * solver.init_sigma).to(model.device, model.dtype)

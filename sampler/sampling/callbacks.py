@@ -30,7 +30,7 @@ def check(callback: Callback | None, tensor_inputs: Sequence[str]) -> None:
 
 @contextmanager
 def found(pipe: Pipeline, calls: int, scale: float) -> Iterator[None]:
-    """Set in `pipe` what diffusers sets for callbacks: the number of network calls, the guidance scale, no interruption."""
+    """A context in which `pipe` has diffusers' fields for callbacks: number of network calls, guidance scale, no interrupt."""
     own: dict[str, Any] = pipe.__dict__
     before = {name: own[name] for name in FOUND if name in own}
     for name, value in zip(FOUND, (calls, scale, False), strict=True):

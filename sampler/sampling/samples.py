@@ -67,7 +67,7 @@ class Result:
 
     latents: (C, h, w). transition: () int64, -1 for none. gaps: (steps,) float32, NaN where none was needed.
     attempts, score, suspect: a guard's attempts, basin score and verdict; None without a guard. calls: predictions that the
-    sample itself needed. error: why it failed, else None. If it failed, latents and gaps are empty.
+        sample itself needed. error: why it failed, else None. If it failed, latents and gaps are empty.
     """
 
     sample: Sample
@@ -86,8 +86,8 @@ class Results:
     """The results of a batch of B samples over K solver steps.
 
     latents: (B, ...). transition: (B,) int64, -1 for none within the steps. gaps: (B, K) float32. Under a guard, they are
-    those of each sample's last attempt. attempts, calls: (B,) int64, score: (B,) float32, suspect: (B,) bool, all on the
-    CPU, as in `Output`; None without a guard.
+        those of each sample's last attempt. attempts, calls: (B,) int64, score: (B,) float32, suspect: (B,) bool, all on the
+        CPU, as in `Output`; None without a guard.
     """
 
     latents: Tensor

@@ -146,7 +146,7 @@ def looks_for_transition(columns: dict[Column, Tensor]) -> bool:
 
 
 def branches(columns: dict[Column, Tensor]) -> tuple[Branch, ...]:
-    """The branch that each row needs, or both. If the transition depends on noise gaps, both run before the latest one."""
+    """The branch that each row needs, or both. If the transition depends on noise gaps, both run until the latest one."""
     transition, finds = math.inf, looks_for_transition(columns)
     needed: list[Branch] = []
     alone: dict[float, Branch] = {0.0: "uncond", 1.0: "cond"}

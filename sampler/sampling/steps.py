@@ -41,7 +41,7 @@ class DeviceBatch:
 
 
 def fused_step(network: Network, plan: StepTable, state: State) -> Step:
-    """Return a step: the network and one kernel launch, or two launches under a `StepTable.correction`."""
+    """Return a step: the network and one kernel launch, or two launches if the plan has a `correction`."""
     return stepping(network, state, fused_move(plan, state))
 
 
@@ -57,7 +57,7 @@ def stepping(network: Network, state: State, move: Move) -> Step:
 
 
 def fused_move(plan: StepTable, state: State) -> Move:
-    """Return a move that takes one kernel launch, or two under a `StepTable.correction`."""
+    """Return a move that takes one kernel launch, or two if the plan has a `correction`."""
 
     def move(uncond: Tensor, cond: Tensor | None) -> None:
         if cond is not None and plan.correction is not None:
