@@ -1,7 +1,7 @@
 """basinescape: a sampler for guided diffusion models that keeps samples from reproducing training images.
 
-Every public name can be imported from here. A name's module is loaded when the name is first asked for, so that
-`basinescape.kernels` needs only torch and triton.
+Every public name can be imported from here. The first access to a name imports its module, so that `basinescape.kernels`
+needs only torch and triton.
 """
 
 from importlib import import_module
