@@ -24,7 +24,7 @@ CAPTIONS = ASSETS / "captions.jsonl"  # about 200 photographic captions
 
 
 def ordinary_prompts(model: str) -> Path:
-    """Return the file of prompts that are ordinary for a model: LIST in its folder if that exists, else CAPTIONS."""
+    """The file of prompts that are ordinary on a model: LIST in its folder where there is one, else CAPTIONS."""
     own = Path(located(model)) / LIST
     return own if own.is_file() else CAPTIONS
 

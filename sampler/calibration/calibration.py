@@ -1,4 +1,4 @@
-"""A calibration: the basin scores and noise gaps of a model for ordinary prompts, which it has not memorized."""
+"""A calibration: the basin scores and noise gaps that a model gives for ordinary prompts, those that it has not memorized."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from .baseline import Baseline
 from .interpolation import curve, sound
 
 log = logging.getLogger(__name__)
-FEW = math.ceil(2 / RATE) - 1  # the fewest pictures from which a guard's default thresholds can be computed
-FILE = "calibration.json"  # the file's name in its model's folder, beside model_index.json
-LOOKED = 10  # the most first steps whose noise gaps are kept for each picture
+FEW = math.ceil(2 / RATE) - 1  # the fewest pictures that a guard's default thresholds can be taken from
+FILE = "calibration.json"  # lies beside the model_index.json of its model
+LOOKED = 10  # the noise gaps of so many first steps are kept, at most
 EARLY = 0.1  # the share of all steps after which a guard may give an attempt up
 
 
@@ -160,7 +160,7 @@ class Calibration:
         return replace(self, steps=len(levels), timesteps=levels, gap=curve(known, self.gap, levels), baseline=baseline)
 
     def has(self, levels: Sequence[float]) -> bool:
-        """Whether the gaps were measured at these levels, timesteps in 0..1000."""
+        """Whether its gaps were measured at these levels, timesteps in 0..1000."""
         pairs = zip(self.timesteps, levels, strict=False)
         return 0 < len(self.timesteps) == len(levels) and all(abs(known - level) <= 1 for known, level in pairs)
 
@@ -178,16 +178,16 @@ class Calibration:
         return not other and size == own
 
     def settled(self, **given: float) -> Settled:
-        """Return the rule `Settled.over` the unguided gaps of ordinary prompts.
+        """The rule `Settled.over` the gaps that ordinary prompts have without guidance.
 
-        Raises ValueError if these gaps were not measured.
+        Raises ValueError where those were not measured.
         """
         if self.baseline is None or not self.baseline.unguided:
             raise ValueError("the calibration has no unguided gaps of these steps, for 'settled': calibrate with --settled")
         return Settled.over(self.baseline.unguided, **given)
 
     def save(self, path: str | Path) -> None:
-        """Write the calibration as JSON, one field a line."""
+        """Write it as JSON, a field a line."""
         lines = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in asdict(self).items())
         text = "{\n" + ",\n".join(lines) + "\n}"
         with atomic_write(Path(path)) as part:
@@ -203,7 +203,7 @@ class Calibration:
     def load(cls, path_or_name: str | Path) -> Calibration:
         """Read a calibration. path_or_name: a file, a model's folder, or the name of a shipped pipeline.
 
-        Raises FileNotFoundError for a missing file, ValueError for a file that is not a calibration.
+        Raises FileNotFoundError for a missing file, ValueError for one that is no calibration.
         """
         path = Path(path_or_name)
         if path.is_dir() or not path.exists():

@@ -1,4 +1,4 @@
-"""The plot of a calibration, which lies beside its file."""
+"""The plot beside a calibration."""
 
 from __future__ import annotations
 

@@ -25,12 +25,12 @@ def sound(known: Sequence[float], wanted: Sequence[float]) -> bool:
 
 
 def curve(known: Sequence[float], values: Sequence[float], wanted: Sequence[float]) -> tuple[float, ...]:
-    """Interpolate positive `values` from the levels `known` to the levels `wanted`; constant beyond the ends."""
+    """Positive `values` at the levels `known`, interpolated at the levels `wanted`; constant beyond the ends."""
     order = np.argsort(known)
     logs = np.interp(wanted, np.asarray(known)[order], np.log(np.asarray(values)[order]))
     return five_digits(np.exp(logs).tolist())
 
 
 def five_digits(values: Sequence[float]) -> tuple[float, ...]:
-    """Round each value to five significant digits."""
+    """Each value rounded to five significant digits."""
     return tuple(float(f"{value:.5g}") for value in values)

@@ -1,4 +1,4 @@
-"""Measures a calibration: samples ordinary prompts, and keeps their noise gaps and basin scores."""
+"""Measuring a calibration: ordinary prompts are sampled, and their noise gaps and basin scores are kept."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def measure(
     progress: bool,
     resume: str | Path | None,
 ) -> Calibration:
-    """Implement `Calibration.measure`, with the same arguments."""
+    """`Calibration.measure`, whose arguments it takes."""
     prompts = checks.texts("prompts", prompts)
     if len(prompts) < 2:
         raise ValueError(f"prompts must be two at least, and {FEW} for a guard; got {prompts}")
@@ -109,7 +109,7 @@ def _calibration(
     settings: dict[str, Any],
     model: dict[str, Any],
 ) -> Calibration:
-    """Build a calibration from scores and gaps, (n, 1 + steps), with plain guidance and, if measured, without guidance."""
+    """The calibration from scores and gaps, (n, 1 + steps), with plain guidance and, if measured, without any."""
     good = torch.stack([values.isfinite().all(dim=1) for values in found]).all(dim=0)
     for (prompt, seed), fine in zip(tasks, good.tolist(), strict=True):
         if not fine:

@@ -18,7 +18,7 @@ REPLACED = ("__call__", "prepare_latents")  # methods of a pipeline that the loo
 
 
 def adapt(pipe: DiffusionPipeline, compile: bool = False, lean: bool = False) -> Model:
-    """Return the model of a pipeline. compile, lean: see `Networks`.
+    """The model of a pipeline. compile, lean: see `Networks`.
 
     Raises ValueError for a pipeline that is not text-to-image guided by two predictions, and for a subclass that overrides a
     method in REPLACED, because the sampler would not call it.

@@ -22,9 +22,9 @@ Generators = list[torch.Generator] | None  # one a sample
 class Decoded:
     """Pictures of B samples.
 
-    images:  in the form that `output` names.
+    images:  of the kind that `output` asked for.
     finite:  (B,) bool on the CPU: whether all of a picture's pixels are finite.
-    flagged: the safety checker's verdict on each picture; None without a checker.
+    flagged: what the safety checker says of each; None without one.
     """
 
     images: Any
@@ -58,7 +58,7 @@ class Autoencoding:
         width: Pixels = None,
         **options: Any,
     ) -> Decoded:
-        """Decode latents (B, ...) as the pipeline does, with its safety checker and watermark.
+        """Pictures from latents (B, ...), as the pipeline makes them, with its safety checker and watermark.
 
         output: "pil", "np" or "pt". Pictures that overflow in half precision are decoded again in float32.
         """
@@ -73,7 +73,7 @@ class Autoencoding:
         return Decoded(images, finite.cpu(), None if flagged is None else [bool(flag) for flag in flagged])
 
     def unpacked(self, latents: Tensor, height: Pixels, width: Pixels, options: dict[str, Any]) -> Tensor:
-        """Return latents (B, ...) in the autoencoder's layout, not yet scaled."""
+        """Latents (B, ...) as the autoencoder takes them, before they are scaled."""
         return latents
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class Autoencoding:
     def _through(self, run: Callable[..., Tensor], values: Tensor, generators: Generators = None) -> Tensor:
         """Apply `run`, which uses the autoencoder, to values (B, ...); in float32 again where half precision overflows.
 
-        run: called with values and with these samples' generators.
+        run: takes values and the generators of these samples.
         """
         vae = self.pipe.vae
         upcast = self.upcasts and vae.dtype == torch.float16 and vae.config.force_upcast
@@ -128,7 +128,7 @@ class Autoencoding:
         return config.get("scaling_factor", 1.0), std, mean
 
     def _cropped(self, pixels: Tensor, height: Pixels, width: Pixels, options: dict[str, Any]) -> Tensor:
-        """Return the pictures in the size that was asked for."""
+        """The pictures, cut to the size that was asked for."""
         return pixels
 
     def _pictures(self, pixels: Tensor, output: str, flagged: Sequence[Any] | None) -> Any:

@@ -51,7 +51,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The text of B samples, as the network reads it.
+    """The text of B samples, as the network takes it.
 
     inputs:    the network's keyword arguments with a row a sample: first the unconditional half, then the conditional one.
     shared:    its other keyword arguments, which are the same for every picture of one size.
@@ -65,13 +65,13 @@ class Encoded:
     truncated: Sequence[str] = ()
 
     def select(self, samples: Sequence[int]) -> Encoded:
-        """Return only these samples."""
+        """Only these samples."""
         rows = [*samples, *(i + len(self.truncated) for i in samples)]
         return replace(self, inputs=tree_map(lambda x: x[rows], self.inputs), truncated=[self.truncated[i] for i in samples])
 
     @classmethod
     def joined(cls, parts: Sequence[Encoded]) -> Encoded:
-        """Join the samples of all parts, one part after the other."""
+        """The samples of all parts, one part after the other."""
 
         def joined(*given: Tensor) -> Tensor:
             unconds, conds = zip(*(x.chunk(2) for x in given), strict=True)

@@ -5,7 +5,7 @@ It has three fields for each part that decides predictions: the denoiser and the
     form:   SHA-256 of the names and shapes of its tensors, and of the settings in its configuration that differ from the
             defaults of its class. (A newer diffusers adds settings, with defaults.)
     sample: the middle number of each of up to SAMPLED tensors, spread evenly over the part.
-    dtype:  of the tensors. Samples of one dtype must be equal, and those of two equal up to the precision of the coarser one.
+    dtype:  of the tensors. Samples of one dtype must be equal; those of two, equal to the precision of the coarser one.
 
 A fine-tuned model differs from its base model, and a model with a LoRA differs from the model without it. A copy under another
 name, on another device or in another dtype counts as the same model.
@@ -28,7 +28,7 @@ SAMPLED = 48
 
 
 def fingerprint(pipe: DiffusionPipeline) -> dict[str, dict[str, Any]]:
-    """Return the fingerprint of a pipeline in its current state, by part, as plain data that json can write."""
+    """The fingerprint of a pipeline as it is now, by part; plain data that json can write."""
     return {name: _part(part) for name in PARTS if isinstance(part := getattr(pipe, name, None), nn.Module)}
 
 
@@ -38,7 +38,7 @@ def digest(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def differing(one: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the parts in which two fingerprints differ; [] for the same model."""
+    """The parts in which two fingerprints differ; none for the same model."""
     return [name for name in PARTS if not _same(one.get(name), other.get(name))]
 
 
@@ -66,7 +66,7 @@ def _part(part: nn.Module) -> dict[str, Any]:
 
 
 def _chosen(part: nn.Module) -> dict[str, Any]:
-    """Return the settings of a diffusers model that differ from their defaults; {} for a part from transformers."""
+    """The settings of a diffusers model that are not defaults; nothing for a part of transformers."""
     known = inspect.signature(type(part).__init__).parameters
     config = part.config if isinstance(part.config, Mapping) else {}
     return {name: value for name, value in config.items() if name in known and value != known[name].default}

@@ -1,4 +1,4 @@
-"""Flux.1 with two predictions (true CFG in diffusers): a T5, a pooled CLIP, and in some models an embedded guidance scale."""
+"""Flux.1 with two predictions, which diffusers calls true CFG: a T5, a pooled CLIP, perhaps an embedded guidance scale."""
 
 from __future__ import annotations
 

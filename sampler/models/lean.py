@@ -52,21 +52,21 @@ class Lean:
 
     @staticmethod
     def readers(net: Any) -> list[nn.Module]:
-        """The layers that attend to the text; [] if anything except their `to_k` and `to_v` reads it."""
+        """The layers that attend to the text; [] where anything but their `to_k` and `to_v` reads it."""
         raise NotImplementedError
 
     @staticmethod
     def before_text(net: Any) -> list[nn.Module]:
-        """The first layers, which read only latents and timestep."""
+        """The first layers, which see only latents and timestep."""
         raise NotImplementedError
 
     @staticmethod
     def embed(net: Any) -> nn.Module | None:
-        """The layer that transforms the text before the readers; None for none."""
+        """The layer that the text goes through before it is read; None for none."""
         return None
 
     def read_ready(self, net: Any) -> None:
-        """Make the readers accept the text as `text` returns it: each layer slices its own keys and values from it."""
+        """Make the readers take the text in the form that `text` makes."""
         start = 0
         for module in self.readers(net):
             for name in ("to_k", "to_v"):
@@ -82,7 +82,7 @@ class Lean:
                 getattr(module.to_qkv, name).data.copy_(torch.cat([getattr(part, name) for part in parts]))
 
     def text(self, states: Tensor) -> Tensor:
-        """Return the keys and values of all readers, (B, T, all their channels), from the text's states (B, T, D)."""
+        """The keys and values of all layers, (B, T, all their channels), from the text's states (B, T, D)."""
         if not self._projections:
             return states
         states = states if self._embed is None else self._embed(states)
@@ -184,7 +184,7 @@ def _watched(module: nn.Module) -> bool:
 
 
 class _Slice(nn.Module):
-    """A layer that returns one reader's keys or values from those of all readers."""
+    """Takes a layer's keys or values from those of all layers."""
 
     def __init__(self, start: int, stop: int):
         super().__init__()
@@ -195,7 +195,7 @@ class _Slice(nn.Module):
 
 
 def _repeated(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a forward that computes the first half of the batch and returns the result for both halves."""
+    """A forward that runs for the first half of the batch and returns its result twice."""
 
     def once(x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
         half = len(x) // 2

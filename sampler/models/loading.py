@@ -21,7 +21,7 @@ from .registry import ADAPTERS
 ASSETS = Path(__file__).parents[1] / "assets"
 INDEX = "model_index.json"  # in the folder of every pipeline
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
-# The options of diffusers' loader, apart from the pipeline's parts.
+# What diffusers' loader takes beside the pipeline's parts.
 OPTIONS = frozenset(
     "variant revision token device_map cache_dir local_files_only force_download proxies low_cpu_mem_usage max_memory "
     "offload_folder quantization_config config original_config".split()

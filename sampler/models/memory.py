@@ -18,7 +18,7 @@ ALIVE = 6
 
 
 def batch_size(model: Model, height: int, width: int) -> int:
-    """Return how many samples one batch should have. height, width: in pixels."""
+    """The number of samples that one batch should have. height, width: in pixels."""
     if model.device.type != "cuda":
         return ON_CPU
     free, _ = torch.cuda.mem_get_info(model.device)

@@ -37,7 +37,7 @@ OURS = {
 class Model(Autoencoding):
     """A diffusers pipeline behind the interface that the loop uses. Each call reads the pipeline's current state.
 
-    pipe:    the DiffusionPipeline; typed as Any, because diffusers declares no attributes for a pipeline's parts.
+    pipe:    the DiffusionPipeline; Any, as diffusers declares no attribute for a pipeline's parts.
     compile, lean: see `Networks`.
     options: the names that `encode` takes as `options`. `shape`, `noise` and `decode` take the same options, because some of
              them decide a size.
@@ -46,14 +46,14 @@ class Model(Autoencoding):
 
     network_name: str  # the name of the pipeline's part that is the network
     guided: type[PromptedNetwork]
-    texts: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")  # options that are passed to `encode_prompt` unchanged
+    texts: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")  # options that `encode_prompt` takes as they are
     options: frozenset[str]
     scale = "guidance_scale"  # the argument of the pipeline's call that is the guidance scale
     kwargs = ""  # the option that is passed to the network unchanged; "" for none
     encoders = 1  # how many of ENCODERS are needed to read a prompt, from the first on
     longest = 0  # the number in ENCODERS, from 1, of the encoder that cuts texts at max_sequence_length tokens; 0: none
     closing = 1  # how many tokens end each text; a text that is cut keeps them
-    last_layer = 1  # the number of the text encoder's layer that is read, counted from the end: 1 is the last
+    last_layer = 1  # which of the text encoder's layers is read, counted from the end: 1 is the last
     correction: Correction | None = None
 
     def __init__(self, pipe: DiffusionPipeline, compile: bool = False, lean: bool = False):
@@ -98,7 +98,7 @@ class Model(Autoencoding):
         return config.z_dim if "z_dim" in config else config.latent_channels
 
     def set_attention(self, attention: str) -> None:
-        """Switch the network's attention to "sdpa" or "xformers", as diffusers does.
+        """Switch to "sdpa" or "xformers", as diffusers does.
 
         Raises ValueError for another name or where xformers cannot run, ImportError where it is missing.
         """
@@ -143,12 +143,12 @@ class Model(Autoencoding):
 
     @property
     def own_steps(self) -> int:
-        """The pipeline's own default number of steps."""
+        """The number of steps that the pipeline itself takes."""
         return self._defaults["num_inference_steps"]
 
     @property
     def own_scale(self) -> float:
-        """The pipeline's own default guidance scale."""
+        """The guidance scale that the pipeline itself has."""
         return float(self._defaults[self.scale])
 
     @property
@@ -163,7 +163,7 @@ class Model(Autoencoding):
         return self.net.config.in_channels, height // factor, width // factor
 
     def noise(self, generators: Sequence[torch.Generator], height: int, width: int, **options: Any) -> Tensor:
-        """Draw the initial noise, not yet scaled, (B, *shape) float32 on the CPU. Each sample has its own generator."""
+        """The initial noise, not yet scaled, (B, *shape) float32 on the CPU. Each sample's comes from its own generator."""
         return draw(self.shape(height, width, **options), generators)
 
     def scheduled(
@@ -181,7 +181,7 @@ class Model(Autoencoding):
         negative_prompt: Sequence[str | None] | None = None,
         **options: Any,
     ) -> Encoded:
-        """Encode the text of `count` samples of each prompt: all samples of the first prompt, then those of the next.
+        """The text of `count` samples of each prompt: all samples of the first prompt, then those of the next.
 
         Raises ValueError for arguments that do not fit the model or each other.
         """
@@ -206,7 +206,7 @@ class Model(Autoencoding):
         return Encoded(self._cast(inputs), self._cast(shared), request.get(self.kwargs), truncated)
 
     def _encoded(self, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return `inputs` and `shared` of the `Encoded`."""
+        """`inputs` and `shared` of the `Encoded`."""
         raise NotImplementedError
 
     def _lora_scale(self, request: Request) -> float | None:
@@ -242,7 +242,7 @@ class Model(Autoencoding):
                 raise ValueError(f"{name} has {len(options[name])} entries for {len(prompts)} prompts")
 
     def _truncated(self, prompts: list[str], options: dict[str, Any]) -> list[str]:
-        """The text that each prompt loses at the text encoder's limit, by the first tokenizer that cuts the prompt."""
+        """What each prompt loses at the text encoder's limit. The first tokenizer that cuts it decides."""
         cut = [""] * len(prompts)
         alone = self.longest and getattr(self.pipe, ENCODERS[self.longest - 1][0]) is not None
         for i in [self.longest] if alone else range(1, self.encoders + 1):
@@ -269,7 +269,7 @@ class Model(Autoencoding):
         return self._networks.of(self.net, encoded.inputs, encoded.shared, plain)
 
     def nearest_size(self, height: int, width: int, **options: Any) -> tuple[int, int]:
-        """Return the nearest (height, width) that the model can make."""
+        """The (height, width) nearest to these that the model can make."""
         return self._rounded(height), self._rounded(width)
 
     def _rounded(self, pixels: float) -> int:

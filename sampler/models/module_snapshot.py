@@ -18,7 +18,7 @@ _CODE = (type, FunctionType, MethodType, BuiltinFunctionType)
 
 
 class Snapshot:
-    """The state of an object, of its submodules if it is a module, and of the objects they hold, such as processors."""
+    """The state of an object, of a module's submodules too, and of the objects they hold, such as attention processors."""
 
     def __init__(self, thing: Any):
         parts = list(thing.modules()) if isinstance(thing, nn.Module) else [thing]

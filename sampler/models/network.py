@@ -24,7 +24,7 @@ RECOMPILE_LIMIT = 64  # shapes before the compiler gives up. Its own limit of 8 
 
 
 def compiled(net: Any) -> Callable[..., Any]:
-    """Return the network, compiled for each input shape, with channels-last convolutions and no CUDA graphs of the compiler."""
+    """The network, compiled for each shape it meets, with channels-last convolutions and without the compiler's CUDA graphs."""
     cpu = net.device.type == "cpu"
     if all(parameter.ndim < 5 for parameter in net.parameters()):  # for pictures
         net = net.to(memory_format=torch.channels_last)
@@ -49,7 +49,7 @@ class PromptedNetwork:
     net:     the pipeline's network, perhaps compiled.
     inputs:  its keyword arguments with a row a sample, see `Encoded`. shared: its other keyword arguments.
     both:    the network for both halves at once; None for `net`.
-    version: one object while the network is unchanged, another after a change; captures depend on it. None forbids capture.
+    version: the same object for as long as the network is unchanged, so that a call may be captured; None forbids capture.
     """
 
     lean: type[Lean] | None = None  # the lean form of such a network
@@ -73,7 +73,7 @@ class PromptedNetwork:
 
     @property
     def form(self) -> tuple:
-        """What a captured call depends on: shapes, dtypes, and values that are not tensors."""
+        """What a captured call depends on: shapes, dtypes, and values that are no tensors."""
         tensors = tuple((tuple(x.shape), x.dtype) for x in (*_tensors(self.inputs["both"]), *_tensors(self.shared)))
         return tensors + tuple((name, str(value)) for name, value in self.shared.items() if not isinstance(value, Tensor))
 
@@ -119,7 +119,7 @@ class PromptedNetwork:
 class Networks:
     """Makes the networks that the loop calls, and caches their compiled and lean forms.
 
-    guided:  the class of the networks. compile: compile the network. lean: use its lean form, if it has one.
+    guided:  the class to make. compile: compile the network. lean: use its lean form, where it has one.
 
     Compiled and lean forms are made again when the pipeline's network is replaced or changed. A network whose weights are
     offloaded, or cast layer by layer, is neither compiled nor made lean.

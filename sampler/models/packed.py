@@ -1,4 +1,4 @@
-"""The base of Flux and Qwen-Image, whose latents are packed 2 x 2 into tokens, (B, tokens, 4 C)."""
+"""What Flux and Qwen-Image share: latents packed 2 x 2 into tokens, (B, tokens, 4 C)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Packed(Transformer):
         return 2 * self.pipe.vae_scale_factor
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
-        """The number of rows and of columns of tokens."""
+        """Rows and columns of tokens."""
         return height // self.multiple, width // self.multiple
 
     def shape(self, height: int, width: int, **options: Any) -> tuple[int, ...]:

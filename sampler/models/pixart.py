@@ -14,7 +14,7 @@ from .transformer import PromptedTransformer, Transformer
 
 
 class PromptedPixArt(PromptedTransformer):
-    """A PixArtTransformer2DModel. `predict` drops the channels of the variance."""
+    """A PixArtTransformer2DModel, without the channels in which it predicts a variance."""
 
     lean = LeanPixArt
 
@@ -68,7 +68,7 @@ class PixArtSigma(Transformer):
 
     @property
     def _sizes(self) -> dict[str, list[float]] | None:
-        """Ratio -> (height, width) of training for the network's sample_size; None where no sizes are known for it."""
+        """Ratio -> (height, width) of training, for networks of this sample_size; None for other networks."""
         from diffusers.pipelines.pixart_alpha import pipeline_pixart_sigma as own
 
         side = {32: 256, 64: 512, 128: 1024, 256: 2048}.get(self.net.config.sample_size)

@@ -77,7 +77,7 @@ class StableDiffusion(Model):
         return inputs, {}
 
     def _inputs(self, encoded: tuple[Tensor, ...], absent: list[bool], height: int, width: int, options: dict) -> dict:
-        """Return the UNet's arguments that have a row a sample. absent: which samples have no negative prompt."""
+        """The UNet's arguments with a row a sample. absent: which samples have no negative prompt."""
         cond, uncond = encoded
         return {"encoder_hidden_states": torch.cat([uncond, cond])}
 

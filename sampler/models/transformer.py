@@ -1,4 +1,4 @@
-"""The base of the adapters of diffusion transformers."""
+"""What the adapters of diffusion transformers share."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from .transformer import PromptedTransformer, Transformer
 
 
 class PromptedWan(PromptedTransformer):
-    """A WanTransformer3DModel. `predict` casts the latents to the dtype of the text."""
+    """A WanTransformer3DModel. It takes latents in the dtype of its text."""
 
     lean = LeanWan
 
@@ -67,5 +67,5 @@ class Wan(Transformer):
         return {"encoder_hidden_states": request.halves(uncond, cond)}, {}
 
     def _pictures(self, pixels: Tensor, output: str, flagged: Sequence[Any] | None) -> Any:
-        """Return videos: lists of PIL frames, or (B, frames, ...)."""
+        """Frames: lists of pictures, or (B, frames, ...)."""
         return self.pipe.video_processor.postprocess_video(pixels, output_type=output)

@@ -1,4 +1,4 @@
-"""Atomic writes, after which a file exists as a whole or not at all, and the digests of files."""
+"""Atomic writes: a file is there as a whole or not at all. And the digests of files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)  # errors of a disk that has no room
 
 
 def files_sha256(files: Iterable[Path]) -> str:
-    """Return the SHA-256 of files' names and contents, in the order of their paths. Raises OSError for a missing file."""
+    """The SHA-256 of files' names and contents, in the order of their paths. Raises OSError for a missing file."""
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(repr((path.name, sha256(path))).encode("utf-8", "surrogateescape"))
@@ -85,6 +85,6 @@ def link(source: Path, target: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
+    """The SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,7 +14,7 @@ Made = TypeVar("Made")
 
 
 def parts(total: int, size: int) -> list[range]:
-    """Return the indices of `total` samples, in batches of at most `size`."""
+    """The indices of `total` samples in batches of at most `size`."""
     return [range(start, min(start + size, total)) for start in range(0, total, size)]
 
 

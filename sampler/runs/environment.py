@@ -1,4 +1,4 @@
-"""The machine of a run: its device, and the versions of the libraries that compute."""
+"""The machine that figures and images were made on: its device, and the versions of the libraries that compute."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def own_numbers() -> Iterator[None]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return the device (a GPU's name) and the versions of Python, CUDA (if torch has it) and the installed PACKAGES."""
+    """The device, a GPU by its name, and the versions of Python, CUDA (where torch has it) and the installed PACKAGES."""
     versions = {"python": platform.python_version()} | {name: found for name in PACKAGES if (found := version_of(name))}
     if torch.version.cuda is not None:
         versions["cuda"] = torch.version.cuda
@@ -40,7 +40,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 @cache
 def version_of(package: str) -> str | None:
-    """Return the version of a package; None if it is not installed."""
+    """The version of an installed package; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

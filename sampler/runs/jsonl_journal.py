@@ -58,7 +58,7 @@ class Journal:
     key: returns the key of a line, or None for a line that does not count, because its image must be made again. A line without
         the fields that `key` reads does not count.
 
-    Raises ValueError if another process works in the file's folder.
+    Raises ValueError where another process is at work in the file's folder.
     """
 
     def __init__(self, path: Path, key: Callable[[dict[str, Any]], Hashable | None]):
@@ -127,12 +127,12 @@ def _text(line: dict[str, Any]) -> bytes:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Return the objects of a JSON Lines file. Lines that are not objects are skipped; a missing file has no lines."""
+    """The objects of a JSON Lines file. Lines that are no objects are passed over; a missing file has none."""
     return (line for _, line in texts(path) if line is not None)
 
 
 def texts(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Yield the lines of a JSON Lines file as (bytes, object), with None for a line that is not an object."""
+    """The lines of a JSON Lines file as (bytes, object); None for a line that is no object."""
     if not path.exists():
         return
     with path.open("rb") as file:

@@ -11,7 +11,7 @@ BREAKS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
 def json_bytes(value: Any, indent: int | None = None) -> bytes:
-    """Return `finite(value)` as JSON in UTF-8, without a line break unless `indent` is given.
+    """The value as JSON in UTF-8, without a line break unless `indent` is given; see `finite`.
 
     Half a surrogate pair, which UTF-8 cannot hold, is escaped, and so are the characters of BREAKS.
     """
@@ -20,7 +20,7 @@ def json_bytes(value: Any, indent: int | None = None) -> bytes:
 
 
 def finite(value: Any) -> Any:
-    """Return the value with None in place of NaN and infinities, which JSON does not have."""
+    """The same with None for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -19,18 +19,18 @@ NEEDED_OF_IMAGES = {"file": str, "sha256": str}  # further fields of a line with
 
 
 def lacks(line: dict[str, Any]) -> list[str]:
-    """Return the needed fields that a line of a manifest lacks, or that have a wrong type."""
+    """The needed fields that a line of a manifest lacks, or has with another type."""
     needed = NEEDED | (NEEDED_OF_IMAGES if line.get("status") == "ok" else {})
     return [name for name, kind in needed.items() if not isinstance(line.get(name), kind)]
 
 
 def sound(out: Path) -> Iterator[dict[str, Any]]:
-    """Return the lines of a folder's manifest that lack no field. `verify` reports the others."""
+    """The lines of a folder's manifest that lack no field; `verify` names the others."""
     return (line for line in read_lines(out / MANIFEST) if not lacks(line))
 
 
 def belongs(position: int, shard: tuple[int, int] | None) -> bool:
-    """Whether the job at a position is in the shard (i, n), number i of n from 0. None means the whole run."""
+    """Whether the job at a position is in shard (i, n) of a run. None is the whole run."""
     return shard is None or position % shard[1] == shard[0]
 
 
@@ -42,7 +42,7 @@ def job_lines(out: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_jobs(out: Path) -> Iterator[tuple[int, str]]:
-    """Return the positions and ids of the lines of `job_lines`."""
+    """Positions and ids of all jobs of a run, as `job_lines` has them."""
     return ((line["position"], line["id"]) for line in job_lines(out))
 
 

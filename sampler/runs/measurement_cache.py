@@ -1,4 +1,4 @@
-"""A cache of measurements in a file, so that a run that was stopped repeats none of them."""
+"""A cache of measurements: each is written to a file when it is made, so that a run that was stopped makes none twice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 class MeasurementCache:
     """Measurements by name and sample index, in the JSON Lines file `path`; None: they are not stored.
 
-    run: the settings that decide them. Measurements under other settings are removed from the file.
+    run: the settings that decide them. Measurements of other settings in the same file are removed.
     """
 
     def __init__(self, path: str | Path | None, run: Mapping[str, Any]):
@@ -43,7 +43,7 @@ class MeasurementCache:
         return len(self._lines)
 
     def __call__(self, what: str, count: int, size: int, make: Callable[[Sequence[int]], Tensor], bar: tqdm) -> Tensor:
-        """Return the measurements named `what` of `count` samples, (count, ...) float32, cached or new.
+        """The measurements `what` of `count` samples, (count, ...) float32.
 
         make: measures the samples of some indices, at most `size` at a time. bar: advances by the samples of each batch.
         """
@@ -68,5 +68,5 @@ class MeasurementCache:
 
 
 def _tensor(values: list) -> Tensor:
-    """Convert values read from JSON to (n, ...) float32. None becomes NaN, which JSON does not have."""
+    """Values that JSON has read, (n, ...) float32; None stands for NaN, which JSON lacks."""
     return torch.from_numpy(np.array(values, np.float32))

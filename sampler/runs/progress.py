@@ -87,7 +87,7 @@ class Summary:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds until all images are made, at the pace of the last steps; None while no pace is known."""
+        """Seconds until all are made, at the pace of the last steps; None while that is not known."""
         return (self.total - self.before - self.made) / self.pace if self.pace else None
 
     @property
@@ -117,13 +117,13 @@ class Summary:
 
 
 def duration(seconds: float) -> str:
-    """Format seconds as hours:minutes:seconds."""
+    """A time as hours:minutes:seconds."""
     minutes, second = divmod(round(seconds), 60)
     return f"{minutes // 60:02d}:{minutes % 60:02d}:{second:02d}"
 
 
 class Progress:
-    """Shows the progress of a run. log: "plain" lines, "json" lines, "none", or "auto": a bar in a terminal, else plain lines.
+    """Shows how far a run is. log: "plain" lines, "json" lines, "none", or "auto": a bar in a terminal, else plain lines.
 
     metrics: the port on which the package prometheus_client serves the same numbers to Prometheus; None: they are not served.
     host: the address of that port. By default only this machine can reach it; with "0.0.0.0" others can.
@@ -180,7 +180,7 @@ class Progress:
         self._tell("progress", due=now - self._shown >= EVERY)
 
     def tell(self, event: str, text: str, facts: dict[str, Any]) -> None:
-        """Show an event as text, or as a JSON line with `facts`."""
+        """Show what happens: as text, or as a JSON line of facts."""
         if self._bar is not None:
             self._bar.write(text, file=self.stream)
         else:
@@ -216,9 +216,9 @@ class JsonFormatter(logging.Formatter):
 
 
 def moving(bar: tqdm, count: float) -> Callable[[float], None]:
-    """Return a function that advances `bar`, which has the FORMAT, by a share of its next `count` items.
+    """A function that moves `bar`, which has the FORMAT, by a share of its next `count` items.
 
-    At the share 1 the function resets the bar, because the caller then counts the finished items with `bar.update`.
+    At the share 1 it sets the bar back to where it was: the caller then counts the finished items with `bar.update`.
     """
     done = bar.n
 

@@ -1,4 +1,4 @@
-"""The provenance of images: the model's weights, its scheduler, and the machine."""
+"""The record of what made images: the model's weights, its scheduler, and the machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def settings_of(scheduler: Any, dtype: torch.dtype, device: torch.device) -> dic
 
 
 def weights_sha256(pipe: Any) -> str:
-    """Return the SHA-256 of a diffusers pipeline now: its modules' tensors and configurations by name, and its vocabularies.
+    """The SHA-256 of a diffusers pipeline as it is: its modules' tensors and configurations by name, and its vocabularies.
 
     For weights on the meta device (sequential offloading), it hashes the source that the pipeline was loaded from instead.
     """
@@ -42,6 +42,6 @@ def weights_sha256(pipe: Any) -> str:
 
 
 def _public(config: Any) -> dict[str, Any]:
-    """Return a configuration as JSON data, without diffusers' private entries, whose order varies between runs."""
+    """A configuration as json reads it back, without diffusers' private entries, whose order differs from run to run."""
     config = config.to_dict() if hasattr(config, "to_dict") else config
     return json.loads(json.dumps({name: value for name, value in config.items() if name[0] != "_"}, default=str))

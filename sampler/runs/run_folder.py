@@ -1,6 +1,6 @@
 """A run's folder and its `run.json`, the settings. One process at a time works in a folder.
 
-A run that was stopped continues when it is started again with the same settings.
+A run that was stopped goes on when it is started again with the same settings.
 """
 
 from __future__ import annotations
@@ -108,18 +108,18 @@ def _both(name: str, there: Any, now: Any) -> Iterator[str]:
 
 
 def _short(text: str, start: int) -> str:
-    """Return the text from `start` on, with at most SHORT characters and "..." where it is cut."""
+    """A part of a text from `start` on, of SHORT letters at most."""
     part = text[start : start + SHORT]
     return ("..." if start else "") + part + ("..." if start + SHORT < len(text) else "")
 
 
 def leftover(path: Path) -> bool:
-    """Whether a file is one of LEFTOVERS, which can be ignored."""
+    """Whether a file is one of LEFTOVERS, which nobody misses."""
     return any(map(path.match, LEFTOVERS))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Read a folder's run.json. Raises ValueError, which says what to do, if it is missing or damaged."""
+    """The contents of a folder's run.json. Raises ValueError, saying what to do, where it is missing or damaged."""
     try:
         settings = finite(json.loads((folder / "run.json").read_text(encoding="utf-8")))
     except FileNotFoundError as error:
@@ -138,7 +138,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def locked(folder: Path) -> Iterator[None]:
     """A context in which no other process can lock the folder, if the system has locks. The lock ends with the process.
 
-    Raises ValueError if another process holds the lock.
+    Raises ValueError where another process holds the lock.
     """
     if fcntl is None:
         yield

@@ -101,14 +101,14 @@ class AttemptTable:
 
     @property
     def idle(self) -> list[str]:
-        """One line for each guidance whose transition changes nothing over these steps."""
+        """A line about each guidance whose transition changes nothing over these steps."""
         guidances = [self.guidance] if isinstance(self.guidance, Guidance) else [one.guidance for one in self.guidance.attempts]
         levels = self.solver.levels
         lines = [one.over(levels, self.solver.log_snrs).idle(levels) for one in dict.fromkeys(guidances)]
         return list(dict.fromkeys(line for line in lines if line is not None))
 
     def computed(self, attempt: int) -> Tensor:
-        """(steps,) bool on the CPU: the steps of an attempt that compute a noise gap."""
+        """(steps,) bool on the CPU: in which steps of an attempt there is a noise gap."""
         found = torch.zeros(self.plan.steps, dtype=torch.bool)
         rows = range(self.starts[attempt], self.starts[attempt + 1])
         found[[self.plan.step[row] for row in rows if self.plan.branches[row] == BOTH]] = True

@@ -1,4 +1,4 @@
-"""Denoises one batch, from its noise to its latents, in the fastest way that its model and scheduler allow."""
+"""One batch from its noise to its latents, by the fastest way that there is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sampler's `callback_on_step_end`: what it can read from the pipeline, and what it may change."""
+"""A sampler's `callback_on_step_end`: what it finds in the pipeline, and what it may change."""
 
 from __future__ import annotations
 

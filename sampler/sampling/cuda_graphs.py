@@ -1,4 +1,4 @@
-"""The captured step: network and kernel launch, recorded as one CUDA graph for each branch and replayed. On a GPU only."""
+"""The captured step: network and launch recorded as CUDA graphs, one a branch, and replayed. Runs on a GPU only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WARM_UP = 3  # steps before a capture, because libraries choose their algorithms
 
 
 class Graphs:
-    """Captured steps, by shape. All of them share one memory pool, which `clear` frees."""
+    """Captured steps by shape. All share one memory pool, which `clear` gives back."""
 
     def __init__(self) -> None:
         self._sessions: dict[tuple, Session] = {}
@@ -34,9 +34,9 @@ class Graphs:
     def open_batch(
         self, network: PromptedNetwork, plan: StepTable, noise: Tensor, memory_format: torch.memory_format
     ) -> DeviceBatch:
-        """Return a batch that starts from `noise` under `plan`. Its step is captured where a capture works.
+        """A batch that begins from `noise` under `plan`. Its step is captured where that works.
 
-        Drops the captures of an earlier version of the network.
+        Captures of an earlier version of the network are dropped.
         """
         if network.version is not self._version:
             self.clear()
@@ -88,7 +88,7 @@ class Session:
         self.graphs: dict[Branch, tuple[torch.cuda.CUDAGraph, Pair]] = {}
 
     def start(self, noise: Tensor, plan: StepTable) -> State:
-        """Return the state at the start of `plan`, with as many columns of gaps as the plan has steps."""
+        """The state at the start of `plan`. It has as many gaps as the plan has steps."""
         self.state.start(noise, self.table, last=plan.last)
         transition = replace(self.state.transition, gaps=self.state.transition.gaps[:, : plan.steps])
         return replace(self.state, transition=transition)

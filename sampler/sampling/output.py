@@ -20,7 +20,7 @@ from .samples import Results
 class Output:
     """What a call returns.
 
-    images:          a list of PIL images, an array or a tensor, as `output` says; the latents for "latent". From a video model,
+    images:          a list of PIL images, or an array or tensor, as `output` asked; the latents for "latent". Of a video model
                      lists of frames, or an array or tensor (B, frames, ...).
     latents:         (B, C, h, w) final latents in the network's dtype.
     transition_step: (B,) int64 on the CPU, the step at which each sample's guidance changed; -1 for none, 0 for plain cfg.

@@ -35,7 +35,7 @@ class SlotBatch:
         plan = replace(self.plan.roomy(ROWS, STEPS) if room else self.plan, multistep=multistep)
         self.device_batch = begin(first.attempt_table, self.network, plan, nothing, self.generators)
         self.network = self.device_batch.network  # a captured step has its own
-        self.device_batch.state.transition.row.fill_(1)  # past the last row, so that no step changes the slots
+        self.device_batch.state.transition.row.fill_(1)  # past the last: no step changes them
         self.device_batch.state.transition.last.fill_(0)
 
     @property
@@ -44,7 +44,7 @@ class SlotBatch:
         return self.device_batch.state.latents.x.dtype != torch.float32
 
     def begin(self, fresh: Sequence[Slot]) -> None:
-        """Begin the samples of the slots `fresh`, which were free."""
+        """Begin the samples of slots that were free."""
         for slot in fresh:
             if slot.offset == len(self.plan.table):
                 self.plan = StepTable.joined([self.plan, slot.sample.attempt_table.plan])
@@ -108,7 +108,7 @@ class SlotBatch:
         return basin_score.scores(partial(basin_score.both, self.network), probe, x, seeds, probes)
 
     def shrink(self, places: Sequence[int]) -> None:
-        """Keep only the slots at these places, in this order."""
+        """Keep these places alone, in this order."""
         index = torch.tensor(places, device=self.plan.table.device)
         self.network, state = self.network.select(index), self.device_batch.state.select(index)
         self.generators = [self.generators[place] for place in places]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # they hold tensors; this module uses only their numbers
+if TYPE_CHECKING:  # they hold tensors; what is used here of them are numbers
     from .attempt_table import AttemptTable
     from .samples import Sample
 
@@ -55,7 +55,7 @@ class Slot:
 
     @property
     def progress(self) -> float:
-        """The share of the attempt that is done, 0 to 1."""
+        """The share of its attempt that is done, 0 to 1."""
         return 1.0 if self.judged else (self.row - self.start) / (self.end - self.start)
 
 
@@ -80,7 +80,7 @@ class Slots:
         self._source: Callable[[], tuple[int, Sample] | None] = lambda: None
 
     def begin(self, work: Iterable[Sample]) -> None:
-        """Take samples from `work`, after those in the queue."""
+        """Take samples from `work`, after those that wait already."""
         numbered = enumerate(work)
         self._source = lambda: next(numbered, None)
 
@@ -130,7 +130,7 @@ class Slots:
         return not self.attempt_tables[0].stepwise and 2 * len(self.live) <= self.size
 
     def shrink(self) -> list[int]:
-        """Keep only the slots in use; returns the places that they had. The batch then takes no more samples."""
+        """Keep the slots that are in use alone; returns the places that they had. The batch takes no more samples."""
         places = [slot.place for slot in self.live]
         self.size, self.form = len(places), None
         for place, slot in enumerate(self.live):
@@ -164,7 +164,7 @@ class Slots:
         return self._waiting[0]
 
     def _suits(self, sample: Sample) -> bool:
-        """Whether the open batch can take the sample beside those in it."""
+        """Whether the batch that is open can take the sample beside those that are in it."""
         if self.form != (self.size, sample.form):
             return False
         attempt_table = sample.attempt_table
@@ -185,7 +185,7 @@ class Slots:
         self.multistep |= sample.attempt_table.multistep
 
     def _offset(self, attempt_table: AttemptTable) -> int:
-        """Return where the rows of an attempt table begin in the batch's table. Adds the table if it is new."""
+        """Where the rows of an attempt table begin in the batch's table. They are added where they are not there yet."""
         offset = 0
         for known in self.attempt_tables:
             if known is attempt_table:

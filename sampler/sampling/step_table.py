@@ -96,7 +96,7 @@ class StepTable:
 
     @property
     def steps(self) -> int:
-        """The number of solver steps; the largest number, if the table joins several guidances."""
+        """The number of solver steps; where several guidances have rows, the largest."""
         return max(self.step) + 1
 
     def calls(self, steps: int) -> int:
@@ -105,7 +105,7 @@ class StepTable:
 
     @classmethod
     def joined(cls, plans: Sequence[StepTable]) -> StepTable:
-        """Return one table with the rows of several plans, one plan after the other."""
+        """The rows of several plans after each other."""
         starts = [0, *accumulate(len(plan.table) for plan in plans)]
         return replace(
             plans[0],
@@ -127,7 +127,7 @@ class StepTable:
         )
 
     def state(self, noise: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> State:
-        """Return the state of a batch that starts from `noise` (B, ...), which has the network's dtype and device."""
+        """The state of a batch that starts from `noise` (B, ...), in the network's dtype and on its device."""
         shape = tuple(noise.shape)
         empty = State.empty(shape, self.steps, noise.dtype, noise.device, self.multistep, self.scaled, memory_format)
         return empty.start(noise, self.table, last=self.last)
@@ -146,13 +146,13 @@ def looks_for_transition(columns: dict[Column, Tensor]) -> bool:
 
 
 def branches(columns: dict[Column, Tensor]) -> tuple[Branch, ...]:
-    """The branch that each row needs, or both. If the transition depends on noise gaps, both run until the latest one."""
+    """The branch that each row needs, or both. Where the transition depends on noise gaps, both run until it."""
     transition, finds = math.inf, looks_for_transition(columns)
     needed: list[Branch] = []
     alone: dict[float, Branch] = {0.0: "uncond", 1.0: "cond"}
     names = (Column.STEP, Column.LIMIT, Column.WAIT, Column.BEFORE, Column.AFTER)
     for k, limit, wait, before, after in zip(*(columns[name].tolist() for name in names), strict=True):
-        if limit == math.inf:  # every sample leaves here at the latest
+        if limit == math.inf:  # by then every sample has left
             transition = min(transition, k + wait)
         left = k >= transition
         weight = after if left else before

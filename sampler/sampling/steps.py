@@ -33,7 +33,7 @@ class DeviceBatch:
     table: Tensor | None = None
 
     def follow(self, plan: StepTable) -> None:
-        """Let the next steps read the rows of `plan`, which begins with the rows of the plan so far."""
+        """From now on the steps read the rows of `plan`, which begins with those so far."""
         if self.table is None:
             self.take = fused_step(self.network, plan, self.state)
         else:
@@ -85,7 +85,7 @@ def scheduler_move(
 
     def move(uncond: Tensor, cond: Tensor | None) -> None:
         guided = uncond if cond is None else guided_prediction(uncond, cond, plan, state)
-        latents = state.latents.x.clone()  # the scheduler may keep a reference to its argument
+        latents = state.latents.x.clone()  # the scheduler may keep what it is given
         latents = own_step(scheduler, guided, next(timesteps), latents, generators, solver.schedule.eta)
         state.transition.advance()
         state.put(latents, plan.table)
@@ -94,7 +94,7 @@ def scheduler_move(
 
 
 def guided_prediction(uncond: Tensor, cond: Tensor, plan: StepTable, state: State) -> Tensor:
-    """Return each sample's guided and corrected prediction, (B, ...), and record gaps and transitions in `state`."""
+    """The guided prediction of each sample, (B, ...), as the solver gets it. Gaps and transitions are recorded."""
     plan.statistics.ask(uncond, cond, plan.table, state.transition)
     guided = guide_step(uncond, cond, plan.table, state, plan.finds, plan.rule)
     if plan.correction is None:
@@ -103,7 +103,7 @@ def guided_prediction(uncond: Tensor, cond: Tensor, plan: StepTable, state: Stat
 
 
 def predicted(network: Network, state: State, branch: Branch) -> Pair:
-    """Return the network's predictions for the current step."""
+    """What the network predicts for the step that the samples are at."""
     latents = state.latents
     if branch == "both":
         uncond, cond = network(latents.model_input, latents.timestep, branch).chunk(2)
