@@ -65,7 +65,7 @@ class Engine:
     room:   the batch has room for the table rows of later samples. If false, all samples have the first sample's rows.
     local:  an exception fails only the sample that causes it: all in flight begin again in fewer slots, down to one. If false,
             the exception is raised.
-    A guard's sample that is not finite in half precision makes no further attempt, because the caller repeats it in float32.
+    A guard's sample that is not finite in half precision makes no further attempt, because it needs float32.
     """
 
     def __init__(self, begin: Begin, slots: int, fixed: bool = False, local: bool = False, room: bool = True):
