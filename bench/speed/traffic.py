@@ -13,7 +13,7 @@ WRITTEN = ("copy_", "fill_", "normal_", "zero_")  # their first argument is writ
 
 
 class Traffic(TorchDispatchMode):
-    """In this context, `bytes` sums the sizes of every operator's arguments and results. Views count nothing."""
+    """In this context, `bytes` sums the sizes of what every operator reads and of its results. Views are not counted."""
 
     def __init__(self) -> None:
         super().__init__()
