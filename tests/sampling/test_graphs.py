@@ -75,7 +75,7 @@ def test_what_runs_on_two_devices_or_waits_in_a_capture_is_refused(device):
 def said_by_graphs(caplog):
     """The warnings of capturing, among those of what is captured."""
     return [
-        record.message for record in caplog.records if record.name.endswith(".graphs") and record.levelno >= logging.WARNING
+        record.message for record in caplog.records if record.name.endswith(".cuda_graphs") and record.levelno >= logging.WARNING
     ]
 
 
@@ -120,7 +120,7 @@ def test_sdxl_is_captured(random_pipeline, device):
     plain, captured = Sampler.from_pipeline(pipe), Sampler.from_pipeline(on_device(pipe), capture=True)
     for prompts in (["a picture of a cat", "a frog"], ["a picture of a fish", "a crab"]):
         assert_same(call(captured, prompts, guidance), plain, prompts, guidance)
-    assert not captured.graphs._failed
+    assert captured.graphs.failure is None
 
 
 def test_a_network_that_reads_runs_uncaptured(pipe, device, caplog):
