@@ -23,6 +23,7 @@ from ..tables import Row
 from .published import published
 from .shapes import pipeline, sampled
 from .timing import fitting, interleaved, left_out, profiled, summary, within_memory
+from .traffic import moved
 
 SCALE = 7.5
 BASELINE = "diffusers"
@@ -111,10 +112,15 @@ def peers(pipe: Any, scheduler: str, height: int, batch: int) -> dict[str, tuple
 
 
 def counts(call: Callable[[int], object], device: torch.device) -> dict[str, float]:
-    """operators, reads by the host and, on a GPU, launches and waits of one step, once all that is made once is made."""
+    """Of one step, once all that is made once is made: operators, reads by the host and, on a GPU, launches and waits.
+
+    On a CPU, too, the bytes that operators read and write.
+    """
     for steps in (SHORT, LONG):
         call(steps)
     short, long = (_counted(call, steps, device) for steps in (SHORT, LONG))
+    if device.type == "cpu":
+        short["bytes"], long["bytes"] = (moved(partial(call, steps)) for steps in (SHORT, LONG))
     return {name: (long[name] - short[name]) / (LONG - SHORT) for name in long}
 
 

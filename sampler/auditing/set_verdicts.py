@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from .. import checks
@@ -235,20 +236,14 @@ class Judging:
         return found
 
     def _scores(self, waiting: Sequence[tuple[Line, Image.Image]]) -> list[float]:
-        """In float32 where that is needed for a score that is finite."""
-        scores = self._asked(waiting)
-        again = [k for k, score in enumerate(scores) if not isfinite(score)]
-        if again and self.sampler.model.half:
-            with self.sampler.in_float32():
-                for k, score in zip(again, self._asked([waiting[k] for k in again]), strict=True):
-                    scores[k] = score
-        return scores
+        return self.sampler.model.finite(self._measured, waiting)[:, 0].tolist()
 
-    def _asked(self, waiting: Sequence[tuple[Line, Image.Image]]) -> list[float]:
+    def _measured(self, waiting: Sequence[tuple[Line, Image.Image]]) -> Tensor:
+        """(n, 1) float32."""
         settings, images = self.settings, [image for _, image in waiting]
         how: dict[str, Any] = {name: getattr(settings, name) for name in ("probes", "height", "width")}
         how |= {"seeds": [settings.seed] * len(images), "batch_size": self.size}
-        return self.sampler.judge(images, [line["prompt"] for line, _ in waiting], **how).score.tolist()
+        return self.sampler.judge(images, [line["prompt"] for line, _ in waiting], **how).score[:, None]
 
     def _keep(self, rank: float, id: str, image: Image.Image) -> None:
         if len(self.worst) < SHOWN:

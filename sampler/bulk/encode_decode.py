@@ -137,7 +137,7 @@ def _picture(decode: Callable[..., Decoded], result: Result, latents: bool) -> P
         "transition_step": found,
         "transition_timestep": solver.timesteps[call].item() if found >= 0 else None,
         "transition_log_snr": None if found < 0 or solver.log_snr is None else round(solver.log_snr[call].item(), 4),
-        "noise_gap": result.gaps.tolist(),
+        "noise_gap": [float(str(gap)) for gap in result.gaps.cpu().numpy()],  # the fewest digits that tell a float32
     }
     if result.attempts is not None:
         line |= {name: getattr(result, name) for name in ("attempts", "score", "suspect")}

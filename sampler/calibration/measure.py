@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,8 @@ def measure(
         plain.bar("calibrating", "pictures", len(every), 0, every[len(kept) :]) as bar,
     ):
         sampled = partial(_sampled, sampler, tasks, steps, bar)
-        found = [kept(repr(one), len(tasks), size, partial(sampled, one), bar) for one in runs]
+        measures = [partial(sampler.model.finite, partial(sampled, one)) for one in runs]
+        found = [kept(repr(one), len(tasks), size, measure, bar) for one, measure in zip(runs, measures, strict=True)]
     return _calibration(found, tasks, steps, scale, solver.levels, settings, model)
 
 
@@ -92,20 +93,11 @@ def _sampled(
     sampler: Sampler, tasks: Sequence[tuple[str, int]], steps: int, bar: tqdm, guidance: Guidance, index: Sequence[int]
 ) -> Tensor:
     """Basin scores and noise gaps, (n, 1 + steps), of tasks, (prompt, seed), by their indices. `bar` moves with their steps."""
-
-    def sampled(index: Sequence[int], progress: Callable[[float], None] | bool) -> Tensor:
-        prompts, seeds = [tasks[i][0] for i in index], [tasks[i][1] for i in index]
-        how: dict[str, Any] = {"output": "latent", "batch_size": len(index), "progress": progress}
-        out = sampler(prompts, seeds, steps, guidance, stop_after=steps, **how)  # for their gaps: nobody waits for guidance
-        score = sampler.judge(out.latents, prompts, seeds, batch_size=len(index)).score
-        return torch.cat([score[:, None], out.noise_gap], dim=1)
-
-    values = sampled(index, moving(bar, len(index)))
-    again = (~values.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
-    if again and sampler.model.half:
-        with sampler.in_float32():
-            values[again] = sampled([index[i] for i in again], False)
-    return values
+    prompts, seeds = [tasks[i][0] for i in index], [tasks[i][1] for i in index]
+    how: dict[str, Any] = {"output": "latent", "batch_size": len(index), "progress": moving(bar, len(index))}
+    out = sampler(prompts, seeds, steps, guidance, stop_after=steps, **how)  # for their gaps: nobody waits for guidance
+    score = sampler.judge(out.latents, prompts, seeds, batch_size=len(index)).score
+    return torch.cat([score[:, None], out.noise_gap], dim=1)
 
 
 def _calibration(

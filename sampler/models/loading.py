@@ -10,6 +10,8 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from packaging.version import Version
 from safetensors import safe_open
 
@@ -17,6 +19,7 @@ from ..checks import line
 from .registry import ADAPTERS
 
 ASSETS = Path(__file__).parents[1] / "assets"
+INDEX = "model_index.json"  # in the folder of every pipeline
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 # What diffusers' loader takes beside the pipeline's parts.
 OPTIONS = frozenset(
@@ -27,7 +30,7 @@ OPTIONS = frozenset(
 
 def shipped() -> dict[str, Path]:
     """The folders of the pipelines that ship with the project, by name."""
-    return {index.parent.name: index.parent for index in sorted(ASSETS.glob("*/model_index.json"))}
+    return {index.parent.name: index.parent for index in sorted(ASSETS.glob(f"*/{INDEX}"))}
 
 
 def located(path_or_id: str | Path) -> str | Path:
@@ -62,6 +65,8 @@ def load(path_or_id: str | Path, dtype: torch.dtype, allow_pickle: bool = False,
             raise ValueError(f"model {str(path)!r} is not safetensors, {pickle_refused}")
         return _loaded(str(path), lambda: _pipeline_of(path).from_single_file(str(path), **options))
     if path.is_dir():
+        if not (path / INDEX).is_file() and (path.parent / INDEX).is_file():
+            raise ValueError(f"model {str(path)!r} is a part of the pipeline in {str(path.parent)!r}: give that folder")
         index = _loaded(str(path), lambda: DiffusionPipeline.load_config(path))
         options = {part: None for part, source in index.items() if source == [None, None]} | options  # saved without them
         pickled = _pickled(path, index, options)
@@ -75,6 +80,11 @@ def load(path_or_id: str | Path, dtype: torch.dtype, allow_pickle: bool = False,
         )
     else:
         source = str(path_or_id)
+        where = {name: options.get(name) for name in ("cache_dir", "revision")}
+        if HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(source, INDEX, **where), str):
+            raise ValueError(
+                f"model {source!r} is no folder, nor in the hub's cache, and HF_HUB_OFFLINE keeps it from being fetched"
+            )
     options["use_safetensors"] = None if allow_pickle else True
     return _loaded(source, lambda: DiffusionPipeline.from_pretrained(source, **options))
 

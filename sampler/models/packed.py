@@ -17,7 +17,7 @@ from .autoencoding import Pixels
 from .transformer import PromptedTransformer, Transformer, shift
 
 
-class GuidedPacked(PromptedTransformer):
+class PromptedPacked(PromptedTransformer):
     """A transformer that takes the time as 0..1, rounded to the latents' dtype."""
 
     @staticmethod
@@ -28,7 +28,7 @@ class GuidedPacked(PromptedTransformer):
 class Packed(Transformer):
     """The adapter of a pipeline whose transformer takes packed latents."""
 
-    guided = GuidedPacked
+    guided = PromptedPacked
     scale = "true_cfg_scale"
 
     @property

@@ -13,7 +13,7 @@ from .text_encoding import Request
 from .transformer import PromptedTransformer, Transformer
 
 
-class GuidedPixArt(PromptedTransformer):
+class PromptedPixArt(PromptedTransformer):
     """A PixArtTransformer2DModel, without the channels in which it predicts a variance."""
 
     lean = LeanPixArt
@@ -30,7 +30,7 @@ class PixArtSigma(Transformer):
     use_resolution_binning=False switches that off.
     """
 
-    guided = GuidedPixArt
+    guided = PromptedPixArt
     texts = (*Transformer.texts, "prompt_attention_mask", "negative_prompt_attention_mask")
     options = frozenset((*texts, "clean_caption", "max_sequence_length", "use_resolution_binning"))
     longest = 1

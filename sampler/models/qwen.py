@@ -10,16 +10,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .autoencoding import Generators
-from .packed import GuidedPacked, Packed
+from .packed import Packed, PromptedPacked
 from .text_encoding import Request
 
 
-class GuidedQwen(GuidedPacked):
+class PromptedQwen(PromptedPacked):
     """A QwenImageTransformer2DModel, which takes the shape of each picture."""
 
     @staticmethod
     def predict(net: Callable[..., Any], latents: Tensor, timesteps: Tensor, inputs: dict[str, Any]) -> Tensor:
-        return GuidedPacked.predict(net, latents, timesteps, {**inputs, "img_shapes": [[inputs["img_shapes"]]] * len(latents)})
+        return PromptedPacked.predict(
+            net, latents, timesteps, {**inputs, "img_shapes": [[inputs["img_shapes"]]] * len(latents)}
+        )
 
 
 def renormalised(guided: Tensor, cond: Tensor, weight: Tensor) -> Tensor:
@@ -39,7 +41,7 @@ class QwenImage(Packed):
     1. At other weights, such as before a transition, the guided prediction is left as it is.
     """
 
-    guided = GuidedQwen
+    guided = PromptedQwen
     texts = (*Packed.texts, "prompt_embeds_mask", "negative_prompt_embeds_mask")
     kwargs = "attention_kwargs"
     options = frozenset((*texts, "max_sequence_length", kwargs))

@@ -60,7 +60,7 @@ class StableDiffusionXL(StableDiffusion):
 
     def _pixels(self, latents: Tensor, generators: Generators) -> Tensor:
         scaling, std, mean = self._scale(latents)
-        return self.pipe.vae.decode(latents * (std / scaling) + mean, return_dict=False)[0]
+        return self.pipe.vae.decode(latents * std / scaling + mean, return_dict=False)[0]
 
     def _latents(self, pictures: Tensor, generators: Generators) -> Tensor:
         scaling, std, mean = self._scale(pictures)

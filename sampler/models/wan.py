@@ -14,7 +14,7 @@ from .text_encoding import Request
 from .transformer import PromptedTransformer, Transformer
 
 
-class GuidedWan(PromptedTransformer):
+class PromptedWan(PromptedTransformer):
     """A WanTransformer3DModel. It takes latents in the dtype of its text."""
 
     lean = LeanWan
@@ -27,7 +27,7 @@ class GuidedWan(PromptedTransformer):
 class Wan(Transformer):
     """The adapter of WanPipeline with one transformer. The option num_frames is the number of frames of a video."""
 
-    guided = GuidedWan
+    guided = PromptedWan
     kwargs = "attention_kwargs"
     options = frozenset((*Transformer.texts, "num_frames", "max_sequence_length", kwargs))
     longest = 1

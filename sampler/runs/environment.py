@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -37,6 +38,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type, "versions": versions}
 
 
+@cache
 def version_of(package: str) -> str | None:
     """The version of an installed package; None where it is not installed."""
     try:

@@ -47,7 +47,10 @@ def open_folder(
     out, run = Path(out), json.loads(json_bytes(run))  # as it will be read back
     if out.exists() and not out.is_dir():
         raise ValueError(f"output folder {str(out)!r} is a file: choose another")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output folder {str(out)!r} cannot be made: {error.strerror}") from error
     with locked(out):  # of two new runs at a time, one finds the other's settings
         known = _admit(out, run, growing)
         if known and known != run:
@@ -65,6 +68,11 @@ def _admit(out: Path, run: Mapping[str, Any], growing: Collection[str]) -> dict[
         if said := differences(known, run, growing):
             raise ValueError(f"output folder {str(out)!r} holds another run ({said}): choose another")
         return known
+    if any((part / "run.json").exists() for part in out.glob("shard-*-of-*")):
+        raise ValueError(
+            f"output folder {str(out)!r} holds shards of a run: `basinescape merge {out} --out FOLDER` makes them one run; or "
+            "choose another"
+        )
     if any(not path.is_dir() and not leftover(path) for path in out.rglob("*")):
         raise ValueError(f"output folder {str(out)!r} is not empty and holds no run of this program: choose another")
     return {}

@@ -1,5 +1,6 @@
 """Every bench at its smallest on the CPU: each piece of work runs, agrees with its peers, and is timed beside them."""
 
+from functools import partial
 from math import isfinite
 
 import pytest
@@ -8,6 +9,7 @@ from basinescape.bench import speed
 from basinescape.bench.speed.command import STOCK
 from basinescape.bench.speed.engine import LOOP
 from basinescape.bench.speed.images import BASELINE, WAYS
+from basinescape.bench.speed.traffic import moved
 from basinescape.bench.tables import tables
 from smallest import small_benches
 
@@ -53,6 +55,7 @@ def test_step(rows):
     (counted,) = of(found, "step, counted").values()
     assert set(counted) == set(peers) and counted["ours"]["operators"] < counted[BASELINE]["operators"]
     assert counted["ours"]["reads"] == 0 < counted["published style"]["reads"]
+    assert 0 < counted["ours"]["bytes"] < counted[BASELINE]["bytes"]
     assert len(of(found, "step, cost")) == 4
 
 
@@ -78,3 +81,20 @@ def test_engine(rows):
     assert len(commands) == 8 and {what.split(",")[0] for what in commands} == {"tiny", "flow"}
     for peers in commands.values():
         assert peers["generate"]["ratio"] > 0 and peers[STOCK]["ratio"] == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "read", "written"),
+    [
+        (lambda x, y: x.add(x), 2, 1),
+        (lambda x, y: torch.add(x, x, out=y), 2, 1),
+        (lambda x, y: x.mul_(2), 1, 1),
+        (lambda x, y: y.copy_(x), 1, 1),
+        (lambda x, y: x.zero_(), 0, 1),
+        (lambda x, y: x.T.chunk(2), 0, 0),
+        (lambda x, y: torch.cat([x, y]), 2, 2),
+    ],
+)
+def test_traffic_is_what_operators_read_and_write(call, read, written):
+    x, y = torch.ones(6, 4), torch.ones(6, 4)
+    assert moved(partial(call, x, y)) == (read + written) * x.nbytes

@@ -36,6 +36,14 @@ def test_a_folder_is_filled_and_refused_to_another_run(tmp_path, monkeypatch, ca
     assert code == 2 and "another run" in error
 
 
+def test_noise_gaps_are_told_in_the_fewest_digits_of_a_float32(sampler, tmp_path):
+    make(sampler, jobs(1), tmp_path / "out", steps=4)
+    (line,) = sound(tmp_path / "out")
+    expected = sampler([line["prompt"]], [line["seed"]], 4, Guidance.cfg(7.5), output="latent", progress=False).noise_gap[0]
+    torch.testing.assert_close(torch.tensor(line["noise_gap"]), expected)
+    assert all(len(f"{gap}") <= 11 for gap in line["noise_gap"])  # a double that is a float32 has up to 19
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path, monkeypatch, capsys):
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     write(prompts, 1)

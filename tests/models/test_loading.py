@@ -52,6 +52,14 @@ def test_what_looks_like_a_path_is_one(path, monkeypatch, tmp_path):
         load(path)
 
 
+def test_what_cannot_be_loaded_is_said_before_diffusers_tries(folder, monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="is a part of the pipeline in"):
+        load(folder / "unet")
+    monkeypatch.setattr("basinescape.models.loading.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="nor in the hub's cache, and HF_HUB_OFFLINE"):
+        load("owner/name", cache_dir=str(tmp_path))
+
+
 def test_a_hub_id_goes_to_diffusers_with_its_revision(random_pipeline, monkeypatch):
     pipe, seen = random_pipeline("sd", 8, "epsilon"), []
     monkeypatch.setattr(

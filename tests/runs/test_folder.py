@@ -59,6 +59,11 @@ def test_another_run_and_a_file_are_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
         open_folder(tmp_path / "file", RUN)
+    with pytest.raises(ValueError, match=r"output folder '.*' cannot be made: Not a directory"):
+        open_folder(tmp_path / "file" / "out", RUN)
+    open_folder(tmp_path / "shards" / "shard-0-of-2", RUN)
+    with pytest.raises(ValueError, match=r"merge .*shards --out"):
+        open_folder(tmp_path / "shards", RUN)
 
 
 def test_values_are_shown_where_they_differ_and_not_all_of_many():

@@ -75,7 +75,9 @@ def test_what_runs_on_two_devices_or_waits_in_a_capture_is_refused(device):
 def said_by_graphs(caplog):
     """The warnings of capturing, among those of what is captured."""
     return [
-        record.message for record in caplog.records if record.name.endswith(".cuda_graphs") and record.levelno >= logging.WARNING
+        record.message
+        for record in caplog.records
+        if record.name.endswith(".cuda_graphs") and record.levelno >= logging.WARNING
     ]
 
 
