@@ -185,14 +185,14 @@ def overhead(sampler: Sampler, device: torch.device, rounds: int, jobs: int, ste
 
 
 def scaling(workers: Sequence[int] = (1, 2, 4), steps: int = 10) -> Iterator[Row]:
-    """Images a second of a local Ray's workers, each with a stand-in of its own; nothing where Ray is not installed."""
+    """Images a second of a local Ray's workers, with a stand-in each, on CPUs; nothing where Ray is not installed."""
     if find_spec("ray") is None:
         return
     import ray
     from basinescape.bulk.ray import ROUNDS as blocks
     from basinescape.bulk.ray import RayExecutor
 
-    ray.init(num_cpus=max(workers), include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=max(workers), num_gpus=0, include_dashboard=False, log_to_driver=False)
     jobs = [(i, Job(f"{i}", prompt(i), i)) for i in range(2 * max(workers) * blocks * SLOTS)]
     rates: list[float] = []
     for count in workers:
