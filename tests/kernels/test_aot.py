@@ -91,7 +91,7 @@ for block, warps in ((16384, 1), (1024, 32)):
 
 @pytest.mark.parametrize(("target", "dtype"), OTHERS)
 def test_other_cards_spill_nothing(target, dtype):
-    """Consumer cards and AMD's, at the largest block and in tiles; 16 bytes a load there, too, but where all is a copy."""
+    """Consumer cards and AMD's, at the largest block and in tiles; 16 bytes a load there, too."""
     script = f"""
 from basinescape.kernels.aot import SHAPES, assembly, launches, resources
 for name, launch in launches("{dtype}", shapes=SHAPES[-2:]):
@@ -100,7 +100,8 @@ for name, launch in launches("{dtype}", shapes=SHAPES[-2:]):
     rows = [(name, *map(int, numbers)) for name, *numbers in (line.split(";") for line in run("-c", script).splitlines())]
     assert len(rows) == 23
     for name, registers, spilled, bits in rows:
-        least = 0 if narrow(name) else 64 if name.startswith("guide_step") else 128  # gfx942 copies 8 bytes at a time
+        copies = name.startswith("guide_step") and target == "gfx942"  # which copies 8 bytes at a time
+        least = 0 if narrow(name) else 64 if copies else 128
         assert registers <= 128 and not spilled and bits >= least, name
 
 
