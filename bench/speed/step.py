@@ -217,7 +217,7 @@ def _cost(pipe: Any, height: int, cases: Cases) -> Iterator[Row]:
     keys = [(batch, steps) for batch in cases.cost_batches for steps in cases.cost_steps]
     times = interleaved(fitting({key: partial(loop, *key) for key in keys}), device, cases.rounds)
     rows = {key: summary([1e6 * t for t in found], None) for key, found in times.items()}
-    fitted = _fit({key: row["median"] for key, row in rows.items()})
+    fitted = _fit({key: row["median"] for key, row in rows.items()}) if rows else {}
     for batch, steps in keys:
         what = {"bench": "step, cost", "what": f"{_latents(pipe, height)}, batch {batch}, {steps} steps", "peer": "ours"}
         row = rows.get((batch, steps))
