@@ -18,7 +18,7 @@ def eager_step(
     uncond: Tensor, cond: Tensor | None, table: Tensor, guided: Tensor | None, state: State, rule: str = "cfg"
 ) -> None:
     """`step`, or, where `guided` is given, `guide_step`. The same operators whatever the values, and none of them read."""
-    way, part = state.transition, Part.of(state, slice(None))
+    way, part = state.transition, SampleViews.of(state, slice(None))
     rows, going = way.rows(table), way.row <= way.last
     here, k = rows.unbind(1), rows[:, Column.STEP].long()
     gap = torch.full_like(way.peak, torch.nan) if cond is None else part.differ(uncond, cond)
@@ -42,7 +42,7 @@ def eager_step(
 
 
 @dataclass
-class Part:
+class SampleViews:
     """Some samples of a state, n of them: views, and the arithmetic of a step on them.
 
     x, first and second half of the network's input, history: the state's. difference, following: float32 like the latents,
@@ -58,7 +58,7 @@ class Part:
     folded: Folded
 
     @classmethod
-    def of(cls, state: State, index: slice) -> Part:
+    def of(cls, state: State, index: slice) -> SampleViews:
         latents, scratch = state.latents, state.workspace.scratch
         assert scratch is not None  # this device's states have it
         first, second = latents.halves

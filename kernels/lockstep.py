@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .eager import Part
+from .eager import SampleViews
 from .operands import sample_size
 from .rules import RULES, GuidanceRule, leaves_eager
 from .state import State, fill_input
@@ -124,7 +124,7 @@ class Group:
     have found a transition of its own. latest: the step from which on all have left.
     """
 
-    part: Part
+    part: SampleViews
     at: Tensor
     peak: Tensor
     gaps: Sequence[Tensor]
@@ -140,7 +140,9 @@ class Group:
         way = state.transition
         peaks = any(_any(order.keep, 1, -math.inf) or _any(order.fall, 0) for order in orders)
         waits = any(_any(order.wait, 0) for order in orders)
-        return cls(Part.of(state, index), way.at[index], way.peak[index], way.gaps[index].unbind(1), orders, rule, peaks, waits)
+        return cls(
+            SampleViews.of(state, index), way.at[index], way.peak[index], way.gaps[index].unbind(1), orders, rule, peaks, waits
+        )
 
     def take(self, uncond: Tensor, cond: Tensor | None, order: Order) -> None:
         part, gap, prediction = self.part, None, uncond

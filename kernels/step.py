@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .decision import books_kernel, factors, look, noted, place
 from .dispatch import backend, jit, launch, tl
 from .eager import eager_step
 from .operands import arranged, check_predictions, sample_size, sample_stride
@@ -24,6 +23,7 @@ from .state import BUFFERS, State, buffers_of, state_of
 from .sums import added, launch_sums, sums_of, total_gap, total_sums
 from .table import INPUT_SCALE, A, B, Column, P, Q
 from .tiles import OPTIONS, TILES, parts, read, tile_of
+from .weight_decision import books_kernel, factors, look, noted, place
 
 
 def step(uncond: Tensor, cond: Tensor | None, table: Tensor, state: State, finds: bool = True, rule: str = "cfg") -> None:

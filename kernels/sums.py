@@ -102,7 +102,7 @@ def sample_sums(uncond: torch.Tensor, difference: torch.Tensor) -> tuple[torch.T
 
 
 class Folded:
-    """A reduction of each row of (B, n), a part of it at a time: of what is in that memory whenever it is called."""
+    """Reduces each row of (B, n) in stages of up to PART numbers. It holds views, so a call reduces what they hold then."""
 
     def __init__(self, samples: torch.Tensor):
         self.stages = []

@@ -15,9 +15,10 @@ class Column(IntEnum):
     INPUT_SCALE: factor on the latents at the network's input. TIMESTEP: what the network is told.
     STEP: the solver step the row belongs to, a whole number. FIRST: 1 for the first row of its step, whose noise gap counts;
     0 for the others, which show nothing.
-    What makes a sample leave its basin here (`definition.leaves`): KEEP: the first minimum, at most KEEP times the largest
-    gap; minus infinity: none does. LIMIT: a gap of at most LIMIT; minus infinity: none, infinity: the sample leaves whatever
-    its gap. FALL: a gap below FALL times the largest one; 0: none. WAIT: steps from there to the transition.
+    What makes a sample leave its basin here (`definition.leaves`). KEEP: the step before had a local minimum of the gap, at
+    most KEEP times the largest gap so far; minus infinity asks for none. LIMIT: the gap is at most LIMIT; minus infinity asks
+    for none, and infinity lets every sample leave. FALL: the gap is below FALL times the largest one; 0 asks for none. WAIT:
+    steps from there to the transition.
     FIRST_OPTION, SECOND_OPTION: numbers of the guidance rule (`rules.RULES`), in its own order.
     """
 

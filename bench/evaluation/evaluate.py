@@ -24,7 +24,7 @@ from basinescape import Output, Sampler, checks
 from basinescape.data.pictures import images_in
 from basinescape.data.tables import write_csv
 from basinescape.runs.atomic import files_sha256, save_image
-from basinescape.runs.halving import halving
+from basinescape.runs.batch_retry import halving
 from basinescape.runs.jsonl_journal import Journal, read_lines
 from basinescape.runs.provenance import weights_sha256
 from basinescape.runs.run_folder import open_folder, read_settings

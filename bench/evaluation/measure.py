@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from basinescape.auditing.index import Index
+from basinescape.auditing.training_images import TrainingImages
 from basinescape.data.pictures import images_in, pixels
 from PIL import Image
 
@@ -14,10 +14,10 @@ from ..scenario import Prompt, Scenario
 from .classifier import ConceptClassifier
 
 
-class TrainingImages:
+class ScenarioImages:
     """Compares images with training images: those of the prompts, and `others`, which no prompt belongs to, in `folder`.
 
-    name, threshold: of a measure of `Index`, which says what is raised.
+    name, threshold: of a measure of `TrainingImages`, which says what is raised.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class TrainingImages:
         self.names = [*self._column, *(str(path.relative_to(folder)) for path in others)]
         if not self.names:
             raise ValueError("the scenario's prompts have no training image to compare with")
-        self._index = Index([*own.values(), *others], [name], threshold)
+        self._index = TrainingImages([*own.values(), *others], [name], threshold)
         self._threshold = self._index.thresholds[name]
 
     def __call__(self, images: Sequence[Image.Image], found: Sequence[Prompt]) -> list[dict[str, Any]]:
@@ -60,7 +60,7 @@ class Measure:
     concept_ok: whether it shows the prompt's concept; None without one, or without a classifier beside the model.
 
     Raises ValueError for a folder of images that holds none, for a concept that the classifier does not know, and what
-    `TrainingImages` does.
+    `ScenarioImages` does.
     """
 
     def __init__(self, scenario: Scenario, groups: Mapping[str, Sequence[Prompt]]):
@@ -69,7 +69,7 @@ class Measure:
             raise ValueError(f"images folder {scenario.images!r} holds no picture")
         known = others or any(prompt.image for found in groups.values() for prompt in found)
         given = str(scenario.similarity), groups, others, scenario.folder or "", scenario.threshold
-        self._training = TrainingImages(*given) if known else None
+        self._training = ScenarioImages(*given) if known else None
         folder = Path(scenario.source) / "classifier"
         self._classifier = ConceptClassifier.load(folder) if (folder / "config.json").is_file() else None
         wanted = {prompt.concept: prompt.id for found in groups.values() for prompt in found if prompt.concept}

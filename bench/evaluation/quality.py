@@ -30,7 +30,7 @@ from tqdm import tqdm
 from ..scenario import Scenario, limited, prompts
 from .classifier import ConceptClassifier
 from .evaluate import image_path, read_run
-from .measure import TrainingImages
+from .measure import ScenarioImages
 from .metrics import interval
 from .scenes import CONCEPTS, FLOW_CONCEPTS, SIZE, draw_facts, flow_scene, tiny_scene
 
@@ -127,7 +127,7 @@ def _likeness(name: str, scenario: Scenario, limit: int | None, lines: Sequence[
     strangers = {(line["group"], line["id"]) for line in lines} - known.keys()
     if strangers:
         raise ValueError(f"scenario {scenario.name!r} no longer has the run's {' prompt '.join(min(strangers))}")
-    measure = TrainingImages(name, groups)
+    measure = ScenarioImages(name, groups)
 
     def alike(images: Sequence[Image.Image], found: Sequence[dict[str, Any]]) -> list[float]:
         matched = measure(images, [known[line["group"], line["id"]] for line in found])

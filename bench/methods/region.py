@@ -13,7 +13,7 @@ import torch
 from basinescape import Calibration, Sampler
 from basinescape.calibration.baseline import ordinary_prompts
 from basinescape.data.prompts import read_prompts
-from basinescape.runs.halving import parts
+from basinescape.runs.batch_retry import parts
 from basinescape.runs.progress import FORMAT
 from tqdm import tqdm
 

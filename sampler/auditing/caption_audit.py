@@ -28,7 +28,7 @@ from typing import Any
 from .. import checks
 from ..calibration.baseline import ordinary_prompts
 from ..calibration.calibration import EARLY, LOOKED, Calibration, steps_and_scale
-from ..calibration.plain_runs import PlainRuns
+from ..calibration.cost_bar import PlainRuns
 from ..data.captions import Prompt, read_captions
 from ..data.pictures import images_in
 from ..data.prompts import read_prompts
@@ -42,9 +42,9 @@ from ..runs.provenance import weights_sha256
 from ..runs.run_folder import open_folder
 from ..sampler import Sampler
 from . import audit_page
-from .index import Index
 from .ranking import Reference, Task, first_gaps, statistic
 from .record import ranked, ranked_record, verdict, verified_record
+from .training_images import TrainingImages
 from .verification import Verification
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Settings:
     rate:    of the flagged captions, the share that is expected to be ordinary, at most.
     noises:  initial noises a caption. first_steps: steps that are looked at; None: as many as a guard looks at early.
     verify:  how many of the worst captions are sampled, in `seeds` pictures each. seed: of the first picture.
-    similarity, threshold, on_error: as for `Index`.
+    similarity, threshold, on_error: as for `TrainingImages`.
     steps, scale: of a whole run; None: as calibrated, else as the model's own pipeline has them.
     batch_size: samples a batch; None: as many as a GPU's free memory holds, 16 on a CPU.
 
@@ -173,7 +173,7 @@ def _runs(sampler: Sampler, settings: Settings, calibration: Calibration | None,
     steps, scale = steps_and_scale(sampler, calibration, settings.steps, settings.scale)
     if scale in (0, 1):
         raise ValueError(f"scale is {scale:g}, at which a model is asked once a step: an audit compares two predictions")
-    return PlainRuns(sampler, steps, scale, settings.batch_size or memory.size(sampler.model, *sampler.size()), progress)
+    return PlainRuns(sampler, steps, scale, settings.batch_size or memory.batch_size(sampler.model, *sampler.size()), progress)
 
 
 def _images(captions: Sequence[Prompt], more: Sequence[Path] = ()) -> list[Path]:
@@ -229,7 +229,7 @@ def _cached(run: dict[str, Any]) -> Path:
 
 def _verdicts(
     settings: Settings, calibration: Calibration | None, sampler: Sampler, images: Sequence[Path]
-) -> tuple[float, Index | None]:
+) -> tuple[float, TrainingImages | None]:
     """The threshold of the basin score, and the index of the training images, if pictures are to be judged.
 
     Raises ValueError for what cannot be judged.
@@ -238,7 +238,7 @@ def _verdicts(
         return THRESHOLD, None
     basin_score.Probe.of(sampler.scheduler)
     threshold = THRESHOLD if calibration is None else calibration.threshold(RATE)
-    return threshold, Index(images, settings.similarity, settings.threshold, settings.on_error) if images else None
+    return threshold, TrainingImages(images, settings.similarity, settings.threshold, settings.on_error) if images else None
 
 
 def _run(

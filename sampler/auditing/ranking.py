@@ -17,9 +17,9 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import checks
-from ..calibration.plain_runs import PlainRuns
+from ..calibration.cost_bar import PlainRuns
 from ..guidance.guidance import Guidance
-from ..runs.halving import halving, parts
+from ..runs.batch_retry import halving, parts
 from ..runs.jsonl_journal import Journal, read_lines
 from ..runs.progress import moving
 

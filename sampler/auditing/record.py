@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..data.captions import Prompt
-from .index import Index
 from .ranking import Reference, statistic
 from .significance import LEVEL, discoveries, fewest, interval, p_values
+from .training_images import TrainingImages
 
 log = logging.getLogger(__name__)
 Line = Mapping[str, Any]
@@ -80,7 +80,9 @@ def ranked_record(rows: Sequence[Line], lines: Mapping[str, Line], reference: Re
     }
 
 
-def verified_record(found: Mapping[str, Sequence[Line]], asked: int, threshold: float, index: Index | None) -> dict[str, Any]:
+def verified_record(
+    found: Mapping[str, Sequence[Line]], asked: int, threshold: float, index: TrainingImages | None
+) -> dict[str, Any]:
     """What was sampled and judged. asked: how many pictures. compared: verdicts by training images; None without them."""
     pictures = [line for lines in found.values() for line in lines]
     record: dict[str, Any] = {"verified": len(found), "pictures": len(pictures), "pictures_failed": asked - len(pictures)}

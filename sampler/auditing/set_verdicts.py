@@ -34,7 +34,7 @@ from ..detection import basin_score
 from ..guidance.guard import PROBES, THRESHOLD
 from ..models import memory
 from ..runs.atomic import atomic_write
-from ..runs.halving import halving
+from ..runs.batch_retry import halving
 from ..runs.jsonl_journal import Journal, read_lines
 from ..runs.jsontext import json_bytes
 from ..runs.provenance import weights_sha256
@@ -102,7 +102,7 @@ def judge(
     """
     _check(sampler, settings)
     found = prompted(images, settings.on_error)
-    size = settings.batch_size or memory.size(sampler.model, *sampler.size())
+    size = settings.batch_size or memory.batch_size(sampler.model, *sampler.size())
     model = sampler.source if model is None else model
     run = _run(sampler, model, images, settings)
     home = _opened(Path(out), run, shard)

@@ -12,18 +12,18 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..calibration.plain_runs import PlainRuns
+from ..calibration.cost_bar import PlainRuns
 from ..data.pictures import opened
 from ..detection import basin_score
 from ..guidance.guidance import Guidance
 from ..runs.atomic import save_image
-from ..runs.halving import halving, parts
+from ..runs.batch_retry import halving, parts
 from ..runs.jsonl_journal import Journal, read_lines
 from ..runs.progress import moving
 from ..sampler import Sampler
 from .heat import Heat, in_grey
-from .index import Index
 from .ranking import Task
+from .training_images import TrainingImages
 
 # Files of an audit's folder, of the lines about pictures.
 PICTURE, HEAT, PREDICTION = "images/{id}-{seed}.png", "heat/{id}-{seed}.png", "predictions/{id}.png"
@@ -42,7 +42,7 @@ class Verification:
     out: Path
     usual: Sequence[float]
     threshold: float
-    index: Index | None
+    index: TrainingImages | None
 
     def __call__(self, tasks: Sequence[Task]) -> dict[str, list[Line]]:
         """Lines about the pictures of each caption by its id: copies first, then by falling score.

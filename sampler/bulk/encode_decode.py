@@ -24,7 +24,7 @@ CACHE = 128  # prompts whose encodings are kept
 
 
 @dataclass(frozen=True)
-class Request:
+class JobUnderWay:
     """A job on its way: its position in the run, the size of its picture, and what its prompt loses at the encoder's limit."""
 
     position: int
@@ -86,9 +86,9 @@ def encoded(model: Model, jobs: Iterable[tuple[int, Job]], plans: Plans, **optio
             for (position, job), row in zip(some, rows, strict=True):
                 attempt_table = plans.of(job.kind)
                 if isinstance(row, Exception):
-                    yield Result(Sample(Request(position, job, size), attempt_table, shape, network, 0), error=row)
+                    yield Result(Sample(JobUnderWay(position, job, size), attempt_table, shape, network, 0), error=row)
                 else:
-                    request = Request(position, job, size, row.truncated[0])
+                    request = JobUnderWay(position, job, size, row.truncated[0])
                     yield Sample(request, attempt_table, shape, network, next(numbers), job.seed, initial)
 
 

@@ -31,7 +31,7 @@ from ..runs.run_folder import differences, open_folder, read_settings
 from ..sampler import Sampler
 from .cost_forecast import Forecast
 from .executor import Executor, LocalExecutor
-from .job_order import Part, Placed, by_size, grown
+from .job_order import JobShare, Placed, by_size, grown
 from .job_plans import Plans
 from .settings import Duplicates, Files, Placement, Recipe
 from .stop import Stop
@@ -96,7 +96,7 @@ def generate(
     open_folder(out, settings, GROWING, partial(_grown, out, settings, prompts))
     executor = _executor(plans, slots, files, placement)
     shown = progress if isinstance(progress, Progress) else Progress("auto" if progress else "none")
-    part, forecast = Part(prompts, files.shard), Forecast(plans, prompts.kinds, files.format == "latents", out, shown)
+    part, forecast = JobShare(prompts, files.shard), Forecast(plans, prompts.kinds, files.format == "latents", out, shown)
     _fill(writes, files, executor, part, plans, forecast, shown)
     if part.fault is not None:
         raise part.fault
@@ -112,7 +112,7 @@ def _executor(plans: Plans, slots: int, files: Files, placement: Placement) -> E
 
 
 def _fill(
-    writes: Writer, files: Files, executor: Executor, part: Part, plans: Plans, forecast: Forecast, shown: Progress
+    writes: Writer, files: Files, executor: Executor, part: JobShare, plans: Plans, forecast: Forecast, shown: Progress
 ) -> None:
     """Make what is missing in a run's folder."""
     with Journal(writes.out / MANIFEST, writes.finished) as journal, shown, Stop() as stop, closing(executor):
@@ -169,7 +169,7 @@ def _slots(out: Path, placement: Placement, plans: Plans, prompts: Prompts) -> i
     """
     if placement.batch_size is None:
         sizes = (plans.size(kind) for kind in prompts.kinds)
-        most = memory.size(plans.sampler.model, *max(sizes, key=math.prod))
+        most = memory.batch_size(plans.sampler.model, *max(sizes, key=math.prod))
     else:
         most = placement.batch_size
     wanted = balanced(most, len(prompts))

@@ -19,7 +19,7 @@ END = 4  # times the slots: so many jobs at the end are begun longest first
 Placed = tuple[int, Job]  # a job and its position in the run
 
 
-class Part:
+class JobShare:
     """What is to be done of the jobs of a run: all of them, or shard (i, n), as (position, job).
 
     fault: what broke the source of the jobs, None where nothing did. Those before it are done all the same.

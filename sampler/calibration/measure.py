@@ -21,9 +21,9 @@ from ..sampler import Sampler
 from . import figure
 from .baseline import Baseline, unguided
 from .calibration import FEW, LOOKED, Calibration
+from .cost_bar import PlainRuns
 from .fingerprint import fingerprint
 from .interpolation import five_digits
-from .plain_runs import PlainRuns
 
 log = logging.getLogger(__name__)
 

@@ -72,7 +72,7 @@ def calibrate(what: What, model: Model) -> None:
     steps, scale = steps_and_scale(sampler, None, model.steps, model.scale)
     size = model.batch_size
     if size is None:
-        size = ON_CPU if sampler.model.device.type == "cpu" else memory.size(sampler.model, *sampler.size())
+        size = ON_CPU if sampler.model.device.type == "cpu" else memory.batch_size(sampler.model, *sampler.size())
     shifts = range(0, what.pictures * len(jobs), len(jobs))
     texts, seeds = [job.prompt for job in jobs] * what.pictures, [job.seed + shift for shift in shifts for job in jobs]
     how: dict[str, Any] = {

@@ -66,10 +66,11 @@ def _files(output: Output, shard: tuple[int, int] | None, copies: Copies) -> Fil
     given: dict[str, Any] = {"captions": output.captions, "prompt_metadata": output.prompt_metadata}
     folder, measures = copies.training_images, (copies.similarity or None, copies.threshold)
     if folder is not None or copies.dedup:
-        from ..auditing import index
+        from ..auditing.duplicates import Duplicates
+        from ..auditing.training_images import Copies as NearestTrainingImage
 
-        given |= {"copies": index.Copies(folder, *measures, output.on_error)} if folder is not None else {}
-        given |= {"duplicates": index.Duplicates(*measures)} if copies.dedup else {}
+        given |= {"copies": NearestTrainingImage(folder, *measures, output.on_error)} if folder is not None else {}
+        given |= {"duplicates": Duplicates(*measures)} if copies.dedup else {}
     elif measures != (None, None):
         raise ValueError("similarity and threshold compare pictures: give --training-images or --dedup, too")
     if (output.c2pa_certificate is None) != (output.c2pa_key is None):

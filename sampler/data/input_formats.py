@@ -1,6 +1,6 @@
 """Input formats, of prompts and captions; `image_encoding` and `shards` have the output formats.
 
-Each is a function that yields the rows of a file, one after another, with their places.
+Each is a function that yields the rows of a file, one after another, with their places. `rows.FORMATS` has them by suffix.
 """
 
 from __future__ import annotations

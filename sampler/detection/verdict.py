@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import checks
 from ..data.pictures import pixels
 from ..models import Model, memory
-from ..runs.halving import parts
+from ..runs.batch_retry import parts
 from ..types import Scheduler
 from . import basin_score
 
@@ -76,7 +76,7 @@ def judge(
     probe, score = basin_score.Probe.of(scheduler), torch.empty(total)
     for lot in lots(model, images, size, options):
         encoded = model.encode([texts[i] for i in lot.rows], *lot.size, 1, [negative[i] for i in lot.rows], **lot.options)
-        for part in parts(len(lot.rows), most or memory.size(model, *lot.size)):
+        for part in parts(len(lot.rows), most or memory.batch_size(model, *lot.size)):
             rows = [lot.rows[k] for k in part]
             predict = partial(basin_score.both, model.network(encoded.select(part), plain=True))
             latents = lot.latents(rows).to(model.device, model.dtype)

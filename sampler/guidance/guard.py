@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .. import checks
@@ -44,12 +44,15 @@ class Guard:
     attempts: the first is plain. An attempt that is suspect is followed by the next, from the next noise of the sample's own
               generator, until one passes; the last is returned, and marked. What passes at once keeps plain guidance's bits.
     early:    gives up a hopeless plain attempt after its first steps; None: all are finished.
+    model:    the fingerprint of the model that it was calibrated on, for `escape` to warn of another; None: not known, as in
+              one that was read back, since `to_dict` leaves it out.
 
     Made by `Guidance.guard`. Raises ValueError where the first attempt is not plain, or the attempts have several rules.
     """
 
     attempts: tuple[Attempt, ...]
     early: EarlyLook | None = None
+    model: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attempts", tuple(self.attempts))

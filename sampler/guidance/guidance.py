@@ -1,6 +1,6 @@
 """Guidance as data: which weight a step uses before and after the transition, and where the transition is.
 
-The weights of both sides of the transition are columns of the step table; `kernels.decision` picks one in each step.
+The weights of both sides of the transition are columns of the step table; `kernels.weight_decision` picks one in each step.
 
 guided = uncond + w * (cond - uncond), so w = 0 is the unconditional prediction, w = 1 the conditional one and w < 0
 opposite guidance. Delayed and opposite guidance: Jain et al., "Classifier-Free Guidance inside the Attraction Basin May Cause
@@ -196,7 +196,9 @@ class Guidance:
         if later is None:
             later = guard.LATER if calibration is None else calibration.threshold(guard.LATER_RATE)
         tried = (guard.Attempt(plain, threshold), *(guard.Attempt(one, later) for one in attempts))
-        return guard.Guard(tried, None if calibration is None else calibration.early(rate / 2, plain.scale))
+        if calibration is None:
+            return guard.Guard(tried)
+        return guard.Guard(tried, calibration.early(rate / 2, plain.scale), calibration.model or None)
 
     def __repr__(self) -> str:
         extra = "" if self.shape == "static" else f", shape={self.shape!r}"

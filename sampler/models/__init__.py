@@ -5,12 +5,12 @@ from __future__ import annotations
 from diffusers import DiffusionPipeline
 
 from .autoencoding import Decoded
+from .encoded_text import Encoded
 from .loading import load, located, shipped
 from .model import Model
 from .network import PromptedNetwork
 from .registry import ADAPTERS
 from .sd import PromptedUNet
-from .text_encoding import Encoded
 
 __all__ = ["ADAPTERS", "Decoded", "Encoded", "Model", "PromptedNetwork", "PromptedUNet", "adapt", "load", "located", "shipped"]
 

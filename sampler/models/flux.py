@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..checks import finite
+from .encoded_text import Request
 from .packed import Packed
-from .text_encoding import Request
 
 
 class Flux(Packed):

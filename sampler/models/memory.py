@@ -17,7 +17,7 @@ SPARE = 0.7  # the share of the free memory that is used
 ALIVE = 6
 
 
-def size(model: Model, height: int, width: int) -> int:
+def batch_size(model: Model, height: int, width: int) -> int:
     """The number of samples that one batch should have. height, width: in pixels."""
     if model.device.type != "cuda":
         return ON_CPU

@@ -16,9 +16,9 @@ from ..checks import at_least_one, whole_number
 from ..schedulers.schedule import Schedule
 from ..types import Correction, draw
 from .autoencoding import Autoencoding, Pixels
+from .encoded_text import Encoded, Request
 from .network import Networks, PromptedNetwork
 from .precision import HALF, in_float32
-from .text_encoding import Encoded, Request
 
 ATTENTION = ("sdpa", "xformers")
 # The parts of pipelines that read a prompt: (text encoder, tokenizer) each.

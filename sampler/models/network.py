@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..types import Branch
-from .changes import Snapshot, checksum
 from .lean import Lean
+from .module_snapshot import Snapshot, checksum
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from .autoencoding import Pixels
+from .encoded_text import Request
 from .lean import LeanPixArt
-from .text_encoding import Request
 from .transformer import PromptedTransformer, Transformer
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .autoencoding import Generators
+from .encoded_text import Request
 from .packed import Packed, PromptedPacked
-from .text_encoding import Request
 
 
 class PromptedQwen(PromptedPacked):

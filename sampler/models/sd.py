@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .autoencoding import Generators
+from .encoded_text import Request
 from .lean import LeanUNet
 from .model import Model
 from .network import PromptedNetwork
-from .text_encoding import Request
 
 
 class PromptedUNet(PromptedNetwork):

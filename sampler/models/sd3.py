@@ -7,7 +7,7 @@ from typing import Any
 
 from ..schedulers.schedule import Schedule
 from .autoencoding import Pixels
-from .text_encoding import Request
+from .encoded_text import Request
 from .transformer import Transformer, shift
 
 

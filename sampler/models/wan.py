@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..checks import whole_number
+from .encoded_text import Request
 from .lean import LeanWan
-from .text_encoding import Request
 from .transformer import PromptedTransformer, Transformer
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .halving import parts
+from .batch_retry import parts
 from .jsonl_journal import Journal, read_lines
 
 log = logging.getLogger(__name__)

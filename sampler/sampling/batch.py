@@ -15,7 +15,7 @@ from .. import models
 from ..guidance.guidance import never_came
 from ..kernels.state import State
 from ..models import memory
-from ..runs.halving import parts
+from ..runs.batch_retry import parts
 from ..runs.progress import Bar, bar
 from ..schedulers.solver_coefficients import Solver
 from ..types import Network, Scheduler
@@ -69,7 +69,7 @@ class Runner:
             decode = partial(model.decode, generators=own, **options)
             return Output.of(results, texts, solver, call.output, decode)
 
-        some = parts(total, call.batch_size or (total if call.seen else memory.size(model, *call.size)))
+        some = parts(total, call.batch_size or (total if call.seen else memory.batch_size(model, *call.size)))
         made = [batch(part, bar(progress, i, len(some))) for i, part in enumerate(some)]
         whole = attempt_table.guard is None and call.callback is None and call.stop_after is None
         told = never_came(torch.cat([one.transition_step for one in made]), solver.steps)

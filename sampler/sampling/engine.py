@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from .slot_batch import Begin, SlotBatch
 from .slots import Slot, Slots
 
 log = logging.getLogger(__name__)
+USUAL = 256  # of the last samples, as many tell how many attempts are usual
 
 
 @dataclass
@@ -72,6 +74,7 @@ class Engine:
         self._batch: SlotBatch | None = None
         self._form: Any = None  # of the batch in flight
         self._trials: dict[Slot, Trial] = {}
+        self._attempts: deque[int] = deque(maxlen=USUAL)  # of samples that are done
         self.calls: Counter[str] = Counter()  # network calls of samples by branch; "spared": those that were not needed
 
     def run(self, work: Iterable[Sample | Result], tick: Callable[[], Any] = lambda: None) -> Iterator[Result]:
@@ -102,12 +105,14 @@ class Engine:
                 if not self._local:
                     raise
                 done = self._retreat(error)
+            self._attempts += (result.attempts or 1 for result in done)
             yield from done
 
     @property
     def under_way(self) -> float:
-        """The steps that samples in the slots have taken of their attempts, as so many samples' worth."""
-        return sum(slot.progress for slot in list(self._slots.live))
+        """What the samples in the slots have done of their steps, in samples: each takes as many attempts as those before."""
+        usual = fmean(self._attempts) if self._attempts else 1.0
+        return sum(min(1.0, (slot.attempt + slot.progress) / usual) for slot in list(self._slots.live))
 
     def _step(self, fresh: Sequence[Slot]) -> list[Result]:
         """Begin the samples of slots that were free, take a step, and see what becomes of all."""

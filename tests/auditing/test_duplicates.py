@@ -7,8 +7,8 @@ import bulkruns
 import numpy as np
 import pytest
 from basinescape import Guidance
-from basinescape.auditing import index
-from basinescape.auditing.index import Duplicates
+from basinescape.auditing import duplicates, training_images
+from basinescape.auditing.duplicates import Duplicates
 from basinescape.bench.speed.standin import stand_in
 from basinescape.data.prompts import Job
 from basinescape.data.verify import verify
@@ -27,7 +27,7 @@ def scene(seed, shift=0):
 
 
 def test_each_picture_has_its_nearest_other_and_the_first_that_it_repeats(monkeypatch):
-    monkeypatch.setattr(index, "BLOCK", 3)  # pairs within a block, and across
+    monkeypatch.setattr(duplicates, "BLOCK", 3)  # pairs within a block, and across
     seeds = [0, 1, 0, 2, 3, 0, 4, 2, 5]
     notes = Duplicates(["pixels"])((f"p{i}", scene(seed, shift=i % 2)) for i, seed in enumerate(seeds))
     assert {id: said["duplicate_of"] for id, said in notes.items() if "duplicate_of" in said} == {
@@ -47,9 +47,9 @@ def test_what_is_like_a_picture_that_is_left_out_alone_stays(monkeypatch):
 
     def similarity(self, pictures, measure=None):
         pairs = [[1.0 if one == other else likeness[tuple(sorted((one, other)))] for other in ids] for one in ids]
-        return index.torch.tensor(pairs)
+        return training_images.torch.tensor(pairs)
 
-    monkeypatch.setattr(index.Comparison, "similarity", similarity)
+    monkeypatch.setattr(training_images.Comparison, "similarity", similarity)
     notes = Duplicates(["pixels"])((id, scene(i)) for i, id in enumerate(ids))
     assert [notes[id].get("duplicate_of") for id in ids] == [None, "a", None]
 

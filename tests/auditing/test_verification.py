@@ -6,7 +6,7 @@ from basinescape import Guidance, Sampler
 from basinescape.auditing.heat import TOP, Heat, in_grey, overlaid
 from basinescape.auditing.verification import Verification, predictions, still
 from basinescape.bench.scenario import PRESETS, prompts
-from basinescape.calibration.plain_runs import PlainRuns
+from basinescape.calibration.cost_bar import PlainRuns
 from basinescape.data.pictures import opened, pixels
 from basinescape.detection import basin_score
 from families import CASES

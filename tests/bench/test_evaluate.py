@@ -17,7 +17,7 @@ from basinescape.bench.commands.evaluation import FIELDS
 from basinescape.bench.evaluation.analyze import analyze
 from basinescape.bench.evaluation.detection import SIZE, anisotropy, detection
 from basinescape.bench.evaluation.evaluate import evaluate, table
-from basinescape.bench.evaluation.measure import Measure, TrainingImages
+from basinescape.bench.evaluation.measure import Measure, ScenarioImages
 from basinescape.bench.evaluation.trajectories import Laboratory
 from basinescape.bench.scenario import PRESETS, Prompt, Scenario, prompts
 from basinescape.data.captions import read_captions
@@ -133,7 +133,7 @@ def test_an_image_is_compared_with_its_own_training_image_and_with_any_other(tmp
     for seed, size in enumerate([(32, 32), (48, 64), (32, 32)]):
         noise_image(seed, size).save(tmp_path / f"{seed}.png")
     own = [Prompt("a", "a", tmp_path / "0.png"), Prompt("b", "b", tmp_path / "1.png")]
-    measure = TrainingImages("pixels", {"memorized": own}, [tmp_path / "2.png", tmp_path / "0.png"], tmp_path)
+    measure = ScenarioImages("pixels", {"memorized": own}, [tmp_path / "2.png", tmp_path / "0.png"], tmp_path)
     likely, without = measure([noise_image(2), noise_image(1, (48, 64))], [own[0], Prompt("g", "g")])
     assert likely["nearest"] == "2.png" and likely["nearest_similarity"] > 0.99 > 0.5 > likely["similarity"]
     assert without["nearest"] == "b" and without["similarity"] == without["nearest_similarity"] > 0.99

@@ -4,8 +4,8 @@ import os
 
 import numpy as np
 import pytest
-from basinescape.auditing.index import Copies, Index
 from basinescape.auditing.measures import squares
+from basinescape.auditing.training_images import Copies, TrainingImages
 from basinescape.bench.evaluation.measure import Measure
 from basinescape.bench.scenario import Prompt, Scenario
 from basinescape.data.pictures import images_in, opened, readings
@@ -19,7 +19,7 @@ def scene(seed=0, size=(64, 64)):
 
 
 def copied(path, picture, **options):
-    (found,) = Index([path], ["pixels"], **options)([picture])
+    (found,) = TrainingImages([path], ["pixels"], **options)([picture])
     return found["copy"]
 
 
@@ -129,12 +129,12 @@ def test_a_picture_that_cannot_be_read_is_named_and_costs_no_other(tmp_path, spo
     spoil(bad := tmp_path / "bad.png")
     scene().save(good := tmp_path / "good.png")
     with pytest.raises(ValueError, match=rf"training image '.*bad\.png' cannot be read: .*{why}"):
-        Index([bad, good], ["pixels"])
-    index = Index([bad, good], ["pixels"], on_error="skip")
+        TrainingImages([bad, good], ["pixels"])
+    index = TrainingImages([bad, good], ["pixels"], on_error="skip")
     assert index.images == [good] and index([scene()])[0]["copy"]
     assert "bad.png' cannot be read" in caplog.text and caplog.text.count("skipped") == 1
     with pytest.raises(ValueError, match="no training images that can be read"):
-        Index([bad], ["pixels"], on_error="skip")
+        TrainingImages([bad], ["pixels"], on_error="skip")
 
 
 def test_what_is_passed_over_is_counted_and_named(tmp_path, caplog):
@@ -162,7 +162,7 @@ def test_a_pair_is_a_copy_for_an_evaluation_exactly_when_it_is_one_for_an_audit(
     scene(size=training).save(path := tmp_path / "a.png")
     prompt = Prompt("a", "a", path)
     scenario = Scenario("x", str(tmp_path), "p", similarity="pixels")
-    measure, index = Measure(scenario, {"memorized": [prompt]}), Index([path], ["pixels"])
+    measure, index = Measure(scenario, {"memorized": [prompt]}), TrainingImages([path], ["pixels"])
     short = min(training)
     for shape in SHAPES:
         asked = [scene(size=training).resize(shape), ImageOps.fit(scene(size=training), (short, short)), scene(1, shape)]

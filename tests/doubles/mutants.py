@@ -18,7 +18,7 @@ from basinescape.kernels.dispatch import jit
 KERNELS = {
     "sums": ("sums_kernel", "gap_kernel"),
     "guide": ("guide_kernel",),
-    "decision": ("books_kernel",),
+    "weight_decision": ("books_kernel",),
     "step": ("step_kernel", "tile_kernel"),
 }
 JITTED = {
@@ -26,7 +26,7 @@ JITTED = {
     "rules": ("guided_prediction", "transition", "combined"),
     "sums": ("sums_of", "added", "total", "total_gap", "total_sums", *KERNELS["sums"]),
     "guide": KERNELS["guide"],
-    "decision": ("place", "look", "factors", "noted", *KERNELS["decision"]),
+    "weight_decision": ("place", "look", "factors", "noted", *KERNELS["weight_decision"]),
     "step": ("mixed", "finish", *KERNELS["step"]),
 }
 

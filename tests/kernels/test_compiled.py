@@ -186,7 +186,7 @@ MUTANTS = {  # what is broken, what it is found by, the run that finds it, and t
     "the books are kept of the next sample": (
         "oob_write",
         {},
-        "decision",
+        "weight_decision",
         "noted",
         "tl.store(at + sample",
         "tl.store(at + 2 * batch + sample + 1",

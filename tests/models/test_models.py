@@ -6,7 +6,7 @@ import pytest
 import torch
 from basinescape import Guidance, Sampler
 from basinescape.models import adapt
-from basinescape.models.changes import Snapshot
+from basinescape.models.module_snapshot import Snapshot
 from diffusers import EulerDiscreteScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from rounding import assert_same_but_for_rounding

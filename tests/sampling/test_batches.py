@@ -95,9 +95,9 @@ def test_on_a_gpu_the_batch_grows_with_the_memory_and_shrinks_with_the_picture(s
         monkeypatch.setattr(torch.cuda, name, lambda device: 0)
     sizes = {}
     for free in (1, 2**32, 2**34, 2**44):
-        sizes[free] = [memory.size(Model, side, side) for side in (512, 1024)]
+        sizes[free] = [memory.batch_size(Model, side, side) for side in (512, 1024)]
         for size, side in zip(sizes[free], (512, 1024), strict=True):
             assert size == 1 or size * memory.sample_bytes(Model, side, side) <= free
     assert sizes[1] == [1, 1] and sizes[2**44] == [memory.MOST, memory.MOST]
     assert sizes[2**32][0] > sizes[2**32][1] and sizes[2**32][0] < sizes[2**34][0]
-    assert memory.size(sampler.model, 64, 64) == memory.ON_CPU
+    assert memory.batch_size(sampler.model, 64, 64) == memory.ON_CPU

@@ -123,6 +123,20 @@ def test_one_branch_runs_where_all_need_the_same(sampler):
     assert made.calls == {"uncond": 4, "both": 8 + 16, "spared": 4}
 
 
+def test_what_is_under_way_counts_the_attempts_that_are_usual(sampler):
+    """Three attempts a sample: once one is done, the next is a third done after one attempt, two thirds after two."""
+    three = judged((PLAIN, EVERY), (PLAIN, EVERY), (PLAIN, NONE))
+    made, told = Engine(sampler.runner.open_batch, 1, fixed=True), []
+    with torch.inference_mode():
+        work = samples(sampler, [attempt_table(sampler, 4, three)] * 2)
+        results = made.run(work, tick=lambda: told.append(made.under_way))
+        assert next(results).attempts == 3
+        told.clear()
+        assert next(results).attempts == 3
+    assert told == sorted(told) and told[0] == 0 and told[-1] == 1
+    assert {1 / 3, 2 / 3} <= set(told)
+
+
 def test_the_network_sees_one_shape(sampler):
     """Also where the work ends; without `fixed` the batch shrinks there."""
     sizes, predict = [], sampler.model._predict

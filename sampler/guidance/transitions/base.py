@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
@@ -33,6 +33,9 @@ MEASURED = Criterion(limit=-1.0)  # no gap is as small: the step measures the ga
 
 class Calibrated(Protocol):
     """What guidance may ask of a calibration; `calibration.Calibration` has it."""
+
+    @property
+    def model(self) -> Mapping[str, Any]: ...
 
     def settled(self, **given: float) -> Transition: ...
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from basinescape.auditing import measures
-from basinescape.auditing.index import Index
+from basinescape.auditing.training_images import TrainingImages
 from basinescape.data.pictures import pixels
 from PIL import Image, ImageChops
 
@@ -14,7 +14,7 @@ def test_the_nearest_is_found_anywhere_in_the_set_and_shifted(images):
     opened = [Image.open(path).convert("RGB") for path in paths]
     noise = Image.fromarray(torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8).numpy())
     asked = [ImageChops.offset(opened[2], 2, -2), opened[0].resize((256, 256)), noise]
-    found = Index(paths, ["pixels"])(asked)
+    found = TrainingImages(paths, ["pixels"])(asked)
     assert [one["nearest"] for one in found[:2]] == [paths[2], paths[0]]
     assert [one["copy"] for one in found] == [True, True, False]
     halves = F.avg_pool2d(pixels([image.resize((64, 64), Image.Resampling.BOX) for image in asked]), 2)
@@ -29,8 +29,8 @@ def test_each_measure_has_its_own_threshold_and_the_clearest_speaks(images, monk
     """An embedding that takes everything for one thing has the last word only where it is surer."""
     monkeypatch.setitem(measures.EMBEDDINGS, "sscd", lambda: lambda found: torch.ones(len(found), 3).numpy())
     paths = sorted(images.glob("*.png"))
-    (one,) = Index(paths, ["pixels", "sscd"])([Image.new("RGB", (8, 8))])
+    (one,) = TrainingImages(paths, ["pixels", "sscd"])([Image.new("RGB", (8, 8))])
     assert (one["measure"], one["copy"]) == ("sscd", True)
-    assert Index(paths, ["pixels", "sscd"]).thresholds == {"pixels": 0.81, "sscd": 0.5}
-    (one,) = Index(paths, ["pixels"], threshold=0.999)([Image.open(paths[0]).resize((70, 70))])
+    assert TrainingImages(paths, ["pixels", "sscd"]).thresholds == {"pixels": 0.81, "sscd": 0.5}
+    (one,) = TrainingImages(paths, ["pixels"], threshold=0.999)([Image.open(paths[0]).resize((70, 70))])
     assert not one["copy"]

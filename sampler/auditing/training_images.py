@@ -1,10 +1,9 @@
-"""The index of training images: finds the one nearest to a picture in the whole set, by one measure or by several."""
+"""The training images: finds the one nearest to a picture in the whole set, by one measure or by several."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.pictures import images_in, opened, readings
+from ..data.pictures import images_in, readings
 from ..data.rows import Faults
 from .measures import BATCH, THRESHOLDS, Similarity, installed
-
-BLOCK = 64  # pictures of a set that are compared together
 
 
 class Comparison:
@@ -61,7 +58,7 @@ class Comparison:
         return margins, values.gather(0, chosen[None])[0], chosen
 
 
-class Index(Comparison):
+class TrainingImages(Comparison):
     """Training images, and how like them pictures are.
 
     on_error: of an image that cannot be read; see `Faults`. The rest is `Comparison`'s.
@@ -119,66 +116,15 @@ class Index(Comparison):
 
 
 class Copies:
-    """Compares images of a run with the training images in a folder, for its manifest. The rest is `Index`'s."""
+    """Compares images of a run with the training images in a folder, for its manifest. The rest is `TrainingImages`'s."""
 
     def __init__(
         self, folder: Path, measures: Sequence[str] | None = None, threshold: float | None = None, on_error: str = "stop"
     ):
-        self._folder, self._index = folder, Index(images_in(folder), measures, threshold, on_error)
+        self._folder, self._index = folder, TrainingImages(images_in(folder), measures, threshold, on_error)
         index = self._index
         self.settings = {"images": len(index.images), "sha256": index.sha256, "thresholds": index.thresholds}
 
     def __call__(self, image: Image.Image) -> dict[str, Any]:
         (found,) = self._index([image])
         return {**found, "nearest": str(found["nearest"].relative_to(self._folder))}
-
-
-class Duplicates:
-    """What the manifest of a run says of each picture beside the others of the set, against a model's favourite picture.
-
-    nearest_in_set, similarity_in_set, measure_in_set: the id of the other picture that is most like it, and how like it is.
-    duplicate_of: the id of the first picture before it, in the order of the prompts, that it is a near-duplicate of and that is
-        itself none; only where there is one. So those without it are a set without near-duplicates.
-
-    A picture takes about 10 KB of memory by its pixels and 2 KB by sscd, and is compared with every other. The rest is
-    `Comparison`'s.
-    """
-
-    names = ("nearest_in_set", "similarity_in_set", "measure_in_set", "duplicate_of")
-
-    def __init__(self, measures: Sequence[str] | None = None, threshold: float | None = None):
-        self._given = measures, threshold
-        self.settings = {"thresholds": Comparison(measures, threshold).thresholds}
-
-    def __call__(self, pictures: Iterable[tuple[str, bytes]]) -> dict[str, dict[str, Any]]:
-        """What is said of each picture, by id. pictures: ids and files, in the order of the prompts, read one after another."""
-        compared, ids, kept = Comparison(*self._given), list[str](), torch.empty(0, dtype=torch.bool)
-        nearest, notes, pictures = torch.empty(4, 0, dtype=torch.float64), dict[str, dict[str, Any]](), iter(pictures)
-        while some := list(islice(pictures, BLOCK)):
-            start = len(ids)
-            ids += [id for id, _ in some]
-            images = [opened(data, f"image {id}") for id, data in some]
-            compared.add(images)
-            margins, values, measures = compared.clearest(images)
-            for k, id in enumerate(ids[start:]):
-                margins[k, start + k] = -torch.inf
-                earlier = torch.nonzero((margins[k, : start + k] > 0) & kept).flatten()
-                kept = torch.cat([kept, torch.tensor([not len(earlier)])])
-                notes[id] = {"duplicate_of": ids[int(earlier[0])]} if len(earlier) else {}
-            if start:
-                of_earlier = _nearest(margins[:, :start], values[:, :start], measures[:, :start], 0)
-                of_earlier[3] += start
-                nearest = torch.where(of_earlier[0] > nearest[0], of_earlier, nearest)
-            nearest = torch.cat([nearest, _nearest(margins, values, measures, 1)], dim=1)
-        for id, (margin, value, measure, where) in zip(ids, nearest.T.tolist(), strict=True):
-            if margin > -torch.inf:  # it is not the only one
-                name = compared.measures[int(measure)]
-                notes[id] |= {"nearest_in_set": ids[int(where)], "similarity_in_set": round(value, 4), "measure_in_set": name}
-        return notes
-
-
-def _nearest(margins: Tensor, values: Tensor, measures: Tensor, dim: int) -> Tensor:
-    """Of what `Comparison.clearest` returns, the largest margins over a dimension, with value, measure and place: (4, n)."""
-    top, where = margins.max(dim)
-    chosen = where.unsqueeze(dim)
-    return torch.stack([top.double(), *(one.gather(dim, chosen).squeeze(dim) for one in (values, measures)), where])
