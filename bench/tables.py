@@ -17,12 +17,15 @@ def aligned(rows: Sequence[Row]) -> str:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """Rows of benchmarks as text, numbers shortened. Successive rows of one bench with the same keys make one table."""
+    """The rows of benchmarks, with numbers shortened: a table for each sequence of rows of one bench with the same keys.
+
+    Those of what was left out come last.
+    """
 
     def kind(row: Row) -> tuple[str, tuple[str, ...]]:
         return row["bench"], tuple(row)
 
-    grouped = groupby(rows, key=kind)
+    grouped = groupby(sorted(rows, key=lambda row: "left out" in row), key=kind)
     return "\n\n".join(aligned([{key: _short(value) for key, value in row.items()} for row in group]) for _, group in grouped)
 
 

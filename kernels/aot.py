@@ -44,12 +44,15 @@ def launches(dtype: str, rule: str = "apg", shapes: Sequence[tuple[int, ...]] = 
             "step": partial(step, False, None, state),
             "step, first minimum": partial(step, True, None, state),
             "step, rule": partial(step, True, None, state, rule),
+            "step, one prediction": partial(launch_step, uncond, None, table, False, None, state),
+            "guide_step, one prediction": partial(launch_step, uncond, None, table, False, guided, state),
         }.items():
             with recorded() as made:
                 call()
             for launch in made:
                 kernel = launch.kernel.__name__.removesuffix("_kernel")
                 what = ", rule" if launch.options.get("ALL") else ", first minimum" if launch.options.get("FINDS") else ""
+                what = f" of {name}" if "one prediction" in name else what
                 named[name if kernel in ("guide", "step", "tile") else kernel + what] = launch
         yield from named.items()
 
@@ -94,13 +97,13 @@ def _of_nvidia(code: bytes) -> dict[str, int]:
 
 
 def _of_amd(text: str) -> dict[str, int]:
-    """As `resources`; registers counts the vector registers."""
+    """registers are the vector ones; load_bits is 0 where every load is a scalar one."""
     used = {name: int(value) for name, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text)}
     words = re.findall(r"\b(?:global|buffer)_load_(?:dword(?:x(\d))?|b(\d+))\b", text)
     return {
         "registers": used["vgpr_count"],
         "spill_bytes": used["private_segment_fixed_size"],
-        "load_bits": max(int(bits) if bits else 32 * int(count or 1) for count, bits in words),
+        "load_bits": max((int(bits) if bits else 32 * int(count or 1) for count, bits in words), default=0),
     }
 
 

@@ -4,10 +4,11 @@ python -m basinescape.bench.gpu --out FILE.json [--minutes M]
 
 What is worth most comes first: the kernels against float64 and under sanitizers, capture, waits and launches, then the
 benchmarks. Each check and each bench runs in a process of its own, under a time limit: one that fails, crashes or hangs is
-recorded, and the others go on. The file is written anew with every result. With --minutes there are fewer sizes, and what is
-left when time is up is recorded as not reached. Where diffusers is missing, what needs it is skipped. Checks run under
-compute-sanitizer where it is installed (`pip install nvidia-cuda-sanitizer-api`), and under Triton's own sanitizers: GSan, from
-Triton 3.8 on, finds programs of a launch that share memory one of them writes; "overflow" finds 32-bit numbers that overflow.
+recorded, and the others go on. A row of a bench for which there is not enough memory is left out by name. The file is written
+anew with every result. With --minutes there are fewer sizes, and what is left when time is up is recorded as not reached. Where
+diffusers is missing, what needs it is skipped. Checks run under compute-sanitizer where it is installed (`pip install
+nvidia-cuda-sanitizer-api`), and under Triton's own sanitizers: GSan, from Triton 3.8 on, finds programs of a launch that share
+memory one of them writes; "overflow" finds 32-bit numbers that overflow.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from basinescape.data.prompts import Job
 
 from ..tables import Row
 from .shapes import pipeline
-from .timing import interleaved, summary
+from .timing import fitting, interleaved, rated
 
 BATCH = 8
 SCALES = {"tiny": 7.5, "flow": 4.0}
@@ -73,10 +73,7 @@ def command(device: torch.device, rounds: int, jobs: int, steps: int) -> Iterato
         for kind, work in kinds.items():
             own = partial(ours, sampler, work, guidances[kind], model)
             peers: dict[str, Callable[[], None]] = {"generate": own, STOCK: partial(stock, pipe, work, scale)}
-            for call in peers.values():
-                call()
+            fitting(peers)
             times = interleaved(peers, device, rounds)
-            for peer, found in times.items():
-                rates = summary([jobs / t for t in found], None)
-                what = {"bench": "engine, command", "what": f"{model}, {kind}", "peer": peer, "unit": "images/s"}
-                yield {**what, **rates, "ratio": summary(found, times[STOCK])["ratio"]}
+            what = {"bench": "engine, command", "what": f"{model}, {kind}"}
+            yield from rated(what, ("generate", STOCK), jobs, times, STOCK)

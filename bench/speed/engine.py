@@ -40,7 +40,7 @@ from .command import BATCH as SLOTS
 from .command import command, looped, prompt
 from .shapes import pipeline
 from .standin import stand_in
-from .timing import interleaved, summary
+from .timing import fitting, interleaved, rated, seconds, summary, within_memory
 
 SCALE = 7.5
 LOOP = "diffusers, plain guidance"
@@ -138,32 +138,39 @@ def engine(device: torch.device, preset: str) -> Iterator[Row]:
     for name, sampler, (jobs, most) in (("stand-in", waiting, STAND_IN), ("tiny", real, TINY)):
         case = Case(sampler, jobs)
         for kind, work in works(sampler, jobs, most).items():
-            peers, calls, made = case.peers(work, loop=sampler is real), {}, {}
-            for peer, call in peers.items():
-                before = getattr(sampler.model, "calls", 0)
-                made[peer] = call()
-                calls[peer] = getattr(sampler.model, "calls", 0) - before
-            plain = all(guidance == Guidance.cfg(SCALE) for _, guidance in work)
-            known = [peer for peer in peers if peer != LOOP or plain]
-            agree(*(made[peer] for peer in known))
-            times = interleaved(peers, device, ROUNDS[preset])
-            for peer in peers:
-                rates, row = summary([jobs / t for t in times[peer]], None), summary(times[peer], times["static batches"])
-                what = {"bench": "engine", "what": f"{name}, {kind}", "peer": peer, "unit": "images/s"}
-                yield {**what, **rates, "ratio": row["ratio"], "calls": calls[peer] or None}
-    yield from command(device, ROUNDS[preset], *COMMAND)
-    yield overhead(stand_in(pipe), device, ROUNDS[preset], *OVERHEAD)
-    yield busy(real, 2 * SLOTS, *BUSY)
+            what = {"bench": "engine", "what": f"{name}, {kind}"}
+            yield from within_memory(what, partial(_compared, what, case, work, sampler is real, device, ROUNDS[preset]))
+    yield from within_memory({"bench": "engine, command"}, partial(command, device, ROUNDS[preset], *COMMAND))
+    time_of, share_of = {"bench": "engine", "what": "time a sample"}, {"bench": "engine", "what": "share of the network"}
+    yield from within_memory(time_of, lambda: [overhead(stand_in(pipe), device, ROUNDS[preset], *OVERHEAD)])
+    yield from within_memory(share_of, lambda: [busy(real, 2 * SLOTS, *BUSY)])
     yield from scaling()
     for count in MEMORY[preset]:
         yield memory(count)
 
 
-def agree(first: dict[int, Tensor], *others: dict[int, Tensor]) -> None:
-    """Raise RuntimeError unless the latents of all peers agree: a relative distance of at most 1e-3 for each job."""
-    for other in others:
-        apart = max(((other[i] - x).norm() / x.norm()).item() for i, x in first.items())
-        if first.keys() != other.keys() or not apart <= 1e-3:
+def _compared(what: Row, case: Case, work: Work, loop: bool, device: torch.device, rounds: int) -> Iterator[Row]:
+    peers, counts = case.peers(work, loop), {}
+
+    def counted(peer: str) -> dict[int, Tensor]:
+        before = getattr(case.sampler.model, "calls", 0)
+        made = peers[peer]()
+        counts[peer] = getattr(case.sampler.model, "calls", 0) - before
+        return made
+
+    made = fitting({peer: partial(counted, peer) for peer in peers})
+    plain = all(guidance == Guidance.cfg(SCALE) for _, guidance in work)
+    agree(*(latents for peer, latents in made.items() if peer != LOOP or plain))
+    times = interleaved({peer: peers[peer] for peer in made}, device, rounds)
+    for row in rated(what, peers, len(work), times, "static batches"):
+        yield {**row, "calls": counts.get(row["peer"]) or None}
+
+
+def agree(*made: dict[int, Tensor]) -> None:
+    """Raises RuntimeError unless all have made the same latents."""
+    for other in made[1:]:
+        apart = max(((other[i] - x).norm() / x.norm()).item() for i, x in made[0].items())
+        if made[0].keys() != other.keys() or not apart <= 1e-3:
             raise RuntimeError(f"the peers' latents are {apart:.2g} of their norm apart: they are not compared")
 
 
@@ -171,21 +178,21 @@ def overhead(sampler: Sampler, device: torch.device, rounds: int, jobs: int, ste
     """The row of the time for a sample outside its network, which returns at once."""
     call = partial(Case(sampler, jobs).in_flight, [(steps, Guidance.cfg(SCALE))] * jobs)
     call()
-    times = interleaved({"in-flight": call}, device, rounds)["in-flight"]
+    times = [seconds(call, device) for _ in range(rounds)]
     what = f"stand-in that does not wait, {SLOTS} slots, {steps} steps"
     row = summary([1e3 * t / jobs for t in times], None)
     return {"bench": "engine", "what": what, "peer": "in-flight", "unit": "ms a sample", **row}
 
 
 def scaling(workers: Sequence[int] = (1, 2, 4), steps: int = 10) -> Iterator[Row]:
-    """Images a second of a local Ray's workers, each with a stand-in of its own; nothing where Ray is not installed."""
+    """Images a second of a local Ray's workers, with a stand-in each, on CPUs; nothing where Ray is not installed."""
     if find_spec("ray") is None:
         return
     import ray
     from basinescape.bulk.ray import ROUNDS as blocks
     from basinescape.bulk.ray import RayExecutor
 
-    ray.init(num_cpus=max(workers), include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=max(workers), num_gpus=0, include_dashboard=False, log_to_driver=False)
     jobs = [(i, Job(f"{i}", prompt(i), i)) for i in range(2 * max(workers) * blocks * SLOTS)]
     rates: list[float] = []
     for count in workers:

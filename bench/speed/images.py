@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..tables import Row
 from .published import published
-from .shapes import pipeline
-from .timing import interleaved, seconds, summary
+from .shapes import pipeline, sampled
+from .timing import fitting, interleaved, left_out, seconds, summary, within_memory
 
 SCALE = 7.5
 METHODS = {
@@ -86,11 +85,11 @@ class Bench:
         self.prompts, self.seeds = self.prompts[:batch], list(range(batch))
         self.size = pipe.unet.config.sample_size * pipe.vae_scale_factor
 
-    def ours(self, sampler: Sampler, guidance: Guidance) -> np.ndarray:
-        together: Any = {"batch_size": len(self.prompts), "output": "np", "progress": False}
-        return sampler(self.prompts, self.seeds, self.case.steps, guidance, **together).images
+    def ours(self, sampler: Callable[[], Sampler], guidance: Guidance) -> np.ndarray:
+        return sampled(sampler(), self.prompts, self.seeds, self.case.steps, guidance, "np").images
 
-    def diffusers(self, pipe: Any) -> np.ndarray:
+    def diffusers(self, made: Callable[[], Any]) -> np.ndarray:
+        pipe = made()
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         options = {"generator": generators, "output_type": "np", "guidance_scale": SCALE}
         return pipe(self.prompts, num_inference_steps=self.case.steps, **options).images
@@ -103,27 +102,39 @@ class Bench:
             made.append(adapt(self.pipe).decode(latents, "np").images)
         return np.concatenate(made)
 
-    def peers(self) -> dict[str, Peer]:
+    def compiled(self) -> Any:
+        """The pipeline as diffusers' guide has it fast."""
         fast = twin(self.pipe)
         fast.unet.to(memory_format=torch.channels_last)
         mode = "reduce-overhead" if self.device.type == "cuda" else None
         fast.unet.compile(mode=mode, fullgraph=True, dynamic=False)
+        return fast
+
+    def packed(self) -> Any:
+        """The pipeline compiled as ours is on a CPU, which is not in diffusers' guide."""
+        best = twin(self.pipe)
+        best.unet.to(memory_format=torch.channels_last).compile(fullgraph=True, dynamic=False, options=PACKED)
+        best.unet._compiled_call_impl = traced(best.unet._compiled_call_impl, packed=True)
+        return best
+
+    def sampler(self, options: dict[str, Any]) -> Sampler:
+        own = options.get("compile") or "attention" in options
+        return Sampler.from_pipeline(twin(self.pipe) if own else self.pipe, **options)
+
+    def peers(self) -> dict[str, Peer]:
+        """What a peer needs is made when it is first called: where there is no memory for it, the others go on."""
         found: dict[str, Peer] = {
-            BASELINE: ("cfg", partial(self.diffusers, self.pipe)),
-            "diffusers, compiled, channels-last": ("cfg", partial(self.diffusers, fast)),
+            BASELINE: ("cfg", partial(self.diffusers, lambda: self.pipe)),
+            "diffusers, compiled, channels-last": ("cfg", partial(self.diffusers, cache(self.compiled))),
         }
-        if self.device.type == "cpu":  # not in diffusers' guide, but what ours is compiled with
-            best = twin(self.pipe)
-            best.unet.to(memory_format=torch.channels_last).compile(fullgraph=True, dynamic=False, options=PACKED)
-            best.unet._compiled_call_impl = traced(best.unet._compiled_call_impl, packed=True)
-            found["diffusers, compiled, channels-last, packed"] = "cfg", partial(self.diffusers, best)
+        if self.device.type == "cpu":
+            found["diffusers, compiled, channels-last, packed"] = "cfg", partial(self.diffusers, cache(self.packed))
         if len(self.prompts) == 1:  # it takes one at a time, so other batches say the same
             found["published style"] = "cfg", partial(self.published, METHODS["cfg"])
         for way, options, methods in WAYS[self.case.ways]:
             if options.get("attention") == "xformers" and find_spec("xformers") is None:
                 continue
-            pipe = twin(self.pipe) if options.get("compile") or "attention" in options else self.pipe
-            sampler = Sampler.from_pipeline(pipe, **options)
+            sampler = cache(partial(self.sampler, options))
             for method in methods:
                 found[f"{way}, {method}"] = method, partial(self.ours, sampler, METHODS[method])
         return found
@@ -144,9 +155,9 @@ class Bench:
 
 
 def twin(pipe: Any) -> Any:
-    """A copy of the pipeline with its own copy of the UNet, which may be compiled or change its memory format."""
+    """The same pipeline with networks of its own, to be compiled or laid out differently, or with another attention."""
     other = copy.copy(pipe)
-    other.unet = copy.deepcopy(pipe.unet)
+    other.unet, other.vae = copy.deepcopy(pipe.unet), copy.deepcopy(pipe.vae)
     return other
 
 
@@ -173,43 +184,39 @@ def images(device: torch.device, preset: str) -> Iterator[Row]:
     The images of plain guidance are compared with diffusers', those of other methods with the `published` loop's. They must be
     within TOLERANCE, and nearer to their own method's images than to another's; otherwise the peer gets no ratio.
     """
-    for case in CASES[preset]:
-        pipe = pipeline(case.model, case.dtype, device)
-        pipe.scheduler = make_scheduler("dpmsolver++", pipe.scheduler)
-        rate = matmul_rate(device, case.dtype)
-        for batch in case.batches:
-            torch._dynamo.reset()
-            gc.collect()
-            torch.cuda.empty_cache()
-            try:
-                yield from _rows(Bench(case, device, pipe, batch), batch, rate)
-            except torch.OutOfMemoryError:
-                yield {"bench": "images", "what": _what(case, batch), "left out": "not enough memory"}
+    for model in CASES[preset]:
+        what = f"{model.model}, {str(model.dtype).removeprefix('torch.')}, {model.steps} steps"
+        yield from within_memory({"bench": "images", "what": what}, partial(_of_model, model, what, device))
 
 
-def _what(case: Case, batch: int) -> str:
-    return f"{case.model}, {str(case.dtype).removeprefix('torch.')}, {case.steps} steps, batch {batch}"
+def _of_model(model: Case, what: str, device: torch.device) -> Iterator[Row]:
+    pipe = pipeline(model.model, model.dtype, device)
+    pipe.scheduler = make_scheduler("dpmsolver++", pipe.scheduler)
+    rate = matmul_rate(device, model.dtype)
+    for batch in model.batches:
+        torch._dynamo.reset()
+        one = {"bench": "images", "what": f"{what}, batch {batch}"}
+        yield from within_memory(one, partial(_rows, one, Bench(model, device, pipe, batch), batch, rate))
 
 
-def _rows(bench: Bench, batch: int, rate: float) -> Iterator[Row]:
-    case, peers, flops = bench.case, bench.peers(), bench.flops()
-    made = {name: call() for name, (_, call) in peers.items()}
-    methods = dict.fromkeys(method for method, _ in peers.values())
-    expected = {method: made[BASELINE] if method == "cfg" else bench.published(METHODS[method]) for method in methods}
-    apart = {name: {m: difference(made[name], right, case.dtype) for m, right in expected.items()} for name in peers}
-    times = interleaved({name: call for name, (_, call) in peers.items()}, bench.device, case.rounds)
-    for name, (method, _) in peers.items():
+def _rows(what: Row, bench: Bench, batch: int, rate: float) -> Iterator[Row]:
+    peers, flops, dtype = bench.peers(), bench.flops(), bench.case.dtype
+    methods = {name: method for name, (method, _) in peers.items()}
+    calls = {name: call for name, (_, call) in peers.items()}
+    del peers  # so that what a peer holds goes with its call
+    made = fitting(calls)
+    expected = {method: bench.published(METHODS[method]) for method in dict.fromkeys(methods.values()) if method != "cfg"}
+    expected["cfg"] = made[BASELINE] if BASELINE in made else bench.published(METHODS["cfg"])
+    apart = {name: {m: difference(found, right, dtype) for m, right in expected.items()} for name, found in made.items()}
+    times = interleaved(calls, bench.device, bench.case.rounds)
+    for name, method in methods.items():
+        one = {**what, "peer": name}
+        if name not in times:
+            yield left_out(one)
+            continue
         off = apart[name][method]
-        agrees = off <= TOLERANCE[case.dtype] and off <= min(apart[name].values())
-        row = summary(times[name], times[BASELINE] if agrees else None)
+        agrees = off <= TOLERANCE[dtype] and off <= min(apart[name].values())
+        row = summary(times[name], times.get(BASELINE) if agrees else None)
         rates = summary([batch / t for t in times[name]], None)
-        yield {
-            "bench": "images",
-            "what": _what(case, batch),
-            "peer": name,
-            "unit": "images/s",
-            **rates,
-            "ratio": row["ratio"],
-            "utilisation": flops[method] * rates["median"] / rate,
-            "apart": off,
-        }
+        use = {"ratio": row["ratio"], "utilisation": flops[method] * rates["median"] / rate, "apart": off}
+        yield {**one, "unit": "images/s", **rates, **use}

@@ -19,7 +19,7 @@ from basinescape.kernels.table import Column
 from torch import Tensor
 
 from ..tables import Row
-from .timing import interleaved, summary
+from .timing import fitting, interleaved, left_out, summary, within_memory
 
 SIZES = {"SD": (4, 64, 64), "SDXL": (4, 128, 128), "SD3": (16, 128, 128), "video": (16, 21, 60, 104)}
 STEPS = 100_000  # more than any peer takes
@@ -196,36 +196,34 @@ def kernel(device: torch.device, preset: str) -> Iterator[Row]:
         for size in cases.sizes:
             for dtype in cases.dtypes:
                 for batch in cases.batches:
-                    work = make((batch, *SIZES[size]), getattr(torch, dtype), device, size in cases.compiled)
-                    what = f"{name}, {size} x {batch}, {dtype}"
-                    yield from _rows(what, work, TOLERANCE[dtype], device, cases)
+                    what = {"bench": "kernel", "what": f"{name}, {size} x {batch}, {dtype}"}
+                    work = partial(make, (batch, *SIZES[size]), getattr(torch, dtype), device, size in cases.compiled)
+                    yield from within_memory(what, partial(_rows, what, work, TOLERANCE[dtype], device, cases))
 
 
-def _rows(what: str, work: Work, tolerance: float, device: torch.device, cases: Cases) -> Iterator[Row]:
-    results = {peer: _cloned(call()) for peer, call in work.peers.items() if peer != "copy"}
-    apart = {peer: difference(result, results[BASELINE]) for peer, result in results.items()}
-    ways = {"called": (work.peers, 1)}
-    if device.type == "cuda":
-        ways["captured"] = {peer: captured(call) for peer, call in work.peers.items()}, REPEATS
-    for way, (peers, repeats) in ways.items():
-        times = interleaved(peers, device, cases.rounds, cases.least)
+def _rows(what: Row, make: Callable[[], Work], tolerance: float, device: torch.device, cases: Cases) -> Iterator[Row]:
+    work = make()
+    results = fitting({peer: partial(_cloned, call) for peer, call in work.peers.items() if peer != "copy"})
+    calls = {peer: call for peer, call in work.peers.items() if peer in results or peer == "copy"}
+    expected = results.get(BASELINE)
+    apart = {peer: difference(result, expected) for peer, result in results.items() if expected is not None}
+    for way, repeats in ({"called": 1, "captured": REPEATS} if device.type == "cuda" else {"called": 1}).items():
+        if way == "captured":
+            calls = fitting({peer: partial(captured, call) for peer, call in calls.items()})
+        times = interleaved(calls, device, cases.rounds, cases.least)
         times = {peer: [1e6 * t / repeats for t in found] for peer, found in times.items()}
-        copy = summary(times["copy"], None)["median"]
-        for peer in peers:
+        copy = summary(times["copy"], None)["median"] if "copy" in times else None
+        for peer in work.peers:
+            one = {**what, "way": way, "peer": peer}
+            if peer not in times:
+                yield left_out(one)
+                continue
             agrees = apart.get(peer, math.inf) <= tolerance
-            row = summary(times[peer], times[BASELINE] if agrees else None)
-            yield {
-                "bench": "kernel",
-                "what": what,
-                "way": way,
-                "peer": peer,
-                "unit": "us",
-                **row,
-                "GB/s": work.moved / row["median"] / 1e3,
-                "share": copy / row["median"],
-                "apart": apart.get(peer),
-            }
+            row = summary(times[peer], times.get(BASELINE) if agrees else None)
+            share = None if copy is None else copy / row["median"]
+            rate = {"GB/s": work.moved / row["median"] / 1e3, "share": share, "apart": apart.get(peer)}
+            yield {**one, "unit": "us", **row, **rate}
 
 
-def _cloned(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(result.clone() for result in results)
+def _cloned(call: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(result.clone() for result in call())

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from basinescape import Sampler
+from basinescape import Guidance, Sampler
 from basinescape.models import load
+from basinescape.sampling.output import Output
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -68,6 +69,17 @@ def pipeline(name: str, dtype: torch.dtype, device: torch.device) -> Any:
     pipe: Any = load(Sampler.model_path(name), dtype, False) if name in ("tiny", "flow") else _random(name, dtype, device)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def sampled(
+    sampler: Sampler, prompts: list[str], seeds: list[int], steps: int, guidance: Guidance, output: str, **size: int
+) -> Output:
+    """One batch by `sampler`. Raises what kept it from a capture that it was to make: its times would be another one's."""
+    together: Any = {"batch_size": len(prompts), "output": output, "progress": False, **size}
+    made = sampler(prompts, seeds, steps, guidance, **together)
+    if sampler.graphs is not None and sampler.graphs.failure is not None:
+        raise sampler.graphs.failure
+    return made
 
 
 def _random(name: str, dtype: torch.dtype, device: torch.device) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from basinescape import FirstMinimum, Guidance, Sampler
+from basinescape.kernels.state import State
 from basinescape.models import PromptedNetwork, adapt
 from basinescape.sampling.step_table import StepTable
 from basinescape.sampling.steps import denoise, lockstep_move, stepping
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from ..tables import Row
 from .published import published
-from .shapes import pipeline
-from .timing import interleaved, profiled, summary
+from .shapes import pipeline, sampled
+from .timing import fitting, interleaved, left_out, profiled, summary, within_memory
 from .traffic import moved
 
 SCALE = 7.5
@@ -85,8 +86,7 @@ def peers(pipe: Any, scheduler: str, height: int, batch: int) -> dict[str, tuple
     pipe.scheduler = make_scheduler(scheduler, pipe.scheduler)
 
     def ours(sampler: Sampler, guidance: Guidance) -> Callable[[int], Tensor]:
-        options: Any = {"height": height, "width": height, "batch_size": batch, "output": "latent", "progress": False}
-        return lambda steps: sampler(prompts, seeds, steps, guidance, **options).latents
+        return lambda steps: sampled(sampler, prompts, seeds, steps, guidance, "latent", height=height, width=height).latents
 
     def diffusers(steps: int) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -142,46 +142,61 @@ def step(device: torch.device, preset: str) -> Iterator[Row]:
 
     A peer of plain guidance whose latents differ from diffusers' gets no ratio.
     """
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
     cases = CASES[preset]
     for model, height in cases.models:
-        pipe = pipeline(model, dtype, device)
-        name = f"{model}, {_latents(pipe, height)}"
-        with stubbed(pipe):
-            for scheduler in cases.schedulers:
-                for batch in cases.batches:
-                    what = f"{scheduler}, {name}, batch {batch}"
-                    yield from _compared(what, peers(pipe, scheduler, height, batch), device, cases.rounds)
-                for peer, (call, _) in peers(pipe, scheduler, height, 1).items():
-                    what = f"{scheduler}, {name}, batch 1"
-                    yield {"bench": "step, counted", "what": what, "peer": peer, **counts(call, device)}
-            yield from _cost(pipe, height, cases)
+        yield from within_memory({"bench": "step", "what": model}, partial(_of_model, model, height, cases, device))
+
+
+def _of_model(model: str, height: int, cases: Cases, device: torch.device) -> Iterator[Row]:
+    pipe = pipeline(model, torch.float16 if device.type == "cuda" else torch.float32, device)
+    latents = _latents(pipe, height)
+    with stubbed(pipe):
+        for scheduler in cases.schedulers:
+            for batch in cases.batches:
+                what = {"bench": "step", "what": f"{scheduler}, {model}, {latents}, batch {batch}"}
+                yield from within_memory(what, partial(_compared, what, pipe, scheduler, height, batch, cases.rounds))
+            for peer, (call, _) in peers(pipe, scheduler, height, 1).items():
+                what = {"bench": "step, counted", "what": f"{scheduler}, {model}, {latents}, batch 1", "peer": peer}
+                yield from within_memory(what, partial(_counts, what, call, device))
+        yield from within_memory({"bench": "step, cost", "what": latents}, partial(_cost, pipe, height, cases))
+
+
+def _counts(what: Row, call: Callable[[int], object], device: torch.device) -> Iterator[Row]:
+    yield {**what, **counts(call, device)}
 
 
 def _latents(pipe: Any, height: int) -> str:
     return "x".join(map(str, adapt(pipe).shape(height, height)))
 
 
-def _compared(
-    what: str, found: dict[str, tuple[Callable[[int], Tensor], Guidance]], device: torch.device, rounds: int
-) -> Iterator[Row]:
-    for call, _ in found.values():
-        call(LONG)
-    made = {peer: call(SHORT) for peer, (call, _) in found.items()}
-    dtype, expected = made[BASELINE].dtype, made[BASELINE].double()
-    apart = {peer: ((latents.double() - expected).norm() / expected.norm()).item() for peer, latents in made.items()}
-    calls = {(peer, steps): partial(call, steps) for peer, (call, _) in found.items() for steps in (SHORT, LONG)}
-    times = interleaved(calls, device, rounds)
-
-    def a_step(peer: str) -> list[float]:
-        pairs = zip(times[peer, SHORT], times[peer, LONG], strict=True)
-        return [1e6 * (long - short) / (LONG - SHORT) for short, long in pairs]
-
+def _compared(what: Row, pipe: Any, scheduler: str, height: int, batch: int, rounds: int) -> Iterator[Row]:
+    found = peers(pipe, scheduler, height, batch)
+    made = fitting({peer: partial(_warmed, call) for peer, (call, _) in found.items()})
+    calls = {(peer, steps): partial(found[peer][0], steps) for peer in made for steps in (SHORT, LONG)}
+    times = interleaved(calls, pipe.device, rounds)
+    a_step = {
+        peer: [1e6 * (long - short) / (LONG - SHORT) for short, long in zip(times[peer, SHORT], times[peer, LONG], strict=True)]
+        for peer in found
+        if {(peer, SHORT), (peer, LONG)} <= times.keys()
+    }
     for peer, (_, guidance) in found.items():
-        plain = guidance.until is None
-        agrees = not plain or apart[peer] <= TOLERANCE[dtype]
-        row = summary(a_step(peer), a_step(BASELINE) if agrees else None)
-        yield {"bench": "step", "what": what, "peer": peer, "unit": "us a step", **row, "apart": apart[peer] if plain else None}
+        if peer not in a_step:
+            yield left_out({**what, "peer": peer})
+            continue
+        apart = _apart(made[peer], made[BASELINE]) if guidance.until is None and BASELINE in made else None
+        agrees = apart is None or apart <= TOLERANCE[made[peer].dtype]
+        row = summary(a_step[peer], a_step.get(BASELINE) if agrees else None)
+        yield {**what, "peer": peer, "unit": "us a step", **row, "apart": apart}
+
+
+def _warmed(call: Callable[[int], Tensor]) -> Tensor:
+    """Its latents after SHORT steps, once it has taken LONG ones."""
+    call(LONG)
+    return call(SHORT)
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 @torch.inference_mode()
@@ -190,33 +205,32 @@ def _cost(pipe: Any, height: int, cases: Cases) -> Iterator[Row]:
     device = pipe.device
     sampler = Sampler.from_pipeline(pipe)
     shape = sampler.model.shape(height, height)
-    calls = {}
-    for batch in cases.cost_batches:
+
+    def loop(batch: int, steps: int) -> Callable[[], None]:
         network = sampler.model.network(sampler.model.encode(["a picture of a cat"] * batch, height, height))
-        for steps in cases.cost_steps:
-            plan = StepTable.make(sampler.solver(steps), Guidance.cfg(SCALE), device)
-            noise = torch.randn((batch, *shape)).to(device, pipe.unet.dtype)
-            calls[batch, steps] = _loop(network, plan, noise)
-            calls[batch, steps]()
-    times = interleaved(calls, device, cases.rounds)
+        plan = StepTable.make(sampler.solver(steps), Guidance.cfg(SCALE), device)
+        noise = torch.randn((batch, *shape)).to(device, pipe.unet.dtype)
+        call = partial(_loop, network, plan, plan.state(noise), noise)
+        call()
+        return call
+
+    keys = [(batch, steps) for batch in cases.cost_batches for steps in cases.cost_steps]
+    times = interleaved(fitting({key: partial(loop, *key) for key in keys}), device, cases.rounds)
     rows = {key: summary([1e6 * t for t in found], None) for key, found in times.items()}
-    fitted = _fit({key: row["median"] for key, row in rows.items()})
-    for key, row in rows.items():
-        batch, steps = key
-        row["ratio"] = fitted[key] / row["median"]
-        what = f"{_latents(pipe, height)}, batch {batch}, {steps} steps"
-        a_step = row["median"] / steps
-        yield {"bench": "step, cost", "what": what, "peer": "ours", "unit": "us", **row, "us a step": a_step}
+    fitted = _fit({key: row["median"] for key, row in rows.items()}) if rows else {}
+    for batch, steps in keys:
+        what = {"bench": "step, cost", "what": f"{_latents(pipe, height)}, batch {batch}, {steps} steps", "peer": "ours"}
+        row = rows.get((batch, steps))
+        if row is None:
+            yield left_out(what)
+        else:
+            row["ratio"] = fitted[batch, steps] / row["median"]
+            yield {**what, "unit": "us", **row, "us a step": row["median"] / steps}
 
 
-def _loop(network: PromptedNetwork, plan: StepTable, noise: Tensor) -> Callable[[], None]:
-    state = plan.state(noise)
-
-    def call() -> None:
-        state.start(noise, plan.table, last=plan.last)
-        denoise(stepping(network, state, lockstep_move(plan, state)), plan.branches)
-
-    return call
+def _loop(network: PromptedNetwork, plan: StepTable, state: State, noise: Tensor) -> None:
+    state.start(noise, plan.table, last=plan.last)
+    denoise(stepping(network, state, lockstep_move(plan, state)), plan.branches)
 
 
 def _fit(medians: dict[tuple[int, int], float]) -> dict[tuple[int, int], float]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +16,40 @@ from torch.autograd import profiler
 from ..tables import Row
 
 Peer = TypeVar("Peer")
+Made = TypeVar("Made")
+
+
+def fitting(calls: dict[Peer, Callable[[], Made]]) -> dict[Peer, Made]:
+    """What each call returns. One that runs out of the GPU's memory is taken out of `calls`, with what it holds."""
+    made = {}
+    for peer in list(calls):
+        try:
+            made[peer] = calls[peer]()
+        except torch.OutOfMemoryError:
+            del calls[peer]
+        if peer not in calls:  # the error is gone, and with it the frames that it kept
+            free()
+    return made
+
+
+def within_memory(what: Row, rows: Callable[[], Iterable[Row]]) -> Iterator[Row]:
+    """The rows of one case; what it runs out of memory before is one row, `what` with the reason."""
+    free()
+    try:
+        yield from rows()
+    except torch.OutOfMemoryError:
+        yield left_out(what)
+
+
+def left_out(what: Row) -> Row:
+    """The row of what does not fit into the GPU's memory."""
+    return {**what, "left out": "not enough memory"}
+
+
+def free() -> None:
+    """Give back the memory that nobody uses."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def seconds(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
@@ -38,13 +74,14 @@ def interleaved(
 ) -> dict[Peer, list[float]]:
     """{peer: seconds of a call in each round}. A round times the peers one after another, each for about `least` seconds.
 
-    Call every peer once before, so that no compilation is timed.
+    Everything was called before, so that nothing is compiled here. A peer that runs out of memory is left out.
     """
-    calls = {name: max(1, round(least / max(seconds(call, device), 1e-9))) for name, call in peers.items()}
-    times: dict[Peer, list[float]] = {name: [] for name in peers}
+    once = fitting({name: partial(seconds, call, device) for name, call in peers.items()})
+    calls = {name: max(1, round(least / max(took, 1e-9))) for name, took in once.items()}
+    times: dict[Peer, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, call in peers.items():
-            times[name].append(seconds(call, device, calls[name]))
+        found = fitting({name: partial(seconds, peers[name], device, calls[name]) for name in times})
+        times = {name: [*times[name], took] for name, took in found.items()}
     return times
 
 
@@ -66,6 +103,17 @@ def summary(times: Sequence[float], baseline: Sequence[float] | None) -> Row:
     low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
     ratio = None if baseline is None else statistics.median(b / t for b, t in zip(baseline, times, strict=True))
     return {"median": middle, "spread": high - low, "ratio": ratio}
+
+
+def rated(what: Row, peers: Iterable[str], count: int, times: Mapping[str, Sequence[float]], baseline: str) -> Iterator[Row]:
+    """Rows in images a second of peers that make `count` each time; those without times are left out."""
+    for peer in peers:
+        one = {**what, "peer": peer}
+        if peer not in times:
+            yield left_out(one)
+            continue
+        rates = summary([count / t for t in times[peer]], None)
+        yield {**one, "unit": "images/s", **rates, "ratio": summary(times[peer], times.get(baseline))["ratio"]}
 
 
 def taken(device: torch.device) -> Row:

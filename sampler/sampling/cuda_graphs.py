@@ -23,12 +23,15 @@ WARM_UP = 3  # steps before a capture, because libraries choose their algorithms
 
 
 class Graphs:
-    """Captured steps by shape. All share one memory pool, which `clear` gives back."""
+    """Captured steps by shape. All share one memory pool, which `clear` gives back.
+
+    failure: why a step could not be captured; from then on steps run uncaptured.
+    """
 
     def __init__(self) -> None:
         self._sessions: dict[tuple, Session] = {}
         self._pool: Any = None
-        self._failed = False
+        self.failure: RuntimeError | None = None
         self._version: object | None = None
 
     def open_batch(
@@ -48,13 +51,13 @@ class Graphs:
             session = self._sessions[key] = Session(network, plan, rows, noise, memory_format)
         session.network.load(network)
         session.table[: len(plan.table)].copy_(plan.table)
-        if not self._failed:
+        if self.failure is None:
             try:
                 self._capture(session, dict.fromkeys(plan.branches))
             except RuntimeError as error:
-                self._failed = True
+                self.failure = error.with_traceback(None)  # whose frames would keep a step's memory
                 log.warning("the step cannot be captured (%s); it runs uncaptured", error)
-        take = session.take if self._failed else session.replay
+        take = session.replay if self.failure is None else session.take
         return DeviceBatch(session.network, session.start(noise, plan), take, session.table)
 
     def _capture(self, session: Session, branches: dict[Branch, None]) -> None:
@@ -66,8 +69,7 @@ class Graphs:
 
     def clear(self) -> None:
         self._sessions.clear()
-        self._pool = self._version = None
-        self._failed = False
+        self._pool = self._version = self.failure = None
         torch.cuda.empty_cache()
 
 

@@ -4,15 +4,21 @@ import json
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import packages
 import pytest
 import torch
 from basinescape.bench import cli, speed
 from basinescape.bench.gpu import checks, checks_sampler, trials
 from basinescape.bench.gpu.report import rendered
-from basinescape.bench.speed import kernel, step
+from basinescape.bench.speed import engine, images, kernel, step
+from basinescape.bench.speed.shapes import pipeline
+from basinescape.bench.speed.timing import fitting, interleaved, within_memory
+from basinescape.bench.tables import tables
+from basinescape.sampling import cuda_graphs
 from smallest import small_benches, small_checks, small_sampler_checks
 from typer.testing import CliRunner
 
@@ -53,6 +59,105 @@ def test_benches_hold_on_a_pretended_device(device, small, monkeypatch, name, pr
     assert all(row["ratio"] is not None for row in rows if "ratio" in row and row["peer"] != "copy")
     ways = {row["way"] for row in rows if "way" in row}
     assert ways == ({"called", "captured"} if name == "kernel" else set())
+
+
+def full(*_):
+    raise torch.OutOfMemoryError("there is none")
+
+
+def test_what_finds_no_memory_is_dropped_with_all_it_holds():
+    class Held:
+        def __call__(self):
+            full()
+
+    calls = {"small": lambda: 1, "large": Held()}
+    held = weakref.ref(calls["large"])
+    assert fitting(calls) == {"small": 1} and list(calls) == ["small"] and held() is None
+
+
+def test_a_peer_that_finds_no_memory_while_it_is_timed_is_dropped():
+    answers = iter([None, None, full])
+    peers = {"growing": lambda: (next(answers) or int)(), "steady": int}
+    assert {peer: len(times) for peer, times in interleaved(peers, torch.device("cpu"), 4).items()} == {"steady": 4}
+
+
+def test_a_case_that_finds_no_memory_keeps_its_rows_and_is_named():
+    def rows():
+        yield {"bench": "images", "what": "small", "peer": "ours", "median": 1.5}
+        full()
+
+    found = [*within_memory({"bench": "images", "what": "large"}, rows), {"bench": "step", "what": "small", "median": 2.0}]
+    assert [row["what"] for row in found] == ["small", "large", "small"] and "left out" in found[1]
+    assert tables(found).splitlines()[-1].split(maxsplit=2) == ["images", "large", "not enough memory"]
+
+
+def without(rows):
+    """What stands for rows that were left out, and the other rows."""
+    rows = list(rows)
+    return [row for row in rows if "left out" in row], [row for row in rows if "left out" not in row]
+
+
+@pytest.mark.parametrize("peer", ["compiled chain", "eager chain", "copy"])
+def test_a_kernel_beside_a_full_device_is_timed(device, small, monkeypatch, peer):
+    """Without a ratio where it was the baseline that found no memory, and a share where it was the copy."""
+    monkeypatch.setattr(kernel, "backend", lambda device: "triton")
+    fused = kernel.step_work
+
+    def work(*given):
+        made = fused(*given)
+        made.peers[peer] = device.full()(lambda: torch.zeros(1, device="cuda"))
+        return made
+
+    monkeypatch.setattr(kernel, "WORKS", {"step": work})
+    out, rows = without(speed.run(["kernel"], torch.device("cuda"), "quick"))
+    assert {row["peer"] for row in out} == {peer} and {row["way"] for row in out} == {"called", "captured"}
+    assert {row["peer"] for row in rows} == {"fused step", "eager chain", "compiled chain", "copy"} - {peer}
+    assert all((row["ratio"] is None) == (row["peer"] == "copy" or peer == "eager chain") for row in rows)
+    assert all((row["share"] is None) == (peer == "copy") and row["median"] > 0 for row in rows)
+
+
+def test_a_capture_without_memory_is_no_row_of_a_captured_sampler(device, small, monkeypatch):
+    """Which would go on uncaptured."""
+    monkeypatch.setattr(cuda_graphs.Session, "capture", full)
+    out, rows = without(speed.run(["step"], torch.device("cuda"), "quick"))
+    assert len(out) == 4 and all(row["peer"].endswith(", captured") for row in out)
+    assert {row["bench"] for row in rows} == {"step", "step, counted", "step, cost"}
+    assert not any(row["peer"].endswith(", captured") for row in rows)
+
+
+def test_images_are_timed_without_the_peers_there_is_no_memory_for(device, small, monkeypatch):
+    """On a card that cannot hold a second network."""
+    monkeypatch.setattr(images, "twin", device.full()(images.twin))
+    out, rows = without(speed.run(["images"], torch.device("cuda"), "quick"))
+    assert {row["peer"] for row in rows} == {"diffusers", "published style", "ours, captured, cfg"}
+    assert len(out) == 3 and all("compiled" in row["peer"] for row in out)
+    report = {"device": "a GPU", "date": "today", "versions": {}, "checks": [], "rows": [*out, *rows]}
+    assert all(row["peer"] in rendered(report) for row in out)
+
+
+def test_attention_by_xformers_is_that_of_its_peer_alone(device, small, monkeypatch):
+    tokens, whole = [], packages.memory_efficient_attention
+
+    def counted(query, *rest, **named):
+        tokens.append(query.shape[1])
+        return whole(query, *rest, **named)
+
+    monkeypatch.setattr(packages, "memory_efficient_attention", counted)
+    with packages.installed():
+        case = images.CASES["cuda"][0]
+        peers = images.Bench(case, torch.device("cuda"), pipeline(case.model, case.dtype, torch.device("cuda")), 1).peers()
+        made = {}
+        for peer in ("ours, captured, xformers, cfg", images.BASELINE):
+            tokens.clear()
+            made[peer] = peers[peer][1](), len(tokens)
+    (found, calls), (expected, others) = made.values()
+    assert calls > 0 == others and images.difference(found, expected, case.dtype) < images.TOLERANCE[case.dtype]
+
+
+def test_workers_of_ray_leave_the_gpu_alone(device, small):
+    with packages.installed():
+        rows = list(engine.scaling((1, 2), steps=2))
+    assert [row["what"][-1] for row in rows] == ["1", "2"] and all(row["median"] > 0 for row in rows)
 
 
 def test_a_launch_too_many_is_found(device, small, monkeypatch):

@@ -103,12 +103,12 @@ class Device(TorchDispatchMode):
     """The device, while it is entered.
 
     waits: how often the host has waited. raises: whether that is an error. graph: what is being captured. seen: what a profiler
-    that watches has seen.
+    that watches has seen. is_full: whether the next operator that needs memory finds none.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.waits, self.raises = 0, False
+        self.waits, self.raises, self.is_full = 0, False, False
         self.graph: Graph | None = None
         self.seen: list[SimpleNamespace] | None = None
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
@@ -139,9 +139,20 @@ class Device(TorchDispatchMode):
             result = self._run(function, values, named)
             return tree_map(lambda x: self._placed(x, here), result) if lands else result
 
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        """Inside, there is no memory left."""
+        self.is_full = True
+        try:
+            yield
+        finally:
+            self.is_full = False
+
     def _placed(self, x: Any, here: dict[int, OnDevice]) -> Any:
         if not isinstance(x, Tensor):
             return x
+        if self.is_full and _where(x) not in {_where(known.held) for known in here.values()}:
+            raise torch.OutOfMemoryError("the pretended GPU is full")
         return here[id(x)] if id(x) in here else OnDevice(x, self)
 
     def _check(self, function, operands: list[Tensor], lands: bool) -> None:

@@ -1,7 +1,8 @@
 """`python -m basinescape.bench.gpu` on a GPU that is not there: python tests/doubles/pretended_gpu.py --out FILE [--minutes M].
 
 Each of its trials is a process of its own, which runs this file, too. Sizes are the smallest; a minute here is not a GPU's, so
-only all trials together have a limit.
+only all trials together have a limit. xformers and Ray are there. The GPU is full where "bench step" times a loop in the
+published style.
 """
 
 import os
@@ -14,7 +15,8 @@ sys.path.append(str(Path(__file__).parent))
 
 import torch
 from basinescape.bench.gpu import checks, trials
-from basinescape.bench.speed import kernel
+from basinescape.bench.speed import kernel, step
+from packages import installed
 from pretended import install_guard, pretended
 from smallest import small_benches, small_checks, small_sampler_checks
 
@@ -38,7 +40,9 @@ def main() -> None:
     small_benches(setattr)
     with tempfile.TemporaryDirectory() as folder:
         install_guard(Path(folder))
-        with pretended():
+        with pretended() as device, installed():
+            if "bench step" in sys.argv:
+                step.published = device.full()(step.published)
             trials.main()
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from basinescape.bench.gpu import cases, checks, checks_sampler
 from basinescape.bench.speed import command, engine, images, kernel, shapes, step
+from basinescape.bulk import ray
 from basinescape.kernels.tiles import Tiles
 from tiled import SMALL
 
@@ -77,6 +78,7 @@ def small_benches(put: Put) -> None:
     put(command, "BATCH", 2)
     put(engine, "SLOTS", 2)
     put(engine, "SECONDS", 0.001)
+    put(ray, "ROUNDS", 1)
     put(engine, "JUDGED", 2)
     for name in ("STAND_IN", "TINY", "COMMAND", "OVERHEAD", "BUSY"):
         put(engine, name, (2, 5))

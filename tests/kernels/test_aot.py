@@ -40,11 +40,18 @@ def test_report_covers_every_kernel(report):
     seen = {(row["kernel"], row["target"], row["dtype"]) for row in report}
     kernels = "guide", "guide, rule", "noise_gap", "step", "step, first minimum", "step, rule"
     kernels = *kernels, "sums", "sums, rule", "gap", "books", "books, first minimum"
+    for one in ("step, one prediction", "guide_step, one prediction"):
+        kernels = *kernels, one, f"books of {one}"
     assert seen == {(kernel, *case) for kernel in kernels for case in ASKED}
 
 
+def narrow(kernel):
+    """Whether it loads numbers of a sample alone, one at a time: with one prediction there are no sums to add up."""
+    return kernel.startswith("books of")
+
+
 def test_loads_are_16_bytes_and_nothing_spills(report):
-    poor = [row for row in report if row["load_bits"] < 128 or row["spill_bytes"]]
+    poor = [row for row in report if (row["load_bits"] < 128 and not narrow(row["kernel"])) or row["spill_bytes"]]
     assert not poor
 
 
@@ -88,11 +95,14 @@ def test_other_cards_spill_nothing(target, dtype):
     script = f"""
 from basinescape.kernels.aot import SHAPES, assembly, launches, resources
 for name, launch in launches("{dtype}", shapes=SHAPES[-2:]):
-    print(*resources(assembly(launch, "{target}")).values())
+    print(name, *resources(assembly(launch, "{target}")).values(), sep=";")
 """
-    rows = [tuple(map(int, line.split())) for line in run("-c", script).splitlines()]
-    assert len(rows) == 17
-    assert {row[1] for row in rows} == {0} and all(row[2] >= 128 and row[0] <= 128 for row in rows)
+    rows = [(name, *map(int, numbers)) for name, *numbers in (line.split(";") for line in run("-c", script).splitlines())]
+    assert len(rows) == 23
+    for name, registers, spilled, bits in rows:
+        copies = name.startswith("guide_step") and target == "gfx942"  # which copies 8 bytes at a time
+        least = 0 if narrow(name) else 64 if copies else 128
+        assert registers <= 128 and not spilled and bits >= least, name
 
 
 SANITIZED = """
@@ -112,7 +122,7 @@ for name, launch in launches("float16", shapes=(SHAPES[0], SHAPES[-1])):
 
 def sanitized(options, found):
     lines = run("-c", SANITIZED.replace("OPTIONS", repr(options)).replace("FOUND", found)).splitlines()
-    assert len(lines) == 17
+    assert len(lines) == 23
     return [line.split(";") for line in lines]
 
 
@@ -128,27 +138,3 @@ def test_gsan_sees_the_loads_and_stores_of_every_kernel():
     for name, block, found in sanitized({"instrumentation_mode": "gsan"}, looked):
         loads, stores = json.loads(found)
         assert loads and stores, (name, block)
-
-
-def test_a_step_of_one_prediction_compiles():
-    """Which the report has no row for: in one program, in parts, in tiles; of a step, and of the guided prediction alone."""
-    script = """
-import torch
-from basinescape.kernels.aot import BATCH, SHAPES, STEPS, assembly, resources
-from basinescape.kernels.dispatch import recorded
-from basinescape.kernels.state import State
-from basinescape.kernels.step import launch_step
-from basinescape.kernels.table import Column
-for shape in SHAPES[1:]:
-    uncond = torch.empty((BATCH, *shape), dtype=torch.float16, device="meta")
-    table = torch.empty((STEPS, len(Column)), device="meta")
-    for multistep, guided in ((True, None), (False, torch.empty_like(uncond))):
-        state = State.empty(tuple(uncond.shape), STEPS, uncond.dtype, "meta", multistep)
-        with recorded() as launches:
-            launch_step(uncond, None, table, False, guided, state)
-        for launch in launches:
-            print(launch.kernel.__name__, resources(assembly(launch, "sm_90"))["spill_bytes"])
-"""
-    found = [line.split() for line in run("-c", script).splitlines()]
-    assert [name for name, _ in found] == ["step_kernel"] * 4 + ["tile_kernel", "books_kernel"] * 2
-    assert {spilled for _, spilled in found} == {"0"}

@@ -169,7 +169,7 @@ def test_a_change_reaches_the_captured_step(random_pipeline, device, change):
         change(changed)
     expected = latents(Sampler.from_pipeline(pipe))
     assert_same_but_for_rounding(latents(sampler).cpu(), expected, pipe, lambda: latents(Sampler.from_pipeline(pipe)))
-    assert all(session.graphs for session in sampler.graphs._sessions.values()) and not sampler.graphs._failed
+    assert all(session.graphs for session in sampler.graphs._sessions.values()) and sampler.graphs.failure is None
     again = {id(session) for session in sampler.graphs._sessions.values()}
     latents(sampler)
     assert again == {id(session) for session in sampler.graphs._sessions.values()}  # recorded once

@@ -253,7 +253,7 @@ def test_captured_on_a_device_the_samples_are_the_same(pipes, name, device):
         found = call(name, sampler, prompts=prompts).latents
         assert_same_but_for_rounding(found.cpu(), expected(), pipe, expected)
     sessions = sampler.graphs._sessions.values()
-    assert not sampler.graphs._failed and [list(session.graphs) for session in sessions] == [["uncond", "both"]]
+    assert sampler.graphs.failure is None and [list(session.graphs) for session in sessions] == [["uncond", "both"]]
 
 
 def test_a_network_in_half_precision_keeps_the_latents_of_a_video_in_float32(pipes):
