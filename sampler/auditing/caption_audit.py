@@ -5,7 +5,7 @@ ordinary captions, whose gaps come from a calibration or are measured here. Capt
 discovers at the stated rate are flagged. The worst are then sampled to the end. Each of their pictures is judged by its basin
 score and, if there are training images, by the nearest one of the whole set.
 
-The folder gets `gaps.jsonl`, `ordinary.jsonl` and `verified.jsonl`, each written line by line, so that a stopped audit can be
+The folder gets `gaps.jsonl`, `ordinary.jsonl` and `verified.jsonl`, which grow with every batch, so that a stopped audit can be
 resumed and a finished one can verify more captions. It also gets `images/<id>-<seed>.png`, `heat/<id>-<seed>.png`,
 `predictions/<id>.png`, `audit.csv`, `audit.json` (the record of what was done and found) and `audit.html`.
 """

@@ -35,7 +35,7 @@ class Duplicates:
         self.settings = {"thresholds": Comparison(measures, threshold).thresholds}
 
     def __call__(self, pictures: Iterable[tuple[str, bytes]]) -> dict[str, dict[str, Any]]:
-        """Return each picture's fields, by id. pictures: (id, bytes of the file), in the order of the prompts, read one by one."""
+        """Return each picture's fields, by id. pictures: (id, bytes of its file), in the prompts' order, read one by one."""
         compared, ids, kept = Comparison(*self._given), list[str](), torch.empty(0, dtype=torch.bool)
         nearest, notes, pictures = torch.empty(4, 0, dtype=torch.float64), dict[str, dict[str, Any]](), iter(pictures)
         while some := list(islice(pictures, BLOCK)):

@@ -42,7 +42,7 @@ def write(
 
 
 def bars(scores: Sequence[float], threshold: float) -> list[dict[str, Any]]:
-    """Return a histogram's bars: the score where each begins, its count, its logarithmic height in 0..1, whether it is suspect."""
+    """Return a histogram's bars: the score where each begins, its count, its height in 0..1 (logarithmic), and if suspect."""
     counts = Counter(min(max(ceil((score - threshold) / WIDTH) - 1, BARS[0]), BARS[-1]) for score in scores)
     most = log1p(max(counts.values(), default=1))
     return [

@@ -82,9 +82,9 @@ def cores(references: Tensor) -> Tensor:
 
 
 def shifted(images: Tensor) -> Tensor:
-    """Return what `cores` does of pictures (N, 3, H, W), but for the middle moved by each small shift: (shifts, N, D).
+    """Return vectors as `cores` does, of pictures (N, 3, H, W) with the middle moved by each small shift: (shifts, N, D).
 
-    Dot products of these with `cores` are Pearson correlations over the colours of all pixels at half size. They need no weights.
+    Their dot products with `cores` are Pearson correlations over the colours of all pixels at half size, and need no weights.
     """
     small = F.avg_pool2d(images, 2)
     height, width = (side - 2 * SHIFT for side in small.shape[-2:])
@@ -122,7 +122,7 @@ def _largest(values: Tensor, owners: Sequence[int], count: int) -> Tensor:
 
 
 def installed(name: str) -> bool:
-    """Whether the packages or weights that the measure `name` needs are installed, as far as can be told without loading them."""
+    """Whether the packages or weights that the measure `name` needs are there, as far as can be told without loading them."""
     if name in MODELS:
         from huggingface_hub import try_to_load_from_cache
 
