@@ -2,7 +2,7 @@
 
 import torch
 from basinescape import At, Escape, Guidance, Sampler
-from basinescape.hosts.escape import judge
+from basinescape.hosts.own_loop import judge
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 pipe = StableDiffusionPipeline.from_pretrained(Sampler.model_path("tiny"), use_safetensors=True)

@@ -1,9 +1,9 @@
-"""Device code of basinescape: each operation's Triton kernel, its eager PyTorch twin, and the choice between them.
+"""Device code of basinescape: the Triton kernel of each operation, its eager PyTorch version, and the choice between them.
 
-Imports torch and triton only, so the package can be lifted out and used alone; without triton the eager twins run.
+The package imports only torch and triton, so it can be copied and used alone. Without triton the eager versions run.
 """
 
-# In the repository's root, transformers finds this folder when it looks for the package `kernels`: it gets an empty one.
+# In the repository's root, transformers imports this folder as the package `kernels`; it then gets an empty module.
 if __name__ != "kernels":
     from .dispatch import backend
     from .guide import guide, guide_eager, noise_gap, noise_gap_eager

@@ -1,4 +1,4 @@
-"""What every kernel compiles to, on a machine without a GPU: registers, spills and load width, read from the machine code."""
+"""Compile every kernel on a machine without a GPU, and read registers, spills and load width from the machine code."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ BATCH, STEPS = 3, 50
 
 
 def launches(dtype: str, rule: str = "apg", shapes: Sequence[tuple[int, ...]] = SHAPES) -> Iterator[tuple[str, Launch]]:
-    """Every way `dtype` predictions are launched, as the launchers do it: recorded, on tensors without memory.
+    """Yield (name, launch) for every kernel launch on `dtype` predictions. Nothing runs: the tensors are on device "meta".
 
-    The widest case of each: halves of a batch, a tensor of weights, a two-step solver that scales its input. rule: a guidance
-    rule that needs a sample's sums.
+    Each launch is the most general of its kind: uncond and cond are halves of one batch, the weight is a tensor, and a two-step
+    solver scales the network's input. rule: a guidance rule that needs a sample's sums.
     """
     for shape in shapes:
         uncond, cond = torch.empty((2 * BATCH, *shape), dtype=getattr(torch, dtype), device="meta").chunk(2)
@@ -55,7 +55,7 @@ def launches(dtype: str, rule: str = "apg", shapes: Sequence[tuple[int, ...]] = 
 
 
 def assembly(launch: Launch, target: str) -> dict[str, Any]:
-    """What a launch's kernel becomes for `target` on its way: "ttir", "ptx" and "cubin", or "amdgcn", among others."""
+    """Return the code of every stage in compiling a launch for `target`: "ttir", "ptx", "cubin" or "amdgcn", among others."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
@@ -74,7 +74,7 @@ def assembly(launch: Launch, target: str) -> dict[str, Any]:
 
 
 def resources(code: dict[str, Any]) -> dict[str, int]:
-    """registers and spill_bytes of a thread, and load_bits, the widest load from global memory, of what `assembly` gave."""
+    """Return registers and spill_bytes per thread, and load_bits of the widest global load. code: what `assembly` returned."""
     return _of_amd(code["amdgcn"]) if "amdgcn" in code else _of_nvidia(code["cubin"])
 
 
@@ -94,7 +94,7 @@ def _of_nvidia(code: bytes) -> dict[str, int]:
 
 
 def _of_amd(text: str) -> dict[str, int]:
-    """registers are the vector ones."""
+    """As `resources`; registers counts the vector registers."""
     used = {name: int(value) for name, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text)}
     words = re.findall(r"\b(?:global|buffer)_load_(?:dword(?:x(\d))?|b(\d+))\b", text)
     return {
@@ -110,9 +110,9 @@ def _bits(modifiers: str) -> int:
 
 
 def rows(targets: Sequence[str] = TARGETS, dtypes: Sequence[str] = DTYPES) -> Iterator[dict[str, object]]:
-    """A row for each kernel, launch configuration, dtype and target, as it is compiled.
+    """Compile, and yield one row for each kernel, launch configuration, dtype and target.
 
-    Raises RuntimeError where triton is missing or interprets, subprocess.CalledProcessError if a tool fails.
+    Raises RuntimeError where triton is missing or its interpreter is on, subprocess.CalledProcessError if a tool fails.
     """
     if triton is None or INTERPRETED:
         raise RuntimeError("compiling ahead of time needs triton, and TRITON_INTERPRET unset")

@@ -1,12 +1,12 @@
-"""One step of one sample, from the definitions: float64, nothing in place. Everything that is fast is tested against this.
+"""The definition of one step of one sample, in float64 without in-place updates. All fast versions are tested against it.
 
 u, c: the unconditional and conditional predictions; w: the guidance weight; x: the latents; d_k: the noise gap of step k.
 
-    guided = u + w (c - u)               classifier-free guidance (Ho & Salimans, https://arxiv.org/abs/2207.12598), or as one
-                                         of `RULES` has it; at w = 0 it is u, at w = 1 c under every rule
-    d_k    = || c - u ||_2               the statistic of the basin (Jain et al., CVPR 2025, https://arxiv.org/abs/2411.16738)
-    w      = AFTER from the transition on, BEFORE until then
-    x'     = A x + B guided + h          a solver that is linear in what it has; h is what it keeps from one call to the next
+    guided = u + w (c - u)               classifier-free guidance (Ho & Salimans, https://arxiv.org/abs/2207.12598), or another
+                                         rule of `RULES`; every rule gives u at w = 0 and c at w = 1
+    d_k    = || c - u ||_2               the noise gap (Jain et al., CVPR 2025, https://arxiv.org/abs/2411.16738)
+    w      = BEFORE until the transition, AFTER from the transition on
+    x'     = A x + B guided + h          a linear solver; h is the history that it keeps from one call to the next
     h'     = P x + Q guided
 
 Capitals are columns of the table (`table.Column`).
@@ -35,18 +35,18 @@ def cfg(u: Tensor, c: Tensor, w: float | Tensor, *_: float) -> Tensor:
 
 
 def rescale(u: Tensor, c: Tensor, w: float, phi: float, *_: float) -> Tensor:
-    """Towards the deviation of c, by the share phi (Lin et al., https://arxiv.org/abs/2305.08891, section 3.4)."""
+    """cfg, partly (phi) scaled to the standard deviation of c (Lin et al., https://arxiv.org/abs/2305.08891, section 3.4)."""
     g = cfg(u, c, w)
     return (phi * c.std() / g.std() + 1 - phi) * g
 
 
 def cfg_zero(u: Tensor, c: Tensor, w: float, *_: float) -> Tensor:
-    """From the part of c along u (CFG-Zero*, Fan et al., https://arxiv.org/abs/2503.18886, section 4.1)."""
+    """cfg from the projection of c on u, not from u (CFG-Zero*, Fan et al., https://arxiv.org/abs/2503.18886, section 4.1)."""
     return cfg((u * c).sum() / ((u * u).sum() + 1e-8) * u, c, w)
 
 
 def apg(u: Tensor, c: Tensor, w: float, eta: float, norm_threshold: float) -> Tensor:
-    """The difference cut to a norm, its part along c scaled (Sadat et al., https://arxiv.org/abs/2410.02416)."""
+    """cfg with c - u cut to norm_threshold, its part along c times eta (Sadat et al., https://arxiv.org/abs/2410.02416)."""
     d = c - u
     d = d * (norm_threshold / d.norm()).clamp(max=1) if norm_threshold else d
     along = (d * c).sum() / (c * c).sum() * c
@@ -54,18 +54,18 @@ def apg(u: Tensor, c: Tensor, w: float, eta: float, norm_threshold: float) -> Te
 
 
 def tcfg(u: Tensor, c: Tensor, w: float, *_: float) -> Tensor:
-    """From the part of u along the main direction of both (Kwon et al., https://arxiv.org/abs/2503.18137)."""
+    """cfg from the projection of u on the main direction of u and c (Kwon et al., https://arxiv.org/abs/2503.18137)."""
     main = torch.linalg.svd(torch.stack([c.flatten(), u.flatten()]), full_matrices=False).Vh[0].view(u.shape)
     return cfg((u * main).sum() * main, c, w)
 
 
 def mambo_g(u: Tensor, c: Tensor, w: float, alpha: float, *_: float) -> Tensor:
-    """With a weight that falls to 1 as the difference grows (MAMBO-G, https://arxiv.org/abs/2508.03442)."""
+    """cfg with a weight that falls to 1 as || c - u || / || u || grows (MAMBO-G, https://arxiv.org/abs/2508.03442)."""
     return cfg(u, c, 1 + (w - 1) * torch.exp(-alpha * (c - u).norm() / u.norm()))
 
 
 def norm_cap(u: Tensor, c: Tensor, w: float, kappa: float, *_: float) -> Tensor:
-    """No longer than kappa times c."""
+    """cfg, shortened to at most kappa times the norm of c."""
     g = cfg(u, c, w)
     return (kappa * c.norm() / g.norm()).clamp(max=1) * g
 
@@ -82,17 +82,17 @@ RULES: dict[str, Callable[..., Tensor]] = {
 
 
 def guided(uncond: Tensor, cond: Tensor, weight: float, rule: str = "cfg", options: Sequence[float] = ()) -> Tensor:
-    """The guided prediction of one sample under a rule and its options; `cfg` where a rule divides 0 by 0."""
+    """The guided prediction of one sample under a rule and its options. Where the result is not finite, that of `cfg`."""
     u, c = uncond.double(), cond.double()
     found = RULES["cfg" if weight in (0, 1) else rule](u, c, weight, *options)
     return found if found.isfinite().all() else cfg(u, c, weight)
 
 
 def basin_score(target: Tensor, uncond: Tensor, cond: Tensor) -> float:
-    """ln(|| target - u || / || target - c ||) of one noised picture: how much nearer to it the conditional prediction comes.
+    """ln(|| target - u || / || target - c ||) of one noised picture: how much nearer cond is to the target.
 
-    target: what the network ought to predict there, had it drawn this very picture. Above 0 the caption leads to the picture; a
-    copy at the bottom of its caption's basin scores 0.5 and more, an ordinary picture about 0.1.
+    target: the prediction from which exactly this picture follows. A score above 0 means that the caption leads to the picture.
+    A copy at the bottom of its caption's basin scores 0.5 and more, an ordinary picture about 0.1.
     """
     return math.log(noise_gap(target, uncond) / noise_gap(target, cond))
 
@@ -103,7 +103,7 @@ def is_minimum(before, last, gap):
 
 
 def leaves(gap: float, earlier: Sequence[float], keep: float, limit: float, fall: float) -> bool:
-    """Whether a sample leaves its basin at the step k with this gap d_k, NaN where none was computed.
+    """Whether a sample leaves its basin at step k. gap: d_k, or NaN if it was not computed.
 
     earlier: d_0 ... d_(k-1). A first minimum counts if it is deep enough, d_(k-1) <= keep * max(d_0 ... d_(k-1)); a gap has
     fallen if d_k < fall * max(d_0 ... d_(k-1)).
@@ -114,7 +114,7 @@ def leaves(gap: float, earlier: Sequence[float], keep: float, limit: float, fall
 
 
 def transition(gaps: Sequence[float], rules: Sequence[tuple[float, float, float, float]]) -> int:
-    """The transition in a whole curve d_0 ... d_(K-1) under (KEEP, LIMIT, FALL, WAIT) of each step; -1 for none within it."""
+    """The step of the transition in gaps d_0 ... d_(K-1), or -1 if none. rules: (KEEP, LIMIT, FALL, WAIT) of each step."""
     for k, (gap, (keep, limit, fall, wait)) in enumerate(zip(gaps, rules, strict=True)):
         if leaves(gap, gaps[:k], keep, limit, fall):
             return k + int(wait) if k + wait < len(gaps) else -1
@@ -123,7 +123,7 @@ def transition(gaps: Sequence[float], rules: Sequence[tuple[float, float, float,
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample on its way: at `row` of a table, done when it is past `last`; gaps has an entry a step, NaN at first."""
+    """The state of one sample. row: its row in the table; it is done when row > last. gaps: one entry a step, NaN at first."""
 
     latents: Tensor
     gaps: tuple[float, ...]
@@ -134,7 +134,7 @@ class Sample:
 
 
 def look(sample: Sample, uncond: Tensor, cond: Tensor | None, table: Tensor, rule: str = "cfg") -> tuple[Sample, Tensor]:
-    """(the sample, its gap and transition noted; its guided prediction). Without `cond`, `uncond` is that, and has no gap."""
+    """(the sample with gap and transition updated, its guided prediction). cond None: `uncond` is the guided one; no gap."""
     row = table[sample.row].double().tolist()
     k, left, gaps = int(row[Column.STEP]), sample.transition, sample.gaps
     gap = math.nan if cond is None else noise_gap(uncond, cond)
@@ -149,7 +149,7 @@ def look(sample: Sample, uncond: Tensor, cond: Tensor | None, table: Tensor, rul
 
 
 def step(sample: Sample, uncond: Tensor, cond: Tensor | None, table: Tensor, rule: str = "cfg") -> Sample:
-    """One call of the network further; a sample that is done stays as it is."""
+    """The sample after this call of the network. A sample that is done is returned unchanged."""
     if sample.row > sample.last:
         return sample
     a, b, p, q = table[sample.row, Column.A : Column.Q + 1].double().tolist()

@@ -1,4 +1,4 @@
-"""Which implementation a device gets: decided when the package is imported, and visible in `backend`; and its launches."""
+"""The choice of an implementation for a device, made when the package is imported (`backend`); and kernel launches."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def backend(device: torch.device | str) -> str:
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch as its launcher makes it: `kernel[(programs,)](*arguments, **options)`."""
+    """The arguments of one kernel launch, `kernel[(programs,)](*arguments, **options)`."""
 
     kernel: Any
     programs: int
@@ -45,7 +45,7 @@ _recorded: list[Launch] | None = None
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-    """Run `programs` programs of a kernel; while launches are `recorded`, note that instead."""
+    """Run `programs` programs of a kernel. Inside `recorded`, append a `Launch` to its list instead."""
     if _recorded is None:
         kernel[(programs,)](*arguments, **options)
     else:
@@ -54,7 +54,7 @@ def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """All launches inside are noted in the list, and not made."""
+    """Collect all launches of the `with` block in the list; they do not run."""
     global _recorded
     _recorded = []
     try:

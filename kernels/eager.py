@@ -1,4 +1,4 @@
-"""The step in PyTorch operators, for where no kernel runs: the kernel's eager twin, and the parts that lockstep shares."""
+"""The step in PyTorch operators, for devices without a kernel, and the parts of it that `lockstep` uses too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .table import Column
 def eager_step(
     uncond: Tensor, cond: Tensor | None, table: Tensor, guided: Tensor | None, state: State, rule: str = "cfg"
 ) -> None:
-    """`step`, or, where `guided` is given, `guide_step`. The same operators whatever the values, and none of them read."""
+    """`step`, or `guide_step` if `guided` is given. The operators do not depend on values, and no value is read back."""
     way, part = state.transition, SampleViews.of(state, slice(None))
     rows, going = way.rows(table), way.row <= way.last
     here, k = rows.unbind(1), rows[:, Column.STEP].long()
@@ -43,10 +43,10 @@ def eager_step(
 
 @dataclass
 class SampleViews:
-    """Some samples of a state, n of them: views, and the arithmetic of a step on them.
+    """Views of n samples of a state, and the arithmetic of a step on them.
 
-    x, first and second half of the network's input, history: the state's. difference, following: float32 like the latents,
-    for values on their way. folded: the difference's norms.
+    x, first, second, history: views of the state's latents, of both halves of the network's input, and of the history.
+    difference, following: float32 scratch of the latents' shape. folded: computes the norms of `difference`.
     """
 
     x: Tensor
@@ -60,7 +60,7 @@ class SampleViews:
     @classmethod
     def of(cls, state: State, index: slice) -> SampleViews:
         latents, scratch = state.latents, state.workspace.scratch
-        assert scratch is not None  # this device's states have it
+        assert scratch is not None  # not None on a device that uses the eager step
         first, second = latents.halves
         history = None if latents.history is None else latents.history[index]
         difference, following = scratch[:, index]
@@ -75,14 +75,14 @@ class SampleViews:
         )
 
     def differ(self, uncond: Tensor, cond: Tensor, out: Tensor | None = None) -> Tensor:
-        """Keep cond - uncond; returns the gaps (n,)."""
+        """Write cond - uncond to `difference`; return its norms, the gaps (n,)."""
         torch.sub(cond, _wide(uncond, self.following), out=self.difference)
         return self.folded(torch.linalg.vector_norm, out)
 
     def guide(
         self, uncond: Tensor, weight: float | Tensor, rule: GuidanceRule | None, gap: Tensor, *options: float | Tensor
     ) -> Tensor:
-        """The guided prediction from the difference that was kept, in its place; numbers, or one a sample."""
+        """Overwrite `difference` with the guided prediction and return it. weight, options: numbers, or (n,) tensors."""
         wide, difference = _wide(uncond, self.following), self.difference
         if rule is None:
             weight = per_sample(weight, wide) if isinstance(weight, Tensor) else weight
@@ -93,7 +93,7 @@ class SampleViews:
         return difference.mul_(per_sample(b, wide)).addcmul_(wide, per_sample(a, wide))
 
     def solve(self, guided: Tensor, a: float | Tensor, b: float | Tensor, p: float | Tensor, q: float | Tensor) -> None:
-        """The solver: x' = a x + b guided + history, history' = p x + q guided."""
+        """Update x and history in place: x' = a x + b guided + history, history' = p x + q guided."""
         guided, x = _wide(guided, self.difference), _wide(self.x, self.following)
         if self.history is None:
             in_place = guided is self.difference  # any other prediction may share memory with the latents
@@ -106,9 +106,9 @@ class SampleViews:
 
 
 def _wide(x: Tensor, into: Tensor) -> Tensor:
-    """`x` in float32: itself, or a copy."""
+    """`x` if it is float32, else its float32 copy in `into`."""
     return x if x.dtype == torch.float32 else into.copy_(x)
 
 
-# base + factor * x, with the same bits for a number and a tensor as the factor.
+# _add(base, x, factor, out) = base + factor * x. A number and a tensor as the factor give the same bits.
 _add = guided_prediction_eager

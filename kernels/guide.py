@@ -1,4 +1,4 @@
-"""Guidance and noise gap from the two predictions, in one pass over them under plain guidance.
+"""Guidance and noise gap from the two predictions. Plain guidance reads each of them once.
 
 guided = uncond + w * (cond - uncond)     classifier-free guidance (Ho & Salimans, arXiv 2207.12598)
 gap    = || cond - uncond ||_2            basin-escape statistic (Jain et al., CVPR 2025, arXiv 2411.16738)
@@ -89,7 +89,7 @@ def launch_guide(
     rule: GuidanceRule | None = None,
     options: tuple[float, float] = (0.0, 0.0),
 ) -> None:
-    """Without `guided` the gap alone. Over tiles a rule needs the sums first, and plain guidance adds up the gap last."""
+    """Launch `guide`, or `noise_gap` if `guided` is None. With tiles: a rule's sums first, plain guidance's gap last."""
     batch, size = len(uncond), sample_size(uncond)
     if batch == 0:
         return
@@ -136,7 +136,7 @@ def noise_gap_eager(uncond: torch.Tensor, cond: torch.Tensor, out: torch.Tensor 
     return norms(in_memory_order(cond - wide), out)
 
 
-# As an operator it survives torch.compile and export whole. Without `guided` it is `noise_gap`.
+# A registered operator, which torch.compile and export do not take apart. With `guided` None it is `noise_gap`.
 torch.library.define(
     "basinescape::guide",
     "(Tensor uncond, Tensor cond, Tensor? weights, float scale, Tensor(a!)? guided, Tensor(b!) gap, *, "
@@ -183,19 +183,19 @@ def guide(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Guided prediction and noise gap of each sample, in one launch; see `backend` for what runs where.
 
-    A sample of more than 16,384 elements takes two: its gap is added up last or, under another rule than "cfg", the sums first.
+    Samples of more than 16,384 elements take two launches: "cfg" adds up the gap last, the other rules add up their sums first.
 
     Args:
-        uncond, cond: (B, ...) float32, float16 or bfloat16, of one shape, dtype, device and layout. A sample must be dense
-            in memory (contiguous, channels-last, ...); the samples themselves may lie apart, as in a chunk.
-        weight: one finite number, or a (B,) floating-point tensor, never read back; 0 gives uncond, 1 cond, negative
-            numbers opposite guidance.
+        uncond, cond: (B, ...) float32, float16 or bfloat16, of one shape, dtype, device and layout. Each sample must be
+            dense in memory (contiguous, channels-last, ...). There may be gaps between samples, as in a chunk.
+        weight: one finite number, or a (B,) floating-point tensor, which the host does not read. 0 gives uncond, 1 cond,
+            a negative number opposite guidance.
         out: (guided, gap) to write to. guided may be uncond or cond itself.
-        rule, options: a guidance rule of `rules.RULES` and its options; at the weights 0 and 1 each gives uncond and cond.
+        rule, options: a guidance rule of `rules.RULES` and its options. Every rule gives uncond at weight 0, cond at 1.
 
     Returns:
-        guided (B, ...): uncond + weight * (cond - uncond), or what the rule says, computed in float32, in the inputs' dtype
-            and layout.
+        guided (B, ...): uncond + weight * (cond - uncond), or what the rule defines. Computed in float32, stored in the
+            inputs' dtype and layout.
         gap (B,) float32: the 2-norm of cond - uncond, accumulated in float32.
         A NaN or infinity stays within its sample. No gradient flows to the inputs.
 
@@ -216,7 +216,7 @@ def guide(
 
 @torch.no_grad()
 def noise_gap(uncond: torch.Tensor, cond: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Noise gap of each sample, || cond - uncond ||_2: the second result of `guide`, for when a weight depends on it.
+    """Noise gap of each sample, || cond - uncond ||_2, the second result of `guide`. Use it if the weight depends on the gap.
 
     Args:
         uncond, cond: (B, ...) as for `guide`.

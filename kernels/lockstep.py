@@ -1,4 +1,4 @@
-"""The step in PyTorch operators for samples that all stand at one step, which the host knows: fast on a CPU."""
+"""A faster CPU step in PyTorch operators, for samples that are all at the same step, whose number the host knows."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Value = float | Tensor
 
 
 class Lockstep:
-    """`step` for a state that was just started: no gathers, and views made once. Every call takes it one row on.
+    """`step` for a state that was just started. It needs no gathers and makes its views once. Each call advances by one row.
 
-    The bits are those of `step`. rows: (calls, B) int64 on the host, which row of the table each sample is at in each call;
-    None for the whole table. rule: the guidance rule of all. Samples may differ in the rest of their guidance; raises
-    ValueError where they differ in anything else.
+    The bits are those of `step`. rows: (calls, B) int64 on the host, the table row of each sample in each call; None: all rows
+    in order. rule: the guidance rule of all samples. Rows of different samples may differ only in guidance weights, criteria
+    and rule options; raises ValueError if they differ in the solver.
     """
 
     def __init__(self, state: State, table: Tensor, rows: Tensor | None = None, rule: str = "cfg"):
@@ -54,13 +54,13 @@ class Lockstep:
             conds = [None] * len(groups) if cond is None else cond.split(self.size)
             for group, u, c in zip(groups, uncond.split(self.size), conds, strict=True):
                 group.take(u, c, group.orders[k])
-        # In place of the buffers that were there: a call each would be a tenth of a small step.
+        # Rebinding is cheaper than writing to the old buffers, which would take a tenth of a small step.
         self.state.transition.row, self.state.latents.timestep = self.rows[k], self.timesteps[k]
         self.k = k + 1
 
 
 class Look(IntEnum):
-    """Who may leave the basin in a call."""
+    """Which samples may leave the basin in a call."""
 
     NOBODY = 0
     ALL = 1
@@ -68,9 +68,9 @@ class Look(IntEnum):
 
 
 class Order(NamedTuple):
-    """A call's row for a group of n samples: numbers, or (n,) where samples differ.
+    """The table row of one call for a group of n samples: numbers, or (n,) tensors where the samples differ.
 
-    scale, timestep: the next row's. a, p and scale are tensors of no dimension, which multiply faster than numbers.
+    scale, timestep: from the next row. a, p and scale are 0-dimensional tensors, which multiply faster than numbers.
     """
 
     k: int
@@ -92,7 +92,7 @@ class Order(NamedTuple):
 
 
 def orders(table: Tensor, rows: Tensor | None, index: slice) -> list[Order]:
-    """Those of the samples `index`, for every call; rows as for `Lockstep`."""
+    """The order of every call, for the samples `index`. rows: as for `Lockstep`."""
     lines = table if rows is None else table[rows[:, index.start]]
     numbers: list[list[Any]] = lines.tolist()
     if rows is not None:
@@ -118,10 +118,10 @@ def orders(table: Tensor, rows: Tensor | None, index: slice) -> list[Order]:
 
 @dataclass
 class Group:
-    """Samples that take their steps together, n of them.
+    """n samples that take their steps together.
 
-    at, peak: the state's; gaps: its columns. peaks, waits: some row asks for the largest gap, for a wait. own: a sample may
-    have found a transition of its own. latest: the step from which on all have left.
+    at, peak: views of the state's; gaps: the columns of its gaps. peaks: some row needs the largest gap. waits: some WAIT is
+    not 0. own: samples may have different transitions. latest: the step from which on all samples are past the transition.
     """
 
     part: SampleViews
@@ -158,7 +158,7 @@ class Group:
         fill_input(part.x, part.first, part.second, order.scale)
 
     def _look(self, gap: Tensor | None, order: Order) -> None:
-        """Note who leaves the basin in this call."""
+        """Record which samples leave the basin in this call."""
         k, wait, waiting = order.k, order.wait, self.at < 0
         if order.look == Look.ALL:
             self.latest = k + float(wait)
@@ -184,5 +184,5 @@ class Group:
 
 
 def _any(value: Value, *none: float) -> bool:
-    """Whether a row asks for something: another number than these, or one a sample."""
+    """Whether `value` is a tensor, or a number other than those of `none`."""
     return isinstance(value, Tensor) or value not in none

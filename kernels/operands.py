@@ -1,4 +1,4 @@
-"""What a kernel accepts: dense samples of one layout. Everything else is refused here, by name, before a launch."""
+"""Checks before a launch: kernels accept dense samples of one layout. The errors name the operand that is refused."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ def sample_size(x: torch.Tensor) -> int:
 
 
 def sample_stride(x: torch.Tensor) -> int:
-    """Elements from one sample of `x` (B, ...) to the next; a lone sample is as good as packed."""
+    """Elements from the start of one sample of `x` (B, ...) to the next; a single sample counts as packed."""
     return x.stride(0) if len(x) > 1 else sample_size(x)
 
 
 def in_memory_order(x: torch.Tensor) -> torch.Tensor:
-    """`x` (B, ...), without gaps, as (B, elements of a sample): a view in the order of memory where samples are packed."""
+    """`x` (B, ...) as (B, elements of a sample): a view in memory order if the samples are packed, else `x.flatten(1)`."""
     size = sample_size(x)
     return x.as_strided((len(x), size), (size, 1)) if sample_stride(x) == size else x.flatten(1)
 
 
 def _layout(x: torch.Tensor) -> list[tuple[int, int]]:
-    """(stride, size) of the dimensions of a sample that have an extent: what decides the order of its elements."""
+    """(stride, size) of each dimension of a sample whose size is not 1. They decide the order of its elements."""
     return [(stride, size) for stride, size in zip(x.stride()[1:], x.shape[1:], strict=True) if size != 1]
 
 
 def same_layout(x: torch.Tensor, like: torch.Tensor) -> bool:
-    """Whether the elements of a sample lie in the same order in both."""
+    """Whether the elements of a sample have the same memory order in both tensors."""
     return not x.numel() or _layout(x) == _layout(like)
 
 
 def arranged(prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`prediction` with the elements of a sample in the order of the state's."""
+    """`prediction`, or a copy of it if its samples do not have the memory layout of `like`."""
     return prediction if same_layout(prediction, like) else torch.empty_like(like, dtype=prediction.dtype).copy_(prediction)
 
 
@@ -75,7 +75,7 @@ def check_predictions(uncond: torch.Tensor, cond: torch.Tensor) -> None:
 
 
 def check_weight(weight: float | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:
-    """The weight as a float, or as the (B,) tensor given; ValueError for anything else. A tensor's values stay unread."""
+    """The weight as a float, or the given (B,) tensor, whose values are not read; ValueError for anything else."""
     if isinstance(weight, torch.Tensor):
         if weight.shape != like.shape[:1]:
             raise ValueError(f"weight has shape {tuple(weight.shape)}; allowed are a float or shape ({len(like)},)")
@@ -98,7 +98,7 @@ def check_guided(guided: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
 
 
 def check_gap(gap: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
-    """`gap` itself; ValueError unless it is a contiguous (B,) float32 tensor beside `uncond`."""
+    """`gap` itself; ValueError unless it is a contiguous (B,) float32 tensor on the device of `uncond`."""
     if gap.shape != uncond.shape[:1] or gap.dtype != torch.float32 or gap.device != uncond.device or not gap.is_contiguous():
         raise ValueError(
             f"out gap is {tuple(gap.shape)} {gap.dtype} on {gap.device} with strides {gap.stride()}; "
@@ -108,7 +108,7 @@ def check_gap(gap: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
 
 
 def empty_guided(uncond: torch.Tensor) -> torch.Tensor:
-    """An output for `uncond` (B, ...): same order of elements within a sample, samples packed."""
+    """An empty output like `uncond` (B, ...): packed samples, with the same order of elements within a sample."""
     return torch.empty_strided(
         uncond.shape, (sample_size(uncond), *uncond.stride()[1:]), dtype=uncond.dtype, device=uncond.device
     )

@@ -1,4 +1,4 @@
-"""The rules of `definition` on the device, each beside its eager twin."""
+"""The rules of `definition` as device code, each followed by its eager version."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def guided_prediction(uncond, difference, weight):
 
 
 def guided_prediction_eager(uncond: Tensor, difference: Tensor, weight: float | Tensor, out: Tensor) -> Tensor:
-    """The same; a number or a tensor as the weight gives the same bits."""
+    """The same in PyTorch. A number and a tensor as the weight give the same bits."""
     if isinstance(weight, Tensor):
         return torch.addcmul(uncond, difference, weight, out=out)
     return torch.add(uncond, difference, alpha=weight, out=out)
@@ -45,7 +45,7 @@ def leaves_eager(
     limit: float | Tensor,
     fall: float | Tensor,
 ) -> Tensor:
-    """Whether each sample leaves its basin here; of thresholds that are numbers, only what they leave open is computed."""
+    """(B,) bool, whether each sample leaves its basin here. A criterion that a number switches off is not computed."""
     found = []
     if isinstance(keep, Tensor) or keep != -torch.inf:
         minimum = last < torch.minimum(before, gap)
@@ -58,7 +58,7 @@ def leaves_eager(
 
 
 class Option(NamedTuple):
-    """A number of a guidance rule: what it is unless given, and between which numbers it may lie."""
+    """An option of a guidance rule: its default, and its smallest and largest allowed value."""
 
     default: float
     least: float = -math.inf
@@ -66,7 +66,7 @@ class Option(NamedTuple):
 
 
 def on_tensors(rule: Any) -> Callable[..., Any]:
-    """The device function `rule` for tensors: its own source, what it uses of triton.language being PyTorch's."""
+    """The device function `rule` for tensors: the same code, with PyTorch functions in place of those of triton.language."""
     language = SimpleNamespace(sqrt_rn=torch.sqrt, exp=torch.exp, where=torch.where)
     return FunctionType(getattr(rule, "fn", rule).__code__, {"tl": language, "__builtins__": __builtins__})
 
@@ -75,10 +75,10 @@ def on_tensors(rule: Any) -> Callable[..., Any]:
 class GuidanceRule:
     """guided = a uncond + b (cond - uncond), a and b from a sample's weight and sums.
 
-    device: (weight, u, d, uu, ud, dd, size, first option, second option) -> (a, b), float32, a number each: the sums of
-            uncond u, of the difference d, and of their products; the size of a sample; the rule's options (at most two). It is
-            not asked at the weights 0 and 1, which are uncond and cond under every rule.
-    eager:  the same of (B,) tensors.
+    device: (weight, u, d, uu, ud, dd, size, first option, second option) -> (a, b), float32 numbers: the sums of uncond u,
+            of the difference d, and of their products; the size of a sample; the rule's options (at most two). Its result is
+            not used at the weights 0 and 1, which give uncond and cond under every rule.
+    eager:  the same on (B,) tensors.
     """
 
     device: Any
@@ -91,9 +91,9 @@ class GuidanceRule:
 
 @jit
 def rescale(weight, u, d, uu, ud, dd, size, phi, unused):
-    """phi std(cond) / std(guided) + 1 - phi times the guided prediction (Lin et al., arXiv 2305.08891, section 3.4).
+    """The guided prediction times phi std(cond) / std(guided) + 1 - phi (Lin et al., arXiv 2305.08891, section 3.4).
 
-    One that is constant but for rounding has no deviation: it stays as it is.
+    A prediction that is constant apart from rounding is not scaled, because its deviation is 0.
     """
     power = uu + 2 * weight * ud + weight * weight * dd
     uu, ud, dd = uu - u * u / size, ud - u * d / size, dd - d * d / size
@@ -107,22 +107,22 @@ def rescale(weight, u, d, uu, ud, dd, size, phi, unused):
 def norm_cap(weight, u, d, uu, ud, dd, size, kappa, unused):
     """The guided prediction, shortened to at most kappa times the norm of cond."""
     ratio = (uu + 2 * ud + dd) / (uu + 2 * weight * ud + weight * weight * dd)
-    factor = kappa * tl.sqrt_rn(tl.where(ratio < 0, 0.0, ratio))  # rounding
+    factor = kappa * tl.sqrt_rn(tl.where(ratio < 0, 0.0, ratio))  # rounding can make it negative
     factor = tl.where(factor < 1, factor, 1.0)
     return factor, factor * weight
 
 
 @jit
 def cfg_zero(weight, u, d, uu, ud, dd, size, unused, other):
-    """uncond times its optimal scale (CFG-Zero*, Fan et al., arXiv 2503.18886, section 4.1; its zeroed steps are not done)."""
+    """Plain guidance from uncond times its optimal scale (CFG-Zero*, Fan et al., arXiv 2503.18886, 4.1; no zeroed steps)."""
     scale = (uu + ud) / (uu + 1e-8)
     return scale + weight * (1 - scale), weight
 
 
 @jit
 def apg(weight, u, d, uu, ud, dd, size, eta, norm_threshold):
-    """The difference shortened to norm_threshold (0: left as it is), its part along cond times eta (adaptive projected
-    guidance, Sadat et al., arXiv 2410.02416; without momentum)."""
+    """Plain guidance with the difference shortened to norm_threshold (0: any length) and its part along cond times eta
+    (adaptive projected guidance, Sadat et al., arXiv 2410.02416; without momentum)."""
     factor = norm_threshold / tl.sqrt_rn(dd)
     w = weight * tl.where((norm_threshold > 0) & (factor < 1), factor, 1.0)
     along = w * (eta - 1) * (ud + dd) / (uu + 2 * ud + dd)
@@ -131,8 +131,8 @@ def apg(weight, u, d, uu, ud, dd, size, eta, norm_threshold):
 
 @jit
 def tcfg(weight, u, d, uu, ud, dd, size, unused, other):
-    """uncond without its part across the main direction of both predictions, the first eigenvector of their Gram matrix
-    (tangential damping, Kwon et al., arXiv 2503.18137)."""
+    """Plain guidance from the projection of uncond on the main direction of both predictions, their first right singular
+    vector, by way of their Gram matrix (tangential damping, Kwon et al., arXiv 2503.18137)."""
     cross, half = uu + ud, ud + dd / 2
     root = tl.sqrt_rn(half * half + cross * cross)
     of_cond, of_uncond = cross / root / 2, (1 - half / root) / 2
@@ -141,7 +141,7 @@ def tcfg(weight, u, d, uu, ud, dd, size, unused, other):
 
 @jit
 def mambo_g(weight, u, d, uu, ud, dd, size, alpha, unused):
-    """A weight that falls to 1 as the difference grows beside uncond (MAMBO-G, arXiv 2508.03442)."""
+    """Plain guidance with a weight that falls to 1 as || difference || / || uncond || grows (MAMBO-G, arXiv 2508.03442)."""
     return weight * 0 + 1, 1 + (weight - 1) * tl.exp(-alpha * tl.sqrt_rn(dd / uu))
 
 
@@ -157,7 +157,7 @@ RULES: dict[str, GuidanceRule | None] = {
 
 
 def options_of(rule: str, given: Mapping[str, float]) -> dict[str, float]:
-    """All options of a guidance rule. Raises ValueError for an unknown rule or option, or a number that is not allowed."""
+    """All options of a guidance rule, given or default. Raises ValueError for an unknown rule or option, or a bad number."""
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     found = RULES[rule]
@@ -173,14 +173,14 @@ def options_of(rule: str, given: Mapping[str, float]) -> dict[str, float]:
 
 
 def columns_of(options: Mapping[str, float]) -> tuple[float, float]:
-    """The two columns that hold a rule's options."""
+    """The values of the columns FIRST_OPTION and SECOND_OPTION; 0 for an option that the rule does not have."""
     first, second, *_ = (*options.values(), 0.0, 0.0)
     return first, second
 
 
 @jit
 def combined(rule, weight, sums, gap, size, first, second):
-    """(a, b) of a sample; 0 is uncond and 1 cond under every rule, and 0 / 0 is plain guidance."""
+    """(a, b) of a sample. At the weights 0 and 1, and where the rule's result is not finite, those of plain guidance."""
     a, b = rule(weight, sums[0], sums[1], sums[2], sums[3], gap * gap, size, first, second)
     plain = (weight == 0) | (weight == 1) | (a - a != 0) | (b - b != 0)
     return tl.where(plain, 1.0, a), tl.where(plain, weight, b)

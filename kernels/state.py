@@ -1,4 +1,4 @@
-"""What a step updates in place: where each sample is on its way, its latents, and room to work in."""
+"""The buffers that a step updates in place: each sample's position in the step table, its latents, and scratch memory."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Index = Tensor | slice  # which samples of a batch: (N,) int64, or a slice
 class TransitionState:
     """Where each of B samples is in the table, and whether it has left its basin.
 
-    row, last: (B,) int64, the row it is at and its last one; past that it is done, and no step changes it.
-    at:        (B,) int64, the solver step from which on its weight is the one after the transition; -1 while not known.
-    gaps:      (B, steps) float32, the noise gap of each solver step, NaN where not computed; its rows may lie apart.
-    peak:      (B,) float32, the largest of them so far; kept where rows ask for it (a KEEP other than 1, a FALL).
+    row, last: (B,) int64, its current row and its last row. With row > last it is done, and no step changes it.
+    at:        (B,) int64, the solver step of the transition, the first with the weight AFTER; -1 while not known.
+    gaps:      (B, steps) float32, the noise gap of each solver step, NaN where not computed. Its rows need not be adjacent.
+    peak:      (B,) float32, the largest gap so far; valid only if the table needs it (a finite KEEP other than 1, or a FALL).
     """
 
     row: Tensor
@@ -41,29 +41,29 @@ class TransitionState:
         return cls(row, last, at, torch.empty((batch, steps), device=device), torch.empty(batch, device=device))
 
     def restart(self, index: Index, row: int | Tensor, last: int | Tensor) -> None:
-        """Send samples to a row, as if they had never been anywhere; numbers, or one a sample."""
+        """Put samples at a row and forget their gaps and transitions. row, last: numbers, or one for each sample."""
         for buffer, value in zip(vars(self).values(), (row, last, -1, torch.nan, -torch.inf), strict=True):
             buffer[index] = value
 
     def advance(self) -> None:
-        """Every sample that is not done to its next row."""
+        """Move every sample that is not done to its next row."""
         self.row += self.row <= self.last
 
     def rows(self, table: Tensor) -> Tensor:
-        """(B, len(Column)) float32, the row each sample is at; the last one for samples that are done."""
+        """(B, len(Column)) float32, the current row of each sample; its last row if it is done."""
         return table[torch.minimum(self.row, self.last)]
 
     def weight(self, rows: Tensor) -> Tensor:
-        """(B,) float32, each sample's weight at its row, (B, len(Column))."""
+        """(B,) float32, each sample's guidance weight. rows: (B, len(Column)), as from `rows`."""
         left = (self.at >= 0) & (self.at <= rows[:, Column.STEP])
         return torch.where(left, rows[:, Column.AFTER], rows[:, Column.BEFORE])
 
     def within(self, steps: int) -> Tensor:
-        """(B,) int64, the step of each transition; -1 for none, and where it would be past the last of so many steps."""
+        """(B,) int64, the step of each transition; -1 if there is none in the first `steps` steps."""
         return self.at.where(self.at < steps, -1)
 
     def select(self, index: Tensor) -> TransitionState:
-        """Some samples alone, in memory of their own."""
+        """A copy of the samples `index` (N,) int64."""
         return TransitionState(*(buffer[index] for buffer in vars(self).values()))
 
 
@@ -71,10 +71,10 @@ class TransitionState:
 class Latents:
     """The latents of B samples, as the network reads them and as the solver keeps them.
 
-    model_input: (2B, ...) in the network's dtype, what the network reads next: the unconditional half, then the same again.
-    timestep:    (2B,) float32, what the network is told next.
-    unscaled:    (B, ...) in the network's dtype, the latents; None where no row scales the network's input, and the
-                 latents are the first half of `model_input`.
+    model_input: (2B, ...) in the network's dtype, the network's next input: the same B samples twice, for uncond and cond.
+    timestep:    (2B,) float32, the network's next timesteps.
+    unscaled:    (B, ...) in the network's dtype, the latents. None if no row scales the network's input: the latents are then
+                 the first half of `model_input`.
     history:     (B, ...) float32, what a two-step solver keeps of the last step; None for a one-step solver.
     """
 
@@ -90,17 +90,17 @@ class Latents:
 
     @property
     def halves(self) -> tuple[Tensor | None, Tensor]:
-        """The halves of `model_input`; None for the first where that is the latents themselves."""
+        """The halves of `model_input`; None in place of the first if it is the latents themselves."""
         first, second = self.model_input.chunk(2)
         return None if self.unscaled is None else first, second
 
     def tell(self, rows: Tensor) -> None:
-        """Set what the network reads next from the latents and each sample's row, (B, len(Column))."""
+        """Write the network's next input and timesteps. rows: (B, len(Column)), the current row of each sample."""
         self.timestep.view(2, len(rows)).copy_(rows[:, Column.TIMESTEP])
         fill_input(self.x, *self.halves, per_sample(rows[:, Column.INPUT_SCALE], self.x))
 
     def select(self, index: Tensor) -> Latents:
-        """Some samples alone, in memory of their own."""
+        """A copy of the samples `index` (N,) int64."""
         doubled = torch.cat([index, index + len(self.timestep) // 2])
         own = (None if buffer is None else buffer[index] for buffer in (self.unscaled, self.history))
         return Latents(self.model_input[doubled], self.timestep[doubled], *own)
@@ -127,7 +127,7 @@ class Workspace:
 
 @dataclass
 class State:
-    """B samples on their way: buffers on the device, made once."""
+    """All buffers of B samples, on the device. They are allocated once."""
 
     transition: TransitionState
     latents: Latents
@@ -162,12 +162,12 @@ class State:
         return cls(TransitionState.empty(batch, steps, device), latents, Workspace.beside(latents))
 
     def start(self, noise: Tensor, table: Tensor, row: int | Tensor = 0, last: int | Tensor | None = None) -> State:
-        """All samples at the first row (of the table, or their own) with the initial noise (B, ...); returns itself."""
+        """Put all samples at `row` with the initial noise (B, ...) as latents; return self. last None: the table's last row."""
         self.restart(slice(None), noise, table, row, len(table) - 1 if last is None else last)
         return self
 
     def restart(self, index: Index, latents: Tensor, table: Tensor, row: int | Tensor, last: int | Tensor) -> None:
-        """Send samples to a row with other latents (N, ...), as if they had never been anywhere."""
+        """Put samples at a row with new latents (N, ...), and forget their gaps, transitions and history."""
         self.transition.restart(index, row, last)
         if self.latents.history is not None:
             self.latents.history[index] = 0
@@ -175,34 +175,34 @@ class State:
         self.latents.tell(self.transition.rows(table))
 
     def put(self, latents: Tensor, table: Tensor) -> None:
-        """Give all samples other latents (B, ...) where they are."""
+        """Replace the latents of all samples by (B, ...); their rows do not change."""
         self.latents.x.copy_(latents)
         self.latents.tell(self.transition.rows(table))
 
     def advance(self, table: Tensor) -> None:
-        """Every sample that is not done to its next row, and what the network reads there."""
+        """Move every sample that is not done to its next row, and write the network's next input and timesteps."""
         self.transition.advance()
         self.latents.tell(self.transition.rows(table))
 
     def select(self, index: Tensor) -> State:
-        """Some samples alone, `index` (N,) int64, in memory of their own."""
+        """A copy of the samples `index` (N,) int64."""
         latents = self.latents.select(index)
         return State(self.transition.select(index), latents, Workspace.beside(latents))
 
 
 def fill_input(x: Tensor, first: Tensor | None, second: Tensor, scale: float | Tensor) -> None:
-    """Write `scale` times the latents to both halves of the network's input; unscaled latents are the first half (None)."""
+    """Write `scale` times the latents x to both halves of the network's input. first None: x is the first half; no scaling."""
     if first is not None:
         x = torch.mul(x, scale, out=first)
     second.copy_(x)
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) as (B, 1, ...), to be multiplied with `like` (B, ...)."""
+    """View (B,) values as (B, 1, ...), so that they broadcast over `like` (B, ...)."""
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
-# A state as an operator takes it: one buffer after another.
+# A registered operator takes the buffers of a state one after another, as separate arguments.
 _FORMS = (TransitionState, Latents, Workspace)
 BUFFERS = [field.name for form in _FORMS for field in fields(form)]
 

@@ -1,13 +1,13 @@
-"""One step after the network: has the sample left its basin, which weight, guidance, the solver's update. In one launch where
-a program holds a whole sample.
+"""The rest of a step after the network call: noise gap, transition, guidance and solver update. It takes one launch if a
+program holds a whole sample.
 
-    gap      = || cond - uncond ||_2                        and from it whether this step is the sample's transition
-    guided   = uncond + w * (cond - uncond)                 w: the weight before or after the transition; or a rule of `RULES`
+    gap      = || cond - uncond ||_2                        which decides whether the sample leaves its basin
+    guided   = uncond + w * (cond - uncond)                 w: the column BEFORE or AFTER; or a rule of `RULES`
     latents' = a * latents + b * guided + history           the solver, linear (see `Column`)
     history' = p * latents + q * guided
     the network's next input = input_scale * latents', for both branches, and its next timestep
 
-Samples of one batch may have different guidance and stand at different steps: all is gathered from each sample's own row.
+Samples of one batch may have different guidance and be at different steps: each sample reads its own row of the table.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from .weight_decision import books_kernel, factors, look, noted, place
 
 
 def step(uncond: Tensor, cond: Tensor | None, table: Tensor, state: State, finds: bool = True, rule: str = "cfg") -> None:
-    """Take every sample of `state` one row on, from the network's predictions to its next input.
+    """Advance every sample of `state` by one row, from the network's predictions to its next input.
 
-    One launch on a GPU for samples of up to 16,384 elements. Larger ones are cut into tiles and take two: the tiles, then the
-    books; three where the weight depends on the gap or the rule on sums: those first. A sample that is done stays as it is.
+    On a GPU samples of up to 16,384 elements take one launch. Larger ones are cut into tiles and take two: the update of the
+    tiles, then that of rows, transitions and gaps. If the weight depends on the gap, or the rule on sums, a launch before them
+    adds up the sums. A sample that is done does not change.
 
-    uncond, cond: (B, ...) float32, float16 or bfloat16, as for `guide`; cond None where `uncond` is the one prediction the
-                  step needs, and is its guided prediction.
+    uncond, cond: (B, ...) float32, float16 or bfloat16, as for `guide`. cond None: `uncond` is the guided prediction.
     table:        (any number of rows, len(Column)) float32, on the device.
-    finds:        False where no row asks for the gap (every LIMIT is infinite or minus infinity, every KEEP minus infinity,
-                  every FALL 0): then nobody waits for it.
-    rule:         the guidance rule of all samples; its options are columns of the table, so they may differ.
+    finds:        False only if no row needs the gap for its decision: every LIMIT is infinite or minus infinity, every KEEP
+                  minus infinity, every FALL 0. Under "cfg" it saves large samples the launch for the sums.
+    rule:         the guidance rule of all samples. Its options are columns of the table, so samples may differ in them.
 
     Raises ValueError if the predictions or the table do not match the state, or the rule is not known.
     """
@@ -48,8 +48,8 @@ def step(uncond: Tensor, cond: Tensor | None, table: Tensor, state: State, finds
 def guide_step(
     uncond: Tensor, cond: Tensor | None, table: Tensor, state: State, finds: bool = True, rule: str = "cfg"
 ) -> Tensor:
-    """The guided prediction of every sample's step, (B, ...) like the latents, for a scheduler that takes its own steps.
-    Arguments and errors are those of `step`. Gaps and transitions are recorded; latents and rows are left alone."""
+    """Return the guided predictions, (B, ...) like the latents, for a scheduler whose own `step` updates the latents.
+    Arguments and errors are those of `step`. Gaps and transitions are recorded; latents and rows do not change."""
     _check(uncond, cond, table, state, rule)
     guided = torch.empty_like(state.latents.x)
     torch.ops.basinescape.step(uncond, cond, table, finds, guided, *buffers_of(state), rule=rule)
@@ -91,7 +91,7 @@ def _step(
     *buffers: Tensor | None,
     rule: str = "cfg",
 ) -> None:
-    """`step`, or, where `guided` is given, `guide_step`."""
+    """`step`, or `guide_step` if `guided` is given."""
     if backend(uncond.device) == "eager":
         eager_step(uncond, cond, table, guided, state_of(buffers), rule)
     else:
@@ -103,7 +103,7 @@ torch.library.impl("basinescape::step", ("cpu", "cuda"), _step)
 
 @jit
 def mixed(u, d, a, b, RULE: tl.constexpr):
-    """The guided prediction; with one prediction alone (d None), that."""
+    """The guided prediction; u itself if d is None."""
     if d is None:
         g = u
     elif RULE is None:
@@ -115,7 +115,7 @@ def mixed(u, d, a, b, RULE: tl.constexpr):
 
 @jit
 def finish(g, guided, model_input, unscaled, history, here, following, batch, size, by, lanes, mask):
-    """Store the guided prediction, or go on to the solver and store what follows from it. by: where the first lane is."""
+    """Store the guided prediction, or, if `guided` is None, the solver's update. by: offset of the first lane."""
     if guided is not None:
         tl.store(guided + by + lanes, g, mask=mask)
     else:
@@ -140,7 +140,7 @@ def step_kernel(
     uncond,
     cond,  # None: `uncond` is the guided prediction
     table,
-    guided,  # None: go on to the solver
+    guided,  # None: update the latents
     row,
     last,
     at,
@@ -156,14 +156,14 @@ def step_kernel(
     cond_stride,
     gaps_stride,
     RULE: tl.constexpr,  # a guidance rule's device function; None: cfg, or one prediction alone
-    FINDS: tl.constexpr,  # samples look for their transition in their gaps
+    FINDS: tl.constexpr,  # the transition may depend on the gaps
     BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,  # a block is guided part after part, to stay within the registers
+    PARTS: tl.constexpr,  # number of parts of a block that are guided one after another, to save registers
 ):
-    """A program a sample."""
+    """One program updates one sample."""
     sample = tl.program_id(0).to(tl.int64)
     k, goes, here, following = place(table, row, last, sample)
-    rest = tl.where(goes, size, 0)  # a sample that is done has nothing left to work on
+    rest = tl.where(goes, size, 0)  # 0 elements if the sample is done
     PART: tl.constexpr = BLOCK // PARTS
     lanes = tl.arange(0, PART)
     predictions = ()
@@ -212,7 +212,7 @@ def tile_kernel(
     timestep,
     unscaled,
     history,
-    partials,  # (SUMS, B, tiles) float32: read where the weight depends on them, else written; None with one prediction
+    partials,  # (SUMS, B, tiles) float32: read if the weight depends on the sums, else written; None if cond is None
     batch,
     size,
     tiles,
@@ -223,7 +223,7 @@ def tile_kernel(
     FINDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program a tile of a sample: all of `step_kernel` but the books, so that the state is only read."""
+    """One program does the work of `step_kernel` on one tile, but leaves rows, transitions and gaps to `books_kernel`."""
     sample, tile, start = tile_of(tiles, BLOCK)
     _, goes, here, following = place(table, row, last, sample)
     lanes = tl.arange(0, BLOCK)
@@ -256,7 +256,7 @@ def launch_step(
     state: State,
     rule: str = "cfg",
 ) -> None:
-    """The launches of `step`, or, where `guided` is given, of `guide_step`."""
+    """Launch the kernels of `step`, or of `guide_step` if `guided` is given."""
     way, latents, partials = state.transition, state.latents, state.workspace.partials
     batch, size = len(uncond), sample_size(uncond)
     if not batch:

@@ -1,4 +1,4 @@
-"""The sums over a sample: its gap's, and those of a guidance rule; in one program, over tiles, and in PyTorch operators."""
+"""The sums over a sample for its gap and for guidance rules: in one program, over tiles, and in PyTorch operators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .dispatch import jit, launch, tl
 from .operands import sample_size, sample_stride
 from .tiles import OPTIONS, TILES, read, tile_of
 
-SUMS = 5  # of a sample: that of its squared difference, and those that a guidance rule needs beside it
+SUMS = 5  # sums of a sample: that of its squared difference, and the four of `sums_of`
 
 
 @jit
@@ -21,7 +21,7 @@ def _add(one, two, other_one, other_two):
 
 @jit
 def sums_of(uncond, difference):
-    """The sums that a guidance rule needs beside that of the squared difference: of u, d, u u, u d."""
+    """The sums of u, d, u u and u d, which a guidance rule needs in addition to that of d d."""
     u, d = tl.reduce((uncond, difference), 0, _add)
     uu, ud = tl.reduce((uncond * uncond, uncond * difference), 0, _add)
     return u, d, uu, ud
@@ -34,7 +34,7 @@ def added(some, more):
 
 @jit
 def total(partials, sample, tiles, LANES: tl.constexpr = 256):
-    """What the tiles of a sample stored, added in a fixed order."""
+    """The sum over the tiles of a sample, added in a fixed order."""
     lanes = tl.arange(0, LANES)
     sums = tl.zeros((LANES,), tl.float32)
     start = 0
@@ -58,7 +58,7 @@ def total_sums(partials, sample, batch, tiles):
 
 @jit
 def sums_kernel(uncond, cond, partials, batch, size, tiles, uncond_stride, cond_stride, ALL: tl.constexpr, BLOCK: tl.constexpr):
-    """A program a tile: its sum of squared differences, and with ALL the others, into partials (SUMS, B, tiles)."""
+    """One program writes one tile's sum of squared differences, with ALL also its `sums_of`, to partials (SUMS, B, tiles)."""
     sample, tile, start = tile_of(tiles, BLOCK)
     lanes = tl.arange(0, BLOCK)
     mask = lanes < size - start
@@ -72,7 +72,7 @@ def sums_kernel(uncond, cond, partials, batch, size, tiles, uncond_stride, cond_
 
 
 def launch_sums(uncond: torch.Tensor, cond: torch.Tensor, partials: torch.Tensor, all_sums: bool) -> None:
-    """Fill `partials` from samples of several tiles: the sums of squared differences, or all."""
+    """Fill `partials` for samples of several tiles: the sums of squared differences, or all sums."""
     batch, size = len(uncond), sample_size(uncond)
     block, warps, tiles = TILES.of(size)
     strides = sample_stride(uncond), sample_stride(cond)
@@ -82,12 +82,12 @@ def launch_sums(uncond: torch.Tensor, cond: torch.Tensor, partials: torch.Tensor
 
 @jit
 def gap_kernel(partials, gap, tiles):
-    """A program a sample: its noise gap, from its tiles' sums."""
+    """One program computes the noise gap of one sample from the sums of its tiles."""
     sample = tl.program_id(0).to(tl.int64)
     tl.store(gap + sample, total_gap(partials, sample, tiles))
 
 
-PART = 256  # elements whose squares are added first: rounding does not grow with the size of a sample
+PART = 256  # elements in one stage of a reduction; stages keep rounding from growing with the size of a sample
 
 
 def norms(samples: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -102,7 +102,7 @@ def sample_sums(uncond: torch.Tensor, difference: torch.Tensor) -> tuple[torch.T
 
 
 class Folded:
-    """Reduces each row of (B, n) in stages of up to PART numbers. It holds views, so a call reduces what they hold then."""
+    """Reduces each row of (B, n) in stages of up to PART numbers. It keeps views, so each call reduces their current values."""
 
     def __init__(self, samples: torch.Tensor):
         self.stages = []
@@ -117,6 +117,6 @@ class Folded:
             reduce(parts, dim=2, out=reduced)
         if self.rest.shape[1] <= PART:
             return reduce(self.rest, dim=1, out=out)
-        # A reduction a sample: nothing promises that a batched one adds a long row in one order.
+        # One reduction for each sample, because a batched one may add a long row in another order.
         alone = [reduce(sample, dim=0, keepdim=True) for sample in self.rest]
         return torch.cat([self.rest.new_empty(0), *alone], out=out)

@@ -1,4 +1,4 @@
-"""The table of steps: everything that varies from step to step, a row for each call of the network."""
+"""The step table: one row for each call of the network, with all numbers that vary from step to step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ class Column(IntEnum):
 
     BEFORE, AFTER: guidance weight before and after the transition.
     A, B, P, Q: the solver, latents' = A latents + B guided + history, history' = P latents + Q guided.
-    INPUT_SCALE: factor on the latents at the network's input. TIMESTEP: what the network is told.
-    STEP: the solver step the row belongs to, a whole number. FIRST: 1 for the first row of its step, whose noise gap counts;
-    0 for the others, which show nothing.
-    What makes a sample leave its basin here (`definition.leaves`). KEEP: the step before had a local minimum of the gap, at
-    most KEEP times the largest gap so far; minus infinity asks for none. LIMIT: the gap is at most LIMIT; minus infinity asks
-    for none, and infinity lets every sample leave. FALL: the gap is below FALL times the largest one; 0 asks for none. WAIT:
-    steps from there to the transition.
-    FIRST_OPTION, SECOND_OPTION: numbers of the guidance rule (`rules.RULES`), in its own order.
+    INPUT_SCALE: factor on the latents at the network's input. TIMESTEP: the timestep passed to the network.
+    STEP: the solver step the row belongs to, a whole number. FIRST: 1 for the first row of its step, whose noise gap is
+    recorded; 0 for the others.
+    A sample leaves its basin here if KEEP, LIMIT or FALL holds (`definition.leaves`). KEEP: the step before had a local minimum
+    of the gap, at most KEEP times the largest earlier gap (minus infinity: off). LIMIT: the gap is at most LIMIT (minus
+    infinity: off; infinity: every sample leaves). FALL: the gap is below FALL times the largest earlier gap (0: off).
+    WAIT: steps from there to the transition.
+    FIRST_OPTION, SECOND_OPTION: options of the guidance rule (`rules.RULES`), in its own order.
     """
 
     BEFORE = 0
@@ -40,7 +40,7 @@ class Column(IntEnum):
     SECOND_OPTION = 15
 
 
-# The same numbers as device code knows them.
+# The same numbers as constants for device code.
 _constant = tl.constexpr if tl else int
 BEFORE, AFTER, A, B, P, Q, INPUT_SCALE, TIMESTEP, STEP, FIRST, KEEP, LIMIT, FALL, WAIT, FIRST_OPTION, SECOND_OPTION = (
     _constant(int(column)) for column in Column

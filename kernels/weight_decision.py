@@ -1,4 +1,4 @@
-"""Device code: finds a sample's row, decides its transition and weight, and records transition, noise gap and next row."""
+"""Device code that reads a sample's row, decides its transition and weight, and stores transition, noise gap and next row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .table import AFTER, BEFORE, COLUMNS, FALL, FIRST, FIRST_OPTION, KEEP, LIMI
 
 @jit
 def place(table, row, last, sample):
-    """(number of its row, whether it goes on, its row, the row after) of a sample; one that is done stays at its last row."""
+    """(row number, whether it is not done, pointer to that row, to the next row) of a sample; if done, of its last row."""
     end, k = tl.load(last + sample), tl.load(row + sample)
     goes = k <= end
     k = tl.minimum(k, end)
@@ -19,7 +19,7 @@ def place(table, row, last, sample):
 
 @jit
 def look(here, at, gaps, peak, sample, gaps_stride, gap, FINDS: tl.constexpr):
-    """(solver step, step of the transition or -1, largest gap) of a sample once this gap is known."""
+    """(solver step, step of the transition or -1, largest gap) of a sample, including the current gap."""
     s = tl.load(here + STEP).to(tl.int64)
     left, limit, wait = tl.load(at + sample), tl.load(here + LIMIT), tl.load(here + WAIT)
     top = gap
@@ -61,9 +61,9 @@ def noted(
     gap,
     SEES: tl.constexpr,  # a gap was computed
     FINDS: tl.constexpr,
-    MOVES: tl.constexpr,  # the sample goes on to its next row
+    MOVES: tl.constexpr,  # advance the sample to its next row
 ):
-    """(solver step, step of the transition) of a sample; where it is now is noted, if it goes on."""
+    """Store transition, gap and next row of a sample that is not done; return (solver step, step of the transition)."""
     s, left, top = look(here, at, gaps, peak, sample, gaps_stride, gap, FINDS)
     tl.debug_barrier()  # all threads have read the state
     tl.store(at + sample, left, mask=goes)
@@ -94,9 +94,9 @@ def books_kernel(
     tiles,
     gaps_stride,
     FINDS: tl.constexpr,
-    MOVES: tl.constexpr,  # samples go on to their next rows
+    MOVES: tl.constexpr,  # advance samples to their next rows
 ):
-    """A program a sample, after its tiles: the same decision again, noted."""
+    """One program makes the decision of `tile_kernel` for one sample again, and stores it."""
     sample = tl.program_id(0).to(tl.int64)
     k, goes, here, following = place(table, row, last, sample)
     gap = float("nan")

@@ -1,7 +1,7 @@
 """basinescape: a sampler for guided diffusion models that keeps samples from reproducing training images.
 
-Every public name can be imported from here. A name's module is loaded when the name is first asked for, so that
-`basinescape.kernels` needs only torch and triton.
+Every public name can be imported from here. The first access to a name imports its module, so that `basinescape.kernels`
+needs only torch and triton.
 """
 
 from importlib import import_module
@@ -17,10 +17,10 @@ if TYPE_CHECKING:  # for type checkers and editors; at run time `__getattr__` do
     from .guidance.guard import Guard
     from .guidance.guidance import Guidance
     from .guidance.transitions import At, Fallen, FirstMinimum, Settled
-    from .hosts.escape import Escape
+    from .hosts.escape_pipeline import escape
     from .hosts.kdiffusion import EscapeDenoiser
     from .hosts.modular import BasinEscapeGuidance
-    from .hosts.pipelines import escape
+    from .hosts.own_loop import Escape
     from .sampler import Sampler
     from .sampling.output import Output
 
@@ -57,10 +57,10 @@ _MODULES = {
     "Guard": "guidance.guard",
     "Guidance": "guidance.guidance",
     **dict.fromkeys(("At", "Fallen", "FirstMinimum", "Settled"), "guidance.transitions"),
-    "Escape": "hosts.escape",
+    "Escape": "hosts.own_loop",
     "EscapeDenoiser": "hosts.kdiffusion",
     "BasinEscapeGuidance": "hosts.modular",
-    "escape": "hosts.pipelines",
+    "escape": "hosts.escape_pipeline",
     "Sampler": "sampler",
     "Output": "sampling.output",
 }

@@ -1,4 +1,4 @@
-"""What callers give, checked: ValueErrors that name the argument, what was given and what is allowed."""
+"""Checks of arguments. They raise ValueErrors that name the argument, the given value and the allowed values."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def texts(name: str, given: str | Iterable[str] | None) -> list[str]:
 
 
 def one_each(name: str, given: str | Sequence[str | None] | None, count: int) -> list[str | None] | None:
-    """A string for all of `count` prompts, or one or None for each, as a list."""
+    """A list with a string or None for each of `count` prompts. given: that list, or one string for all; None returns None."""
     if given is None:
         return None
     found: list[str | None] = [given] * count if isinstance(given, str) else list(given)
@@ -46,7 +46,7 @@ def one_each(name: str, given: str | Sequence[str | None] | None, count: int) ->
 
 
 def seeds(given: int | Sequence[int], count: int) -> list[int]:
-    """One seed an image."""
+    """`count` seeds as a list. given: one seed for each image, or the first seed, counted up from there."""
     first = whole_number(given)
     each: Iterable[Any] = range(first, first + count) if first is not None else given if isinstance(given, Iterable) else [None]
     numbers = [whole_number(seed) for seed in each]
@@ -86,12 +86,12 @@ def share(name: str, given: float) -> float:
 
 
 def line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The message of an error in one line; its type's name if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def device(given: str | torch.device | None) -> torch.device:
-    """A device there is; by default a GPU if there is one."""
+    """`given` as a torch device that is available; None: a GPU if there is one, else the CPU."""
     if given is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -104,7 +104,7 @@ def device(given: str | torch.device | None) -> torch.device:
 
 
 def dtype(given: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """A dtype to compute in; by default float16 on a GPU, float32 elsewhere."""
+    """`given` as a dtype to compute in; None: float16 on a GPU, float32 elsewhere."""
     if given is None:
         return torch.float16 if device.type == "cuda" else torch.float32
     found = DTYPES.get(str(given).removeprefix("torch."))

@@ -1,8 +1,9 @@
-"""The sampler users hold: a loaded pipeline, a scheduler, and one call that turns prompts into images."""
+"""The sampler: a loaded pipeline and a scheduler, with one call that turns prompts into images."""
 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,6 +17,7 @@ from .detection import verdict
 from .detection.verdict import Verdict
 from .guidance.guard import PROBES, THRESHOLD, Guard
 from .guidance.guidance import Guidance
+from .models.fingerprint import another_model
 from .runs.environment import own_numbers
 from .runs.provenance import settings_of
 from .sampling import callbacks
@@ -27,11 +29,13 @@ from .schedulers.schedule import Schedule, configured, make_scheduler
 from .schedulers.solver_coefficients import Solver
 from .types import Pipeline, Scheduler
 
+log = logging.getLogger(__name__)
+
 
 class Sampler:
     """Guided sampling from a diffusers pipeline of one of `models.ADAPTERS`, on the device the pipeline is on.
 
-    One call at a time: a sampler is not to be shared between threads.
+    A sampler takes one call at a time, so threads must not share it.
     """
 
     def __init__(
@@ -46,14 +50,15 @@ class Sampler:
         if capture and self.model.device.type != "cuda":
             raise ValueError(f"capture records CUDA graphs, and the pipeline is on {self.model.device}; leave it off there")
         self.pipe = pipe
-        self._scheduler: tuple[tuple, Scheduler] | None = None  # (the pipeline's own, what is sampled with there)
+        self._scheduler: tuple[tuple, Scheduler] | None = None  # (state of the pipeline's own, the scheduler made for it)
         self.scheduler = scheduler
         self.model.set_attention(attention)
         self.graphs = Graphs() if capture else None
         self._solvers: dict[tuple, Solver] = {}
         self.wrap: Wrap | None = None
         self._size: tuple[int | None, int | None] = (None, None)
-        self.options: dict[str, Any] = {}  # of every call, see `using`
+        self.options: dict[str, Any] = {}  # defaults of every call, see `using`
+        self._guard: Guard | None = None  # the last guard whose calibration was compared with the model
 
     def __repr__(self) -> str:
         dtype = str(self.model.dtype).removeprefix("torch.")
@@ -61,7 +66,7 @@ class Sampler:
 
     @property
     def scheduler(self) -> Scheduler:
-        """The one that is sampled with: the pipeline's as it is now, or what was chosen, with the pipeline's configuration."""
+        """The scheduler in use: the pipeline's current one, or the chosen one with the pipeline's current configuration."""
         own = self.pipe.scheduler
         if self._scheduler is None or self._scheduler[0] != configured(own):
             self._scheduler = configured(own), make_scheduler(self._choice, own)
@@ -69,7 +74,7 @@ class Sampler:
 
     @scheduler.setter
     def scheduler(self, choice: str | Scheduler | None) -> None:
-        make_scheduler(choice, self.pipe.scheduler)  # raises for one that there is not
+        make_scheduler(choice, self.pipe.scheduler)  # raises for an unknown one
         self._choice, self._scheduler = choice, None
 
     @classmethod
@@ -84,8 +89,8 @@ class Sampler:
         """Use a loaded diffusers pipeline as it is, with its own scheduler unless another is named.
 
         compile: compile the network with torch.compile, channels-last, when it is first used (it takes a while).
-        capture: record each step, network and all, as a CUDA graph and replay it; see `close`.
-        With either, a UNet also runs as `Lean` has it. What is changed in the pipeline afterwards is seen at the next call.
+        capture: record each step, including the network, as a CUDA graph and replay it; see `close`.
+        With either, a network for which there is a `Lean` form runs in it. The next call sees later changes of the pipeline.
 
         Raises ValueError for a pipeline, scheduler or attention backend that is not supported.
         """
@@ -108,10 +113,10 @@ class Sampler:
 
         device: default "cuda" where there is a GPU, else "cpu".
         dtype:  default float16 on a GPU, float32 elsewhere.
-        allow_pickle: also load weights that are not safetensors. Pickle can run code: only for sources you trust.
+        allow_pickle: also load weights that are not safetensors. Pickle can run code, so use it only for sources you trust.
         compile, capture: as for `from_pipeline`.
-        loading: options of diffusers' loader, such as variant="fp16", revision, token, device_map, config (the folder that says
-                 how a single file is to be read), and parts of the pipeline, such as vae=..., or safety_checker=None.
+        loading: options of diffusers' loader, such as variant="fp16", revision, token, device_map, config (the folder with the
+                 configuration for a single file), and parts of the pipeline, such as vae=..., or safety_checker=None.
 
         Raises ValueError for an unknown or unusable argument, FileNotFoundError for a missing path.
         """
@@ -139,7 +144,7 @@ class Sampler:
         steps: int = 50,
         guidance: Guidance | Guard = Guidance.cfg(7.5),
         negative_prompt: str | Sequence[str | None] | None = None,
-        # Its size, and the form in which it is returned.
+        # Size and form of the output.
         height: int | None = None,
         width: int | None = None,
         output: str = "pil",
@@ -157,33 +162,33 @@ class Sampler:
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         num_images_per_prompt: int = 1,
         latents: Tensor | None = None,
-        # How much of it at once.
+        # How much is computed.
         batch_size: int | None = None,
         stop_after: int | None = None,
         **options: Any,
     ) -> Output:
-        """Sample `num_images_per_prompt` images a prompt, those of one prompt after each other.
+        """Sample `num_images_per_prompt` images for each prompt; the images of one prompt follow each other.
 
-        seeds:  one an image, or one for the first image, counted up from there. An image depends on (model, prompt, seed,
-                settings) alone, never on the batch it is made in, but for the rounding of float32 on a CPU.
+        seeds:  one for each image, or one for the first image, counted up from there. An image depends only on (model, prompt,
+                seed, settings). It does not depend on its batch, except for the rounding of float32 on a CPU.
         negative_prompt: one for all prompts, or one or None for each.
         height, width: pixels; default the model's own size.
         output: "pil", "np", "pt" or "latent", with diffusers' meaning.
-        progress: whether to show a bar, or a function that is told after every step what share of all work is done.
-        timesteps, sigmas, eta, denoising_end, mu: see `Schedule`; with diffusers' meaning, as are those that follow.
-        guidance_rescale: above 0, the guidance's rule is "rescale" with this phi; not beside another rule.
-        callback_on_step_end: called after every network call with (pipeline, index, timestep, {"latents": latents}); latents
-                that it returns are gone on with, and `pipeline._interrupt = True` ends the steps. Not under a guard.
-        latents: (B, C, h, w), or whatever shape the model's latents have: initial noise of standard deviation 1, in place of
-                that drawn from the seeds.
+        progress: whether to show a bar, or a function that is called after every step with the share of all work that is done.
+        timesteps, sigmas, eta, denoising_end, mu: see `Schedule`. These, and those down to `latents`, have diffusers' meaning.
+        guidance_rescale: above 0, the guidance's rule is "rescale" with this phi; cannot be combined with another rule.
+        callback_on_step_end: called after every network call with (pipeline, index, timestep, {"latents": latents}). Latents
+                that it returns replace the sampler's, and `pipeline._interrupt = True` ends the steps. Not under a guard.
+        latents: initial noise of standard deviation 1, used in place of noise drawn from the seeds: (B, C, h, w), or another
+                shape if the model's latents have one.
         batch_size: how many samples are denoised together; None: as many as a GPU's free memory holds, 16 on a CPU, and all
                 under a callback or a wrapped network, which see the batch.
-        stop_after: only so many of the steps are taken, for their noise gaps: the latents are noisy still. Not under a guard.
-        options: arguments of the pipeline's own call, by its names and with its meaning: clip_skip, prompt_embeds (in place of
+        stop_after: take only this many of the steps, to measure their noise gaps. The latents stay noisy. Not under a guard.
+        options: arguments of the pipeline's own call, with its names and meaning: clip_skip, prompt_embeds (in place of
                 prompts), negative_prompt_embeds, cross_attention_kwargs (such as LoRA's "scale"; with them the network is
                 neither compiled nor captured), ip_adapter_image, ip_adapter_image_embeds; SDXL's also pooled_prompt_embeds,
                 negative_pooled_prompt_embeds, prompt_2, negative_prompt_2, original_size, crops_coords_top_left, target_size
-                and the negatives of these three. Of other models `sampler.model.options` has them, such as
+                and the negatives of these three. `sampler.model.options` lists those of other models, such as
                 max_sequence_length, or num_frames of a video model.
 
         Raises ValueError, before any work, for arguments that are not as described.
@@ -206,6 +211,7 @@ class Sampler:
                 callback_on_step_end,
                 self.wrap is not None,
             )
+            self._compare(guidance)
             made = self.runner.sampled(call, self.solver(call.schedule, *size, **options), progress)
             self.pipe.maybe_free_model_hooks()
         return Output.joined(made)
@@ -224,21 +230,21 @@ class Sampler:
         batch_size: int | None = None,
         **options: Any,
     ) -> Verdict:
-        """Whether finished pictures, made anywhere, look like copies of training images; see `basin_score`.
+        """Judge whether finished pictures of any origin look like copies of training images; see `basin_score`.
 
-        images:    latents (B, C, h, w), or whatever shape the model's latents have, as `Output.latents`; or pictures, as
-                   `Output.images`: a list of PIL images, arrays or tensors of any sizes, or an array or tensor of them; of a
-                   video model lists of frames. Pictures go through the autoencoder.
-        prompts:   what each was made of, or one for all.
-        seeds:     of the noises that a picture is judged by: those it was made with give the score that its guard saw. One a
-                   picture, or one for the first, counted up from there.
-        threshold: above which a picture is suspect. probes: noises a picture, each a call of both branches.
-        height, width: of the latents, or what all pictures are resized to; default their own size, or the nearest that the
-                   model can make. Where the proportions differ, the middle of a picture is judged.
+        images:    latents (B, C, h, w), or in the shape of the model's latents, as `Output.latents`; or pictures, as
+                   `Output.images`: a list of PIL images, arrays or tensors of any sizes, or an array or tensor of them; for a
+                   video model, lists of frames. The autoencoder encodes pictures first.
+        prompts:   the prompt that each picture was made with, or one for all.
+        seeds:     seeds of the noises that judge a picture. The seed it was made with gives the score that its guard computed.
+                   One for each picture, or one for the first, counted up from there.
+        threshold: a picture with a score above it is suspect. probes: noises for each picture, each a call of both branches.
+        height, width: the size of the latents, or the size to which all pictures are resized; default their own size, or the
+                   nearest size that the model can make. If the proportions differ, a picture is cropped at its centre.
         options:   as for a call. batch_size: how many are judged together; None: as for a call.
 
-        A picture's verdict depends on (model, picture, prompt, seed, settings) alone. Raises ValueError for what does not fit,
-        and for a scheduler whose noise levels are not known.
+        A picture's verdict depends only on (model, picture, prompt, seed, settings). Raises ValueError for arguments that do
+        not fit, and for a scheduler whose noise levels are not known.
         """
         size, options = self._sized(height, width), {**self.options, **options}
         with torch.inference_mode():
@@ -248,9 +254,17 @@ class Sampler:
             self.pipe.maybe_free_model_hooks()
         return judged
 
+    def _compare(self, guidance: Guidance | Guard) -> None:
+        """Log a warning, once for each guard, if it was calibrated on another model."""
+        if not isinstance(guidance, Guard) or guidance is self._guard:
+            return
+        self._guard = guidance
+        if other := another_model(guidance.model or {}, self.pipe):
+            log.warning(other)
+
     @property
     def runner(self) -> Runner:
-        """How its batches are denoised as it is now."""
+        """A `Runner` that denoises batches with the current model, scheduler, graphs and wrap."""
         return Runner(self.model, self.scheduler, self.graphs, self.wrap)
 
     @property
@@ -260,20 +274,20 @@ class Sampler:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What its images owe to scheduler, dtype, device and versions, as plain data."""
+        """The scheduler, dtype, device and versions on which its images depend, as plain data."""
         return settings_of(self.scheduler, self.model.dtype, self.model.device)
 
     def wrapped(self, wrap: Wrap) -> Sampler:
-        """The same sampler, that samples from what `wrap` makes of the network and each call's encoded prompts.
+        """A copy of the sampler that samples from `wrap(network)`, where `network` holds each call's encoded prompts.
 
-        For methods that change either. Such a network is not captured, and takes no guard.
+        For methods that change the network or the prompts. Such a network is not captured, and a call with it takes no guard.
         """
         other = copy.copy(self)
         other.wrap = wrap
         return other
 
     def using(self, height: int | None = None, width: int | None = None, **options: Any) -> Sampler:
-        """The same sampler, for pictures of this size and with these options where a call gives no others.
+        """A copy of the sampler with this size and these options as defaults; arguments of a call override them.
 
         Raises ValueError for a size or options that the model cannot have.
         """
@@ -291,9 +305,9 @@ class Sampler:
 
     @own_numbers()
     def solver(self, schedule: int | Schedule, height: int | None = None, width: int | None = None, **options: Any) -> Solver:
-        """The scheduler's coefficients over a schedule, or so many steps, measured once. Raises what `Solver.of` does.
+        """The scheduler's coefficients over a schedule or a number of steps, from a cache. Raises what `Solver.of` does.
 
-        height, width, options: of the picture, as for a call; some models take other noise levels for a larger one.
+        height, width, options: as for a call, because some models take other noise levels for larger pictures.
         """
         schedule = schedule if isinstance(schedule, Schedule) else Schedule(schedule)
         scheduler = self.scheduler
@@ -304,19 +318,19 @@ class Sampler:
         return self._solvers[key]
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        """(height, width) in pixels, by default the model's own; raises ValueError unless the autoencoder can make them."""
+        """(height, width) in pixels; None: as in `using`, or the model's own. Raises ValueError for one it cannot make."""
         return self.model.size(*self._sized(height, width))
 
     def _sized(self, height: int | None, width: int | None) -> tuple[int | None, int | None]:
         return self._size[0] if height is None else height, self._size[1] if width is None else width
 
     def noise(self, generators: Sequence[torch.Generator], height: int, width: int, **options: Any) -> Tensor:
-        """The initial noise before its scale, each sample's from its own generator: (B, ...) float32 on the CPU."""
+        """Draw the unscaled initial noise of each sample from its own generator: (B, ...) float32 on the CPU."""
         return self.model.noise(generators, height, width, **{**self.options, **options})
 
     def in_float32(self) -> AbstractContextManager[None]:
-        """Inside, every call computes in float32 with the network as it is: neither compiled nor captured.
+        """A context in which every call computes in float32, with the network neither compiled nor captured.
 
-        The weights are back afterwards, bit for bit. For samples that are not finite in half precision.
+        It restores the weights afterwards, bit for bit. For samples that are not finite in half precision.
         """
         return self.model.in_float32()

@@ -1,4 +1,4 @@
-"""Types that several rooms share: branches, pairs of predictions, the network, noise from samples' generators."""
+"""Types that several packages share: branches, pairs of predictions, the network; and noise from samples' generators."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-# diffusers' classes have attributes that depend on the class and on what was loaded: type checkers know none of them.
+# Type checkers do not know the attributes of diffusers' classes, which depend on the class and on what was loaded.
 Scheduler = Any  # a diffusers.SchedulerMixin
 Pipeline = Any  # a diffusers.DiffusionPipeline
 
 Branch = Literal["both", "uncond", "cond"]  # which predictions a call of the network makes
-Pair = tuple[Tensor, Tensor | None]  # (uncond, cond), or (the one branch that was needed, None)
-Step = Callable[[Branch], Pair]  # what it returns may be written over by the next one
+Pair = tuple[Tensor, Tensor | None]  # (uncond, cond), or (the prediction of one branch, None)
+Step = Callable[[Branch], Pair]  # the next call may overwrite what it returned
 Correction = Callable[[Tensor, Tensor, Tensor], Tensor]  # guided (B, ...), cond (B, ...), weight (B,) -> guided
 
 
@@ -28,5 +28,5 @@ class Network(Protocol):
 
 
 def draw(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Normal noise, each sample's from its own generator: (B, *shape) float32 on the CPU."""
+    """Draw normal noise for each sample from its own generator: (B, *shape) float32 on the CPU."""
     return torch.cat([torch.randn((1, *shape), generator=generator, dtype=torch.float32) for generator in generators])

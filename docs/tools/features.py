@@ -1,8 +1,12 @@
 """Which tests show which feature: the columns of the tables on the page "What is supported". Cells are counted, not written."""
 
 STOCK, USE, GUARD = "tests/models/test_stock.py", "tests/models/test_use.py", "tests/hosts/test_guard.py"
-PIPELINES, MODULAR, JUDGE = "tests/hosts/test_pipelines.py", "tests/hosts/test_modular.py", "tests/detection/test_judge.py"
-KDIFFUSION, COMFYUI, LOOP = "tests/hosts/test_kdiffusion.py", "tests/hosts/test_comfyui.py", "tests/hosts/test_escape.py"
+PIPELINES, MODULAR, JUDGE = (
+    "tests/hosts/test_escape_pipeline.py",
+    "tests/hosts/test_modular.py",
+    "tests/detection/test_judge.py",
+)
+KDIFFUSION, COMFYUI, LOOP = "tests/hosts/test_kdiffusion.py", "tests/hosts/test_comfyui.py", "tests/hosts/test_own_loop.py"
 
 # host -> feature -> tests whose cases are each of one pipeline
 MODELS: dict[str, dict[str, tuple[str, ...]]] = {

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..calibration.fingerprint import digest, fingerprint
 from ..data.prompts import Job, Kind
 from ..guidance.guard import Guard
 from ..guidance.guidance import Guidance
+from ..models.fingerprint import digest, fingerprint
 from ..sampler import Sampler
 from ..sampling.attempt_table import AttemptTable
 from .settings import Recipe

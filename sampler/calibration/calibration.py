@@ -18,10 +18,10 @@ from ..guidance.early import EarlyLook
 from ..guidance.guard import RATE
 from ..guidance.transitions import Settled
 from ..models import located
+from ..models.fingerprint import another_model
 from ..runs.atomic import atomic_write
 from ..sampler import Sampler
 from .baseline import Baseline
-from .fingerprint import differing, fingerprint
 from .interpolation import curve, sound
 
 log = logging.getLogger(__name__)
@@ -166,12 +166,8 @@ class Calibration:
 
     def made_on(self, sampler: Sampler) -> bool:
         """Whether it was made on the sampler's model, in its size of pictures. Logs a warning for each that is another one."""
-        if other := differing(self.model, fingerprint(sampler.pipe)) if self.model else []:
-            log.warning(
-                "the calibration was made on another model (its %s differ): what is ordinary here may be something else; "
-                "calibrate this one",
-                ", ".join(other),
-            )
+        if other := another_model(self.model, sampler.pipe):
+            log.warning(other)
         own, size = sampler.size(), tuple(self.settings.get("size", sampler.size()))
         if size != own:
             log.warning(

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from .. import checks
 from ..guidance.guidance import Guidance
+from ..models.fingerprint import fingerprint
 from ..runs.measurement_cache import MeasurementCache
 from ..runs.progress import moving
 from ..sampler import Sampler
@@ -22,7 +23,6 @@ from . import figure
 from .baseline import Baseline, unguided
 from .calibration import FEW, LOOKED, Calibration
 from .cost_bar import PlainRuns
-from .fingerprint import fingerprint
 from .interpolation import five_digits
 
 log = logging.getLogger(__name__)

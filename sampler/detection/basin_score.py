@@ -3,14 +3,14 @@
 The basin of attraction of a memorized training image is the set of noisy latents from which guided denoising ends at that image
 (Jain et al., https://arxiv.org/abs/2411.16738).
 
-A picture x0 is noised until almost nothing of it is left, and the network is asked once, with its prompt and without:
+A picture x0 is noised until almost nothing of it is left, and the network predicts once with its prompt and once without:
 
     x     = signal * x0 + noise * eps
     score = mean over noises of  ln( || target - uncond || / || target - cond || )
 
-target: what the network ought to predict so that this very picture comes out. Hardly anything of the picture is left in the
-noise. A caption says little of an ordinary picture, so the conditional prediction is hardly nearer to the target than the
-unconditional one. For a copy the caption alone leads straight to it. So the score judges the picture, not the caption.
+target: the prediction from which exactly this picture follows. The noised latents say hardly anything about the picture.
+Nor does the caption of an ordinary picture, so the conditional prediction is hardly nearer to the target than the unconditional
+one. For a copy, the caption alone leads straight to it. So the score judges the picture, not the caption.
 Related: one-step synthesis (Webster, https://arxiv.org/abs/2305.08694), the conditional likelihood discrepancy (CLiD, NeurIPS
 2024, https://arxiv.org/abs/2405.14800).
 """
@@ -30,7 +30,7 @@ from ..schedulers.schedule import family, own_settings, vp_log_snr
 from ..types import Network, Scheduler
 
 LOG_SNR = -4.0  # of a noised picture, one for all models
-NEAR = 1.5  # how far from it a network's level may be
+NEAR = 1.5  # the largest distance from it at which a network's level may be
 OWN = 0x5BA51  # mixed into the seed of these noises, so that they differ from the sample's own
 
 Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # latents (B, ...), timesteps (B,) -> uncond and cond
@@ -38,11 +38,11 @@ Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # latents (B, ...),
 
 @dataclass(frozen=True)
 class Probe:
-    """How a network is asked about a picture x0 of its latents.
+    """The network call that judges a picture with latents x0.
 
-    timestep: what the network is told. log_snr: the noise level of what it is given.
-    given:    (signal, noise): the network is given signal * x0 + noise * eps.
-    target:   (signal, noise): it ought to predict signal * x0 + noise * eps.
+    timestep: passed to the network. log_snr: the noise level of its input.
+    given:    (signal, noise): the network's input is signal * x0 + noise * eps.
+    target:   (signal, noise): its ideal prediction is signal * x0 + noise * eps.
     """
 
     timestep: float
@@ -52,9 +52,9 @@ class Probe:
 
     @classmethod
     def of(cls, scheduler: Scheduler, log_snr: float = LOG_SNR) -> Probe:
-        """At the level of `scheduler`'s training schedule that is nearest to `log_snr`.
+        """Make a probe at the level of `scheduler`'s training schedule that is nearest to `log_snr`.
 
-        Raises ValueError where the schedule is not known, or has no level near it.
+        Raises ValueError if the schedule is not known, or has no level near LOG_SNR.
         """
         own, formulation = own_settings(scheduler), family(scheduler)
         if formulation == "flow":
@@ -66,7 +66,7 @@ class Probe:
             levels = vp_log_snr(scheduler.alphas_cumprod, torch.arange(len(scheduler.alphas_cumprod)))
             told = timestep = int((levels - log_snr).abs().argmin())
             log_snr = levels[timestep].item()
-            if own.get("timestep_type") == "continuous":  # such networks are told a quarter of the logarithm of sigma
+            if own.get("timestep_type") == "continuous":  # the timestep of such a network is log(sigma) / 4
                 told = -log_snr / 8
         else:
             raise ValueError(f"scheduler {type(scheduler).__name__} has no known noise levels, so pictures cannot be judged")
@@ -74,9 +74,9 @@ class Probe:
 
     @classmethod
     def at(cls, scheduler: Scheduler, timestep: float, log_snr: float) -> Probe:
-        """At a noise level whose timestep and log SNR are known.
+        """Make a probe at the noise level with this timestep and log SNR.
 
-        Raises ValueError where it is not near LOG_SNR, or for an unknown prediction.
+        Raises ValueError if it is not near LOG_SNR, or for an unknown prediction type.
         """
         if not abs(log_snr - LOG_SNR) <= NEAR:
             raise ValueError(
@@ -97,14 +97,14 @@ class Probe:
         return cls(timestep, log_snr, (signal, noise), targets[prediction])
 
     def question(self, latents: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """(what the network is given, what it ought to predict), (B, ...) float32, for pictures and noises (B, ...)."""
+        """(the network's input, the target), both (B, ...) float32, for latents of pictures and noises (B, ...)."""
         signal, share = self.given
         clean, drawn = self.target
         x, noise = latents.float(), noise.to(latents.device, torch.float32)
         return signal * x + share * noise, clean * x + drawn * noise
 
     def cleaned(self, given: Tensor, predicted: Tensor) -> Tensor:
-        """The picture x0 that follows from a prediction: (B, ...) float32. given, predicted: (B, ...), of the network."""
+        """The latents x0 that follow from a prediction: (B, ...) float32. given, predicted: (B, ...), its input and output."""
         (signal, share), (clean, drawn) = self.given, self.target
         return (drawn * given.float() - share * predicted.float()) / (signal * drawn - share * clean)
 
@@ -118,7 +118,7 @@ def _edm(scheduler: Scheduler, sigma: float) -> tuple[tuple[float, float], tuple
 
 
 def noises(seed: int, shape: Sequence[int]) -> Iterator[Tensor]:
-    """The noises (*shape) that a sample with this seed is judged by, one after another, float32 on the CPU."""
+    """Yield the noises (*shape) that judge a sample with this seed, float32 on the CPU, without end."""
     generator = torch.Generator("cpu").manual_seed(seed ^ OWN)
     while True:
         yield torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
@@ -133,7 +133,7 @@ def nearer(target: Tensor, uncond: Tensor, cond: Tensor) -> Tensor:
 def scores(predict: Predict, probe: Probe, latents: Tensor, seeds: Sequence[int], probes: int) -> Tensor:
     """The basin score of each picture: latents (B, ...) -> (B,) float32 on the CPU.
 
-    NaN where they or a prediction are not finite.
+    NaN for a picture whose latents or predictions are not finite.
     """
     drawn = [noises(seed, latents.shape[1:]) for seed in seeds]
     told, found = torch.full((len(latents),), probe.timestep, device=latents.device), []
@@ -144,11 +144,11 @@ def scores(predict: Predict, probe: Probe, latents: Tensor, seeds: Sequence[int]
 
 
 def both(network: Network, given: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
-    """Both predictions of a network of the loop."""
+    """(uncond, cond) of one call of `network`, at the timesteps `told`."""
     uncond, cond = network(torch.cat([given, given]), torch.cat([told, told]), "both").chunk(2)
     return uncond, cond
 
 
 def suspects(scores: Any, threshold: float) -> Any:
-    """Whether pictures look like copies: above the threshold, or NaN."""
+    """Whether pictures look like copies: the score is above the threshold, or NaN. A tensor gives a bool tensor."""
     return ~(scores <= threshold) if isinstance(scores, Tensor) else not scores <= threshold

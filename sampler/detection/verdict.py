@@ -1,4 +1,4 @@
-"""Verdicts on pictures that are there already: latents, or pictures of any sizes, through the autoencoder."""
+"""Verdicts on finished pictures, given as latents or as pictures of any sizes, which the autoencoder encodes."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Lot:
-    """Pictures that are judged together: of one size (height, width), and with these options.
+    """Pictures that are judged together, because they have the same size (height, width) and options.
 
-    rows: their places among all pictures. latents: makes the latents of the pictures at given places.
+    rows: their indices among all pictures. latents: makes the latents of the pictures at given indices.
     """
 
     rows: list[int]
@@ -62,7 +62,7 @@ def judge(
     batch_size: int | None,
     options: dict[str, Any],
 ) -> Verdict:
-    """As `Sampler.judge`; size: (height, width), None for what the pictures have themselves. In inference mode."""
+    """`Sampler.judge`, to be called in inference mode. size: (height, width); None: the pictures' own."""
     images = [images] if isinstance(images, Image.Image) else images
     total = len(images)
     texts = checks.texts("prompts", prompts)
@@ -87,7 +87,7 @@ def judge(
 
 
 def lots(model: Model, images: Any, size: Size, options: dict[str, Any]) -> list[Lot]:
-    """The pictures by lots. Raises ValueError for images that are neither the model's latents nor pictures."""
+    """Group the pictures into lots. Raises ValueError for images that are neither the model's latents nor pictures."""
     shape = None
     if isinstance(images, Tensor):
         own = model.size(*size)
@@ -104,7 +104,7 @@ def lots(model: Model, images: Any, size: Size, options: dict[str, Any]) -> list
         wanted = model.size(*size) if any(size) else (height, width)
         fitting = model.nearest_size(*wanted, **options)
         framed = options | ({"num_frames": frames[0]} if video else {})
-        model.shape(*fitting, **framed)  # raises for so many frames
+        model.shape(*fitting, **framed)  # raises for a number of frames that the model cannot make
         latents = partial(_encoded, model, images, fitting, video)
         made.setdefault((fitting, *frames), Lot([], fitting, framed, latents)).rows.append(i)
     return list(made.values())
@@ -116,9 +116,9 @@ def _encoded(model: Model, images: Any, size: tuple[int, int], video: bool, rows
 
 
 def picture(image: Any, name: str, video: bool = False) -> Tensor:
-    """A picture (3, height, width), or a video (3, frames, height, width), float32 in -1..1. name: what messages call it.
+    """A picture (3, height, width), or a video (3, frames, height, width), float32 in -1..1. name: its name in error messages.
 
-    image: of the kinds in KINDS, or VIDEOS; floats in 0..1, or bytes. Raises ValueError for anything else.
+    image: one of KINDS, or of VIDEOS if `video`, with floats in 0..1 or bytes. Raises ValueError for anything else.
     """
     if video and isinstance(image, list | tuple) and image:
         frames = [picture(frame, f"{name}[{k}]") for k, frame in enumerate(image)]
@@ -128,7 +128,7 @@ def picture(image: Any, name: str, video: bool = False) -> Tensor:
     if isinstance(image, Image.Image) and not video:
         return pixels([image])[0]
     if isinstance(image, np.ndarray):
-        found = torch.from_numpy(np.array(image))  # a copy: what a file holds may not be written to
+        found = torch.from_numpy(np.array(image))  # a copy, because an array backed by a file may be read-only
         found = found.movedim(-1, -3) if found.ndim > 2 else found
     else:
         found = image
@@ -145,7 +145,7 @@ def picture(image: Any, name: str, video: bool = False) -> Tensor:
 
 
 def fitted(picture: Tensor, height: int, width: int) -> Tensor:
-    """A picture (3, ..., h, w) in another size: resized until it covers that, and cropped at its centre."""
+    """A picture (3, ..., h, w) in another size: it is resized until it covers that size, then cropped at its centre."""
     h, w = picture.shape[-2:]
     if (h, w) == (height, width):
         return picture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .. import checks
@@ -11,19 +11,19 @@ from .early import EarlyLook
 from .guidance import Guidance
 
 PROBES = 2  # noises that a picture is judged by
-# The basin score above which a picture is suspect, of a plain attempt and of those after it, without a calibration.
+# Without a calibration: the basin scores above which a picture of the plain attempt, or of a later one, is suspect.
 THRESHOLD, LATER = 0.3, 0.2
-# With one: the share of ordinary pictures that may begin again, and of those that are above the threshold of later attempts.
+# With one: the share of ordinary pictures that may be sampled again, and the share with a score above the later threshold.
 RATE, LATER_RATE = 0.01, 0.1
-DELAYS = (-2.8, -2.8, -2.8, -1.9, -1.9, -1.5, -0.8)  # log SNRs until which the attempts after the plain one are delayed
+DELAYS = (-2.8, -2.8, -2.8, -1.9, -1.9, -1.5, -0.8)  # log SNRs of the transitions of the attempts after the plain one
 
 
 @dataclass(frozen=True)
 class Attempt:
     """One attempt of a guard.
 
-    threshold: its picture is suspect where the basin score is above it.
-    probes:    by how many noises the picture is judged. Each is a call of both branches.
+    threshold: its picture is suspect if the basin score is above this.
+    probes:    the number of noises that judge the picture. Each needs a call of both branches.
     """
 
     guidance: Guidance
@@ -41,15 +41,18 @@ class Attempt:
 class Guard:
     """Plain guidance whose pictures are judged by their basin score (see `basin_score`), with more careful attempts for copies.
 
-    attempts: the first is plain. An attempt that is suspect is followed by the next, from the next noise of the sample's own
-              generator, until one passes; the last is returned, and marked. What passes at once keeps plain guidance's bits.
-    early:    gives up a hopeless plain attempt after its first steps; None: all are finished.
+    attempts: the first is plain. After a suspect picture, the next attempt starts from the next noise of the sample's own
+              generator. If none passes, the last is returned, marked. A picture that passes at once has plain guidance's bits.
+    early:    gives up a hopeless plain attempt after its first steps; None: every attempt is finished.
+    model:    the fingerprint of the model of the calibration, for a warning if another model is used; None: not known, also
+              after `from_dict`, because `to_dict` leaves it out.
 
-    Made by `Guidance.guard`. Raises ValueError where the first attempt is not plain, or the attempts have several rules.
+    Made by `Guidance.guard`. Raises ValueError if the first attempt is not plain, or if rules differ between attempts.
     """
 
     attempts: tuple[Attempt, ...]
     early: EarlyLook | None = None
+    model: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attempts", tuple(self.attempts))
@@ -63,7 +66,7 @@ class Guard:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Guard:
-        """The inverse of `to_dict`. Raises ValueError, KeyError or TypeError for what is none."""
+        """The inverse of `to_dict`. Raises ValueError, KeyError or TypeError for data of another form."""
         fields = dict(data)
         attempts = [Attempt(**{**one, "guidance": Guidance.from_dict(one["guidance"])}) for one in fields.pop("attempts")]
         return cls(tuple(attempts), (early := fields.pop("early")) and EarlyLook(**early), **fields)
@@ -79,15 +82,15 @@ class Guard:
         return self.plain.scale
 
     def changed(self, change: Callable[[Guidance], Guidance]) -> Guard:
-        """The same with what `change` makes of each attempt's guidance."""
+        """A copy in which `change` is applied to each attempt's guidance."""
         return replace(self, attempts=tuple(replace(one, guidance=change(one.guidance)) for one in self.attempts))
 
     def scaled(self, scale: float) -> Guard:
-        """The same at another scale, without the early look, which belongs to one."""
+        """A copy with another scale, and without the early look, which was measured at the old one."""
         return replace(self.changed(lambda one: one.scaled(scale)), early=None)
 
     def rescaled(self, phi: float) -> Guard:
-        """As `Guidance.rescaled`, every attempt."""
+        """A copy with `Guidance.rescaled` applied to every attempt."""
         return self.changed(lambda one: one.rescaled(phi))
 
     def to_dict(self) -> dict[str, Any]:

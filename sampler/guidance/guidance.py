@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 COLUMNS = [Column.BEFORE, Column.AFTER, Column.KEEP, Column.LIMIT, Column.FALL, Column.WAIT]
 COLUMNS += [Column.FIRST_OPTION, Column.SECOND_OPTION]
 
-# Factors on the scale over u = t / num_train_timesteps in 0..1, as carried by the authors' scripts.
+# Factors on the scale over u = t / num_train_timesteps in 0..1, as in the scripts of the paper's authors.
 SHAPES: dict[str, Callable[[float], float]] = {
     "static": lambda u: 1.0,
     "linear": lambda u: 1 - u,
@@ -45,19 +45,19 @@ SHAPES: dict[str, Callable[[float], float]] = {
 
 
 def first_of_step(step: Tensor) -> Tensor:
-    """(K,) float32: 1 for a call that is the first of its step, 0 for the others. step: (K,) int64, of each call."""
+    """(K,) float32: 1 for a call that is the first of its step, 0 for the others. step: (K,) int64, the step of each call."""
     return torch.cat([torch.ones(1), step.diff().clamp(max=1).float()])
 
 
 def never_came(transition_step: Tensor, steps: int) -> str | None:
-    """What is to be said of samples whose transition, (B,), did not come in so many steps: -1; None where all have one."""
+    """A warning if some samples had no transition (-1) in these steps; None if all had one. transition_step: (B,)."""
     waiting = int((transition_step < 0).sum())
     told = f"{waiting} of {len(transition_step)} samples had no transition in {steps} steps, so never their full guidance"
     return f"{told}: give the transition a `latest`" if waiting else None
 
 
 def _restart(given: Sequence[Any]) -> tuple[float, float, int]:
-    """(low, high, times) as checked."""
+    """Check and return (low, high, times)."""
     if not isinstance(given, Sequence) or len(given) != 3:
         raise ValueError(f"restart must be (low, high, times), got {given!r}")
     low, high = (checks.finite("restart", timestep) for timestep in given[:2])
@@ -67,7 +67,7 @@ def _restart(given: Sequence[Any]) -> tuple[float, float, int]:
 
 
 def _fields(given: dict[str, Any]) -> dict[str, Any]:
-    """What `cfg`, `delayed` and `opposite` are given by name, as fields: what is not one is an option of the rule."""
+    """The keyword arguments of `cfg`, `delayed` and `opposite` as fields of `Guidance`; unknown names become `options`."""
     own: dict[str, Any] = {name: given[name] for name in ("shape", "interval", "restart", "rule") if name in given}
     return {**own, "options": {name: value for name, value in given.items() if name not in own}}
 
@@ -78,16 +78,16 @@ class Guidance:
 
     scale:    weight after the transition; any finite number.
     before:   weight before it; any finite number.
-    until:    where the transition is, a rule of `transitions.RULES`; None: at the first step.
-    shape:    the scale over time: a name in SHAPES, or one factor a step (a table of one's own).
+    until:    the rule for the transition, one of `transitions.RULES`; None: the transition is the first step.
+    shape:    the scale over time: a name in SHAPES, or one factor for each step.
     interval: (low, high) timesteps outside which the weight after the transition is 1, the conditional prediction alone
-              (Kynkaanniemi et al., https://arxiv.org/abs/2404.07724); None: everywhere inside.
-    restart:  (low, high, times): at the first step whose timestep is at or below `low`, go back to the first at or below `high`
-              by fresh noise of the sample's own and come down again, so many times (restart sampling, Xu et al., NeurIPS 2023,
-              https://arxiv.org/abs/2306.14878). For schedulers that are linear. None: straight down.
-    rule:     how the two predictions are combined (`kernels.rules.RULES`), before the transition and after it; a weight of 0
-              is the unconditional prediction under every rule, and 1 the conditional one. One a batch.
-    options:  the rule's, by name; `cfg`, `delayed` and `opposite` take them as arguments of their own.
+              (Kynkaanniemi et al., https://arxiv.org/abs/2404.07724); None: no limits.
+    restart:  (low, high, times): before the first step whose timestep is at or below `low`, add fresh noise from the sample's
+              generator and repeat the steps from the first at or below `high`, `times` times (restart sampling, Xu et al.,
+              NeurIPS 2023, https://arxiv.org/abs/2306.14878). For linear schedulers only. None: no step is repeated.
+    rule:     how the two predictions are combined (`kernels.rules.RULES`), before the transition and after it. Under every
+              rule a weight of 0 gives the unconditional prediction, and 1 the conditional one. A batch has one rule.
+    options:  options of the rule, by name; `cfg`, `delayed` and `opposite` take them as keyword arguments.
 
     Raises ValueError for anything else.
     """
@@ -126,15 +126,15 @@ class Guidance:
     def cfg(cls, scale: float, **given: Any) -> Guidance:
         """Plain classifier-free guidance (Ho & Salimans, https://arxiv.org/abs/2207.12598), from the first step on.
 
-        The formula holds for every scale: 0 is the unconditional prediction, 1 the conditional one. diffusers' pipelines switch
-        guidance off at scales up to 1 and run the conditional prediction: for a turbo model, whose page says
-        `guidance_scale=0.0`, that is scale 1 here.
+        The formula holds for every scale: 0 gives the unconditional prediction, 1 the conditional one. diffusers' pipelines,
+        in contrast, use the conditional prediction alone at every scale up to 1. So use scale 1 here for a turbo model whose
+        page says `guidance_scale=0.0`.
         """
         return cls(scale, **_fields(given))
 
     @classmethod
     def delayed(cls, scale: float, until: Transition, before: float = 0.0, **given: Any) -> Guidance:
-        """No guidance (or the weight `before`) until the transition, `scale` from there on."""
+        """The weight `before` (default 0, the unconditional prediction) until the transition, `scale` from there on."""
         return cls(scale, before, until, **_fields(given))
 
     @classmethod
@@ -149,7 +149,7 @@ class Guidance:
         return replace(self, scale=scale)
 
     def rescaled(self, phi: float) -> Guidance:
-        """The same under the rule "rescale" where phi is above 0. Raises ValueError for a bad phi or beside another rule."""
+        """A copy with the rule "rescale" if phi > 0, else itself. Raises ValueError for a bad phi, or for another rule."""
         if not checks.share("guidance_rescale", phi):
             return self
         if self.rule != "cfg":
@@ -167,19 +167,19 @@ class Guidance:
         attempts: Sequence[Guidance] | None = None,
         **given: Any,
     ) -> Guard:
-        """Plain guidance whose pictures are judged: what looks like a copy begins again, more carefully each time; see `Guard`.
+        """Plain guidance with a check of each picture: what looks like a copy is sampled again, more carefully; see `Guard`.
 
-        calibration: of this model; it replaces the thresholds, and gives up hopeless plain attempts by their first gaps.
-        threshold:   the basin score above which a plain picture is suspect; default 0.3, or by the calibration.
-        later:       the same for the attempts after it, which are looked at more closely; default 0.2, or the calibration's.
-        rate:        with a calibration, the share of ordinary pictures that may begin again: half of it by their first gaps,
-                     half by their scores.
-        attempts:    those after the plain one; None: delayed guidance, until the log SNRs of `DELAYS`.
-        given:       rule and its options, shape, interval or restart, of every attempt.
+        calibration: of this model. It sets the default thresholds, and an early look that ends hopeless plain attempts.
+        threshold:   the basin score above which a plain picture is suspect; default 0.3, or from the calibration.
+        later:       the same for the later attempts, with a stricter default: 0.2, or from the calibration.
+        rate:        with a calibration, the share of ordinary pictures that may be sampled again: half of it because of their
+                     first gaps, half because of their scores. Default 0.01.
+        attempts:    the guidances after the plain one; None: delayed guidance, until the log SNRs of `DELAYS`.
+        given:       rule and its options, shape, interval or restart, for the plain attempt and the default ones.
 
         Raises ValueError for anything else, and for a calibration of too few pictures for the rate.
         """
-        from . import guard  # which is made of guidances
+        from . import guard  # here, because guard.py imports this module
 
         plain, rate = cls.cfg(scale, **given), guard.RATE if rate is None else rate
         if not 0 < checks.share("rate", rate) < 1:
@@ -196,7 +196,9 @@ class Guidance:
         if later is None:
             later = guard.LATER if calibration is None else calibration.threshold(guard.LATER_RATE)
         tried = (guard.Attempt(plain, threshold), *(guard.Attempt(one, later) for one in attempts))
-        return guard.Guard(tried, None if calibration is None else calibration.early(rate / 2, plain.scale))
+        if calibration is None:
+            return guard.Guard(tried)
+        return guard.Guard(tried, calibration.early(rate / 2, plain.scale), calibration.model or None)
 
     def __repr__(self) -> str:
         extra = "" if self.shape == "static" else f", shape={self.shape!r}"
@@ -218,7 +220,7 @@ class Guidance:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Guidance | Guard:
-        """The inverse of `to_dict`, a guard's too. Raises ValueError for an unknown rule or field."""
+        """The inverse of `to_dict` and of `Guard.to_dict`. Raises ValueError for an unknown rule or field."""
         if not isinstance(data, Mapping):
             raise ValueError(f"not a guidance: {data!r}")
         given = dict(data)
@@ -235,14 +237,14 @@ class Guidance:
             raise ValueError(f"not a guidance: {data!r} ({error})") from error
 
     def over(self, timesteps: Sequence[float], log_snrs: Sequence[float] | None) -> Guidance:
-        """The same for steps at these noise levels: a transition that is stated as a log SNR as the timestep that has it.
+        """A copy for steps at these noise levels, in which a transition at a log SNR is replaced by one at its timestep.
 
-        Raises ValueError for a log SNR where those of the steps are not known.
+        Raises ValueError for a transition at a log SNR if the log SNRs of the steps are not known.
         """
         return replace(self, until=self.until.over(timesteps, log_snrs)) if isinstance(self.until, At) else self
 
     def weights(self, levels: Sequence[float]) -> list[tuple[float, float]]:
-        """The weight before and after the transition at every step, by the steps' timesteps in 0..1000.
+        """(weight before, weight after the transition) for every step. levels: the steps' timesteps in 0..1000.
 
         Raises ValueError if `shape` is a table of another length.
         """
@@ -259,7 +261,7 @@ class Guidance:
         return [(self.before, weight) for weight in after]
 
     def idle(self, levels: Sequence[float]) -> str | None:
-        """What is to be said where its transition changes nothing over steps at these timesteps, as `over` left them."""
+        """A warning if the transition has no effect in steps at these timesteps, else None. Call it on the result of `over`."""
         if self.until is None:
             return None
         if all(before == after for before, after in self.weights(levels)):
@@ -273,7 +275,7 @@ class Guidance:
 
     @property
     def timed(self) -> bool:
-        """Whether it asks for timesteps."""
+        """Whether its weights or its transition depend on timesteps."""
         return (
             isinstance(self.until, At)
             or self.interval is not None
@@ -282,13 +284,13 @@ class Guidance:
         )
 
     def calls(self, levels: Sequence[float], step: Tensor, first: Tensor) -> dict[Column, Tensor]:
-        """The columns of the step table that guidance decides, float32 on the CPU: a number for each call of the network.
+        """The columns of the step table that guidance determines: (K,) float32 on the CPU, one entry for each network call.
 
         levels: the steps' timesteps in 0..1000 of the training schedule.
         step:   (K,) int64, the step each call belongs to.
-        first:  (K,), 1 for the first call of its step, which alone may show a transition, 0 for the others.
+        first:  (K,), 1 for the first call of its step, 0 for the others. Only a first call can show a transition.
 
-        Raises ValueError if the guidance has another number of steps.
+        Raises ValueError if the guidance is made for another number of steps.
         """
         criteria = [ALWAYS] * len(levels) if self.until is None else self.until.criteria(levels)
         options = columns_of(dict(self.options))

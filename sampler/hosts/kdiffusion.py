@@ -18,9 +18,15 @@ from ..guidance.guard import PROBES, THRESHOLD
 from ..guidance.guidance import Guidance
 from ..guidance.transitions import At, Settled
 from ..kernels.state import per_sample
-from .escape import Escape, each, judge
 from .noise_levels import UNEVEN, denoiser_probe, scalings, timestep
+from .own_loop import Escape, each, judge
 
+# How often a sampler of k-diffusion calls the model in a step.
+CALLS = dict.fromkeys(
+    ("sample_heun", "sample_dpm_2", "sample_dpm_2_ancestral", "sample_dpmpp_2s_ancestral", "sample_dpmpp_sde"), 2
+)
+CALLS |= dict.fromkeys(("sample_euler", "sample_euler_ancestral", "sample_lms", "sample_dpmpp_2m", "sample_dpmpp_2m_sde"), 1)
+CALLS |= {"sample_dpmpp_3m_sde": 1}
 MOST_STEPS = 1000  # of a run whose number of steps is not given
 
 Scalings = Callable[[Tensor], Sequence[Tensor]]
@@ -38,11 +44,12 @@ class EscapeDenoiser:
 
     Guidance combines what the network returned, so that noise gaps and thresholds are those of every other host; timesteps are
     the model's own (`sigma_to_t`), or those at which Stable Diffusion has the same ratio of noise to data. A run begins with
-    the first call and wherever sigma rises. `run` is the last run's `Escape`. It cannot begin a sample again: `judge` says
-    which finished pictures look like copies.
+    the first call and wherever sigma does not fall. `run` is the last run's `Escape`. Nothing tells it that a run ends, so it
+    does not say whose transition never came: `transition_step` does, -1. It cannot begin a sample again: `judge` says which
+    finished pictures look like copies.
 
     Raises ValueError for arguments that are not as described, for guidance that needs a loop that can go back, and in a run of
-    dpm_fast or dpm_adaptive, whose steps differ in their number of calls.
+    k-diffusion's for a sampler of another order, and dpm_fast and dpm_adaptive, whose steps differ in their number of calls.
     """
 
     def __init__(
@@ -73,10 +80,10 @@ class EscapeDenoiser:
         low, high = torch.stack(sigma.aminmax()).tolist()
         if low != high:
             raise ValueError(f"sigma must be the same for all samples, got {low:g} to {high:g}")
-        if self.run is None or high > self._sigma or self.run.batch != len(x):
-            uneven = UNEVEN & {frame.function for frame in inspect.stack(context=0)}
-            if uneven:
-                raise ValueError(f"{uneven.pop()} differs in its calls from step to step: use a sampler that does not")
+        if "cond_scale" in model_kwargs:
+            raise ValueError(f"cond_scale is {model_kwargs['cond_scale']!r}, and the guidance has its own scale: leave it out")
+        if self.run is None or high >= self._sigma or self.run.batch != len(x):
+            self._check_sampler()
             step = [k // self.order for k in range(self.steps * self.order)]
             self.run = Escape(self.guidance, self.steps, len(x), x.device, step)
         if self.run.calls % self.order == 0:  # a step's other calls may lie anywhere below
@@ -91,6 +98,16 @@ class EscapeDenoiser:
         skip, out = (per_sample(torch.as_tensor(scale).to(sigma).expand(len(x)), x) for scale in found)
         guided = self.run((first - skip * x) / out, None if second is None else (second - skip * x) / out, timestep=level)
         return skip * x + out * guided
+
+    def _check_sampler(self) -> None:
+        """Raise ValueError for a sampler of k-diffusion whose calls are not those that the denoiser was told of."""
+        for name in [frame.function for frame in inspect.stack(context=0)]:
+            if name in UNEVEN:
+                raise ValueError(f"{name} differs in its calls from step to step: use a sampler that does not")
+            if CALLS.get(name, self.order) != self.order:
+                raise ValueError(
+                    f"order is {self.order}, and {name} calls the model {CALLS[name]} times a step: give order={CALLS[name]}"
+                )
 
     @torch.no_grad()
     def judge(

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+OFF = 1.0  # the largest weight at which a pipeline asks for one prediction
+
 
 @dataclass(frozen=True)
 class KnownPipeline:
@@ -18,6 +20,7 @@ class KnownPipeline:
     pair:       the network is called once for each prediction; False: once for both, on a doubled batch.
     cond_first: the conditional prediction comes first.
     scale:      the argument that switches guidance on.
+    shift:      how much larger the weight is than that: c + s (c - u) is u + (s + 1) (c - u).
     negated:    the pipeline needs a negative prompt for that.
     merge:      the dtype that it combines the predictions in; None: that of the predictions.
     variance:   half of the network's channels may be a learned variance, which is not guided.
@@ -31,12 +34,17 @@ class KnownPipeline:
     pair: bool = False
     cond_first: bool = False
     scale: str = "guidance_scale"
+    shift: float = 0.0
     negated: bool = False
     merge: torch.dtype | None = None
     variance: bool = False
     per_token: bool | str = False
     capped: str | None = None
     only: tuple[tuple[str, Any], ...] = ()
+
+    def weight(self, scale: float) -> float:
+        """The weight that the pipeline guides with at this scale: 1, the conditional prediction alone, where it is off."""
+        return max(scale + self.shift, OFF)
 
 
 _UNET = KnownPipeline(networks=("unet",))
@@ -68,7 +76,7 @@ PIPELINES: Mapping[str, KnownPipeline] = {
     "SanaPipeline": replace(_WIDE, variance=True),
     "LTXPipeline": _WIDE,
     "CogVideoXPipeline": replace(_WIDE, only=(("use_dynamic_cfg", False),)),
-    "ZImagePipeline": replace(_WIDE, cond_first=True, capped="cfg_normalization", only=(("cfg_truncation", 1.0),)),
+    "ZImagePipeline": replace(_WIDE, cond_first=True, shift=1.0, capped="cfg_normalization", only=(("cfg_truncation", 1.0),)),
     "FluxPipeline": _TRUE_CFG,
     "Flux2KleinPipeline": replace(_PAIR, only=(("image", None),)),
     "QwenImagePipeline": replace(_TRUE_CFG, per_token=True),

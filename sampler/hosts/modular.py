@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,9 +20,10 @@ from ..guidance.guard import PROBES, THRESHOLD, Guard
 from ..guidance.guidance import Guidance
 from ..kernels.state import per_sample
 from ..types import Branch
-from .escape import Escape, each, judge
 from .network_call import NetworkCall, seen, sign_of, stacked
+from .own_loop import Escape, each, judge
 
+log = logging.getLogger(__name__)
 CONTINUOUS = 2.0  # a schedule that begins below this timestep does not count in 0..1000
 
 
@@ -33,7 +36,10 @@ class BasinEscapeGuidance(BaseGuidance):
 
     A step that needs one prediction alone makes that one. After a run `run`, an `Escape`, holds `transition_step`, `noise_gap`
     and `calls`. A run starts at step 0. Timesteps count in 0..1000, as those of diffusion and flow-matching schedulers do. A
-    guider cannot begin a sample again: `judge` says which finished pictures look like copies.
+    guider cannot begin a sample again: `judge` says which finished pictures look like copies. A pipeline with two guiders (Wan
+    2.2: `guider` and `guider_2`, for the earlier and the later steps) is given the same object as both.
+
+    The log says how many samples their transition never came for, and of a run that went on without this guider.
 
     Raises ValueError for guidance that needs a loop that can go back, and in a run for schedulers that call the network more
     than once a step or whose timesteps count otherwise than the guidance asks: use `Sampler` there.
@@ -56,6 +62,7 @@ class BasinEscapeGuidance(BaseGuidance):
         self._raw: dict[str, Tensor] = {}  # what it returned there
         self._sign = 1.0  # -1 where the pipeline hands over the opposite
         self.run: Escape | None = None
+        self._expected = 0  # the steps of that run
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
         """Stand before a step. Raises ValueError for steps that cannot be followed."""
@@ -71,9 +78,18 @@ class BasinEscapeGuidance(BaseGuidance):
                     f"guidance asks for timesteps in 0..1000, and the scheduler's begin at {level:g}: use FirstMinimum(), a "
                     "factor for each step, or another scheduler"
                 )
+            if self.run is not None and 0 < self.run.calls < self._expected:
+                log.warning(
+                    f"the last run took {self.run.calls} of its {self._expected} steps with this guider: it was stopped, or "
+                    "went on with another one (Wan 2.2 has a guider_2: give it the same object as both)"
+                )
+            self._expected = num_inference_steps
             self.run, self._network_calls = self._begin(len(self.guidance), "cpu"), {}
         elif self.run is None:
-            raise ValueError(f"a run starts at step 0, and this one at {step}: use Escape in a loop of your own")
+            raise ValueError(
+                f"a run starts at step 0, and this one at {step}: use Escape in a loop of your own; where a pipeline has two "
+                "guiders (Wan 2.2), give it the same object as both"
+            )
         elif step >= num_inference_steps or level == float(last):
             raise ValueError("the scheduler calls the network more than once a step, which a guider cannot see: use Sampler")
         self._branch = self.run.branch(level)
@@ -112,8 +128,10 @@ class BasinEscapeGuidance(BaseGuidance):
         if missing:
             raise ValueError(f"the last run never asked for {' and '.join(sorted(missing))}: its pictures cannot be judged")
 
+        noisiest = next(iter(self._network_calls.values())).network  # the first step's, where a pipeline has two
+
         def predict(x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-            calls = (self._network_calls[name] for name in ("pred_uncond", "pred_cond"))
+            calls = (replace(self._network_calls[name], network=noisiest) for name in ("pred_uncond", "pred_cond"))
             uncond, cond = (self._sign * call.repeated(x, float(timesteps[0])).reshape(x.shape) for call in calls)
             return uncond, cond
 
@@ -139,6 +157,8 @@ class BasinEscapeGuidance(BaseGuidance):
         if self.run.calls == 0 and (self.run.batch != len(first) or self.run.device != first.device):
             self.run = self._begin(len(first), first.device)
         pred = self.run(first, second, timestep=float(self._timestep))
+        for line in self.run.lost() if self.run.done else ():
+            log.warning(line)
         for name, own in (("pred_cond", pred_cond), ("pred_uncond", pred_uncond)):
             raw = self._raw.pop(name, None)
             if raw is not None and own is not None and raw.numel() == own.numel():

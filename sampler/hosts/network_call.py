@@ -5,6 +5,7 @@ Whatever else the host hands to the network (prompts, adapters, control, masks, 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -129,9 +130,15 @@ def _uncached(network: Any) -> AbstractContextManager[None]:
 
 @contextmanager
 def seen(network: Any, see: Callable[[NetworkCall, Any], Any]) -> Iterator[None]:
-    """`see` gets (call, output) of every call of the network, and its result is the output; compiled or not."""
+    """`see` gets (call, output) of every call of the network, and its result is the output; compiled or not.
+
+    Of the calls in this thread: pipelines in others may share the network.
+    """
+    watched = {threading.get_ident()}
 
     def told(given: tuple, named: dict[str, Any], output: Any) -> Any:
+        if threading.get_ident() not in watched:
+            return output
         return see(NetworkCall(network, dict(enumerate(given)) | named), output)
 
     compiled = network._compiled_call_impl
@@ -140,8 +147,10 @@ def seen(network: Any, see: Callable[[NetworkCall, Any], Any]) -> Iterator[None]
             yield
         return
     # Into what `network.compile()` made a hook would be compiled.
-    network._compiled_call_impl = lambda *given, **named: told(given, named, compiled(*given, **named))
+    network._compiled_call_impl = own = lambda *given, **named: told(given, named, compiled(*given, **named))
     try:
         yield
     finally:
-        network._compiled_call_impl = compiled
+        watched.clear()
+        if network._compiled_call_impl is own:  # else another thread has wrapped it, and goes on
+            network._compiled_call_impl = compiled

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,14 +18,13 @@ from ..detection.basin_score import LOG_SNR, Probe
 from ..detection.verdict import Verdict
 from ..guidance.guidance import Guidance, never_came
 from ..kernels.state import per_sample
-from .escape import Escape, judge
-from .known_pipelines import KnownPipeline, network_of
+from .known_pipelines import OFF, KnownPipeline, network_of
 from .network_call import NetworkCall, seen, sign_of, stacked
-from .scheduler_steps import steps_taken
+from .own_loop import Escape, judge
+from .scheduler_steps import stepping, steps_taken
 
 log = logging.getLogger(__name__)
 ON = 2.0  # a scale at which every pipeline asks for both predictions; it multiplies zero
-OFF = 1.0  # the largest at which a pipeline asks for one
 SEEDS = 2**63 - 1
 
 
@@ -79,7 +76,7 @@ class PipelineCall:
         with ExitStack() as stack:
             for network in (network for network in networks if network is not None):
                 stack.enter_context(seen(network, self._predicted))
-            stack.enter_context(_stepping(self.scheduler, self._step))
+            stack.enter_context(stepping(self.scheduler, self._step))
             try:
                 made = method(*bound.args, **bound.kwargs)
             finally:
@@ -142,7 +139,13 @@ class PipelineCall:
 
     def _predict(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """(uncond, cond), (B, ...) each, for latents (B, ...): what the scheduler would be given."""
-        made = [call.repeated(latents, float(timesteps[0])) for call in self._kept]
+        own = vars(self.pipe)
+        before = {name: own[name] for name in ("_current_timestep",) if name in own}  # which diffusers' caches ask for
+        own.update(dict.fromkeys(before, timesteps[0]))
+        try:
+            made = [call.repeated(latents, float(timesteps[0])) for call in self._kept]
+        finally:
+            own.update(before)
         earlier, later = made if self.known.pair else self._halves(made[0])[:2]
         uncond, cond = (later, earlier) if self.known.cond_first else (earlier, later)
         return self._sign * uncond.reshape(latents.shape), self._sign * cond.reshape(latents.shape)
@@ -153,13 +156,13 @@ class PipelineCall:
         followed = [_with_its_rule(one, known, given) for one in ([guidance] if isinstance(guidance, Guidance) else guidance)]
         self._per_token = given[known.per_token] if isinstance(known.per_token, str) else known.per_token
         changes: dict[str, Any] = {"guidance_rescale": 0.0}
-        if not given[known.scale] > OFF:
+        if not known.weight(given[known.scale]) > OFF:
             changes[known.scale] = ON
         if known.capped and given[known.capped]:
             changes[known.capped] = False
         self._changed = {name: (value, given[name]) for name, value in changes.items() if name in given}
         given |= {name: ours for name, (ours, _) in self._changed.items()}
-        if known.negated and all(value is None for name, value in given.items() if name.startswith("negative_prompt")):
+        if known.negated and given["negative_prompt"] is None and given["negative_prompt_embeds"] is None:
             given["negative_prompt"] = ""
         return followed[0] if isinstance(guidance, Guidance) else followed
 
@@ -181,15 +184,21 @@ class PipelineCall:
         self.arguments[name], self.arguments[wanted] = after, list(dict.fromkeys(["latents", *inputs]))
 
     def _follow_scale(self) -> None:
-        """Guidance that a callback has cut off stays off. Raises ValueError for another scale."""
+        """Guidance that a callback has cut off stays off. Raises ValueError for another scale, or another way to use it."""
+        for name in ("guidance_rescale", self.known.capped, self.known.per_token):
+            if name in self.arguments and vars(self.pipe).get(f"_{name}", self.arguments[name]) != self.arguments[name]:
+                raise ValueError(
+                    f"callback_on_step_end has set {name} to {vars(self.pipe)[f'_{name}']!r}, which escape cannot follow: give "
+                    "it in the call"
+                )
         given = self.arguments[self.known.scale]
         scale = vars(self.pipe).get("_" + self.known.scale, given)
-        if OFF < scale != given:
+        if OFF < self.known.weight(scale) != self.known.weight(given):
             raise ValueError(
                 f"callback_on_step_end has set {self.known.scale} to {scale!r}, which escape cannot follow: guidance that "
                 "varies over time is Guidance's shape and interval"
             )
-        self._cut_off |= scale <= OFF
+        self._cut_off |= self.known.weight(scale) <= OFF
 
     def _predicted(self, call: NetworkCall, output: Any) -> Any:
         """What the pipeline gets in the place of a network's output."""
@@ -320,17 +329,3 @@ def _first_call(scheduler: Any, timestep: Any) -> int:
         return begin
     told = torch.as_tensor(timestep).flatten()[0].to(scheduler.timesteps)
     return int((scheduler.timesteps == told).nonzero()[0]) if bool((scheduler.timesteps == told).any()) else 0
-
-
-@contextmanager
-def _stepping(scheduler: Any, take: Callable[..., Any]) -> Iterator[None]:
-    """`take` gets the scheduler's step and its arguments in the place of every step."""
-    step = scheduler.step
-    own = vars(scheduler).get("step")
-    scheduler.step = functools.wraps(step)(partial(take, step))
-    try:
-        yield
-    finally:
-        del scheduler.step
-        if own is not None:
-            scheduler.step = own

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from ..kernels.state import TransitionState, per_sample
-from .escape import Escape
 from .guidance_widgets import Settings
 from .noise_levels import scalings, timestep
+from .own_loop import Escape
 from .step_of_sigma import StepOfSigma
 
 logger = logging.getLogger(__name__)

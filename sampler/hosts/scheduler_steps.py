@@ -1,8 +1,10 @@
-"""Which of a scheduler's steps a run takes, their noise levels, and the step of each call of the network."""
+"""Which of a scheduler's steps a run takes, their noise levels, the step of each call of the network; and who takes them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -38,3 +40,26 @@ def steps_taken(scheduler: Any, timesteps: Tensor) -> StepsTaken:
     if levels is None:
         return StepsTaken([torch.nan] * int(first.sum()), None, step - step[0])
     return StepsTaken(levels.timestep[calls[0]][first], levels.log_snr[calls[0]][first], step - step[0])
+
+
+class _Taken(functools.partial):
+    """A scheduler's step that somebody takes in its place."""
+
+
+def is_taken(scheduler: Any) -> bool:
+    """Whether somebody is taking the scheduler's steps; it holds the state of one run."""
+    return isinstance(scheduler.step, _Taken)
+
+
+@contextmanager
+def stepping(scheduler: Any, take: Callable[..., Any]) -> Iterator[None]:
+    """`take` gets the scheduler's step and its arguments in the place of every step."""
+    step = scheduler.step
+    own = vars(scheduler).get("step")
+    scheduler.step = functools.wraps(step)(_Taken(take, step))
+    try:
+        yield
+    finally:
+        del scheduler.step
+        if own is not None:
+            scheduler.step = own

@@ -31,7 +31,7 @@ from torch import Tensor
 from ..detection.basin_score import Probe, suspects
 from ..kernels import guide
 from ..kernels.state import per_sample
-from .escape import Escape, each, judge
+from .own_loop import Escape, each, judge
 from .request_guidance import KEY, RequestGuidance, check_one_scale
 from .scheduler_steps import steps_taken
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from ..guidance.guidance import Guidance
 from ..kernels.state import per_sample
 from ..types import Branch
-from .escape import Escape, each
+from .own_loop import Escape, each
 from .request_guidance import KEY, RequestGuidance, check_one_scale
 from .scheduler_steps import steps_taken
 
@@ -81,6 +81,8 @@ class Request:
         guided = self.run(uncond, cond)
         if self.run.done:
             log.info(f"basinescape: request {self.id}: guided from step {self.run.transition_step.tolist()} on; -1: never")
+            for line in self.run.lost():
+                log.warning(f"basinescape: request {self.id}: {line}")
         return guided, self.run.weight
 
     def warn(self) -> None:

@@ -1,1 +1,1 @@
-"""Diffusers' schedulers as the loop sees them: noise levels, and linear solvers with their coefficients."""
+"""Diffusers' schedulers for the sampling loop: noise levels, and linear solvers with their coefficients."""

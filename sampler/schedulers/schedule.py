@@ -1,4 +1,4 @@
-"""diffusers' schedulers: made by name, set to a run, called as its pipelines call them, mapped to noise levels."""
+"""Make diffusers' schedulers by name, set their steps, call them as its pipelines do, and find their noise levels."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ SCHEDULERS: dict[str, tuple[str, dict]] = {
     "tcd": ("TCDScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
-OWN = "own"  # the pipeline's
+OWN = "own"  # the pipeline's own scheduler
 
 Family = Literal["vp", "edm", "flow"]
 
 
 def make_scheduler(choice: str | Scheduler | None, current: Scheduler) -> Scheduler:
-    """The scheduler `choice` names, configured as `current`; a scheduler stands for itself, None and "own" for `current`.
+    """The scheduler with the name `choice`, configured as `current`; `current` for None and "own"; a scheduler as it is.
 
-    Raises ValueError for an unknown name, for a name of another formulation than `current` has (its noise would not be the one
-    the network was trained on), and for a scheduler whose `step` is not diffusers' usual one; ImportError where the
+    Raises ValueError for an unknown name, for a name of another formulation than that of `current` (the network was not trained
+    on its noise), and for a scheduler whose `step` takes other arguments than diffusers' usual ones; ImportError if the
     scheduler's package is missing.
     """
     if isinstance(choice, str) and choice in SCHEDULERS:
@@ -81,13 +81,13 @@ def make_scheduler(choice: str | Scheduler | None, current: Scheduler) -> Schedu
 
 
 def _shifted(cls: type[Scheduler], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The shift of a flow's noise levels, which schedulers call by two names, as `cls` calls it."""
+    """The shift of a flow's noise levels under its name in `cls`: schedulers call it "shift" or "flow_shift"."""
     names, known = {"shift": "flow_shift", "flow_shift": "shift"}, inspect.signature(cls).parameters
     return {own: config[name] for own, name in names.items() if own in known and own not in config and name in config}
 
 
 def _named(formulation: Family) -> list[str]:
-    """The names of one formulation, by their first word."""
+    """The names of one formulation's schedulers, found by the first word of each name, after "own"."""
     first_words = {name: name.split("-")[0] for name in SCHEDULERS}
     return [OWN, *(name for name, word in first_words.items() if formulation == (word if word in ("edm", "flow") else "vp"))]
 
@@ -107,20 +107,20 @@ def configured(scheduler: Scheduler) -> tuple:
 
 
 def own_settings(scheduler: Scheduler) -> dict[str, Any]:
-    """A scheduler's settings, without those of other classes that `from_config` carries along."""
+    """A scheduler's settings, without those of other classes, which `from_config` keeps in its configuration."""
     known = inspect.signature(type(scheduler).__init__).parameters
     return {name: value for name, value in scheduler.config.items() if name in known}
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of a run, as diffusers' pipelines ask a scheduler for them.
+    """The steps of a run, in the arguments of diffusers' pipelines.
 
-    steps:         how many; ignored where timesteps or sigmas are given.
-    timesteps, sigmas: those of each step instead, for schedulers whose `set_timesteps` takes them; kept as tuples.
+    steps:         the number of steps; ignored if timesteps or sigmas are given.
+    timesteps, sigmas: one for each step, for schedulers whose `set_timesteps` takes them; kept as tuples.
     eta:           how stochastic DDIM and TCD are, 0 to 1 (Song et al., https://arxiv.org/abs/2010.02502, equation 16).
-    denoising_end: the share of the run after which another model goes on (SDXL's refiner); None for all of it.
-    mu:            how far a scheduler with dynamic shifting moves its noise levels; None: as suits the picture's size.
+    denoising_end: the share of the run after which another model continues (SDXL's refiner); None: the whole run.
+    mu:            how far a scheduler with dynamic shifting moves its noise levels; None: computed from the picture's size.
 
     Raises ValueError for anything else.
     """
@@ -146,7 +146,7 @@ class Schedule:
             object.__setattr__(self, "mu", checks.finite("mu", self.mu))
 
     def __str__(self) -> str:
-        """As a sentence goes on: "20 steps" and what else was asked for."""
+        """Text for messages: "20 steps", followed by the other settings."""
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "steps"}
         own = self.timesteps is not None or self.sigmas is not None
         words = [] if own else [f"{self.steps} step{'s' if self.steps > 1 else ''}"]
@@ -154,7 +154,7 @@ class Schedule:
 
 
 def _numbers(name: str, given: Sequence[float]) -> tuple[float, ...]:
-    """Whole numbers stay whole: some schedulers look them up in a table."""
+    """The numbers as a tuple. Whole numbers stay ints, because some schedulers look them up in a table."""
     try:
         numbers = tuple(value.item() if hasattr(value, "item") else value for value in given)
         finite = bool(np.isfinite(numbers).all())
@@ -166,13 +166,13 @@ def _numbers(name: str, given: Sequence[float]) -> tuple[float, ...]:
 
 
 def prepared(scheduler: Scheduler, schedule: Schedule, device: torch.device | str = "cpu") -> Scheduler:
-    """A fresh copy of `scheduler`, set to `schedule` and told its first step, so that no step looks it up on the device.
+    """A fresh copy of `scheduler`, set to `schedule` and to its first step, so that no step looks up its index on the device.
 
-    Raises ValueError where the scheduler cannot be set so.
+    Raises ValueError if the scheduler cannot take the schedule.
     """
     scheduler = copy.deepcopy(scheduler)
-    timesteps: Any = None if schedule.timesteps is None else list(schedule.timesteps)  # whole numbers, or not
-    sigmas: Any = None if schedule.sigmas is None else np.asarray(schedule.sigmas)  # some multiply them
+    timesteps: Any = None if schedule.timesteps is None else list(schedule.timesteps)  # ints or floats
+    sigmas: Any = None if schedule.sigmas is None else np.asarray(schedule.sigmas)  # some schedulers multiply it
     shifted = {} if schedule.mu is None else {"mu": schedule.mu}
     if shifted and not scheduler.config.get("use_dynamic_shifting"):
         raise ValueError(
@@ -202,7 +202,7 @@ def _step_parameters(scheduler: Any) -> frozenset[str]:
 def own_step(
     scheduler: Scheduler, guided: Tensor, timestep: Tensor, latents: Tensor, generators: list[torch.Generator], eta: float
 ) -> Tensor:
-    """The scheduler's own step, handed what diffusers' pipelines hand to it; its noise comes from the samples' generators."""
+    """Return the latents of the scheduler's own `step`, called as diffusers' pipelines do, with noise from `generators`."""
     takes = _step_parameters(scheduler.__class__)
     given: Mapping[str, Any] = {"eta": eta, "generator": generators}
     if getattr(scheduler, "noise_sampler", 0) is None:  # a Brownian path for each sample, seeded as the sample is
@@ -212,7 +212,7 @@ def own_step(
 
 
 def step_of_calls(scheduler: Scheduler) -> Tensor:
-    """The step of each network call of a prepared scheduler, (K,) int64: some call the network more than once a step."""
+    """(K,) int64, the step of each network call of a prepared scheduler. Some schedulers have several calls a step."""
     calls = torch.arange(len(scheduler.timesteps))
     if getattr(scheduler, "prk_timesteps", None) is not None:  # PNDM: Runge-Kutta steps of four calls, or a first step of two
         runge_kutta = len(scheduler.prk_timesteps)
@@ -223,12 +223,12 @@ def step_of_calls(scheduler: Scheduler) -> Tensor:
 
 
 class NoiseLevels(NamedTuple):
-    """The noise level of each call of a scheduler, in two units; (K,) float32 on the CPU both.
+    """The noise level of each call of a scheduler in two units, both (K,) float32 on the CPU.
 
-    timestep: in 0..1000 of the training schedule. Flow: 1000 t. EDM: where Stable Diffusion's schedule has the ratio
-              sigma / sigma_data of noise to data.
-    log_snr:  log(a^2 / s^2) of latents that are a * data + s * noise. Under EDM data of the deviation sigma_data count as data
-              of deviation 1.
+    timestep: in 0..1000 of the training schedule. Flow: 1000 t. EDM: the timestep at which Stable Diffusion's schedule has the
+              ratio sigma / sigma_data of noise to data.
+    log_snr:  log(a^2 / s^2) of latents a * data + s * noise. Under EDM, data of standard deviation sigma_data count as data of
+              standard deviation 1.
     """
 
     timestep: Tensor
@@ -236,7 +236,7 @@ class NoiseLevels(NamedTuple):
 
 
 def noise_levels(scheduler: Scheduler) -> NoiseLevels | None:
-    """Those of a prepared scheduler; None where its timesteps are not known to be noise levels."""
+    """The noise levels of a prepared scheduler; None if they are not known."""
     timesteps, own, formulation = scheduler.timesteps.float().cpu(), own_settings(scheduler), family(scheduler)
     sigmas: Any = getattr(scheduler, "sigmas", None)
     if formulation != "vp" and (sigmas is None or len(sigmas) - len(timesteps) not in (0, 1)):
@@ -244,7 +244,7 @@ def noise_levels(scheduler: Scheduler) -> NoiseLevels | None:
     if sigmas is not None:
         sigmas = torch.as_tensor(sigmas)[: len(timesteps)].float().cpu()
     if formulation == "flow":
-        noise = 1000 * (1 - sigmas if own.get("invert_sigmas") else sigmas)  # some models count it from 1 down
+        noise = 1000 * (1 - sigmas if own.get("invert_sigmas") else sigmas)  # some models count t from 1 down
         return NoiseLevels(noise, 2 * ((1 - noise / 1000) / (noise / 1000)).log())
     if formulation == "edm":
         ratio = sigmas / own["sigma_data"]
@@ -265,8 +265,8 @@ def vp_log_snr(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
 
 
 def timestep_of_ratio(ratio: Tensor, alphas_cumprod: Tensor | None = None) -> Tensor:
-    """The timesteps in 0..1000 at which a variance-preserving schedule, Stable Diffusion's by default, has these ratios of
-    noise to data."""
+    """The timesteps in 0..1000 at which a variance-preserving schedule has these ratios of noise to data. alphas_cumprod: of
+    the schedule; None: Stable Diffusion's."""
     if alphas_cumprod is None:
         alphas_cumprod = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()).cumprod(0)
     alphas = alphas_cumprod.double().numpy()

@@ -1,12 +1,12 @@
-"""Solvers: coefficient tables read off a diffusers scheduler, or the scheduler's own `step` where it is not linear.
+"""Solvers: coefficients measured on a diffusers scheduler, or the scheduler's own `step` if it is not linear.
 
-A deterministic one- or two-step solver is linear in what a step holds, whatever it predicts (epsilon, v, flow):
+A deterministic one- or two-step solver is linear in latents, guided prediction and history, for each prediction type:
 
     latents' = a * latents + b * guided + history        history' = p * latents + q * guided
 
 Euler (Karras et al., https://arxiv.org/abs/2206.00364), DDIM (https://arxiv.org/abs/2010.02502) and flow-matching Euler have
 p = q = 0; DPM-Solver++ 2M (https://arxiv.org/abs/2211.01095, Algorithm 2) keeps its last denoised prediction in `history`.
-The five numbers of each step are measured by handing the scheduler unit vectors, so they are the scheduler's own.
+The numbers of each step are measured by calling the scheduler with unit vectors, so they are the scheduler's own.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from .schedule import Schedule, noise_levels, own_step, prepared, scale_model_in
 
 @dataclass(frozen=True)
 class Solver:
-    """What the loop needs of a scheduler over K network calls, all on the CPU.
+    """The data of a scheduler that the loop needs for K network calls, all on the CPU.
 
-    schedule:     what the scheduler was asked for.
-    timesteps:    (K,) float32, what the network is told.
+    schedule:     the schedule that the scheduler was set to.
+    timesteps:    (K,) float32, the timesteps passed to the network.
     step:         (K,) int64, the step each call belongs to: second-order solvers call the network twice a step.
-    level:        (K,) float32, each call's noise level as the timestep in 0..1000 of the training schedule; None where that
-                  is not known.
-    log_snr:      (K,) float32, the same as log(a^2 / s^2) of latents that are a * data + s * noise; None where not known.
+    level:        (K,) float32, each call's noise level as a timestep in 0..1000 of the training schedule; None if it is not
+                  known.
+    log_snr:      (K,) float32, each call's noise level as log(a^2 / s^2) of latents a * data + s * noise; None if not known.
     input_scale:  (K,) float32, the factor on the latents at the network's input.
     init_sigma:   standard deviation of the initial noise.
-    scheduler:    what was measured.
-    coefficients: (K, 4) float32 a, b, p, q of the module's formula; None where only the scheduler's own `step` will do.
+    scheduler:    the scheduler that was measured.
+    coefficients: (K, 4) float32 a, b, p, q of the module's formula; None if the scheduler is not linear.
     """
 
     schedule: Schedule
@@ -50,9 +50,9 @@ class Solver:
 
     @classmethod
     def of(cls, scheduler: Scheduler, schedule: Schedule) -> Solver:
-        """Measure `scheduler` over `schedule`, without a draw from torch's global generator.
+        """Measure `scheduler` over `schedule`. torch's global generator keeps its state.
 
-        Raises ValueError for a scheduler that cannot take these steps, or that draws noise no seed decides.
+        Raises ValueError for a scheduler that cannot take these steps, or whose noise does not depend on the seed alone.
         """
         name = type(scheduler).__name__
         with torch.random.fork_rng(devices=[]):
@@ -121,20 +121,20 @@ class Solver:
         raise ValueError(f"no step is at or below timestep {timestep:g}: the last one is at {self.levels[-1]:g}")
 
     def first(self, call: int) -> tuple[float, float]:
-        """The coefficients a, b of a call that is the first of its run: it has no history."""
+        """The coefficients a, b of `call` if it is the first of its run and so has no history."""
         plan = _begun(self.scheduler, self.schedule, call)
         latents, guided = torch.eye(2, dtype=torch.float64).view(2, 1, 1, 1, 2)
         a, b = own_step(plan, guided, plan.timesteps[call], latents, _generators(), self.schedule.eta).flatten().tolist()
         return a, b
 
     def renoised(self, low: int, high: int) -> tuple[float, float]:
-        """(scale, sigma): scale * latents + sigma * noise is what call `low` is given, at the noise level of call `high`."""
+        """(scale, sigma): scale * latents + sigma * noise takes the latents of call `low` to the noise level of `high`."""
         (clean, noise), (signal, total) = (self._mixed(call) for call in (low, high))
         scale = signal / clean
         return scale, math.sqrt(total**2 - (scale * noise) ** 2)
 
     def _mixed(self, call: int) -> tuple[float, float]:
-        """The shares of clean latents and of noise in the latents that a call is given."""
+        """The factors on clean latents and on noise in the latents of a call."""
         plan = _begun(self.scheduler, self.schedule, call)
         one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
         t = plan.timesteps[call : call + 1]
@@ -148,7 +148,7 @@ class Solver:
 
 
 def _begun(scheduler: Scheduler, schedule: Schedule, call: int) -> Scheduler:
-    """A fresh copy that stands before `call`, its first."""
+    """A fresh copy of `scheduler`, set to start at `call`."""
     plan = prepared(scheduler, schedule)
     if hasattr(plan, "set_begin_index"):
         plan.set_begin_index(call)
@@ -156,12 +156,12 @@ def _begun(scheduler: Scheduler, schedule: Schedule, call: int) -> Scheduler:
 
 
 def _measure(scheduler: Scheduler, schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """The scale of the network's input (K,) and the coefficients (K, 4), in float64 as far as the scheduler's own numbers are.
+    """The scale of the network's input (K,) and the coefficients (K, 4), both float64, as exact as the scheduler's own numbers.
 
-    Call k is given unit vectors in two slots of its own, (latents, guided); what it returns in the slots of call k - j is its
-    coefficient on what that call was given.
+    The latents and the guided prediction of call k are unit vectors, each in a slot of its own. What the call returns in the
+    slots of call k - j are its coefficients on the latents and the prediction of that call.
     """
-    lags = 3  # one more than is used: a solver that looks further back shows there
+    lags = 3  # one more than is used, so that a dependence on call k - 2 does not add to a, b, p or q
     plan = prepared(scheduler, schedule)
     timesteps = plan.timesteps
     input_scale = torch.ones(len(timesteps), dtype=torch.float64)
@@ -172,12 +172,12 @@ def _measure(scheduler: Scheduler, schedule: Schedule) -> tuple[Tensor, Tensor]:
         latents, guided = slots[2 * (k % lags) :][:2].view(2, 1, 1, 1, 2 * lags)
         out = own_step(plan, guided, t, latents, _generators(), schedule.eta).view(lags, 2)
         response[k] = torch.stack([out[(k - j) % lags] for j in range(lags)])
-    history = torch.cat([response[1:, 1], response.new_zeros(1, 2)])  # what call k + 1 makes of call k is kept by call k
+    history = torch.cat([response[1:, 1], response.new_zeros(1, 2)])  # row k holds what call k + 1 makes of call k
     return input_scale, torch.cat([response[:, 0], history], dim=1)
 
 
 def _agrees(scheduler: Scheduler, schedule: Schedule, coefficients: Tensor) -> bool:
-    """Whether the scheduler's own steps on random predictions are those of the coefficients."""
+    """Whether the coefficients give the same latents as the scheduler's own steps on random predictions."""
     plan = prepared(scheduler, schedule)
     rng = torch.Generator().manual_seed(0)
     latents = torch.randn((1, 4, 8, 8), generator=rng, dtype=torch.float64) * getattr(plan, "init_noise_sigma", 1.0)
@@ -195,7 +195,7 @@ def _agrees(scheduler: Scheduler, schedule: Schedule, coefficients: Tensor) -> b
 
 
 def _trajectory(scheduler: Scheduler, schedule: Schedule, seed: int) -> Tensor:
-    """Where the scheduler's own steps lead with this seed of torch's global generator and always the same of the sample's."""
+    """The final latents of the scheduler's own steps. seed: of torch's global generator; the sample's is always 0."""
     torch.manual_seed(seed)
     plan, generators = prepared(scheduler, schedule), _generators()
     latents = torch.linspace(-1, 1, 16).view(1, 1, 4, 4)

@@ -13,11 +13,11 @@ from basinescape import Calibration, Guidance, Sampler
 from basinescape.bench import cli
 from basinescape.bench.methods import region
 from basinescape.calibration.baseline import CAPTIONS, Baseline, ordinary_prompts
-from basinescape.calibration.fingerprint import differing, fingerprint
 from basinescape.calibration.interpolation import curve, sound
 from basinescape.calibration.measure import calibrate
 from basinescape.commands.model_loading import found
 from basinescape.data.prompts import read_prompts
+from basinescape.models.fingerprint import differing, fingerprint
 
 PROMPTS = [f"a picture of a {name}" for name in ("cat", "frog", "dog", "fish", "crab")]
 STEPS = 5

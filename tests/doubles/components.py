@@ -317,12 +317,13 @@ def prompts(name, batch=2, seed=0):
 
 
 def call(name, pipe, scale=4.0, batch=2, steps=3, rows=slice(None), **more):
-    """The latents of a call with a seed for each sample; `rows`: which of the batch's samples."""
+    """The latents of a call with a seed for each sample. scale: None: left out. rows: which of the batch's samples."""
     double, dtype = PIPELINES[name], pipe.dtype
     given = {part: value[rows] for part, value in prompts(name, batch).items()}
     given |= {part: value.to(dtype) for part, value in given.items() if not double.listed and value.is_floating_point()}
     generators = [torch.Generator().manual_seed(seed) for seed in range(batch)][rows]
-    options = {"num_inference_steps": steps, double.scale: scale - double.shift, "generator": generators}
+    options = {} if scale is None else {double.scale: scale - double.shift}
+    options |= {"num_inference_steps": steps, "generator": generators}
     options |= {"output_type": "latent", "return_dict": False, **double.call, **given}
     return pipe(**(options | more))[0]
 

@@ -27,7 +27,7 @@ VLLM_OMNI = Host("vLLM-Omni", "vllm-omni", "0.30.0", "November 2026", "own code"
 FORGE = Host("Forge", "stable-diffusion-webui-forge", "dfdcbab", "June 2025", "own code", "test_webui.py")
 INVOKEAI = Host("InvokeAI", "invokeai", "6.14.2", "November 2026", "own code", "test_invokeai.py")
 HOSTS = [
-    Host("diffusers pipelines", "diffusers", "0.42.1", "November 2026", "package", "test_pipelines.py"),
+    Host("diffusers pipelines", "diffusers", "0.42.1", "November 2026", "package", "test_escape_pipeline.py"),
     Host("diffusers modular", "diffusers", "0.42.1", "November 2026", "package", "test_modular.py"),
     Host(
         "diffusers modular: Flux.2, Qwen-Image, Wan",

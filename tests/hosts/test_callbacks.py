@@ -6,7 +6,7 @@ import pytest
 import torch
 from basinescape import At, FirstMinimum, Guidance, escape
 from components import PIPELINES, build, call, stable_diffusion
-from diffusers import FirstBlockCacheConfig
+from diffusers import FasterCacheConfig, FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback, SDXLCFGCutoffCallback
 from rounding import close
 from smallguards import FAILS, PASSES
@@ -52,6 +52,25 @@ def test_a_callback_that_sets_another_scale_is_refused(random_pipeline):
     pipe = random_pipeline("sd", 8, "epsilon")
     with escape(pipe, FOUR), pytest.raises(ValueError, match=r"has set guidance_scale to 5\.0, which escape cannot follow"):
         stable_diffusion(pipe, callback_on_step_end=change)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("LTXPipeline", "guidance_rescale"),
+        ("ZImagePipeline", "cfg_normalization"),
+    ],
+)
+def test_a_callback_that_sets_what_follows_guidance_is_refused(name, option):
+    """The pipeline would do it to predictions that are guided already, where it changes nothing."""
+
+    def change(pipe, step, timestep, given):
+        setattr(pipe, "_" + option, 0.5)
+        return given
+
+    pipe = build(name)
+    with escape(pipe, FOUR), pytest.raises(ValueError, match=rf"has set {option} to 0\.5, which escape cannot follow"):
+        call(name, pipe, callback_on_step_end=change)
 
 
 @pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "QwenImagePipeline", "WanPipeline"])
@@ -155,12 +174,12 @@ def test_a_transition_that_never_came_is_said(random_pipeline, caplog):
     pipe = random_pipeline("sd", 8, "epsilon")
     never = Guidance.delayed(4.0, until=FirstMinimum(drop=0.99))
     with caplog.at_level(logging.WARNING, "basinescape"), escape(pipe, [never, FOUR]) as run:
-        stable_diffusion(pipe)
+        stable_diffusion(pipe, 4.0)
     assert run.transition_step.tolist() == [-1, 0]
     assert [line for line in caplog.messages if "1 of 2 samples had no transition in 6 steps" in line]
     caplog.clear()
     with escape(pipe, FOUR):
-        stable_diffusion(pipe)
+        stable_diffusion(pipe, 4.0)
     assert not caplog.messages
 
 
@@ -225,6 +244,25 @@ def test_a_network_that_keeps_parts_of_its_calls_judges_anew():
         call(name, pipe)
         first = run.judge().score
         assert torch.equal(run.judge().score, first) and (first - expected).abs().max() < 1
+
+
+@pytest.mark.parametrize("config", [PyramidAttentionBroadcastConfig, FasterCacheConfig])
+def test_a_cache_that_asks_for_the_timestep_does_not_change_a_verdict(config):
+    """Of the same latents: a pipeline has none between its calls, and what such a cache keeps is left out."""
+    name, ranges = "CogVideoXPipeline", {"spatial_attention_block_skip_range": 2}
+    if config is FasterCacheConfig:
+        ranges |= {"unconditional_batch_skip_range": 2, "attention_weight_callback": lambda _: 0.3, "tensor_format": "BFCHW"}
+    pipe = build(name)
+    with escape(pipe, FOUR) as run:
+        plain = call(name, pipe, steps=6)
+        uncached = run._calls[-1]
+    pipe.transformer.enable_cache(config(**ranges, current_timestep_callback=lambda: pipe.current_timestep))
+    with escape(pipe, FOUR) as run:
+        latents = call(name, pipe, steps=6)
+        found = run.judge().score
+    assert pipe.current_timestep is None and not torch.equal(latents, plain)
+    pipe.transformer.disable_cache()
+    assert torch.allclose(found, uncached.judge(0.3, 2, latents).score, atol=1e-4)
 
 
 def make_flux():

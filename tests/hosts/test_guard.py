@@ -1,16 +1,19 @@
 """Guards under `escape`: judged and begun again as our sampler does it, in every family; what else such a call may meet."""
 
+import copy
 import json
+from dataclasses import replace
 from itertools import islice
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from basinescape import At, Guard, Guidance, Sampler, escape
+from basinescape import At, Calibration, Guard, Guidance, Sampler, escape
 from basinescape.detection.basin_score import Probe, nearer, noises
 from basinescape.guidance.guard import PROBES, Attempt
 from basinescape.hosts.pipeline_call import PipelineCall
+from basinescape.models.fingerprint import fingerprint
 from components import PIPELINES, SEEDS, WORDS, build, call, stable_diffusion
 from diffusers import StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
@@ -136,6 +139,37 @@ def test_the_pipelines_that_ship_agree_with_the_sampler():
     assert torch.equal(run.attempts, out.attempts) and run.attempts.max() > 1 and run.attempts.min() == 1
     assert torch.equal(run.suspect, out.suspect) and torch.allclose(run.score, out.score, atol=0.02)
     assert np.abs(made.images - out.images).max() <= 2 / 255
+
+
+def test_a_guard_of_another_models_calibration_is_said(random_pipeline, caplog):
+    """Not of the same model in another dtype or under offload; a guard that was written and read back is as good."""
+    pipe, other = random_pipeline("sd", 8, "epsilon"), random_pipeline("sd", 8, "epsilon")
+    for parameter in other.unet.parameters():
+        parameter.data.mul_(0.9)
+    own = fingerprint(pipe)
+    measured = Calibration({}, 6, 4.0, (900.0, 500.0), (1.0, 1.0), (0.0,) * 400, ((1.0, 1.0),) * 400, own)
+    made = Guidance.guard(4.0, measured)
+    for guarded, said in ((made, True), (replace(made, early=None), False)):
+        caplog.clear()
+        with escape(pipe, guarded):
+            assert ["early look is left out" in message for message in caplog.messages] == [True] * said
+    caplog.clear()
+    with escape(other, replace(made, early=None)):
+        assert "made on another model (its unet" in caplog.text
+    for model, said in ((other, 1), (pipe, 0)):  # a sampler says it once a guard
+        caplog.clear()
+        sampler, guarded = Sampler.from_pipeline(model), replace(made, early=None)
+        for seed in range(2):
+            sampler(["a cat"], seed, 2, guarded, output="latent", progress=False)
+        assert caplog.text.count("made on another model (its unet") == said
+    caplog.clear()
+    read = Guidance.from_dict(json.loads(json.dumps(replace(made, early=None).to_dict())))
+    assert read == replace(made, early=None) and hash(read) == hash(replace(made, early=None))
+    with escape(other, read), escape(copy.deepcopy(pipe).to(torch.bfloat16), replace(made, early=None)):
+        pass
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    with escape(pipe, replace(made, early=None)):
+        assert "another model" not in caplog.text
 
 
 def test_the_output_is_the_pipelines_own_class(random_pipeline):

@@ -7,8 +7,8 @@ import oracle
 import pytest
 import torch
 from basinescape import At, FirstMinimum, Guidance
-from basinescape.hosts.escape import judge
 from basinescape.hosts.guidance_widgets import MINIMUM, WIDGETS
+from basinescape.hosts.own_loop import judge
 from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
 from hosts_tested import INVOKEAI
 from rounding import close

@@ -209,6 +209,24 @@ def test_samplers_of_uneven_steps_are_refused_before_work(kd, name):
     assert not network.calls
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_of_another_order_is_refused_before_work(kd, name):
+    network, order = Toy(), SAMPLERS[name]
+    model = kd[1].CompVisDenoiser(network)
+    with pytest.raises(ValueError, match=f"sample_{name} calls the model {order} times a step: give order={order}"):
+        sampled(kd, name, model, EscapeDenoiser(model, MINIMUM, order=3 - order))
+    assert not network.calls
+
+
+def test_a_run_of_one_step_is_followed_by_another(kd):
+    """Though sigma is the same again."""
+    model, (x, uncond, cond) = kd[1].CompVisDenoiser(Toy()), given()
+    denoiser = EscapeDenoiser(model, Guidance.delayed(4.0, until=At(900), before=1.0))
+    for _ in range(2):
+        kd[0].sample_euler(denoiser, x, torch.tensor([9.0, 0.0]), extra_args={"cond": cond, "uncond": uncond}, disable=True)
+        assert denoiser.run.calls == 1
+
+
 def test_samples_of_a_batch_go_their_own_ways(kd):
     guidance = [Guidance.delayed(4.0, until=At(700)), Guidance.opposite(2.0, scale=3.0, until=At(400))]
     model = kd[1].CompVisDenoiser(Toy())
@@ -269,6 +287,8 @@ def test_what_it_cannot_do_is_one_line(kd):
         sampled(kd, "euler", model, EscapeDenoiser(model, guidance, steps=STEPS))
     with pytest.raises(ValueError, match="transition_step is known when the denoiser has been called"):
         EscapeDenoiser(model, MINIMUM).transition_step  # noqa: B018
+    with pytest.raises(ValueError, match=r"cond_scale is 7\.5, and the guidance has its own scale: leave it out"):
+        EscapeDenoiser(model, MINIMUM)(x, torch.ones(BATCH), cond=x, uncond=x, cond_scale=7.5)
     with pytest.raises(ValueError, match="order must be a whole number"):
         EscapeDenoiser(model, Guidance.cfg(4.0), order=0)
     with pytest.raises(ValueError, match="needs a loop that can: use Sampler"):

@@ -14,6 +14,7 @@ from diffusers.modular_pipelines.qwenimage.modular_blocks_qwenimage import QwenI
 from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3 import StableDiffusion3T2ICoreDenoiseStep
 from diffusers.modular_pipelines.stable_diffusion_xl import StableDiffusionXLAutoBlocks
 from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseStep
+from diffusers.modular_pipelines.wan.modular_blocks_wan22 import Wan22CoreDenoiseStep
 
 STEPS, SCALE = 5, 4.0
 BLOCKS = {"StableDiffusion3Pipeline": StableDiffusion3T2ICoreDenoiseStep, "WanPipeline": WanCoreDenoiseStep}
@@ -154,6 +155,56 @@ def test_it_is_saved_and_loaded(tmp_path):
         assert loaded.guidance == (guidance if isinstance(guidance, list) else [guidance])
         assert BasinEscapeGuidance(guidance).new().guidance == loaded.guidance
         assert "BasinEscapeGuidance" in repr(loaded)
+
+
+def test_a_transition_that_never_comes_is_said(denoised, caplog):
+    for guidance, line in (
+        (Guidance.delayed(SCALE, until=FirstMinimum(drop=0.99)), "2 of 2 samples had no transition in 5 steps"),
+        (Guidance.delayed(SCALE, until=At(1000)), "is plain guidance here"),
+        (Guidance.cfg(SCALE), None),
+    ):
+        caplog.clear()
+        denoised(BasinEscapeGuidance(guidance))
+        told = [record.getMessage() for record in caplog.records if record.name.startswith("basinescape")]
+        assert len(told) == (line is not None) and all(line in one for one in told)
+
+
+@pytest.fixture(scope="module")
+def two_guiders():
+    """Wan 2.2: one transformer and guider for the earlier steps, and one of each for the later ones."""
+    stock, later = build("WanPipeline"), build("WanPipeline")
+    for parameter in later.transformer.parameters():
+        parameter.data.mul_(0.8)
+    pipe = Wan22CoreDenoiseStep().init_pipeline()
+    pipe.update_components(transformer=stock.transformer, transformer_2=later.transformer, scheduler=stock.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(SHAPES["WanPipeline"], generator=torch.Generator().manual_seed(0))
+
+    def run(**guiders):
+        pipe.update_components(**guiders)
+        given = prompts("WanPipeline") | PIPELINES["WanPipeline"].call | {"latents": noise, "num_inference_steps": STEPS}
+        return pipe(**given, output="latents")
+
+    return run
+
+
+def test_a_pipeline_with_two_guiders_takes_one_as_both(two_guiders, caplog):
+    """One for the earlier steps alone is said when the next run begins; one for the later steps alone is refused."""
+    stock = ClassifierFreeGuidance(guidance_scale=SCALE)
+    expected = two_guiders(guider=stock, guider_2=ClassifierFreeGuidance(guidance_scale=SCALE))
+    guider = BasinEscapeGuidance(Guidance.cfg(SCALE))
+    assert torch.equal(two_guiders(guider=guider, guider_2=guider), expected)
+    assert guider.run.calls == STEPS and "steps with this guider" not in caplog.text
+    later = BasinEscapeGuidance(Guidance.delayed(SCALE, until=At(680)))  # which asks the second network alone for both
+    two_guiders(guider=later, guider_2=later)
+    scores = [one.judge(expected, build("WanPipeline").scheduler, [0, 1]).score for one in (guider, later)]
+    assert scores[0].isfinite().all() and torch.allclose(*scores, rtol=1e-3, atol=1e-6)
+    alone = BasinEscapeGuidance(Guidance.cfg(SCALE))
+    for _ in range(2):
+        assert torch.equal(two_guiders(guider=alone, guider_2=stock), expected) and 0 < alone.run.calls < STEPS
+    assert caplog.text.count(f"the last run took {alone.run.calls} of its {STEPS} steps with this guider") == 1
+    with pytest.raises(ValueError, match="give it the same object as both"):
+        two_guiders(guider=stock, guider_2=BasinEscapeGuidance(Guidance.cfg(SCALE)))
 
 
 def test_what_it_cannot_follow_is_refused(xl):

@@ -8,7 +8,7 @@ import torch
 from basinescape import At, FirstMinimum, Guidance
 from basinescape.detection.basin_score import Probe
 from basinescape.guidance.guard import PROBES
-from basinescape.hosts.escape import judge
+from basinescape.hosts.own_loop import judge
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hosts_tested import SGLANG
 from rounding import close

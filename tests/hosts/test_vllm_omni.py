@@ -138,6 +138,13 @@ def test_each_request_is_what_the_definition_says(server, mode, caplog):
         assert torch.equal(denoise(server, mode, [one], slice(i, i + 1))[0][0], found[i])
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_transition_that_never_came_is_said(server, mode, caplog):
+    denoise(server, mode, [Guidance.delayed(SCALE, until=FirstMinimum(drop=0.99)), DELAYED, None])
+    assert [line for line in caplog.messages if "request 0: 1 of 1 samples had no transition" in line]
+    assert "request 1" not in caplog.text
+
+
 def test_first_minima_are_each_samples_own(server):
     latents, transitions, _ = expected([MINIMUM] * 3)
     assert len(set(transitions.tolist())) > 1

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from basinescape import At, Calibration, FirstMinimum, Guidance, Sampler
-from basinescape.calibration.fingerprint import differing, fingerprint
 from basinescape.data.prompts import Job
 from basinescape.models import adapt
+from basinescape.models.fingerprint import differing, fingerprint
 from basinescape.runs.jsonl_journal import read_lines
 from bulkruns import make
 from families import CASES

@@ -1,4 +1,4 @@
-"""Transition rules, one a file. A new one is its file and its name in the list below."""
+"""Transition rules, one in each file. To add one, write its file and add its name to the list below."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ for _rule in (At, FirstMinimum, Fallen, Settled):
 
 
 def words() -> list[str]:
-    """What `rule_named` knows beside FILE.py:NAME."""
+    """The words that `rule_named` accepts, apart from FILE.py:NAME."""
     return [rule.word for rule in RULES.values() if rule.word]
 
 
 def rule_named(name: str) -> type[Transition]:
-    """The rule that a word or class name stands for, or that FILE.py:NAME holds, which is run for it.
+    """Return the rule with this word or class name. For FILE.py:NAME run that file and register its rule NAME.
 
-    Raises ValueError where there is none, FileNotFoundError for a missing file.
+    Raises ValueError if there is no such rule, FileNotFoundError for a missing file.
     """
     for rule in RULES.values():
         if name in (rule.word, rule.__name__):
@@ -46,7 +46,7 @@ def rule_named(name: str) -> type[Transition]:
 
 
 def check(text: str) -> None:
-    """Raises what `named` does for a text that is neither a number nor a rule's name."""
+    """Raise the errors of `named` for a text that is neither a number nor a rule's name."""
     try:
         float(text)
     except ValueError:
@@ -54,9 +54,9 @@ def check(text: str) -> None:
 
 
 def named(text: str, calibration: Calibrated | None = None, **given: Any) -> Transition:
-    """The transition that a user types: a timestep in 0..1000, or a name as for `rule_named` with its options.
+    """Return the transition for a text that a user typed: a timestep in 0..1000, or a name as for `rule_named`.
 
-    given: options; None for those that nobody gave. Raises ValueError for what does not fit.
+    given: options of the rule; None: not given. Raises ValueError for a text or options that do not fit.
     """
     try:
         timestep = float(text)

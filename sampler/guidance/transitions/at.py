@@ -1,4 +1,4 @@
-"""The static transition: a noise level."""
+"""The static transition, at a noise level."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class At(Transition):
     """The transition is the first step at or below a noise level (the paper's static transition point). Give one of:
 
     timestep: in 0..1000 of the training schedule; schedulers that count otherwise (EDM, flow) are mapped by noise level.
-    log_snr:  log(a^2 / s^2) of latents that are a * data + s * noise: the first step at or above it. It means the same amount
-              of noise on every model, where a timestep does not.
+    log_snr:  log(a^2 / s^2) of latents a * data + s * noise; the transition is the first step at or above it. A log SNR means
+              the same amount of noise on every model, but a timestep does not.
 
     Raises ValueError for anything else.
     """
@@ -37,9 +37,9 @@ class At(Transition):
             raise ValueError(f"timestep must be at most 1000, which is noise (0 is the image); got {self.timestep:g}")
 
     def over(self, timesteps: Sequence[float], log_snrs: Sequence[float] | None) -> At:
-        """The same as a timestep, for steps at these timesteps in 0..1000 and log SNRs; below all where no step comes so far.
+        """The same with a timestep, for steps at these timesteps in 0..1000 and log SNRs; -1 if no step reaches the log SNR.
 
-        Raises ValueError where the log SNRs are asked for and not known.
+        Raises ValueError if the log SNRs are needed and not known.
         """
         if self.log_snr is None:
             return self
@@ -49,7 +49,7 @@ class At(Transition):
         return At(next((timestep for timestep, log_snr in steps if log_snr >= self.log_snr), -1.0))
 
     def criteria(self, levels: Sequence[float]) -> list[Criterion]:
-        """By the steps' timesteps; see `over` for a log SNR."""
+        """ALWAYS at and below the timestep. Raises ValueError for a log SNR, which `over` converts first."""
         if self.timestep is None:
             raise ValueError(f"{self!r} is not laid over the steps of a scheduler yet: see over")
         return [ALWAYS if t <= self.timestep else NEVER for t in levels]

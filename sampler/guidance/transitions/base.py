@@ -1,9 +1,9 @@
-"""What a transition rule is, and the registry in which commands, hosts and files find it by name."""
+"""The base classes of transition rules, and the registry in which commands, hosts and files find rules by name."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
@@ -13,9 +13,9 @@ from ..early import EarlyLook
 
 
 class Criterion(NamedTuple):
-    """What makes a sample leave its basin at a step, as columns of the step table; by default nothing does.
+    """Conditions under which a sample leaves its basin at a step, as columns of the step table. By default it never does.
 
-    keep:  the first minimum of the noise gap shows there, and is at most `keep` times the largest gap before it.
+    keep:  the step before had a local minimum of the noise gap, at most `keep` times the largest earlier gap.
     limit: the gap is at most `limit`; infinity: every sample leaves.
     fall:  the gap is below `fall` times the largest gap before it.
     wait:  steps from there to the transition.
@@ -28,11 +28,14 @@ class Criterion(NamedTuple):
 
 
 NEVER, ALWAYS = Criterion(), Criterion(limit=math.inf)
-MEASURED = Criterion(limit=-1.0)  # no gap is as small: the step measures the gap and decides nothing by itself
+MEASURED = Criterion(limit=-1.0)  # no gap is so small, so the step measures the gap and lets no sample leave
 
 
 class Calibrated(Protocol):
-    """What guidance may ask of a calibration; `calibration.Calibration` has it."""
+    """The members of a calibration that guidance uses; `calibration.Calibration` has them."""
+
+    @property
+    def model(self) -> Mapping[str, Any]: ...
 
     def settled(self, **given: float) -> Transition: ...
 
@@ -42,13 +45,13 @@ class Calibrated(Protocol):
 
 
 class Transition:
-    """Where the weight of guidance changes. A rule is a frozen dataclass derived from this class, and registered.
+    """The step at which the weight of guidance changes. A rule is a registered frozen dataclass derived from this class.
 
-    A rule that the columns of the step table can state overrides `criteria`. One that needs a statistic of its own derives from
+    A rule that the columns of the step table can express overrides `criteria`. A rule with a statistic of its own derives from
     `Statistic`.
 
-    word:     what `--until` calls it; None: nothing. label: what a menu calls it; None: no menu offers it.
-    earliest_step: the first step at which it can show, so the earliest that a deadline makes sense.
+    word:     its name for `--until`; None: it has none. label: its name in menus; None: no menu offers it.
+    earliest_step: the first step at which the transition can come, and so the earliest useful deadline.
     """
 
     word: ClassVar[str | None] = None
@@ -56,7 +59,7 @@ class Transition:
     earliest_step: ClassVar[int] = 0
 
     def criteria(self, levels: Sequence[float]) -> list[Criterion]:
-        """What makes a sample leave at each step. levels: the steps' timesteps in 0..1000, NaN where they are not known.
+        """The criterion of each step. levels: the steps' timesteps in 0..1000, NaN where they are not known.
 
         Raises ValueError for steps that the rule is not made for.
         """
@@ -64,9 +67,9 @@ class Transition:
 
     @classmethod
     def asked(cls, calibration: Calibrated | None = None, **given: Any) -> Transition:
-        """The rule as a command or a menu asks for it. given: its fields; None for those that keep their default.
+        """Make the rule from the options of a command or a menu. given: its fields; None: the default.
 
-        Raises ValueError for a field that it has not.
+        Raises ValueError for a field that the rule does not have.
         """
         given = {name: value for name, value in given.items() if value is not None}
         known = cls.field_names()
@@ -76,7 +79,7 @@ class Transition:
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        """Its name and options as plain data; `Guidance.from_dict` reads it back."""
+        """Its class name and options as plain data; `Guidance.from_dict` reads them."""
         return {"rule": type(self).__name__, **{name: getattr(self, name) for name in self.field_names()}}
 
     @classmethod
@@ -86,10 +89,9 @@ class Transition:
 
 
 class Statistic(Transition):
-    """A rule by a statistic of its own, computed on the device from the noise gaps so far.
+    """A rule with a statistic of its own, computed on the device from the noise gaps so far.
 
-    The gaps are measured in every step until the transition. The table's columns hold besides, so `criteria` may state a
-    deadline.
+    The gaps are measured in every step until the transition. The criteria also apply, so `criteria` may add a deadline.
     """
 
     def criteria(self, levels: Sequence[float]) -> list[Criterion]:
@@ -98,24 +100,24 @@ class Statistic(Transition):
     def leaves(self, gaps: Tensor, step: Tensor) -> Tensor:
         """(B,) bool: which samples leave their basin in the step they are at, which then has the weight after the transition.
 
-        gaps: (B, N) float32 on the device, the noise gap of each solver step: of the current one and those before it; NaN where
-              none was measured and in steps that are still to come. N is at least the number of steps.
-        step: (B,) int64 on the device, the step each sample is at, from 0; samples of one batch may be at different ones.
+        gaps: (B, N) float32 on the device, the noise gap of each solver step up to the current one; NaN where no gap was
+              measured, and in later steps. N is at least the number of steps.
+        step: (B,) int64 on the device, the current step of each sample, from 0. Samples of one batch may be at different steps.
 
-        Called once a step for all samples of a batch, before the step is guided. What it says of samples that have left, or
-        have another rule, is not used. Tensor operations alone: the host must not read a value.
+        Called once a step for all samples of a batch, before the step is guided. The result is ignored for samples that have
+        left already or have another rule. Use tensor operations only: the host must not read a value.
         """
         raise NotImplementedError
 
 
-RULES: dict[str, type[Transition]] = {}  # by the name of the class, as `Guidance.to_dict` has it
+RULES: dict[str, type[Transition]] = {}  # by class name, as in `Guidance.to_dict`
 R = TypeVar("R", bound=type[Transition])
 
 
 def register(rule: R) -> R:
-    """Files, `--until` and ComfyUI's menu find the rule by its name from now on; also as a class decorator.
+    """Register the rule, so that files, `--until` and ComfyUI's menu find it by name. It can be used as a class decorator.
 
-    Raises ValueError where another rule has its name, word or label.
+    Raises ValueError if another rule has its name, word or label.
     """
     for other in RULES.values():
         same = rule.__name__ == other.__name__ or {rule.word, rule.label} & {other.word, other.label} - {None}
@@ -126,6 +128,6 @@ def register(rule: R) -> R:
 
 
 def until_deadline(each: Criterion, levels: Sequence[float], latest: int | None) -> list[Criterion]:
-    """`each` at every step before `latest`, where every sample that still waits leaves. None: it may wait for ever."""
+    """The criterion `each` at every step before `latest`, and ALWAYS from there on. latest None: no deadline."""
     deadline = len(levels) if latest is None else latest
     return [ALWAYS if k >= deadline else each for k in range(len(levels))]

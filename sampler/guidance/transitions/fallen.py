@@ -1,4 +1,4 @@
-"""A transition where the noise gap has fallen to a share of its largest value."""
+"""A transition at the step where the noise gap has fallen below a share of its largest value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Fallen(Transition):
     """The transition is the first step whose noise gap is below `share` times the largest one before it, per sample.
 
     share:  above 0 and at most 1.
-    latest: a deadline: a sample still waiting at this step transitions there. None: it may wait for ever.
+    latest: a deadline: a sample without a transition before this step has it here. None: no deadline.
 
     Raises ValueError for anything else.
     """
@@ -34,5 +34,5 @@ class Fallen(Transition):
             checks.at_least("latest", self.latest, 1)
 
     def criteria(self, levels: Sequence[float]) -> list[Criterion]:
-        """At any step but the first, which has no gap before it."""
+        """The same criterion at each step. It cannot hold at the first, which has no gap before it."""
         return until_deadline(Criterion(fall=self.share), levels, self.latest)

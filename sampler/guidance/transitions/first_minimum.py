@@ -13,12 +13,12 @@ from .base import NEVER, Criterion, Transition, until_deadline
 class FirstMinimum(Transition):
     """The transition is the first local minimum of the noise gap d, per sample (the paper's dynamic transition point).
 
-    Step k is the transition if d[k-2] > d[k-1] < d[k], strictly; step k is already guided with the weight after it.
+    Step k is the transition if d[k-2] > d[k-1] < d[k], strictly. Step k itself already has the weight after the transition.
     The defaults are the paper's rule.
 
     earliest: the first step that may be the transition, at least 2.
-    latest:   a deadline: a sample still waiting at this step transitions there. None: it may wait for ever.
-    drop:     how deep the minimum must be, against noise: d[k-1] <= (1 - drop) * max(d[0..k-1]), with 0 <= drop < 1.
+    latest:   a deadline: a sample without a transition before this step has it here. None: no deadline.
+    drop:     required depth of the minimum, against noise: d[k-1] <= (1 - drop) * max(d[0..k-1]), with 0 <= drop < 1.
 
     Raises ValueError for anything else.
     """
@@ -40,7 +40,7 @@ class FirstMinimum(Transition):
             raise ValueError(f"drop must be at least 0 and below 1, got {self.drop:g}")
 
     def criteria(self, levels: Sequence[float]) -> list[Criterion]:
-        """Not before `earliest`."""
+        """No transition before `earliest`."""
         steps = until_deadline(Criterion(keep=1 - self.drop), levels, self.latest)
         return [NEVER if k < self.earliest else step for k, step in enumerate(steps)]
 

@@ -1,4 +1,4 @@
-"""A transition by comparison with ordinary prompts."""
+"""A transition that compares the noise gap with that of ordinary prompts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .base import Calibrated, Criterion, Transition
 
 @dataclass(frozen=True)
 class Settled(Transition):
-    """The transition is `wait` steps after the noise gap has come down to that of ordinary prompts. A rule of this project.
+    """The transition comes `wait` steps after the noise gap has fallen to that of ordinary prompts. A rule of this project.
 
-    ordinary: the usual gap of each step, on trajectories with the weight before the transition: the median over prompts known
-              not to be memorized, of this model, scheduler and number of steps (`basinescape analyze` measures it).
+    ordinary: the usual gap of each step under the weight before the transition: the median over prompts known not to be
+              memorized, for this model, scheduler and number of steps (`basinescape analyze` measures it).
     factor:   a sample has settled at the first step whose gap is at most `factor` times the ordinary one.
     wait:     steps from there to the transition.
-    latest:   a deadline: a sample still waiting transitions at this step. None: it may wait for ever.
+    latest:   a deadline: a sample without a transition before this step has it here. None: no deadline.
 
     Raises ValueError for anything else.
     """
@@ -42,13 +42,13 @@ class Settled(Transition):
 
     @classmethod
     def over(cls, ordinary: Sequence[float], factor: float = 1.5, wait: float = 0.16, latest: float = 0.48) -> Settled:
-        """With wait and latest as shares of the steps, by default as chosen on a small pipeline in bench/RESULTS.md."""
+        """Make the rule with wait and latest as shares of the steps. Defaults: from a small pipeline, see bench/RESULTS.md."""
         steps = len(ordinary)
         return cls(tuple(ordinary), factor, round(wait * steps), max(round(latest * steps), round(wait * steps)))
 
     @classmethod
     def asked(cls, calibration: Calibrated | None = None, **given: Any) -> Transition:
-        """With the gaps that a calibration measured. Raises ValueError without one, and for options."""
+        """Make the rule with the gaps that a calibration measured. Raises ValueError without a calibration, and for options."""
         if calibration is None:
             raise ValueError(
                 "until 'settled' needs a calibration, which `basinescape calibrate --settled` makes, and the model has none"

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from basinescape.guidance.guard import PROBES, THRESHOLD
-from basinescape.hosts.escape import judge
 from basinescape.hosts.guidance_widgets import Widget
 from basinescape.hosts.noise_levels import denoiser_probe, is_flow
+from basinescape.hosts.own_loop import judge
 from torch import Tensor
 
 from .described import Node, Output

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...detection.basin_score import Probe
 from ...detection.verdict import Verdict
-from ..escape import Escape, judge
 from ..guidance_widgets import Settings
+from ..own_loop import Escape, judge
 from ..scheduler_steps import steps_taken
 
 FIRST = -1000  # before other extensions change what was combined

@@ -22,9 +22,11 @@ from torch import Tensor
 from ..detection.verdict import Verdict
 from ..guidance.guard import PROBES, THRESHOLD, Guard
 from ..guidance.guidance import Guidance
-from .escape import Escape, each
-from .known_pipelines import KnownPipeline, known_pipeline
+from ..models.fingerprint import another_model
+from .known_pipelines import OFF, KnownPipeline, known_pipeline
+from .own_loop import Escape, each
 from .pipeline_call import PipelineCall
+from .scheduler_steps import is_taken
 
 log = logging.getLogger(__name__)
 
@@ -32,25 +34,30 @@ log = logging.getLogger(__name__)
 def escape(pipe: DiffusionPipeline, guidance: Guidance | Guard | Sequence[Guidance]) -> EscapeRun:
     """From here on every call of `pipe` is guided by `guidance`: to the end of `with escape(...) as run:`, or to `run.leave()`.
 
-    guidance: of all samples, or a list of one a sample, all of one rule; or a guard. Its scale counts, not that in the call.
+    guidance: of all samples, or a list of one a sample, all of one rule; or a guard. Its scale counts, not that in the call:
+              the log says so, once for each, where a call gives another. The call's may be left out.
 
     The call's `guidance_rescale` is followed, and a pipeline's own renormalisation for weights above 1. Steps count from the
     first that is taken (image to image takes the later ones of a schedule). Guidance that a callback cuts off stays off. Where
-    the call's scale would switch guidance off, callbacks find 2 as `pipe.guidance_scale` meanwhile.
+    the call's scale would switch guidance off, callbacks find 2 as `pipe.guidance_scale` meanwhile; as `pipe.guidance_rescale`,
+    which is followed, they find 0. A pipeline that needs a negative prompt for guidance is given an empty one where the call
+    has none.
 
     A guard judges what the pipeline made, and calls it again for all samples while any is suspect: with the same arguments and
     the next noise of the call's generators, but without `latents`, which are the first attempt's alone. Each sample is returned
     from the attempt that it passed, else from the last. The noises that judge it are made from its generator's seed, or from 0.
-    A calibrated guard's early look is left out, since the samples of a batch go on together. Callbacks are called in each. An
-    error in a later attempt does not lose what the attempts before it made: that is returned, its suspect samples stay marked,
-    the log says so, and `run.error` holds the error.
+    A calibrated guard's early look is left out, since the samples of a batch go on together: the log says so, and where the
+    calibration was made on another model. Callbacks are called in each. An error in a later attempt does not lose what the
+    attempts before it made: that is returned, its suspect samples stay marked, the log says so, and `run.error` holds the
+    error.
 
-    The log says how many samples their transition never came for.
+    The log says how many samples their transition never came for, and that a `with` ended without a call of `pipe`.
 
     Raises ValueError for a pipeline that is not guided by two predictions, or is inside another `escape`, and for guidance that
     needs a loop of its own; when `pipe` is called, for arguments that cannot be followed and pictures that cannot be judged;
-    after the first step where the pipeline did not step with the guided prediction; for a copy of `pipe` that was made in here,
-    and a run that is entered after it was left. On leaving the pipeline is what it was before, after errors too.
+    where its scheduler is in the middle of another such call (threads may share a network, not a scheduler); after the first
+    step where the pipeline did not step with the guided prediction; for a copy of `pipe` that was made in here, and a run that
+    is entered after it was left. On leaving the pipeline is what it was before, after errors too.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise ValueError(f"pipe must be a diffusers pipeline, got {type(pipe).__name__}: in another loop use Escape")
@@ -62,7 +69,20 @@ def escape(pipe: DiffusionPipeline, guidance: Guidance | Guard | Sequence[Guidan
     known = known_pipeline(pipe)
     for one in [attempt.guidance for attempt in guidance.attempts] if isinstance(guidance, Guard) else [guidance]:
         each(one)
+    if isinstance(guidance, Guard):
+        _tell_calibrated(pipe, guidance)
     return EscapeRun(pipe, known, guidance)
+
+
+def _tell_calibrated(pipe: DiffusionPipeline, guard: Guard) -> None:
+    """Log what of a guard's calibration does not hold in this pipeline."""
+    if guard.early is not None:
+        log.warning(
+            "the guard's early look is left out: in a pipeline the samples of a batch go on together, so that none is given up "
+            "before it is finished; Sampler has it"
+        )
+    if other := another_model(guard.model or {}, pipe):
+        log.warning(other)
 
 
 class _Escaping:
@@ -73,8 +93,11 @@ class EscapeRun:
     """A pipeline inside `escape`, and what is known of its last call: of each of B samples what its attempt came to."""
 
     def __init__(self, pipe: DiffusionPipeline, known: KnownPipeline, guidance: Guidance | Guard | Sequence[Guidance]):
-        self._pipe, self._known_pipeline, self._host = pipe, known, type(pipe)
+        self._pipe: Any = pipe
+        self._known_pipeline, self._host = known, type(pipe)
         self._guidance = guidance if isinstance(guidance, (Guidance, Guard)) else list(guidance)
+        self._told: set[str] = set()  # of the calls' own scales
+        self._called = False
         self._forget()
         scales = {f"_{name}" for name in (known.scale, known.capped, "guidance_rescale")}
         self._before = {name: value for name, value in vars(pipe).items() if name in scales}
@@ -83,7 +106,14 @@ class EscapeRun:
         def call(own: DiffusionPipeline, *given: Any, **named: Any) -> Any:
             if own is not pipe:
                 raise ValueError("pipe is a copy of one inside escape: copy it outside, and guide the copy by itself")
+            if is_taken(self._pipe.scheduler):
+                raise ValueError(
+                    "pipe's scheduler is in the middle of another call inside escape, in another thread or in a callback: give "
+                    "each pipeline a scheduler of its own (their networks may be shared), or make one call after another"
+                )
             bound = inspect.signature(self._host.__call__).bind(own, *given, **named)
+            self._called = True
+            self._tell_scale(bound.arguments.get(known.scale))
             bound.apply_defaults()
             return self._run(bound.arguments)
 
@@ -95,8 +125,13 @@ class EscapeRun:
             raise ValueError("this run has been left, and guides nothing any more: call escape again")
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.leave()
+        if kind is None and not self._called:
+            log.warning(
+                f"this {self._host.__name__} was not called inside escape, so nothing was guided: another pipeline, even of "
+                "the same parts, needs an escape of its own"
+            )
 
     def leave(self) -> None:
         """The pipeline is what it was before `escape`; what is known of its last call stays known."""
@@ -176,6 +211,22 @@ class EscapeRun:
         found = torch.stack([getattr(state, name) for state in self._known(name)])
         taken = torch.zeros(found.shape[1], dtype=torch.int64) if self._taken is None else self._taken
         return found[taken.to(found.device), torch.arange(found.shape[1], device=found.device)]
+
+    def _tell_scale(self, named: float | None) -> None:
+        """Log that a scale given in the call does not count, where the guidance has another. None: left out."""
+        if named is None:
+            return
+        given, weight = float(named), self._known_pipeline.weight(float(named))
+        guided = self._guidance if isinstance(self._guidance, list) else [self._guidance]
+        scales = dict.fromkeys(one.scale for one in guided)
+        if scales.keys() == {weight}:
+            return
+        means = "switches guidance off" if weight <= OFF else f"is weight {weight:g}" if weight != given else ""
+        line = f"{self._known_pipeline.scale}={given:g} in the call of {self._host.__name__}{means and f' {means} there, and'}"
+        line += f" does not count: the guidance's own scale does, {', '.join(f'{scale:g}' for scale in scales)}"
+        if line not in self._told:
+            self._told.add(line)
+            log.warning(line)
 
     def _run(self, arguments: Mapping[str, Any]) -> Any:
         """A call of the pipeline, or as many as a guard asks for."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from basinescape import At, Escape, Fallen, FirstMinimum, Guidance, Sampler, Settled
 from basinescape.detection.basin_score import Probe
-from basinescape.hosts.escape import judge
+from basinescape.hosts.own_loop import judge
 from basinescape.kernels import definition
 from basinescape.kernels.table import Column
 from diffusers import DDIMScheduler, StableDiffusionPipeline

@@ -42,6 +42,14 @@ def differing(one: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[
     return [name for name in PARTS if not _same(one.get(name), other.get(name))]
 
 
+def another_model(measured: Mapping[str, Mapping[str, Any]], pipe: DiffusionPipeline) -> str | None:
+    """What is to be said where a calibration that was measured on the one is used on `pipe`; None for the same model."""
+    if not measured or not (other := differing(measured, fingerprint(pipe))):
+        return None
+    told = f"the calibration was made on another model (its {', '.join(other)} differ)"
+    return f"{told}: what is ordinary here may be something else; calibrate this one"
+
+
 def _part(part: nn.Module) -> dict[str, Any]:
     # "text_model" and "_orig_mod": the same weights under another version of transformers, and compiled
     tensors = {name.removeprefix("_orig_mod.").removeprefix("text_model."): x for name, x in part.named_parameters()}
@@ -68,7 +76,7 @@ def _same(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> boo
     if one is None or other is None:
         return one is other
     if one["form"] != other["form"] or len(one["sample"]) != len(other["sample"]):
-        return False
+        return one["form"] == other["form"]  # of tensors that are offloaded to disk the form alone is known
     mine, others = (torch.tensor(part["sample"], dtype=torch.float64) for part in (one, other))
     if one["dtype"] == other["dtype"]:
         return torch.equal(mine, others)

@@ -21,7 +21,7 @@ from .. import checks
 from ..detection import basin_score
 from ..detection.verdict import Verdict
 from ..guidance.guard import PROBES, THRESHOLD, Guard
-from ..guidance.guidance import Guidance, first_of_step
+from ..guidance.guidance import Guidance, first_of_step, never_came
 from ..kernels import guide_step
 from ..kernels.operands import is_dense
 from ..kernels.state import Latents, State, TransitionState, Workspace
@@ -156,6 +156,12 @@ class Escape:
         """(B, steps) float32 on the CPU: ||cond - uncond||_2 at each step, NaN where it has not been yet."""
         return self._transition.gaps.cpu()
 
+    def lost(self) -> list[str]:
+        """What is to be said at a run's end: of guidance whose transition changed nothing, or of samples it never came for."""
+        idle = [line for one in self._distinct if (line := one.idle(self.timesteps)) is not None]
+        line = never_came(self.transition_step, len(self.timesteps))
+        return idle or ([] if line is None else [line])
+
     def _rows(self) -> Tensor:
         """The rows of each distinct guidance, one after another: (K * distinct, len(Column)) float32 on the CPU."""
         return torch.cat([table_of(laid) for laid in self._columns()])
@@ -200,7 +206,7 @@ def each(guidance: Guidance | Guard | Sequence[Guidance | Guard], batch: int | N
     if isinstance(guidance, Guard) or (isinstance(guidance, Sequence) and any(isinstance(one, Guard) for one in guidance)):
         raise ValueError(
             "a guard begins samples again, which this loop cannot: use Sampler or escape(pipe, guard), or plain guidance here "
-            "and basinescape.hosts.escape.judge for the finished pictures"
+            "and basinescape.hosts.own_loop.judge for the finished pictures"
         )
     given = [guidance] * (batch or 1) if isinstance(guidance, Guidance) else guidance
     found = [one for one in given if isinstance(one, Guidance)] if isinstance(given, Sequence) else []

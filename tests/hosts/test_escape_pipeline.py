@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from basinescape import At, FirstMinimum, Guidance, escape
-from components import PIPELINES, build, call, prompts, stable_diffusion
-from diffusers import DDIMPipeline, StableDiffusion3Pipeline, WanTransformer3DModel
+from components import PIPELINES, WORDS, build, call, prompts, stable_diffusion
+from diffusers import DDIMPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, WanTransformer3DModel
 from PIL import Image
 from rounding import close
+from smallguards import FAILS, PASSES
+from smallguards import delays as guard
 
 FOUR = Guidance.cfg(4.0)
 PICTURE = Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8))
@@ -33,6 +35,45 @@ def test_plain_cfg_is_the_pipelines_own(doubles, name):
     assert close(found, stock) if PIPELINES[name].shift else torch.equal(found, stock)
     assert run.transition_step.tolist() == [0, 0] and run.calls == 3 and run.noise_gap.isfinite().all()
     assert torch.equal(call(name, pipe, 4.0), stock)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_scale_in_the_call_that_does_not_count_is_said_once(doubles, caplog, name):
+    """Not one that is left out, nor one that means what the guidance says; images are the guidance's in each case."""
+    pipe, own = doubles(name), PIPELINES[name].scale
+    off, stock = (call(name, pipe, weight) for weight in (1.0, 4.0))
+    caplog.clear()
+    with escape(pipe, FOUR):
+        expected = call(name, pipe, None)
+        assert close(expected, stock) and torch.equal(call(name, pipe, 4.0), expected) and not scales_told(caplog)
+        for weight in (7.0, 7.0, 1.0, 0.0):
+            assert torch.equal(call(name, pipe, weight), expected)
+    told = scales_told(caplog)
+    assert len(told) == 3 and all(own in message and message.endswith("own scale does, 4") for message in told)
+    assert ["switches guidance off" in message for message in told] == [False, True, True]
+    caplog.clear()
+    with escape(pipe, Guidance.cfg(1.0)):  # what the pipeline does where guidance is off
+        assert close(call(name, pipe, 1.0), off) and not scales_told(caplog)
+        call(name, pipe, 4.0)
+    assert f"{own}={4.0 - PIPELINES[name].shift:g} in the call of {name}" in caplog.text
+
+
+def test_a_scale_in_the_call_is_compared_with_all_of_the_guidances(random_pipeline, caplog):
+    """Given by place as by name; of a guard once, whatever it begins again."""
+    pipe = random_pipeline("sd", 8, "epsilon")
+    with escape(pipe, [FOUR, Guidance.cfg(3.0)]):
+        stable_diffusion(pipe, 4.0)
+    assert caplog.text.count("guidance_scale=4 in the call") == 1 and "own scale does, 4, 3" in caplog.text
+    caplog.clear()
+    with escape(pipe, guard(FAILS, PASSES)) as run:
+        pipe(WORDS, None, None, 6, None, None, torch.tensor(4.0), output_type="latent")
+        assert not scales_told(caplog)
+        pipe(WORDS, None, None, 6, None, None, torch.tensor([5.0]), output_type="latent")
+    assert run.attempts.tolist() == [2, 2] and len(scales_told(caplog)) == 1
+
+
+def scales_told(caplog):
+    return [message for message in caplog.messages if "does not count: the guidance's own scale does" in message]
 
 
 @pytest.mark.parametrize("name", ["SanaPipeline", "LTXPipeline", "CogVideoXPipeline"])
@@ -129,8 +170,8 @@ def test_a_negative_prompt_is_given_where_guidance_needs_one(doubles):
     name = "FluxPipeline"
     pipe, asked, given = copy.copy(doubles(name)), [], prompts(name)
 
-    def encoded(prompt=None, prompt_embeds=None, pooled_prompt_embeds=None, **named):
-        asked.append(prompt)
+    def encoded(prompt=None, prompt_2=None, prompt_embeds=None, pooled_prompt_embeds=None, **named):
+        asked.append((prompt, prompt_2))
         if prompt_embeds is None:
             prompt_embeds, pooled_prompt_embeds = given["negative_prompt_embeds"], given["negative_pooled_prompt_embeds"]
         return prompt_embeds, pooled_prompt_embeds, torch.zeros(prompt_embeds.shape[1], 3)
@@ -138,8 +179,10 @@ def test_a_negative_prompt_is_given_where_guidance_needs_one(doubles):
     pipe.encode_prompt = encoded
     expected = call(name, pipe, 4.0)
     with escape(pipe, FOUR):
-        found = call(name, pipe, negative_prompt_embeds=None, negative_pooled_prompt_embeds=None)
-    assert torch.equal(found, expected) and asked == [None, None, None, ""]
+        for second in (None, "a dog"):  # which the pipeline takes no guidance from alone
+            none = {"negative_prompt_embeds": None, "negative_pooled_prompt_embeds": None, "negative_prompt_2": second}
+            assert torch.equal(call(name, pipe, **none), expected)
+    assert asked == [(None, None)] * 3 + [("", None), (None, None), ("", "a dog")]
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "SanaPipeline", "QwenImagePipeline", "WanPipeline"])
@@ -229,6 +272,22 @@ def test_what_would_go_unguided_in_silence_is_refused(random_pipeline):
     wrapped = Wrapping(**build("StableDiffusion3Pipeline").components)
     with pytest.raises(ValueError, match="__call__ does not name guidance_scale"):
         escape(wrapped, FOUR)
+
+
+def test_a_with_that_guides_nothing_is_said(random_pipeline, caplog):
+    """As where another pipeline is made from this one, and called."""
+    pipe, said = random_pipeline("sd", 8, "epsilon"), "was not called inside escape, so nothing was guided"
+    with escape(pipe, FOUR):
+        made = StableDiffusionPipeline.from_pipe(pipe)
+        made.set_progress_bar_config(disable=True)
+        stable_diffusion(made)
+    assert caplog.text.count(said) == 1
+    caplog.clear()
+    with pytest.raises(RuntimeError), escape(pipe, FOUR):
+        raise RuntimeError
+    with escape(pipe, FOUR):
+        stable_diffusion(pipe)
+    assert said not in caplog.text
 
 
 def copying(network, given):
