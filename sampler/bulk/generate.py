@@ -114,7 +114,7 @@ def _executor(plans: Plans, slots: int, files: Files, placement: Placement) -> E
 def _fill(
     writes: Writer, files: Files, executor: Executor, part: JobShare, plans: Plans, forecast: Forecast, shown: Progress
 ) -> None:
-    """Make what is missing in a run's folder."""
+    """Make the images that a run's folder lacks."""
     with Journal(writes.out / MANIFEST, writes.finished) as journal, shown, Stop() as stop, closing(executor):
         part.record(writes.out)
 

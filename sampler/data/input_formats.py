@@ -37,7 +37,7 @@ Rows = Iterator[Row]
 
 
 class NoText(ValueError):
-    """Raised for a table none of whose columns holds prompts."""
+    """Raised for a table without a column of prompts."""
 
 
 def in_utf8(text: str) -> str:
@@ -92,7 +92,7 @@ def json_lines(path: Path) -> Rows:
 
 
 def _json(text: str) -> Any:
-    """The value of JSON text. Raises ValueError for what is no JSON or has a key twice."""
+    """Return the value of JSON text. Raises ValueError if the text is not JSON, or an object in it has a key twice."""
     try:
         return json.loads(text.lstrip(BOM), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -118,7 +118,7 @@ def row_of(text: str) -> dict[str, Any]:
 
 
 def _named(found: Any) -> dict[str, Any]:
-    """Return an object as a row, with the names of `names.columns`. Raises ValueError for what is no object of valid text."""
+    """Return an object as a row, with the names of `names.columns`. Raises ValueError for other values and for invalid text."""
     if not isinstance(found, Mapping):
         raise ValueError(f'must be an object such as {{"prompt": "a cat"}}, got {json.dumps(found, ensure_ascii=False)[:60]}')
     names = columns(tuple(found))

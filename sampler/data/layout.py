@@ -40,9 +40,9 @@ class Layout:
 
     @cached_property
     def tables(self) -> list[Path]:
-        """The tables of captions: METADATA or, where there is none and no picture has a text beside it, others with captions.
+        """The tables of captions: METADATA files. Without any, and without texts beside pictures: other tables with captions.
 
-        Raises ValueError for a folder with two files of METADATA.
+        Raises ValueError for a folder with two METADATA files.
         """
         homes = [path.parent for path in self._metadata]
         twice = next((home for home in homes if homes.count(home) > 1), None)
@@ -81,7 +81,7 @@ class Layout:
         return next((path for found in texts for path in found.values()), None)
 
     def find(self, name: str, home: Path) -> Path:
-        """The picture that a table in the folder `home` names: in `home`, or else the only picture whose path ends in `name`.
+        """Return the picture that a table in the folder `home` names: in `home`, else the only one whose path ends in `name`.
 
         Raises ValueError where no picture or several fit.
         """

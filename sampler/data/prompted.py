@@ -142,7 +142,7 @@ def _while_whole(rows: Rows, name: str, faults: Faults) -> Rows:
 
 
 def _tar(path: Path, ids: Ids, faults: Faults) -> Iterator[Prompted]:
-    """The samples of a WebDataset: members in a row whose names are the same up to the first dot."""
+    """Yield the pictures of a WebDataset. Its samples are consecutive members with the same name up to the first dot."""
     held: dict[str, tuple[str, bytes]] = {}
     last = None
     try:

@@ -43,7 +43,7 @@ class Faults:
         self.on_error, self.skipped = on_error, 0
 
     def __call__(self, said: str) -> None:
-        """said: the file, the place in it, what is wrong, and what is allowed."""
+        """Report a fault. said: the file, the place in it, what is wrong, and what is allowed."""
         if self.on_error == "stop":
             raise ValueError(said)
         self.skipped += 1

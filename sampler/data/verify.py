@@ -67,7 +67,7 @@ def _unlisted(writes: Writer, jobs: Jobs, listed: Iterable[int]) -> Iterator[Wro
 
 
 def _inspection(settings: Mapping[str, Any]) -> Callable[[bytes], str | None]:
-    """Return a function that returns what is wrong with the XMP or the signature of a run's picture."""
+    """Return a function that checks the XMP and the signature of a run's picture, and returns what is wrong, or None."""
     format, signed = settings["format"], "c2pa_certificate" in settings
     marked = "prompt_metadata" in settings  # older versions marked no picture, and latents have no marks
     if signed:
