@@ -1,1 +1,1 @@
-"""Calibrations: what ordinary prompts give on a model, how it is measured, and which model it belongs to."""
+"""Calibrations: the basin scores and noise gaps of ordinary prompts on a model, and the fingerprint of that model."""

@@ -15,11 +15,11 @@ from ..guidance.transitions import Settled
 from ..models.loading import ASSETS, located
 from .interpolation import curve, five_digits
 
-# Guidance may begin where the unguided gap of ordinary prompts has risen to this share of its largest value. The share fits the
-# onset sweep of one model (bench/RESULTS.md): for another model it is a first guess, which a sweep of its own can correct.
+# Guidance may begin at the step where the unguided gap of ordinary prompts reaches this share of its maximum. The share fits
+# the onset sweep of one model (bench/RESULTS.md). For another model it is a first guess, which its own sweep can correct.
 RISEN = 0.65
 STATIC = 500.0  # the paper's static transition
-LIST = "ordinary.jsonl"  # in a model's folder: its own ordinary prompts, where photographic captions are none
+LIST = "ordinary.jsonl"  # in a model's folder: its own ordinary prompts, if photographic captions do not suit it
 CAPTIONS = ASSETS / "captions.jsonl"  # about 200 photographic captions
 
 
@@ -30,7 +30,7 @@ def ordinary_prompts(model: str) -> Path:
 
 
 def unguided(steps: int) -> Guidance:
-    """No guidance in any step, but the noise gap of each: the sample waits for a gap of 0, which never comes."""
+    """Return guidance of weight 0 that measures the noise gap of every step, because its transition needs a gap of 0."""
     return Guidance.delayed(1.0, until=Settled((0.0,) * steps))
 
 
@@ -40,10 +40,10 @@ class Baseline:
 
     low, high:  the 5th and the 95th percentile of each step's gap under plain guidance.
     unguided:   the median gap of each step without guidance, for `Settled`; empty where it was not measured.
-    transition: the static transition, a timestep: where the unguided gap has risen to RISEN of its largest; STATIC where it was
-                not measured or does not rise, as under flow matching.
-    stable:     the stable region of plain guidance: name of a norm -> its (mean, standard deviation) in every step but the last
-                (Huang et al., KDD 2026); None where it was not measured.
+    transition: the static transition, a timestep: the first where the unguided gap is RISEN times its largest or more; STATIC
+                where that gap was not measured or does not rise, as under flow matching.
+    stable:     the stable region of plain guidance: name of a norm -> its (mean, standard deviation) in every step except the
+                last (Huang et al., KDD 2026); None where it was not measured.
     """
 
     low: tuple[float, ...]
@@ -54,7 +54,7 @@ class Baseline:
 
     @classmethod
     def of(cls, plain: Tensor, free: Tensor | None, levels: Sequence[float]) -> Baseline:
-        """From the gaps under plain guidance and, if measured, without any, both (n, steps), at timesteps in 0..1000."""
+        """Compute it from gaps (n, steps) under plain guidance and, unless None, without any. levels: timesteps in 0..1000."""
         low, high = map(five_digits, plain.quantile(torch.tensor([0.05, 0.95]), dim=0).tolist())
         if free is None:
             return cls(low, high)
@@ -64,6 +64,6 @@ class Baseline:
         return cls(low, high, five_digits(usual.tolist()), transition)
 
     def fitted(self, known: Sequence[float], wanted: Sequence[float]) -> Baseline:
-        """The same at other noise levels, interpolated; without the stable region, whose norms hold for its own steps alone."""
+        """Interpolate from the levels `known` to `wanted`. Drops the stable region, which holds only for its own steps."""
         low, high, free = (curve(known, gaps, wanted) if gaps else () for gaps in (self.low, self.high, self.unguided))
         return Baseline(low, high, free, self.transition)

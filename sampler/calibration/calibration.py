@@ -33,17 +33,17 @@ EARLY = 0.1  # the share of all steps after which a guard may give an attempt up
 
 @dataclass(frozen=True)
 class Calibration:
-    """What n plainly guided pictures of ordinary prompts measure on one model, scheduler, number of steps and scale.
+    """The measurements of n pictures of ordinary prompts under plain guidance, on one model, scheduler, step number and scale.
 
     settings:   how they were made: scheduler, dtype, device, versions, size, options, and the model's name.
-    steps, scale: of each run.
-    timesteps:  of the steps, in 0..1000. gap: the median noise gap of each step. Both are empty where only scores are known.
+    steps, scale: the number of steps and the guidance scale of each picture.
+    timesteps:  the steps' timesteps, in 0..1000. gap: the median noise gap of each step. Empty if only scores are known.
     scores:     (n) the basin scores.
     first_gaps: (n, LOOKED or fewer) the noise gaps of each picture's first steps, divided by the median of the step.
     model:      the model's `fingerprint`; empty in a calibration made by hand.
-    baseline:   the spread of the gaps, and what else is usual; None in a calibration made by hand.
+    baseline:   the spread of the gaps and other usual values; None in a calibration made by hand, or where the gaps are empty.
 
-    Raises ValueError for numbers that are not finite: a threshold made of them would let everything pass.
+    Raises ValueError for numbers that are not finite, because a threshold from them would let every picture pass.
     """
 
     settings: Mapping[str, Any]
@@ -82,17 +82,17 @@ class Calibration:
     ) -> Calibration:
         """Sample ordinary prompts with plain guidance, and keep their basin scores and noise gaps.
 
-        prompts: which the model has not memorized; a guard's default thresholds need FEW or more.
+        prompts: two or more that the model has not memorized; a guard's default thresholds need FEW or more.
         seeds:   one a prompt, or one for the first prompt, counted up from there.
-        settled: also measure the gaps without guidance, which `Settled` needs. It takes twice as long.
-        resume:  a file that keeps each measured batch; a run that was stopped goes on from it.
+        settled: also measure the gaps without guidance, which `Settled` needs. This doubles the time.
+        resume:  a file that keeps each measured batch, so that a stopped run can continue.
 
         A sample that is not finite is made again in float32 where the model is in half precision. If that does not help, it is
         left out, and a warning names it.
 
         Raises ValueError for bad arguments, and if fewer than two samples are finite.
         """
-        from .measure import measure  # which makes a calibration
+        from .measure import measure  # here, because that module imports this one
 
         return measure(sampler, prompts, seeds, steps, scale, settled, batch_size, progress, resume)
 
@@ -118,14 +118,14 @@ class Calibration:
         return len(self.scores)
 
     def threshold(self, rate: float) -> float:
-        """The basin score above which an ordinary picture is with a probability of at most `rate`; see `_conformal`.
+        """Return the basin score that an ordinary picture exceeds with a probability of at most `rate`; see `_conformal`.
 
         Raises ValueError for a rate that needs more pictures.
         """
         return _conformal(self.scores, rate)
 
     def early(self, rate: float, scale: float) -> EarlyLook | None:
-        """The rule that gives up hopeless plain attempts, and ordinary ones with a probability of at most `rate`.
+        """Return the early look of a guard. It gives up an ordinary attempt with a probability of at most `rate`.
 
         None where no gaps are known. Raises ValueError for another scale than the calibration's, and what `threshold` raises.
         """
@@ -138,10 +138,10 @@ class Calibration:
         return EarlyLook(self.gap, self.timesteps, steps, _conformal(means, rate))
 
     def fitted(self, sampler: Sampler, steps: int) -> Calibration:
-        """The calibration for this sampler's steps: itself where they are those that were measured, else interpolated.
+        """Return the calibration for the sampler's steps: itself if these were measured, else with interpolated gaps.
 
-        Logs what `made_on` does. Logs a warning, and leaves the gaps out, if the steps are too far from the measured ones. The
-        scores do not depend on the steps, and stay.
+        Logs the warnings of `made_on`. Logs a warning and drops the gaps if the steps are too far from the measured
+        ones. The scores are kept, because they do not depend on the steps.
         """
         self.made_on(sampler)
         levels, known = tuple(round(level, 3) for level in sampler.solver(steps).levels), self.timesteps
@@ -165,7 +165,7 @@ class Calibration:
         return 0 < len(self.timesteps) == len(levels) and all(abs(known - level) <= 1 for known, level in pairs)
 
     def made_on(self, sampler: Sampler) -> bool:
-        """Whether it was made on the sampler's model, in its size of pictures. Logs a warning for each that is another one."""
+        """Whether it was made on the sampler's model and picture size. Logs a warning for each of the two that differs."""
         if other := another_model(self.model, sampler.pipe):
             log.warning(other)
         own, size = sampler.size(), tuple(self.settings.get("size", sampler.size()))
@@ -195,13 +195,13 @@ class Calibration:
 
     @staticmethod
     def beside(model: str | Path) -> Path | None:
-        """The calibration file in a model's folder, or in that of a pipeline that ships, by its name; None without one."""
+        """Return the calibration file of a model, or None. model: its folder, or the name of a shipped pipeline."""
         path = Path(located(model)) / FILE
         return path if path.is_file() else None
 
     @classmethod
     def load(cls, path_or_name: str | Path) -> Calibration:
-        """Read a file, or that in a model's folder, or the calibration of a pipeline that ships, by its name.
+        """Read a calibration. path_or_name: a file, a model's folder, or the name of a shipped pipeline.
 
         Raises FileNotFoundError for a missing file, ValueError for one that is no calibration.
         """
@@ -222,13 +222,13 @@ class Calibration:
 
 
 def steps_and_scale(sampler: Sampler, known: Calibration | None, steps: int | None, scale: float | None) -> tuple[int, float]:
-    """Those that are given, else the calibration's, else those of the model's own pipeline."""
+    """Return steps and scale: the given ones, else the calibration's, else the defaults of the model's pipeline."""
     own = (sampler.model.own_steps, sampler.model.own_scale) if known is None else (known.steps, known.scale)
     return (own[0] if steps is None else steps), (own[1] if scale is None else scale)
 
 
 def _conformal(values: Sequence[float], rate: float) -> float:
-    """The bound that a new ordinary value exceeds with a probability of at most `rate`: number ceil((n + 1)(1 - rate)) of n.
+    """Return the bound that a new ordinary value exceeds with probability <= rate: value number ceil((n + 1)(1 - rate)) of n.
 
     Split conformal prediction (Vovk et al.; Angelopoulos & Bates, https://arxiv.org/abs/2107.07511, section 1).
     """
@@ -243,5 +243,5 @@ def _conformal(values: Sequence[float], rate: float) -> float:
 
 
 def _tuples(value: Any) -> Any:
-    """The tuples that JSON keeps as lists."""
+    """Convert nested lists, as JSON reads them, to tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

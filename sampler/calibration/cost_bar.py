@@ -1,4 +1,4 @@
-"""A bar of progress over many samples, after a line that says what they will cost."""
+"""A progress bar over many samples, after a line that estimates their cost."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..guidance.guidance import Guidance
 from ..runs.progress import FORMAT, duration
 from ..sampler import Sampler
 
-TIMED = 2  # steps that are timed, of one batch, after one to warm up
-WORTH = 20  # times what timing costs: a shorter run is not timed
+TIMED = 2  # the steps of one batch that are timed, after one step to warm up
+WORTH = 20  # a run that takes less than so many times the timing is not timed
 
 
 @dataclass(frozen=True)
 class PlainRuns:
-    """How many samples are made with plain guidance.
+    """The settings of many samples that are made with plain guidance.
 
-    steps, scale: of a whole run. size: samples a batch. progress: whether to show it.
+    steps, scale: the settings of a whole sample. size: samples in a batch. progress: whether to show progress.
     """
 
     sampler: Sampler
@@ -33,9 +33,9 @@ class PlainRuns:
     progress: bool
 
     def bar(self, what: str, unit: str, total: int, done: int, waiting: Sequence[str], steps: int | None = None) -> tqdm:
-        """A bar of `what`, over `total` units of which so many are done, after a line on stderr with the samples to make.
+        """Return a bar named `what` over `total` units, of which `done` are finished. First writes the expected cost to stderr.
 
-        waiting: the prompts of these. steps: that are taken of each, from the first on; None: all.
+        waiting: the prompts of the samples to make. steps: how many first steps each sample takes; None: all.
         """
         if waiting and self.progress:
             tqdm.write(f"{what}: {self._cost(waiting, steps or self.steps)}", file=sys.stderr)
@@ -50,7 +50,7 @@ class PlainRuns:
         return told
 
     def _step(self, prompts: Sequence[str]) -> float:
-        """Seconds a step and sample of one batch."""
+        """Measure the seconds that one step of one sample takes in a batch."""
         taken = min(TIMED, self.steps)
         for stop_after in (1, taken):
             start = self._now()

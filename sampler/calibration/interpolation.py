@@ -1,8 +1,8 @@
 """Noise gaps measured at one sequence of noise levels, interpolated at another one.
 
-A noise gap compares two predictions for latents of one noise level. A scheduler and its number of steps decide which levels are
-looked at. Between two measured levels the logarithm of the gap is interpolated linearly over the timestep. That holds while
-the sampler's steps are about as fine as the measured ones and span the same levels (`sound`).
+A noise gap compares two predictions for latents of one noise level. A scheduler and its number of steps decide at which levels.
+Between two measured levels the logarithm of the gap is interpolated linearly over the timestep. This is valid while the
+sampler's steps are about as fine as the measured ones and span the same levels (`sound`).
 """
 
 from __future__ import annotations

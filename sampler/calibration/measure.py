@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 def calibrate(
     sampler: Sampler, prompts: Sequence[str], seeds: int | Sequence[int], out: str | Path, overwrite: bool = False, **how: Any
 ) -> Calibration:
-    """Write the calibration of the sampler's model to the file `out`, and a plot beside it, as `.png`.
+    """Measure the calibration of the sampler's model, and write it to the file `out` and a plot to a `.png` file beside it.
 
-    how: the other arguments of `Calibration.measure`. Each measured batch is kept in `out` + ".part.jsonl", so that a run that
-    was stopped goes on where it was.
+    how: the other arguments of `Calibration.measure`. Each measured batch is kept in `out` + ".part.jsonl", so that a stopped
+    run can continue.
 
     Raises FileExistsError, before any work, if `out` exists, unless `overwrite`; and what `Calibration.measure` raises.
     """
@@ -92,10 +92,10 @@ def measure(
 def _sampled(
     sampler: Sampler, tasks: Sequence[tuple[str, int]], steps: int, bar: tqdm, guidance: Guidance, index: Sequence[int]
 ) -> Tensor:
-    """Basin scores and noise gaps, (n, 1 + steps), of tasks, (prompt, seed), by their indices. `bar` moves with their steps."""
+    """Return scores and gaps, (n, 1 + steps), of the tasks, (prompt, seed), at `index`. `bar` advances with each step."""
     prompts, seeds = [tasks[i][0] for i in index], [tasks[i][1] for i in index]
     how: dict[str, Any] = {"output": "latent", "batch_size": len(index), "progress": moving(bar, len(index))}
-    out = sampler(prompts, seeds, steps, guidance, stop_after=steps, **how)  # for their gaps: nobody waits for guidance
+    out = sampler(prompts, seeds, steps, guidance, stop_after=steps, **how)  # stop_after: no warning of a missing transition
     score = sampler.judge(out.latents, prompts, seeds, batch_size=len(index)).score
     return torch.cat([score[:, None], out.noise_gap], dim=1)
 

@@ -14,14 +14,14 @@ from .sd import PromptedUNet
 
 __all__ = ["ADAPTERS", "Decoded", "Encoded", "Model", "PromptedNetwork", "PromptedUNet", "adapt", "load", "located", "shipped"]
 
-REPLACED = ("__call__", "prepare_latents")  # the methods of a pipeline that the loop stands in for
+REPLACED = ("__call__", "prepare_latents")  # methods of a pipeline that the loop replaces
 
 
 def adapt(pipe: DiffusionPipeline, compile: bool = False, lean: bool = False) -> Model:
     """The model of a pipeline. compile, lean: see `Networks`.
 
-    Raises ValueError for a pipeline that is not text-to-image guided by two predictions, and for a subclass with a loop of its
-    own, which the sampler would not run.
+    Raises ValueError for a pipeline that is not text-to-image guided by two predictions, and for a subclass that overrides a
+    method in REPLACED, because the sampler would not call it.
     """
     own = [cls for cls in type(pipe).__mro__ if cls.__module__.startswith("diffusers.")]
     known = next((cls for cls in own if cls.__name__ in ADAPTERS), None)

@@ -1,4 +1,4 @@
-"""How a model's latents become pictures, and pictures latents."""
+"""Decodes a model's latents to pictures, and encodes pictures to latents."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ class Decoded:
 
 
 class Autoencoding:
-    """The part of a `Model` that its pipeline's autoencoder does."""
+    """The part of a `Model` that uses the pipeline's autoencoder."""
 
-    upcasts = False  # the pipeline decodes in float32 where its autoencoder asks for that
+    upcasts = False  # whether the pipeline decodes in float32 where its autoencoder has force_upcast
     pipe: Any
     _overflowed = False
 
     @property
     def device(self) -> torch.device:
-        """Where the network runs. Offloaded weights may lie elsewhere."""
+        """The device that the network runs on. Offloaded weights may be on another one."""
         return self.pipe._execution_device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of latents and predictions."""
+        """The dtype of latents and predictions."""
         raise NotImplementedError
 
     def decode(
@@ -60,7 +60,7 @@ class Autoencoding:
     ) -> Decoded:
         """Pictures from latents (B, ...), as the pipeline makes them, with its safety checker and watermark.
 
-        output: "pil", "np" or "pt". Where an autoencoder in half precision overflows, it decodes again in float32.
+        output: "pil", "np" or "pt". Pictures that overflow in half precision are decoded again in float32.
         """
         pipe = self.pipe
         pixels = self._through(self._pixels, self.unpacked(latents, height, width, options), generators)
@@ -77,10 +77,10 @@ class Autoencoding:
         return latents
 
     def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """The reverse of `decode`: latents (B, *shape) in the model's dtype. They are the most likely ones, the same each time.
+        """The reverse of `decode`: latents (B, *shape) in the model's dtype. They are the mode, so they do not vary.
 
         pictures: (B, 3, height, width) in -1..1, for a video model (B, 3, frames, height, width), in a size that
-                  `nearest_size` gives. Where an autoencoder in half precision overflows, it encodes again in float32.
+                  `nearest_size` gives. Pictures that overflow in half precision are encoded again in float32.
         """
         latents = self._through(self._latents, pictures.to(self.device))
         return self._packed(latents).to(self.dtype)
@@ -90,7 +90,7 @@ class Autoencoding:
         return latents
 
     def _through(self, run: Callable[..., Tensor], values: Tensor, generators: Generators = None) -> Tensor:
-        """What `run` makes of values (B, ...) with the autoencoder. It runs again in float32 for those that overflow in half.
+        """Apply `run`, which uses the autoencoder, to values (B, ...); in float32 again where half precision overflows.
 
         run: takes values and the generators of these samples.
         """
@@ -119,7 +119,7 @@ class Autoencoding:
         return (most_likely(self.pipe.vae, pictures) - mean) * (scaling / std)
 
     def _scale(self, like: Tensor) -> tuple[float, Tensor | float, Tensor | float]:
-        """(scaling, std, mean): the autoencoder takes latents / scaling * std + mean. The last two may have one a channel."""
+        """(scaling, std, mean): the autoencoder reads latents / scaling * std + mean. std and mean may be per channel."""
         config = self.pipe.vae.config
         mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
         if mean is None or std is None:
@@ -137,7 +137,7 @@ class Autoencoding:
 
 
 def most_likely(vae: Any, pictures: Tensor) -> Tensor:
-    """The pictures' latents in the autoencoder's scale: the mode, where it gives a distribution."""
+    """Encode pictures to latents in the autoencoder's scale. If it returns a distribution, they are its mode."""
     made = vae.encode(pictures)
     return made.latents if hasattr(made, "latents") else made.latent_dist.mode()
 

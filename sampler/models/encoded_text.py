@@ -1,4 +1,4 @@
-"""The text of samples: as it is asked for, and as the network takes it."""
+"""The text of samples: as the caller gives it (`Request`), and as the network reads it (`Encoded`)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_map
 
 @dataclass(frozen=True)
 class Request:
-    """What `encode` was asked for.
+    """The arguments of `Model.encode`.
 
     prompts: None where options hold embeddings instead. negative: a negative prompt or None for each prompt.
     count:   samples of each prompt. height, width: in pixels.
-    options: the others, without those that are None; the pipeline's own defaults for those that were not given.
+    options: all other arguments that are not None, and the pipeline's own defaults for those that were not given.
     """
 
     prompts: list[str] | None
@@ -28,13 +28,13 @@ class Request:
     options: dict[str, Any]
 
     def get(self, *names: str) -> dict[str, Any]:
-        """These options, those that there are."""
+        """Return the options of these names, except those that are missing."""
         return {name: self.options[name] for name in names if name in self.options}
 
     def halves(self, uncond: Tensor, cond: Tensor, name: str = "prompt_embeds") -> Tensor:
-        """Both halves of a batch, (2 * prompts * count, ...). Each is given as a row a prompt, or as a row a sample.
+        """Join both halves of a batch, (2 * prompts * count, ...). Each half has a row for each prompt, or for each sample.
 
-        Raises ValueError, which names the argument `name`, if their shapes differ.
+        Raises ValueError, naming the argument `name`, if the halves' shapes do not fit.
         """
         prompts, samples = len(self.negative), len(self.negative) * self.count
         if uncond.shape[1:] != cond.shape[1:] or not {len(uncond), len(cond)} <= {prompts, samples}:
@@ -45,7 +45,7 @@ class Request:
 
     @property
     def negative_texts(self) -> list[str] | None:
-        """The negative prompts as a pipeline's `encode_prompt` takes them; None for none, which some tell from empty ones."""
+        """The negative prompts for `encode_prompt`; None if there are none, which some pipelines treat unlike empty ones."""
         return None if all(text is None for text in self.negative) else [text or "" for text in self.negative]
 
 
@@ -55,7 +55,7 @@ class Encoded:
 
     inputs:    the network's keyword arguments with a row a sample: first the unconditional half, then the conditional one.
     shared:    its other keyword arguments, which are the same for every picture of one size.
-    own:       keyword arguments that the caller handed through; such a call is neither captured in a CUDA graph nor compiled.
+    own:       the caller's own keyword arguments; with them the network is neither captured in a CUDA graph nor compiled.
     truncated: for each sample, what the text encoder's limit cut off its prompt; "" for nothing.
     """
 

@@ -1,4 +1,4 @@
-"""A fingerprint that tells which model something was measured on. It is cheap to take of any loaded pipeline.
+"""A fingerprint that identifies the model of a measurement. It is cheap to compute from any loaded pipeline.
 
 It has three fields for each part that decides predictions: the denoiser and the text encoders.
 
@@ -7,8 +7,8 @@ It has three fields for each part that decides predictions: the denoiser and the
     sample: the middle number of each of up to SAMPLED tensors, spread evenly over the part.
     dtype:  of the tensors. Samples of one dtype must be equal; those of two, equal to the precision of the coarser one.
 
-A fine-tuned model differs from its base, and a model with a LoRA from the same one without. A copy under another name, on
-another device or in another dtype is the same model.
+A fine-tuned model differs from its base model, and a model with a LoRA differs from the model without it. A copy under another
+name, on another device or in another dtype counts as the same model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def fingerprint(pipe: DiffusionPipeline) -> dict[str, dict[str, Any]]:
 
 
 def digest(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """A fingerprint in short, in hexadecimal; another dtype has another."""
+    """Return the SHA-256 of a fingerprint in hexadecimal. It changes with the dtype."""
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
@@ -43,7 +43,7 @@ def differing(one: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[
 
 
 def another_model(measured: Mapping[str, Mapping[str, Any]], pipe: DiffusionPipeline) -> str | None:
-    """What is to be said where a calibration that was measured on the one is used on `pipe`; None for the same model."""
+    """Return the warning for a calibration that was measured on another model than `pipe`; None for the same model."""
     if not measured or not (other := differing(measured, fingerprint(pipe))):
         return None
     told = f"the calibration was made on another model (its {', '.join(other)} differ)"
@@ -51,7 +51,7 @@ def another_model(measured: Mapping[str, Mapping[str, Any]], pipe: DiffusionPipe
 
 
 def _part(part: nn.Module) -> dict[str, Any]:
-    # "text_model" and "_orig_mod": the same weights under another version of transformers, and compiled
+    # Prefixes of the same weights: "text_model." under another version of transformers, "_orig_mod." when compiled.
     tensors = {name.removeprefix("_orig_mod.").removeprefix("text_model."): x for name, x in part.named_parameters()}
     form = json.dumps(
         [_chosen(part), {name: list(x.shape) for name, x in sorted(tensors.items())}], sort_keys=True, default=str

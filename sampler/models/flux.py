@@ -15,8 +15,7 @@ from .packed import Packed
 class Flux(Packed):
     """The adapter of FluxPipeline.
 
-    The option guidance_scale is the input of a guidance-distilled network. It is not the scale that the two predictions are
-    guided with.
+    The option guidance_scale is an input of a guidance-distilled network. It is not the guidance scale of the two predictions.
     """
 
     texts = (

@@ -1,8 +1,8 @@
 """Networks that skip redundant work under classifier-free guidance.
 
-Both halves of a batch start from the same latents, so the layers before the first reader of the text run for one half only. The
+Both halves of a batch have the same latents, so the layers before the first one that reads the text run for one half only. The
 text is the same in every step, so its keys and values are computed once a run (in float16 they take 8 MB an image for SD 1.5,
-51 MB for SDXL). The results are those of the network but for rounding.
+51 MB for SDXL). The results equal the network's up to rounding.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ KNOWN = (*PLAIN, "FusedAttnProcessor2_0")
 class Lean:
     """Two lean copies of a network, `one` for one half of a batch and `both` for both halves. They share its parameters.
 
-    They take the network's arguments, but the text in the form that `text` makes. On a GPU the weights that `fuse` joins are
-    copied, and `refresh` copies them again. The copies see no other change of the network.
+    They take the network's arguments, but the text as `text` returns it. On a GPU the weights that `fuse` joins are copied;
+    `refresh` copies them again. Apart from the shared parameters, no other change of the network reaches them.
 
     network:    the name of diffusers' class.
     processors: the names of the attention processors that are known to work.
@@ -46,7 +46,7 @@ class Lean:
 
     @classmethod
     def suits(cls, net: Any) -> bool:
-        """Whether it is diffusers' own network, without hooks or processors that would miss a call or see half of a batch."""
+        """Whether it is diffusers' own network, without hooks or processors, which could miss calls or see half of a batch."""
         known = _is(net, cls.network) and all(_is(p, *cls.processors) for p in net.attn_processors.values())
         return known and not any(map(_watched, net.modules()))
 
@@ -75,7 +75,7 @@ class Lean:
                 start = stop
 
     def refresh(self) -> None:
-        """Copy the weights that `fuse` joined again, into the same memory."""
+        """Copy the network's weights again into those that `fuse` joined, in the same memory."""
         for module in self._fused:
             parts = module.to_q, module.to_k, module.to_v
             for name in ("weight", "bias") if module.to_qkv.bias is not None else ("weight",):
@@ -147,7 +147,7 @@ class LeanPixArt(Lean):
 
 
 class LeanWan(Lean):
-    """Lean copies of a WanTransformer3DModel, of one that reads only text."""
+    """Lean copies of a WanTransformer3DModel. One that also reads images has no readers here, so its text stays as it is."""
 
     network, processors = "WanTransformer3DModel", ("WanAttnProcessor",)
 
@@ -171,7 +171,7 @@ class LeanWan(Lean):
 
 
 def _is(thing: object, *names: str) -> bool:
-    """Whether it is of one of these classes of diffusers. The classes go by name: looking them up would import them."""
+    """Whether `thing` is of one of these diffusers classes. They are given by name, because a look-up would import them."""
     return type(thing).__name__ in names and type(thing).__module__.startswith("diffusers.")
 
 
@@ -210,7 +210,7 @@ def _repeated(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def fuse(net: Any) -> list[Any]:
-    """Join the queries, keys and values of each plain self-attention in one product. Returns the attentions it joined."""
+    """Fuse the query, key and value projections of each plain self-attention into one. Returns the fused attentions."""
     fused: list[Any] = []
     for module in net.modules():
         if not isinstance(module, Attention) or module.is_cross_attention:

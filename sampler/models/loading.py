@@ -34,7 +34,7 @@ def shipped() -> dict[str, Path]:
 
 
 def located(path_or_id: str | Path) -> str | Path:
-    """The folder of the pipeline that ships under this name. A path that exists, and any other name, is returned as it is."""
+    """Return the folder of the shipped pipeline of this name. An existing path and any other name are returned unchanged."""
     return path_or_id if Path(path_or_id).exists() else shipped().get(str(path_or_id), path_or_id)
 
 
@@ -90,7 +90,7 @@ def load(path_or_id: str | Path, dtype: torch.dtype, allow_pickle: bool = False,
 
 
 def _loaded(source: str, loader: Callable[[], Any]) -> Any:
-    """What a loader of diffusers gives. Its errors become a ValueError of one line."""
+    """Return what `loader` loads. Its exceptions become a ValueError of one line, but an ImportError is raised as it is."""
     try:
         return loader()
     except ImportError:  # says best itself which package is missing

@@ -10,7 +10,7 @@ from .model import Model
 
 log = logging.getLogger(__name__)
 ON_CPU = 16  # on a CPU a larger batch is not faster
-MOST = 64  # a GPU is busy by then
+MOST = 64  # a larger batch does not use a GPU better
 SPARE = 0.7  # the share of the free memory that is used
 # A sample takes most of its memory in the autoencoder's last block, at the picture's full size. The widest tensors there have
 # twice the first number of channels. About so many of them exist at once, the workspace of convolutions included.
@@ -30,7 +30,7 @@ def batch_size(model: Model, height: int, width: int) -> int:
 
 
 def sample_bytes(model: Model, height: int, width: int) -> int:
-    """About the most memory, in bytes, that one sample takes beside the weights."""
+    """Estimate the peak memory of one sample in bytes, without the weights."""
     config = model.pipe.vae.config  # a video autoencoder names only its base
     channels = 2 * (config.block_out_channels[0] if "block_out_channels" in config else config.base_dim)
     return ALIVE * height * width * channels * model.pipe.vae.dtype.itemsize

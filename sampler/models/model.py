@@ -1,4 +1,4 @@
-"""What all models share. Each family's own file adds what its pipeline does differently."""
+"""The base class of all models. Each family's file overrides what its pipeline does differently."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .precision import HALF, in_float32
 ATTENTION = ("sdpa", "xformers")
 # The parts of pipelines that read a prompt: (text encoder, tokenizer) each.
 ENCODERS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"), ("text_encoder_3", "tokenizer_3"))
-# What callers of diffusers' pipelines say, and the argument of a sampler that it is.
+# An argument of diffusers' pipelines -> the argument of a sampler that means the same.
 OURS = {
     "prompt": "prompts",
     "seed": "seeds",
@@ -35,23 +35,23 @@ OURS = {
 
 
 class Model(Autoencoding):
-    """A diffusers pipeline, as the loop sees it. Each call looks at the pipeline as it is then.
+    """A diffusers pipeline behind the interface that the loop uses. Each call reads the pipeline's current state.
 
     pipe:    the DiffusionPipeline; Any, as diffusers declares no attribute for a pipeline's parts.
     compile, lean: see `Networks`.
-    options: the names that `encode` takes as `options`. `shape`, `noise` and `decode` get the same options, for those that
-             decide a size.
-    correction: what the model does to a guided prediction; None for nothing.
+    options: the names that `encode` takes as `options`. `shape`, `noise` and `decode` take the same options, because some of
+             them decide a size.
+    correction: the model's change to a guided prediction; None for no change.
     """
 
-    network_name: str  # of the pipeline's part that is the network
+    network_name: str  # the name of the pipeline's part that is the network
     guided: type[PromptedNetwork]
     texts: tuple[str, ...] = ("prompt_embeds", "negative_prompt_embeds")  # options that `encode_prompt` takes as they are
     options: frozenset[str]
     scale = "guidance_scale"  # the argument of the pipeline's call that is the guidance scale
-    kwargs = ""  # the option that the network gets as it is; "" for none
-    encoders = 1  # how many of ENCODERS there must be
-    longest = 0  # which of ENCODERS, from 1, reads max_sequence_length tokens and decides what is cut off; 0: none
+    kwargs = ""  # the option that is passed to the network unchanged; "" for none
+    encoders = 1  # how many of ENCODERS are needed to read a prompt, from the first on
+    longest = 0  # the number in ENCODERS, from 1, of the encoder that cuts texts at max_sequence_length tokens; 0: none
     closing = 1  # how many tokens end each text; a text that is cut keeps them
     last_layer = 1  # which of the text encoder's layers is read, counted from the end: 1 is the last
     correction: Correction | None = None
@@ -59,7 +59,7 @@ class Model(Autoencoding):
     def __init__(self, pipe: DiffusionPipeline, compile: bool = False, lean: bool = False):
         self.pipe: Any = pipe
         self._networks = Networks(self.guided, compile, lean)
-        self._live = False  # the network runs as it is: its weights are replaced for a while
+        self._live = False  # whether the network runs uncompiled, because `in_float32` replaces its weights
 
     @property
     def net(self) -> Any:
@@ -77,7 +77,7 @@ class Model(Autoencoding):
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """Of the network's predictions."""
+        """The memory format of the network's predictions."""
         return torch.contiguous_format
 
     def check(self) -> None:
@@ -153,7 +153,7 @@ class Model(Autoencoding):
 
     @property
     def _defaults(self) -> dict[str, Any]:
-        """What the arguments of the pipeline's own call are where they are not given."""
+        """The default of each argument of the pipeline's own call."""
         arguments = inspect.signature(type(self.pipe).__call__).parameters
         return {name: argument.default for name, argument in arguments.items()}
 
@@ -169,7 +169,7 @@ class Model(Autoencoding):
     def scheduled(
         self, schedule: Schedule, scheduler: Any, height: Pixels = None, width: Pixels = None, **options: Any
     ) -> Schedule:
-        """`schedule`, completed with what the pipeline itself asks `scheduler` for at this size."""
+        """Return `schedule` with the sigmas and the shift that the pipeline itself sets at this size."""
         return schedule
 
     def encode(
@@ -219,7 +219,7 @@ class Model(Autoencoding):
             hint = "".join(f"; say {OURS[name]} in place of {name}" for name in unknown if name in OURS)
             kind = type(self.pipe).__name__
             raise ValueError(f"{', '.join(unknown)}: no option of {kind}, whose options are {takes}{hint}")
-        side = 16 * self.multiple  # a size that passes: the size of the run has been checked
+        side = 16 * self.multiple  # any valid size, because the call's size is already checked
         given: dict[str, Any] = {"prompt": prompts, "negative_prompt": None if negative is None else list(negative)}
         given |= {"height": side, "width": side, "callback_steps": 1, **options}
         known = inspect.signature(self.pipe.check_inputs).parameters.values()
@@ -259,12 +259,12 @@ class Model(Autoencoding):
         return cut
 
     def _cast(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Tensors on the network's device, those of floating point in its dtype."""
+        """Move all tensors to the network's device, and floating point tensors to its dtype."""
         return tree_map_only(Tensor, lambda x: x.to(self.device, self.net.dtype if x.is_floating_point() else x.dtype), inputs)
 
     def network(self, encoded: Encoded, plain: bool = False) -> PromptedNetwork:
-        """The fastest network for `encoded`. plain: one that takes its inputs just as `encode` made them."""
-        if self._live or encoded.own:  # with the caller's own arguments it runs as it is, too
+        """Return the fastest network for `encoded`. plain: one that takes its inputs exactly as `encode` returns them."""
+        if self._live or encoded.own:  # the caller's own arguments, too, need the uncompiled network
             return self.guided(self.net, encoded.inputs, shared={**encoded.shared, **encoded.own})
         return self._networks.of(self.net, encoded.inputs, encoded.shared, plain)
 
@@ -277,7 +277,7 @@ class Model(Autoencoding):
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
-        """Inside, everything computes in float32 from the same weights. Afterwards the weights are back, bit for bit."""
+        """A context in which all parts compute in float32 from the same weights. On exit these are restored bit for bit."""
         live, self._live = self._live, True
         try:
             with in_float32(part for part in self.pipe.components.values() if isinstance(part, nn.Module)):
@@ -286,7 +286,7 @@ class Model(Autoencoding):
             self._live = live
 
     def finite(self, measure: Callable[[Sequence[Any]], Tensor], items: Sequence[Any]) -> Tensor:
-        """What `measure` makes of items, (n, ...). Rows that half precision leaves not finite are measured again in float32."""
+        """Return `measure(items)`, (n, ...). Rows that are not finite in half precision are measured again in float32."""
         values = measure(items)
         again = (~values.isfinite().flatten(1).all(dim=1)).nonzero()[:, 0].tolist() if self.half else []
         if again:

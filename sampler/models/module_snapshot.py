@@ -1,8 +1,8 @@
-"""Whether a module has changed, so that what was made of it, such as a compiled network, must be made again.
+"""Detects changes of a module, after which everything made from it, such as a compiled network, must be made again.
 
-A `Snapshot` holds all that decides a module's results but the contents of its tensors: which modules, parameters, hooks and
-processors there are, where the tensors lie, and every plain attribute. So it notices hooks, FreeU, and a LoRA that is loaded,
-scaled, switched off or merged.
+A `Snapshot` holds all that decides a module's results, except the contents of its tensors: the modules, parameters, hooks and
+processors, the tensors' addresses, and every plain attribute. So it notices hooks, FreeU, and a LoRA that is loaded, scaled,
+switched off or merged.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Snapshot:
 
 
 def checksum(module: nn.Module) -> list[int]:
-    """A checksum of each parameter's bits, on the CPU: for what was made of the tensors' contents."""
+    """Return a checksum of each parameter's bits, for uses that depend on the tensors' contents. For modules on the CPU."""
     return [crc32(part.detach().contiguous().view(-1).view(torch.uint8).numpy().data) for part in module.parameters()]
 
 
@@ -46,7 +46,7 @@ def _has_state(value: Any) -> bool:
 
 
 def _copied(value: Any) -> Any:
-    """A copy of a container that holds the same objects."""
+    """Copy dicts, lists and sets, but not the objects in them."""
     if isinstance(value, dict):
         return {name: _copied(inner) for name, inner in value.items()}
     if isinstance(value, (list, set)):

@@ -1,4 +1,4 @@
-"""The network that the loop calls: the pipeline's own, compiled or lean, and made again when the pipeline's has changed."""
+"""The network that the loop calls: the pipeline's own, perhaps compiled or lean, rebuilt when the pipeline's changes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .module_snapshot import Snapshot, checksum
 
 log = logging.getLogger(__name__)
 
-# On a CPU: pack the weights for each compiled shape, which takes memory for each, and call the kernels from C++.
+# Options on a CPU: pack the weights (a copy for each compiled shape), and call the kernels from C++.
 PACKED: dict[str, str | int | bool | Callable[..., Any]] = {"freezing": True, "cpp_wrapper": True}
 RECOMPILE_LIMIT = 64  # shapes before the compiler gives up. Its own limit of 8 is reached after a few batch sizes.
 
@@ -32,7 +32,7 @@ def compiled(net: Any) -> Callable[..., Any]:
 
 
 def traced(compiled: Callable[..., Any], packed: bool) -> Callable[..., Any]:
-    """The compiled function under settings that each call needs: RECOMPILE_LIMIT, and for PACKED that weights are constant."""
+    """Wrap a compiled function so that each call runs under RECOMPILE_LIMIT and, if `packed`, with constant weights."""
     from torch._dynamo import config as tracer
     from torch._inductor import config as compiler
 
@@ -44,7 +44,7 @@ def traced(compiled: Callable[..., Any], packed: bool) -> Callable[..., Any]:
 
 
 class PromptedNetwork:
-    """A network with the encoded prompts of one batch: the `Network` of the loop. A subclass says how the network is called.
+    """A network with the encoded prompts of one batch: the `Network` of the loop. Subclasses implement `predict`.
 
     net:     the pipeline's network, perhaps compiled.
     inputs:  its keyword arguments with a row a sample, see `Encoded`. shared: its other keyword arguments.
@@ -101,7 +101,7 @@ class PromptedNetwork:
         return other
 
     def load(self, other: PromptedNetwork) -> None:
-        """Copy the prompts of `other` into the memory of those here."""
+        """Copy the prompts of `other` into this network's memory."""
         for inputs, given in ((self.inputs["both"], other.inputs["both"]), (self.shared, other.shared)):
             for old, new in zip(_tensors(inputs), _tensors(given), strict=True):
                 old.copy_(new)
@@ -117,12 +117,12 @@ class PromptedNetwork:
 
 
 class Networks:
-    """Makes the networks that the loop calls, and keeps what is compiled or lean.
+    """Makes the networks that the loop calls, and caches their compiled and lean forms.
 
     guided:  the class to make. compile: compile the network. lean: use its lean form, where it has one.
 
-    What was compiled or made lean is made again when the pipeline's network is replaced or changed. A network whose weights
-    come and go (offloaded, or cast layer by layer) runs as it is.
+    Compiled and lean forms are made again when the pipeline's network is replaced or changed. A network whose weights are
+    offloaded, or cast layer by layer, is neither compiled nor made lean.
     """
 
     def __init__(self, guided: type[PromptedNetwork], compile: bool, lean: bool):
@@ -131,7 +131,7 @@ class Networks:
         self._warned = False
 
     def of(self, net: nn.Module, inputs: dict[str, Any], shared: dict[str, Any], plain: bool) -> PromptedNetwork:
-        """The fastest network, which may take the text in another form; plain: one that takes inputs as `encode` makes them."""
+        """Return the fastest network, which may transform the text first; plain: one that takes `encode`'s inputs unchanged."""
         made = self._now(net)
         if made is None:
             return self.guided(net, inputs, shared=shared)
@@ -145,7 +145,7 @@ class Networks:
         if not (self._compile or self._lean):
             return None
         if hasattr(net, "_reset_stateful_cache"):
-            net._reset_stateful_cache()  # leaves an empty registry, as the pipeline does after the first call
+            net._reset_stateful_cache()  # adds an empty registry now, as the pipeline does after its first call
         if hooked(net):
             self._made = None
             if not self._warned:
@@ -159,7 +159,7 @@ class Networks:
 
 
 class _Made:
-    """What was made of a network, and a snapshot of that network."""
+    """The compiled and lean forms of a network, and a snapshot of that network."""
 
     def __init__(self, net: nn.Module, compile: bool, lean: type[Lean] | None):
         prepare: Callable[[Any], Callable[..., Any]] = compiled if compile else lambda net: net
@@ -171,17 +171,17 @@ class _Made:
         self._packed = checksum(net) if compile and net.device.type == "cpu" else None
 
     def still(self, net: nn.Module) -> bool:
-        """Whether `net` is the network this was made of, unchanged."""
+        """Whether `net` is the network that these forms were made from, and unchanged."""
         same = net is self._net and self.version.holds()
         return same and (self._packed is None or checksum(net) == self._packed)
 
 
 def hooked(net: nn.Module) -> bool:
-    """Whether any weights of a module come and go: offloaded, or cast layer by layer."""
+    """Whether any weights of a module are offloaded, or cast layer by layer."""
     registries = (getattr(module, "_diffusers_hook", None) for module in net.modules())
     return any("_hf_hook" in vars(module) for module in net.modules()) or any(one and one.hooks for one in registries)
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    """Those in nested dicts and lists."""
+    """The tensors in nested dicts and lists."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -60,7 +60,7 @@ class PixArtSigma(Transformer):
         return self._bin(height, width, use_resolution_binning) or super().nearest_size(height, width)
 
     def _bin(self, height: int, width: int, wanted: bool | None) -> tuple[int, int] | None:
-        """The size of training in which such a picture is made; None where it is made in its own size."""
+        """Return the training size in which a picture of this size is made; None if it is made in its own size."""
         sizes = self._sizes
         if sizes is None or wanted is False:
             return None

@@ -1,4 +1,4 @@
-"""Modules that compute in float32 for a while."""
+"""A context in which modules compute in float32."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ HALF = (torch.float16, torch.bfloat16)
 
 @contextmanager
 def in_float32(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, half precision weights are float32. Afterwards the same tensors are back in their places."""
+    """A context in which half precision parameters and buffers are float32. On exit the original tensors are restored."""
     kept: list[tuple[dict[str, Any], str, Tensor]] = []
-    made: dict[int, Tensor] = {}  # by the tensor it stands for: one that is in two places stays one
+    made: dict[int, Tensor] = {}  # by the original's id, so that a shared tensor stays shared
     try:
         for module in modules:
             for part in module.modules():

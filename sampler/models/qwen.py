@@ -15,7 +15,7 @@ from .packed import Packed, PromptedPacked
 
 
 class PromptedQwen(PromptedPacked):
-    """A QwenImageTransformer2DModel, which takes the shape of each picture."""
+    """A QwenImageTransformer2DModel, which takes each picture's shape as an input."""
 
     @staticmethod
     def predict(net: Callable[..., Any], latents: Tensor, timesteps: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -25,9 +25,9 @@ class PromptedQwen(PromptedPacked):
 
 
 def renormalised(guided: Tensor, cond: Tensor, weight: Tensor) -> Tensor:
-    """`guided` (B, tokens, C), each token scaled to the norm of that of `cond`; a token of norm 0 stays 0.
+    """Return `guided` (B, tokens, C) with each token scaled to the norm of the same token of `cond`. A token of 0 stays 0.
 
-    Only samples whose weight, (B,), is above 1 are scaled.
+    weight: (B,), the guidance weights. Only samples with a weight above 1 are scaled.
     """
     own = guided.float().norm(dim=-1, keepdim=True)
     longer = torch.where(own > 0, cond.float().norm(dim=-1, keepdim=True) / own, 1.0)
@@ -37,8 +37,8 @@ def renormalised(guided: Tensor, cond: Tensor, weight: Tensor) -> Tensor:
 class QwenImage(Packed):
     """The adapter of QwenImagePipeline.
 
-    The pipeline guides only at scales above 1, and renormalises what it guided. Here a sample is renormalised at weights above
-    1. At other weights, such as before a transition, the guided prediction is left as it is.
+    The pipeline guides only at scales above 1, and renormalises the guided prediction. Here a sample is renormalised at weights
+    above 1. At other weights, such as before a transition, the guided prediction is not changed.
     """
 
     guided = PromptedQwen

@@ -1,4 +1,4 @@
-"""The adapters by the pipelines they are for. A new model is one adapter file and one entry here."""
+"""The adapters, by the name of their pipeline. A new model needs one adapter file and one entry here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .sd3 import StableDiffusion3
 from .sdxl import StableDiffusionXL
 from .wan import Wan
 
-# By the name of diffusers' class. To look a class up would import it, and all that it needs.
+# The keys are the names of diffusers' classes, because importing a class imports all that it needs.
 ADAPTERS: dict[str, type[Model]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,

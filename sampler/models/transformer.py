@@ -34,10 +34,10 @@ class Transformer(Model):
 
 
 def shift(config: Any, tokens: int, most: float) -> float:
-    """The mu of a scheduler with dynamic shifting, on a line through two configured points.
+    """Return the mu of a scheduler with dynamic shifting, linear in `tokens` through two configured points.
 
-    tokens: of the picture.
-    most:   the shift of the upper point where the configuration has none.
+    tokens: the number of the picture's tokens.
+    most:   the shift at the upper point, if the configuration has none.
 
     Esser et al., https://arxiv.org/abs/2403.03206, section 5.3.2.
     """

@@ -1,1 +1,1 @@
-"""What every long run needs: its folder, a journal of what is done, atomic writes, progress, and a record of what made it."""
+"""The parts of every long run: its folder, a journal of finished work, atomic writes, progress, and provenance."""

@@ -25,7 +25,7 @@ def files_sha256(files: Iterable[Path]) -> str:
 
 @contextmanager
 def explaining_a_full_disk(path: Path) -> Iterator[None]:
-    """Inside, the OSError of a disk that is full while `path` is written says that the same command goes on later."""
+    """A context for writing `path`. If the disk is full, its OSError says that the same command can continue later."""
     try:
         yield
     except OSError as error:
@@ -37,9 +37,9 @@ def explaining_a_full_disk(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives the path of a temporary file to write. At the end it takes the name `path`; after an error it is removed.
+    """A context that yields the path of a temporary file, which is renamed to `path` on exit, or removed after an error.
 
-    Raises OSError, saying that the same command goes on, where the disk is full.
+    Raises OSError, saying that the same command can continue later, if the disk is full.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -55,7 +55,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def _create(path: Path) -> None:
-    """Make a new, empty file. It replaces what a killed run left there, and a link, which is not followed."""
+    """Create a new, empty file. It replaces a file that a killed run left there. A link is replaced too, not followed."""
     with suppress(FileNotFoundError):
         os.unlink(path)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666))
@@ -74,7 +74,7 @@ def save_bytes(data: bytes, path: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Make `target` a hard link to the file `source`, or a copy of it in another file system."""
+    """Make `target` a hard link to the file `source`, or a copy where a link is not possible."""
     target.parent.mkdir(exist_ok=True)
     with atomic_write(target) as part:
         os.unlink(part)

@@ -1,4 +1,4 @@
-"""Work in batches: where each begins and ends, and what becomes of one that fails."""
+"""Splits work into batches, and tries a batch that fails again in two halves."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def parts(total: int, size: int) -> list[range]:
 def halving(make: Callable[[Sequence[Item]], Made], batch: Sequence[Item]) -> Iterator[tuple[Sequence[Item], Made | Exception]]:
     """Call `make` with a batch, and yield the batch and the result.
 
-    A batch that fails is halved until what fails is one item, which is yielded with its exception.
+    A batch that fails is halved and tried again. A single item that fails is yielded with its exception.
     """
     try:
         made = make(batch)
-    except Exception as error:  # out of memory, or what a caption does to a tokenizer: nobody can list them
+    except Exception as error:  # any: out of memory, a tokenizer that fails on a caption, ...
         if len(batch) == 1:
             log.error("%s", checks.line(error))
             yield batch, error

@@ -17,9 +17,9 @@ PACKAGES = ("basinescape", "torch", "triton", "diffusers", "transformers", "xfor
 
 @contextmanager
 def own_numbers() -> Iterator[None]:
-    """Inside, or in a function that it decorates, torch computes in a pipeline's own dtypes.
+    """A context, or a decorator, in which torch computes in a pipeline's own dtypes.
 
-    A caller's autocast and default dtype have no effect there.
+    A caller's autocast and default dtype have no effect in it.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -48,7 +48,7 @@ def version_of(package: str) -> str | None:
 
 
 def library(name: str, what: str, package: str | None = None, install: str | None = None) -> Any:
-    """A module of a package that not everybody has. Raises ImportError, saying what needs it, where it is missing."""
+    """Import the module `name` of an optional package. Raises ImportError, which begins with `what`, if it is missing."""
     try:
         return import_module(name)
     except ImportError as error:

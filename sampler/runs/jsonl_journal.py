@@ -1,4 +1,4 @@
-"""A JSON Lines file that grows by a line for each thing done, and is repaired after a kill."""
+"""A JSON Lines file that gets a line for each finished piece of work, and is repaired after a kill."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .run_folder import locked
 
 
 class Keys:
-    """A set of keys that keeps a digest of 8 bytes of each, so that a million take 8 MB, and as much for their numbers.
+    """A set of keys, stored as digests of 8 bytes: a million keys take 8 MB, and their positions another 8 MB.
 
-    digests: of the keys, by `digest`. Among a million keys, two have the same digest with a probability of 3e-8.
-    last: the number of the last digest that is the same, counted from 0, for each key.
+    digests: the digests of the keys, see `digest`. Among a million keys, two share a digest with a probability of 3e-8.
+    last: for each distinct digest, in ascending order, its last position in `digests`, from 0.
     """
 
     def __init__(self, digests: Iterable[int]):
@@ -36,7 +36,7 @@ class Keys:
         return int.from_bytes(hashlib.blake2b(repr(key).encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
     def find(self, key: Hashable) -> int | None:
-        """The number of the last digest that is the key's; None where there is none."""
+        """Return the last position of the key's digest in `digests`; None if it is not there."""
         digest = np.uint64(self.digest(key))
         place = np.searchsorted(self._sorted, digest)
         return int(self.last[place]) if place < len(self) and self._sorted[place] == digest else None
@@ -49,14 +49,14 @@ class Keys:
 
 
 class Journal:
-    """A JSON Lines file of what is done: a line is added for each image once its file is there.
+    """A JSON Lines file of finished work: a line is added for each image after its file is written.
 
-    Opening it repairs it. Lines that are no JSON object are removed, such as the one that a killed run left half written. So
-    are lines that do not count, and of several lines about one image all but the last. Lines are read one by one and not
-    kept: `key in journal` says whether one is about `key`.
+    Opening the journal repairs the file. It removes lines that are not JSON objects, such as one that a killed run left half
+    written, and lines that do not count. Of several lines with one key it keeps the last. Lines are read one by one, and only
+    digests of their keys stay in memory: `key in journal` tells whether a line has this key.
 
-    key: says what a line is about; None for a line that does not count, because its image is to be made again. A line that
-        lacks what `key` looks for does not count.
+    key: returns the key of a line, or None for a line that does not count, because its image must be made again. A line without
+        the fields that `key` reads does not count.
 
     Raises ValueError where another process is at work in the file's folder.
     """
@@ -77,7 +77,7 @@ class Journal:
         return len(self._keys)
 
     def append(self, *lines: dict[str, Any]) -> None:
-        """Add lines; they are on the disk when this returns. Raises FileNotFoundError where the file was removed meanwhile."""
+        """Append lines, and wait until they are on the disk. Raises FileNotFoundError if the file was removed or replaced."""
         text = memoryview(b"".join(map(_text, lines)))
         with explaining_a_full_disk(self.path):
             while text:
@@ -98,8 +98,8 @@ class Journal:
 
 
 def _repair(path: Path, key: Callable[[dict[str, Any]], Hashable | None]) -> Keys:
-    """Remove the lines that do not count; returns the keys of the others. Lines are read one by one."""
-    digests, numbers, sound = array("Q"), array("Q"), path.exists()  # of the lines that count: keys and numbers
+    """Remove from the file all lines that a `Journal` does not keep. Returns the keys of the others."""
+    digests, numbers, sound = array("Q"), array("Q"), path.exists()  # the keys' digests and the numbers of the lines that count
     for number, (text, line) in enumerate(texts(path)):
         try:
             name = None if line is None else key(line)

@@ -1,4 +1,4 @@
-"""JSON that people can read: the letters of every script as they are."""
+"""JSON that people can read: non-ASCII letters are not escaped."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-# What some readers take for the end of a line, though JSON Lines does not.
+# Characters at which some readers end a line, although JSON Lines does not.
 BREAKS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 

@@ -1,7 +1,7 @@
-"""The lists in a run's folder: `jobs.jsonl`, the images that are asked for, and `manifest.jsonl`, what came of each.
+"""The lists in a run's folder: `jobs.jsonl` has the images to make, and `manifest.jsonl` the result of each.
 
-A line of the manifest is composed in the order in which a picture is made: `Job.asked`, `Plans.facts`, `bulk.encode_decode`,
-`bulk.executor` (copies), `data.image_encoding` (digest). `runs.jsonl_journal` writes it."""
+A line of the manifest gets its fields in this order, while a picture is made: `Job.asked`, `Plans.facts`, `bulk.encode_decode`,
+`bulk.executor` (copies), `data.image_encoding` (digest). `runs.jsonl_journal` writes the line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .jsontext import json_bytes
 
 MANIFEST, JOBS = "manifest.jsonl", "jobs.jsonl"
 NEEDED = {"id": str, "prompt": str, "seed": int, "status": str}  # fields of every line of the manifest
-NEEDED_OF_IMAGES = {"file": str, "sha256": str}  # further fields of a line whose image is there
+NEEDED_OF_IMAGES = {"file": str, "sha256": str}  # further fields of a line with status "ok"
 
 
 def lacks(line: dict[str, Any]) -> list[str]:
@@ -35,7 +35,7 @@ def belongs(position: int, shard: tuple[int, int] | None) -> bool:
 
 
 def job_lines(out: Path) -> Iterator[dict[str, Any]]:
-    """The sound lines about the jobs of a run: position, id and what was asked; none where the file is missing."""
+    """Yield the sound lines of `jobs.jsonl`: position, id and settings of each job. A missing file has no lines."""
     for line in read_lines(out / JOBS):
         if isinstance(line.get("position"), int) and isinstance(line.get("id"), str):
             yield line
@@ -47,12 +47,12 @@ def read_jobs(out: Path) -> Iterator[tuple[int, str]]:
 
 
 def noted(line: dict[str, Any], notes: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """A line with the note about its image, by id, in the place of what it said of `names`."""
+    """Return a line without the fields `names`, but with the fields that `notes` has for its id."""
     return {name: value for name, value in line.items() if name not in names} | dict(notes.get(line.get("id", ""), {}))
 
 
 def note(out: Path, notes: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
-    """Write notes into the lines of a folder's manifest; see `noted`."""
+    """Rewrite a folder's manifest with `noted` applied to each line."""
     with atomic_write(out / MANIFEST) as part, part.open("wb") as file:
         for line in read_lines(out / MANIFEST):
             file.write(json_bytes(noted(line, notes, names)) + b"\n")

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class MeasurementCache:
-    """Measurements by their name and the sample's index, in the JSON Lines file `path`. None: none is kept.
+    """Measurements by name and sample index, in the JSON Lines file `path`; None: they are not stored.
 
     run: the settings that decide them. Measurements of other settings in the same file are removed.
     """
@@ -39,13 +39,13 @@ class MeasurementCache:
         return (line["what"], line["index"]) if whole else None
 
     def __len__(self) -> int:
-        """How many measurements of this run are known from before."""
+        """The number of this run's measurements that the file had when it was opened."""
         return len(self._lines)
 
     def __call__(self, what: str, count: int, size: int, make: Callable[[Sequence[int]], Tensor], bar: tqdm) -> Tensor:
         """The measurements `what` of `count` samples, (count, ...) float32.
 
-        make: measures the samples of some indices, at most `size` at a time. bar: moves by each sample.
+        make: measures the samples of some indices, at most `size` at a time. bar: advances by the samples of each batch.
         """
         found = []
         for part in parts(count, size):  # always the same batches: rounding depends on them

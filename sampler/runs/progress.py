@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a bar, lines or numbers, and its summary at the end."""
+"""The progress of a run, shown as a bar, as lines or as metrics, and its summary at the end."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from tqdm import tqdm
 from .environment import library
 
 LOGS = ("auto", "plain", "json", "none")
-EVERY = 10.0  # seconds between lines, where there is no terminal
-NAMED = 5  # ids of a kind that the summary names
-TICK, WINDOW, FEW = 1.0, 30, 4  # seconds between two looks at how far a run is; the last and the fewest that tell its pace
+EVERY = 10.0  # seconds between lines, if there is no bar
+NAMED = 5  # the most ids that the summary names of a kind
+TICK, WINDOW, FEW = 1.0, 30, 4  # the pace: seconds between readings, the most last readings used, the fewest needed
 # A bar that counts samples and also moves with the steps of unfinished ones.
 FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f} of {total}{unit} [{elapsed}<{remaining}, {rate_fmt}]"
-PACED = "images: {percentage:3.0f}%|{bar}| {n:.1f} of {total} images [{elapsed}{postfix}]"  # which says its pace itself
+PACED = "images: {percentage:3.0f}%|{bar}| {n:.1f} of {total} images [{elapsed}{postfix}]"  # its postfix has the pace
 
-Bar = Callable[[Sequence], Iterable]  # the rows of a run pass through it, one by one
+Bar = Callable[[Sequence], Iterable]  # wraps the rows of a batch, and shows each one that passes
 
 
 @dataclass
 class Summary:
-    """What a run came to.
+    """The numbers of a run.
 
-    total:  the run's jobs. before: those that were done when it began. skipped: rows of the prompts that were left out.
-    counts: images of this call by kind: ok, failed, suspect, copies (of training images), again (a guard made them more than
-            once), flagged (by a safety checker), truncated (their prompts); and the number of all attempts. Of all images of
-            the run: duplicates (of others).
+    total:  the run's jobs. before: the jobs done before this call. skipped: rows of the prompts that were left out.
+    counts: images of this call by kind: ok, failed, suspect, copies (of training images), again (after several attempts of a
+            guard), flagged (by a safety checker), truncated (the prompt); and "attempts", the number of all attempts. Over all
+            images of the run: duplicates (of others).
     ids:    the first NAMED ids of each kind.
-    calls:  predictions of the network by branch; "spared" are those that steps with one branch alone did without.
+    calls:  predictions of the network by branch; "spared": the predictions that steps with a single branch saved.
     seconds: how long this call took. signal: the number of the signal that stopped it; None for none.
-    made: images of this call, with what unfinished ones amount to. pace: of the last steps, in images a second; 0 while these
-            are too few.
+    made: images of this call, plus the finished shares of the unfinished ones. pace: images a second over the last steps; 0
+            while there are too few steps.
     """
 
     total: int
@@ -67,12 +67,12 @@ class Summary:
         self.counts["attempts"] += line.get("attempts", 1)
 
     def mark(self, kind: str, ids: Sequence[str]) -> None:
-        """Count images of a kind that is known at the end alone."""
+        """Set the count and ids of a kind that is known only at the end of a run."""
         self.counts[kind], self.ids[kind] = len(ids), list(ids[:NAMED])
 
     @property
     def done(self) -> int:
-        """Images whose files are there."""
+        """Images that are made and saved, in all calls of the run."""
         return self.before + self.counts["ok"]
 
     @property
@@ -82,7 +82,7 @@ class Summary:
 
     @property
     def rate(self) -> float:
-        """Images a second."""
+        """Images a second over this whole call, failed ones included."""
         return (self.counts["ok"] + self.counts["failed"]) / self.seconds if self.seconds else 0.0
 
     @property
@@ -110,7 +110,7 @@ class Summary:
         return ", ".join([f"{self.done:,} of {self.total:,} images", *self.how()])
 
     def how(self) -> list[str]:
-        """What there is to say of a run that goes on, beside the number of its images."""
+        """The parts of a progress line after the number of images: pace, time left, suspect and failed images."""
         left = self.remaining
         known = [f"{self.pace:.3g} images/s", f"{duration(left)} left"] if left else []
         return known + [f"{self.counts[kind]} {kind}" for kind in ("suspect", "failed") if self.counts[kind]]
@@ -125,10 +125,10 @@ def duration(seconds: float) -> str:
 class Progress:
     """Shows how far a run is. log: "plain" lines, "json" lines, "none", or "auto": a bar in a terminal, else plain lines.
 
-    metrics: a port on which Prometheus finds the same numbers, by the package prometheus_client. None: they are not served.
-    host: the address of that port. By default this machine alone reaches it; with "0.0.0.0" others do.
+    metrics: the port on which the package prometheus_client serves the same numbers to Prometheus; None: they are not served.
+    host: the address of that port. By default only this machine can reach it; with "0.0.0.0" others can.
 
-    Raises ValueError for another kind, ImportError without that package, OSError for a port that is taken.
+    Raises ValueError for another `log`, ImportError without that package, OSError for a port that is taken.
     """
 
     def __init__(self, log: str = "auto", metrics: int | None = None, stream: TextIO | None = None, host: str = "127.0.0.1"):
@@ -152,23 +152,23 @@ class Progress:
     def begin(self, total: int, before: int, skipped: int) -> None:
         self.summary, self._start = Summary(total, before, skipped), time.monotonic()
         self._shown, self._looks = self._start, deque([(self._start, 0.0)], WINDOW)
-        if self.kind == "bar":  # miniters: without it a bar whose first steps are quick stands still in slow ones
+        if self.kind == "bar":  # miniters=0: else tqdm skips slow steps after quick first ones
             self._bar = tqdm(total=total, initial=before, bar_format=PACED, miniters=0, file=self.stream)
         self._tell("begin", due=self.kind == "json")
 
     def update(self, line: dict[str, Any], calls: Counter[str]) -> None:
-        """Count a new line of the manifest. calls: the network's so far, by branch."""
+        """Count a new line of the manifest. calls: the network's predictions so far, by branch."""
         self.summary.add(line)
         self.summary.calls = Counter(calls)
         self.moved(0.0)
 
     def moved(self, under_way: float) -> None:
-        """Show the steps taken. under_way: what unfinished images amount to, in images."""
+        """Update what is shown after a step. under_way: the summed finished shares of unfinished images."""
         summary, now = self.summary, time.monotonic()
         summary.seconds = now - self._start
         if under_way and not summary.made:
-            self._looks.clear()  # the first step sets things up
-        # never less than it was: what has left the network is perhaps not written yet, and a guard begins samples again
+            self._looks.clear()  # the first step includes the set-up, so the pace leaves it out
+        # Never decreases, although an image leaves the network before it is written, and a guard begins samples again.
         summary.made = max(summary.made, summary.counts["ok"] + summary.counts["failed"] + under_way)
         if not self._looks or now - self._looks[-1][0] >= TICK:
             self._looks.append((now, summary.made))
@@ -188,7 +188,7 @@ class Progress:
 
     def _print(self, event: str, text: str, facts: dict[str, Any]) -> None:
         if self.kind in ("plain", "json"):
-            with suppress(ValueError, OSError):  # nobody listens any more
+            with suppress(ValueError, OSError):  # the stream is closed
                 print(json.dumps({"event": event, **facts}) if self.kind == "json" else text, file=self.stream, flush=True)
 
     def _tell(self, event: str, due: bool) -> None:
@@ -226,13 +226,13 @@ def moving(bar: tqdm, count: float) -> Callable[[float], None]:
         if share < 1:
             bar.update(done + share * count - bar.n)
         else:
-            bar.n = done  # and is not drawn so
+            bar.n = done  # without a redraw
 
     return tell
 
 
 def bar(progress: bool | Callable[[float], None], part: int, parts: int) -> Bar:
-    """A bar for the rows of part number `part` of `parts`; or, where `progress` is a function, what tells it the share done."""
+    """Return a bar for the rows of batch `part` of `parts`. A function `progress` is called with the finished share instead."""
     if not callable(progress):
         of = f" {part + 1}/{parts}" if parts > 1 else ""
         return partial(tqdm, desc=f"sampling{of}", unit="step", disable=not progress, file=sys.stderr)

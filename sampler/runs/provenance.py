@@ -13,7 +13,7 @@ from .environment import environment
 
 
 def settings_of(scheduler: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What a run's images owe to a diffusers scheduler, to a dtype, a device and the versions of what computes them."""
+    """Return what decides images beside the weights: scheduler, dtype, device and library versions, as plain data."""
     return {
         "scheduler": {"class": type(scheduler).__name__, **_public(scheduler.config)},
         "dtype": str(dtype).removeprefix("torch."),
@@ -24,7 +24,7 @@ def settings_of(scheduler: Any, dtype: torch.dtype, device: torch.device) -> dic
 def weights_sha256(pipe: Any) -> str:
     """The SHA-256 of a diffusers pipeline as it is: its modules' tensors and configurations by name, and its vocabularies.
 
-    Weights that lie elsewhere (sequential offloading) count by where the pipeline was loaded from.
+    For weights on the meta device (sequential offloading), it hashes the source that the pipeline was loaded from instead.
     """
     digest = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):

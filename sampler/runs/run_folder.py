@@ -25,8 +25,8 @@ from .jsontext import finite, json_bytes
 
 LEFTOVERS = (".DS_Store", "Thumbs.db", "desktop.ini", "*.part")  # left by desktops, and by a run that was killed
 DIGEST = re.compile("[0-9a-f]{64}")
-SHORT = 60  # letters of a value in a message
-SAID = 6  # values in a message
+SHORT = 60  # the most characters of a value in a message
+SAID = 6  # the most differences in a message
 # An id names its image's file. Windows keeps some names for devices, with any suffix: con.png is one.
 SAFE_ID = re.compile(r"(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))[a-z0-9_][a-z0-9._-]{0,127}", re.IGNORECASE | re.ASCII)
 
@@ -37,12 +37,12 @@ def open_folder(
     growing: Collection[str] = (),
     grown: Callable[[dict[str, Any]], None] = lambda known: None,
 ) -> None:
-    """Make `out` ready for `run`, new or to be gone on with.
+    """Prepare the folder `out` for a new run with the settings `run`, or to continue that run.
 
-    growing: the settings that may differ from those in the folder, where `grown`, which is told these, raises no ValueError.
+    growing: the settings that may differ from those in the folder. `grown` is called with the folder's settings if any differ,
+             and raises ValueError if the run cannot continue with the new ones.
 
-    Raises ValueError where `out` holds anything but this same run or another process is at work there, before anything is
-    written.
+    Raises ValueError, before it writes a file, if `out` holds anything except this run, or if another process works there.
     """
     out, run = Path(out), json.loads(json_bytes(run))  # as it will be read back
     if out.exists() and not out.is_dir():
@@ -62,7 +62,7 @@ def open_folder(
 
 
 def _admit(out: Path, run: Mapping[str, Any], growing: Collection[str]) -> dict[str, Any]:
-    """The settings of the run that `out` holds, which may go on as `run`; none where it is empty."""
+    """Return the settings of the run in `out`, which `run` may continue; {} if `out` is empty. Raises as `open_folder`."""
     if (out / "run.json").exists():
         known = read_settings(out)
         if said := differences(known, run, growing):
@@ -79,9 +79,9 @@ def _admit(out: Path, run: Mapping[str, Any], growing: Collection[str]) -> dict[
 
 
 def differences(known: Mapping[str, Any], run: Mapping[str, Any], but: Collection[str] = ()) -> str:
-    """What to say of settings that differ, but for those in `but`: "its steps, scale differ", and both values of each.
+    """Describe the settings that differ, except those in `but`: "its steps, scale differ", and both values of each.
 
-    A model of the same weights is the same, wherever it lies.
+    Models with the same weights count as the same, wherever they were loaded from.
     """
     names = [name for name in {**known, **run} if name not in but and known.get(name) != run.get(name)]
     if "model" in names and known.get("weights") is not None and known.get("weights") == run.get("weights"):
@@ -94,7 +94,7 @@ def differences(known: Mapping[str, Any], run: Mapping[str, Any], but: Collectio
 
 
 def _both(name: str, there: Any, now: Any) -> Iterator[str]:
-    """The two values of a setting, or of what differs in it; digests tell a reader nothing."""
+    """Yield a text with the two values of a setting, or one for each inner difference of two dicts. Digests are left out."""
     if isinstance(there, dict) and isinstance(now, dict):
         for inner in {**there, **now}:
             if there.get(inner) != now.get(inner):
@@ -103,7 +103,7 @@ def _both(name: str, there: Any, now: Any) -> Iterator[str]:
         texts = [json.dumps(value, ensure_ascii=False) for value in (there, now)]
         cut = max(map(len, texts)) > SHORT
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))) if cut else 0
-        first, second = (_short(text, max(0, same - SHORT // 4)) for text in texts)  # what is cut is told where it differs
+        first, second = (_short(text, max(0, same - SHORT // 4)) for text in texts)  # shows where they differ
         yield f"{name} {first} there, {second} now"
 
 
@@ -136,7 +136,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Inside, no other process can lock the folder, where the file system has locks. A process that dies unlocks it.
+    """A context in which no other process can lock the folder, if the system has locks. The lock ends with the process.
 
     Raises ValueError where another process holds the lock.
     """

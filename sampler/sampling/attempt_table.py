@@ -1,7 +1,7 @@
 """The step tables of all attempts of a guard, joined into one: another attempt is a jump to its first row.
 
-The samples of a batch stand at rows of their own, so those that pass at once keep the bits of plain guidance. The host reads
-from the device only between attempts.
+Each sample of a batch has its own row. So a sample that passes at the first attempt keeps the bits of plain guidance. The host
+reads from the device only for a guard's early look and its verdicts.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ BOTH: Branch = "both"
 
 @dataclass(frozen=True)
 class AttemptTable:
-    """`plan` has the rows of all attempts after each other. Attempt i begins at row `starts[i]`.
+    """The rows of all attempts, joined in `plan`. Attempt i begins at row `starts[i]`.
 
-    guidance: one attempt that nobody judges, or a guard.
-    check: the row at which the guard's early look has seen its gaps; None without one.
-    probe: what the network is asked to judge a picture, in the last row; None without a guard.
+    guidance: a Guidance, which is one attempt without a verdict, or a guard.
+    check: the row after the steps whose gaps the guard's early look reads; None without an early look.
+    probe: the question by which the network judges a picture. Its row is the last one. None without a guard.
     """
 
     guidance: Guidance | Guard
@@ -45,9 +45,9 @@ class AttemptTable:
     def make(
         cls, solver: Solver, guidance: Guidance | Guard, device: torch.device, correction: Correction | None = None
     ) -> AttemptTable:
-        """Lay guidance over the steps of `solver`.
+        """Build the table of `guidance` over the steps of `solver`.
 
-        Raises ValueError for steps that it is not made for, and for a guard where pictures cannot be judged.
+        Raises ValueError where the guidance does not fit these steps, and for a guard where pictures cannot be judged.
         """
         attempts = [one.guidance for one in guidance.attempts] if isinstance(guidance, Guard) else [guidance]
         plans = [StepTable.make(solver, one, device, correction) for one in attempts]
@@ -68,31 +68,31 @@ class AttemptTable:
 
     @property
     def guard(self) -> Guard | None:
-        """None for guidance that is none."""
+        """The guard; None where the guidance is not a guard."""
         return self.guidance if isinstance(self.guidance, Guard) else None
 
     @property
     def rows(self) -> int:
-        """The rows of all attempts, and of the call that judges."""
+        """The number of rows: those of all attempts, and under a guard one for the calls that judge."""
         return len(self.plan.table)
 
     @property
     def steps(self) -> int:
-        """The solver steps of an attempt, the most of one."""
+        """The number of solver steps. All attempts have the same."""
         return self.plan.steps
 
     @property
     def multistep(self) -> bool:
-        """Its solver keeps a history."""
+        """Whether the solver keeps a history."""
         return self.plan.multistep
 
     @property
     def stepwise(self) -> bool:
-        """Its solver is the scheduler's own `step`, which all samples of a batch take together."""
+        """Whether the solver is the scheduler's own `step`, which all samples of a batch take together."""
         return self.solver.coefficients is None
 
     def stopped(self, after: int | None) -> AttemptTable:
-        """The same, of whose steps only so many are taken; None: all. Raises ValueError for a number that it has not."""
+        """Return the table cut to its first `after` solver steps; None: uncut. Raises ValueError unless it has as many."""
         if after is None:
             return self
         if not 1 <= checks.at_least_one("stop_after", after) <= self.solver.steps:
@@ -116,7 +116,7 @@ class AttemptTable:
 
 
 def _asking(plain: StepTable, probe: Probe) -> StepTable:
-    """One row for the calls that judge: the network sees the question in the place of the latents, and nothing moves."""
+    """Return the one row of the calls that judge. The network reads the question as latents, and the step changes nothing."""
     row = torch.zeros(1, len(Column))
     for column in (Column.BEFORE, Column.AFTER, Column.A, Column.INPUT_SCALE):
         row[0, column] = 1.0

@@ -37,7 +37,7 @@ Wrap = Callable[[models.PromptedNetwork], Network]
 class Runner:
     """How the batches of one model are denoised.
 
-    graphs: where steps are captured; None: nowhere. wrap: what makes another network of the model's; None: nothing.
+    graphs: captures the steps; None: they are not captured. wrap: makes another network from the model's; None: no other.
     """
 
     model: models.Model
@@ -46,7 +46,7 @@ class Runner:
     wrap: Wrap | None = None
 
     def sampled(self, call: Call, solver: Solver, progress: bool | Callable[[float], None]) -> list[Output]:
-        """What a call asks for, batch by batch. solver: of its schedule. In inference mode.
+        """Return the outputs of a call, one a batch. solver: the solver of the call's schedule. Runs in inference mode.
 
         Raises ValueError, before any work, for guidance that does not fit the steps.
         """
@@ -86,9 +86,9 @@ class Runner:
         generators: list[torch.Generator],
         together: bool = False,
     ) -> DeviceBatch:
-        """A batch from `noise` (B, ...): captured, or by the scheduler's own step, or fused.
+        """Return a batch that starts from `noise` (B, ...). Its step is captured, or the scheduler's own, or fused.
 
-        together: all samples go one way, from the first row on; only such a batch may have a wrapped network.
+        together: all samples take the same rows, from the first one on. Only such a batch may have a wrapped network.
         """
         if self.wrap is not None and not together:
             raise ValueError("a wrapped network is sampled from by calls of the sampler alone, which take no guard")
@@ -112,10 +112,10 @@ class Runner:
         initial: Callable[[Sequence[torch.Generator]], Tensor],
         shown: Bar,
     ) -> Results:
-        """All steps of some samples of a call, which go through `shown`.
+        """Take all steps of one batch of a call, and return what came of it. shown: the bar that the rows pass through.
 
-        encoded: their prompts. noise: (B, ...) float32 of standard deviation 1. generators: of all their noise. initial: draws
-        initial noise from generators.
+        encoded: the samples' prompts. noise: (B, ...) float32 of standard deviation 1. generators: one a sample, for all of its
+            noise. initial: draws initial noise from generators.
         """
         model, plan, solver = self.model, attempt_table.plan, attempt_table.solver
         noise = (noise * solver.init_sigma).to(model.device, model.dtype)
@@ -143,7 +143,7 @@ class Runner:
 def mover(
     attempt_table: AttemptTable, scheduler: Scheduler, generators: list[torch.Generator], plan: StepTable, state: State
 ) -> Move:
-    """What takes a batch, just started and all at the same row, through the steps of `plan`."""
+    """Return the move of a batch that was just started and whose samples are all at the same row of `plan`."""
     if attempt_table.stepwise:
         return scheduler_move(attempt_table.solver, scheduler, generators, plan, state)
     return lockstep_move(plan, state)

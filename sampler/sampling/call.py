@@ -20,10 +20,10 @@ OUTPUTS = ("pil", "np", "pt", "latent")
 
 @dataclass(frozen=True)
 class Prompts:
-    """What is drawn, and from which noise: `count` pictures of each prompt, those of one prompt after each other.
+    """The prompts and seeds of a call: `count` pictures of each prompt, all pictures of the first prompt first.
 
-    texts:   None where `options` have prompt_embeds in their place. seeds: one a picture. negative: one or None a prompt.
-    options: of the pipeline's own call.
+    texts:   the prompts; None where `options` hold prompt_embeds instead. seeds: one a picture. negative: one or None a prompt.
+    options: arguments of the pipeline's own call.
     """
 
     texts: list[str] | None
@@ -41,7 +41,7 @@ class Prompts:
         negative: str | Sequence[str | None] | None,
         options: dict[str, Any],
     ) -> Prompts:
-        """From arguments as callers give them. Raises ValueError for what does not fit."""
+        """Return the prompts of a caller's arguments. Raises ValueError for arguments that do not fit."""
         count = checks.at_least_one("num_images_per_prompt", count)
         embedded = texts is None and options.get("prompt_embeds") is not None
         found = None if embedded else checks.texts("prompts", texts)
@@ -59,10 +59,10 @@ class Prompts:
 class Call:
     """What one call of a sampler asks for; see `Sampler.__call__`.
 
-    size: (height, width) in pixels. shape: of one sample's latents. latents: (B, *shape), initial noise that is given.
-    wrapped: the network is another than the model's.
+    size: (height, width) in pixels. shape: the shape of one sample's latents. latents: (B, *shape), the caller's initial noise.
+    wrapped: the network is not the model's own (see `Sampler.wrapped`).
 
-    Raises ValueError for what does not fit together.
+    Raises ValueError for arguments that do not fit together.
     """
 
     prompts: Prompts
@@ -105,9 +105,9 @@ class Call:
 
     @property
     def seen(self) -> bool:
-        """Whether somebody sees the batch, which holds all samples then."""
+        """Whether a wrapped network or a callback sees the batch. Without a batch_size it then holds all samples."""
         return self.wrapped or self.callback is not None
 
     def generators(self) -> list[torch.Generator]:
-        """A fresh one a sample, from its seed."""
+        """Return a new generator for each sample, seeded with its seed."""
         return [torch.Generator("cpu").manual_seed(seed) for seed in self.prompts.seeds]

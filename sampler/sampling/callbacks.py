@@ -15,7 +15,7 @@ FOUND = ("_num_timesteps", "_guidance_scale", "_interrupt")  # where a pipeline 
 
 
 def check(callback: Callback | None, tensor_inputs: Sequence[str]) -> None:
-    """Raises ValueError where other tensors than latents are asked for, by the call or by one of diffusers' callbacks."""
+    """Raise ValueError unless `callback` is a function or None, and both it and the call ask for latents alone."""
     if callback is not None and not callable(callback):
         raise ValueError(f"callback_on_step_end must be a function, got {callback!r}")
     if list(tensor_inputs) != ["latents"]:
@@ -30,7 +30,7 @@ def check(callback: Callback | None, tensor_inputs: Sequence[str]) -> None:
 
 @contextmanager
 def found(pipe: Pipeline, calls: int, scale: float) -> Iterator[None]:
-    """Inside, a callback finds in `pipe` the number of network calls, the guidance scale, and no interruption, as in stock."""
+    """A context in which `pipe` has diffusers' fields for callbacks: number of network calls, guidance scale, no interrupt."""
     own: dict[str, Any] = pipe.__dict__
     before = {name: own[name] for name in FOUND if name in own}
     for name, value in zip(FOUND, (calls, scale, False), strict=True):
@@ -44,9 +44,9 @@ def found(pipe: Pipeline, calls: int, scale: float) -> Iterator[None]:
 
 
 def tell(callback: Callback, pipe: Pipeline, call: int, timestep: Tensor, latents: Tensor, scale: float) -> Tensor:
-    """The latents that a callback makes of these after a network call.
+    """Call `callback` after a network call, and return the latents to continue with.
 
-    Raises ValueError for what cannot be followed: other tensors that it returns, another guidance scale that it sets.
+    Raises ValueError where the callback returns other tensors, or sets another guidance scale: the sampler cannot use them.
     """
     told = callback(pipe, call, timestep, {"latents": latents}) or {}
     other = sorted(told.keys() - {"latents"})

@@ -18,8 +18,8 @@ from .step_table import StepTable
 from .steps import DeviceBatch, fused_step
 
 log = logging.getLogger(__name__)
-ROWS = 256  # of a session's table, or the next power of two: shorter tables share its graphs
-WARM_UP = 3  # steps before a capture: in the first ones libraries choose their algorithms, and compilers compile
+ROWS = 256  # the fewest rows of a session's table, else the next power of two, so that plans of several lengths share graphs
+WARM_UP = 3  # steps before a capture, because libraries choose their algorithms and compilers compile in the first ones
 
 
 class Graphs:
@@ -72,11 +72,11 @@ class Graphs:
 
 
 class Session:
-    """What the graphs of one shape read and write, in memory that stays where it is.
+    """The buffers that the graphs of one shape read and write, at fixed addresses.
 
-    Guidance is data in the table, so one graph a branch serves all guidance of one rule. It records the general step, in which
-    every sample looks for its transition. Samples whose rows ask for none pay microseconds: a large sample, which several
-    programs share, is read twice.
+    Guidance is data in the table, so one graph a branch serves all guidance of one rule. The graph records the general step, in
+    which every sample looks for its transition. Samples that look for none lose microseconds, because a large sample, which
+    several programs share, is read twice.
     """
 
     def __init__(self, network: PromptedNetwork, plan: StepTable, rows: int, noise: Tensor, memory_format: torch.memory_format):
@@ -94,19 +94,19 @@ class Session:
         return replace(self.state, transition=transition)
 
     def capture(self, branch: Branch, pool: Any) -> None:
-        """Record a step; the state's contents are lost. Raises RuntimeError where a step makes the host wait, or is refused."""
+        """Record a step; the state is overwritten. Raises RuntimeError if a step makes the host wait or cannot be captured."""
         current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
         stream.wait_stream(current)
         try:
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP):
                     self.take(branch)
-                with _no_waiting():  # refused here, as a capture that fails half-way leaves torch in the middle of it
+                with _no_waiting():  # before the capture: one that fails half-way leaves torch in the middle of it
                     self.take(branch)
         finally:
             current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool):  # `current` again, however the capture ends
+        with torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool):  # restores `current` even if the capture fails
             pair = self.take(branch)
         self.graphs[branch] = graph, pair  # the pair is kept, so that no other graph of the pool gets its memory
 
@@ -118,7 +118,7 @@ class Session:
 
 @contextmanager
 def _no_waiting() -> Iterator[None]:
-    """Whatever makes the host wait for the device raises RuntimeError."""
+    """Make every operation that waits for the device raise RuntimeError."""
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

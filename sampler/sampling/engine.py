@@ -1,10 +1,10 @@
-"""In-flight batching: a batch of slots in which each sample goes its own way, and a slot that is free is filled at once.
+"""In-flight batching: each slot of a batch runs its own sample, and a free slot is filled at once.
 
-Samples of one batch stand at different rows of one step table, so they may have different guidance, different numbers of steps
-and, under a guard, different attempts. A sample that is done leaves its slot, and the next one in line begins there; one that a
-guard sends back begins its next attempt where it is. A finished picture is judged in its slot, by calls like any other.
-Both branches of the network run while any slot needs both; where all need the same one, that one runs alone. Nothing is read
-back from the device but a guard's verdicts between attempts.
+The samples of a batch are at different rows of one step table, so they may have different guidance, different numbers of steps
+and, under a guard, different attempts. When a sample is done, the next one in line begins in its slot. When a guard rejects an
+attempt, the next attempt begins in the same slot. A finished picture is judged in its slot too, by further network calls.
+Both branches of the network run, unless all slots need the same one. The host reads from the device only for a guard's early
+look and its verdicts.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from .slot_batch import Begin, SlotBatch
 from .slots import Slot, Slots
 
 log = logging.getLogger(__name__)
-USUAL = 256  # of the last samples, as many tell how many attempts are usual
+USUAL = 256  # the number of last finished samples whose attempts are averaged
 
 
 @dataclass
 class Trial:
     """A finished attempt while it is judged.
 
-    result: what came of it. guard, probe: who judges it, and by which question. noises: of the questions.
-    target: what the network ought to answer next. scores: so far.
+    result: what came of it. guard, probe: the guard that judges it, and its question. noises: one for each question.
+    target: the ideal answer to the last question. scores: one for each answer so far.
     """
 
     result: Result
@@ -49,7 +49,7 @@ class Trial:
     scores: list[Tensor] = field(default_factory=list)
 
     def ask(self) -> Tensor:
-        """What the network is given next, (C, h, w)."""
+        """Return the latents of the next question, (C, h, w), and set `target`."""
         given, target = self.probe.question(self.result.latents[None], next(self.noises)[None])
         self.target = target
         return given[0]
@@ -59,13 +59,13 @@ class Engine:
     """Samples one after another, in `slots` slots.
 
     begin:  opens a batch.
-    fixed:  the batch always has that many rows, those that nobody needs being padding. It costs a few rows at the end of the
-            work; a compiler sees one shape, and images keep their bits whatever is beside them. Without it, the batch shrinks
-            once there is nothing to fill it with.
-    room:   samples may come that have other rows than the first; else the batch is made for that one.
-    local:  a fault costs the sample that has it: those in flight begin again in fewer slots, down to one. Else it is raised.
-
-    A guard's sample that is not finite in half precision makes no further attempts: float32 is to make it.
+    fixed:  the batch keeps all of its slots, and free ones are computed as padding. This wastes some work at the end, but a
+            compiler sees one shape, and an image has the same bits whatever samples are beside it. If false, the batch shrinks
+            when no samples are left to fill it.
+    room:   the batch has room for the table rows of later samples. If false, all samples have the first sample's rows.
+    local:  an exception fails only the sample that causes it: all in flight begin again in fewer slots, down to one. If false,
+            the exception is raised.
+    A guard's sample that is not finite in half precision makes no further attempt, because it needs float32.
     """
 
     def __init__(self, begin: Begin, slots: int, fixed: bool = False, local: bool = False, room: bool = True):
@@ -75,10 +75,10 @@ class Engine:
         self._form: Any = None  # of the batch in flight
         self._trials: dict[Slot, Trial] = {}
         self._attempts: deque[int] = deque(maxlen=USUAL)  # of samples that are done
-        self.calls: Counter[str] = Counter()  # network calls of samples by branch; "spared": those that were not needed
+        self.calls: Counter[str] = Counter()  # predictions by branch; "spared": those that steps with a single branch saved
 
     def run(self, work: Iterable[Sample | Result], tick: Callable[[], Any] = lambda: None) -> Iterator[Result]:
-        """The results in the order in which they are done; what is one already is passed on. `tick` is told of every step."""
+        """Yield results as they are done; a Result in `work` is passed on unchanged. `tick` is called before each step."""
         spoiled: list[Result] = []
 
         def samples() -> Iterator[Sample]:
@@ -110,12 +110,12 @@ class Engine:
 
     @property
     def under_way(self) -> float:
-        """What the samples in the slots have done of their steps, in samples: each takes as many attempts as those before."""
+        """The finished shares of the samples in the slots, summed. Each is expected to need the usual number of attempts."""
         usual = fmean(self._attempts) if self._attempts else 1.0
         return sum(min(1.0, (slot.attempt + slot.progress) / usual) for slot in list(self._slots.live))
 
     def _step(self, fresh: Sequence[Slot]) -> list[Result]:
-        """Begin the samples of slots that were free, take a step, and see what becomes of all."""
+        """Begin the samples of `fresh` slots, take a step, and return the results that are done."""
         slots = self._slots
         if self._batch is None or (fresh and self._form is not slots.form):
             self._batch = None  # gives its memory back first
@@ -134,7 +134,7 @@ class Engine:
         return self._settle(batch, pair)
 
     def _settle(self, batch: SlotBatch, pair: Pair) -> list[Result]:
-        """What becomes of slots after a step that made these predictions: they go on, are judged, begin again, or are free."""
+        """Judge, restart or free slots after a step that made the predictions `pair`; returns the results that are done."""
         asked: list[Slot] = []
         done, again = self._looked(batch)
         ended = [slot for slot in self._slots.live if slot.row == slot.end and slot not in again]
@@ -158,7 +158,7 @@ class Engine:
         return done
 
     def _looked(self, batch: SlotBatch) -> tuple[list[Result], list[Slot]]:
-        """(what is given up for good, slots that are to make their next attempt) by the first gaps of plain attempts."""
+        """(final results of lost samples, slots that begin their next attempt), from the early look at plain attempts."""
         done, again = [], []
         looked = [slot for slot in self._slots.live if _looked_at(slot)]
         gaps = batch.gaps if looked else None
@@ -175,7 +175,7 @@ class Engine:
         return done, again
 
     def _hear(self, batch: SlotBatch, ended: Sequence[Slot], pair: Pair) -> None:
-        """Begin the trials of attempts that are done, and note the answers of those that are judged already."""
+        """Begin the trial of each attempt that has just ended, and score the answers in the trials that have begun before."""
         begun = []
         for slot in ended:
             sample, trial, (uncond, cond) = slot.sample, self._trials.get(slot), pair
@@ -191,7 +191,7 @@ class Engine:
             self._judge_together(batch, begun)
 
     def _judge_together(self, batch: SlotBatch, ended: Sequence[Slot]) -> None:
-        """The scores of slots whose scheduler takes its own steps."""
+        """Score the trials of slots whose solver is the scheduler's own `step`."""
         trials = [self._trials[slot] for slot in ended]
         wanted = [trial.guard.attempts[slot.attempt].probes for slot, trial in zip(ended, trials, strict=True)]
         for probes in dict.fromkeys(wanted):
@@ -202,7 +202,7 @@ class Engine:
                     slot.calls += 2 * probes
 
     def _go_on(self, batch: SlotBatch, asked: Sequence[Slot], again: Sequence[Slot]) -> None:
-        """Send slots to the calls that judge them, and to their next attempts."""
+        """Move the slots `asked` to the judging row, and `again` to their next attempts, or to the queue where stepwise."""
         if again and again[0].sample.attempt_table.stepwise:
             self._slots.requeue(again)
             return
@@ -215,7 +215,7 @@ class Engine:
             batch.enter([*asked, *again], questions + [slot.sample.draw() for slot in again])
 
     def _retreat(self, error: Exception) -> list[Result]:
-        """After a fault of all slots together: those in flight begin again in half as many, one alone has failed."""
+        """Handle an exception of a step: its samples begin again in half as many slots; a single one is returned as failed."""
         together, short = len(self._slots.live), isinstance(error, torch.OutOfMemoryError)
         self._batch, self._trials = None, {}
         failed = self._slots.retreat(for_good=short)
@@ -228,7 +228,7 @@ class Engine:
 
 
 def _looked_at(slot: Slot) -> bool:
-    """Whether a guard looks at the first gaps of a plain attempt here, and has another one left."""
+    """Whether the slot is at the row of the guard's early look in its plain attempt, and another attempt is left."""
     attempt_table = slot.sample.attempt_table
     if attempt_table.guard is None or attempt_table.check is None or slot.attempt or slot.judged:
         return False
@@ -236,13 +236,13 @@ def _looked_at(slot: Slot) -> bool:
 
 
 def _lost(batch: SlotBatch, result: Result) -> bool:
-    """Whether half precision has lost a sample that is suspect, so that another attempt is a waste: a read by the host."""
+    """Whether a suspect sample is not finite in half precision, so that another attempt is useless. The host reads latents."""
     scored = result.score is not None and math.isfinite(result.score)
     return batch.half and not scored and not bool(result.latents.isfinite().all())
 
 
 def _judged(slot: Slot, trial: Trial) -> Result:
-    """What came of a slot's attempt, with the verdict on it: a read by the host."""
+    """Return the result of a slot's attempt with its verdict. The host reads the score from the device."""
     score = torch.stack(trial.scores).mean().item()
     suspect = basin_score.suspects(score, trial.guard.attempts[slot.attempt].threshold)
     return replace(trial.result, attempts=slot.attempt + 1, score=score, suspect=suspect, calls=slot.calls)
@@ -257,7 +257,7 @@ def guarded(
     bar: Callable[[Sequence[Branch]], Iterable[Branch]],
     initial: Callable[[Sequence[torch.Generator]], Tensor],
 ) -> Results:
-    """One batch under a guard, from its initial noise (B, ...). bar: of the plain attempt's steps; initial: see `Sample`."""
+    """Sample a batch under a guard from initial noise (B, ...). bar: for the plain attempt's steps. initial: see `Sample`."""
     turns = iter(bar(attempt_table.plan.branches[: attempt_table.starts[1]]))
     given = enumerate(zip(noise, generators, strict=True))
     work = [

@@ -1,4 +1,4 @@
-"""Evaluates transition rules that compute a statistic of their own from the noise gaps, on the device, in every step."""
+"""Evaluates, in every step and on the device, the transition rules that compute a statistic of the noise gaps."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..kernels import noise_gap
 from ..kernels.state import TransitionState
 from ..kernels.table import Column
 
-ROOM = 128  # steps; rules see a multiple of so many, so that their sums have the same bits beside samples with more steps
+ROOM = 128  # gaps are padded to a multiple of so many steps: sums have the same bits beside samples with more steps
 
 
 @dataclass(frozen=True)
 class GapStatistics:
-    """The rules of the rows of a step table.
+    """The statistic rules of a step table.
 
-    rules:  those that there are. of_row: (K,) int64 on the device, which of them each row's guidance has, -1 for none; of no
-            rows where there are no rules.
+    rules:  the distinct rules. of_row: (K,) int64 on the device, the index in `rules` of each row's rule, -1 for none. It is
+            empty where there are no rules.
     """
 
     rules: tuple[Statistic, ...]
@@ -30,14 +30,14 @@ class GapStatistics:
 
     @classmethod
     def of(cls, until: Sequence[Rule | None], rows: Sequence[int], device: torch.device | str) -> GapStatistics:
-        """Of guidances whose rows stand after each other in a table. rows: how many each has."""
+        """Collect the rules of guidances whose rows follow each other in a table. rows: the number of rows of each guidance."""
         rules = tuple(dict.fromkeys(rule for rule in until if isinstance(rule, Statistic)))
         index = [rules.index(rule) if isinstance(rule, Statistic) else -1 for rule in until]
         each = torch.tensor(index).repeat_interleave(torch.tensor(rows)) if rules else torch.empty(0, dtype=torch.int64)
         return cls(rules, each.to(device))
 
     def ask(self, uncond: Tensor, cond: Tensor, table: Tensor, state: TransitionState) -> None:
-        """Note which samples leave in the step that they are at, before it is taken. uncond, cond: (B, ...)."""
+        """Before a step, write the gaps, and the transitions of samples that leave, to `state`. uncond, cond: (B, ...)."""
         if not self.rules:
             return
         rows, own = state.rows(table), self.of_row[torch.minimum(state.row, state.last)]

@@ -26,14 +26,14 @@ class Output:
     transition_step: (B,) int64 on the CPU, the step at which each sample's guidance changed; -1 for none, 0 for plain cfg.
     noise_gap:       (B, steps) float32 on the CPU, ||cond - uncond||_2 at each step, NaN where it was not computed.
     timesteps:       (steps,) float32 on the CPU, in the scheduler's units.
-    attempts:        (B,) int64 on the CPU, how often a guard began each sample, whose transition and gaps are the last one's.
+    attempts:        (B,) int64 on the CPU, the attempts that a guard made; transition_step and noise_gap are the last one's.
     score:           (B,) float32 on the CPU, each picture's `basin_score`; the higher, the more like a copy.
     suspect:         (B,) bool on the CPU, the samples that still look like copies.
-    calls:           (B,) int64 on the CPU, the predictions that each sample needed: one or two a step, two for each noise that
-                     it was judged by. These four are None without a guard.
+    calls:           (B,) int64 on the CPU, the predictions that each sample needed: one or two a network call, and two for each
+                     noise that it was judged by. These four are None without a guard.
     finite:          (B,) bool on the CPU, whether a sample's latents, and its pixels where decoded, have neither NaN nor inf.
-    nsfw_content_detected: (B) the safety checker's verdicts; such a picture is black. None without a checker, or undecoded.
-    truncated:       (B) what was cut off each prompt at the text encoder's limit, "" for nothing.
+    nsfw_content_detected: (B) the safety checker's verdicts; a flagged picture is black. None without a checker, or undecoded.
+    truncated:       (B) the text cut off each prompt at the text encoder's limit, "" for nothing.
     """
 
     images: Any
@@ -50,7 +50,7 @@ class Output:
     truncated: Sequence[str] = ()
 
     def __repr__(self) -> str:
-        """What a person wants to know at a glance; the tensors are in the fields."""
+        """A short summary, without the tensors."""
         shape = " x ".join(map(str, self.latents.shape[1:]))
         said = [f"{len(self.latents)} images", f"latents {shape}", f"transition steps {self.transition_step.tolist()}"]
         if self.score is not None and self.suspect is not None:
@@ -60,7 +60,7 @@ class Output:
         return f"Output({', '.join(said)})"
 
     def judged(self, i: int) -> dict[str, Any]:
-        """What a guard says of sample `i`, as plain data; nothing without one."""
+        """The guard's attempts, score and verdict of sample `i`, as plain data; empty without a guard."""
         if self.attempts is None:
             return {}
         return {name: getattr(self, name)[i].item() for name in ("attempts", "score", "suspect")}
@@ -69,8 +69,8 @@ class Output:
     def of(
         cls, results: Results, encoded: Encoded, solver: Solver, output: str, decode: Callable[[Tensor, str], Decoded]
     ) -> Output:
-        """What a call returns of a batch; its pictures are decoded here. In inference mode, of which no tensor is returned."""
-        latents = results.latents.clone()  # a captured step's memory is used again
+        """Decode a batch, and return its output. Runs in inference mode, but returns ordinary tensors."""
+        latents = results.latents.clone()  # the next batch of a captured step overwrites them
         finite = latents.isfinite().flatten(1).all(dim=1).cpu()
         images, flagged = latents, None
         if output != "latent":
@@ -86,7 +86,7 @@ class Output:
 
     @classmethod
     def joined(cls, parts: Sequence[Output]) -> Output:
-        """The samples of several calls that differ in nothing else, one after the other."""
+        """Join the outputs of several batches, one after the other. They must have the same steps and settings."""
         if len(parts) == 1:
             return parts[0]
         columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(cls)}

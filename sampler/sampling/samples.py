@@ -1,4 +1,4 @@
-"""What is sampled, and what comes of it."""
+"""Samples, and their results."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .attempt_table import AttemptTable
 
 @dataclass(eq=False)
 class Sample:
-    """What is to be sampled, under the caller's `key`.
+    """One sample to make, which the caller knows by `key`.
 
-    attempt_table:  its attempts. shape: of its latents (C, h, w).
-    network, row: its encoded prompt is this row of the network's inputs.
-    seed:    of its own generator, from which all its noise comes.
-    initial: draws initial noise (1, C, h, w) from generators; None: normal noise of its shape. Some models pack theirs.
-    generator: the one with that seed. noise: (C, h, w), the initial noise where the generator has drawn it already.
-    attempt: the one it begins with. calls: the predictions that the attempts before that needed.
+    attempt_table:  its attempts. shape: the shape of its latents, (C, h, w).
+    network, row: the network whose inputs hold the encoded prompt, and the row there.
+    seed:    the seed of `generator`, from which all its noise comes.
+    initial: draws initial noise (1, C, h, w) from generators; some models pack it. None: normal noise of `shape`.
+    generator: the sample's own. noise: (C, h, w), the initial noise, if the generator has drawn it already; else None.
+    attempt: the attempt it begins with. calls: the predictions that its earlier attempts needed.
     """
 
     key: Any
@@ -41,7 +41,7 @@ class Sample:
 
     @property
     def form(self) -> tuple:
-        """What samples of one batch have in common. Rules that recorded steps do not know have batches of their own there."""
+        """What all samples of a batch share. If steps can be captured, samples of different statistic rules share no batch."""
         plan, version = self.attempt_table.plan, self.network.version
         own = version is not None and plan.statistics.rules
         return self.shape, self.network.row_form, id(version), plan.rule, plan.scaled, own
@@ -56,18 +56,18 @@ class Sample:
         return self.draw()
 
     def draw(self) -> Tensor:
-        """The next initial noise (C, h, w) of its generator."""
+        """Draw the next initial noise (C, h, w) from the generator."""
         drawn = draw(self.shape, [self.generator]) if self.initial is None else self.initial([self.generator])
         return drawn[0] * self.attempt_table.solver.init_sigma
 
 
 @dataclass(eq=False)
 class Result:
-    """What came of a sample.
+    """The result of one sample.
 
-    latents (C, h, w); transition () int64, -1 for none; gaps (steps,) float32, NaN where none was needed.
-    attempts, score (the basin score), suspect: a guard's; None without one. calls: predictions that the sample needed, whatever
-    the others of its batch did. error: why it failed; the tensors are empty then.
+    latents: (C, h, w). transition: () int64, -1 for none. gaps: (steps,) float32, NaN where none was needed.
+    attempts, score, suspect: a guard's attempts, basin score and verdict; None without a guard. calls: predictions that the
+        sample itself needed. error: why it failed, else None. If it failed, latents and gaps are empty.
     """
 
     sample: Sample
@@ -83,11 +83,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Results:
-    """What came of a batch of B samples over K solver steps.
+    """The results of a batch of B samples over K solver steps.
 
-    latents (B, ...), transition (B,) int64, -1 for none within the steps, gaps (B, K) float32. Under a guard those of each
-    sample's last attempt, and on the CPU attempts (B,) int64, score (B,) float32 the basin score, suspect (B,) bool, calls (B,)
-    int64 the predictions it needed; None without one.
+    latents: (B, ...). transition: (B,) int64, -1 for none within the steps. gaps: (B, K) float32. Under a guard, they are
+        those of each sample's last attempt. attempts, calls: (B,) int64, score: (B,) float32, suspect: (B,) bool, all on the
+        CPU, as in `Output`; None without a guard.
     """
 
     latents: Tensor
@@ -100,12 +100,12 @@ class Results:
 
     @classmethod
     def of(cls, state: State, steps: int) -> Results:
-        """Of a batch that has taken its steps, in the memory of its state."""
+        """Return the results of a batch that has taken its steps. They share the memory of `state`."""
         return cls(state.latents.x, state.transition.within(steps), state.transition.gaps)
 
     @classmethod
     def gathered(cls, results: Iterable[Result]) -> Results:
-        """Of a guard's samples whose keys are 0, 1, ...; in any order."""
+        """Join a guard's results, given in any order, in the order of their keys 0, 1, ..."""
         ordered = sorted(results, key=lambda result: result.sample.key)
 
         def column(name: str) -> list[Any]:

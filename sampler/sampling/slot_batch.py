@@ -1,4 +1,4 @@
-"""The batch that the engine keeps full: the tensors of its slots. What is in which slot is decided elsewhere, see `slots`."""
+"""The tensors of the engine's slots. The module `slots` decides which sample is in which slot."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Begin = Callable[[AttemptTable, PromptedNetwork, StepTable, Tensor, list[torch.G
 
 
 class SlotBatch:
-    """A batch of `size` slots, begun for a first sample and for all that can stand beside it.
+    """A batch of `size` slots, opened for the sample `first`; more samples of its form may follow.
 
-    begin: opens a batch. room: there is room for the rows of samples that come later. multistep: and for a solver's history.
+    begin: opens a batch. room: reserve table rows for later samples. multistep: reserve memory for a solver's history.
     """
 
     def __init__(self, begin: Begin, first: Sample, size: int, room: bool, multistep: bool):
@@ -40,7 +40,7 @@ class SlotBatch:
 
     @property
     def half(self) -> bool:
-        """It computes in half precision."""
+        """Whether the latents are in half precision."""
         return self.device_batch.state.latents.x.dtype != torch.float32
 
     def begin(self, fresh: Sequence[Slot]) -> None:
@@ -54,7 +54,7 @@ class SlotBatch:
         self.enter(fresh, [slot.sample.begin() for slot in fresh])
 
     def enter(self, slots: Sequence[Slot], latents: Sequence[Tensor]) -> None:
-        """Send slots to the rows where they stand, each with its latents (C, h, w)."""
+        """Set the device's row of each slot to `slot.row`, and its latents to those given, (C, h, w)."""
         state = self.device_batch.state
         rows = torch.tensor([(slot.place, slot.row, slot.end - 1) for slot in slots])
         place, row, last = rows.to(state.latents.x.device).unbind(1)
@@ -63,7 +63,7 @@ class SlotBatch:
         state.restart(place, torch.stack(list(latents)).to(state.latents.x), self.plan.table, row, last)
 
     def step(self, live: Sequence[Slot]) -> tuple[Branch, Pair]:
-        """Take a step; returns (what ran, the predictions). A sample is charged with those that its own row needs."""
+        """Take a step; returns (the branch that ran, the predictions). A slot's `calls` count only what its own row needs."""
         each = [self.plan.branches[slot.row] for slot in live]
         branch: Branch = each[0] if len(set(each)) == 1 else "both"
         pair = self.device_batch.take(branch)
@@ -72,7 +72,7 @@ class SlotBatch:
         return branch, pair
 
     def renoise(self, live: Sequence[Slot]) -> None:
-        """Bring the slots back to a higher noise level that stand before such a row."""
+        """Bring the slots whose next row is in `plan.jumps` back to that row's higher noise level."""
         back = [slot for slot in live if slot.row in self.plan.jumps and slot.row < slot.end]
         if not back:
             return
@@ -84,22 +84,22 @@ class SlotBatch:
 
     @property
     def gaps(self) -> Tensor:
-        """(B, steps) on the CPU: a read by the host."""
+        """(B, steps) on the CPU, the noise gaps. The host waits for the device."""
         return self.device_batch.state.transition.gaps.cpu()
 
     def result(self, slot: Slot) -> Result:
-        """What came of a slot's attempt, in memory of its own."""
+        """Return the result of a slot's attempt, in memory of its own."""
         state, attempt_table = self.device_batch.state, slot.sample.attempt_table
         gaps = state.transition.gaps[slot.place, : attempt_table.steps]
-        own = attempt_table.computed(slot.attempt).to(gaps.device)  # a step may have run both branches for another's sake
+        own = attempt_table.computed(slot.attempt).to(gaps.device)  # another slot may have needed both branches
         gaps = gaps.where(own, torch.full_like(gaps, torch.nan))
         at = state.transition.within(attempt_table.solver.steps)[slot.place]
         return Result(slot.sample, state.latents.x[slot.place].clone(), at, gaps)
 
     def scores(self, ended: Sequence[Slot], probe: basin_score.Probe, probes: int) -> Tensor:
-        """(B,) the basin scores of what is in all slots, by so many noises of the samples that have ended.
+        """(B,) the basin scores of the latents in all slots, over `probes` noises. Only those of `ended` slots are valid.
 
-        For a scheduler that takes its own steps, in which there is no room for calls that judge.
+        For a scheduler's own `step`, which moves all slots together, so that single slots cannot make judging calls.
         """
         x = self.device_batch.state.latents.x
         seeds = [0] * len(x)

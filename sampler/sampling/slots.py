@@ -1,10 +1,10 @@
-"""Which sample goes into which slot, and when: admit, retire, retry, and the order of both. Host only: no tensors, no torch.
+"""Decides which sample goes into which slot, and when. Host only: no tensors, no torch.
 
-slots.begin(work)             the samples, in the order in which they are to begin
-for slot in slots.admit():    ...those that begin now, each in a free slot of the batch
-slots.move()                  all have taken a step
-slots.retire(slot)            its sample is done
-slot.enter(attempt)           its sample makes this attempt
+slots.begin(work)             take samples from `work`, in this order
+for slot in slots.admit():    the slots whose samples begin now
+slots.move()                  all samples have taken a step
+slots.retire(slot)            the slot's sample is done
+slot.enter(attempt)           the slot's sample begins this attempt
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ if TYPE_CHECKING:  # they hold tensors; what is used here of them are numbers
     from .attempt_table import AttemptTable
     from .samples import Sample
 
-ROWS, STEPS = 1024, 128  # room of a batch for the rows of all its samples' step tables, and for the noise gaps of one
-AHEAD = 16  # a sample begins at most so many times the slots ahead of the oldest that is not done: what waits for it is bounded
+ROWS, STEPS = 1024, 128  # room of a batch: step table rows for all its samples together, and noise gaps for each sample
+AHEAD = 16  # a sample begins at most AHEAD * slots after the oldest unfinished one, so that few results wait for that one
 
 
 @dataclass(eq=False)
 class Slot:
     """A place in the batch and the sample in it.
 
-    number: which of all samples it is, in the order in which they came. offset: where its rows begin in the batch's table.
-    attempt, row: where it is. start, end: the attempt's first row, and the one after its last.
-    calls: predictions that its sample needed so far. judged: its attempt is done, and is being judged.
+    number: the sample's index in the order of all samples. offset: where the sample's rows begin in the batch's table.
+    attempt, row: the current ones. start, end: the attempt's first row, and the one after its last.
+    calls: predictions that the sample needed so far. judged: the attempt is done, and is being judged.
     """
 
     place: int
@@ -43,13 +43,13 @@ class Slot:
     judged: bool = False
 
     def enter(self, attempt: int) -> None:
-        """Stand at the first row of an attempt."""
+        """Move to the first row of an attempt."""
         first, last = (self.offset + start for start in self.sample.attempt_table.starts[attempt : attempt + 2])
         self.attempt, self.judged = attempt, False
         self.row, self.start, self.end = first, first, last
 
     def enter_judging(self) -> None:
-        """Stand at the row of the calls that judge, which is the last one of the attempt table."""
+        """Move to the row of the judging calls, which is the last one of the attempt table."""
         self.row = self.offset + self.sample.attempt_table.starts[-1]
         self.end, self.judged = self.row + 1, True
 
@@ -60,11 +60,11 @@ class Slot:
 
 
 class Slots:
-    """The slots of a batch that stays full: `most` of them, fewer after a fault.
+    """The slots of a batch that is kept full: `most` of them, fewer after an exception.
 
-    room: samples may come whose rows are not in the table yet; else the batch is made for the first one's.
-    live: those that are in use. attempt_tables: whose rows the batch's table has, after each other.
-    size: how many there are now. form: of the samples that the batch is open for; None where no batch is open.
+    room: rows of later samples may be added to the batch's table; if false, it has only those of the first sample.
+    live: the slots in use. attempt_tables: the tables whose rows the batch's table holds, in this order.
+    size: the number of slots now. form: (size, form of the samples) of the open batch; None where no batch is open.
     """
 
     def __init__(self, most: int, room: bool = True):
@@ -72,10 +72,10 @@ class Slots:
         self.live: list[Slot] = []
         self.attempt_tables: list[AttemptTable] = []
         self.form: Hashable | None = None
-        self.multistep = False  # one step alone has no history: once others were there, there is room for it
+        self.multistep = False  # whether batches have memory for a solver's history; it stays true once a sample needed it
         self._room = room
         self._begun = False
-        self._lost = -1  # the last sample that a fault sent back
+        self._lost = -1  # the number of the last sample that begins again after an exception
         self._waiting: deque[tuple[int, Sample]] = deque()
         self._source: Callable[[], tuple[int, Sample] | None] = lambda: None
 
@@ -85,11 +85,11 @@ class Slots:
         self._source = lambda: next(numbered, None)
 
     def admit(self) -> list[Slot]:
-        """Give free slots the next samples; returns those slots. Where none is in use, a batch is opened for the next one."""
+        """Put the next samples into free slots; returns these slots. If no slot is in use, a new batch may be opened."""
         fresh: list[Slot] = []
         while len(self.live) < self.size and (following := self._peek()) is not None:
             number, sample = following
-            if number > self._lost and self.size < self.most:  # those that a fault sent back are through
+            if number > self._lost and self.size < self.most:  # all samples that began again are done
                 if self.live:
                     break
                 self.size = self.most
@@ -108,17 +108,17 @@ class Slots:
         return fresh
 
     def move(self) -> None:
-        """All have taken a step. The calls that they needed are the caller's to count."""
+        """Advance all slots by a row, after a step. The caller counts the slots' calls."""
         self._begun = True
         for slot in self.live:
             slot.row += 1
 
     def retire(self, slot: Slot) -> None:
-        """Its sample is done, and it is free."""
+        """Free a slot whose sample is done."""
         self.live.remove(slot)
 
     def requeue(self, slots: Sequence[Slot]) -> None:
-        """Their samples begin their next attempt with the next batch, before all others."""
+        """Free these slots, and put their samples first in the queue, each with its next attempt."""
         for slot in reversed(slots):
             slot.sample.attempt, slot.sample.calls = slot.attempt + 1, slot.calls
             self.live.remove(slot)
@@ -126,7 +126,7 @@ class Slots:
 
     @property
     def sparse(self) -> bool:
-        """Half of the slots or more are free, where samples need not step together."""
+        """Whether half of the slots or more are free, and the batch may shrink: its samples need not step together."""
         return not self.attempt_tables[0].stepwise and 2 * len(self.live) <= self.size
 
     def shrink(self) -> list[int]:
@@ -138,9 +138,9 @@ class Slots:
         return places
 
     def retreat(self, for_good: bool) -> list[Sample]:
-        """After a fault of all slots together their samples begin again in half as many; one alone has failed, and is returned.
+        """After an exception of a step, let its samples begin again in half as many slots; a single one is returned as failed.
 
-        for_good: there stay no more than that; else there are as many as before once those samples are through.
+        for_good: the number stays halved; if false, all slots are used again once those samples are done.
         """
         lost = sorted(self.live, key=lambda slot: slot.number)
         self.live, self.form = [], None
@@ -180,7 +180,7 @@ class Slots:
         return room or any(attempt_table is known for known in self.attempt_tables)
 
     def _open(self, sample: Sample) -> None:
-        """A batch of free slots that the sample can go into."""
+        """Open a batch for the sample."""
         self.form, self.attempt_tables, self._begun = (self.size, sample.form), [sample.attempt_table], False
         self.multistep |= sample.attempt_table.multistep
 

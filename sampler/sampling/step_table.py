@@ -1,4 +1,4 @@
-"""The step table, made before the first step: all that the steps read."""
+"""The step table, which is made before the first step and holds all numbers that the steps read."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class StepTable:
 
     table:     (K, len(Column)) float32 on the device, a row for each call of the network.
     step:      the solver step each row belongs to.
-    last:      the last row of a run that starts at the first.
-    branches:  which halves of the network each row needs.
-    finds:     samples look for their transition in their noise gaps; False where the table says beforehand where it is.
+    last:      the last row of a run that starts at the first row.
+    branches:  the branch of the network that each row needs, or both.
+    finds:     whether samples find their transition by their noise gaps; False where the table alone decides it.
     multistep: the solver keeps a history. scaled: some row scales the network's input. rule: the guidance rule.
-    call:      the solver's call of each row.
-    jumps:     before which rows the latents go back to a higher noise level, scale * latents + sigma * noise.
-    correction:    what the model's pipeline changes in a guided prediction before the solver gets it; None: nothing.
+    call:      the index of each row's call among the solver's network calls.
+    jumps:     row -> (scale, sigma): before this row the latents become scale * latents + sigma * noise, a higher noise level.
+    correction:    the model's change to a guided prediction before the solver reads it; None: no change.
     until:     the transition rule of each guidance in the table. rows: how many rows each guidance has.
-    statistics: the rules among them that have a statistic of their own.
+    statistics: the rules in `until` that compute a statistic of the gaps.
     """
 
     table: Tensor
@@ -56,10 +56,10 @@ class StepTable:
 
     @classmethod
     def make(cls, solver: Solver, guidance: Guidance, device: torch.device, correction: Correction | None = None) -> StepTable:
-        """Lay `guidance` over the steps of `solver`.
+        """Build the table of `guidance` over the steps of `solver`.
 
-        Raises ValueError if the guidance has another number of steps, or asks for timesteps where the scheduler's are not known
-        to be noise levels.
+        Raises ValueError if the guidance has another number of steps, if it asks for timesteps and the scheduler's noise levels
+        are not known, or if it restarts and the scheduler is not linear or has no step to go back over.
         """
         if solver.level is None and guidance.timed:
             raise ValueError(
@@ -90,7 +90,7 @@ class StepTable:
         )
 
     def renoised(self, row: int, latents: Tensor, noise: Tensor) -> Tensor:
-        """Latents (...) that stand before a row of `jumps`, back at its noise level. noise: (...) float32 of deviation 1."""
+        """Return latents (...) at the noise level of a row in `jumps`. noise: (...) float32 of standard deviation 1."""
         scale, sigma = self.jumps[row]
         return (scale * latents.float() + sigma * noise.to(latents.device)).to(latents.dtype)
 
@@ -120,7 +120,7 @@ class StepTable:
         )
 
     def roomy(self, rows: int, steps: int) -> StepTable:
-        """The same with room for `rows` rows and `steps` steps, if those are more."""
+        """Return the same table, padded to at least `rows` rows and `steps` steps."""
         room = self.table.new_zeros((max(0, rows - len(self.table)), len(Column)))
         return replace(
             self, table=torch.cat([self.table, room]), step=(*self.step, steps - 1), branches=("both", "uncond", "cond")
@@ -140,7 +140,7 @@ def table_of(columns: Mapping[Column, Tensor]) -> Tensor:
 
 
 def looks_for_transition(columns: dict[Column, Tensor]) -> bool:
-    """Whether the transition depends on noise gaps; False where the table alone says where it is."""
+    """Whether the transition depends on noise gaps; False where the table alone decides it."""
     keep, limit, fall = columns[Column.KEEP], columns[Column.LIMIT], columns[Column.FALL]
     return bool(((keep > -torch.inf) | (limit.abs() < torch.inf) | (fall > 0)).any())
 
@@ -176,7 +176,7 @@ def _restarted(
     jumps = dict.fromkeys(range(low, low + len(again) * restart[2], len(again)), solver.renoised(low, high))
     call = torch.tensor(calls[:low] + again * restart[2] + calls[low:])
     coefficients = coefficients[call].clone()
-    for row in jumps:  # a run of its own: nothing is kept of the one before
+    for row in jumps:  # the steps after a jump are a new run, without a history
         coefficients[row - 1, 2:] = 0
         coefficients[row, :2] = torch.tensor(solver.first(high))
     return call, coefficients, jumps

@@ -17,14 +17,14 @@ from ..schedulers.solver_coefficients import Solver
 from ..types import Branch, Network, Pair, Scheduler, Step, draw
 from .step_table import StepTable
 
-Move = Callable[[Tensor, Tensor | None], None]  # takes the state one row on, from the predictions of a step
+Move = Callable[[Tensor, Tensor | None], None]  # advances the state by one row, from the predictions of a step
 
 
 @dataclass
 class DeviceBatch:
-    """A batch of the engine: its network, its state, and the step that moves all samples one row on.
+    """A batch on the device: its network, its state, and the step that advances all samples by one row.
 
-    table: the memory that recorded steps read rows from; None where `take` reads the plan's table.
+    table: the memory from which a captured or scheduler's step reads rows; None where `take` reads the plan's table.
     """
 
     network: PromptedNetwork
@@ -41,12 +41,12 @@ class DeviceBatch:
 
 
 def fused_step(network: Network, plan: StepTable, state: State) -> Step:
-    """The network and one launch; two launches where the pipeline changes the guided prediction (`StepTable.correction`)."""
+    """Return a step: the network and one kernel launch, or two launches if the plan has a `correction`."""
     return stepping(network, state, fused_move(plan, state))
 
 
 def stepping(network: Network, state: State, move: Move) -> Step:
-    """A step: the network predicts, and the state moves."""
+    """Return a step: the network predicts, and `move` advances the state."""
 
     def take(branch: Branch) -> Pair:
         pair = predicted(network, state, branch)
@@ -57,7 +57,7 @@ def stepping(network: Network, state: State, move: Move) -> Step:
 
 
 def fused_move(plan: StepTable, state: State) -> Move:
-    """By one launch; two where the pipeline changes the guided prediction (`StepTable.correction`)."""
+    """Return a move that takes one kernel launch, or two if the plan has a `correction`."""
 
     def move(uncond: Tensor, cond: Tensor | None) -> None:
         if cond is not None and plan.correction is not None:
@@ -70,7 +70,7 @@ def fused_move(plan: StepTable, state: State) -> Move:
 
 
 def lockstep_move(plan: StepTable, state: State) -> Move:
-    """`fused_move` of a state that was just started. Where no kernel runs, the host knows each row, and nothing is gathered."""
+    """Return `fused_move` for a state that was just started; a `Lockstep`, which gathers no rows, where no kernel runs."""
     if backend(plan.table.device) != "eager" or plan.correction is not None or plan.statistics.rules:
         return fused_move(plan, state)
     return Lockstep(state, plan.table, rule=plan.rule)
@@ -79,7 +79,7 @@ def lockstep_move(plan: StepTable, state: State) -> Move:
 def scheduler_move(
     solver: Solver, scheduler: Scheduler, generators: list[torch.Generator], plan: StepTable, state: State
 ) -> Move:
-    """By the scheduler's own `step`, for one that is not linear; its noise comes from the samples' own generators."""
+    """Return a move by the scheduler's own `step`, for a scheduler that is not linear. Its noise comes from `generators`."""
     scheduler = prepared(scheduler, solver.schedule, plan.table.device)
     timesteps = iter(scheduler.timesteps)
 
@@ -110,21 +110,21 @@ def predicted(network: Network, state: State, branch: Branch) -> Pair:
         return uncond, cond
     batch = len(latents.x)
     if batch == 1 and latents.x.device.type == "cpu" and latents.x.dtype != torch.float32:
-        # There a row alone is rounded otherwise than beside another one.
+        # Half precision on a CPU rounds a single row differently from two rows together.
         uncond, cond = network(latents.model_input, latents.timestep, "both").chunk(2)
         return uncond if branch == "uncond" else cond, None
     return network(latents.model_input[:batch], latents.timestep[:batch], branch), None
 
 
 def renoise(state: State, plan: StepTable, row: int, generators: Sequence[torch.Generator]) -> None:
-    """Bring all samples, which stand before `row`, back to a higher noise level, if the plan says so there."""
+    """Bring all samples, whose next row is `row`, back to a higher noise level if `row` is in `plan.jumps`."""
     if row in plan.jumps:
         x = state.latents.x
         state.put(plan.renoised(row, x, draw(x.shape[1:], generators)), plan.table)
 
 
 def denoise(take: Step, branches: Iterable[Branch], after: Callable[[int], bool] | None = None) -> None:
-    """Take a step for each branch. after: is told the step's index, and answers whether to go on."""
+    """Take a step for each branch. after: called with the step's index; the loop ends when it returns False."""
     for k, branch in enumerate(branches):
         take(branch)
         if after is not None and not after(k):
