@@ -31,7 +31,7 @@ def write(
     images: the training image of each caption, by its id. rows: of audit.csv, in its order. found: lines about pictures, by id.
     """
     ranked = [{**row, "rank": rank} for rank, row in enumerate(rows, 1)]
-    # Captions that are reproduced come first, the rest as they are ranked.
+    # Captions that are reproduced come first, the rest by rank.
     shown = [row for row in ranked if row["n"] is not None or row["rank"] <= SHOWN]
     shown.sort(key=lambda row: (-(row["copies"] or 0), -(row["suspects"] or 0)))
     entries = [
@@ -50,7 +50,7 @@ def write(
 
 
 def _made(out: Path, line: Mapping[str, Any], own: Path | None) -> dict[str, Any]:
-    """A picture for the template. other: the training image nearest to it, where that is not the caption's own."""
+    """Return a picture's fields for the template. other: the training image nearest to it, if that is not the caption's own."""
     path = out / PICTURE.format(**line)
     with Image.open(path) as picture, Image.open(out / HEAT.format(**line)) as heat:
         where = inside(overlaid(picture, heat))

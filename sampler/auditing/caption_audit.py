@@ -1,12 +1,12 @@
 """An audit: which captions does a model reproduce, what may be claimed of them, and what was not looked at?
 
-Every caption is ranked by the noise gaps of its first steps (`ranking`), and gets a conformal p-value among ordinary captions,
-whose gaps are a calibration's or are measured here. Captions that Benjamini and Hochberg's rule discovers at the stated rate
-are flagged. The worst are then sampled to the end. Each of their pictures is judged by its basin score and, where there are
-training images, by the nearest one of the whole set.
+Every caption is ranked by the noise gaps of its first steps (`ranking`). It gets a conformal p-value by comparison with
+ordinary captions, whose gaps come from a calibration or are measured here. Captions that Benjamini and Hochberg's rule
+discovers at the stated rate are flagged. The worst are then sampled to the end. Each of their pictures is judged by its basin
+score and, if there are training images, by the nearest one of the whole set.
 
-The folder gets `gaps.jsonl`, `ordinary.jsonl` and `verified.jsonl`, a line as soon as it is known: an audit that was stopped
-goes on, and one that is done can verify more. It also gets `images/<id>-<seed>.png`, `heat/<id>-<seed>.png`,
+The folder gets `gaps.jsonl`, `ordinary.jsonl` and `verified.jsonl`, which grow with every batch, so that a stopped audit can be
+resumed and a finished one can verify more captions. It also gets `images/<id>-<seed>.png`, `heat/<id>-<seed>.png`,
 `predictions/<id>.png`, `audit.csv`, `audit.json` (the record of what was done and found) and `audit.html`.
 """
 
@@ -48,19 +48,19 @@ from .training_images import TrainingImages
 from .verification import Verification
 
 log = logging.getLogger(__name__)
-FIRST_SEED = 1_000_000_000  # of the ordinary captions: no seeds of the audited ones, whatever their number
+FIRST_SEED = 1_000_000_000  # of the ordinary captions: far above the seeds of the audited ones
 
 
 @dataclass(frozen=True)
 class Settings:
     """How an audit is done.
 
-    rate:    of the flagged captions, the share that is expected to be ordinary, at most.
-    noises:  initial noises a caption. first_steps: steps that are looked at; None: as many as a guard looks at early.
+    rate:    the largest expected share of ordinary captions among the flagged ones (the false discovery rate).
+    noises:  initial noises per caption. first_steps: steps that are measured; None: as many as a guard's early look.
     verify:  how many of the worst captions are sampled, in `seeds` pictures each. seed: of the first picture.
     similarity, threshold, on_error: as for `TrainingImages`.
     steps, scale: of a whole run; None: as calibrated, else as the model's own pipeline has them.
-    batch_size: samples a batch; None: as many as a GPU's free memory holds, 16 on a CPU.
+    batch_size: samples per batch; None: as many as a GPU's free memory holds, 16 on a CPU.
 
     Raises ValueError for anything else.
     """
@@ -90,7 +90,7 @@ class Settings:
             raise ValueError(f"rate must be between 0 and 1, got {self.rate!r}")
 
     def looked(self, steps: int) -> int:
-        """How many of so many steps are looked at."""
+        """Return how many of a run's `steps` are measured."""
         return min(steps, self.first_steps or max(1, min(LOOKED, round(EARLY * steps))))
 
 
@@ -107,11 +107,11 @@ def audit(
 ) -> list[dict[str, Any]]:
     """Audit captions into the folder `out`; returns the rows of `audit.csv`, the worst caption first.
 
-    captions: a file or folder that `read_captions` knows, what it gives, or a list of captions.
-    ordinary: prompts that the model has not memorized, or a file of them; None: those that ship. They are measured unless the
-              calibration has such gaps: one made on this model with these steps and this scale, where `settings.noises` is 1.
-              A warning says so. What was measured is kept in the user's cache, for the next audit.
-    calibration: one, a file, or the name of a pipeline that ships; None: no calibration.
+    captions: a file or folder as for `read_captions`, the prompts that it returns, or a list of captions.
+    ordinary: prompts that the model has not memorized, or a file of them; None: those that ship. They are measured, unless the
+              calibration has such gaps: it must be of this model, these steps and this scale, and `settings.noises` must be 1.
+              Then a warning says that given prompts are not used. Measured gaps are kept in the user's cache for later audits.
+    calibration: a Calibration, its file, or the name of a pipeline that ships; None: no calibration.
     training_images: a folder, or files, beside the captions' own images.
     model:    what run.json calls the sampler's model; None: where it was loaded from.
 
@@ -133,13 +133,13 @@ def audit(
         log.warning("the %d ordinary prompts are not measured: the calibration has gaps of its own", len(ordinary))
     threshold, index = _verdicts(settings, calibration, sampler, images)
     run = _run(model, asked, known or ordinary, settings, runs)
-    open_folder(out, run, ("model",))  # which its weights tell, whatever path leads to it
+    open_folder(out, run, ("model",))  # the weights identify the model, whatever its path
 
     reference = known or _measured(runs, first, ordinary, settings.noises, out, _cached(run))
     places = {prompt.id: i for i, prompt in enumerate(asked)}
 
     def task(id: str, number: int) -> Task:
-        """A caption with so many seeds, which depend on its place alone."""
+        """Return a caption with `number` seeds, which depend only on its place."""
         return id, asked[places[id]].text, [settings.seed + places[id] + k * len(asked) for k in range(number)]
 
     lines = first_gaps(runs, first, [task(id, settings.noises) for id in places], out / "gaps.jsonl", "captions")
@@ -169,7 +169,7 @@ def _ordinary(given: str | Path | Sequence[str] | None, model: str) -> Sequence[
 
 
 def _runs(sampler: Sampler, settings: Settings, calibration: Calibration | None, progress: bool) -> PlainRuns:
-    """How captions are sampled. Raises ValueError for a scale at which there is nothing to compare."""
+    """Return how captions are sampled. Raises ValueError for scale 0 or 1, at which steps make only one prediction."""
     steps, scale = steps_and_scale(sampler, calibration, settings.steps, settings.scale)
     if scale in (0, 1):
         raise ValueError(f"scale is {scale:g}, at which a model is asked once a step: an audit compares two predictions")
@@ -185,7 +185,7 @@ def _images(captions: Sequence[Prompt], more: Sequence[Path] = ()) -> list[Path]
 
 
 def _of_calibration(calibration: Calibration, runs: PlainRuns, first: int, noises: int) -> Reference | None:
-    """What a calibration says of ordinary captions, if its pictures were made as the captions' are; None if not."""
+    """Return the gaps of ordinary captions in a calibration, if its pictures are made as the captions' are; else None."""
     alike = calibration.made_on(runs.sampler) and calibration.has(runs.sampler.solver(runs.steps).levels)
     alike = alike and calibration.scale == runs.scale and noises == 1
     if not (alike and first <= min(map(len, calibration.first_gaps))):
@@ -196,7 +196,7 @@ def _of_calibration(calibration: Calibration, runs: PlainRuns, first: int, noise
 
 
 def _measured(runs: PlainRuns, first: int, ordinary: Sequence[str], noises: int, out: Path, cached: Path) -> Reference:
-    """The same, measured on the ordinary prompts, or taken from the user's cache if an earlier audit measured it."""
+    """Return the gaps of ordinary captions, measured here, or read from the user's cache if an earlier audit measured them."""
     count, path = len(ordinary), out / "ordinary.jsonl"
     tasks = [(f"{j:04d}", text, [FIRST_SEED + j + k * count for k in range(noises)]) for j, text in enumerate(ordinary)]
     if not path.exists() and cached.is_file():
@@ -221,7 +221,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _cached(run: dict[str, Any]) -> Path:
-    """The file in the user's cache for the gaps of ordinary prompts under the settings of a run."""
+    """Return the file in the user's cache for the gaps of ordinary prompts under the settings of a run."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "basinescape"
     decides = {name: value for name, value in run.items() if name not in ("model", "captions", "captions_sha256", "seed")}
     return home / f"ordinary-{_digest(decides)}.jsonl"
@@ -230,9 +230,9 @@ def _cached(run: dict[str, Any]) -> Path:
 def _verdicts(
     settings: Settings, calibration: Calibration | None, sampler: Sampler, images: Sequence[Path]
 ) -> tuple[float, TrainingImages | None]:
-    """The threshold of the basin score, and the index of the training images, if pictures are to be judged.
+    """Return (the threshold of the basin score, the index of the training images or None); no index if nothing is verified.
 
-    Raises ValueError for what cannot be judged.
+    Raises ValueError for a model whose pictures cannot be judged.
     """
     if not settings.verify:
         return THRESHOLD, None
@@ -244,9 +244,9 @@ def _verdicts(
 def _run(
     model: str, captions: Sequence[Prompt], ordinary: Reference | Sequence[str], settings: Settings, runs: PlainRuns
 ) -> dict[str, Any]:
-    """The contents of run.json: what decides gaps, scores and pictures.
+    """Return the contents of run.json: what decides gaps, scores and pictures.
 
-    How many captions are verified is free to change, and so are the training images: pictures are compared with them each time.
+    The number of verified captions is not among them, nor are the training images, with which pictures are compared each time.
     """
     sampler = runs.sampler
     return {

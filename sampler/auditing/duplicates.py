@@ -16,16 +16,16 @@ BLOCK = 64  # pictures of a set that are compared together
 
 
 class Duplicates:
-    """For each picture of a set: the other picture that is most like it, and which earlier one it nearly duplicates.
+    """Finds, for each picture of a set, the other picture that is most like it, and the earlier one that it nearly duplicates.
 
-    It finds a model that makes one picture again and again.
+    This reveals a model that makes one picture again and again.
 
     nearest_in_set, similarity_in_set, measure_in_set: the id of the other picture that is most like it, and how like it is.
-    duplicate_of: the id of the first picture before it, in the order of the prompts, that it is a near-duplicate of and that is
-        itself none; only where there is one. So those without it are a set without near-duplicates.
+    duplicate_of: the id of the first earlier picture, in the order of the prompts, of which it is a near-duplicate and which is
+        itself none; only if there is one. So the pictures without this field are a set without near-duplicates.
 
-    A picture takes about 10 KB of memory by its pixels and 2 KB by sscd, and is compared with every other. The rest is
-    `Comparison`'s.
+    Each picture is compared with every other. It takes about 10 KB of memory for the measure pixels and 2 KB for sscd.
+    Arguments and errors are those of `Comparison`.
     """
 
     names = ("nearest_in_set", "similarity_in_set", "measure_in_set", "duplicate_of")
@@ -35,7 +35,7 @@ class Duplicates:
         self.settings = {"thresholds": Comparison(measures, threshold).thresholds}
 
     def __call__(self, pictures: Iterable[tuple[str, bytes]]) -> dict[str, dict[str, Any]]:
-        """What is said of each picture, by id. pictures: ids and files, in the order of the prompts, read one after another."""
+        """Return each picture's fields, by id. pictures: (id, bytes of its file), in the prompts' order, read one by one."""
         compared, ids, kept = Comparison(*self._given), list[str](), torch.empty(0, dtype=torch.bool)
         nearest, notes, pictures = torch.empty(4, 0, dtype=torch.float64), dict[str, dict[str, Any]](), iter(pictures)
         while some := list(islice(pictures, BLOCK)):
@@ -55,14 +55,14 @@ class Duplicates:
                 nearest = torch.where(of_earlier[0] > nearest[0], of_earlier, nearest)
             nearest = torch.cat([nearest, _nearest(margins, values, measures, 1)], dim=1)
         for id, (margin, value, measure, where) in zip(ids, nearest.T.tolist(), strict=True):
-            if margin > -torch.inf:  # it is not the only one
+            if margin > -torch.inf:  # there is another picture
                 name = compared.measures[int(measure)]
                 notes[id] |= {"nearest_in_set": ids[int(where)], "similarity_in_set": round(value, 4), "measure_in_set": name}
         return notes
 
 
 def _nearest(margins: Tensor, values: Tensor, measures: Tensor, dim: int) -> Tensor:
-    """Of what `Comparison.clearest` returns, the largest margins over a dimension, with value, measure and place: (4, n)."""
+    """Return (4, n): the largest margins of `Comparison.clearest` over a dimension, with their value, measure and place."""
     top, where = margins.max(dim)
     chosen = where.unsqueeze(dim)
     return torch.stack([top.double(), *(one.gather(dim, chosen).squeeze(dim) for one in (values, measures)), where])

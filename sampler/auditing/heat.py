@@ -27,7 +27,7 @@ class Heat:
         self._total: Tensor | None = None
 
     def watch(self, network: Network) -> Network:
-        """The network, watched from now on."""
+        """Return a network that makes the same predictions and records their gaps, from now on."""
         self._seen, self._total = 0, None
 
         def watched(latents: Tensor, timesteps: Tensor, branch: Branch) -> Tensor:
@@ -42,10 +42,10 @@ class Heat:
         return watched
 
     def maps(self, sampler: Sampler, usual: Sequence[float]) -> Tensor:
-        """(B, h, w) float32 on the CPU: the gap of each latent pixel, relative to the usual one.
+        """Return (B, h, w) float32 on the CPU: the gap of each latent pixel, relative to the usual one.
 
         usual: the usual gap of a whole picture in each call. A picture with these gaps has a map whose mean square is 1.
-        Raises RuntimeError before a run was watched.
+        Raises RuntimeError if no run was watched.
         """
         if self._total is None:
             raise RuntimeError("no run was watched")
@@ -55,12 +55,12 @@ class Heat:
 
 
 def in_grey(heat: Tensor) -> Image.Image:
-    """A map (h, w) as a grey picture: black for 0, white for TOP and above."""
+    """Return a map (h, w) as a grey picture: black for 0, white for TOP and above."""
     return Image.fromarray((heat / TOP * 255).nan_to_num(0).clamp(0, 255).round().to(torch.uint8).numpy())
 
 
 def overlaid(picture: Image.Image, heat: Image.Image) -> Image.Image:
-    """The picture in grey, with red where its map is above the usual gap."""
+    """Return the picture in grey, with red where its map is above the usual gap."""
     shown = np.asarray(heat, dtype=np.float32) * TOP / 255
     strength = Image.fromarray(np.uint8(np.clip((shown - 1) / (TOP - 1), 0, 1) * 255))
     grey = picture.convert("L").convert("RGB")

@@ -1,4 +1,4 @@
-"""Pages made of templates, with their images embedded, so that a page is one file that needs no other."""
+"""Renders pages from templates and embeds their images, so that a page is a single file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from PIL import Image
 from ..data.pictures import opened
 
 SIDE = 256  # pixels: larger images are embedded at this size
-SHOWN = ("image/png", "image/apng", "image/jpeg", "image/webp", "image/gif")  # by every browser; others are made one of them
+SHOWN = ("image/png", "image/apng", "image/jpeg", "image/webp", "image/gif")  # by every browser; others become WebP
 
 
 def embedded(path: Path, side: int | None = SIDE) -> str:
-    """An image file as a data URI, shrunk to fit `side` pixels (None: as it is); empty where it cannot be read."""
+    """Return an image file as a data URI, shrunk to fit `side` pixels (None: as it is); empty if it cannot be read."""
     try:
         with Image.open(path) as image:
             data, kind = path.read_bytes(), Image.MIME.get(image.format or "")
@@ -28,7 +28,7 @@ def embedded(path: Path, side: int | None = SIDE) -> str:
 
 
 def inside(image: Image.Image, side: int | None = SIDE) -> str:
-    """An image as a data URI, in WebP, shrunk to fit `side` pixels (None: as it is)."""
+    """Return an image as a data URI, in WebP, shrunk to fit `side` pixels (None: as it is)."""
     small = image.copy()
     small.thumbnail((side, side) if side else small.size)
     small.save(file := io.BytesIO(), format="WEBP", quality=85)
@@ -36,7 +36,7 @@ def inside(image: Image.Image, side: int | None = SIDE) -> str:
 
 
 def rendered(template: Path, **values: Any) -> str:
-    """The page that a Jinja template makes of the values, which are escaped; a list may be cut short by the filter `ids`."""
+    """Return the page that a Jinja template makes of the values, which are escaped. The filter `ids` cuts a list short."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["ids"] = lambda ids: ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
     return environment.from_string(template.read_text(encoding="utf-8")).render(**values)

@@ -14,7 +14,7 @@ from .html_images import rendered
 
 WIDTH = 0.1  # of the histogram's bars
 BARS = range(-8, 18)  # counted from the threshold; the bars at the ends hold what is beyond them
-FAILED = 50  # that are named
+FAILED = 50  # the most failed pictures that the page names
 
 
 def write(
@@ -22,7 +22,7 @@ def write(
 ) -> None:
     """Write `judge.html` into the folder `out`.
 
-    run: the settings, and images, the source. rows: of judge.csv. shown: pictures as data URIs, by id.
+    run: the settings, and `images`, the source. rows: those of judge.csv. shown: pictures as data URIs, by id.
     """
     failed = [row for row in rows if row["status"] != "ok"]
     text = rendered(
@@ -42,7 +42,7 @@ def write(
 
 
 def bars(scores: Sequence[float], threshold: float) -> list[dict[str, Any]]:
-    """A histogram: of each bar the score it begins at, its count, its height in 0..1 by the logarithm, and if it is suspect."""
+    """Return a histogram's bars: the score where each begins, its count, its height in 0..1 (logarithmic), and if suspect."""
     counts = Counter(min(max(ceil((score - threshold) / WIDTH) - 1, BARS[0]), BARS[-1]) for score in scores)
     most = log1p(max(counts.values(), default=1))
     return [

@@ -21,7 +21,7 @@ Embedding = Callable[[Sequence[Image.Image]], np.ndarray]
 
 # Similarity above which an image counts as a copy. pixels: one in a thousand fresh scenes of the small pipeline is above 0.80
 # (`bench.testbed.threshold`). sscd: as in the evaluations of Somepalli et al. and Jain et al. dino, clip: there is no usual
-# threshold; these let near duplicates alone count. `threshold` measures them where they can run.
+# threshold; with these, only near-duplicates count. `bench.testbed.threshold` measures them if their models are there.
 THRESHOLDS = {"pixels": 0.81, "sscd": 0.5, "dino": 0.9, "clip": 0.95}
 SHIFT = 2  # pixels at half size: a copy may sit a little off
 SIDE = 64  # pixels: the size at which pictures are compared by their pixels, that of the threshold
@@ -29,14 +29,14 @@ BATCH = 16  # images in memory at a time, as large as they are
 
 
 class Similarity:
-    """Similarity of pictures to training images, larger for more alike: `name` is one of THRESHOLDS.
+    """Computes how similar pictures are to reference pictures; larger means more alike. name: one of THRESHOLDS.
 
-    references: pictures of any shapes, each one picture or the several that trainers make of one file; they are read one after
-    another.
+    references: pictures of any shapes, read one after another. Each is one picture, or the several that trainers make of one
+    file.
 
-    Pictures are compared as squares. One that is no square is both squeezed to one and cut to its middle, because trainers do
-    either; the most alike pair counts. Embeddings are compared by their cosine. Raises ValueError for another name,
-    ImportError or OSError where what the measure needs is not installed or cannot be loaded.
+    Pictures are compared as squares. A picture of another shape is both squeezed to a square and cut to its middle, because
+    trainers do either; the most alike pair counts. Embeddings are compared by their cosine. Raises ValueError for another name,
+    ImportError or OSError if a package or the weights that the measure needs are missing or cannot be loaded.
     """
 
     def __init__(self, name: str, references: Iterable[Image.Image | Sequence[Image.Image]] = ()):
@@ -52,14 +52,14 @@ class Similarity:
             self.add(some)
 
     def add(self, references: Sequence[Image.Image | Sequence[Image.Image]]) -> None:
-        """More references."""
+        """Add references."""
         views, owners = self._views(references)
         self._vectors.append(cores(pixels(views)) if self._embed is None else _unit(self._embed(views)))
         self._owners += [self._count + owner for owner in owners]
         self._count += len(references)
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        """(N, M) float32: every image against every reference."""
+        """Return (N, M) float32: the similarity of every image to every reference."""
         if not self._count:
             return torch.empty(len(images), 0)
         self._vectors = [torch.cat(self._vectors)]
@@ -69,7 +69,7 @@ class Similarity:
         return _largest(_largest(values, owners, len(images)).T, self._owners, self._count).T
 
     def _views(self, images: Sequence[Image.Image | Sequence[Image.Image]]) -> tuple[list[Image.Image], list[int]]:
-        """The squares of all pictures, and for each the index of its picture."""
+        """Return the squares of all pictures, and for each square the index of its picture."""
         readings = [[image] if isinstance(image, Image.Image) else image for image in images]
         side = None if self._embed else SIDE
         found = [(square, i) for i, some in enumerate(readings) for one in some for square in squares(one, side)]
@@ -77,14 +77,14 @@ class Similarity:
 
 
 def cores(references: Tensor) -> Tensor:
-    """The middle of each picture (M, 3, H, W) at half size, as a vector of mean 0 and length 1: (M, D)."""
+    """Return the middle of each picture (M, 3, H, W) at half size, as a vector of mean 0 and length 1: (M, D)."""
     return _standard(F.avg_pool2d(references, 2)[..., SHIFT:-SHIFT, SHIFT:-SHIFT])
 
 
 def shifted(images: Tensor) -> Tensor:
-    """The part of each picture (N, 3, H, W) where a reference has its middle, for each small shift, as `cores`: (shifts, N, D).
+    """Return vectors as `cores` does, of pictures (N, 3, H, W) with the middle moved by each small shift: (shifts, N, D).
 
-    So the products of both are Pearson correlations of colours and pixels at half size, a measure without weights.
+    Their dot products with `cores` are Pearson correlations over the colours of all pixels at half size, and need no weights.
     """
     small = F.avg_pool2d(images, 2)
     height, width = (side - 2 * SHIFT for side in small.shape[-2:])
@@ -93,13 +93,13 @@ def shifted(images: Tensor) -> Tensor:
 
 
 def _standard(images: Tensor) -> Tensor:
-    """Each picture as a vector of mean 0 and length 1."""
+    """Return each picture as a vector of mean 0 and length 1."""
     flat = images.flatten(1)
     return F.normalize(flat - flat.mean(dim=1, keepdim=True), dim=1)
 
 
 def squares(image: Image.Image, side: int | None = None) -> list[Image.Image]:
-    """A picture squeezed to a square and, where it is none, its middle; `side` in pixels, by default its shorter one."""
+    """Return a picture squeezed to a square and, if it is no square, its middle. side: in pixels; None: its shorter side."""
     width, height = image.size
     short = min(image.size)
     left, top = (width - short) / 2, (height - short) / 2
@@ -109,12 +109,12 @@ def squares(image: Image.Image, side: int | None = None) -> list[Image.Image]:
 
 
 def _unit(vectors: np.ndarray) -> Tensor:
-    """Vectors (N, D) scaled to length 1, float32."""
+    """Return vectors (N, D) scaled to length 1, float32."""
     return torch.from_numpy((vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32))
 
 
 def _largest(values: Tensor, owners: Sequence[int], count: int) -> Tensor:
-    """The largest of each owner's rows: (V, M) -> (count, M)."""
+    """Return the largest values over each owner's rows: (V, M) -> (count, M)."""
     if len(owners) == count:
         return values
     rows = torch.tensor(owners)[:, None].expand_as(values)
@@ -122,7 +122,7 @@ def _largest(values: Tensor, owners: Sequence[int], count: int) -> Tensor:
 
 
 def installed(name: str) -> bool:
-    """Whether there is what the similarity `name` needs, so far as that can be told without loading it."""
+    """Whether the packages or weights that the measure `name` needs are there, as far as can be told without loading them."""
     if name in MODELS:
         from huggingface_hub import try_to_load_from_cache
 
@@ -155,12 +155,12 @@ def sscd() -> Embedding:
 
 
 def projected(features: Any) -> Tensor:
-    """The tensor of CLIP's projected features, which transformers wraps since its version 5."""
+    """Return the tensor of CLIP's projected features, which transformers wraps since its version 5."""
     return features if isinstance(features, Tensor) else features.pooler_output
 
 
 def vision(model: str) -> Callable[[], Embedding]:
-    """An embedding by a vision model of transformers, a folder or hub id; only safetensors are loaded."""
+    """Return a loader of the embedding by a vision model of transformers, a folder or hub id. It loads only safetensors."""
 
     def load() -> Embedding:
         from transformers import AutoImageProcessor, AutoModel

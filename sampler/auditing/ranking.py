@@ -31,7 +31,7 @@ Task = tuple[str, str, list[int]]  # of a caption: its id, its text, the seeds o
 class Reference:
     """What captions are compared with.
 
-    gap: the usual noise gap of each of the first steps. ordinary: the statistic of each ordinary caption. source: of both.
+    gap: the usual noise gap of each first step. ordinary: the statistic of each ordinary caption. source: where both come from.
     """
 
     gap: tuple[float, ...]
@@ -40,10 +40,10 @@ class Reference:
 
 
 def first_gaps(runs: PlainRuns, first: int, tasks: Sequence[Task], path: Path, what: str) -> dict[str, dict[str, Any]]:
-    """The noise gaps of each task's first steps, so many, in a line by its id.
+    """Return the noise gaps of each task's first steps, `first` of them, as a line by the task's id.
 
-    The lines are kept in the file `path`; a run that was stopped goes on from there. A line has id, status and, where that is
-    "ok", gaps: (noises, steps); and truncated, what the text encoder cut off. what: names the tasks for the user.
+    The lines are kept in the file `path`, from which a stopped run is resumed. A line has id and status. If that is "ok", it
+    has gaps (noises, steps), and truncated if the text encoder cut text off. what: names the tasks for the user.
     """
     with Journal(path, lambda line: line["id"] if line.get("status") == "ok" else None) as journal:
         lines = {line["id"]: line for line in read_lines(path)}
@@ -78,5 +78,5 @@ def _measured(runs: PlainRuns, first: int, tasks: Sequence[Task], shown: tqdm) -
 
 
 def statistic(gaps: Sequence[Sequence[float]], usual: Sequence[float]) -> float:
-    """The mean of gaps (noises, steps), each divided by the usual gap of its step."""
+    """Return the mean of gaps (noises, steps), each divided by the usual gap of its step."""
     return float((np.asarray(gaps) / np.asarray(usual)).mean())

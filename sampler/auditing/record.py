@@ -13,7 +13,7 @@ from .training_images import TrainingImages
 
 log = logging.getLogger(__name__)
 Line = Mapping[str, Any]
-# Of audit.csv; those that decide come first.
+# The columns of audit.csv, the decisive ones first.
 COLUMNS = (
     *("id", "caption", "flagged", "suspects", "n", "copies", "score", "gap", "p", "low", "high", "copies_low", "copies_high"),
     *("similarity", "measure", "nearest", "image", "status"),
@@ -21,7 +21,7 @@ COLUMNS = (
 
 
 def ranked(captions: Sequence[Prompt], lines: Mapping[str, Line], reference: Reference, rate: float) -> list[dict[str, Any]]:
-    """A row for each caption, the largest statistic first, those that failed last. lines: of `first_gaps`, by id."""
+    """Return a row for each caption, the largest statistic first, failed captions last. lines: of `first_gaps`, by id."""
     sound = [prompt.id for prompt in captions if lines[prompt.id]["status"] == "ok"]
     values = [statistic(lines[id]["gaps"], reference.gap) for id in sound]
     p = p_values(values, reference.ordinary)
@@ -38,7 +38,7 @@ def ranked(captions: Sequence[Prompt], lines: Mapping[str, Line], reference: Ref
 
 
 def verdict(row: Line, found: Sequence[Line]) -> dict[str, Any]:
-    """A row of audit.csv, with the verdicts on the pictures of its caption. found: lines of `Verification`.
+    """Return a row of audit.csv, with the verdicts on the pictures of its caption. found: lines of `Verification`.
 
     low, high: exact bounds of the share of suspect pictures; copies_low, copies_high: of copies. None: not verified.
     """
@@ -56,7 +56,7 @@ def verdict(row: Line, found: Sequence[Line]) -> dict[str, Any]:
 
 
 def ranked_record(rows: Sequence[Line], lines: Mapping[str, Line], reference: Reference, rate: float) -> dict[str, Any]:
-    """What was ranked, among which captions, and how many were flagged. Logs a warning if the ordinary captions are too few.
+    """Return the record of the ranking, and log a warning if the ordinary captions are too few for any to be flagged.
 
     fewest: the number of captions that must stand out together before any can be flagged.
     """
@@ -83,7 +83,7 @@ def ranked_record(rows: Sequence[Line], lines: Mapping[str, Line], reference: Re
 def verified_record(
     found: Mapping[str, Sequence[Line]], asked: int, threshold: float, index: TrainingImages | None
 ) -> dict[str, Any]:
-    """What was sampled and judged. asked: how many pictures. compared: verdicts by training images; None without them."""
+    """Return the record of the verification. asked: the number of pictures to make. compared: None without training images."""
     pictures = [line for lines in found.values() for line in lines]
     record: dict[str, Any] = {"verified": len(found), "pictures": len(pictures), "pictures_failed": asked - len(pictures)}
     record |= {"threshold": threshold, "level": LEVEL, "suspects": sum(line["suspect"] for line in pictures), "compared": None}

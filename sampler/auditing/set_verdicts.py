@@ -1,13 +1,13 @@
-"""Judging pictures that were made already: which of them look like copies of training images? The model alone decides.
+"""Judges pictures that exist already: which of them look like copies of training images? The model alone decides.
 
-Each picture goes through the autoencoder and is judged with the prompt it was made from, by its basin score (see
-`detection.basin_score`), on the same noises as every other. So its score depends on nothing else in the set. It differs a
-little from the score in a manifest of `generate`, which is of the latents before they are decoded, on noises of the picture's
-own seed.
+The autoencoder encodes each picture. The picture is judged with the prompt it was made from, by its basin score (see
+`detection.basin_score`), with the same noises as every other. So its score depends on nothing else in the set. It differs a
+little from the score in a manifest of `generate`, which is that of the latents before they are decoded, with noises from the
+picture's own seed.
 
-The folder gets `scores.jsonl` (a line as soon as it is known: a run that was stopped goes on), `judge.csv` and `judge.html`,
-the worst first. Pictures and prompts that changed are judged again. A shard works in a folder of its own, and the same run
-without a shard puts them together.
+The folder gets `scores.jsonl` (written batch by batch, so that a stopped run can be resumed), and `judge.csv` and `judge.html`,
+with the most suspect first. A picture is judged again if it or its prompt changed. A shard works in a folder of its own, and
+the same run without a shard puts the shards together.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from .html_images import inside
 log = logging.getLogger(__name__)
 SCORES, SHARDS = "scores.jsonl", "shard-*-of-*"
 SHOWN = 200  # pictures on the page; judge.csv has them all
-HELD = 4  # batches whose pictures are in memory at a time, so that those of one size find each other
-FREE = ("model",)  # of run.json: the weights tell which model it is, whatever path leads to it
+HELD = 4  # batches whose pictures are in memory at a time, so that pictures of one size can share a batch
+FREE = ("model",)  # a field of run.json that may differ: the weights identify the model, whatever its path
 NOT_FINITE = "failed: its score is not finite"
 Line = dict[str, Any]
 
@@ -56,10 +56,10 @@ Line = dict[str, Any]
 class Settings:
     """How pictures are judged.
 
-    threshold: of the basin score, above which one is suspect. probes: noises a picture. seed: of the noises of every picture.
-    height, width: what all pictures are resized to; None: each keeps its size, or has the nearest that the model can make.
+    threshold: the basin score above which a picture is suspect. probes: noises per picture. seed: of the noises, for every one.
+    height, width: what all pictures are resized to; None: each keeps its size, or gets the nearest that the model can make.
     batch_size: pictures judged together; None: as many as a GPU's free memory holds, 16 on a CPU.
-    on_error: of a row, a member or a file that is wrong; see `data.rows.Faults`.
+    on_error: what happens at a row, a member or a file that is wrong; see `data.rows.Faults`.
 
     Raises ValueError for anything else.
     """
@@ -92,13 +92,13 @@ def judge(
     """Judge the pictures of `images` into the folder `out`; returns the rows of `judge.csv`.
 
     images: see `prompted`. model: what run.json calls the sampler's model; None: where it was loaded from.
-    shard: (i, n): every n-th picture alone, from the i-th on, in the folder `out`/shard-i-of-n.
+    shard: (i, n): judge only every n-th picture, from the i-th on, in the folder `out`/shard-i-of-n.
 
-    A row has id, file, prompt, score, suspect, and status: "ok", or "failed: " and why there is no score; such a picture is
-    looked at again when the run is started again. The most suspect come first, and those without a score last.
+    A row has id, file, prompt, score, suspect, and status: "ok", or "failed: " and why there is no score. A failed picture is
+    judged again when the run is started again. The most suspect come first, and those without a score last.
 
-    Raises ValueError for settings that do not fit, a folder that holds something else, what `prompted` refuses, and where
-    there are no pictures; FileNotFoundError where there is no such source.
+    Raises ValueError for settings that do not fit, for a folder that holds something else, for what `prompted` refuses, and if
+    there are no pictures; FileNotFoundError if there is no such source.
     """
     _check(sampler, settings)
     found = prompted(images, settings.on_error)
@@ -135,7 +135,7 @@ def judge(
 
 
 def _check(sampler: Sampler, settings: Settings) -> None:
-    """Raises ValueError where no picture at all can be judged."""
+    """Raises ValueError if no picture at all can be judged."""
     basin_score.Probe.of(sampler.scheduler)
     if "num_frames" in sampler.model.options:
         raise ValueError("the model makes videos: judge those by Sampler.judge, as lists of frames")
@@ -144,7 +144,7 @@ def _check(sampler: Sampler, settings: Settings) -> None:
 
 
 def _run(sampler: Sampler, model: str, images: str | Path, settings: Settings) -> dict[str, Any]:
-    """The contents of run.json: what decides scores. The threshold is free to change, and shards may be on other devices."""
+    """Return the contents of run.json: what decides scores. The threshold may change, and shards may run on other devices."""
     how: dict[str, Any] = {"log_snr": basin_score.LOG_SNR, "probes": settings.probes, "seed": settings.seed}
     how |= {"height": settings.height, "width": settings.width, "options": dict(sampler.options)}
     where = {name: value for name, value in sampler.provenance.items() if name != "device"}
@@ -152,9 +152,9 @@ def _run(sampler: Sampler, model: str, images: str | Path, settings: Settings) -
 
 
 def _opened(out: Path, run: dict[str, Any], shard: tuple[int, int] | None) -> Path:
-    """The folder to work in, made ready: a shard has its own, and a whole run takes over that of its shards.
+    """Prepare and return the folder to work in: a shard has its own; a whole run uses `out`, which may hold its shards.
 
-    Raises ValueError for one that holds something else.
+    Raises ValueError for a folder that holds something else.
     """
     if shard is not None:
         home = out / f"shard-{shard[0]}-of-{shard[1]}"
@@ -173,7 +173,7 @@ def _opened(out: Path, run: dict[str, Any], shard: tuple[int, int] | None) -> Pa
 
 
 def _scored(home: Path) -> Iterator[Line]:
-    """What is known already: of a whole run, by its shards too."""
+    """Yield the lines of pictures that were judged earlier, in this folder and in the shards in it."""
     for path in [*sorted(home.glob(f"{SHARDS}/{SCORES}")), home / SCORES]:
         yield from (line for line in read_lines(path) if line.get("status") == "ok")
 
@@ -187,7 +187,7 @@ def _row(line: Line, threshold: float) -> Line:
 
 
 def _rank(line: Line) -> float:
-    """The larger, the more suspect."""
+    """Return a number that is larger for a more suspect picture: infinite if its score is not finite."""
     score = line.get("score")
     return score if score is not None else inf if line["status"] == NOT_FINITE else -inf
 
@@ -195,8 +195,8 @@ def _rank(line: Line) -> float:
 class Judging:
     """Judges pictures.
 
-    worst: of the most suspect, for the page: a heap of their rank, id, and the small picture as a data URI.
-    small: how many are judged in less than half of the pixels that the model makes.
+    worst: the most suspect pictures, for the page: a heap of (rank, id, small picture as a data URI).
+    small: how many pictures are judged at less than half of the pixels that the model makes.
     """
 
     def __init__(self, sampler: Sampler, settings: Settings, size: int):
@@ -205,7 +205,7 @@ class Judging:
         self.small = 0
 
     def __call__(self, part: Sequence[Prompted], known: dict[str, Line]) -> list[Line]:
-        """A line for each picture, in their order; that of `known` where neither it nor its prompt changed."""
+        """Return a line for each picture, in their order: the line in `known` if neither the picture nor its prompt changed."""
         lines: dict[str, Line] = {}
         waiting: list[tuple[Line, Image.Image]] = []
         opened: dict[str, Image.Image] = {}
@@ -253,7 +253,7 @@ class Judging:
 
 
 def _verdict(score: float | Exception) -> Line:
-    """What a line says of a score, or of what went wrong."""
+    """Return the fields of a line for a score, or for the exception in its place."""
     if isinstance(score, Exception):
         return {"status": f"failed: {checks.line(score)}"}
     return {"score": round(score, 5), "status": "ok"} if isfinite(score) else {"status": NOT_FINITE}

@@ -12,19 +12,19 @@ LEVEL = 0.95  # of confidence
 
 
 def p_values(values: Sequence[float], ordinary: Sequence[float]) -> list[float]:
-    """The conformal p-value of each value: the share of the ordinary values and itself that are at least as large.
+    """Return the conformal p-value of each value: the share of the ordinary values and itself that are at least as large.
 
-    Exact for a value that is exchangeable with the ordinary ones: it is at most t with a probability of at most t (Vovk et al.;
-    Bates et al., https://arxiv.org/abs/2104.08279).
+    It is valid for a value that is exchangeable with the ordinary ones: it is at most t with a probability of at most t (Vovk
+    et al.; Bates et al., https://arxiv.org/abs/2104.08279).
     """
     known = sorted(ordinary)
     return [(1 + len(known) - bisect_left(known, value)) / (len(known) + 1) for value in values]
 
 
 def discoveries(values: Sequence[float], rate: float) -> list[bool]:
-    """Which p-values are discoveries by Benjamini and Hochberg: of these, a share of `rate` at most is expected to be false.
+    """Return which p-values are discoveries by Benjamini and Hochberg: at most a share `rate` of these is expected to be false.
 
-    Conformal p-values of one set of ordinary values depend on each other positively, for which the bound holds (Bates et al.).
+    Conformal p-values from one set of ordinary values depend on each other positively, so the bound holds (Bates et al.).
     """
     if not values:
         return []
@@ -32,11 +32,11 @@ def discoveries(values: Sequence[float], rate: float) -> list[bool]:
 
 
 def fewest(values: int, ordinary: int, rate: float) -> int:
-    """How many of `values` captions must stand out together to be discoveries, as no p-value is below 1 / (ordinary + 1)."""
+    """Return how many of `values` captions must stand out together to be found: no p-value is below 1 / (ordinary + 1)."""
     return max(1, math.ceil(values / (rate * (ordinary + 1)) - 1e-9))
 
 
 def interval(hits: int, of: int, level: float = LEVEL) -> tuple[float, float]:
-    """Exact bounds of a share, from `hits` of `of` observations, at a level of confidence (Clopper and Pearson)."""
+    """Return exact bounds of a share, from `hits` in `of` observations, at a level of confidence (Clopper and Pearson)."""
     bounds = binomtest(hits, of).proportion_ci(level, method="exact")
     return float(bounds.low), float(bounds.high)

@@ -1,4 +1,4 @@
-"""The training images: finds the one nearest to a picture in the whole set, by one measure or by several."""
+"""Finds the training image that is nearest to a picture in the whole set, by one measure or by several."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .measures import BATCH, THRESHOLDS, Similarity, installed
 
 
 class Comparison:
-    """Pictures with which others are compared, by one measure or by several.
+    """A set of pictures with which others are compared, by one measure or by several.
 
-    measures: names in THRESHOLDS; None: what is `installed`. threshold: of them all, in the place of their own.
+    measures: names in THRESHOLDS; None: all that are `installed`. threshold: for all measures, in the place of their own.
 
-    thresholds: by measure.
+    thresholds: the threshold of each measure, by its name.
 
     Raises ValueError for an unknown measure or a bad threshold; ImportError or OSError for a measure that lacks something.
     """
@@ -38,19 +38,19 @@ class Comparison:
         self._similarity = {name: Similarity(name) for name in self.measures}
 
     def add(self, pictures: Sequence[Image.Image | Sequence[Image.Image]]) -> None:
-        """More pictures to compare with, each one or the several that trainers make of one file."""
+        """Add pictures to compare with. Each is one picture, or the several that trainers make of one file."""
         for measure in self._similarity.values():
             measure.add(pictures)
 
     def similarity(self, pictures: Sequence[Image.Image], measure: str | None = None) -> Tensor:
-        """(N, M) float32: every picture against every one that was added, by one of the measures, the first unless named."""
+        """Return (N, M) float32: the similarity of every picture to every added one. measure: its name; None: the first."""
         return self._similarity[measure or self.measures[0]](pictures)
 
     def clearest(self, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor, Tensor]:
-        """Every picture against every one that was added, by the measure that speaks clearest: each (N, M).
+        """Compare every picture with every added one, by the measure with the largest margin: returns three tensors (N, M).
 
-        Returns how far above that measure's threshold they are, as a share of what is left to 1, where above 0 is a copy; the
-        similarity; and the number of the measure in `measures`.
+        They are the margin, (similarity - threshold) / (1 - threshold), which is above 0 for a copy; the similarity; and the
+        index of the measure in `measures`.
         """
         values = torch.stack([self.similarity(pictures, name) for name in self.measures])
         thresholds = torch.tensor([self.thresholds[name] for name in self.measures])[:, None, None]
@@ -59,13 +59,13 @@ class Comparison:
 
 
 class TrainingImages(Comparison):
-    """Training images, and how like them pictures are.
+    """A set of training images that finds the nearest one to a picture.
 
-    on_error: of an image that cannot be read; see `Faults`. The rest is `Comparison`'s.
+    on_error: what happens at an image that cannot be read; see `Faults`. Other arguments are those of `Comparison`.
 
-    images: those that could be read. sha256: of their names and contents.
+    images: the paths of those that could be read. sha256: of their names and contents.
 
-    Raises ValueError, too, for an image that cannot be read, or where there is none.
+    Raises as `Comparison` does, and ValueError for an image that cannot be read, or if there is none.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class TrainingImages(Comparison):
         self.sha256 = digest.hexdigest()
 
     def __call__(self, pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
-        """Of each picture the nearest training image, by the measure in which it stands out most from its threshold.
+        """Return each picture's nearest training image, which is the one with the largest margin of `clearest`.
 
         similarity, measure: how like it is, by which measure. nearest: the training image, a path. copy: above the threshold?
         """
@@ -116,7 +116,7 @@ class TrainingImages(Comparison):
 
 
 class Copies:
-    """Compares images of a run with the training images in a folder, for its manifest. The rest is `TrainingImages`'s."""
+    """Compares images of a run with a folder's training images, for its manifest. Arguments are as for `TrainingImages`."""
 
     def __init__(
         self, folder: Path, measures: Sequence[str] | None = None, threshold: float | None = None, on_error: str = "stop"

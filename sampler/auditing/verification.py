@@ -25,7 +25,7 @@ from .heat import Heat, in_grey
 from .ranking import Task
 from .training_images import TrainingImages
 
-# Files of an audit's folder, of the lines about pictures.
+# Paths in an audit's folder, to be formatted with a line about a picture.
 PICTURE, HEAT, PREDICTION = "images/{id}-{seed}.png", "heat/{id}-{seed}.png", "predictions/{id}.png"
 Line = dict[str, Any]
 
@@ -45,11 +45,11 @@ class Verification:
     index: TrainingImages | None
 
     def __call__(self, tasks: Sequence[Task]) -> dict[str, list[Line]]:
-        """Lines about the pictures of each caption by its id: copies first, then by falling score.
+        """Return lines about the pictures of each caption, by its id: copies first, then by falling score.
 
-        tasks: the captions, each with its pictures' seeds. A line has id, seed, score and suspect and, where there is an index
-        of training images, what that finds. A picture that fails is logged and has no line; it is made when the audit is run
-        again.
+        tasks: the captions, each with its pictures' seeds. A line has id, seed, score and suspect and, if there is an index of
+        training images, the fields that it returns. A picture that fails is logged and has no line; the next run of the audit
+        makes it.
         """
         for name in (HEAT, PREDICTION):
             (self.out / name).parent.mkdir(exist_ok=True)
@@ -95,7 +95,7 @@ class Verification:
         return found
 
     def _sampled(self, batch: Sequence[tuple[str, int, str]], shown: tqdm) -> list[tuple[Image.Image, Image.Image, float]]:
-        """Picture, heat and score of each (id, seed, text)."""
+        """Return picture, heat and score of each (id, seed, text)."""
         runs, heat = self.runs, Heat(len(self.usual))
         texts, seeds = [text for _, _, text in batch], [seed for _, seed, _ in batch]
         sampler, told = runs.sampler.wrapped(heat.watch), moving(shown, len(batch))
@@ -120,9 +120,9 @@ class Verification:
 
 @torch.inference_mode()
 def predictions(sampler: Sampler, tasks: Sequence[Task]) -> list[Image.Image]:
-    """The one-step conditional prediction of each caption from pure noise, decoded.
+    """Return the one-step conditional prediction of each caption from pure noise, decoded.
 
-    The noise is the first that a picture with the caption's first seed is judged by. For a memorized caption the prediction
+    The noise is the first of those that judge a picture of the caption's first seed. For a memorized caption the prediction
     shows the training image, or a mixture of several; for others it is a blur.
     """
     model, probe = sampler.model, basin_score.Probe.of(sampler.scheduler)
@@ -143,5 +143,5 @@ def predictions(sampler: Sampler, tasks: Sequence[Task]) -> list[Image.Image]:
 
 
 def still(picture: Image.Image | Sequence[Image.Image]) -> Image.Image:
-    """A picture; of a video its middle frame."""
+    """Return a picture itself, or the middle frame of a video."""
     return picture if isinstance(picture, Image.Image) else picture[len(picture) // 2]

@@ -1,4 +1,4 @@
-"""What a run will take, told once its pace is known: images, attempts, time and room on the disk."""
+"""A forecast of what a run will take, shown once its pace is known: images, attempts, time and disk space."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from ..runs.progress import Progress, duration
 from .job_order import Placed
 from .job_plans import Plans
 
-LONG = 60.0  # seconds of a run that is worth a forecast
+LONG = 60.0  # seconds: if less is left to do, no forecast is shown
 
 
 class Forecast:
-    """Tells `shown` once, by the pace of the first steps, what the images that are left in `out` will take.
+    """Shows once, from the pace of the first steps, what the images that are left to make in `out` will take.
 
-    They are taken to be what the jobs of all `kinds` are on average. latents: images are kept as latents.
+    Each is assumed to cost what the average job costs. kinds: number of jobs by kind. latents: whether images stay latents.
     """
 
     def __init__(self, plans: Plans, kinds: Mapping[Kind, int], latents: bool, out: Path, shown: Progress):
         self.plans, self.kinds, self.latents, self.out, self.shown = plans, kinds, latents, out, shown
-        self._first: Kind | None = None  # of the batch whose pace is known first
+        self._first: Kind | None = None  # of the first job, whose batch gives the first pace
         self._told = False
 
     def first_of(self, jobs: Iterable[Placed]) -> Iterator[Placed]:
-        """The same jobs; the first of them is of the batch whose pace is known first."""
+        """Yield the jobs unchanged, and remember the kind of the first one, because the first pace is that of its batch."""
         for position, job in jobs:
             self._first = self._first or job.kind
             yield position, job
 
     def step(self) -> None:
-        """To be told after every step that `shown` was told of."""
+        """Show the forecast as soon as the pace is known. Call this after every step, after `shown.moved`."""
         summary, count = self.shown.summary, sum(self.kinds.values())
         if self._told or not summary.pace or self._first is None:
             return
@@ -57,5 +57,5 @@ class Forecast:
         )
 
     def _work(self, kind: Kind) -> int:
-        """Of a picture, in pixels that the network predicts."""
+        """Return the cost of a picture of this kind: network predictions times pixels."""
         return self.plans.calls(kind) * math.prod(self.plans.size(kind))

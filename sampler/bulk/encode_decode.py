@@ -1,4 +1,4 @@
-"""What happens to a job before it is sampled and after: its prompt is encoded, its latents are decoded."""
+"""The stages before and after sampling: prompts are encoded, latents are decoded."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ..sampling.samples import Result, Sample
 from .job_plans import Plans, Size
 
 log = logging.getLogger(__name__)
-TEXTS = 8  # prompts encoded together, always so many: a prompt's encoding has the same bits beside any others
+TEXTS = 8  # prompts encoded together; always this many, so that an encoding has the same bits beside any other prompts
 CACHE = 128  # prompts whose encodings are kept
 
 
 @dataclass(frozen=True)
 class JobUnderWay:
-    """A job on its way: its position in the run, the size of its picture, and what its prompt loses at the encoder's limit."""
+    """A job in the making. position: in the run. size: of its picture. truncated: the text cut off at the encoder's limit."""
 
     position: int
     job: Job
@@ -34,20 +34,20 @@ class JobUnderWay:
 
 
 class Texts:
-    """The encodings of prompts for one size after another; the last CACHE are kept."""
+    """Encodes prompts, for one size per call, and caches the last CACHE encodings."""
 
     def __init__(self, model: Model, **options: Any):
         self.model, self.options = model, options
         self._cache: OrderedDict[tuple, Encoded] = OrderedDict()
 
     def __call__(self, jobs: Sequence[Job], size: Size) -> list[Encoded | Exception]:
-        """Each job's encoding, or why it has none."""
+        """Return each job's encoding, or the exception that its prompt raised."""
         keys = [(job.prompt, job.negative_prompt, size) for job in jobs]
         errors: dict[tuple, Exception] = {}
         missing = [key for key in dict.fromkeys(keys) if key not in self._cache]
         try:
             self._encode(missing)
-        except Exception:  # what a prompt does to a tokenizer: nobody can list it
+        except Exception:  # a prompt may make a tokenizer raise anything
             for key in missing:
                 try:
                     self._encode([key])
@@ -73,7 +73,7 @@ class Texts:
 
 
 def encoded(model: Model, jobs: Iterable[tuple[int, Job]], plans: Plans, **options: Any) -> Iterator[Sample | Result]:
-    """The samples of jobs, up to TEXTS of one size at a time; one that cannot be encoded is a result that failed."""
+    """Yield the samples of jobs, up to TEXTS of one size at a time; a job that cannot be encoded becomes a failed Result."""
     texts = Texts(model, **options)
     for size, group in groupby(jobs, key=lambda placed: plans.size(placed[1].kind)):
         shape = model.shape(*size, **options)
@@ -94,7 +94,7 @@ def encoded(model: Model, jobs: Iterable[tuple[int, Job]], plans: Plans, **optio
 
 @dataclass(frozen=True)
 class Picture:
-    """What came of a job: its line of the manifest, without the status where there is an image; whether that was finite."""
+    """What came of a job: its manifest line (with a status only if it failed), its image, and whether its sample was finite."""
 
     position: int
     job: Job
@@ -104,9 +104,9 @@ class Picture:
 
 
 def decoded(model: Model, results: Iterable[Result], latents: bool, **options: Any) -> Iterator[Picture]:
-    """The pictures of results, one at a time: a fault costs one, and its bits are those of its latents alone.
+    """Yield the pictures of results. Each is decoded alone: a fault costs one picture, and its bits depend on no other.
 
-    latents: undecoded.
+    latents: whether pictures stay latents, undecoded.
     """
     decode = partial(model.decode, **options)
     for result in results:
@@ -118,7 +118,7 @@ def decoded(model: Model, results: Iterable[Result], latents: bool, **options: A
 
 
 def _tried(make: Callable[[], Picture], result: Result) -> Picture:
-    """The picture of a result. Whatever ends its making, even what would end the thread, is tried again once."""
+    """Return what `make` returns. After any exception, SystemExit included, try once more; a second one fails the picture."""
     try:
         return make()
     except (Exception, SystemExit):
@@ -137,7 +137,7 @@ def _picture(decode: Callable[..., Decoded], result: Result, latents: bool) -> P
         "transition_step": found,
         "transition_timestep": solver.timesteps[call].item() if found >= 0 else None,
         "transition_log_snr": None if found < 0 or solver.log_snr is None else round(solver.log_snr[call].item(), 4),
-        "noise_gap": [float(str(gap)) for gap in result.gaps.cpu().numpy()],  # the fewest digits that tell a float32
+        "noise_gap": [float(str(gap)) for gap in result.gaps.cpu().numpy()],  # the fewest digits that identify a float32
     }
     if result.attempts is not None:
         line |= {name: getattr(result, name) for name in ("attempts", "score", "suspect")}
@@ -164,5 +164,5 @@ def _failed(result: Result, error: BaseException) -> Picture:
 
 
 def said(error: BaseException) -> str:
-    """The error's text, with its kind where that is one nobody foresaw."""
+    """Return the error's text; its type comes first unless it is a RuntimeError or a ValueError."""
     return str(error) if isinstance(error, RuntimeError | ValueError) else f"{type(error).__name__}: {error}"

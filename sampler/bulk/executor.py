@@ -1,4 +1,4 @@
-"""How jobs become files in this process: prompts encoded, samples denoised, latents decoded and pictures compressed."""
+"""Makes files of jobs in this process: encodes prompts, denoises samples, decodes latents and compresses pictures."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from .stop import Stop
 from .threads import Stages
 
 PRESSES = 2  # threads that turn pictures into files
-Stepped = Callable[[float], object]  # is told after every step what the samples in the making amount to, in samples
+Stepped = Callable[[float], object]  # called after every step with the progress of unfinished samples, in samples
 
 
 def unwatched(under_way: float) -> None:
-    """Nobody looks at the steps."""
+    """Ignore the steps."""
 
 
 class Executor(Protocol):
-    """Who makes a run's pictures: this process, or the workers of a cluster.
+    """Makes a run's pictures, in this process or on the workers of a cluster.
 
     calls: the network's calls so far, see `Engine`.
     """
@@ -41,10 +41,10 @@ class Executor(Protocol):
     def calls(self) -> Counter[str]: ...
 
     def made(self, jobs: Iterable[Placed], stop: Stop, stepped: Stepped = unwatched) -> Iterator[Made]:
-        """What comes of the jobs, in their order, but for those that are not finite, which come last."""
+        """Yield what came of each job, about in the order of the jobs; what was not finite at first may come later."""
 
     def close(self) -> None:
-        """Give back what was taken for the run."""
+        """Release what the run holds, such as workers."""
 
 
 class LocalExecutor:
@@ -62,7 +62,7 @@ class LocalExecutor:
         pass
 
     def made(self, jobs: Iterable[Placed], stop: Stop, stepped: Stepped = unwatched) -> Iterator[Made]:
-        """Samples that are not finite in half precision are made again in float32, at the end."""
+        """Yield what came of the jobs. Samples that are not finite in half precision are made again in float32, at the end."""
         again: list[Placed] = []
         yield from self._made(jobs, stop, stepped, again.append if self.sampler.model.half else None)
         yield from self._in_float32(again, stop, stepped)
@@ -70,7 +70,7 @@ class LocalExecutor:
     def _made(
         self, jobs: Iterable[Placed], stop: Stop, stepped: Stepped, again: Callable[[Placed], None] | None
     ) -> Iterator[Made]:
-        """What comes of the jobs, in their order; `again` is told of those that are not finite, which are left out then."""
+        """Yield what came of the jobs, in the order they began. Those not finite go to `again` instead; None: they fail."""
         model, options, order = self.sampler.model, self.sampler.options, deque[int]()
 
         def noted() -> Iterator[Placed]:
@@ -93,7 +93,7 @@ class LocalExecutor:
                 press = partial(self._press, retried=again is not None)
                 if pool is None:
                     yield from _in_order(stages.ahead(map(press, pictures), self.slots), order, again)
-                else:  # most of this is compression, which runs beside Python
+                else:  # most of this is compression, which runs without Python's lock
                     pressed = stages.ahead(map(partial(pool.submit, press), pictures), self.slots)
                     yield from _in_order(map(Future.result, pressed), order, again)
         finally:
@@ -109,7 +109,7 @@ class LocalExecutor:
         return Encoder(self.files.format, self.files.prompt_metadata)(picture.position, line, picture.image)
 
     def _in_float32(self, jobs: Sequence[Placed], stop: Stop, stepped: Stepped) -> Iterator[Made]:
-        """What float32 makes of samples that were not finite, one at a time."""
+        """Make samples that were not finite again in float32, one at a time, and yield what came of each."""
         retried, engine = {"retried": "float32"}, self.engine
         if not jobs or stop.signal is not None:
             return
@@ -129,7 +129,7 @@ class LocalExecutor:
 
 
 def _in_order(pressed: Iterable[Made | Picture], order: deque[int], again: Callable[[Placed], None] | None) -> Iterator[Made]:
-    """What is made in the order of its jobs; `again` is told of pictures that are not finite."""
+    """Yield what was made, sorted as the positions in `order`; jobs whose picture is not finite go to `again` instead."""
     kept: dict[int, Made | Picture] = {}
     for one in pressed:
         kept[one.position] = one
@@ -142,7 +142,7 @@ def _in_order(pressed: Iterable[Made | Picture], order: deque[int], again: Calla
 
 
 def threaded(sampler: Sampler) -> bool:
-    """Whether its stages may run beside each other: beside a GPU, unless parts of the pipeline come and go between devices."""
+    """Whether a run's stages may overlap in threads: on a GPU, unless hooks move the weights of some part of the pipeline."""
     components: dict[str, Any] = sampler.pipe.components  # type: ignore[attr-defined]  # diffusers does not say its type
     parts = (part for part in components.values() if isinstance(part, nn.Module))
     return sampler.model.device.type == "cuda" and not any(map(hooked, parts))

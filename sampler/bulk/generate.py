@@ -1,9 +1,9 @@
 """A run: prompts in, a folder of images out, with a manifest that grows as images are finished.
 
-The folder gets the images (see `writers`), `manifest.jsonl` (a line an image), `jobs.jsonl` (all images that are asked for) and
-`run.json` (all that is needed to make them again). A run that was stopped goes on when it is started again with the same
-settings, and so does one to which prompts were added. Images that are missing or changed since, and those that failed, are
-made again: each that is there is read and compared with its SHA-256. Nothing holds all of the prompts, lines or images.
+The folder gets the images (see `writers`), `manifest.jsonl` (a line per image), `jobs.jsonl` (all images that are asked for)
+and `run.json` (all that is needed to make them again). To resume a stopped run, start it again with the same settings; prompts
+may be added. A resumed run reads each image and compares it with its SHA-256. Images that failed, or that are missing or
+changed, are made again. Memory never holds all prompts, lines or images.
 """
 
 from __future__ import annotations
@@ -51,31 +51,31 @@ def generate(
     placement: Placement = Placement(),
     progress: bool | Progress = True,
 ) -> Summary:
-    """Make every job's image in the folder `out`; returns what came out.
+    """Make every job's image in the folder `out`; returns a summary.
 
     prompts: a file, or a list of prompts or jobs. recipe: how pictures are made.
     model: what run.json calls the sampler's model; None: where it was loaded from.
-    files: how they are written. placement: where they are computed. progress: whether to show how far it is, or what shows it.
+    files: how they are written. placement: where they are computed. progress: whether to show progress, or a display for it.
 
-    A job's own steps, scale, size, negative prompt and guidance go before the recipe's. Jobs of one size are made together,
-    see `job_order.by_size`; each image is that of its job alone in as many slots.
+    A job's own steps, scale, size, negative prompt and guidance override the recipe's. Jobs of one size are made together, see
+    `job_order.by_size`. An image does not depend on the jobs beside it, only on the number of slots.
 
-    A manifest line says what was asked (id, prompt, seed, what is the job's own, and what else the file of prompts says of it),
-    `transition_step`, `transition_timestep`, `transition_log_snr`, `noise_gap`, and `status`: "ok" where the image is there and
-    its pixels were finite, else "failed: " and why. That of an image has its `file` and `sha256`, and how it was made; see
-    `Plans.facts`. Under a guard it has `attempts`, `score` and `suspect`. `nsfw_content_detected` is there where the pipeline
-    has a safety checker, `truncated` where a prompt was cut at the text encoder's limit (the text that was left out), `retried`
-    where the sample was not finite and was made again in float32. Scores are those of latents: `judge` sees the decoded
-    picture, whose score differs a little.
+    A manifest line has what was asked (id, prompt, seed, the job's own settings, and further columns of the prompts' file),
+    `transition_step`, `transition_timestep`, `transition_log_snr`, `noise_gap`, and `status`: "ok" if the image was written and
+    its pixels were finite, else "failed: " and the reason. The line of an image also has its `file` and `sha256`, and how it
+    was made; see `Plans.facts`. Under a guard it has `attempts`, `score` and `suspect`. Some fields are there only if they
+    apply: `nsfw_content_detected` if the pipeline has a safety checker; `truncated`, the text that was cut off, if a prompt
+    exceeded the text encoder's limit; `retried` if the sample was not finite and was made again in float32. Scores are of
+    latents. `judge` scores the decoded picture, so its score differs a little.
 
-    A fault of one sample costs that one: it is marked, and made again when the run is started again. Where the prompts cannot
-    be read to their end, the images of those before are finished, and the error is raised then. After SIGINT or SIGTERM what is
-    in flight is finished and no more begun; a second one ends the run at once.
+    A fault of one sample costs only that sample: its line says so, and the next start of the run makes it again. If the prompts
+    cannot be read to their end, the images of the prompts before are finished, and then the error is raised. After SIGINT or
+    SIGTERM the samples in flight are finished and no more begun; a second signal ends the run at once.
 
-    Raises ValueError, before any sampling, for bad settings, for a job that cannot be made, by its place (with the prompts'
-    on_error "skip" it is left out), and for a folder that holds something else, a run of other settings, or of prompts that
-    are not the first of these; ImportError for a format whose library is missing; OSError where the disk is full, and the run
-    goes on when it is started again.
+    Raises ValueError, before any sampling: for bad settings; for a job that cannot be made, naming its place (with the prompts'
+    on_error "skip" it is left out); for a folder that holds something else, a run of other settings, or a run of prompts that
+    are not the first of these. Raises ImportError for a format whose library is missing, and OSError if the disk is full,
+    after which the run can be resumed.
     """
     prompts = prompts if isinstance(prompts, Prompts) else Prompts(prompts)
     if files.copies is not None and placement.load is not None:
@@ -114,7 +114,7 @@ def _executor(plans: Plans, slots: int, files: Files, placement: Placement) -> E
 def _fill(
     writes: Writer, files: Files, executor: Executor, part: JobShare, plans: Plans, forecast: Forecast, shown: Progress
 ) -> None:
-    """Make what is missing in a run's folder."""
+    """Make the images that a run's folder lacks."""
     with Journal(writes.out / MANIFEST, writes.finished) as journal, shown, Stop() as stop, closing(executor):
         part.record(writes.out)
 
@@ -144,7 +144,7 @@ def _fill(
 
 
 def _note(writes: Writer, duplicates: Duplicates) -> list[str]:
-    """Write what the pictures of a folder are beside each other into its manifest; returns the ids of near-duplicates."""
+    """Compare a folder's pictures with each other and write the notes into its manifest; returns the ids of near-duplicates."""
     notes = duplicates(image for path in writes.files() for image in writes.contents(path))
     writes.note(notes, duplicates.names)
     note(writes.out, notes, duplicates.names)
@@ -152,9 +152,9 @@ def _note(writes: Writer, duplicates: Duplicates) -> list[str]:
 
 
 def _grown(out: Path, settings: Mapping[str, Any], prompts: Prompts, known: Mapping[str, Any]) -> None:
-    """Raises ValueError where what differs from a folder's `known` settings is not that prompts were added."""
+    """Raises ValueError unless the settings differ from a folder's `known` ones only because prompts were added."""
     before = known.get("named", {})
-    named = json.loads(json_bytes(settings.get("named", {})))  # as it was read back
+    named = json.loads(json_bytes(settings.get("named", {})))  # as run.json reads back
     now = {name: one for name, one in named.items() if name in before}
     if said := differences({"named": before}, {"named": now}):
         raise ValueError(f"output folder {str(out)!r} holds another run ({said}): choose another")
@@ -163,9 +163,9 @@ def _grown(out: Path, settings: Mapping[str, Any], prompts: Prompts, known: Mapp
 
 
 def _slots(out: Path, placement: Placement, plans: Plans, prompts: Prompts) -> int:
-    """Those that the folder's run began with, if it is not told to have fewer; else as many as placement and device allow.
+    """Return the number of slots: the one that the folder's run began with, else as many as the placement and the device allow.
 
-    Raises ValueError where the run began with more.
+    Raises ValueError if the run began with more than the placement's batch size.
     """
     if placement.batch_size is None:
         sizes = (plans.size(kind) for kind in prompts.kinds)
@@ -186,5 +186,5 @@ def _slots(out: Path, placement: Placement, plans: Plans, prompts: Prompts) -> i
 
 
 def balanced(most: int, jobs: int) -> int:
-    """So many slots, at most `most`, that the jobs fill them evenly: 9 jobs take 5 slots twice, not 8 twice."""
+    """Return a number of slots, at most `most`, that the jobs fill evenly: for 9 jobs and 8 slots it is 5, filled twice."""
     return math.ceil(jobs / math.ceil(jobs / most)) if jobs else most

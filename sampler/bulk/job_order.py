@@ -1,4 +1,4 @@
-"""Which jobs of a run are to be made here, in which order, and whether a folder's earlier ones are still among them."""
+"""Selects and orders the jobs of a run that are made here, and checks that a folder's earlier jobs are still the first ones."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..runs.atomic import atomic_write
 from ..runs.jsontext import json_bytes
 from ..runs.manifest import JOBS, belongs, job_lines, read_jobs
 
-WINDOW = 1024  # jobs that are put into order together, and so are in memory
-END = 4  # times the slots: so many jobs at the end are begun longest first
+WINDOW = 1024  # jobs that are sorted together, and so are in memory
+END = 4  # times the slots: the number of last jobs that are begun longest first
 Placed = tuple[int, Job]  # a job and its position in the run
 
 
 class JobShare:
-    """What is to be done of the jobs of a run: all of them, or shard (i, n), as (position, job).
+    """Iterates over the jobs to make here as (position, job): all jobs of a run, or those of shard (i, n).
 
-    fault: what broke the source of the jobs, None where nothing did. Those before it are done all the same.
+    fault: the exception that ended the source of the jobs, or None. The jobs before it are yielded all the same.
     """
 
     def __init__(self, prompts: Prompts, shard: tuple[int, int] | None):
@@ -39,11 +39,11 @@ class JobShare:
     def _asked(self) -> Iterator[Placed]:
         try:
             yield from self.prompts
-        except Exception as error:  # whatever a source raises: nobody can list it
+        except Exception as error:  # a source may raise anything
             self.fault = error
 
     def record(self, out: Path) -> None:
-        """Write all jobs of the run into its folder, so that what is missing or changed there can be named."""
+        """Write all jobs of the run into its folder, so that missing or changed images can be named later."""
         if sum(1 for _ in read_jobs(out)) == len(self.prompts):
             return
         with atomic_write(out / JOBS) as part, part.open("wb") as file:
@@ -52,9 +52,9 @@ class JobShare:
 
 
 def by_size(jobs: Iterable[Placed], size: Callable[[Kind], tuple[int, int]]) -> Iterator[Placed]:
-    """The jobs, those of one size together in every WINDOW: a batch has one size, and runs empty before the next.
+    """Yield the jobs, grouped by size in every WINDOW, because a batch has one size and runs empty before the next size.
 
-    Each window begins with the size that the one before ended with.
+    Each window begins with the size that the window before ended with.
     """
     jobs, last = iter(jobs), None
     while some := list(islice(jobs, WINDOW)):
@@ -68,7 +68,7 @@ def by_size(jobs: Iterable[Placed], size: Callable[[Kind], tuple[int, int]]) -> 
 def longest_first(
     jobs: Iterable[Placed], slots: int, size: Callable[[Kind], tuple[int, int]], calls: Callable[[Kind], int]
 ) -> Iterator[Placed]:
-    """The jobs; at the end those of one size by the network's calls that they take, so that all slots run empty together."""
+    """Yield the jobs. The last ones of each size come by falling cost (`calls`), so that all slots run empty together."""
     ahead: deque[Placed] = deque()
     for placed in jobs:
         ahead.append(placed)
@@ -102,7 +102,7 @@ def _line(position: int, job: Job) -> dict[str, Any]:
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What to say of a job that is not what it was."""
+    """Return the message about a job that differs from the folder's earlier one."""
     if before["id"] == now["id"]:
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         what = ", ".join(f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in names)

@@ -19,13 +19,13 @@ Size = tuple[int, int]
 
 
 class Plans:
-    """The guidance over the sampler's steps, for jobs of every kind.
+    """Makes the attempt table, the size and the cost of each kind of job.
 
-    A guard's early look is calibrated for the run's steps, scale and size: jobs that have others go without it.
+    A guard's early look is calibrated for the run's steps, scale and size. Jobs with others have no early look.
     """
 
     def __init__(self, sampler: Sampler, recipe: Recipe, model: str):
-        """model: what a picture's file and line call the sampler's model; of a folder, its name."""
+        """model: how a picture's file and manifest line name the sampler's model; a folder is named without its path."""
         self.sampler, self.recipe, self.model = sampler, recipe, model
         self._made: dict[Kind, AttemptTable] = {}
         self._facts = {
@@ -36,13 +36,13 @@ class Plans:
         }
 
     def facts(self, job: Job) -> dict[str, Any]:
-        """What a line of the manifest says of how its picture is made."""
+        """Return the fields of a manifest line that say how the job's picture is made."""
         kind, (height, width), guidance = job.kind, self.size(job.kind), self.guidance(job.kind)
         own = {"steps": kind.steps or self.recipe.steps, "scale": guidance.scale, "guidance": _name(guidance)}
         return own | {"height": height, "width": width} | self._facts
 
     def guidance(self, kind: Kind) -> Guidance | Guard:
-        """Raises ValueError for a name that the run has no guidance of."""
+        """Return the guidance of a kind, at its own scale. Raises ValueError for a name that the run has no guidance of."""
         guidance = self.recipe.guidance_of(kind.guidance)
         return guidance if kind.scale in (None, guidance.scale) else guidance.scaled(kind.scale)
 
@@ -51,7 +51,7 @@ class Plans:
         return self.sampler.size(kind.height, kind.width)
 
     def of(self, kind: Kind) -> AttemptTable:
-        """Raises ValueError for steps, a scale, a size or a guidance that do not fit."""
+        """Return the attempt table of a kind. Raises ValueError for steps, a scale, a size or a guidance that do not fit."""
         if kind not in self._made:
             self._made[kind] = self._of(kind)
         return self._made[kind]
@@ -65,13 +65,13 @@ class Plans:
         return AttemptTable.make(solver, guidance, model.device, model.correction)
 
     def calls(self, kind: Kind) -> int:
-        """The network's calls that a first attempt takes, the judging of its picture included."""
+        """Return the network predictions that a first attempt takes, including those that judge its picture."""
         attempt_table = self.of(kind)
         needed = sum(2 if branch == "both" else 1 for branch in attempt_table.plan.branches[: attempt_table.starts[1]])
         return needed + (2 * attempt_table.guard.attempts[0].probes if attempt_table.guard else 0)
 
     def bytes(self, kind: Kind, latents: bool) -> int:
-        """At most what the file of a picture takes: 3 bytes a pixel of each frame, or 4 a number of its latents."""
+        """Return an upper bound of a picture file's bytes: 3 per pixel of each frame, or 4 per value of its latents."""
         (height, width), options = self.size(kind), self.sampler.options
         if latents:
             return 4 * math.prod(self.sampler.model.shape(height, width, **options))
@@ -80,7 +80,7 @@ class Plans:
 
 
 def _name(guidance: Guidance | Guard) -> str:
-    """That by which a job asks for such guidance; see `data.prompts.GUIDANCES`."""
+    """Return the name by which a job asks for such guidance; see `data.prompts.GUIDANCES`."""
     if isinstance(guidance, Guard):
         return "guard"
     if guidance.until is None:

@@ -1,7 +1,7 @@
 """The same run on every GPU of a Ray cluster: workers make pictures, this process reads the prompts and writes the folder.
 
-Blocks of jobs go to the workers and come back as files, in order; few are under way at a time, so that nothing holds them all.
-Ray replaces a worker that dies, and its block is made again. What is done is known from the manifest, as without Ray.
+Blocks of jobs go to the workers, and their files come back in the order of the blocks. Few blocks are under way at a time, so
+that memory never holds all. If a worker dies, Ray replaces it and makes its block again. The manifest says what is done.
 
 Workers are Ray's actors. Ray Data's `map_batches` would add reading and writing in blocks, which this process does for all
 sources and formats, and needs pandas and pyarrow on every machine.
@@ -28,17 +28,17 @@ from .job_plans import Plans
 from .settings import Files, Placement, Recipe
 from .stop import Stop
 
-ROUNDS = 8  # times the slots of an engine: the jobs of a block, fewer where some workers would have none
-AHEAD = 2  # blocks a worker: one that it makes, one that waits for it
-LOOK = 0.5  # seconds of a look at whether a block is done
-RETRIES = 3  # times that a block is made again whose worker died
+ROUNDS = 8  # a block has this many jobs per slot of an engine, fewer if some workers would get none
+AHEAD = 2  # blocks per worker: one in the making, one in its queue
+LOOK = 0.5  # seconds between two polls for a finished block
+RETRIES = 3  # times that a block is made again after its worker died
 
 
 def cluster(workers: int | None = None) -> tuple[int, bool]:
-    """(the number of workers, whether each has a GPU) of the cluster that RAY_ADDRESS names, or of this machine.
+    """Return (the number of workers, whether each has a GPU) for the cluster that RAY_ADDRESS names, or for this machine.
 
-    workers: default one a GPU, or one where there is none. Raises ImportError without ray, ValueError for more workers than
-    the cluster has GPUs, or CPUs where it has no GPU.
+    workers: None: one per GPU, or a single one without GPUs. Raises ImportError without ray, ValueError for more workers than
+    the cluster has GPUs, or CPUs if it has no GPU.
     """
     ray = library("ray", "engine 'ray' needs", install="'basinescape[ray]'")
     if not ray.is_initialized():
@@ -52,9 +52,9 @@ def cluster(workers: int | None = None) -> tuple[int, bool]:
 
 
 class Worker:
-    """A sampler and its engine. threads: for what runs on a CPU, whose last bits depend on their number.
+    """A sampler and its engine, as a Ray actor. threads: torch's threads, whose number decides the last bits of CPU work.
 
-    options: of every call of the sampler.
+    options: for every call of the sampler.
     """
 
     def __init__(
@@ -75,16 +75,16 @@ class Worker:
         """Returns once the sampler is loaded."""
 
     def make(self, jobs: list[Placed]) -> tuple[list[Made], Counter[str]]:
-        """What comes of a block of jobs, in the order of their positions, and the network calls that it took."""
+        """Return what came of a block of jobs, in the order of their positions, and the network calls that it took."""
         before = Counter(self.executor.calls)
         made = sorted(self.executor.made(jobs, Stop()), key=lambda one: one.position)
         return made, self.executor.calls - before
 
 
 class RayExecutor:
-    """An `Executor` by workers, each of which calls `placement.load` for its sampler.
+    """An `Executor` on Ray workers. Each of them calls `placement.load` to load its sampler.
 
-    Raises RuntimeError where a worker cannot load it.
+    Raises RuntimeError if a worker cannot load it.
     """
 
     def __init__(self, plans: Plans, slots: int, files: Files, placement: Placement):
@@ -93,7 +93,7 @@ class RayExecutor:
         count, gpu = cluster(placement.workers)
         resources = {"num_gpus": 1} if gpu else {"num_cpus": 1}
         actor = ray.remote(**resources, max_restarts=-1, max_task_retries=RETRIES)(Worker)
-        here = replace(files, signer=None, duplicates=None)  # the rest is this process's work
+        here = replace(files, signer=None, duplicates=None)  # this process signs and finds duplicates
         given = torch.get_num_threads(), placement.load, plans.sampler.options, plans.recipe, plans.model, slots, here
         self.workers = [actor.remote(*given) for _ in range(count)]
         self.slots, self.calls = slots, Counter[str]()
@@ -104,9 +104,9 @@ class RayExecutor:
             raise RuntimeError(f"a worker of the cluster cannot begin: {_last(error)}") from error
 
     def made(self, jobs: Iterable[Placed], stop: Stop, stepped: Stepped = unwatched) -> Iterator[Made]:
-        """What comes of the jobs, block by block; what is not finite is made again by the worker that had it.
+        """Yield what came of the jobs, block by block. The worker of a block makes again what is not finite.
 
-        `stepped` is told nothing: the steps are taken elsewhere.
+        `stepped` is never called, because the workers take the steps.
         """
         jobs, turn, count = stop.until(jobs), 0, len(self.workers)
         first = list(islice(jobs, ROUNDS * self.slots * count))
@@ -125,7 +125,7 @@ class RayExecutor:
 
         try:
             while not ray.wait([reference], timeout=LOOK)[0]:
-                pass  # Ctrl-C is heard between two looks, and not in one that has no end
+                pass  # Ctrl-C takes effect only between two polls, so each has a timeout
             made, calls = ray.get(reference)
         except ray.exceptions.RayError as error:
             said = f"failed: its worker: {_last(error)}"
@@ -134,7 +134,7 @@ class RayExecutor:
         return made
 
     def close(self) -> None:
-        """Give the workers back."""
+        """End the workers."""
         import ray
 
         for worker in self.workers:
@@ -142,5 +142,5 @@ class RayExecutor:
 
 
 def _last(error: Exception) -> str:
-    """The end of what Ray says, which is longer the more machines there are: the error itself, after its traceback."""
+    """Return the last line of Ray's message, at most 200 characters: the error itself, without the long traceback before it."""
     return str(error).strip().splitlines()[-1][:200]

@@ -1,4 +1,4 @@
-"""What a run is asked for: how its pictures are made, how they are written, and where they are computed."""
+"""The settings of a run: how its pictures are made, how they are written, and where they are computed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..sampler import Sampler
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a picture is made whose job does not say otherwise.
+    """How pictures are made, unless their job says otherwise.
 
-    guidance: of jobs that ask for none by name. named: what the others' names mean, see `data.prompts.GUIDANCES`.
+    guidance: for jobs that name none. named: the guidance that jobs may name, by name; see `data.prompts.GUIDANCES`.
     height, width: pixels; None: the model's own size.
-    clip_skip: how many of the text encoder's last layers are left out, as in diffusers; of all jobs.
+    clip_skip: how many of the text encoder's last layers are left out, as in diffusers; the same for all jobs.
 
     Raises ValueError for guidance of another type.
     """
@@ -40,7 +40,7 @@ class Recipe:
                 raise ValueError(f"{name} must be a Guidance or a Guard, such as Guidance.guard(), got {one!r}")
 
     def guidance_of(self, name: str | None) -> Guidance | Guard:
-        """The guidance that a job asks for. Raises ValueError for a name that the run has no guidance of."""
+        """Return the guidance that a job names; None: the run's own. Raises ValueError for a name that `named` lacks."""
         if name is None:
             return self.guidance
         if name not in self.named:
@@ -51,7 +51,7 @@ class Recipe:
         return self.negative_prompt if job.negative_prompt is None else job.negative_prompt
 
     def settings(self) -> dict[str, Any]:
-        """What run.json says of it."""
+        """Return the recipe's fields of run.json."""
         own = {name: getattr(self, name) for name in ("steps", "height", "width", "clip_skip", "negative_prompt")}
         own |= {"guidance": self.guidance.to_dict()}
         named = {name: one.to_dict() for name, one in sorted(self.named.items())}
@@ -59,7 +59,7 @@ class Recipe:
 
 
 class Copies(Protocol):
-    """What a run's images are compared with: `settings`, for run.json, and what a manifest line says of an image."""
+    """Compares an image with others. A call returns fields for the image's manifest line; `settings` go into run.json."""
 
     settings: Mapping[str, Any]
 
@@ -67,9 +67,9 @@ class Copies(Protocol):
 
 
 class Duplicates(Protocol):
-    """What compares a run's pictures with each other: `settings`, for run.json, and what manifest lines say, by id.
+    """Compares a run's pictures with each other. A call returns fields for manifest lines, by id; `settings` go into run.json.
 
-    names: the fields that these may have. Pictures are given as (id, file), in the order of the prompts.
+    names: the fields that a call may return. Pictures are given as (id, bytes of the file), in the order of the prompts.
     """
 
     settings: Mapping[str, Any]
@@ -82,16 +82,16 @@ class Duplicates(Protocol):
 class Files:
     """How pictures are written.
 
-    format: "png", "jpg" or "webp" pictures, "latents" in safetensors, or files of many, "parquet" or "webdataset".
+    format: "png", "jpg" or "webp" pictures, "latents" in safetensors, or files that hold many, "parquet" or "webdataset".
     shard:  (i, n): every n-th job from the i-th on, in the folder OUT/shard-i-of-n, whatever the format. The other parts of the
             run may be made elsewhere, see `merge`. None: all jobs.
     captions: put each prompt into a .txt file beside its picture.
-    prompt_metadata: whether a picture's own file tells its prompt, seed and settings; that a machine made it, it always tells.
+    prompt_metadata: whether a picture's file records its prompt, seed and settings. It always says that a machine made it.
     signer: signs pictures, see `data.signing`.
-    copies: what else a manifest line says of its picture, as how near it is to which training image; not on a cluster.
-    duplicates: what manifest lines say of pictures beside the others of the set, all of which are read again at each run's end.
+    copies: compares each picture with others, such as training images, for its manifest line; not on a cluster.
+    duplicates: compares the set's pictures with each other for their manifest lines; each run reads all of them at its end.
 
-    Raises ValueError for what needs pictures, of a format that has none.
+    Raises ValueError for signer, copies or duplicates with the format "latents", because they need pictures.
     """
 
     format: str = "png"
@@ -111,7 +111,7 @@ class Files:
         return Path(out) / f"shard-{self.shard[0]}-of-{self.shard[1]}" if self.shard else Path(out)
 
     def settings(self) -> dict[str, Any]:
-        """What run.json says of it."""
+        """Return these settings' fields of run.json."""
         own: dict[str, Any] = {"format": self.format, "shard": self.shard and list(self.shard)}
         own |= {"captions": True} if self.captions else {}
         own |= {"prompt_metadata": self.prompt_metadata} if self.format != "latents" else {}
@@ -124,13 +124,13 @@ class Files:
 class Placement:
     """Where pictures are computed.
 
-    batch_size: how many are denoised together at most, fewer where that spares padding; None: as many as the device holds. The
-        last bits of a picture may depend on it, so a run goes on with as many as it began with, `slots` in its run.json. Where
-        memory runs short there are fewer, and a grey level may differ.
-    load, workers: have the work done on a Ray cluster, by so many workers (None: one a GPU), each of which calls `load` for its
-        sampler; that of this process is looked at alone. See `ray`.
+    batch_size: the most pictures that are denoised together, fewer if that saves padding; None: as many as the device holds.
+        The last bits of a picture may depend on it, so a resumed run keeps the number that it began with, `slots` in its
+        run.json. If memory runs short, fewer are denoised together, and a grey level may differ.
+    load, workers: if `load` is given, a Ray cluster does the work; see `ray`. Each worker calls `load` for its sampler.
+        workers: how many; None: one per GPU. This process's sampler then makes no pictures.
 
-    Raises ValueError for another batch size.
+    Raises ValueError for a batch size that is not a whole number of at least 1.
     """
 
     batch_size: int | None = None

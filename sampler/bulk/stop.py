@@ -1,4 +1,4 @@
-"""How a run is stopped from outside: by a signal, after which what was begun is finished."""
+"""Stops a run on a signal: the samples that were begun are finished, and no more are begun."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ T = TypeVar("T")
 
 
 class Stop:
-    """Whether no more is to be begun: set by SIGINT and SIGTERM, the second of which raises KeyboardInterrupt."""
+    """A context in which SIGINT or SIGTERM sets `signal`, after which nothing new begins; a second raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # nobody else is told of signals
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers there only
             self._before = {number: signal.signal(number, self._told) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 

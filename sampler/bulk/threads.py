@@ -1,7 +1,7 @@
 """The threads of a run: each stage makes its items a little ahead of the next one.
 
-Beside a GPU each stage has a thread of its own. On a CPU they take turns: threads that compute would each bring a pool of
-their own.
+With a GPU each stage has a thread of its own. On a CPU the stages take turns in the caller's thread, because each thread that
+computes would bring its own thread pool.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
-WAIT = 0.1  # seconds between looks at whether all is to stop
+WAIT = 0.1  # seconds between two checks for `halt`
 
 
 class Stopped(BaseException):
-    """Raised in the threads of a run that is to stop now."""
+    """Raised in a run's threads after `Stages.halt`."""
 
 
 class Stages:
-    """The threads of a run. threads: False runs all in the caller's, each item when it is asked for."""
+    """The threads of a run. threads: False: each item is made in the caller's thread, when it is requested."""
 
     def __init__(self, threads: bool = True):
         self._threads: list[Thread] | None = [] if threads else None
         self._halted = Event()
 
     def check(self) -> None:
-        """Raises Stopped once all is to stop; for work that takes long."""
+        """Raises Stopped after `halt`. Long work calls this again and again."""
         if self._halted.is_set():
             raise Stopped
 
     def halt(self) -> None:
-        """End all threads, each within what it does at the moment."""
+        """End all threads, each at its next check, and wait for them."""
         self._halted.set()
         for thread in self._threads or ():
             thread.join()
 
     def ahead(self, items: Iterable[T], depth: int) -> Iterator[T]:
-        """The same items, made up to `depth` ahead in a thread of their own. What is raised there is raised here."""
+        """Yield the items, made up to `depth` ahead in a thread of their own. An exception in that thread is raised here."""
         if self._threads is None:
             return _one_by_one(items)
         ready: Queue[tuple[Any, BaseException | None]] = Queue(depth)
@@ -87,7 +87,7 @@ class Stages:
 
 
 def _one_by_one(items: Iterable[T]) -> Iterator[T]:
-    """The same items, each made when it is asked for; in inference mode, which is a thread's own."""
+    """Yield the items, each made when it is requested, in inference mode, as in `_make`."""
     items = iter(items)
     while True:
         with torch.inference_mode():

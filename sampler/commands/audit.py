@@ -98,7 +98,7 @@ def audit(what: What, model: Model, verification: Verify) -> None:
 
 
 def _conclude(rows: Sequence[dict[str, Any]], out: Path, settings: Settings) -> None:
-    """Say what came out. Raises typer.Exit(1) where something failed."""
+    """Print the results. Raises typer.Exit(1) if something failed."""
     flagged = sum(row["flagged"] for row in rows)
     typer.echo(f"{flagged} of {len(rows)} captions are flagged as memorized: {out / 'audit.csv'}, {out / 'audit.html'}")
     verified = [row for row in rows if row["n"] is not None]

@@ -11,7 +11,7 @@ import typer
 from . import model_loading, options
 from .quiet import quieten
 
-ON_CPU = 4  # pictures measured together: what is measured is kept after each batch, and a larger one gains no time there
+ON_CPU = 4  # pictures measured together: results are saved after each batch, and a larger batch is no faster on a CPU
 EXAMPLE = """
   basinescape calibrate --model my-model"""
 
@@ -89,7 +89,7 @@ def calibrate(what: What, model: Model) -> None:
 
 
 def _file(out: Path | None, model: str, force: bool) -> Path:
-    """The file to write. Raises ValueError for one that cannot be, and one that is there, unless `force`."""
+    """Return the file to write. Raises ValueError if it cannot be written, or if it exists, unless `force`."""
     from .. import models
     from ..calibration.calibration import FILE
 

@@ -59,7 +59,7 @@ def generate(most: Most, guidance: GuidanceOptions, pictures: Pictures, output: 
 
 
 def _files(output: Output, shard: tuple[int, int] | None, copies: Copies) -> Files:
-    """How pictures are written. Raises ValueError for options of which one needs another."""
+    """Return how pictures are written. Raises ValueError for an option without another that it needs."""
     from ..bulk.settings import Files
     from ..data.signing import Signer
 

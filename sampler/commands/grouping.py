@@ -1,4 +1,4 @@
-"""Options that belong together as one object: a command takes dataclasses, and its help shows their fields in groups."""
+"""Groups of options: a command takes dataclasses, whose fields are its options, and its help shows them in groups."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 
 
 def grouped(function: Callable[..., None]) -> Callable[..., None]:
-    """The function as a command. Its arguments are dataclasses; each of their fields is an option, in the group TITLE."""
+    """Return a function as a command. Its arguments are dataclasses; each of their fields is an option, in the group TITLE."""
     groups = {name: group for name, group in get_type_hints(function).items() if name != "return"}
 
     def command(**given: Any) -> None:
@@ -28,7 +28,7 @@ def grouped(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _options(group: Any) -> list[Parameter]:
-    """The fields of a dataclass as parameters of a command."""
+    """Return the fields of a dataclass as parameters of a command."""
     found, hints = [], get_type_hints(group, include_extras=True)
     for field in fields(group):
         kind, option = get_args(hints[field.name])
@@ -53,7 +53,7 @@ class Grouped(TyperCommand):
                 formatter.write_dl(records)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """The example, its lines as they are."""
+        """Write the example with its line breaks unchanged."""
         if self.epilog:
             formatter.write_paragraph()
             formatter.write(f"{self.epilog}\n")

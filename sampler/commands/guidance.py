@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 def guidances(
     options: GuidanceOptions, sampler: Sampler, known: Calibration | None, steps: int, scale: float, names: Collection[Method]
 ) -> tuple[Guidance | Guard, dict[str, Guidance | Guard]]:
-    """The guidance of rows that do not say, and those that rows ask for by name.
+    """Return (the guidance of rows that name none, the guidance that other rows name, by name).
 
-    Raises ValueError where they do not fit the rest.
+    Raises ValueError for options that do not fit these.
     """
     if options.guidance is None and options.method == Method.delayed:
         asked = "--until" if options.until else "--restart"
@@ -56,7 +56,7 @@ def _made(options: GuidanceOptions, method: Method, scale: float, known: Calibra
 
 
 def _transition(options: GuidanceOptions, known: Calibration | None) -> Transition:
-    """Where guidance starts: as asked for, else where the calibration says, else the paper's timestep."""
+    """Return where guidance starts: as asked for, else as the calibration says, else at the paper's timestep."""
     from .. import At
     from ..calibration.baseline import STATIC
     from ..guidance.transitions import named

@@ -20,7 +20,7 @@ class Method(StrEnum):
     guard = "guard"
 
 
-OWN = {  # options -> the methods that have them
+OWN = {  # option -> the methods that have it
     "until": (Method.delayed, Method.opposite),
     "before": (Method.delayed,),
     "opposite_scale": (Method.opposite,),
@@ -67,7 +67,7 @@ class GuidanceOptions:
     rule_option: Annotated[list[str] | None, typer.Option(help="of the rule, as phi=0.5; may be repeated")] = None
 
     def check(self) -> None:
-        """Raises ValueError for what no guidance can be, before a model is loaded."""
+        """Raises ValueError for options that no guidance can have, before a model is loaded."""
         from .. import Guidance
         from ..guidance.transitions import check
 
@@ -77,11 +77,11 @@ class GuidanceOptions:
 
     @property
     def method(self) -> Method:
-        """Of rows that do not say: a guard, unless options of another one are given."""
+        """The method of rows that name none: as given, else delayed if --until or --restart is given, else a guard."""
         return self.guidance or (Method.delayed if self.until or self.restart else Method.guard)
 
     def given(self) -> dict[str, Any]:
-        """What all guidance has: its rule and its restarts."""
+        """Return the arguments that all guidance has: its rule and its restarts."""
         given: dict[str, Any] = {"rule": self.rule, **options.named("rule_option", self.rule_option, float)}
         return given | ({"restart": _restart(self.restart)} if self.restart else {})
 

@@ -59,7 +59,7 @@ def judge(what: What, model: Model, verdicts: Verdicts) -> None:
 
 
 def _conclude(rows: Sequence[dict[str, Any]], home: Path, model: str) -> None:
-    """Say what came out. Raises typer.Exit(1) where a picture could not be judged."""
+    """Print the results. Raises typer.Exit(1) if a picture could not be judged."""
     verdicts, failed = (
         [row["suspect"] for row in rows if row["suspect"] is not None],
         [row for row in rows if row["status"] != "ok"],
@@ -73,7 +73,7 @@ def _conclude(rows: Sequence[dict[str, Any]], home: Path, model: str) -> None:
 
 
 def _run_of(images: Path) -> dict[str, Any]:
-    """The settings of the run of `generate` that the pictures are; empty where they are none."""
+    """Return the settings of the run of `generate` that made the pictures; empty if there is none."""
     from ..runs.run_folder import read_settings
 
     runs = [folder for folder in (images, images.parent) if (folder / "run.json").is_file()]
@@ -81,7 +81,7 @@ def _run_of(images: Path) -> dict[str, Any]:
 
 
 def _compare(made: dict[str, Any], source: str, sampler: Sampler) -> None:
-    """Say where a run was made by another model: by its weights, or by its name where the dtypes differ."""
+    """Print a warning if another model made the run: compare weights, or names if dtypes differ or the weights are unknown."""
     from ..runs.provenance import weights_sha256
 
     if "weights" in made and made.get("dtype") == sampler.provenance["dtype"]:
@@ -96,7 +96,7 @@ def _compare(made: dict[str, Any], source: str, sampler: Sampler) -> None:
 
 
 def _threshold(known: Calibration | None, rate: float | None) -> float:
-    """The calibration's at the rate, else the one for all models. Raises ValueError for a rate without a calibration."""
+    """Return the calibration's threshold at the rate, else that of all models. Raises ValueError for a rate without one."""
     from ..guidance.guard import RATE, THRESHOLD
 
     if known is not None:

@@ -1,4 +1,4 @@
-"""`basinescape merge`: the shards of a run made one."""
+"""`basinescape merge`: join the shards of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model, its calibration and its scheduler, as options ask for them."""
+"""Loads the model, its calibration and its scheduler as the options of a command ask."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def found(model: str, calibration: str | None) -> Calibration | None:
-    """The calibration that is given, or that lies beside the model; None without one."""
+    """Return the calibration that is given, or that lies beside the model; None without one."""
     from .. import Calibration
 
     path = calibration or Calibration.beside(model)
@@ -25,7 +25,7 @@ def found(model: str, calibration: str | None) -> Calibration | None:
 
 
 def of_enough(known: Calibration | None, given: str | None) -> Calibration | None:
-    """The calibration for thresholds; None where nobody gave it and its pictures are too few for them, which is said."""
+    """Return the calibration for thresholds. None, with a message, if it was not `given` and its pictures are too few."""
     from ..calibration.calibration import FEW
 
     if known is None or given or known.images >= FEW:
@@ -47,7 +47,7 @@ def sampler(
     width: int | None = None,
     **loading: Any,
 ) -> Sampler:
-    """The sampler that the options ask for; scheduler, size and options of the call that they leave open are as calibrated."""
+    """Return the sampler that the options ask for. Scheduler, size and call options that they leave open are as calibrated."""
     from .. import Sampler
 
     made = Sampler.from_pretrained(model, scheduler=scheduler_of(scheduler, known), **loading)
@@ -61,7 +61,7 @@ def sampler(
 
 
 def scheduler_of(given: str | SchedulerMixin | None, known: Calibration | None) -> str | SchedulerMixin:
-    """The scheduler that is given, else the calibration's, else the model's own."""
+    """Return the scheduler that is given, else the calibration's, else the model's own."""
     if given is not None or known is None:
         return given or "own"
     return known.scheduler or "own"
@@ -70,7 +70,7 @@ def scheduler_of(given: str | SchedulerMixin | None, known: Calibration | None) 
 def for_workers(
     model: str, scheduler: str | SchedulerMixin, loading: dict[str, Any], workers: int | None
 ) -> tuple[Callable[[], Sampler], dict[str, Any]]:
-    """(how the workers of a cluster load their samplers, how this process loads its own, which makes no pictures)."""
+    """Return (what loads the sampler of a cluster's worker, the options that load this process's, which makes no pictures)."""
     from .. import Sampler
     from ..bulk.ray import cluster
     from ..checks import at_least_one

@@ -53,12 +53,12 @@ class ModelOptions:
 
     @property
     def loading(self) -> dict[str, Any]:
-        """What `Sampler.from_pretrained` is given by name."""
+        """The keyword arguments for `Sampler.from_pretrained`."""
         return {"allow_pickle": self.allow_pickle, "device": self.device, "dtype": self.dtype}
 
 
 def named(option: str, given: Sequence[str] | None, read: Callable[[str], Any]) -> dict[str, Any]:
-    """What an option that may be repeated says, given as name=value. Raises ValueError for what is no such thing."""
+    """Return the values of a repeated option, each given as name=value, by name. Raises ValueError for any other form."""
     found = {}
     for text in given or ():
         name, equals, value = text.partition("=")
@@ -73,7 +73,7 @@ def named(option: str, given: Sequence[str] | None, read: Callable[[str], Any]) 
 
 
 def of_call(given: Sequence[str] | None) -> dict[str, Any]:
-    """Options of the pipeline's call, given as name=value: JSON, or else text."""
+    """Return options of the pipeline's call, given as name=value. A value is read as JSON, or else as text."""
 
     def read(text: str) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""Other libraries' notices are silenced; their errors stay."""
+"""Silences the notices of other libraries, but not their errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NOISY = (*LIBRARIES, "torchsde", "torch", "huggingface_hub", "timm")
 
 
 def quieten() -> None:
-    """Call this before they are imported: some notices come on import, some in every step of a run."""
+    """Silence other libraries. Call this before they are imported: some notices come on import, some in every step."""
     for library in LIBRARIES:
         os.environ.setdefault(f"{library.upper()}_VERBOSITY", "error")
     for library in NOISY:

@@ -1,4 +1,4 @@
-"""What commands that make or judge a set have in common: its shards, how far it is, how it is stopped, what it came to."""
+"""What the commands that make or judge a set share: the shard option, the progress display, Ctrl-C, and the summary."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOTES = {  # kinds of images -> (what is said of them, the field of the manifest
 
 
 def conclude(summary: Summary, out: Path, model: str) -> None:
-    """Say what a run came to; exits with 1 where images failed, with 128 + its number where a signal stopped it."""
+    """Print a run's summary. Raises typer.Exit: 1 if images failed, 128 + its number if a signal stopped the run."""
     counts = summary.counts
     typer.echo(f"{summary.done} images in {out} ({counts['ok']} new)")
     if counts["ok"] + counts["failed"]:
@@ -48,7 +48,7 @@ def conclude(summary: Summary, out: Path, model: str) -> None:
 
 
 def shard_of(text: str | None) -> tuple[int, int] | None:
-    """(i, n) of "i/n". Raises ValueError for anything else."""
+    """Return (i, n) for "i/n", None for None. Raises ValueError for anything else."""
     if text is None:
         return None
     found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
@@ -58,7 +58,7 @@ def shard_of(text: str | None) -> tuple[int, int] | None:
 
 
 def looked_at(log: str, metrics: int | None, host: str, progress: bool) -> Progress:
-    """What shows how far a run is; with "json", warnings and errors are JSON too."""
+    """Return the display of a run's progress. With log "json", warnings and errors are JSON, too."""
     from ..runs.progress import JsonFormatter, Progress
 
     shown = Progress(log, metrics, host=host)
@@ -72,7 +72,7 @@ def looked_at(log: str, metrics: int | None, host: str, progress: bool) -> Progr
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Inside, Ctrl-C, or the second one of a run, which ends it at once, exits with 130 and a word about how it goes on."""
+    """In this context, Ctrl-C (during a run, the second one) exits with 130 and a message on how to resume."""
     try:
         yield
     except KeyboardInterrupt:
@@ -82,7 +82,7 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def going_on(out: Path) -> Iterator[None]:
-    """Inside, Ctrl-C exits with 130 and a word about how the work goes on."""
+    """In this context, Ctrl-C exits with 130 and a message on how to resume."""
     try:
         yield
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""`basinescape verify`: whether the images of a run are what they were."""
+"""`basinescape verify`: check whether the images of a run are as they were made."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from .layout import METADATA, Layout, file_in
 from .names import COLUMN, IDS, IMAGE, TEXT, Ids, first
 from .rows import SAVED, Faults, open_rows
 
-Find = Callable[[str], Path]  # the picture that a row names
+Find = Callable[[str], Path]  # from the name in a row to the picture
 log = logging.getLogger(__name__)
 # Folders of these names do not say what the pictures in them show.
 NO_CAPTION = {"train", "test", "val", "valid", "validation", "images", "image", "img", "imgs", "data", "pictures", "photos"}
@@ -36,7 +36,7 @@ class Prompt:
 def read_captions(
     source: str | Path, where: str = "", images: str | Path | None = None, every: bool = False, on_error: str = "stop"
 ) -> list[Prompt]:
-    """Captions and their training images.
+    """Return captions with their training images.
 
     source: a table, as for `rows.open_rows`, with the column prompt (caption, text) and perhaps image (file_name, path, file),
             id and concept; or a folder, which is searched for images. The captions of a folder's images are taken from the
@@ -45,11 +45,11 @@ def read_captions(
             .txt, .caption or .json files beside the images, with the images' names;
             other tables of captions in the folder or below it, as captions.jsonl;
             the names of the folders that the images lie in, without kohya's repeats, such as "20_". A warning says so.
-    where:  for a message: where to get a source that is missing.
-    images: the folder that paths of images start from, by default that of the table. A prompt without a path belongs to the
-            image in that folder that is named as its id, if there is one.
-    every:  take all captions of an image, not its first one alone.
-    on_error: what a caption or an image that is wrong or missing does; see `Faults`.
+    where:  for the message about a missing source: where its authors publish it.
+    images: the folder that paths of images start from; None: the table's own folder. If it is given, a prompt without a path
+            gets the image in it whose name is the prompt's id, if there is one.
+    every:  return all captions of an image, not only the first.
+    on_error: what happens at a caption or an image that is wrong or missing; see `Faults`.
 
     Raises FileNotFoundError for a missing `source` or `images`, and ValueError, with file and place, for the rest.
     """
@@ -71,7 +71,7 @@ def read_captions(
 
 
 def _unlike(found: Iterator[Prompt], name: str, faults: Faults) -> Iterator[Prompt]:
-    """The prompts that have text, and an id that can name a file and that no earlier one has."""
+    """Yield the prompts that have text, and an id that can name a file and that no earlier prompt has."""
     known: set[str] = set()
     for prompt in found:
         if not prompt.text.strip():
@@ -109,7 +109,7 @@ def _tables(layout: Layout, every: bool, faults: Faults) -> Iterator[Prompt]:
 def _table(
     path: Path, find: Find, every: bool, faults: Faults, numbers: Iterator[int], images: Sequence[Path] = ()
 ) -> Iterator[Prompt]:
-    """The captions of a file. numbers: make the ids of rows that have none. images: those that ids may name."""
+    """Yield a file's captions. numbers: ids for rows without one. images: for rows without one, found by the id."""
     name, read = open_rows(str(path), "captions")
     named = {image.stem: image for image in images}
     for (where, said), number in zip(read(), numbers, strict=False):
@@ -133,7 +133,7 @@ def _prompts(said: Mapping[str, Any] | str, number: int, find: Find, every: bool
 
 
 def _each(id: str, texts: Sequence[str], image: Path | None, every: bool, concept: str | None = None) -> Iterator[Prompt]:
-    """The captions of an image, or its first one alone; the k-th has -k behind its id."""
+    """Yield the captions of an image, or only the first; from the second on, the id of the k-th ends in -k."""
     for k, text in enumerate(texts if every else texts[:1], 1):
         yield Prompt(id if k == 1 else f"{id}-{k}", text, image, concept)
 
@@ -159,14 +159,14 @@ def _beside(layout: Layout, every: bool, faults: Faults) -> Iterator[Prompt]:
 
 
 def _are_named(layout: Layout) -> bool:
-    """Whether every image lies in a folder that may be named for what it shows."""
+    """Whether every image lies in a folder whose name may say what it shows, and no caption file lies in another folder."""
     homes = {image.parent for image in layout.images}
     named = all(home != layout.folder and home.name.casefold() not in NO_CAPTION for home in homes)
     return bool(homes) and named and layout.elsewhere is None
 
 
 def _by_folder(layout: Layout) -> Iterator[Prompt]:
-    """The names of the images' folders, without the number of repeats that kohya's trainer expects before them."""
+    """Return the images' folder names as captions, without the number of repeats that kohya's trainer expects before them."""
     ids = Ids()
     named = {
         image: re.sub(r"^\d+_", "", image.parent.name).replace("_", " ").strip() or image.parent.name for image in layout.images

@@ -1,4 +1,4 @@
-"""How what is made becomes the bytes of a file: a picture marked as made by a machine (see `xmp`), a video, or latents."""
+"""Encodes what was made as the bytes of a file: a picture marked as made by a machine (see `xmp`), a video, or latents."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from ..runs.jsontext import json_bytes
 from . import xmp
 
-FRAMES_A_SECOND = 16  # of a video, which Wan was trained for
+FRAMES_A_SECOND = 16  # of a video: the rate that Wan was trained for
 Frames = Image.Image | Sequence[Image.Image]  # a picture, or the frames of a video
-PICTURES: dict[str, dict[str, Any]] = {  # how Pillow saves a picture: the same bytes each time
+PICTURES: dict[str, dict[str, Any]] = {  # Pillow's options, with which a picture has the same bytes each time
     "png": {"format": "PNG"},
     "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
     "webp": {"format": "WEBP", "quality": 95, "method": 4},
@@ -38,20 +38,20 @@ class Made:
 class Encoder:
     """Images as the bytes of files.
 
-    format: of the run. Pictures of formats that hold many a file are PNG.
-    prompt_metadata: whether a picture's XMP tells its prompt, seed and settings.
+    format: the run's. In formats with many pictures per file, each picture is PNG.
+    prompt_metadata: whether a picture's XMP records its prompt, seed and settings.
     """
 
     format: str = "png"
     prompt_metadata: bool = True
 
     def __call__(self, position: int, line: dict[str, Any], image: Frames | Tensor) -> Made:
-        """line: of the manifest, to which status, sha256 and bytes are added."""
+        """Return the encoded image, and its manifest `line` with status, sha256 and bytes added."""
         data = latents(image, line) if isinstance(image, Tensor) else self.picture(image, line)
         return Made(position, line | {"status": "ok", "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}, data)
 
     def picture(self, image: Frames, line: dict[str, Any]) -> bytes:
-        """The file of a picture, or of a video, which moves."""
+        """Return the bytes of a picture's file, which is animated for the frames of a video."""
         first, *others = [image] if isinstance(image, Image.Image) else image
         mark = xmp.packet(line, self.prompt_metadata)
         options = _saving(self.format)
@@ -67,17 +67,17 @@ class Encoder:
 
 
 def media_type(format: str) -> str:
-    """Of the pictures of a run, as image/png."""
+    """Return the media type of the pictures of a run, such as image/png."""
     Image.init()
     return Image.MIME[_saving(format)["format"]]
 
 
 def _saving(format: str) -> dict[str, Any]:
-    """How Pillow saves the pictures of a run: in its own format, or as PNG where a file holds many."""
+    """Return Pillow's options for the pictures of a run: for its own format, or for PNG if a file holds many."""
     return dict(PICTURES.get(format, PICTURES["png"]))
 
 
 def latents(image: Tensor, line: dict[str, Any]) -> bytes:
     """Latents as safetensors, with the line of the manifest as their metadata."""
-    text = {"line": json_bytes(line).decode()}  # one entry: several come in any order
+    text = {"line": json_bytes(line).decode()}  # one entry, because several would be written in any order
     return safetensors.torch.save({"latents": image.contiguous().cpu()}, text)

@@ -1,4 +1,4 @@
-"""What makes a folder of pictures an imagefolder: images/metadata.jsonl, which the library `datasets` reads.
+"""Writes and checks images/metadata.jsonl, which makes a folder of pictures an imagefolder of the library `datasets`.
 
 `datasets.load_dataset("imagefolder", data_dir=...)` gives each picture with its text.
 """
@@ -17,7 +17,7 @@ from ..runs.jsontext import json_bytes
 from ..runs.manifest import MANIFEST, lacks, read_jobs
 
 METADATA = "images/metadata.jsonl"
-# Fields of the manifest by which people choose pictures; every row has those that any row has.
+# Fields of the manifest by which people choose pictures. A field that one picture has is in the row of every picture.
 CHOSEN = ("id", "seed", "score", "suspect", "similarity", "copy", "nearest_in_set", "similarity_in_set", "duplicate_of")
 
 
@@ -30,16 +30,16 @@ def write(out: Path) -> None:
 
 
 def fault(out: Path) -> str | None:
-    """What is wrong with the metadata of a run's folder; None where they say what its manifest says."""
+    """Return what is wrong with the metadata of a run's folder; None if they agree with its manifest."""
     if not (out / METADATA).is_file():
-        return "is missing" if next(_rows(out), None) else None  # nothing tells of no picture
+        return "is missing" if next(_rows(out), None) else None  # without pictures there is no file
     with (out / METADATA).open("rb") as file:
         same = all(one == other for one, other in zip_longest(file, _rows(out)))
     return None if same else f"does not say what {MANIFEST} says"
 
 
 def _rows(out: Path) -> Iterator[bytes]:
-    """Nothing holds all of them: the manifest's lines are looked up one by one."""
+    """Yield the rows in the order of the jobs. Each line of the manifest is looked up alone, so that memory never holds all."""
     digests, places, place = array("Q"), array("Q"), 0
     names: set[str] = set()
     for text, line in texts(out / MANIFEST):

@@ -1,6 +1,6 @@
-"""Input formats, of prompts and captions; `image_encoding` and `shards` have the output formats.
+"""Input formats of prompts and captions. `image_encoding` and `shards` have the output formats.
 
-Each is a function that yields the rows of a file, one after another, with their places. `rows.FORMATS` has them by suffix.
+Each format is a function that yields the rows of a file, with their places. `rows.FORMATS` maps suffixes to these functions.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .names import COLUMN, KNOWN, TEXT, Ids, columns
 HUB = "hf:"
 DELIMITERS = ",;\t"
 NUMBERS = ("seed", "steps", "scale", "height", "width", "count")  # columns of a CSV file
-PLAIN = ("Value", "ClassLabel", "List", "LargeList", "Sequence")  # kinds of columns of the library `datasets`
-ENCODING, ERRORS = "utf-8-sig", "surrogateescape"  # a byte order mark is no text; other bytes are told by line
-BOM = "\ufeff"  # where files were joined, it stands elsewhere too
+PLAIN = ("Value", "ClassLabel", "List", "LargeList", "Sequence")  # types of columns in `datasets` that are read
+ENCODING, ERRORS = "utf-8-sig", "surrogateescape"  # drop a byte order mark; report other bytes by line
+BOM = "\ufeff"  # it is inside a file, too, if files were joined
 
 
 class Row(NamedTuple):
@@ -37,18 +37,18 @@ Rows = Iterator[Row]
 
 
 class NoText(ValueError):
-    """Raised for a table none of whose columns holds prompts."""
+    """Raised for a table without a column of prompts."""
 
 
 def in_utf8(text: str) -> str:
-    """The same text. Raises ValueError for text that was read with ENCODING, and holds bytes that are no UTF-8."""
+    """Return a text that was read with ENCODING and ERRORS. Raises ValueError if it holds NUL or bytes that are no UTF-8."""
     if "\0" in text or (not text.isascii() and any("\udc80" <= letter <= "\udcff" for letter in text)):
         raise ValueError("not UTF-8 text: save it in that encoding")
     return text
 
 
 def _row(where: str, make: Callable[..., dict[str, Any]], *given: Any) -> Row:
-    """A row at a place: what `make` makes of what is given, or says where it raises ValueError."""
+    """Return the row at the place `where`: the result of `make(*given)`, or the message of its ValueError."""
     try:
         return Row(where, make(*given))
     except ValueError as error:
@@ -57,7 +57,7 @@ def _row(where: str, make: Callable[..., dict[str, Any]], *given: Any) -> Row:
 
 @contextmanager
 def _text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """The file open for reading. Raises ValueError where it is compressed and broken."""
+    """Open a file for reading, decompressed if its name ends in .gz. Raises ValueError if a compressed file is broken."""
     open_text: Callable[..., Any] = gzip.open if path.suffix.casefold() == ".gz" else open
     try:
         with open_text(path, "rt", encoding=ENCODING, errors=ERRORS, newline=newline) as file:
@@ -67,7 +67,7 @@ def _text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
 
 
 def lines(path: Path) -> Rows:
-    """A prompt a line."""
+    """Yield one prompt per line that is not blank."""
     with _text(path) as file:
         for number, line in enumerate(file, 1):
             if text := line.strip().lstrip(BOM):
@@ -75,7 +75,7 @@ def lines(path: Path) -> Rows:
 
 
 def _prompt_of(text: str, first: bool) -> dict[str, str]:
-    """The row of a line of text. Raises ValueError where it is one of another format."""
+    """Return the row of a line of text. Raises ValueError if the line is JSON or names the columns of a CSV file."""
     if text.startswith("{") and isinstance(_json_or_none(text), dict):
         raise ValueError("is a JSON object, and a .txt file has a prompt a line: let its name end in .jsonl")
     headers = (_header(text, delimiter) for delimiter in DELIMITERS) if first else ()
@@ -92,7 +92,7 @@ def json_lines(path: Path) -> Rows:
 
 
 def _json(text: str) -> Any:
-    """The value of JSON text. Raises ValueError for what is no JSON or has a key twice."""
+    """Return the value of JSON text. Raises ValueError if the text is not JSON, or an object in it has a key twice."""
     try:
         return json.loads(text.lstrip(BOM), object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -113,12 +113,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def row_of(text: str) -> dict[str, Any]:
-    """The row that a JSON object is. Raises ValueError where it is none."""
+    """Parse a JSON object as a row. Raises ValueError for other text."""
     return _named(_json(in_utf8(text)))
 
 
 def _named(found: Any) -> dict[str, Any]:
-    """The row with the names of `names.columns`. Raises ValueError for what is none."""
+    """Return an object as a row, with the names of `names.columns`. Raises ValueError for other values and for invalid text."""
     if not isinstance(found, Mapping):
         raise ValueError(f'must be an object such as {{"prompt": "a cat"}}, got {json.dumps(found, ensure_ascii=False)[:60]}')
     names = columns(tuple(found))
@@ -130,7 +130,7 @@ def _named(found: Any) -> dict[str, Any]:
 
 
 def json_file(path: Path) -> Rows:
-    """A list of objects; captions by image path, as {"images/1.jpg": ["a caption"]}; COCO's; or JSON Lines of this name."""
+    """Yield the rows of a list of objects; captions by image path, {"1.jpg": ["a cat"]}; COCO's captions; or JSON Lines."""
     with _text(path) as file:
         text = in_utf8(file.read())
     try:
@@ -186,7 +186,7 @@ def csv_file(path: Path, delimiters: str = DELIMITERS) -> Rows:
 
 
 def _header(line: str, delimiter: str) -> list[str]:
-    """The names here of the columns that a line of CSV names; none where none of them is that of prompts."""
+    """Return the columns that a line of CSV names, as `names.columns` spells them; empty if none of them holds prompts."""
     try:
         names = list(columns(tuple(next(csv.reader([line], delimiter=delimiter), ()))).values())
     except (ValueError, csv.Error):
@@ -195,11 +195,11 @@ def _header(line: str, delimiter: str) -> list[str]:
 
 
 def _records(file: TextIO, delimiter: str) -> Iterator[tuple[str, list[str] | str]]:
-    """Where each record of a CSV file ends, and its cells; or what is wrong with it.
+    """Yield the line on which each record of a CSV file ends, and the record's cells, or else what is wrong with it.
 
-    A line that is wrong costs itself alone: the reader goes on behind it, also where an open quote has swallowed all others.
+    A wrong line costs only itself: reading goes on at the next line, even if an open quote has swallowed the rest of the file.
     """
-    taken: deque[str] = deque()  # the lines of the record that is read
+    taken: deque[str] = deque()  # the lines of the current record
     ahead: deque[str] = deque()  # lines to be read again
 
     def lines() -> Iterator[str]:
@@ -227,7 +227,7 @@ def _records(file: TextIO, delimiter: str) -> Iterator[tuple[str, list[str] | st
 
 
 def _behind_text(given: Sequence[str], names: dict[str, str]) -> str | None:
-    """The column behind that of the prompts, into which half a prompt falls that holds a comma and is not quoted."""
+    """Return the column after the prompts. If a prompt with a comma is not quoted, its second half lands in that column."""
     place = next((i for i, name in enumerate(given) if names.get(name) in TEXT), len(given))
     return given[place + 1] if place + 1 < len(given) and given[place + 1][:1] != " " else None
 
@@ -245,7 +245,7 @@ def _of_cells(given: Sequence[str], cells: Sequence[str], names: dict[str, str],
 
 
 def _number(cell: str) -> int | float | str:
-    """What a cell says, if that is a number."""
+    """Return the number in a cell, or the cell's text if it holds none."""
     if cell.isascii() and cell.isdigit():
         return int(cell)
     try:
@@ -255,14 +255,14 @@ def _number(cell: str) -> int | float | str:
 
 
 def parquet(path: Path) -> Rows:
-    """The rows of a file, of which columns of bytes, as those of pictures, are left alone."""
+    """Yield the rows of a Parquet file, without its columns of bytes, such as pictures."""
     return parquet_rows(path, lambda name, type: "binary" not in str(type))
 
 
 def parquet_rows(path: Path, wanted: Callable[[str, Any], bool], batch_size: int = 64) -> Rows:
-    """The rows of a Parquet file. wanted: which columns, of their names and pyarrow's types.
+    """Yield the rows of a Parquet file. wanted: whether to read a column, given its name and its type in pyarrow.
 
-    Raises ImportError without pyarrow, ValueError for columns that `names.columns` refuses and for a file that is broken.
+    Raises ImportError without pyarrow, ValueError for columns that `names.columns` refuses and for a broken file.
     """
     pyarrow, parquet = (library(name, "a .parquet file needs", "pyarrow") for name in ("pyarrow", "pyarrow.parquet"))
     number = 0
@@ -279,7 +279,7 @@ def parquet_rows(path: Path, wanted: Callable[[str, Any], bool], batch_size: int
 
 
 def dataset(source: str) -> Rows:
-    """The rows of a dataset, of which pictures, sounds and the like are left alone."""
+    """Yield the rows of a dataset, without columns of pictures, sounds and the like."""
     datasets = library("datasets", f"{source!r} is a dataset, which needs")
     name, _, split = source.removeprefix(HUB).partition(":")
     if source.startswith(HUB):

@@ -40,9 +40,9 @@ class Layout:
 
     @cached_property
     def tables(self) -> list[Path]:
-        """The tables of captions: METADATA or, where there is none and no picture has a text beside it, others with captions.
+        """The tables of captions: METADATA files. Without any, and without texts beside pictures: other tables with captions.
 
-        Raises ValueError for a folder with two files of METADATA.
+        Raises ValueError for a folder with two METADATA files.
         """
         homes = [path.parent for path in self._metadata]
         twice = next((home for home in homes if homes.count(home) > 1), None)
@@ -54,15 +54,15 @@ class Layout:
         return [path for path in self._others if _has_captions(path)]
 
     def name(self, image: Path) -> str:
-        """The path of a picture in the folder, without its suffix."""
+        """Return the path of a picture relative to the folder, without its suffix."""
         return image.relative_to(self.folder).with_suffix("").as_posix()
 
     def has_text(self, image: Path) -> bool:
-        """Whether text files beside a picture have its name."""
+        """Whether a text file with the picture's name lies beside it."""
         return (image.parent, image.stem) in self._texts
 
     def texts(self, image: Path) -> tuple[list[str], str]:
-        """The captions in the text files beside a picture, and what is wrong where there is none."""
+        """Return (the captions in the text files beside a picture, what is wrong if there are none)."""
         beside = self._texts.get((image.parent, image.stem), {})
         found: dict[str, None] = {}
         wrong: list[str] = []
@@ -81,7 +81,7 @@ class Layout:
         return next((path for found in texts for path in found.values()), None)
 
     def find(self, name: str, home: Path) -> Path:
-        """The picture that a table in the folder `home` names: in `home`, or else the only picture whose path ends in `name`.
+        """Return the picture that a table in the folder `home` names: in `home`, else the only one whose path ends in `name`.
 
         Raises ValueError where no picture or several fit.
         """
@@ -103,12 +103,12 @@ def file_in(name: str, home: Path) -> Path:
 
 
 def _plain(name: str) -> str:
-    """A path as this system writes it, where Windows wrote it."""
+    """Return a path with "/" for the backslashes of Windows."""
     return name.replace("\\", "/")
 
 
 def _has_captions(path: Path) -> bool:
-    """Whether a table may hold captions, by its first row: a text and, if it names a file, a picture. An unreadable row may."""
+    """Whether a table may hold captions: its first row cannot be read, or it has a text and any file it names is a picture."""
     try:
         row = next(open_rows(str(path))[1](), None)
     except NoText:
@@ -123,7 +123,7 @@ def _has_captions(path: Path) -> bool:
 
 
 def caption_in(data: bytes, suffix: str, name: str) -> str:
-    """The caption in the bytes of a text file. suffix: one of BESIDE. Raises ValueError, with `name`, where they hold none."""
+    """Return the caption in a text file's bytes. suffix: one of BESIDE. Raises ValueError, naming `name`, if there is none."""
     try:
         text = in_utf8(data.decode(ENCODING, ERRORS).strip())
         caption = first(row_of(text), TEXT) if suffix == ".json" else text

@@ -20,14 +20,14 @@ MAY_DIFFER = ("shard", "device")  # settings that shards of one run need not sha
 
 
 def merge(run: str | Path, out: str | Path) -> tuple[int, int]:
-    """Make `out` of the folders shard-i-of-n in `run`; returns (images that are there, jobs of the run).
+    """Join the folders shard-i-of-n in `run` into `out`; returns (the number of images in `out`, the number of the run's jobs).
 
-    A merge that was stopped goes on when it is started again. An image that is missing or changed is left out, with a warning.
-    `generate` with the same settings, without a shard, makes what is missing in `out`, and finds near-duplicates in the whole:
-    what the lines say of these until then is of their shards alone.
+    A stopped merge is resumed by starting it again. An image that is missing or changed is left out, with a warning.
+    `generate` with the same settings, without a shard, makes the images that `out` lacks, and finds near-duplicates in the
+    whole set. Until then the lines name only near-duplicates within one shard.
 
-    Raises ValueError, before any work, where there are no shards, a shard is missing or of another run, or `out` holds
-    something else.
+    Raises ValueError, before any work, if there are no shards, a shard is missing or of another run, or `out` holds something
+    else.
     """
     parts, settings = _parts(Path(run))
     out = Path(out)
@@ -53,7 +53,7 @@ def merge(run: str | Path, out: str | Path) -> tuple[int, int]:
 
 
 def _parts(run: Path) -> tuple[list[Path], dict[str, Any]]:
-    """All shards of a run, in their order, and its settings."""
+    """Return the folders of all shards of a run, in their order, and the run's settings."""
     found: dict[tuple[int, int], Path] = {}
     for part in sorted(run.glob("shard-*-of-*")):
         name = NAME.fullmatch(part.name)

@@ -12,7 +12,7 @@ from typing import Any
 from ..runs.run_folder import SAFE_ID
 
 IDS = "1 to 128 letters, digits, '.', '_' or '-', not starting with '.' or '-' and no device of Windows, as con or nul"
-# Of the columns TEXT, and of IMAGE, the first that is not empty counts. "file" is the manifest's, so it goes before the others.
+# Of the columns TEXT, and of IMAGE, the first that is not empty counts. "file" is the manifest's name of an image's path.
 TEXT, IMAGE = ("prompt", "caption", "text"), ("image", "file", "file_name", "path")
 COLUMN = "prompt, caption or text"
 KNOWN = (*TEXT, *IMAGE, "id", "seed", "negative_prompt", "steps", "scale", "concept", "height", "width", "count", "guidance")
@@ -20,7 +20,7 @@ MEANT = {"negative": "negative_prompt", "guidance_scale": "scale", "cfg_scale": 
 
 
 def _letters(name: str) -> str:
-    """A column's name without the differences of spelling: "File name", "file-name" and "fileName" become one."""
+    """Return a column's name in a uniform spelling: "File name", "file-name" and "fileName" become "filename"."""
     return re.sub(r"[\s\ufeff_-]", "", name).casefold()
 
 
@@ -30,9 +30,9 @@ _MEANT = {_letters(name): meant for name, meant in MEANT.items()}
 
 @lru_cache(maxsize=256)
 def columns(names: tuple[str, ...]) -> dict[str, str]:
-    """The name that each column has here, by its name in the file. Unknown columns keep theirs; a blank name is left out.
+    """Return the name in KNOWN of each column, by its name in the file. Unknown columns keep theirs; blank ones are left out.
 
-    Raises ValueError for a column that comes twice, and for an unknown one that looks like a known one misspelled.
+    Raises ValueError for a column that comes twice, and for an unknown one that looks like a misspelled known one.
     """
     found: dict[str, str] = {}
     for name in names:
@@ -48,7 +48,7 @@ def columns(names: tuple[str, ...]) -> dict[str, str]:
 
 
 def _nearly(name: str) -> str | None:
-    """The known column that an unknown one may be a misspelling of; None where it is none."""
+    """Return the known column of which an unknown name may be a misspelling, or None."""
     letters = _letters(name)
     return _MEANT.get(letters) or next((known for given, known in _KNOWN.items() if _slip(letters, given)), None)
 
@@ -62,21 +62,21 @@ def _slip(name: str, known: str) -> bool:
         return False
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(name, known, strict=False)))
     one, other = name[same:], known[same:]
-    if one[:1].isdigit():  # "prompt2" is meant so
+    if one[:1].isdigit():  # "prompt2" is no slip
         return False
     exchanged = one[:2] == other[1::-1] and one[2:] == other[2:]
     return one[1:] == other or one == other[1:] or exchanged or (len(known) > 4 and one[1:] == other[1:])
 
 
 def first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
-    """The value of the first of these columns that is not empty; None where all are."""
+    """Return the value of the first of these columns that is not empty; None if all are."""
     return next((row[name] for name in names if row.get(name) not in (None, "")), None)
 
 
 class Ids:
-    """Makes ids of names: readable, fit to name files, and different for different names.
+    """Makes ids of names: readable, fit to name files, and different each time.
 
-    A name that is not fit as it is, or whose id is taken, gets its digest appended.
+    If a name is not fit as it is, or its id is taken, the name's digest is appended.
     """
 
     def __init__(self) -> None:

@@ -72,7 +72,7 @@ def _is_picture(path: Path) -> bool:
     try:
         with Image.open(path, formats=SNIFFED):
             return True
-    except Exception:  # whatever a library makes of what is none
+    except Exception:  # a library may raise anything for a file that is no picture
         return False
 
 
@@ -82,25 +82,25 @@ def images_in(folder: str | Path) -> list[Path]:
 
 
 def opened(source: Path | bytes, name: str) -> Image.Image:
-    """A picture, upright and in RGB; of an animation, the first frame. name: what messages call it.
+    """Return a picture, upright and in RGB; of an animation, the first frame. name: what messages call it.
 
-    Raises ValueError for what cannot be read: no picture, a broken one, or one so large that it may be meant as an attack.
+    Raises ValueError if it cannot be read: no picture, a broken one, or one so large that it may be meant as an attack.
     """
     return next(readings(source, name))
 
 
 def readings(source: Path | bytes, name: str) -> Iterator[Image.Image]:
-    """The different RGB pictures that trainers make of one file.
+    """Return the different RGB pictures that trainers make of one file.
 
-    Most files have one. A file that says how the camera was held has two, upright and as it is stored; one with transparency
-    has its colours alone, and these over white. Raises as `opened` does.
+    Most files have one. A file with an EXIF orientation has two: upright, and as stored. A file with transparency has two: its
+    colours without it, and its colours over white. Raises as `opened` does.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
             noted = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
             found = [rgb for one in ([ImageOps.exif_transpose(image), image] if noted else [image]) for rgb in _in_rgb(one)]
-    except Exception as error:  # whatever Pillow makes of what is broken; a bomb is no OSError
+    except Exception as error:  # Pillow may raise anything for a broken file; a bomb is no OSError
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
         raise ValueError(f"{name} cannot be read: {kind}{error}") from error
     return iter(found)
@@ -119,7 +119,7 @@ def _in_rgb(image: Image.Image) -> list[Image.Image]:
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
-    """A grey picture of more than 8 bits. White is its mode's or, without one, the least of 1, 255, 65535 that fits."""
+    """Convert a grey picture to 8 bits. White is its mode's or, without one, the least of 1, 255, 65535 that fits."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     most = MOST.get(image.mode) or next((white for white in (1, 255, 65535) if values.max() <= white), values.max())
     if image.mode == "I" and most == 1:  # whole numbers: black, or nearly
@@ -128,7 +128,7 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
 
 
 def pixels(images: Sequence[Image.Image]) -> Tensor:
-    """(N, 3, H, W) float32 in -1..1, of images of one size."""
+    """Return images of one size as (N, 3, H, W) float32 in -1..1."""
     return torch.stack(
         [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div(127.5).sub(1) for image in images]
     )

@@ -21,13 +21,13 @@ WORDS = ("text", "text_g", "t5xxl", "prompt", "string", "value")
 
 
 def prompt_in(source: Path | bytes, otherwise: str) -> tuple[str | None, str]:
-    """(the prompt, ""), or (None, why there is none). otherwise: the beginning of that reason."""
+    """Return (the prompt, ""), or (None, the reason why there is none). otherwise: the beginning of that reason."""
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             if image.format == "PNG" and not {A1111, COMFYUI, "xmp"} & image.info.keys():
-                image.load()  # texts may stand behind the pixels
+                image.load()  # texts may follow the pixels
             said = dict(image.info)
-    except Exception as error:  # whatever Pillow makes of what is broken
+    except Exception as error:  # Pillow may raise anything for a broken file
         return None, f"{otherwise}, and it cannot be read: {error}"
     if prompt := fields_in(said).get(PROMPT):
         return prompt, ""
@@ -59,7 +59,7 @@ def _of_comfyui(text: str) -> Iterator[str]:
 
 
 def _texts(nodes: Mapping[str, Any], link: Any, seen: set[str]) -> Iterator[str]:
-    """The texts behind a link, [id of a node, output], through the nodes that change a conditioning on its way."""
+    """Yield the texts that a link, [id of a node, output], leads to, also through nodes that change a conditioning."""
     if not isinstance(link, list) or not link or (id := str(link[0])) in seen:
         return
     node = nodes.get(id)

@@ -35,7 +35,7 @@ class Prompted:
 
     id:     differs from that of every other picture, and can name a file.
     file:   its path. For a member or a row of a file: that file's path, "/", and the member's name or the row's number.
-    where:  the words by which messages name its place.
+    where:  its place, as messages name it.
     open:   reads the picture, upright and in RGB. Raises ValueError, naming its place, where it cannot be read.
     prompt: None where it is not known; `reason` then says why.
     """
@@ -49,7 +49,7 @@ class Prompted:
 
 
 def prompted(source: str | Path, on_error: str = "stop") -> Iterator[Prompted]:
-    """The pictures of a source. Each is read when it is opened, and few are in memory at a time.
+    """Return the pictures of a source. Each is read when it is opened, and few are in memory at a time.
 
     source: one of these, or a pattern of their names:
             a folder of pictures with their prompts in manifest.jsonl, as `generate` writes it, or in a layout of
@@ -58,10 +58,10 @@ def prompted(source: str | Path, on_error: str = "stop") -> Iterator[Prompted]:
             a .tar of a WebDataset with .txt, .caption or .json beside each picture;
             a .parquet with a column of pictures' bytes, as `datasets` writes it;
             a picture.
-            Where none of these has a picture's prompt, the picture's own file may tell it; see `prompt_in_file`.
-    on_error: what a row, a member or a file that is wrong does; see `Faults`.
+            If none of these has a picture's prompt, it is looked for in the picture's own file; see `prompt_in_file`.
+    on_error: what happens at a row, a member or a file that is wrong; see `Faults`.
 
-    Raises FileNotFoundError where there is nothing, ValueError for another kind of file and what `Faults` says.
+    Raises FileNotFoundError if there is no such source, ValueError for another kind of file and as `Faults` does.
     """
     faults, ids, path = Faults(on_error), Ids(), Path(source)
     paths = [path] if path.exists() else [Path(name) for name in sorted(glob(str(source), recursive=True))]
@@ -85,9 +85,9 @@ def _reader(path: Path) -> Callable[[Path, Ids, Faults], Iterator[Prompted]]:
 
 
 def _prompted(source: Path | bytes, file: str, where: str, id: str, prompt: Any, reason: str) -> Prompted:
-    """A picture in a file, or in bytes that are in memory for as long as the caller keeps it.
+    """Return a picture in a file, or in bytes, which stay in memory as long as the caller keeps the picture.
 
-    prompt: its own file may tell it where this is no text; `reason` says why it is none.
+    prompt: if it is no text, the prompt is looked for in the picture's own file. reason: why it is no text.
     """
     found = (prompt, "") if isinstance(prompt, str) and prompt.strip() else prompt_in(source, reason)
     return Prompted(id, file, where, partial(opened, source, where), *found)
@@ -98,8 +98,8 @@ def _of_file(path: Path, id: str, prompt: Any = None, reason: str = "no text bes
 
 
 def _folder(folder: Path, ids: Ids, faults: Faults) -> Iterator[Prompted]:
-    """First the pictures that tables name, then the others, with the text beside them or in them."""
-    if (folder / MANIFEST).is_file():  # a run's, which may hold its pictures in shards
+    """Yield first the pictures that tables name, then the others, whose prompts are in texts beside them or in their files."""
+    if (folder / MANIFEST).is_file():  # the folder of a run, whose pictures may be in shards
         shards = sorted(path for path in (folder / "shards").glob("*") if path.suffix in (".tar", ".parquet"))
         for file in shards or [folder / MANIFEST]:
             yield from _reader(file)(file, ids, faults)
@@ -119,7 +119,7 @@ def _table(path: Path, ids: Ids, faults: Faults) -> Iterator[Prompted]:
 
 
 def _rows(path: Path, find: Callable[[str], Path], ids: Ids, faults: Faults, seen: set[Path]) -> Iterator[Prompted]:
-    """The pictures that a table's rows name. They are added to `seen`. Rows about pictures that failed are left out."""
+    """Yield the pictures that a table's rows name, and add their paths to `seen`. Rows about failed pictures are left out."""
     name, read = open_rows(str(path), "images")
     for where, said in _while_whole(read(), "", faults):
         with faults.at(f"{name}, {where}: "):
@@ -136,13 +136,13 @@ def _rows(path: Path, find: Callable[[str], Path], ids: Ids, faults: Faults, see
 
 
 def _while_whole(rows: Rows, name: str, faults: Faults) -> Rows:
-    """The rows of a file, as far as it can be read. name: comes before the fault that ends them."""
+    """Yield the rows of a file, as far as it can be read. name: put before the message of the fault that ends them."""
     with faults.at(name):
         yield from rows
 
 
 def _tar(path: Path, ids: Ids, faults: Faults) -> Iterator[Prompted]:
-    """The samples of a WebDataset: members in a row whose names are the same up to the first dot."""
+    """Yield the pictures of a WebDataset. Its samples are consecutive members with the same name up to the first dot."""
     held: dict[str, tuple[str, bytes]] = {}
     last = None
     try:
@@ -166,12 +166,12 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
                 yield member.name, contents(tar, member)
         file = tar.fileobj
         file.seek(tar.offset)
-        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # which tarfile takes for the end
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes such bytes for the end
             raise tarfile.ReadError("it is cut off or broken behind its last member that can be read")
 
 
 def _sample(path: Path, members: Mapping[str, tuple[str, bytes]], ids: Ids) -> Iterator[Prompted]:
-    """The pictures of a sample, each with the sample's first text. members: (suffix, bytes), by name."""
+    """Yield the pictures of a sample, each with the sample's first text. members: (suffix, bytes), by name."""
     prompt, reason, own = None, "no text beside it", None
     for name, (kind, data) in sorted(members.items(), key=lambda one: BESIDE.index(one[1][0]) if one[1][0] in BESIDE else -1):
         if kind == ".json":
@@ -198,7 +198,7 @@ def _id_in(data: bytes) -> str | None:
 
 
 def _parquet(path: Path, ids: Ids, faults: Faults) -> Iterator[Prompted]:
-    """The pictures of a file, whose rows hold their bytes or their names."""
+    """Yield the pictures of a Parquet file, whose rows hold the pictures' bytes or file names."""
 
     def wanted(name: str, kind: Any) -> bool:
         return name in (*TEXT, *IMAGE, "id") or "binary" in str(kind)
@@ -211,9 +211,9 @@ def _parquet(path: Path, ids: Ids, faults: Faults) -> Iterator[Prompted]:
 
 
 def _bytes_in(row: Mapping[str, Any], home: Path) -> bytes:
-    """The bytes of a row's picture: in the row, in its {bytes, path}, or in the file that it names.
+    """Return the bytes of a row's picture, from the row itself, from its {bytes, path}, or from the file that it names.
 
-    Raises ValueError where there is none.
+    Raises ValueError if there is none.
     """
     for value in row.values():
         held = value.get("bytes") if isinstance(value, Mapping) else value

@@ -1,4 +1,4 @@
-"""Prompts: a file of any format, a dataset of Hugging Face or standard input, as a stream of the jobs they ask for."""
+"""Reads prompts from a file of any format, a dataset of Hugging Face or standard input, as a stream of jobs."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .names import COLUMN, IDS, IMAGE, TEXT
 from .rows import Faults, open_rows
 
 log = logging.getLogger(__name__)
-GUIDANCES = ("cfg", "delayed", "opposite", "guard")  # that a job may ask for by name
+GUIDANCES = ("cfg", "delayed", "opposite", "guard")  # the names of guidance that a job may ask for
 
 
 class Kind(NamedTuple):
-    """The settings that a job has of its own; None where it has those of the run."""
+    """A job's own settings; None: the run's."""
 
     steps: int | None = None
     scale: float | None = None
@@ -42,10 +42,10 @@ class Job:
 
     id: names its file; 1 to 128 letters, digits, '.', '_' or '-', not starting with '.' or '-'.
     negative_prompt, steps, scale, height, width (pixels): None for the run's own.
-    guidance: one of GUIDANCES, as the run has it; None for the run's own.
-    more: what else is known of the prompt, for its line of the manifest: values by names, which JSON can write.
+    guidance: one of GUIDANCES, as the run defines it; None for the run's own.
+    more: further fields for the job's manifest line, such as other columns of the prompt: values by name that JSON can write.
 
-    Raises ValueError for anything that is not so.
+    Raises ValueError for other values.
     """
 
     id: str
@@ -72,7 +72,7 @@ class Job:
         if self.guidance is not None and self.guidance not in GUIDANCES:
             names = ", ".join(GUIDANCES)
             raise ValueError(f"guidance must be one of {names}, got {self.guidance!r}; its scale is called scale")
-        object.__setattr__(self, "seed", seed)  # of numpy's integers too
+        object.__setattr__(self, "seed", seed)  # an int, also for numpy's integers
         for name in ("steps", "height", "width"):
             if (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, checks.at_least_one(name, given))
@@ -88,32 +88,32 @@ class Job:
         return replace(self, id=f"{self.id}-{k}", seed=self.seed + k) if k else self
 
     def asked(self) -> dict[str, Any]:
-        """What a line of the manifest says of it."""
+        """Return the fields of the manifest line that say what was asked."""
         own = {name: value for name in ALLOWED if (value := getattr(self, name)) is not None}
         return own | dict(self.more or {})
 
 
 ALLOWED = tuple(field.name for field in fields(Job) if field.name != "more")
-MANIFEST = {  # fields of a manifest's line that say what came out, which a column of that name would pass for
+MANIFEST = {  # fields of a manifest's line that say what came out; a column of such a name could be mistaken for them
     *("transition_step", "transition_timestep", "transition_log_snr", "noise_gap", "attempts", "score", "suspect"),
     *("nsfw_content_detected", "truncated", "retried", "status", "sha256", "bytes", "file", "position", "image"),
     *("similarity", "measure", "nearest", "copy", "nearest_in_set", "similarity_in_set", "measure_in_set", "duplicate_of"),
     *("scheduler", "model", "fingerprint", "versions", "signed_sha256"),
 }
-KINDS = 1000  # of jobs: each takes some memory
-NAMED = 5  # jobs that are named of many
+KINDS = 1000  # the most kinds of jobs in a run: each takes some memory
+NAMED = 5  # the most jobs that a warning names
 
 
 class Prompts:
-    """The jobs of a source that may be larger than memory: each iteration reads it anew, as (position, job).
+    """Iterates over the jobs of a source as (position, job). Each iteration reads it anew, so it may be larger than memory.
 
     source:   as for `rows.open_rows`, or a list of jobs or of prompts. Columns: prompt, or caption or text in its place, and
-              perhaps id, seed, count, negative_prompt, steps, scale, height, width and guidance. Others are carried into the
-              manifest, unless they are named as what that says of an image itself, which a warning tells.
+              perhaps id, seed, count, negative_prompt, steps, scale, height, width and guidance. Other columns are copied into
+              the manifest, unless the manifest uses their names for facts about the image; a warning names those.
     seed:     a row without a seed gets `seed` plus its number, counted from 0; one without an id gets its number, zero-padded.
-    count:    images of a row that does not say how many. The first has the row's id and seed, the k-th after it has ID-k and
-              seed + k. So a higher count adds images and changes none.
-    on_error: of a row that is wrong, which "stop" lets end everything before any work; see `Faults`.
+    count:    the number of images of a row without a count. The first has the row's id and seed, the k-th after it has ID-k
+              and seed + k. So a higher count adds images and changes none.
+    on_error: what happens at a wrong row: "stop" raises before any work, "skip" leaves the row out; see `Faults`.
 
     The source is read once to look at every row, and again for the work. A warning names jobs that ask for the same image.
 
@@ -146,13 +146,13 @@ class Prompts:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a run's settings say of its prompts."""
+        """Return the fields of run.json about the prompts."""
         return {"prompts": self.count, "prompts_sha256": self.sha256}
 
     def check(self, fits: Callable[[Kind], object]) -> None:
-        """Refuse the jobs of the kinds for which `fits` raises ValueError, each by the place where it stands; see `Faults`.
+        """Refuse the jobs of the kinds for which `fits` raises ValueError, each by its place in the source; see `Faults`.
 
-        What is wrong with the run's own settings is raised as it is.
+        An error about the run's own settings is raised unchanged.
         """
         unfit: dict[Kind, str] = {}
         for kind in self.kinds:
@@ -171,7 +171,7 @@ class Prompts:
         self._look()
 
     def _look(self, refuse: Callable[[str], None] = lambda said: None) -> frozenset[int]:
-        """Read all rows; returns the positions of jobs that ask for an image that an earlier one asks for; see `_jobs`."""
+        """Read all rows; returns the positions of jobs that ask for the same image as an earlier job. refuse: see `_jobs`."""
         digest, ids, images, positions = hashlib.sha256(), array("Q"), array("Q"), array("Q")
         self.kinds: Counter[Kind] = Counter()
         for position, _, job in self._jobs(refuse):
@@ -192,7 +192,7 @@ class Prompts:
         return _later(images, positions)
 
     def _jobs(self, refuse: Callable[[str], None] = lambda said: None) -> Iterator[tuple[int, str, Job]]:
-        """(position, where it stands, job). `refuse` is told what is wrong with others; these have positions too."""
+        """Yield (position, place in the source, job). `refuse` is called with each fault; wrong jobs have positions too."""
         position = 0
         for number, (where, said) in enumerate(self._read()):
             k, count = 0, 1
@@ -228,7 +228,7 @@ class Prompts:
         self._faults(f"{self.name}, {said}")
 
     def _repeats(self, again: frozenset[int], key: Callable[[Job], Any]) -> Iterator[tuple[str, Job, str, Job]]:
-        """The jobs at these positions as (where it stands, job), each with the first one that has the same key."""
+        """Yield the jobs at these positions as (its place, job, place of the first job with the same key, that job)."""
         keys = {key(job) for position, _, job in self._jobs() if position in again}
         earlier: dict[Any, tuple[str, Job]] = {}
         for position, where, job in self._jobs():
@@ -242,7 +242,7 @@ class Prompts:
             self._refuse(f"{where}: id {job.id!r} is already used in {earlier}")
 
     def _said_twice(self, same: frozenset[int]) -> str:
-        """What to say of jobs that ask for an image that an earlier one asks for; NAMED of them by their ids."""
+        """Return the warning about jobs that ask for the same image as an earlier job. It names NAMED of them."""
         shown = self._repeats(frozenset(sorted(same)[:NAMED]), _image)
         pairs = ", ".join(f"{job.id} as {first.id}" for _, job, _, first in shown)
         asked = f"{len(same)} of {self.count} images are asked for twice, by the same prompt, seed and settings"
@@ -251,20 +251,20 @@ class Prompts:
 
 
 def _image(job: Job) -> tuple:
-    """What decides a job's image."""
+    """Return all that decides a job's image."""
     return job.prompt, job.seed, job.negative_prompt, job.kind
 
 
 def _later(digests: array, positions: array) -> frozenset[int]:
-    """The positions of those whose digest an earlier one has."""
+    """Return the positions of the digests that also come earlier."""
     _, earliest = np.unique(np.frombuffer(digests, np.uint64), return_index=True)
     return frozenset(np.delete(np.frombuffer(positions, np.uint64), earliest).tolist())
 
 
 class Others:
-    """What a manifest's lines have of the other columns of prompts: values that JSON can write, of one kind a column.
+    """Makes manifest fields of the prompts' other columns: values that JSON can write, of one kind per column.
 
-    left_out: columns that are named as what a line says of its image.
+    left_out: the columns that are left out because a manifest line uses their names for facts about its image.
     """
 
     def __init__(self) -> None:
@@ -276,7 +276,7 @@ class Others:
         return {name: self._value(name, value) for name, value in row.items() if name not in MANIFEST}
 
     def _value(self, name: str, value: Any) -> Any:
-        """Once a column's values are known to be of several kinds, which no Parquet file holds, they are text."""
+        """Return a value for JSON: as text once its column has had values of several kinds, which no Parquet file holds."""
         value = value if isinstance(value, str | int | float) else json.loads(json.dumps(value, default=str))
         if value == []:
             return value
@@ -287,7 +287,7 @@ class Others:
 
 
 def _kind(value: Any) -> str | None:
-    """The kind of a value that a column of a table may have, a list of one kind among them; None for others."""
+    """Return the kind of a value, or of a list whose values have one kind; None if no column of a table may hold it."""
     if isinstance(value, list):
         kinds = {_kind(one) for one in value}
         kind = kinds.pop() if len(kinds) == 1 else None

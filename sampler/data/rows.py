@@ -43,7 +43,7 @@ class Faults:
         self.on_error, self.skipped = on_error, 0
 
     def __call__(self, said: str) -> None:
-        """said: the file, the place in it, what is wrong, and what is allowed."""
+        """Report a fault. said: the file, the place in it, what is wrong, and what is allowed."""
         if self.on_error == "stop":
             raise ValueError(said)
         self.skipped += 1
@@ -51,7 +51,7 @@ class Faults:
 
     @contextmanager
     def at(self, place: str) -> Iterator[None]:
-        """Inside, a ValueError is a fault. place: comes before what it says."""
+        """In this context, a ValueError is a fault. place: put before its message."""
         try:
             yield
         except ValueError as error:
@@ -59,7 +59,7 @@ class Faults:
 
 
 def open_rows(source: str, what: str = "prompts") -> tuple[str, Callable[[], Rows]]:
-    """(the name that messages have for a source, a function that reads its rows from the start).
+    """Return (a source's name for messages, a function that reads its rows from the start).
 
     source: a file with a suffix of FORMATS, perhaps followed by .gz; "-", standard input, or a pipe, either JSON Lines or a
             prompt a line; a folder that the library `datasets` saved; or "hf:NAME" or "hf:NAME:SPLIT", a dataset of its hub.
@@ -91,14 +91,14 @@ def open_rows(source: str, what: str = "prompts") -> tuple[str, Callable[[], Row
 
 
 def _streamed(kept: str) -> Rows:
-    """The rows of what came without a suffix: JSON Lines, each of which begins with a brace, or a prompt a line."""
+    """Yield the rows of a stream without a suffix: JSON Lines if its first line begins with a brace, else a prompt per line."""
     with Path(kept).open("rb") as stream:
         first = next((line for line in map(bytes.strip, stream) if line), b"")
     return (json_lines if first.removeprefix(BOM_UTF8).startswith(b"{") else lines)(Path(kept))
 
 
 def _named(name: str, read: Callable[[], Rows]) -> tuple[str, Callable[[], Rows]]:
-    """The name, and a function that reads the same rows and puts the name before every error."""
+    """Return the name, and a function that reads the same rows and puts the name before every error."""
 
     def rows() -> Rows:
         try:
@@ -112,5 +112,5 @@ def _named(name: str, read: Callable[[], Rows]) -> tuple[str, Callable[[], Rows]
 
 
 def format_of(path: Path) -> str:
-    """The suffix that tells a file's format, in small letters; of a compressed file, the one before .gz."""
+    """Return the suffix that tells a file's format, in small letters; for a compressed file, the one before .gz."""
     return Path(path.name.casefold().removesuffix(".gz")).suffix

@@ -19,25 +19,25 @@ from .image_encoding import Made
 
 
 class Shard(ABC):
-    """A format of such files. Raises ImportError where its library is missing."""
+    """A format of files that hold many pictures. Raises ImportError if its library is missing."""
 
     suffix: ClassVar[str]
 
     @abstractmethod
     def write(self, path: Path, rows: Sequence[Made]) -> None:
-        """Write a file of pictures that were made."""
+        """Write pictures that were made into a file."""
 
     @abstractmethod
     def read(self, data: bytes) -> Iterator[Made]:
-        """What the bytes of a file hold. What is raised for a file that is damaged depends on the library."""
+        """Yield the pictures in the bytes of a file. For a damaged file the exception depends on the library."""
 
     def match(self, paths: Sequence[Path]) -> None:
-        """Make the files of a set fit each other, once all are written."""
+        """Make the files of a set consistent with each other, once all are written."""
         return
 
 
 class Parquet(Shard):
-    """A row a picture: the fields of its line, its position, and `image`, {bytes, path}, which `datasets` reads as an Image."""
+    """One row per picture: its line's fields, its position, and `image`, {bytes, path}, which `datasets` reads as an Image."""
 
     suffix = "parquet"
 
@@ -47,7 +47,7 @@ class Parquet(Shard):
         )
 
     def _types(self) -> dict[str, Any]:
-        """Of the columns that every file has: those of a set must be the same."""
+        """Return the types of the columns that every file has; they must be the same in all files of a set."""
         text, integer, real, truth = self.arrow.string(), self.arrow.int64(), self.arrow.float64(), self.arrow.bool_()
         kinds = {
             text: "id prompt negative_prompt truncated retried status sha256 scheduler guidance model fingerprint",
@@ -67,7 +67,7 @@ class Parquet(Shard):
         ]
         names = dict.fromkeys((*types, *(name for row in found for name in row)))
         columns = {name: self.arrow.array([row.get(name) for row in found], types.get(name)) for name in names}
-        features = json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})  # the others' are those of their types
+        features = json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})  # others follow from their types
         table = self.arrow.table(columns).replace_schema_metadata({"huggingface": features})
         self.parquet.write_table(table, path, write_page_checksum=True)
 
@@ -78,10 +78,10 @@ class Parquet(Shard):
             yield Made(position, line, image["bytes"])
 
     def match(self, paths: Sequence[Path]) -> None:
-        """Give all files the same columns, as `datasets` reads no others together: prompts' own may be in some alone."""
+        """Give all files the same columns, as `datasets` requires: some columns of the prompts may be in some files only."""
         schemas: dict[Path, Any] = {}
         for path in paths:
-            with suppress(self.arrow.ArrowInvalid):  # it is damaged, and is made again when the run goes on
+            with suppress(self.arrow.ArrowInvalid):  # a damaged file is made again when the run is resumed
                 schemas[path] = self.parquet.read_schema(path)
         if not schemas:
             return
@@ -97,7 +97,7 @@ class Parquet(Shard):
 
 
 class WebDataset(Shard):
-    """Three members a picture: <position>.png, <position>.txt, its prompt, and <position>.json, its line."""
+    """Three members per picture: <position>.png; <position>.txt, its prompt; and <position>.json, its manifest line."""
 
     suffix = "tar"
 
@@ -118,7 +118,7 @@ class WebDataset(Shard):
 
 
 def contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """The bytes of a member. Raises tarfile.ReadError for what is no file, as a folder."""
+    """Return the bytes of a member. Raises tarfile.ReadError if it is no file, such as a folder."""
     file = tar.extractfile(member)
     if file is None:
         raise tarfile.ReadError(f"{member.name!r} is no file")

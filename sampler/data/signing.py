@@ -1,8 +1,8 @@
-"""C2PA manifests in pictures: who says that a machine made them, signed with the user's certificate by the library c2pa.
+"""Writes C2PA manifests into pictures: they say that a machine made it, signed with the user's certificate by the library c2pa.
 
-See https://spec.c2pa.org. The bytes of a signed picture differ each time, for a manifest holds random numbers. So a line of a
-run's manifest has two digests: `sha256`, of the picture before it is signed, is the same when it is made again, and
-`signed_sha256` is that of the file. No time stamp of an authority is asked for, as that needs the network.
+See https://spec.c2pa.org. The bytes of a signed picture differ each time, because a C2PA manifest holds random numbers. So a
+line of the run's manifest has two digests: `sha256`, of the picture before it is signed, is the same when it is made again;
+`signed_sha256` is that of the signed file. No authority's time stamp is requested, because that needs the network.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ..runs.environment import library, version_of
 from .image_encoding import Encoder, Made, media_type
 from .xmp import TRAINED
 
-CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}  # of keys -> C2PA's names of algorithms
-SOUND = ("Valid", "Trusted")  # the library's words; Trusted: by somebody on a list of trust that it was given
+CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}  # a key's curve -> C2PA's name of the algorithm
+SOUND = ("Valid", "Trusted")  # the library's states; Trusted: signed by somebody on its trust list
 
-SETTINGS = {  # of the library: no thumbnails, which are larger than many a picture, and nothing from the network
+SETTINGS = {  # of the library: no thumbnails, because they may be larger than the picture, and no network
     "builder": {"thumbnail": {"enabled": False}},
     "verify": {"remote_manifest_fetch": False},
 }
@@ -32,11 +32,11 @@ SETTINGS = {  # of the library: no thumbnails, which are larger than many a pict
 class Signer:
     """Signs pictures of a format.
 
-    certificate, key: PEM files: the certificate, followed by those above it, and its private key, without a password.
-    settings: what a run's settings say of it, which is the certificate's SHA-256.
+    certificate: a PEM file with the certificate, followed by those above it. key: a PEM file with its private key, without a
+    password. settings: the signer's field of run.json, the certificate's SHA-256.
 
     Raises FileNotFoundError for a missing file, ImportError without the package c2pa-python, ValueError for a format without
-    pictures and where no picture can be signed with these.
+    pictures, or if no picture can be signed with these files.
     """
 
     def __init__(self, certificate: Path, key: Path, format: str):
@@ -60,7 +60,7 @@ class Signer:
             ) from error
 
     def __call__(self, made: Made) -> Made:
-        """The same with its picture signed."""
+        """Return the same with its picture signed."""
         if made.data is None:
             return made
         data = self._sign(made.data, made.line["id"])
@@ -87,9 +87,9 @@ def c2pa_library() -> Any:
 
 
 def fault_of(data: bytes, format: str) -> str | None:
-    """What is wrong with the C2PA manifest of a picture in a run of this format; None where its signature holds.
+    """Return what is wrong with the C2PA manifest of a picture in a run of this format; None if its signature is valid.
 
-    Whom the certificate belongs to, and whether they are to be trusted, is not looked at.
+    This does not check who owns the certificate, nor whether they can be trusted.
     """
     c2pa = c2pa_library()
     try:
@@ -107,7 +107,7 @@ def _context(c2pa: Any) -> Any:
 
 
 def _algorithm(key: bytes) -> str:
-    """C2PA's name of the algorithm that a private key signs by. Raises ValueError or TypeError for another kind."""
+    """Return C2PA's name of the algorithm of a private key. Raises ValueError or TypeError for another kind of key."""
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 

@@ -13,7 +13,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """rows: one or more, each with the columns of the first. Text that looks like a formula is quoted; see `cell`."""
+    """Write rows, one or more, each with the columns of the first. Text that looks like a formula is quoted; see `cell`."""
     with atomic_write(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -21,7 +21,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def cell(value: Any) -> Any:
-    """The value for a cell of a CSV file: text that a spreadsheet would take for a formula gets a "'" before it.
+    """Return the value for a cell of a CSV file: text that a spreadsheet would take for a formula gets a "'" before it.
 
     Half a surrogate pair, which UTF-8 cannot hold, becomes "?".
     """

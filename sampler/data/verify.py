@@ -23,15 +23,15 @@ Wrong = tuple[str, str]  # (file, image or line, what is wrong with it)
 
 
 def verify(out: str | Path) -> Iterator[Wrong]:
-    """What is wrong with a run's folder, as (where, what): images that are missing, changed, failed or not made yet, damaged
-    lines of its manifest, and files that are none of the run's. The same command of `generate` makes these images.
+    """Yield what is wrong with a run's folder, as (where, what): images that are missing, changed, failed or not made yet,
+    damaged lines of its manifest, and files that are not the run's. Running `generate` again as before makes these images.
 
-    An image is missing where the manifest has a line about it and its file is gone. One is not made yet where there is neither.
+    An image is missing if the manifest has a line about it but its file is gone; it is not made yet if there is neither.
 
-    Each image is checked against its SHA-256; each picture must say in its XMP that a machine made it and, where the run signed
-    its pictures, have a C2PA manifest that holds. A warning tells where the library for that is missing.
+    Each image is checked against its SHA-256. Each picture must say in its XMP that a machine made it and, if the run signed
+    its pictures, have a C2PA manifest with a valid signature. If the library for that is missing, a warning says so.
 
-    Raises ValueError where the folder holds no run of `generate`.
+    Raises ValueError if the folder holds no run of `generate`.
     """
     out = Path(out)
     settings = read_settings(out) if (out / "run.json").is_file() else {}
@@ -41,7 +41,7 @@ def verify(out: str | Path) -> Iterator[Wrong]:
     total = sum(1 for _ in read_jobs(out))
     if total != settings["prompts"]:
         yield JOBS, f"names {total} of {settings['prompts']} jobs" if (out / JOBS).is_file() else "is missing"
-    listed, files = array("Q"), array("Q")  # digests of what the manifest tells of
+    listed, files = array("Q"), array("Q")  # digests of the ids and files that the manifest names
     sound = True
     for wrong in chain(_lines(out, writes, jobs, listed, files), _unlisted(writes, jobs, listed)):
         sound = False
@@ -58,7 +58,7 @@ def _with_beside(writes: Writer, file: str) -> list[str]:
 
 
 def _unlisted(writes: Writer, jobs: Jobs, listed: Iterable[int]) -> Iterator[Wrong]:
-    """The images of jobs of which no line of the manifest tells."""
+    """Yield the images of jobs that have no line in the manifest."""
     told = Keys(listed)
     for position, id in jobs:
         if id not in told:
@@ -67,9 +67,9 @@ def _unlisted(writes: Writer, jobs: Jobs, listed: Iterable[int]) -> Iterator[Wro
 
 
 def _inspection(settings: Mapping[str, Any]) -> Callable[[bytes], str | None]:
-    """What finds the fault in the marks of a picture of a run."""
+    """Return a function that checks the XMP and the signature of a run's picture, and returns what is wrong, or None."""
     format, signed = settings["format"], "c2pa_certificate" in settings
-    marked = "prompt_metadata" in settings  # not by an older version, and no latents are
+    marked = "prompt_metadata" in settings  # older versions marked no picture, and latents have no marks
     if signed:
         try:
             signing.c2pa_library()
@@ -94,12 +94,12 @@ class Jobs:
         return ((position, id) for position, id in read_jobs(self._out) if belongs(position, self._shard))
 
     def __contains__(self, id: str) -> bool:
-        """Whether it is the id of one, or that cannot be known."""
+        """Whether a job has this id; True if the folder lists no jobs, because then that cannot be known."""
         return not len(self._ids) or id in self._ids
 
 
 def _lines(out: Path, writes: Writer, jobs: Jobs, listed: array, files: array) -> Iterator[Wrong]:
-    """What is wrong with the manifest and with the images that it tells of. Each is said once, as of a file of many images."""
+    """Yield what is wrong with the manifest and its images. Each fault comes once, also that of a file with many images."""
     if not (out / MANIFEST).is_file():
         yield MANIFEST, "is missing"
     said: set[Wrong] = set()
@@ -117,7 +117,7 @@ def _lines(out: Path, writes: Writer, jobs: Jobs, listed: array, files: array) -
 
 
 def _line(where: str, line: dict[str, Any] | None, writes: Writer, jobs: Jobs) -> Wrong | None:
-    """What is wrong with a line of the manifest or with its image; None where nothing is."""
+    """Return what is wrong with a line of the manifest or with its image; None if nothing is."""
     if line is None:
         return where, "is no JSON object"
     if lacking := lacks(line):

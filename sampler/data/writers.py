@@ -1,8 +1,8 @@
 """The files of a run: one an image, or shards that hold many.
 
 A file is whole before the manifest names it, and has the same bytes whether or not the run was stopped on the way. A shard
-holds the images of a fixed range of positions, in their order, and is written once all of them are made or have failed. A part
-of a run writes its share of each shard; `join` makes whole shards of these.
+holds the images of a fixed range of positions, in their order. It is written when the next image is of another shard, and again
+if more of its own are made later. A part of a run writes its share of each shard; `join` makes whole shards of these.
 """
 
 from __future__ import annotations
@@ -27,51 +27,51 @@ from .image_encoding import PICTURES, Made
 from .shards import SHARDS
 
 log = logging.getLogger(__name__)
-SHARD = 256  # positions a shard
+SHARD = 256  # positions per shard
 FORMATS = (*PICTURES, "latents", *SHARDS)
-SUFFIXES = {"latents": "safetensors"}  # of those that are not named by them
+SUFFIXES = {"latents": "safetensors"}  # of the formats that are not named like their suffix
 MISSING = "is missing"
 Inspect = Callable[[bytes], str | None]
 
 
 class Writer(ABC):
-    """Writes what is made, in the order of positions, and tells whether what is there is as it was made.
+    """Writes images into a run's folder, and checks whether images there are as they were made.
 
-    inspect: what else may be wrong with the bytes of an image whose SHA-256 is right; None where nothing is.
+    inspect: returns what else is wrong with the bytes of an image whose SHA-256 is right; None if nothing is.
     """
 
-    index: tuple[str, ...] = ()  # the files that tell of all images, which `finish` writes
+    index: tuple[str, ...] = ()  # the files that list all images, which `finish` writes
 
     def __init__(self, out: Path, inspect: Inspect | None = None):
         self.out, self._inspect = out, inspect
-        self._found = lru_cache(maxsize=16)(self._read)  # asked line by line
+        self._found = lru_cache(maxsize=16)(self._read)  # `wrong` asks it for every line
 
     @abstractmethod
     def add(self, made: Made) -> Sequence[dict[str, Any]]:
-        """Take what is made; returns the lines of all whose files are there now, and of those that failed."""
+        """Take an image; returns the lines of all images whose files are written now, and of those that failed."""
 
     def flush(self) -> Sequence[dict[str, Any]]:
-        """Write what is still held back."""
+        """Write the images that are still held back; returns as `add` does."""
         return []
 
     @abstractmethod
     def finish(self) -> None:
-        """Write what depends on all images, once the manifest tells of them."""
+        """Write what depends on all images, once their manifest lines are written."""
 
     def note(self, notes: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
-        """Write notes into the lines that files of many images hold; see `manifest.noted`."""
+        """Write notes into the manifest lines that shards hold; see `manifest.noted`."""
         return
 
     @abstractmethod
     def file(self, position: int, id: str) -> str:
-        """The file of a job's image, in the run's folder."""
+        """Return the file of a job's image, relative to the run's folder."""
 
     def beside(self, file: str) -> list[str]:
         """The files that belong to the image in `file`."""
         return []
 
     def files(self) -> Iterator[Path]:
-        """The files of images that are there, in the order of the run's jobs, read from its folder."""
+        """Yield the files of images that exist, in the order of the jobs in the run's folder."""
         for name, _ in groupby(self.file(*job) for job in read_jobs(self.out)):
             if (self.out / name).is_file():
                 yield self.out / name
@@ -90,19 +90,19 @@ class Writer(ABC):
 
     @abstractmethod
     def owns(self, file: str, id: str) -> bool:
-        """Whether a file is one that this writer may put an image into; such a one is nowhere but in the run's folder."""
+        """Whether this writer may put the image `id` into this file. If so, the file is inside the run's folder."""
 
     def finished(self, line: dict[str, Any]) -> str | None:
-        """The id in a line of the manifest whose image is there as it was made; None in others, whose image is to be made."""
+        """Return the id in a manifest line if its image is there as it was made; None if the image is to be made."""
         return line["id"] if line.get("status") == "ok" and self.wrong(line) is None else None
 
     def has(self, file: str, id: str) -> bool:
-        """Whether an image is in a file, or may be, as it cannot be read."""
+        """Whether an image is in a file; True also if the file exists but cannot be read, because it may hold the image."""
         images = self._found(file)
         return images != MISSING and (isinstance(images, str) or id in images)
 
     def wrong(self, line: dict[str, Any]) -> tuple[str, str] | None:
-        """What is wrong with the image of a line of the manifest, as (where, what); None where it is as it was made.
+        """Return what is wrong with the image of a manifest line, as (where, what); None if it is as it was made.
 
         Raises KeyError for a line that lacks its id, file or sha256.
         """
@@ -118,18 +118,18 @@ class Writer(ABC):
         return None if fault is None else (self.label(file, id), fault)
 
     def _read(self, file: str) -> dict[str, tuple[str, str | None]] | str:
-        """The SHA-256 of the images in a file, and what `inspect` says of each, by id; or what is wrong with the file."""
+        """Return (SHA-256, what `inspect` returns) of each image in a file, by id; or else what is wrong with the file."""
         look = self._inspect or (lambda data: None)
         try:
             return {id: (hashlib.sha256(data).hexdigest(), look(data)) for id, data in self.contents(self.out / file)}
         except FileNotFoundError:
             return MISSING
-        except Exception as error:  # whatever a library makes of a file that is damaged
+        except Exception as error:  # a library may raise anything for a damaged file
             return f"cannot be read: {checks.line(error)}"
 
 
 class ImageFiles(Writer):
-    """A file an image: images/<id>.<suffix>, and with `captions` images/<id>.txt, its prompt.
+    """One file per image: images/<id>.<suffix>, and with `captions` images/<id>.txt, its prompt.
 
     A folder of pictures is an imagefolder of the library `datasets`; see `imagefolder`.
     """
@@ -192,7 +192,7 @@ def _caption(line: Mapping[str, Any]) -> bytes:
 
 
 class ShardFiles(Writer):
-    """Files of SHARD positions each: shards/<number>.<suffix>. What one held before is kept beside what is new."""
+    """Files of SHARD positions each: shards/<number>.<suffix>. New images are added to those that a file already holds."""
 
     def __init__(self, out: Path, format: str, inspect: Inspect | None = None):
         super().__init__(out, inspect)
@@ -244,9 +244,9 @@ class ShardFiles(Writer):
         return f"{file}, image {id}"
 
     def _rows(self, path: Path) -> dict[int, Made]:
-        """What a file holds, by position: nothing where it is missing or damaged, for all of it is made again then.
+        """Return what a file holds, by position: nothing if it is missing or damaged, because all of it is made again then.
 
-        Raises OSError where it is there and cannot be read for another reason, which may pass.
+        Raises OSError if it exists but cannot be read for another reason, which may be temporary.
         """
         try:
             data = path.read_bytes()
@@ -256,7 +256,7 @@ class ShardFiles(Writer):
             return {row.position: row for row in self.kind.read(data)}
         except MemoryError:
             raise
-        except Exception as error:  # whatever a library makes of a file that is damaged
+        except Exception as error:  # a library may raise anything for a damaged file
             log.warning("%s cannot be read, so its images are to be made again: %s", path, checks.line(error))
             return {}
 
@@ -269,9 +269,9 @@ class ShardFiles(Writer):
 
 
 def writer_of(out: Path, settings: Mapping[str, Any], inspect: Inspect | None = None) -> Writer:
-    """The writer of a run. settings: of its run.json, format and captions; with these, each prompt lies beside its picture.
+    """Return the writer of a run. settings: those in run.json: format, and captions: whether prompts lie beside their pictures.
 
-    Raises ValueError for an unknown format and for captions beside no picture, ImportError where its library is missing.
+    Raises ValueError for an unknown format, or captions for a format without picture files; ImportError without its library.
     """
     format, captions = settings["format"], settings.get("captions", False)
     if format not in FORMATS:

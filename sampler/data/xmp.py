@@ -1,4 +1,4 @@
-"""The mark in a picture's file that a machine made it, and with what: XMP, in the fields of IPTC's Photo Metadata.
+"""Marks a picture's file as made by a machine, and says with what: XMP, in the fields of IPTC's Photo Metadata.
 
 Article 50(2) of the EU's AI Act (Regulation 2024/1689) asks for such a mark that machines can read. A packet holds no date, so
 that a picture made again has the same bytes.
@@ -26,16 +26,16 @@ RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 OWN = "urn:basinescape:xmp#"
 NAMES = {"Iptc4xmpExt": IPTC, "xmp": XMP, "basinescape": OWN}
 SOURCE, PROMPT = "Iptc4xmpExt:DigitalSourceType", "Iptc4xmpExt:AIPromptInformation"
-SETTINGS = ("seed", "negative_prompt", "steps", "scale", "guidance", "scheduler", "height", "width")  # of the manifest's
+SETTINGS = ("seed", "negative_prompt", "steps", "scale", "guidance", "scheduler", "height", "width")  # of the manifest line
 MOST = 65502  # bytes of a packet that a JPEG file can hold
 NO_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def packet(line: Mapping[str, Any], prompt: bool = True) -> bytes:
-    """The XMP of a picture, of at most MOST bytes.
+    """Return the XMP of a picture, of at most MOST bytes.
 
-    line: of the manifest. prompt: whether prompt, model and SETTINGS are told. They are left out where they take too much room.
-    A character that XML cannot hold becomes U+FFFD.
+    line: of the manifest. prompt: whether to include prompt, model and SETTINGS. They are also left out if they take too much
+    room. A character that XML cannot hold becomes U+FFFD.
     """
     software = {SOURCE: TRAINED, "xmp:CreatorTool": f"basinescape {version_of('basinescape') or ''}".strip()}
     told = {
@@ -61,9 +61,9 @@ def _packet(fields: Mapping[str, str]) -> bytes:
 
 
 def fields_in(info: Mapping[Any, Any]) -> dict[str, str]:
-    """The fields of a picture's XMP by the names of `packet`; none where it has no XMP that can be read.
+    """Return the fields of a picture's XMP by the names in `packet`; empty if it has no XMP that can be read.
 
-    info: that of a Pillow image.
+    info: the `info` of a Pillow image.
     """
     raw = info.get("xmp") or info.get("XML:com.adobe.xmp") or b""
     data = raw.encode("utf-8", "replace") if isinstance(raw, str) else raw
@@ -75,7 +75,7 @@ def fields_in(info: Mapping[Any, Any]) -> dict[str, str]:
         return {}
     found: dict[str, str] = {}
     for about in tree.iter(f"{{{RDF}}}Description"):
-        attributes = about.attrib.items()  # other programs write simple fields so
+        attributes = about.attrib.items()  # in which other programs write simple fields
         for name, value in [*attributes, *((one.tag, _text(one)) for one in about)]:
             for prefix, uri in NAMES.items():
                 if name.startswith(f"{{{uri}}}"):
@@ -84,12 +84,12 @@ def fields_in(info: Mapping[Any, Any]) -> dict[str, str]:
 
 
 def _text(field: ElementTree.Element) -> str:
-    """What a field says, which may be in a list of one."""
+    """Return the text of a field, which may be in a list of one."""
     return "".join(field.itertext()).strip() if len(field) else field.text or ""
 
 
 def fault_of(data: bytes) -> str | None:
-    """What is wrong with the mark of a picture's file; None where it says that a machine made it."""
+    """Return what is wrong with the mark of a picture's file; None if it says that a machine made it."""
     with Image.open(io.BytesIO(data)) as image:
         kind = fields_in(image.info).get(SOURCE)
     return (
