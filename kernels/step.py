@@ -23,7 +23,7 @@ from .state import BUFFERS, State, buffers_of, state_of
 from .sums import added, launch_sums, sums_of, total_gap, total_sums
 from .table import INPUT_SCALE, A, B, Column, P, Q
 from .tiles import OPTIONS, TILES, parts, read, tile_of
-from .weight_decision import books_kernel, factors, look, noted, place
+from .weight_decision import factors, find_transition, place, record, record_kernel
 
 
 def step(uncond: Tensor, cond: Tensor | None, table: Tensor, state: State, finds: bool = True, rule: str = "cfg") -> None:
@@ -162,8 +162,8 @@ def step_kernel(
 ):
     """One program updates one sample."""
     sample = tl.program_id(0).to(tl.int64)
-    k, goes, here, following = place(table, row, last, sample)
-    rest = tl.where(goes, size, 0)  # 0 elements if the sample is done
+    k, active, here, following = place(table, row, last, sample)
+    rest = tl.where(active, size, 0)  # 0 elements if the sample is done
     PART: tl.constexpr = BLOCK // PARTS
     lanes = tl.arange(0, PART)
     predictions = ()
@@ -184,8 +184,8 @@ def step_kernel(
     sees: tl.constexpr = cond is not None
     if sees:
         gap = tl.sqrt_rn(tl.sum(squared))
-    s, left = noted(
-        here, following, row, at, gaps, peak, timestep, sample, batch, gaps_stride, k, goes, gap, sees, FINDS, guided is None
+    s, left = record(
+        here, following, row, at, gaps, peak, timestep, sample, batch, gaps_stride, k, active, gap, sees, FINDS, guided is None
     )
     a, b = factors(here, s, left, sums, gap, size, RULE)
     for part in tl.static_range(PARTS):
@@ -223,11 +223,11 @@ def tile_kernel(
     FINDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program does the work of `step_kernel` on one tile, but leaves rows, transitions and gaps to `books_kernel`."""
+    """One program does the work of `step_kernel` on one tile, but leaves rows, transitions and gaps to `record_kernel`."""
     sample, tile, start = tile_of(tiles, BLOCK)
-    _, goes, here, following = place(table, row, last, sample)
+    _, active, here, following = place(table, row, last, sample)
     lanes = tl.arange(0, BLOCK)
-    mask = lanes < tl.where(goes, tl.cast(size - start, tl.int32), 0)
+    mask = lanes < tl.where(active, tl.cast(size - start, tl.int32), 0)
     u = read(uncond + sample * uncond_stride + start, lanes, mask)
     d = None
     gap = float("nan")
@@ -240,7 +240,7 @@ def tile_kernel(
                 sums = total_sums(partials, sample, batch, tiles)
         else:
             tl.store(partials + sample * tiles + tile, tl.sum(d * d))
-    s, left, _ = look(here, at, gaps, peak, sample, gaps_stride, gap, FINDS)
+    s, left, _ = find_transition(here, at, gaps, peak, sample, gaps_stride, gap, FINDS)
     a, b = factors(here, s, left, sums, gap, size, RULE)
     g = mixed(u, d, a, b, RULE)
     by = sample * size + start
@@ -265,8 +265,8 @@ def launch_step(
     cond = cond if cond is None else arranged(cond, latents.x)
     block, warps, tiles = TILES.of(size)
     finds, combines = finds and cond is not None, None if cond is None else RULES[rule]
-    books = way.row, way.last, way.at, way.gaps, way.peak
-    operands = uncond, cond, table, guided, *books, latents.model_input, latents.timestep, latents.unscaled, latents.history
+    recorded = way.row, way.last, way.at, way.gaps, way.peak
+    operands = uncond, cond, table, guided, *recorded, latents.model_input, latents.timestep, latents.unscaled, latents.history
     strides = sample_stride(uncond), 0 if cond is None else sample_stride(cond), way.gaps.stride(0)
     options = {"RULE": None if combines is None else combines.device, "FINDS": finds, "BLOCK": block, "num_warps": warps}
     with torch.cuda.device_of(uncond):
@@ -279,5 +279,5 @@ def launch_step(
             launch_sums(uncond, cond, partials, combines is not None)
         launch(tile_kernel, batch * tiles, *operands, partials, batch, size, tiles, *strides, **options, **OPTIONS)
         options = {"FINDS": finds, "MOVES": guided is None, "num_warps": 1}
-        kept = table, *books, latents.timestep, partials, batch, tiles, way.gaps.stride(0)
-        launch(books_kernel, batch, *kept, **options, **OPTIONS)
+        kept = table, *recorded, latents.timestep, partials, batch, tiles, way.gaps.stride(0)
+        launch(record_kernel, batch, *kept, **options, **OPTIONS)

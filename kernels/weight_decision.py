@@ -12,13 +12,13 @@ from .table import AFTER, BEFORE, COLUMNS, FALL, FIRST, FIRST_OPTION, KEEP, LIMI
 def place(table, row, last, sample):
     """(row number, whether it is not done, pointer to that row, to the next row) of a sample; if done, of its last row."""
     end, k = tl.load(last + sample), tl.load(row + sample)
-    goes = k <= end
+    active = k <= end
     k = tl.minimum(k, end)
-    return k, goes, table + k * COLUMNS, table + tl.minimum(k + 1, end) * COLUMNS
+    return k, active, table + k * COLUMNS, table + tl.minimum(k + 1, end) * COLUMNS
 
 
 @jit
-def look(here, at, gaps, peak, sample, gaps_stride, gap, FINDS: tl.constexpr):
+def find_transition(here, at, gaps, peak, sample, gaps_stride, gap, FINDS: tl.constexpr):
     """(solver step, step of the transition or -1, largest gap) of a sample, including the current gap."""
     s = tl.load(here + STEP).to(tl.int64)
     left, limit, wait = tl.load(at + sample), tl.load(here + LIMIT), tl.load(here + WAIT)
@@ -45,7 +45,7 @@ def factors(here, s, left, sums, gap, size, RULE: tl.constexpr):
 
 
 @jit
-def noted(
+def record(
     here,
     following,
     row,
@@ -57,31 +57,31 @@ def noted(
     batch,
     gaps_stride,
     k,
-    goes,
+    active,
     gap,
     SEES: tl.constexpr,  # a gap was computed
     FINDS: tl.constexpr,
     MOVES: tl.constexpr,  # advance the sample to its next row
 ):
     """Store transition, gap and next row of a sample that is not done; return (solver step, step of the transition)."""
-    s, left, top = look(here, at, gaps, peak, sample, gaps_stride, gap, FINDS)
+    s, left, top = find_transition(here, at, gaps, peak, sample, gaps_stride, gap, FINDS)
     tl.debug_barrier()  # all threads have read the state
-    tl.store(at + sample, left, mask=goes)
+    tl.store(at + sample, left, mask=active)
     if SEES:
-        first = goes & (tl.load(here + FIRST) > 0)
+        first = active & (tl.load(here + FIRST) > 0)
         tl.store(gaps + sample * gaps_stride + s, gap, mask=first)
         if FINDS:
             tl.store(peak + sample, top, mask=first)
     if MOVES:
-        tl.store(row + sample, k + 1, mask=goes)
+        tl.store(row + sample, k + 1, mask=active)
         told = tl.load(following + TIMESTEP)
-        tl.store(timestep + sample, told, mask=goes)
-        tl.store(timestep + batch + sample, told, mask=goes)
+        tl.store(timestep + sample, told, mask=active)
+        tl.store(timestep + batch + sample, told, mask=active)
     return s, left
 
 
 @jit
-def books_kernel(
+def record_kernel(
     table,
     row,
     last,
@@ -98,9 +98,9 @@ def books_kernel(
 ):
     """One program makes the decision of `tile_kernel` for one sample again, and stores it."""
     sample = tl.program_id(0).to(tl.int64)
-    k, goes, here, following = place(table, row, last, sample)
+    k, active, here, following = place(table, row, last, sample)
     gap = float("nan")
     if partials is not None:
         gap = total_gap(partials, sample, tiles)
     sees = partials is not None
-    noted(here, following, row, at, gaps, peak, timestep, sample, batch, gaps_stride, k, goes, gap, sees, FINDS, MOVES)
+    record(here, following, row, at, gaps, peak, timestep, sample, batch, gaps_stride, k, active, gap, sees, FINDS, MOVES)

@@ -35,12 +35,18 @@ MUTANTS = {
     "a sum is not stored": (steps, "sums", "sums_kernel", "tl.store(partials + sample * tiles + tile,", "(0,"),
     "a tile's sum is not stored": (gaps, "guide", "guide_kernel", "tl.store(partials + sample * tiles + tile,", "(0,"),
     "the last tiles are not added": (gaps, "sums", "total", "mask=lanes < tiles - start", "mask=lanes < tiles - start - 1"),
-    "the books are not kept": (KNOWN, "weight_decision", "noted", "tl.store(row + sample, k + 1, mask=goes)", "pass"),
-    "the gap of two steps ago is the last one": (steps, "weight_decision", "look", "tl.load(own - 2", "tl.load(own - 1"),
+    "the state is not recorded": (KNOWN, "weight_decision", "record", "tl.store(row + sample, k + 1, mask=active)", "pass"),
+    "the gap of two steps ago is the last one": (
+        steps,
+        "weight_decision",
+        "find_transition",
+        "tl.load(own - 2",
+        "tl.load(own - 1",
+    ),
     "the minimum may be at its end": (steps, "rules", "transition", "(last < gap)", "(last > gap)"),
     "a gap has fallen where it is above": (FALLEN, "rules", "transition", "(gap < fall * peak)", "(gap > fall * peak)"),
     "the wait is not kept": (WAITING, "rules", "transition", "step + wait.to(tl.int64)", "step"),
-    "a sample that is done goes on": (steps, "weight_decision", "place", "goes = k <= end", "goes = k >= 0"),
+    "a sample that is done goes on": (steps, "weight_decision", "place", "active = k <= end", "active = k >= 0"),
     "a sample goes past its own last row": (steps, "weight_decision", "place", "tl.load(last + sample)", "tl.load(last)"),
 }
 
@@ -54,7 +60,7 @@ def test_a_broken_kernel_is_found(name):
 
 @pytest.mark.parametrize("check", [steps, KNOWN, WAITING, FALLEN, gaps])
 def test_the_whole_kernel_passes(check):
-    with mutant("weight_decision", "place", "goes = k <= end", "goes = k <= end"):
+    with mutant("weight_decision", "place", "active = k <= end", "active = k <= end"):
         check()
 
 

@@ -81,11 +81,7 @@ def evaluate(
     the end. Raises ValueError, before any work, for no method, an unknown one, a named one that does not suit the sampler, a
     bad number, or a folder that holds another run.
     """
-    for name, value in (("seeds", seeds), ("batch_size", batch_size), ("limit", 1 if limit is None else limit)):
-        checks.at_least_one(name, value)
-    if methods is not None and not methods:
-        raise ValueError("methods must name at least one")
-    checks.at_least("first_seed", first_seed, 0)
+    _check(methods, seeds, limit, batch_size, first_seed)
     own = own_methods(methods or ())
     every = prompts(scenario)
     measure = Measure(scenario, every)
@@ -123,6 +119,14 @@ def evaluate(
     if failed:
         raise Incomplete(failed, rows)
     return rows
+
+
+def _check(methods: Sequence[str] | None, seeds: int, limit: int | None, batch_size: int, first_seed: int) -> None:
+    for name, value in (("seeds", seeds), ("batch_size", batch_size), ("limit", 1 if limit is None else limit)):
+        checks.at_least_one(name, value)
+    if methods is not None and not methods:
+        raise ValueError("methods must name at least one")
+    checks.at_least("first_seed", first_seed, 0)
 
 
 def _tasks(methods: Iterable[str], groups: Mapping[str, Sequence[Prompt]], seeds: Iterable[int]) -> list[Task]:

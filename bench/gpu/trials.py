@@ -48,7 +48,7 @@ TOOLS = ("racecheck", "gsan", "memcheck", "overflow")
 SANITIZED = {f"{check}, {tool}": (check, tool) for tool in TOOLS for check in ("guide", "batches")}
 FOUND = 99  # what compute-sanitizer exits with where it has found something
 # Our kernels alone, and no failed calls of the driver's: libraries ask it for what may not be there, and go on.
-KERNELS = ("guide_kernel", "step_kernel", "tile_kernel", "books_kernel", "sums_kernel", "gap_kernel")
+KERNELS = ("guide_kernel", "step_kernel", "tile_kernel", "record_kernel", "sums_kernel", "gap_kernel")
 OURS = [f"--kernel-name=kernel_substring={kernel}" for kernel in KERNELS]
 WATCH = ["--error-exitcode", str(FOUND), "--report-api-errors", "no", *OURS]
 LIMITS = {False: {"check": 900, "bench": 4 * 3600}, True: {"check": 60, "bench": 150}}  # seconds, by whether time is short

@@ -18,7 +18,7 @@ from basinescape.kernels.dispatch import jit
 KERNELS = {
     "sums": ("sums_kernel", "gap_kernel"),
     "guide": ("guide_kernel",),
-    "weight_decision": ("books_kernel",),
+    "weight_decision": ("record_kernel",),
     "step": ("step_kernel", "tile_kernel"),
 }
 JITTED = {
@@ -26,7 +26,7 @@ JITTED = {
     "rules": ("guided_prediction", "transition", "combined"),
     "sums": ("sums_of", "added", "total", "total_gap", "total_sums", *KERNELS["sums"]),
     "guide": KERNELS["guide"],
-    "weight_decision": ("place", "look", "factors", "noted", *KERNELS["weight_decision"]),
+    "weight_decision": ("place", "find_transition", "factors", "record", *KERNELS["weight_decision"]),
     "step": ("mixed", "finish", *KERNELS["step"]),
 }
 

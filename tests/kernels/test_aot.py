@@ -39,15 +39,15 @@ def report(tmp_path_factory):
 def test_report_covers_every_kernel(report):
     seen = {(row["kernel"], row["target"], row["dtype"]) for row in report}
     kernels = "guide", "guide, rule", "noise_gap", "step", "step, first minimum", "step, rule"
-    kernels = *kernels, "sums", "sums, rule", "gap", "books", "books, first minimum"
+    kernels = *kernels, "sums", "sums, rule", "gap", "record", "record, first minimum"
     for one in ("step, one prediction", "guide_step, one prediction"):
-        kernels = *kernels, one, f"books of {one}"
+        kernels = *kernels, one, f"record of {one}"
     assert seen == {(kernel, *case) for kernel in kernels for case in ASKED}
 
 
 def narrow(kernel):
     """Whether it loads numbers of a sample alone, one at a time: with one prediction there are no sums to add up."""
-    return kernel.startswith("books of")
+    return kernel.startswith("record of")
 
 
 def test_loads_are_16_bytes_and_nothing_spills(report):
@@ -129,7 +129,7 @@ def sanitized(options, found):
 def test_overflows_of_32_bit_numbers_are_looked_for():
     """With TRITON_DEBUG=1: programs of large samples are counted, and their sums walked through, in 32 bits."""
     checked = sanitized({"debug": True, "sanitize_overflow": True}, "'__assertfail' in made['ptx']")
-    assert {name for name, _, found in checked if found == "True"} >= {"gap", "books", "sums, rule", "guide, rule"}
+    assert {name for name, _, found in checked if found == "True"} >= {"gap", "record", "sums, rule", "guide, rule"}
 
 
 @pytest.mark.skipif(GSAN is None, reason="Triton has GSan from 3.8 on")

@@ -150,7 +150,7 @@ def test_addresses_beyond_32_bits(shape):
         whole = {"uncond", "cond", "model_input"} & found.keys()  # what the halves of a batch lie in
         assert {found[name] for name in whole} <= {(edge[0], 2 * batch * size - 1)}
         assert {found[name] for name in {"unscaled", "history", "guided"} & found.keys()} <= {edge}
-        assert whole or launch.kernel.__name__ in ("books_kernel", "gap_kernel")
+        assert whole or launch.kernel.__name__ in ("record_kernel", "gap_kernel")
 
 
 STRIDED = {"layout": "chunked"}
@@ -175,7 +175,7 @@ MUTANTS = {  # what is broken, what it is found by, the run that finds it, and t
         "sample * tiles, tl.sum",
     ),
     "a sum is not stored": (None, {}, "sums", "sums_kernel", "tl.store(partials + sample * tiles + tile, tl.sum", "(0, tl.sum"),
-    "tiles keep the books": (
+    "tiles record the state": (
         "race",
         {},
         "step",
@@ -183,11 +183,11 @@ MUTANTS = {  # what is broken, what it is found by, the run that finds it, and t
         "    by = sample",
         "    tl.store(at + sample, left)\n    by = sample",
     ),
-    "the books are kept of the next sample": (
+    "the state of the next sample is recorded": (
         "oob_write",
         {},
         "weight_decision",
-        "noted",
+        "record",
         "tl.store(at + sample",
         "tl.store(at + 2 * batch + sample + 1",
     ),
