@@ -1,4 +1,4 @@
-"""The files of a run: one an image, or shards that hold many.
+"""The files of a run: one an image (formats in `image_encoding.PICTURES`), or shards that hold many (`shards.SHARDS`).
 
 A file is whole before the manifest names it, and has the same bytes whether or not the run was stopped on the way. A shard
 holds the images of a fixed range of positions, in their order. It is written when the next image is of another shard, and again

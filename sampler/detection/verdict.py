@@ -1,4 +1,7 @@
-"""Verdicts on finished pictures, given as latents or as pictures of any sizes, which the autoencoder encodes."""
+"""Verdicts on finished pictures, given as latents or as pictures of any sizes, which the autoencoder encodes.
+
+`basin_score` has the score and says what is suspect; `guidance.guard` has the thresholds without a calibration.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The step table, which is made before the first step and holds all numbers that the steps read."""
+"""The step table, which is made before the first step and holds all numbers that the steps read.
+
+A table may be as long as a schedule is. In bulk runs, samples share a batch while their tables together have at most
+`slots.ROWS` rows and each at most `slots.STEPS` steps; a longer table gets a batch of its own.
+"""
 
 from __future__ import annotations
 
