@@ -94,14 +94,14 @@ class Autoencoding:
 
         run: takes values and the generators of these samples.
         """
-        vae = self.pipe.vae
-        upcast = self.upcasts and vae.dtype == torch.float16 and vae.config.force_upcast
+        vae, dtype = self.pipe.vae, self.pipe.vae.dtype  # diffusers walks through all parameters each time
+        upcast = self.upcasts and dtype == torch.float16 and vae.config.force_upcast
         with in_float32([vae]) if upcast else nullcontext():
-            made = run(values.to(vae.dtype), generators)
+            made = run(values.to(torch.float32 if upcast else dtype), generators)
         again = _finite(values) & ~_finite(made)
-        if vae.dtype in HALF and again.any():
+        if dtype in HALF and again.any():
             if not self._overflowed:
-                log.warning("the autoencoder overflows in %s: it takes such pictures again in float32", vae.dtype)
+                log.warning("the autoencoder overflows in %s: it takes such pictures again in float32", dtype)
                 self._overflowed = True
             own = None if generators is None else [generators[i] for i in again.nonzero()[:, 0].tolist()]
             with in_float32([vae]):

@@ -260,7 +260,8 @@ class Model(Autoencoding):
 
     def _cast(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move all tensors to the network's device, and floating point tensors to its dtype."""
-        return tree_map_only(Tensor, lambda x: x.to(self.device, self.net.dtype if x.is_floating_point() else x.dtype), inputs)
+        device, dtype = self.device, self.net.dtype
+        return tree_map_only(Tensor, lambda x: x.to(device, dtype if x.is_floating_point() else x.dtype), inputs)
 
     def network(self, encoded: Encoded, plain: bool = False) -> PromptedNetwork:
         """Return the fastest network for `encoded`. plain: one that takes its inputs exactly as `encode` returns them."""
