@@ -1,7 +1,8 @@
 """`escape(pipe, guidance)`: the guidance inside a stock diffusers pipeline, which goes on as it is.
 
-A forward hook on the network replaces both predictions by the guided one, m, before the pipeline combines them as it always
-does: m + s (m - m) = m, whatever its scale s. All else (LoRA, adapters, offload, schedulers, callbacks) stays the pipeline's.
+`EscapeRun` gives the pipeline a class of its own, whose calls are `pipeline_call.PipelineCall`. There a forward hook on the
+network replaces both predictions by the guided one, m, before the pipeline combines them as it always does: m + s (m - m) = m,
+whatever its scale s. All else (LoRA, adapters, offload, schedulers, callbacks) stays the pipeline's.
 Under a guard the pipeline is called again, as a whole, while any of its pictures looks like a copy.
 """
 
