@@ -192,7 +192,7 @@ class EscapeRun:
         return None if self._verdict is None else self._verdict.suspect
 
     def judge(self, threshold: float = THRESHOLD, probes: int = PROBES) -> Verdict:
-        """Judge the pictures of the last call: `score` and `suspect` are this verdict's then. See `escape.judge`.
+        """Judge the pictures of the last call: `score` and `suspect` are this verdict's then. See `own_loop.judge`.
 
         Raises ValueError before a call, after one that was stopped or failed, and for pictures that cannot be judged.
         """

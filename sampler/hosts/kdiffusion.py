@@ -121,7 +121,7 @@ class EscapeDenoiser:
         flow: bool = False,
         **model_kwargs: Any,
     ) -> Verdict:
-        """Whether finished latents x0 (B, ...), as a sampler returned them, look like copies; see `escape.judge`.
+        """Whether finished latents x0 (B, ...), as a sampler returned them, look like copies; see `own_loop.judge`.
 
         cond, uncond, model_kwargs: as in a call. flow: the model denoises (1 - sigma) x0 + sigma noise, not x0 + sigma noise.
         """

@@ -118,7 +118,7 @@ class BasinEscapeGuidance(BaseGuidance):
         threshold: float = THRESHOLD,
         probes: int = PROBES,
     ) -> Verdict:
-        """Whether the pictures of the last run look like copies; see `escape.judge`.
+        """Whether the pictures of the last run look like copies; see `own_loop.judge`.
 
         latents: (B, ...) of them, as the network takes them (packed, where it takes them so). scheduler: the pipeline's.
 

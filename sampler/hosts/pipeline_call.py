@@ -109,7 +109,7 @@ class PipelineCall:
         return bool(vars(self.pipe).get("_interrupt", False))
 
     def judge(self, threshold: float, probes: int, latents: Tensor | None) -> Verdict:
-        """The verdict on these latents (B, ...), made by this call or one with the same prompts; see `escape.judge`.
+        """The verdict on these latents (B, ...), made by this call or one with the same prompts; see `own_loop.judge`.
 
         Raises ValueError where the pictures cannot be judged.
         """
