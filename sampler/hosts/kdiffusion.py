@@ -43,10 +43,11 @@ class EscapeDenoiser:
               model's own `get_scalings`, and without one those of a noise prediction, (1, -sigma).
 
     Guidance combines what the network returned, so that noise gaps and thresholds are those of every other host; timesteps are
-    the model's own (`sigma_to_t`), or those at which Stable Diffusion has the same ratio of noise to data. A run begins with
-    the first call and wherever sigma does not fall. `run` is the last run's `Escape`. Nothing tells it that a run ends, so it
-    does not say whose transition never came: `transition_step` does, -1. It cannot begin a sample again: `judge` says which
-    finished pictures look like copies.
+    the model's own (`sigma_to_t`), or those at which Stable Diffusion has the same ratio of noise to data (a flow model needs
+    `sigma_to_t`). A run begins with the first call and wherever sigma does not fall, except where a sampler of k-diffusion adds
+    noise in the middle of a run (s_churn with s_tmax). `run` is the last run's `Escape`; set it to None after a run that was
+    stopped. Nothing tells it that a run ends, so it does not say whose transition never came: `transition_step` does, -1. It
+    cannot begin a sample again: `judge` says which finished pictures look like copies.
 
     Raises ValueError for arguments that are not as described, for guidance that needs a loop that can go back, and in a run of
     k-diffusion's for a sampler of another order, and dpm_fast and dpm_adaptive, whose steps differ in their number of calls.
@@ -82,7 +83,7 @@ class EscapeDenoiser:
             raise ValueError(f"sigma must be the same for all samples, got {low:g} to {high:g}")
         if "cond_scale" in model_kwargs:
             raise ValueError(f"cond_scale is {model_kwargs['cond_scale']!r}, and the guidance has its own scale: leave it out")
-        if self.run is None or high >= self._sigma or self.run.batch != len(x):
+        if self.run is None or self.run.batch != len(x) or (high >= self._sigma and not _adds_noise()):
             self._check_sampler()
             step = [k // self.order for k in range(self.steps * self.order)]
             self.run = Escape(self.guidance, self.steps, len(x), x.device, step)
@@ -101,7 +102,7 @@ class EscapeDenoiser:
 
     def _check_sampler(self) -> None:
         """Raise ValueError for a sampler of k-diffusion whose calls are not those that the denoiser was told of."""
-        for name in [frame.function for frame in inspect.stack(context=0)]:
+        for name in [call.function for call in inspect.stack(context=0)]:
             if name in UNEVEN:
                 raise ValueError(f"{name} differs in its calls from step to step: use a sampler that does not")
             if CALLS.get(name, self.order) != self.order:
@@ -164,3 +165,9 @@ class EscapeDenoiser:
             return guidance
         sigma = math.exp(-until.log_snr / 2) * getattr(self.inner_model, "sigma_data", 1.0)
         return replace(guidance, until=At(timestep=min(timestep(self.inner_model, sigma), 1000.0)))
+
+
+def _adds_noise() -> bool:
+    """Whether a sampler of k-diffusion that calls the model has just added noise (its `gamma`) after its first step (`i`)."""
+    samplers = [call.frame.f_locals for call in inspect.stack(context=0) if call.function in CALLS]
+    return any(own.get("gamma", 0.0) > 0 and own.get("i", 0) > 0 for own in samplers)

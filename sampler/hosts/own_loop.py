@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import gt
 
 import torch
 from diffusers import SchedulerMixin
@@ -23,7 +24,7 @@ from ..detection.verdict import Verdict
 from ..guidance.guard import PROBES, THRESHOLD, Guard
 from ..guidance.guidance import Guidance, first_of_step, never_came
 from ..kernels import guide_step
-from ..kernels.operands import is_dense
+from ..kernels.operands import check_tensor, is_dense
 from ..kernels.state import Latents, State, TransitionState, Workspace
 from ..kernels.table import Column
 from ..sampling.gap_statistics import GapStatistics
@@ -66,11 +67,11 @@ class Escape:
         self.timesteps = _levels(timesteps) if count is None else [math.nan] * checks.at_least_one("timesteps", count)
         self.guidance = [one.over(self.timesteps, _log_snrs(log_snrs, len(self.timesteps))) for one in given]
         self._step = torch.arange(len(self.timesteps)) if step is None else torch.as_tensor(step, dtype=torch.int64).cpu()
-        if not set(self._step.tolist()) <= set(range(len(self.timesteps))):
+        if self._step.unique_consecutive().tolist() != list(range(len(self.timesteps))):
             raise ValueError(f"step must count the {len(self.timesteps)} timesteps from 0, got {self._step.tolist()}")
         self._first = first_of_step(self._step)
         if not self._timed_by_call:
-            self._check_known(self.timesteps)
+            self._check_timesteps(self.timesteps, begins=True)
         self._distinct = list(dict.fromkeys(self.guidance))
         self._finds = any(looks_for_transition(laid) for laid in self._columns())
         self._table = self._rows().to(self.device)
@@ -93,18 +94,18 @@ class Escape:
 
         Raises ValueError for predictions that do not match, a call too many, and a timestep that is missing.
         """
-        if self.done:
-            raise ValueError(f"the run has {self.calls} calls of the network, and all are done: make another Escape")
+        check_tensor("uncond", uncond)
+        check_tensor("cond", uncond if cond is None else cond)
         if len(uncond) != self.batch:
             raise ValueError(f"uncond has {len(uncond)} samples; the run was made for {self.batch}")
         if cond is None and self.branch(timestep) == "both":
             raise ValueError("cond is None, and this call needs both predictions")
-        if self._timed_by_call:
-            self._note_timestep(timestep)
+        self._begin_call(timestep)
         if not (is_dense(uncond) and (cond is None or (is_dense(cond) and uncond.stride()[1:] == cond.stride()[1:]))):
             uncond, cond = uncond.contiguous(), None if cond is None else cond.contiguous()
-        if self._state is None:
-            self._state = self._beside(uncond, dtype or uncond.dtype)
+        dtype = uncond.dtype if dtype is None else checks.dtype(dtype, uncond.device)
+        if self._state is None or self._state.latents.x.dtype != dtype:
+            self._state = self._beside(uncond, dtype)
         if cond is not None:
             self._statistics.ask(uncond, cond, self._table, self._transition)
         guided = guide_step(uncond, cond, self._table, self._state, self._finds, self.guidance[0].rule)
@@ -117,8 +118,7 @@ class Escape:
 
         timestep: as in that call. Raises ValueError where it is missing.
         """
-        if self._timed_by_call:
-            self._note_timestep(timestep)
+        self._begin_call(timestep)
         needed = {branches(laid)[self.calls] for laid in self._columns()}
         return needed.pop() if len(needed) == 1 else "both"
 
@@ -170,23 +170,35 @@ class Escape:
         """The columns of each distinct guidance, laid over the calls."""
         return [one.calls(self.timesteps, self._step, self._first) for one in self._distinct]
 
-    def _note_timestep(self, timestep: float | None) -> None:
-        """Take the timestep of this call as that of its step, if the call is the step's first, and lay the guidance over it."""
+    def _begin_call(self, timestep: float | None) -> None:
+        """Take the timestep of the next call as that of its step, if the call is the step's first, and lay the guidance over it.
+
+        Raises ValueError if all calls are done.
+        """
+        if self.done:
+            raise ValueError(f"the run has {self.calls} calls of the network, and all are done: make another Escape")
         k = int(self._step[self.calls])
-        if not self._first[self.calls] or self.timesteps[k] == timestep:
+        if not self._timed_by_call or not self._first[self.calls]:
             return
-        level = math.nan if timestep is None else _levels([float(timestep)])[0]
-        self._check_known([level])
+        level = math.nan if timestep is None else _levels([timestep])[0]
+        if self.timesteps[k] == level:
+            return
+        self._check_timesteps([level], begins=k == 0)
         self.timesteps[k] = level
         if any(one.timed for one in self._distinct):
             self._table.copy_(self._rows())
 
-    def _check_known(self, levels: Sequence[float]) -> None:
+    def _check_timesteps(self, levels: Sequence[float], begins: bool) -> None:
+        """Raise ValueError where guidance asks for timesteps and these are not known, rise, or begin a run at 1 or below."""
         for one in self.guidance:
             if one.timed and any(map(math.isnan, levels)):
                 raise ValueError(
                     f"guidance {one!r} asks for timesteps in 0..1000, and they are not known: give them, or use "
                     "FirstMinimum(), or a factor for each step"
+                )
+            if one.timed and (any(map(gt, levels[1:], levels)) or (begins and len(self.timesteps) > 1 and levels[0] <= 1)):
+                raise ValueError(
+                    f"guidance {one!r} asks for timesteps that fall, in 0..1000 (a flow's t times 1000), got {list(levels)}"
                 )
 
     def _beside(self, uncond: Tensor, dtype: torch.dtype) -> State:
@@ -227,7 +239,10 @@ def each(guidance: Guidance | Guard | Sequence[Guidance | Guard], batch: int | N
 
 def _levels(timesteps: Sequence[float] | Tensor | int) -> list[float]:
     """As numbers; ValueError where they are none, or out of range."""
-    found = torch.as_tensor(timesteps, dtype=torch.float64).cpu()
+    try:
+        found = torch.as_tensor(timesteps, dtype=torch.float64).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(0)
     if found.ndim != 1 or not len(found) or bool(((found < -1) | (found > 1001)).any()):
         raise ValueError(f"timesteps must be one or more numbers in 0..1000, or how many there are; got {timesteps!r}")
     return found.tolist()
@@ -240,6 +255,8 @@ def _log_snrs(given: Sequence[float] | Tensor | None, steps: int) -> list[float]
     found = torch.as_tensor(given, dtype=torch.float64).cpu()
     if found.shape != (steps,):
         raise ValueError(f"log_snrs must be one for each of {steps} steps, got {tuple(found.shape)}")
+    if bool((found.diff() < 0).any()):
+        raise ValueError(f"log_snrs must rise from step to step, got {found.tolist()}")
     return found.tolist()
 
 
@@ -264,6 +281,11 @@ def judge(
 
     Raises ValueError for arguments that are not as described, and for a scheduler whose noise levels are not known.
     """
+    check_tensor("latents", latents)
+    if not latents.is_floating_point():
+        raise ValueError(f"latents are {latents.dtype}; they must be numbers with a fraction, as before decoding")
+    if not isinstance(scheduler, (SchedulerMixin, basin_score.Probe)):
+        raise ValueError(f"scheduler must be a scheduler of diffusers or a Probe, got {scheduler!r}")
     seeds, threshold = checks.seeds(seeds, len(latents)), checks.finite("threshold", threshold)
     probe = scheduler if isinstance(scheduler, basin_score.Probe) else basin_score.Probe.of(scheduler)
     score = basin_score.scores(predict, probe, latents, seeds, checks.at_least_one("probes", probes))

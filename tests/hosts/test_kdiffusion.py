@@ -279,6 +279,27 @@ def test_a_run_begins_where_sigma_rises(kd):
     assert torch.equal(sampled(kd, "euler", model, denoiser), first) and denoiser.run is not run
 
 
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm_2"])
+@pytest.mark.parametrize("guidance", [MINIMUM, Guidance.delayed(4.0, until=At(log_snr=-1.0))], ids=["first minimum", "at"])
+def test_noise_that_a_sampler_adds_in_the_middle_begins_no_run(kd, name, guidance):
+    """s_churn raises sigma where it begins: at s_tmax, here from one step to the next."""
+    model, sigmas = kd[1].CompVisDenoiser(Toy()), kd[0].get_sigmas_karras(4 * STEPS, 0.1, 10.0)
+    x, uncond, cond = given()
+    denoiser, seen = EscapeDenoiser(model, guidance, order=SAMPLERS[name]), []
+
+    def watched(x, sigma, **conditions):
+        seen.append(sigma[0].item())
+        return denoiser(x, sigma, **conditions)
+
+    how = {"extra_args": {"cond": cond, "uncond": uncond}, "disable": True, "s_churn": 40.0, "s_tmax": 5.0}
+    for _ in range(2):
+        getattr(kd[0], f"sample_{name}")(watched, 10 * x, sigmas, **how)
+        firsts = seen[:: SAMPLERS[name]]
+        assert any(b > a for a, b in zip(firsts, firsts[1:], strict=False))
+        assert denoiser.run.calls == len(seen) and denoiser.noise_gap.shape == (BATCH, 4 * STEPS)
+        seen.clear()
+
+
 def test_what_it_cannot_do_is_one_line(kd):
     model, x = kd[1].CompVisDenoiser(Toy()), given()[0]
     for guidance in (Guidance.cfg(4.0, shape=(1.0,) * STEPS), Guidance.delayed(4.0, until=Settled((1.0,) * STEPS))):
