@@ -16,7 +16,7 @@ from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor
 
 from ..detection.verdict import Verdict
-from ..guidance.guard import PROBES, THRESHOLD, Guard
+from ..guidance.guard import PROBES, THRESHOLD
 from ..guidance.guidance import Guidance
 from ..kernels.state import per_sample
 from ..types import Branch
@@ -49,8 +49,8 @@ class BasinEscapeGuidance(BaseGuidance):
 
     def __init__(self, guidance: Guidance | Mapping | Sequence[Guidance | Mapping], enabled: bool = True):
         super().__init__(enabled=enabled)
-        self._shared = isinstance(guidance, (Guidance, Guard, Mapping))
-        given: list[Any] = [guidance] if isinstance(guidance, (Guidance, Guard, Mapping)) else list(guidance)
+        self._shared = not isinstance(guidance, Sequence)
+        given: list[Any] = list(guidance) if isinstance(guidance, Sequence) else [guidance]
         self.guidance = each([Guidance.from_dict(one) if isinstance(one, Mapping) else one for one in given])
         for one in self.guidance:
             one.over([], None)  # raises for a transition by log SNR, which a guider is not told
@@ -101,11 +101,9 @@ class BasinEscapeGuidance(BaseGuidance):
         if self._enabled and name not in self._network_calls:
             self._hooks.enter_context(seen(denoiser, partial(self._keep, name)))
 
-    def cleanup_models(self, denoiser: Any) -> None:
-        super().cleanup_models(denoiser)
-        self._hooks.close()
-
     def _keep(self, name: str, call: NetworkCall, output: Any) -> Any:
+        """Keep the network's next call alone, also where the one that was prepared has failed."""
+        self._hooks.close()
         self._network_calls[name] = call.kept(float(self._timestep))
         self._raw[name] = stacked(output[0]).clone()
         return output

@@ -255,8 +255,6 @@ def _log_snrs(given: Sequence[float] | Tensor | None, steps: int) -> list[float]
     found = torch.as_tensor(given, dtype=torch.float64).cpu()
     if found.shape != (steps,):
         raise ValueError(f"log_snrs must be one for each of {steps} steps, got {tuple(found.shape)}")
-    if bool((found.diff() < 0).any()):
-        raise ValueError(f"log_snrs must rise from step to step, got {found.tolist()}")
     return found.tolist()
 
 

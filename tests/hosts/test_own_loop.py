@@ -219,7 +219,7 @@ GUARD = Guidance.guard(4.0)
         (r"timesteps must be one or more numbers in 0\.\.1000.*got 'all'", {"timesteps": "all"}),
         (r"asks for timesteps that fall, in 0\.\.1000", {"timesteps": LEVELS[::-1]}),
         (r"asks for timesteps that fall, in 0\.\.1000 \(a flow's t times 1000\)", {"timesteps": torch.linspace(1, 0.1, STEPS)}),
-        ("log_snrs must rise", {"log_snrs": LEVELS}),
+        ("asks for steps whose log SNRs rise", {"log_snrs": LEVELS, "guidance": Guidance.delayed(7.5, until=At(log_snr=-1.0))}),
         ("step must count the 8 timesteps", {"step": [0, 8]}),
         ("step must count the 8 timesteps", {"step": [0, 1]}),
         ("step must count the 8 timesteps", {"step": range(STEPS)[::-1]}),
