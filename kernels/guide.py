@@ -168,7 +168,7 @@ def _guide(
         guide_eager(uncond, cond, weight, (guided, gap), RULES[rule], (first, second))
 
 
-torch.library.impl("basinescape::guide", ("cpu", "cuda"), _guide)
+torch.library.impl("basinescape::guide", "default", _guide)
 
 
 @torch.no_grad()

@@ -43,11 +43,12 @@ def arranged(prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def is_dense(x: torch.Tensor) -> bool:
     """Whether each sample is dense in memory, with nothing skipped."""
-    expected = 1
-    for stride, size in sorted(_layout(x)):
-        if stride != expected:
+    layout, expected = _layout(x), 1
+    for _ in layout:  # torch.compile cannot sort sizes that vary
+        found = [size for stride, size in layout if stride == expected]
+        if len(found) != 1:
             return False
-        expected *= size
+        expected *= found[0]
     return True
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from operator import gt
+from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
@@ -237,10 +238,15 @@ def each(guidance: Guidance | Guard | Sequence[Guidance | Guard], batch: int | N
     return found
 
 
+def _doubles(given: Any) -> Tensor:
+    """In float64 on the CPU; some devices have no float64."""
+    return torch.as_tensor(given.cpu() if isinstance(given, Tensor) else given, dtype=torch.float64)
+
+
 def _levels(timesteps: Sequence[float] | Tensor | int) -> list[float]:
     """As numbers; ValueError where they are none, or out of range."""
     try:
-        found = torch.as_tensor(timesteps, dtype=torch.float64).cpu()
+        found = _doubles(timesteps)
     except (TypeError, ValueError, RuntimeError):
         found = torch.empty(0)
     if found.ndim != 1 or not len(found) or bool(((found < -1) | (found > 1001)).any()):
@@ -252,7 +258,7 @@ def _log_snrs(given: Sequence[float] | Tensor | None, steps: int) -> list[float]
     """As numbers; ValueError where they are not one a step."""
     if given is None:
         return None
-    found = torch.as_tensor(given, dtype=torch.float64).cpu()
+    found = _doubles(given)
     if found.shape != (steps,):
         raise ValueError(f"log_snrs must be one for each of {steps} steps, got {tuple(found.shape)}")
     return found.tolist()
