@@ -281,7 +281,13 @@ class Sampler:
         """A copy of the sampler that samples from `wrap(network)`, where `network` holds each call's encoded prompts.
 
         For methods that change the network or the prompts. Such a network is not captured, and a call with it takes no guard.
+
+        Raises ValueError for what is no function, and if the sampler is wrapped already.
         """
+        if not callable(wrap):
+            raise ValueError(f"wrap must be a function of a network, got {wrap!r}")
+        if self.wrap is not None:
+            raise ValueError(f"the sampler samples from {self.wrap!r} already: wrap the sampler that it was made from")
         other = copy.copy(self)
         other.wrap = wrap
         return other

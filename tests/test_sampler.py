@@ -170,6 +170,15 @@ def test_the_loop_adds_nothing_of_the_batch(small, scheduler):
     torch.testing.assert_close(alone.noise_gap[0], batch.noise_gap[2], rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_second_wrap_does_not_replace_the_first_in_silence(small):
+    sampler = Sampler.from_pipeline(small)
+    with pytest.raises(ValueError, match="wrap must be a function of a network, got None"):
+        sampler.wrapped(None)
+    with pytest.raises(ValueError, match="samples from .*one_by_one.* already"):
+        sampler.wrapped(one_by_one).wrapped(lambda network: network)
+    sampler.wrapped(lambda network: network)
+
+
 def test_a_branch_nobody_needs_is_not_run(pipe):
     rows = []
     hook = pipe.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
