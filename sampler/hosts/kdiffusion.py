@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,8 +76,8 @@ class EscapeDenoiser:
     def __call__(self, x: Tensor, sigma: Tensor, cond: Any, uncond: Any, **model_kwargs: Any) -> Tensor:
         """The denoised prediction (B, ...) of x (B, ...) at sigma (B,), the same for all samples.
 
-        cond, uncond: what the model takes as `cond`: a tensor (B, ...), or lists or dicts of such. Where both are of one shape
-                      and nothing else is passed, the model is called once, on both.
+        cond, uncond: what the model takes as `cond`. Where both are tensors (B, ...) of one shape, or lists or dicts of such, and
+                      nothing else is passed, the model is called once, on both.
         """
         low, high = torch.stack(sigma.aminmax()).tolist()
         if low != high:
@@ -151,7 +152,7 @@ class EscapeDenoiser:
     def _both(self, x: Tensor, sigma: Tensor, uncond: Any, cond: Any, model_kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(unconditional, conditional) denoised predictions."""
         (first, form), (second, other) = tree_flatten(uncond), tree_flatten(cond)
-        if model_kwargs or form != other or any(a.shape != b.shape for a, b in zip(first, second, strict=True)):
+        if model_kwargs or form != other or not all(map(partial(_of_samples, len(x)), first, second)):
             without, made = (self.inner_model(x, sigma, cond=one, **model_kwargs) for one in (uncond, cond))
             return without, made
         doubled = tree_unflatten([torch.cat(pair) for pair in zip(first, second, strict=True)], form)
@@ -165,6 +166,11 @@ class EscapeDenoiser:
             return guidance
         sigma = math.exp(-until.log_snr / 2) * getattr(self.inner_model, "sigma_data", 1.0)
         return replace(guidance, until=At(timestep=min(timestep(self.inner_model, sigma), 1000.0)))
+
+
+def _of_samples(count: int, one: Any, other: Any) -> bool:
+    """Whether both are tensors (count, ...) of one shape."""
+    return isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape and one.shape[:1] == (count,)
 
 
 def _adds_noise() -> bool:

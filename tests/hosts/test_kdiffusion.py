@@ -279,6 +279,25 @@ def test_a_run_begins_where_sigma_rises(kd):
     assert torch.equal(sampled(kd, "euler", model, denoiser), first) and denoiser.run is not run
 
 
+@pytest.mark.parametrize(
+    "told", [{"mask": None}, {"mask": "left"}, {"mask": torch.ones(3)}, {"mask": torch.ones(1, 3)}], ids=str
+)
+def test_what_is_not_of_the_samples_is_not_joined(told):
+    """Without it the model would get a mask of twice the length, or none at all."""
+    asked = []
+
+    def model(x, sigma, cond):
+        asked.append(cond["mask"])
+        return x - sigma[:, None] * (cond["text"] + x)
+
+    x, text = torch.ones(BATCH, 3), torch.ones(BATCH, 3)
+    denoised = EscapeDenoiser(model, Guidance.cfg(3.0))(
+        x, torch.full((BATCH,), 2.0), {"text": text} | told, {"text": 0 * text} | told
+    )
+    assert torch.allclose(denoised, x - 2 * (3 + x))
+    assert len(asked) == 2 and all(one is told["mask"] for one in asked)
+
+
 @pytest.mark.parametrize("name", ["euler", "heun", "dpm_2"])
 @pytest.mark.parametrize("guidance", [MINIMUM, Guidance.delayed(4.0, until=At(log_snr=-1.0))], ids=["first minimum", "at"])
 def test_noise_that_a_sampler_adds_in_the_middle_begins_no_run(kd, name, guidance):
