@@ -119,10 +119,10 @@ class EscapeRun:
             return self._run(bound.arguments)
 
         own = {"__call__": call, "__module__": self._host.__module__}
-        pipe.__class__ = type(self._host.__name__, (_Escaping, self._host), own)
+        self._class = pipe.__class__ = type(self._host.__name__, (_Escaping, self._host), own)
 
     def __enter__(self) -> EscapeRun:
-        if self._host is type(self._pipe):
+        if type(self._pipe) is not self._class:
             raise ValueError("this run has been left, and guides nothing any more: call escape again")
         return self
 
@@ -136,7 +136,7 @@ class EscapeRun:
 
     def leave(self) -> None:
         """The pipeline is what it was before `escape`; what is known of its last call stays known."""
-        if self._host is not type(self._pipe):
+        if type(self._pipe) is self._class:
             self._pipe.__class__ = self._host
             vars(self._pipe).update(self._before)
 
