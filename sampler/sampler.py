@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from .detection import verdict
 from .detection.verdict import Verdict
 from .guidance.guard import PROBES, THRESHOLD, Guard
 from .guidance.guidance import Guidance
-from .models.fingerprint import another_model
+from .models.fingerprint import another_model, digest
 from .runs.environment import own_numbers
 from .runs.provenance import settings_of
 from .sampling import callbacks
@@ -59,6 +59,7 @@ class Sampler:
         self._size: tuple[int | None, int | None] = (None, None)
         self.options: dict[str, Any] = {}  # defaults of every call, see `using`
         self._guard: Guard | None = None  # the last guard whose calibration was compared with the model
+        self._other_models: set[str] = set()  # digests of the fingerprints that were warned of
 
     def __repr__(self) -> str:
         dtype = str(self.model.dtype).removeprefix("torch.")
@@ -211,7 +212,7 @@ class Sampler:
                 callback_on_step_end,
                 self.wrap is not None,
             )
-            self._compare(guidance)
+            self.compare(guidance)
             made = self.runner.sampled(call, self.solver(call.schedule, *size, **options), progress)
             self.pipe.maybe_free_model_hooks()
         return Output.joined(made)
@@ -254,13 +255,22 @@ class Sampler:
             self.pipe.maybe_free_model_hooks()
         return judged
 
-    def _compare(self, guidance: Guidance | Guard) -> None:
-        """Log a warning, once for each guard, if it was calibrated on another model."""
-        if not isinstance(guidance, Guard) or guidance is self._guard:
-            return
-        self._guard = guidance
-        if other := another_model(guidance.model or {}, self.pipe):
+    def compare(self, guidance: Guidance | Guard) -> None:
+        """Log a warning if a guard was calibrated on another model; see `measured_on`."""
+        if isinstance(guidance, Guard) and guidance is not self._guard:
+            self._guard = guidance
+            self.measured_on(guidance.model or {})
+
+    def measured_on(self, model: Mapping[str, Any]) -> bool:
+        """Whether what was measured on the model with this `fingerprint` holds for this one; True for an empty fingerprint.
+
+        Logs a warning, once for each fingerprint, where it does not.
+        """
+        other = another_model(model, self.pipe)
+        if other and (key := digest(model)) not in self._other_models:
+            self._other_models.add(key)
             log.warning(other)
+        return not other
 
     @property
     def runner(self) -> Runner:

@@ -169,10 +169,8 @@ def _ordinary(given: str | Path | Sequence[str] | None, model: str) -> Sequence[
 
 
 def _runs(sampler: Sampler, settings: Settings, calibration: Calibration | None, progress: bool) -> PlainRuns:
-    """Return how captions are sampled. Raises ValueError for scale 0 or 1, at which steps make only one prediction."""
+    """Return how captions are sampled."""
     steps, scale = steps_and_scale(sampler, calibration, settings.steps, settings.scale)
-    if scale in (0, 1):
-        raise ValueError(f"scale is {scale:g}, at which a model is asked once a step: an audit compares two predictions")
     return PlainRuns(sampler, steps, scale, settings.batch_size or memory.batch_size(sampler.model, *sampler.size()), progress)
 
 

@@ -37,7 +37,8 @@ from .settings import Duplicates, Files, Placement, Recipe
 from .stop import Stop
 
 log = logging.getLogger(__name__)
-GROWING = ("prompts", "prompts_sha256", "named")  # settings that may differ in a run to which prompts were added
+# Settings that may differ in a run that goes on: prompts may be added, and `_grown` compares guidance.
+GROWING = ("prompts", "prompts_sha256", "guidance", "named")
 
 
 @own_numbers()
@@ -75,7 +76,7 @@ def generate(
     Raises ValueError, before any sampling: for bad settings; for a job that cannot be made, naming its place (with the prompts'
     on_error "skip" it is left out); for a folder that holds something else, a run of other settings, or a run of prompts that
     are not the first of these. Raises ImportError for a format whose library is missing, and OSError if the disk is full,
-    after which the run can be resumed.
+    after which the run can be resumed. Logs a warning for a guard that was calibrated on another model.
     """
     prompts = prompts if isinstance(prompts, Prompts) else Prompts(prompts)
     if files.copies is not None and placement.load is not None:
@@ -87,6 +88,8 @@ def generate(
     model = sampler.source if model is None else model
     plans = Plans(sampler, recipe, model)
     prompts.check(plans.of)
+    for guidance in (recipe.guidance, *recipe.named.values()):
+        sampler.compare(guidance)
     out = files.folder(out)
     writes = writer_of(out, files.settings())
     slots = _slots(out, placement, plans, prompts)
@@ -152,11 +155,18 @@ def _note(writes: Writer, duplicates: Duplicates) -> list[str]:
 
 
 def _grown(out: Path, settings: Mapping[str, Any], prompts: Prompts, known: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the settings differ from a folder's `known` ones only because prompts were added."""
-    before = known.get("named", {})
-    named = json.loads(json_bytes(settings.get("named", {})))  # as run.json reads back
-    now = {name: one for name, one in named.items() if name in before}
-    if said := differences({"named": before}, {"named": now}):
+    """Raises ValueError unless the settings differ from a folder's `known` ones only because prompts were added.
+
+    The model of a guard's calibration may differ: no picture depends on it, and earlier versions did not record it.
+    """
+
+    def decisive(guidance: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in guidance.items() if name != "model"}
+
+    now, before = json.loads(json_bytes(settings)), known.get("named", {})  # now: as run.json reads back
+    named = {name: decisive(one) for name, one in now.get("named", {}).items() if name in before}
+    there = {"guidance": decisive(known["guidance"]), "named": {name: decisive(one) for name, one in before.items()}}
+    if said := differences(there, {"guidance": decisive(now["guidance"]), "named": named}):
         raise ValueError(f"output folder {str(out)!r} holds another run ({said}): choose another")
     if known["prompts_sha256"] != prompts.sha256:
         grown(out, known, prompts)

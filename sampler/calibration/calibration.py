@@ -18,7 +18,6 @@ from ..guidance.early import EarlyLook
 from ..guidance.guard import RATE
 from ..guidance.transitions import Settled
 from ..models import located
-from ..models.fingerprint import another_model
 from ..runs.atomic import atomic_write
 from ..sampler import Sampler
 from .baseline import Baseline
@@ -120,7 +119,7 @@ class Calibration:
     def threshold(self, rate: float) -> float:
         """Return the basin score that an ordinary picture exceeds with a probability of at most `rate`; see `_conformal`.
 
-        Raises ValueError for a rate that needs more pictures.
+        Raises ValueError for a rate that is not between 0 and 1, or that needs more pictures.
         """
         return _conformal(self.scores, rate)
 
@@ -166,8 +165,7 @@ class Calibration:
 
     def made_on(self, sampler: Sampler) -> bool:
         """Whether it was made on the sampler's model and picture size. Logs a warning for each of the two that differs."""
-        if other := another_model(self.model, sampler.pipe):
-            log.warning(other)
+        same = sampler.measured_on(self.model)
         own, size = sampler.size(), tuple(self.settings.get("size", sampler.size()))
         if size != own:
             log.warning(
@@ -175,7 +173,7 @@ class Calibration:
                 "(--option height=%d --option width=%d)",
                 *(*size, *own, *own),
             )
-        return not other and size == own
+        return same and size == own
 
     def settled(self, **given: float) -> Settled:
         """The rule `Settled.over` the gaps that ordinary prompts have without guidance.
@@ -232,6 +230,8 @@ def _conformal(values: Sequence[float], rate: float) -> float:
 
     Split conformal prediction (Vovk et al.; Angelopoulos & Bates, https://arxiv.org/abs/2107.07511, section 1).
     """
+    if not 0 < checks.share("rate", rate) < 1:
+        raise ValueError(f"rate must be between 0 and 1, got {rate!r}")
     rank = math.ceil((len(values) + 1) * (1 - rate) - 1e-9)
     if rank > len(values):
         needed = math.ceil(1 / rate - 1 - 1e-9)

@@ -30,6 +30,7 @@ def judge(what: What, model: Model, verdicts: Verdicts) -> None:
     quieten()
     from .. import Sampler
     from ..auditing.set_verdicts import Settings, judge
+    from ..data.prompted import prompted
 
     if verdicts.threshold is not None and verdicts.rate is not None:
         raise ValueError("threshold and rate say the same: give one of the two")
@@ -47,12 +48,14 @@ def judge(what: What, model: Model, verdicts: Verdicts) -> None:
         given.pop("width", None),
         model.batch_size,
         what.on_error,
+        None if known is None else known.settings.get("size"),
     )
+    prompted(what.images, what.on_error)  # raises, before the model is loaded, if there are none
     sampler = Sampler.from_pretrained(source, scheduler=model_loading.scheduler_of(model.scheduler, known), **model.loading)
     sampler = sampler.using(**({} if known is None else known.settings.get("options", {})) | given)
     _compare(made, source, sampler)
     if enough is not None:
-        enough.made_on(sampler)
+        sampler.measured_on(enough.model)
     with going_on(what.out):
         rows = judge(sampler, what.images, what.out, settings, source, part, what.progress)
     _conclude(rows, what.out / f"shard-{part[0]}-of-{part[1]}" if part else what.out, source)
@@ -84,10 +87,16 @@ def _compare(made: dict[str, Any], source: str, sampler: Sampler) -> None:
     """Print a warning if another model made the run: compare weights, or names if dtypes differ or the weights are unknown."""
     from ..runs.provenance import weights_sha256
 
-    if "weights" in made and made.get("dtype") == sampler.provenance["dtype"]:
+    dtype = made.get("dtype")
+    if "weights" in made and dtype == sampler.provenance["dtype"]:
         same = made["weights"] == weights_sha256(sampler.pipe)
     else:
         same = Path(made.get("model", source)).name == Path(source).name
+        if same and dtype:
+            typer.echo(
+                f"the pictures were made in {dtype}, so only the model's name is compared; --dtype {dtype} compares weights",
+                err=True,
+            )
     if not same:
         typer.echo(
             f"{made.get('model')} made the pictures, and {source} judges them: scores mean nothing unless these are one model",

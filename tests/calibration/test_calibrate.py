@@ -143,10 +143,15 @@ def test_another_size_is_warned_of(calibration, sampler, caplog):
 
 
 def test_another_model_is_warned_of(calibration, random_pipeline, sampler, caplog):
+    """Once for each calibration, also of its guard."""
     assert calibration.fitted(sampler, STEPS) is calibration and not caplog.messages
     other = Sampler.from_pipeline(random_pipeline("sd", 16, "epsilon"), "ddim")
-    replace(calibration, timesteps=(), gap=()).fitted(other, STEPS)
+    (scores := replace(calibration, timesteps=(), gap=())).fitted(other, STEPS)
     assert len(caplog.messages) == 1 and "another model (its unet, text_encoder differ)" in caplog.text
+    other.using(width=16)(PROMPTS[0], 0, 2, Guidance.guard(7.5, scores, rate=0.4, later=0.2), progress=False)
+    assert caplog.text.count("another model") == 1
+    replace(calibration, model={"unet": calibration.model["unet"]}).made_on(other)
+    assert caplog.text.count("another model") == 2
 
 
 def test_gaps_are_interpolated_over_the_noise_level():
@@ -263,6 +268,7 @@ def test_the_command_writes_what_generate_finds(mine, monkeypatch, capsys):
         (("--out", "."), "must be a file"),
         (("--model", "owner/name"), "out must be given"),
         (("--steps", 0), "steps must be"),
+        (("--scale", 1), "scale is 1, at which the model makes one prediction a step"),
         (("--batch-size", 0), "batch_size must be"),
         (("--scheduler", "nope"), "scheduler must be"),
     ],

@@ -160,6 +160,17 @@ def test_it_survives_serialisation_and_its_repr(mixed):
         assert eval(repr(one), {**globals(), "Attempt": Attempt}) == one
 
 
+def test_the_model_of_its_calibration_is_written_and_read(mixed):
+    """What was written without it, as by earlier versions, is read."""
+    known = replace(mixed, model={"unet": {"form": "a", "sample": [1.0], "dtype": "float32"}})
+    written = json.loads(json.dumps(known.to_dict()))
+    assert Guidance.from_dict(written).model == known.model and "model" not in mixed.to_dict()
+    del written["model"]
+    assert Guidance.from_dict(written) == known and Guidance.from_dict(written).model is None
+    with pytest.raises(ValueError, match="model must be a fingerprint"):
+        Guidance.from_dict({**written, "model": "tiny"})
+
+
 def test_without_a_calibration_it_has_the_defaults():
     made = Guidance.guard(SCALE)
     first, *later = made.attempts
@@ -227,3 +238,6 @@ def test_a_calibrated_guard_has_the_calibrations_numbers(scale):
     assert made.early.steps == 1 and made.early.limit == pytest.approx(19.0)
     with pytest.raises(ValueError, match="199 ordinary pictures cannot tell: calibrate with 999 or more"):
         Guidance.guard(scale, calibration, rate=0.002)
+    for rate in (0, 1, 1.5, -0.5):
+        with pytest.raises(ValueError, match="rate must be"):
+            calibration.threshold(rate)
