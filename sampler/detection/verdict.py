@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import checks
-from ..data.pictures import pixels
+from ..data.pictures import opened, pixels
 from ..models import Model, memory
 from ..runs.batch_retry import parts
 from ..types import Scheduler
@@ -67,6 +67,8 @@ def judge(
 ) -> Verdict:
     """`Sampler.judge`, to be called in inference mode. size: (height, width); None: the pictures' own."""
     images = [images] if isinstance(images, Image.Image) else images
+    if not hasattr(images, "__len__"):
+        raise ValueError(f"images must be a list of pictures, or a tensor or an array of them; got {type(images).__name__}")
     total = len(images)
     texts = checks.texts("prompts", prompts)
     texts = texts * total if isinstance(prompts, str) else texts
@@ -129,7 +131,7 @@ def picture(image: Any, name: str, video: bool = False) -> Tensor:
             raise ValueError(f"{name} must have frames of one size")
         return torch.stack(frames, dim=1)
     if isinstance(image, Image.Image) and not video:
-        return pixels([image])[0]
+        return pixels([opened(image, name)])[0]
     if isinstance(image, np.ndarray):
         found = torch.from_numpy(np.array(image))  # a copy, because an array backed by a file may be read-only
         found = found.movedim(-1, -3) if found.ndim > 2 else found
@@ -142,7 +144,8 @@ def picture(image: Any, name: str, video: bool = False) -> Tensor:
     if found.dtype == torch.uint8:
         found = found.float() / 255
     elif not found.is_floating_point() or bool(((found < 0) | (found > 1)).any()):
-        raise ValueError(f"{name} must have floats in 0..1, or bytes; got {found.dtype} from {found.min()} to {found.max()}")
+        low, high = (bound.item() for bound in found.double().aminmax())
+        raise ValueError(f"{name} must have floats in 0..1, or bytes; got {found.dtype} from {low:g} to {high:g}")
     found = found.float() * 2 - 1
     return found.movedim(0, 1) if video else found
 
