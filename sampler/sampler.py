@@ -241,7 +241,8 @@ class Sampler:
                    One for each picture, or one for the first, counted up from there.
         threshold: a picture with a score above it is suspect. probes: noises for each picture, each a call of both branches.
         height, width: the size of the latents, or the size to which all pictures are resized; default their own size, or the
-                   nearest size that the model can make. If the proportions differ, a picture is cropped at its centre.
+                   nearest size that the model can make. If the proportions differ, a picture is cropped at its centre. A copy
+                   that was scaled, down or up, may pass: judge it in the size it was made in.
         options:   as for a call. batch_size: how many are judged together; None: as for a call.
 
         A picture's verdict depends only on (model, picture, prompt, seed, settings). Raises ValueError for arguments that do

@@ -1,9 +1,9 @@
 """Judges pictures that exist already: which of them look like copies of training images? The model alone decides.
 
 The autoencoder encodes each picture. The picture is judged with the prompt it was made from, by its basin score (see
-`detection.basin_score`), with the same noises as every other. So its score depends on nothing else in the set. It differs a
-little from the score in a manifest of `generate`, which is that of the latents before they are decoded, with noises from the
-picture's own seed.
+`detection.basin_score`), with the same noises as every other. So its score depends on nothing else in the set. It differs, near
+the threshold by up to 0.2, from the score in a manifest of `generate`, which is that of the latents before they are decoded,
+with noises from the picture's own seed.
 
 The folder gets `scores.jsonl` (written batch by batch, so that a stopped run can be resumed), and `judge.csv` and `judge.html`,
 with the most suspect first. A picture is judged again if it or its prompt changed. A shard works in a folder of its own, and

@@ -67,7 +67,7 @@ def generate(
     was made; see `Plans.facts`. Under a guard it has `attempts`, `score` and `suspect`. Some fields are there only if they
     apply: `nsfw_content_detected` if the pipeline has a safety checker; `truncated`, the text that was cut off, if a prompt
     exceeded the text encoder's limit; `retried` if the sample was not finite and was made again in float32. Scores are of
-    latents. `judge` scores the decoded picture, so its score differs a little.
+    latents. `judge` scores the decoded picture, so its score differs, near the threshold by up to 0.2.
 
     A fault of one sample costs only that sample: its line says so, and the next start of the run makes it again. If the prompts
     cannot be read to their end, the images of the prompts before are finished, and then the error is raised. After SIGINT or

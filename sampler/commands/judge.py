@@ -24,7 +24,7 @@ EXAMPLE = """
 def judge(what: What, model: Model, verdicts: Verdicts) -> None:
     """Find the pictures of a set that look like copies, by the model alone. The same command goes on where it was stopped.
 
-    Scores differ a little from those in generate's manifest, which are of the latents before they are decoded.
+    Scores differ by up to 0.2 near the threshold from those in generate's manifest, which are of the latents before decoding.
     """
     part = shard_of(what.shard)
     quieten()
@@ -40,6 +40,7 @@ def judge(what: What, model: Model, verdicts: Verdicts) -> None:
         raise ValueError("model must be given: the one that made the pictures, since no other can judge them")
     known, given = model_loading.found(source, verdicts.calibration), of_call(model.option)
     enough = model_loading.of_enough(known, verdicts.calibration) if verdicts.threshold is None else None
+    size, options = _as_made(made, known)
     settings = Settings(
         _threshold(enough, verdicts.rate) if verdicts.threshold is None else verdicts.threshold,
         verdicts.probes,
@@ -48,11 +49,11 @@ def judge(what: What, model: Model, verdicts: Verdicts) -> None:
         given.pop("width", None),
         model.batch_size,
         what.on_error,
-        None if known is None else known.settings.get("size"),
+        size,
     )
     prompted(what.images, what.on_error)  # raises, before the model is loaded, if there are none
     sampler = Sampler.from_pretrained(source, scheduler=model_loading.scheduler_of(model.scheduler, known), **model.loading)
-    sampler = sampler.using(**({} if known is None else known.settings.get("options", {})) | given)
+    sampler = sampler.using(**options | given)
     _compare(made, source, sampler)
     if enough is not None:
         sampler.measured_on(enough.model)
@@ -81,6 +82,13 @@ def _run_of(images: Path) -> dict[str, Any]:
 
     runs = [folder for folder in (images, images.parent) if (folder / "run.json").is_file()]
     return read_settings(runs[0]) if runs else {}
+
+
+def _as_made(made: dict[str, Any], known: Calibration | None) -> tuple[tuple[int, int] | None, dict[str, Any]]:
+    """Return (height, width) and options of the call with which the pictures were made: their run's, else the calibration's."""
+    if "prompts" in made:  # a run of generate
+        return (made["height"], made["width"]), made.get("options", {}) | {"clip_skip": made["clip_skip"]}
+    return (None, {}) if known is None else (known.settings.get("size"), known.settings.get("options", {}))
 
 
 def _compare(made: dict[str, Any], source: str, sampler: Sampler) -> None:

@@ -361,6 +361,19 @@ def test_only_the_model_that_made_the_pictures_judges_them(tmp_path, monkeypatch
     assert "made in float16, so only the model's name is compared; --dtype float16 compares weights" in said
 
 
+def test_a_run_is_judged_with_the_options_and_the_size_it_was_made_with(tmp_path, monkeypatch, capsys, caplog, mine):
+    """Not with those of a calibration, which another run may have; what is given goes before both."""
+    replace(Calibration.load("tiny"), model={}, settings={"size": [64, 64], "options": {"clip_skip": 2}}).save(
+        mine / "calibration.json"
+    )
+    sampler = Sampler.from_pretrained(mine, "cpu")
+    make(sampler, jobs(1), tmp_path / "run", Guidance.cfg(5.0), clip_skip=1, height=16, width=16, model=str(mine))
+    for i, (given, expected) in enumerate([((), 1), (("--option", "clip_skip=2"), 2)]):
+        run(monkeypatch, capsys, "--images", tmp_path / "run", "--out", tmp_path / f"{i}", *given)
+        assert json.loads((tmp_path / f"{i}" / "run.json").read_text())["options"]["clip_skip"] == expected
+    assert "pictures are judged in less than half" not in caplog.text
+
+
 def test_the_bar_knows_its_total(tmp_path, sampler, capsys):
     images = kept(tmp_path / "set", 5)
     judged(sampler, images, tmp_path / "out", progress=True)
