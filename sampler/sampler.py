@@ -58,8 +58,8 @@ class Sampler:
         self.wrap: Wrap | None = None
         self._size: tuple[int | None, int | None] = (None, None)
         self.options: dict[str, Any] = {}  # defaults of every call, see `using`
-        self._guard: Guard | None = None  # the last guard whose calibration was compared with the model
-        self._other_models: set[str] = set()  # digests of the fingerprints that were warned of
+        self._compared: tuple[Guard | None, Any] = None, None  # the last guard that was compared, and the pictures' size
+        self._warned: set[tuple[str, str]] = set()  # the calibrations that were warned of, and what was said
 
     def __repr__(self) -> str:
         dtype = str(self.model.dtype).removeprefix("torch.")
@@ -212,7 +212,7 @@ class Sampler:
                 callback_on_step_end,
                 self.wrap is not None,
             )
-            self.compare(guidance)
+            self.compare(guidance, size)
             made = self.runner.sampled(call, self.solver(call.schedule, *size, **options), progress)
             self.pipe.maybe_free_model_hooks()
         return Output.joined(made)
@@ -256,22 +256,29 @@ class Sampler:
             self.pipe.maybe_free_model_hooks()
         return judged
 
-    def compare(self, guidance: Guidance | Guard) -> None:
-        """Log a warning if a guard was calibrated on another model; see `measured_on`."""
-        if isinstance(guidance, Guard) and guidance is not self._guard:
-            self._guard = guidance
-            self.measured_on(guidance.model or {})
+    def compare(self, guidance: Guidance | Guard, size: tuple[int, int]) -> None:
+        """Log the warnings of `measured_on` for a guard's calibration and pictures of this (height, width)."""
+        if isinstance(guidance, Guard) and not (guidance is self._compared[0] and size == self._compared[1]):
+            self._compared = guidance, size
+            self.measured_on(guidance.model or {}, guidance.size, size)
 
-    def measured_on(self, model: Mapping[str, Any]) -> bool:
-        """Whether what was measured on the model with this `fingerprint` holds for this one; True for an empty fingerprint.
+    def measured_on(self, model: Mapping[str, Any], of: tuple[int, int] | None, size: tuple[int, int]) -> bool:
+        """Whether a calibration holds for this model and pictures of the (height, width) `size`.
 
-        Logs a warning, once for each fingerprint, where it does not.
+        model, of: the `fingerprint` and the (height, width) that it was measured on; empty and None: not known.
+        Logs a warning for each of the two that differs, once for each calibration.
         """
-        other = another_model(model, self.pipe)
-        if other and (key := digest(model)) not in self._other_models:
-            self._other_models.add(key)
-            log.warning(other)
-        return not other
+        told = [another_model(model, self.pipe)]
+        if of is not None and of != size:
+            told.append(
+                f"the calibration was made for pictures of {of[0]} x {of[1]} pixels, and these have {size[0]} x {size[1]}: "
+                f"calibrate for those (--option height={size[0]} --option width={size[1]})"
+            )
+        for text in filter(None, told):
+            if (key := (digest(model), text)) not in self._warned:
+                self._warned.add(key)
+                log.warning(text)
+        return not any(told)
 
     @property
     def runner(self) -> Runner:

@@ -76,7 +76,7 @@ def generate(
     Raises ValueError, before any sampling: for bad settings; for a job that cannot be made, naming its place (with the prompts'
     on_error "skip" it is left out); for a folder that holds something else, a run of other settings, or a run of prompts that
     are not the first of these. Raises ImportError for a format whose library is missing, and OSError if the disk is full,
-    after which the run can be resumed. Logs a warning for a guard that was calibrated on another model.
+    after which the run can be resumed. Logs a warning for a guard that was calibrated on another model or size.
     """
     prompts = prompts if isinstance(prompts, Prompts) else Prompts(prompts)
     if files.copies is not None and placement.load is not None:
@@ -89,7 +89,7 @@ def generate(
     plans = Plans(sampler, recipe, model)
     prompts.check(plans.of)
     for guidance in (recipe.guidance, *recipe.named.values()):
-        sampler.compare(guidance)
+        sampler.compare(guidance, sampler.size())
     out = files.folder(out)
     writes = writer_of(out, files.settings())
     slots = _slots(out, placement, plans, prompts)
@@ -157,11 +157,12 @@ def _note(writes: Writer, duplicates: Duplicates) -> list[str]:
 def _grown(out: Path, settings: Mapping[str, Any], prompts: Prompts, known: Mapping[str, Any]) -> None:
     """Raises ValueError unless the settings differ from a folder's `known` ones only because prompts were added.
 
-    The model of a guard's calibration may differ: no picture depends on it, and earlier versions did not record it.
+    The model and the size of a guard's calibration may differ: no picture depends on them, and earlier versions did not
+    record them.
     """
 
     def decisive(guidance: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in guidance.items() if name != "model"}
+        return {name: value for name, value in guidance.items() if name not in ("model", "size")}
 
     now, before = json.loads(json_bytes(settings)), known.get("named", {})  # now: as run.json reads back
     named = {name: decisive(one) for name, one in now.get("named", {}).items() if name in before}

@@ -116,6 +116,12 @@ class Calibration:
         """The number of pictures, n."""
         return len(self.scores)
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """The (height, width) of its pictures; None in a calibration that does not say."""
+        height, width = self.settings.get("size") or (0, 0)
+        return (height, width) if height else None
+
     def threshold(self, rate: float) -> float:
         """Return the basin score that an ordinary picture exceeds with a probability of at most `rate`; see `_conformal`.
 
@@ -164,16 +170,8 @@ class Calibration:
         return 0 < len(self.timesteps) == len(levels) and all(abs(known - level) <= 1 for known, level in pairs)
 
     def made_on(self, sampler: Sampler) -> bool:
-        """Whether it was made on the sampler's model and picture size. Logs a warning for each of the two that differs."""
-        same = sampler.measured_on(self.model)
-        own, size = sampler.size(), tuple(self.settings.get("size", sampler.size()))
-        if size != own:
-            log.warning(
-                "the calibration was made for pictures of %d x %d pixels, and these have %d x %d: calibrate for those "
-                "(--option height=%d --option width=%d)",
-                *(*size, *own, *own),
-            )
-        return same and size == own
+        """Whether it was made on the sampler's model and picture size. Logs the warnings of `Sampler.measured_on`."""
+        return sampler.measured_on(self.model, self.size, sampler.size())
 
     def settled(self, **given: float) -> Settled:
         """The rule `Settled.over` the gaps that ordinary prompts have without guidance.

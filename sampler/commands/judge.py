@@ -56,7 +56,7 @@ def judge(what: What, model: Model, verdicts: Verdicts) -> None:
     sampler = sampler.using(**options | given)
     _compare(made, source, sampler)
     if enough is not None:
-        sampler.measured_on(enough.model)
+        sampler.measured_on(enough.model, None, sampler.size())  # sizes are told of each picture
     with going_on(what.out):
         rows = judge(sampler, what.images, what.out, settings, source, part, what.progress)
     _conclude(rows, what.out / f"shard-{part[0]}-of-{part[1]}" if part else what.out, source)
@@ -88,7 +88,7 @@ def _as_made(made: dict[str, Any], known: Calibration | None) -> tuple[tuple[int
     """Return (height, width) and options of the call with which the pictures were made: their run's, else the calibration's."""
     if "prompts" in made:  # a run of generate
         return (made["height"], made["width"]), made.get("options", {}) | {"clip_skip": made["clip_skip"]}
-    return (None, {}) if known is None else (known.settings.get("size"), known.settings.get("options", {}))
+    return (None, {}) if known is None else (known.size, known.settings.get("options", {}))
 
 
 def _compare(made: dict[str, Any], source: str, sampler: Sampler) -> None:

@@ -198,7 +198,7 @@ class Guidance:
         tried = (guard.Attempt(plain, threshold), *(guard.Attempt(one, later) for one in attempts))
         if calibration is None:
             return guard.Guard(tried)
-        return guard.Guard(tried, calibration.early(rate / 2, plain.scale), calibration.model or None)
+        return guard.Guard(tried, calibration.early(rate / 2, plain.scale), calibration.model or None, calibration.size)
 
     def __repr__(self) -> str:
         extra = "" if self.shape == "static" else f", shape={self.shape!r}"

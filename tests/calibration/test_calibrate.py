@@ -140,6 +140,13 @@ def test_a_fingerprint_knows_its_model_by_its_weights(pipe, tmp_path):
 def test_another_size_is_warned_of(calibration, sampler, caplog):
     calibration.fitted(sampler.using(width=128), STEPS)
     assert "made for pictures of 64 x 64 pixels, and these have 64 x 128: calibrate for those" in caplog.text
+    made = Guidance.guard(7.5, calibration, rate=0.4, later=0.2)
+    read = Guidance.from_dict(json.loads(json.dumps(made.to_dict())))
+    for guard, width, said in ((made, 64, 0), (made, 32, 1), (read, 48, 1)):  # a noise gap grows with the picture
+        caplog.clear()
+        for seed in range(2):
+            sampler(PROMPTS[0], seed, STEPS, guard, width=width, output="latent", progress=False)
+        assert caplog.text.count(f"made for pictures of 64 x 64 pixels, and these have 64 x {width}") == said
 
 
 def test_another_model_is_warned_of(calibration, random_pipeline, sampler, caplog):
