@@ -85,6 +85,13 @@ def share(name: str, given: float) -> float:
     return given
 
 
+def rate(given: float) -> float:
+    """A number between 0 and 1, neither of which says anything."""
+    if not 0 < share("rate", given) < 1:
+        raise ValueError(f"rate must be between 0 and 1, got {given!r}")
+    return given
+
+
 def line(error: Exception) -> str:
     """The message of an error in one line; its type's name if it has none."""
     return " ".join(str(error).split()) or type(error).__name__

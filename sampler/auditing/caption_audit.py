@@ -86,8 +86,7 @@ class Settings:
                 checks.at_least_one(name, getattr(self, name))
         if self.first_steps is not None and not 1 <= checks.at_least_one("first_steps", self.first_steps) <= LOOKED:
             raise ValueError(f"first_steps must be 1 to {LOOKED}, got {self.first_steps}")
-        if not 0 < checks.share("rate", self.rate) < 1:
-            raise ValueError(f"rate must be between 0 and 1, got {self.rate!r}")
+        checks.rate(self.rate)
 
     def looked(self, steps: int) -> int:
         """Return how many of a run's `steps` are measured."""

@@ -155,19 +155,15 @@ def _note(writes: Writer, duplicates: Duplicates) -> list[str]:
 
 
 def _grown(out: Path, settings: Mapping[str, Any], prompts: Prompts, known: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the settings differ from a folder's `known` ones only because prompts were added.
+    """Raises ValueError unless the settings differ from a folder's `known` ones only because prompts were added."""
 
-    The model and the size of a guard's calibration may differ: no picture depends on them, and earlier versions did not
-    record them.
-    """
+    def decisive(run: Mapping[str, Any]) -> dict[str, Any]:
+        """The known guidances without what no picture depends on and earlier versions did not record."""
+        named = {name: one for name, one in run.get("named", {}).items() if name in known.get("named", {})}
+        guidances = {"guidance": run["guidance"], **named}
+        return {name: {k: v for k, v in one.items() if k not in ("model", "size")} for name, one in guidances.items()}
 
-    def decisive(guidance: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in guidance.items() if name not in ("model", "size")}
-
-    now, before = json.loads(json_bytes(settings)), known.get("named", {})  # now: as run.json reads back
-    named = {name: decisive(one) for name, one in now.get("named", {}).items() if name in before}
-    there = {"guidance": decisive(known["guidance"]), "named": {name: decisive(one) for name, one in before.items()}}
-    if said := differences(there, {"guidance": decisive(now["guidance"]), "named": named}):
+    if said := differences(decisive(known), decisive(json.loads(json_bytes(settings)))):  # as run.json reads back
         raise ValueError(f"output folder {str(out)!r} holds another run ({said}): choose another")
     if known["prompts_sha256"] != prompts.sha256:
         grown(out, known, prompts)

@@ -182,8 +182,7 @@ class Guidance:
         from . import guard  # here, because guard.py imports this module
 
         plain, rate = cls.cfg(scale, **given), guard.RATE if rate is None else rate
-        if not 0 < checks.share("rate", rate) < 1:
-            raise ValueError(f"rate must be between 0 and 1, got {rate!r}")
+        checks.rate(rate)
         if calibration is not None and not hasattr(calibration, "threshold"):
             path = repr(str(calibration)) if isinstance(calibration, str | Path) else "path"
             raise ValueError(f"calibration must be a Calibration, got {calibration!r}: give Calibration.load({path})")
