@@ -16,7 +16,7 @@ UNTIL = {rule.label: rule for rule in TRANSITIONS.values() if rule.label}  # wha
 
 
 class Widget(NamedTuple):
-    """A widget: its type, as ComfyUI names it, the type's options, and what it says of itself."""
+    """A widget: its type as ComfyUI names it, the type's options, and its tooltip."""
 
     kind: str
     options: dict[str, Any]
@@ -72,9 +72,10 @@ class Settings:
     def guidance(
         self, scale: float, timesteps: list[float], goes_on: bool = False, shape: str | tuple[float, ...] = "static"
     ) -> Guidance:
-        """The guidance, with this scale after the transition, of a run with steps at these timesteps in 0..1000.
+        """Return the guidance of a run with steps at these timesteps in 0..1000. scale: after the transition.
 
-        A run is past its transition that goes on from another run's latents, or begins at or below `timestep`.
+        Unless `until` is TIMESTEP, a run that goes on from another run's latents, or begins at or below `timestep`, is guided
+        in full.
         """
         until: Transition | None = At(self.timestep)
         if self.until != TIMESTEP:

@@ -120,7 +120,7 @@ class BasinEscapeGuidance(BaseGuidance):
     ) -> Verdict:
         """Judge whether the pictures of the last run look like copies; see `own_loop.judge`.
 
-        latents: (B, ...) of the pictures, as the network takes them (packed, if it takes packed ones). scheduler: the pipeline's.
+        latents: (B, ...) of the pictures, as the network takes them (packed, if it packs them). scheduler: the pipeline's.
 
         Raises ValueError for latents of another shape, and where a run has not asked for both predictions.
         """

@@ -58,7 +58,7 @@ class EscapePolicy(CFGPolicy):
     merge: torch.dtype | None = None
     both: list[Any] = field(default_factory=list)
     run: Escape = field(default=None)  # type: ignore[assignment]  # of the loop, once it is begun
-    predicted: list[Any] | None = None  # the predictions of a step that is only asked about
+    predicted: list[Any] | None = None  # the predictions of a step that only judges
 
     @classmethod
     def of(cls, built: CFGPolicy, batch: Any, asked: list[RequestGuidance]) -> EscapePolicy:
@@ -69,7 +69,7 @@ class EscapePolicy(CFGPolicy):
         return made
 
     def begin(self, batch: Any, rows: int, device: torch.device, attempt: int = 0) -> None:
-        """Stand before the first step of an attempt: that of each row, or its last one."""
+        """Begin an attempt, counted from 0: each row takes its own guidance of that attempt, or of its last one."""
         guidance = []
         for asked in self.asked:
             tried = asked.attempts
@@ -99,7 +99,7 @@ class EscapePolicy(CFGPolicy):
         return guided[0] if len(guided) == 1 else tuple(guided)
 
     def _need(self) -> None:
-        """Only the branches of the next step, if there is one."""
+        """Set `branches` to those that the next step needs; to both after the last."""
         branch = "both" if self.run.done else self.run.branch()
         self.branches = [one for one in self.both if branch in ("both", "cond" if one.is_conditional else "uncond")]
 
@@ -135,7 +135,7 @@ def check(built: CFGPolicy, batch: Any, asked: list[RequestGuidance]) -> None:
 
 
 def asked_of(batch: Any) -> list[RequestGuidance]:
-    """What the requests of a batch ask for; none where the batch is to be sampled as the server does."""
+    """Return what the requests of a batch ask for; an empty list if the batch is to be sampled as the server does."""
     named = batch.extra.get(KEY) or [(batch.extra.get("diffusers_kwargs") or {}).get(KEY)]
     return [RequestGuidance.by(one) for one in named if one is not None]
 
@@ -148,7 +148,7 @@ def built(original: Callable[..., CFGPolicy], policy: CFGPolicy, batch: Any, *gi
 
 
 def denoised(original: Callable[..., Any], stage: Any, ctx: Any, batch: Any, server_args: Any, **named: Any) -> Any:
-    """Around `DenoisingStage._run_denoising_loop`: pictures are judged, and a guard's begun again."""
+    """Around `DenoisingStage._run_denoising_loop`: judge pictures, and denoise a guard's suspect ones again."""
     policy = ctx.cfg_policy
     if not isinstance(policy, EscapePolicy):
         if asked_of(batch) and not batch.is_warmup:
@@ -175,14 +175,14 @@ def denoised(original: Callable[..., Any], stage: Any, ctx: Any, batch: Any, ser
 
 
 def facts(policy: EscapePolicy, row: int) -> dict[str, Any]:
-    """What a response says of a picture's guidance; None for a gap that was not computed."""
+    """Return what a response says of a picture's guidance; None for a gap that was not computed."""
     run = policy.run
     gaps = [None if math.isnan(gap) else gap for gap in run.noise_gap[row].tolist()]
     return {"transition_step": int(run.transition_step[row]), "noise_gap": gaps}
 
 
 def next_noise(like: Tensor, batch: Any) -> Tensor:
-    """Noise like the first, (B, ...), from the rows' generators, which have drawn that already."""
+    """Return the next initial noise, (B, ...), from the rows' generators, which have drawn the first already."""
     given = batch.generator if isinstance(batch.generator, list) else [batch.generator] * len(like)
     drawn = [torch.randn(one.shape, generator=rng, device=rng.device) for one, rng in zip(like, given, strict=True)]
     return torch.stack(drawn).to(like) * getattr(batch.scheduler, "init_noise_sigma", 1.0)

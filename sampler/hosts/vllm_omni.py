@@ -9,7 +9,7 @@ request keeps its own step, and so its own place in its guidance. The log says f
 guidance. A guard is refused: nothing in the server begins a request again.
 
 Requests of one batch must have equal `true_cfg_scale`, `guidance_scale`, `guidance_scale_2`, `guidance_rescale` and
-`cfg_normalize`. Two places see to it: the scheduler's batch keys (`diffusion/sched/interface.py`) and, step by step,
+`cfg_normalize`. Two places demand it: the scheduler's batch keys (`diffusion/sched/interface.py`) and, step by step,
 `_prepare_cfg_scalars` (`diffusion/worker/input_batch.py`), which raises. Both exist because `combine_cfg_noise` is given one
 scale for the whole batch. A guidance's own scale is in neither, so requests may differ in that.
 
@@ -40,9 +40,9 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Request:
-    """A request of the batch that is being denoised: its guidance, None for the server's own, and its place in it.
+    """A request of the batch that is being denoised: its guidance (None: the server's own), and its run once it has begun.
 
-    rows: how many of the batch are its own; None: an equal share.
+    rows: how many rows of the batch are its own; None: an equal share.
     """
 
     id: str
@@ -52,7 +52,7 @@ class Request:
 
     @classmethod
     def of(cls, id: str, sampling: Any, rows: int | None = None) -> Request:
-        """Raises ValueError for what it names and cannot be followed."""
+        """Return the request of this id and these sampling parameters. Raises ValueError for what cannot be followed."""
         named = (sampling.extra_args or {}).get(KEY)
         if named is None:
             return cls(id, None, rows)
@@ -102,7 +102,7 @@ class Denoising:
         self._combine = combine  # CFGParallelMixin's own
 
     def stepped(self, original: Callable[..., Any], cls: type, states: Sequence[Any], *given: Any, **named: Any) -> Any:
-        """Around `InputBatch.make_batch`, called for each step: every request goes on from its own step."""
+        """Around `InputBatch.make_batch`, called for each step: every request is at a step of its own."""
         batch, self.requests = original(cls, states, *given, **named), []
         for state in batch.states:
             if KEY not in state.extra:
@@ -138,7 +138,7 @@ class Denoising:
         *given: Any,
         **named: Any,
     ) -> Any:
-        """Around `predict_noise_maybe_with_cfg`: a branch that no request needs is not made."""
+        """Around `predict_noise_maybe_with_cfg`: a prediction that no request needs is not made."""
         if not any(one.guidance for one in self.requests):
             return original(pipeline, do_true_cfg, true_cfg_scale, positive_kwargs, negative_kwargs, *given, **named)
         if not do_true_cfg:
@@ -185,7 +185,7 @@ class Denoising:
         return torch.cat(made)
 
     def _rows(self, count: int) -> list[tuple[Request, slice]]:
-        """The requests, and which of the batch's rows are theirs."""
+        """Return each request with its rows of the batch."""
         found, start = [], 0
         for one in self.requests:
             end = start + (one.rows or count // len(self.requests))

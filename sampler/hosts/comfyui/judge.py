@@ -41,9 +41,9 @@ OUTPUTS = (
 
 
 def judged(model: Any, latent: dict, positive: Any, negative: Any, seed: int, threshold: float, probes: int) -> tuple:
-    """(latent, scores, suspects, transition steps, noise gaps), lists of one a sample.
+    """Return (latent, scores, suspects, transition steps, noise gaps), lists of one a sample.
 
-    model: the sampler's; a transition step is -1, and gaps are "", where no Basin Escape node has guided its last run.
+    model: the sampler's. Where no Basin Escape node has guided its last run, transition steps are -1 and gaps "".
     latent: finished, {"samples": (B, ...)}. positive, negative: the sampler's conditionings.
 
     Raises ValueError for widgets out of range.
@@ -63,7 +63,7 @@ def judged(model: Any, latent: dict, positive: Any, negative: Any, seed: int, th
         return x
 
     def combine(args: dict[str, Any]) -> Tensor:
-        """ComfyUI's `sampler_cfg_function`: both predictions are kept, and combined to nothing that is used."""
+        """ComfyUI's `sampler_cfg_function`: keep both predictions. What it returns is not used."""
         seen.update(uncond=args["uncond_denoised"], cond=args["cond_denoised"])
         return args["cond"]
 
@@ -85,7 +85,7 @@ def judged(model: Any, latent: dict, positive: Any, negative: Any, seed: int, th
 
 
 def became(model: Any, batch: int) -> tuple[list[int], list[str]]:
-    """The transition step of each sample of the model's last run, and its noise gaps as JSON, null for those not computed."""
+    """Return each sample's transition step in the model's last run, and its noise gaps as JSON, null if not computed."""
     guided = model.model_options.get(CFG_FUNCTION)
     run = guided.run if isinstance(guided, Guided) else None
     if run is None or run.state.batch != batch:

@@ -15,7 +15,7 @@ EXTENSION: ContextVar[BasinEscapeExtension | None] = ContextVar("basin_escape_ex
 
 
 class Manager(denoise_latents.ExtensionsManager):
-    """InvokeAI's manager of a denoising's extensions, which our node's own is added to first."""
+    """InvokeAI's manager of a denoising's extensions, to which it adds our node's extension first."""
 
     def __init__(self, *given: Any, **named: Any):
         super().__init__(*given, **named)
