@@ -74,8 +74,7 @@ class Settings:
     ) -> Guidance:
         """Return the guidance of a run with steps at these timesteps in 0..1000. scale: after the transition.
 
-        Unless `until` is TIMESTEP, a run that goes on from another run's latents, or begins at or below `timestep`, is guided
-        in full.
+        Unless `until` is TIMESTEP, guidance is full in a run that continues another one, or begins at or below `timestep`.
         """
         until: Transition | None = At(self.timestep)
         if self.until != TIMESTEP:
