@@ -100,6 +100,7 @@ class Denoising:
     def __init__(self, combine: Callable[..., Any]):
         self.requests: list[Request] = []
         self._combine = combine  # CFGParallelMixin's own
+        self._counted = False  # a cache tells the two predictions apart by counting the network's calls
 
     def stepped(self, original: Callable[..., Any], cls: type, states: Sequence[Any], *given: Any, **named: Any) -> Any:
         """Around `InputBatch.make_batch`, called for each step: every request is at a step of its own."""
@@ -119,13 +120,14 @@ class Denoising:
     def listed(self, original: Callable[..., Any], runner: Any, reqs: Sequence[Any], **named: Any) -> Any:
         """Around `DiffusionModelRunner._execute_request_list`: requests that are denoised from the first step to the last."""
         self.requests = [Request.of(one.request_id, one.sampling_params) for one in reqs]
+        self._counted = runner.od_config.cache_backend not in (None, "none")
         try:
             made = original(runner, reqs, **named)
             for one in self.requests:
                 one.warn()
             return made
         finally:
-            self.requests = []
+            self.requests, self._counted = [], False
 
     def predicted(
         self,
@@ -138,7 +140,7 @@ class Denoising:
         *given: Any,
         **named: Any,
     ) -> Any:
-        """Around `predict_noise_maybe_with_cfg`: a prediction that no request needs is not made."""
+        """Around `predict_noise_maybe_with_cfg`: a prediction that no request needs is not made, unless a cache counts them."""
         if not any(one.guidance for one in self.requests):
             return original(pipeline, do_true_cfg, true_cfg_scale, positive_kwargs, negative_kwargs, *given, **named)
         if not do_true_cfg:
@@ -146,7 +148,7 @@ class Denoising:
         if getattr(type(pipeline).combine_cfg_noise, "__wrapped__", None) is not self._combine:
             raise ValueError(f"{type(pipeline).__name__} combines predictions by a function of its own: {KEY} cannot guide it")
         branches = {one.branch for one in self.requests} if all(one.run for one in self.requests) else {"both"}
-        if branches not in ({"uncond"}, {"cond"}):
+        if self._counted or branches not in ({"uncond"}, {"cond"}):
             return original(pipeline, True, true_cfg_scale, positive_kwargs, negative_kwargs, *given, **named)
         own = positive_kwargs if branches == {"cond"} else negative_kwargs
         alone = original(pipeline, False, true_cfg_scale, own, None, *given, **named)

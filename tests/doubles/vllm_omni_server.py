@@ -125,8 +125,8 @@ def runner():
     class DiffusionModelRunner:
         """What a model runner does with its pipeline: all steps of a batch, or one step of whoever is there."""
 
-        def __init__(self, pipeline):
-            self.pipeline = pipeline
+        def __init__(self, pipeline, cache_backend="none"):
+            self.pipeline, self.od_config = pipeline, SimpleNamespace(cache_backend=cache_backend)
 
         def _execute_request_list(self, reqs, **named):
             return self.pipeline.forward(reqs)

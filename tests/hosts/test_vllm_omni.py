@@ -76,11 +76,11 @@ def pipeline_of(server, net=network):
     return Pipeline()
 
 
-def denoise(server, mode, guidance, rows=slice(None), do_true_cfg=True, sampling=None, late=0, net=network):
+def denoise(server, mode, guidance, rows=slice(None), do_true_cfg=True, sampling=None, late=0, net=network, cache="none"):
     """(latents, calls of the network) of one request a sample, by its guidance; late: steps after which the last comes in."""
     (x, prompt), pipeline = given(rows), pipeline_of(server, net)
     params = [SamplingParams(extra_args=named(one), **(sampling or {})) for one in guidance]
-    runner = server.runner(pipeline)
+    runner = server.runner(pipeline, cache)
     parts = [slice(i, i + 1) for i in range(len(x))]
     if mode == "request":
         reqs = [
@@ -165,6 +165,13 @@ def test_a_branch_that_no_request_needs_is_not_made(server, mode):
     alone = int(transitions[0]) - (mode == "request")  # the first step of all tells how many rows there are
     assert len(calls) == 2 * STEPS - alone
     assert len(denoise(server, mode, [DELAYED, DELAYED, Guidance.cfg(2.0)])[1]) == 2 * STEPS
+
+
+def test_a_cache_that_counts_the_networks_calls_gets_both(server):
+    """Cache-DiT and TeaCache take every second call for the unconditional one."""
+    found, calls = denoise(server, "request", [DELAYED] * 3, cache="cache_dit")
+    assert len(calls) == 2 * STEPS and close(found, denoise(server, "request", [DELAYED] * 3)[0])
+    assert len(denoise(server, "request", [DELAYED] * 3)[1]) < 2 * STEPS
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -63,6 +63,8 @@ class BasinEscapeInvocation(denoise_latents.DenoiseLatentsInvocation):
     def invoke(self, context: Any) -> BasinEscapeOutput:
         if self.cfg_rescale_multiplier > 0:
             raise ValueError("cfg_rescale_multiplier is the rule 'rescale' here: set it to 0, and choose that rule")
+        if self.ip_adapter:
+            raise ValueError("ip_adapter is given, and InvokeAI's modular denoising, which this node uses, ignores it: remove it")
         settings = Settings(**{name: getattr(self, name) for name in WIDGETS})
         extension = BasinEscapeExtension(settings, self.judge)
         token = EXTENSION.set(extension)
