@@ -5,9 +5,10 @@ A request names it in its sampling parameters, as plain data (`Guidance.to_dict`
     diffusers_kwargs={"basinescape": {"guidance": {"scale": 4.0, "until": {"rule": "At", "timestep": 680}}, "judge": true}}
 
 A request that names none is sampled as the server always does. Requests with different guidance share a dynamic batch where
-their rules are the same. `usage["basinescape"]` of a response has an entry for each of its pictures: `transition_step`,
-`noise_gap`, and where a picture is judged `score`, `suspect` and `attempts`. Under a guard the batch's denoising runs again,
-from the next noise, while a picture is suspect and has attempts left.
+their rules are the same. `usage["basinescape"]` of the worker's output has an entry for each picture: `transition_step`,
+`noise_gap`, and where a picture is judged `score`, `suspect` and `attempts`. The server's HTTP responses leave that entry out,
+because their `ImageUsage` has fields of its own alone; so the log has it too, without the gaps. Under a guard the batch's
+denoising runs again, from the next noise, while a picture is suspect and has attempts left.
 
 Written against sglang 0.5.23: `runtime/distributed/cfg_policy.py`, `runtime/pipelines_core/stages/denoising.py`,
 `runtime/managers/scheduler.py`. The server finds `register` by the entry point group `sglang.multimodal_gen.plugins`.
@@ -16,6 +17,7 @@ Written against sglang 0.5.23: `runtime/distributed/cfg_policy.py`, `runtime/pip
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -35,6 +37,7 @@ from .own_loop import Escape, each, judge
 from .request_guidance import KEY, RequestGuidance, check_one_scale
 from .scheduler_steps import steps_taken
 
+log = logging.getLogger(__name__)
 STILL = SimpleNamespace(  # a scheduler under which the latents stay what they are
     order=1,
     set_begin_index=lambda begin_index=0: None,
@@ -154,8 +157,15 @@ def denoised(original: Callable[..., Any], stage: Any, ctx: Any, batch: Any, ser
         if asked_of(batch) and not batch.is_warmup:
             raise ValueError(f"this model builds its own {type(policy).__name__}: {KEY} cannot guide it")
         return original(stage, ctx, batch, server_args, **named)
+    if getattr(stage, "_cache_dit_enabled", False):
+        raise ValueError(
+            f"cache-dit tells the two predictions apart by counting the network's calls, and {KEY} leaves some out: set "
+            "enable_cache_dit to false"
+        )
     rows = [one for one in policy.asked for _ in range(len(ctx.latents) // len(policy.asked))]
     result = original(stage, ctx, batch, server_args, **named)
+    for line in policy.run.lost():
+        log.warning(f"{KEY}: request {batch.request_id}: {line}")
     told = [facts(policy, i) for i in range(len(rows))]
     attempt, again = 0, [one.judge for one in rows]
     while any(again):
@@ -171,6 +181,10 @@ def denoised(original: Callable[..., Any], stage: Any, ctx: Any, batch: Any, ser
             original(stage, ctx, batch, server_args, **named)
             ctx.latents = torch.where(per_sample(torch.tensor(again, device=kept.device), kept), ctx.latents, kept)
     batch.usage = {**(batch.usage or {}), KEY: told}
+    for i, entry in enumerate(told):
+        shown = ", ".join(f"{name} {value}" for name, value in entry.items() if name != "noise_gap")
+        level = logging.WARNING if entry.get("suspect") else logging.INFO
+        log.log(level, f"{KEY}: request {batch.request_id}, picture {i}: {shown}")
     return result
 
 
