@@ -67,6 +67,8 @@ class Settings:
     rule: str
 
     def __post_init__(self) -> None:
+        if self.until not in list(UNTIL):
+            raise ValueError(f"until must be one of {', '.join(UNTIL)}; got {self.until!r}")
         self.guidance(1.0, [1000.0])
 
     def guidance(

@@ -73,7 +73,7 @@ def judged(model: Any, latent: dict, positive: Any, negative: Any, seed: int, th
     for name in (CALC, CFG_FUNCTION, "sampler_pre_cfg_function", "sampler_post_cfg_function"):
         asked.model_options.pop(name, None)
     asked.set_model_sampler_cfg_function(combine, disable_cfg1_optimization=True)
-    sampling = model.model.model_sampling
+    sampling = model.get_model_object("model_sampling")  # that of a ModelSampling node, where there is one
     probe = denoiser_probe(sampling, is_flow(sampling))
     guider = CFGGuider(asked)
     guider.set_conds(positive, negative)

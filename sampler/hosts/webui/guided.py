@@ -22,6 +22,7 @@ from ..sampler_run import SamplerRun
 from ..step_of_sigma import StepOfSigma
 
 NAME = "Basin Escape"
+COMBINED = "another extension combines the predictions: switch one of the two off"
 
 
 def guide(p: Any, refused: str | None = None, **sliders: Any) -> None:
@@ -45,7 +46,13 @@ def _unfit(p: Any) -> str | None:
         return "the samplers DDIM, PLMS and UniPC, which go by timesteps, are not followed: use one of the others"
     if getattr(sampler, "funcname", None) in UNEVEN:
         return f"{sampler.funcname} chooses its noise levels by itself: use another sampler"
-    if not hasattr(p.sd_model, "forge_objects"):
+    if hasattr(p.sd_model, "forge_objects"):
+        combines = p.sd_model.forge_objects.unet.model_options.get("sampler_cfg_function")
+        if combines is not None and not isinstance(getattr(combines, "__self__", None), Guided):
+            return COMBINED
+        if getattr(p, "refiner_checkpoint_info", None) is not None:
+            return "the refiner is another model, which is not followed in Forge: switch it off"
+    else:
         denoiser = sampler.model_wrap_cfg.inner_model
         if not hasattr(denoiser, "get_scalings"):
             return f"{type(denoiser).__name__} is not a denoiser of Stable Diffusion 1, 2 or XL: use Forge"
@@ -110,7 +117,7 @@ class Guided:
         if self.forge:
             function = self.p.sd_model.forge_objects.unet.model_options.get("sampler_cfg_function")
             if getattr(function, "__self__", None) is not self:
-                raise ValueError(f"{NAME}: another extension combines the predictions: switch one of the two off")
+                raise ValueError(f"{NAME}: {COMBINED}")
         self._now = x, sigma
         return forward(x, sigma, *given, **named)
 
