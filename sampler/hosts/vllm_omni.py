@@ -196,9 +196,16 @@ class Denoising:
         return found
 
 
+def admitted(original: Callable[..., str], scheduler: Any, request_id: str, request: Any) -> str:
+    """Around `BaseScheduler._add_request_with_request_id`: what is wrong in a request fails it before it shares a batch."""
+    Request.of(request_id, request.sampling_params)
+    return original(scheduler, request_id, request)
+
+
 def register() -> None:
     """The plugin: what the server calls in each of its processes, once or more."""
     from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
+    from vllm_omni.diffusion.sched.base_scheduler import BaseScheduler
     from vllm_omni.diffusion.worker.diffusion_model_runner import DiffusionModelRunner
     from vllm_omni.diffusion.worker.input_batch import InputBatch
 
@@ -208,6 +215,7 @@ def register() -> None:
     around = Denoising(combine)
     _wrap(CFGParallelMixin, "combine_cfg_noise", around.combined)
     _wrap(CFGParallelMixin, "predict_noise_maybe_with_cfg", around.predicted)
+    _wrap(BaseScheduler, "_add_request_with_request_id", admitted)
     _wrap(DiffusionModelRunner, "_execute_request_list", around.listed)
     make_batch = InputBatch.make_batch.__func__
     InputBatch.make_batch = classmethod(functools.wraps(make_batch)(functools.partial(around.stepped, make_batch)))

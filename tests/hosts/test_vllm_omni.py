@@ -215,6 +215,19 @@ def test_what_cannot_be_followed_is_refused_before_work(server, mode, guidance, 
         denoise(server, mode, [guidance] * 3, net=work, **more)
 
 
+def test_a_request_that_cannot_be_followed_does_not_come_into_a_batch(server):
+    """Else it would take those down that share the batch."""
+    scheduler = server.scheduler()
+    for i, extra in enumerate(({}, named(DELAYED), {"basinescape": {"guidance": {}}}, named(Guidance.guard(4.0)))):
+        request = SimpleNamespace(request_id=str(i), sampling_params=SamplingParams(extra_args=extra))
+        if i < 2:
+            assert scheduler.add_request(request) == str(i)
+        else:
+            with pytest.raises(ValueError, match="guidance"):
+                scheduler.add_request(request)
+    assert list(scheduler._waiting) == ["0", "1"] == list(scheduler._request_states)
+
+
 def test_models_that_combine_by_themselves_and_unknown_names_are_refused(server):
     class Own(server.mixin):
         def combine_cfg_noise(self, *given):
