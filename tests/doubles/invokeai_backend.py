@@ -134,7 +134,7 @@ def node_of(backend):
     module = ModuleType(f"{APP}.denoise_latents")
 
     class DenoiseLatentsInvocation:
-        cfg_rescale_multiplier, ip_adapter = 0.0, None
+        cfg_rescale_multiplier, ip_adapter, denoising_end = 0.0, None, 1.0
 
         def __init__(self, **given):
             vars(self).update(given)

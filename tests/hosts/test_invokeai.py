@@ -160,6 +160,7 @@ def test_a_cancelled_denoising_leaves_nothing_behind(node):
     [
         ({"cfg_rescale_multiplier": 0.7}, "choose that rule"),
         ({"ip_adapter": [object()]}, "ip_adapter is given"),
+        ({"denoising_end": 0.8}, "denoising_end is 0.8, and pictures are judged at the end"),
         ({"timestep": 1001.0}, "timestep must be at most 1000"),
         ({"until": MINIMUM, "latest": 2.0}, "latest must be a number from 0 to 1"),
     ],
