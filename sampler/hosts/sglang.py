@@ -139,8 +139,13 @@ def check(built: CFGPolicy, batch: Any, asked: list[RequestGuidance]) -> None:
 
 def asked_of(batch: Any) -> list[RequestGuidance]:
     """Return what the requests of a batch ask for; an empty list if the batch is to be sampled as the server does."""
+    return [RequestGuidance.by(one) for one in named_by(batch)]
+
+
+def named_by(batch: Any) -> list[Any]:
+    """Return what the requests of a batch have named, as it was given."""
     named = batch.extra.get(KEY) or [(batch.extra.get("diffusers_kwargs") or {}).get(KEY)]
-    return [RequestGuidance.by(one) for one in named if one is not None]
+    return [one for one in named if one is not None]
 
 
 def built(original: Callable[..., CFGPolicy], policy: CFGPolicy, batch: Any, *given: Any, **named: Any) -> CFGPolicy:
@@ -255,14 +260,27 @@ def joined(original: Callable[..., Any], merged: Any, output_batch: Any) -> None
         merged.usage[KEY] = told
 
 
+def executed(original: Callable[..., Any], worker: Any, req: Any, *, return_req: bool, **named: Any) -> Any:
+    """Around `GPUWorker._execute_forward_common`: log that nothing was guided, where a request has named guidance."""
+    output = original(worker, req, return_req=return_req, **named)
+    if named_by(req) and not (req.is_warmup or return_req or output.error or KEY in (output.usage or {})):
+        log.warning(
+            f"{KEY}: request {req.request_id} named guidance, and nothing was guided by it: its model has a denoising loop of "
+            "its own, or runs by the diffusers backend"
+        )
+    return output
+
+
 def register() -> None:
     """The plugin: what the server calls in each of its processes, before it starts."""
     from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry, HookType
 
     stage, scheduler = f"{RUNTIME}.pipelines_core.stages.denoising.DenoisingStage", f"{RUNTIME}.managers.scheduler.Scheduler"
+    worker = f"{RUNTIME}.managers.gpu_worker.GPUWorker"
     HookRegistry.register(f"{RUNTIME}.distributed.cfg_policy.CFGPolicy.build", built, HookType.AROUND)
     HookRegistry.register(f"{stage}._run_denoising_loop", denoised, HookType.AROUND)
     HookRegistry.register(f"{scheduler}._freeze_signature_value", compared, HookType.AROUND)
     HookRegistry.register(f"{scheduler}._try_merge_generation_reqs", merged, HookType.AFTER)
     HookRegistry.register(f"{scheduler}._split_batched_output", split, HookType.AFTER)
-    HookRegistry.register(f"{RUNTIME}.managers.gpu_worker.GPUWorker._merge_expanded_singletons", joined, HookType.AROUND)
+    HookRegistry.register(f"{worker}._merge_expanded_singletons", joined, HookType.AROUND)
+    HookRegistry.register(f"{worker}._execute_forward_common", executed, HookType.AROUND)

@@ -266,6 +266,24 @@ def test_the_log_tells_what_http_responses_leave_out(server, caplog):
     assert "3 of 3 samples had no transition" in caplog.text
 
 
+def test_a_model_with_a_loop_of_its_own_is_told_of(server, caplog):
+    def execute(extra, forward, **given):
+        batch = batch_of(extra=extra, **given)
+        caplog.clear()
+        server.worker()._execute_forward_common(batch, forward_fn=lambda: forward(batch) or batch, return_req=False)
+        return [line for line in caplog.messages if "nothing was guided" in line]
+
+    def guided(batch):
+        server.stage(network).forward(batch, arguments(), server.policy.CFGPolicy())
+
+    def own(batch):
+        return None
+
+    assert len(execute(named(DELAYED), own)) == 1
+    assert not execute({}, own) and not execute(named(DELAYED), own, is_warmup=True)
+    assert not execute(named(DELAYED), guided) and not execute(named(DELAYED), guided, do_classifier_free_guidance=False)
+
+
 def test_unknown_names_and_policies_are_refused(server):
     class Own(server.policy.CFGPolicy):
         pass
