@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data.prompts import Job
 from ..models import Decoded, Encoded, Model
-from ..sampling.cuda_graphs import CAPTURING
+from ..sampling.cuda_graphs import no_capture
 from ..sampling.samples import Result, Sample
 from .job_plans import Plans, Size
 
@@ -80,7 +80,7 @@ def encoded(model: Model, jobs: Iterable[tuple[int, Job]], plans: Plans, **optio
         shape = model.shape(*size, **options)
         initial = partial(model.noise, height=size[0], width=size[1], **options)
         while some := list(islice(group, TEXTS)):
-            with CAPTURING:
+            with no_capture():
                 rows = texts([job for _, job in some], size)
                 good = [row for row in rows if isinstance(row, Encoded)]
                 network: Any = model.network(Encoded.joined(good + good[:1] * (TEXTS - len(good)))) if good else None
@@ -113,7 +113,7 @@ def decoded(model: Model, results: Iterable[Result], latents: bool, **options: A
     decode = partial(model.decode, **options)
     for result in results:
         if result.error is None:
-            with CAPTURING:
+            with no_capture():
                 picture = _tried(partial(_picture, decode, result, latents), result)
         else:
             picture = _failed(result, result.error)

@@ -21,9 +21,33 @@ from .steps import DeviceBatch, fused_step
 log = logging.getLogger(__name__)
 ROWS = 256  # the fewest rows of a session's table, else the next power of two, so that plans of several lengths share graphs
 WARM_UP = 3  # steps before a capture, because libraries choose their algorithms and compilers compile in the first ones
-# Held during a capture, one at a time in a process. Any other thread that then waits for a device gets an exception, so threads
-# that work beside a sampler hold this lock while they use the device.
-CAPTURING = threading.Lock()
+_free = threading.Condition()  # held during a capture
+_using = 0  # threads in `no_capture`
+
+
+@contextmanager
+def no_capture() -> Iterator[None]:
+    """A context in which no thread captures. Threads beside the sampler's use a device in it.
+
+    In a capture, waiting for a device raises an exception in every thread.
+    """
+    global _using
+    with _free:
+        _using += 1
+    try:
+        yield
+    finally:
+        with _free:
+            _using -= 1
+            _free.notify_all()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """A context in which no other thread captures or is in `no_capture`. A thread that is in `no_capture` must not enter it."""
+    with _free:
+        _free.wait_for(lambda: not _using)
+        yield
 
 
 class Graphs:
@@ -69,7 +93,7 @@ class Graphs:
             self._pool = torch.cuda.graph_pool_handle()
         for branch in branches:
             if branch not in session.graphs:
-                with CAPTURING, torch.cuda.device(session.table.device):  # the current device may be another one
+                with _alone(), torch.cuda.device(session.table.device):  # the current device may be another one
                     session.capture(branch, self._pool)
 
     def clear(self) -> None:
