@@ -64,11 +64,11 @@ class BasinEscapeInvocation(denoise_latents.DenoiseLatentsInvocation):
         if self.cfg_rescale_multiplier > 0:
             raise ValueError("cfg_rescale_multiplier is the rule 'rescale' here: set it to 0, and choose that rule")
         if self.ip_adapter:
-            raise ValueError("ip_adapter is given, and InvokeAI's modular denoising, which this node uses, ignores it: remove it")
+            raise ValueError("ip_adapter is given, and InvokeAI's modular denoising, as in this node, ignores it: remove it")
         if self.judge and self.denoising_end < 1:
             raise ValueError(
-                f"denoising_end is {self.denoising_end:g}, and pictures are judged at the end: switch judge off here, and on in "
-                "the node that takes the last steps"
+                f"denoising_end is {self.denoising_end:g}, and pictures are judged at the end: switch judge off here, and on "
+                "in the node that takes the last steps"
             )
         settings = Settings(**{name: getattr(self, name) for name in WIDGETS})
         extension = BasinEscapeExtension(settings, self.judge)
