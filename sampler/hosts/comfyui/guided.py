@@ -22,12 +22,13 @@ class Guided:
     """Delayed or opposite guidance of a model in ComfyUI: what the sampler is given as `cfg` is the scale after the transition.
 
     ComfyUI calls `sampled` around a run, `predicted` to make both predictions, and itself as the CFG function. `run` is the
-    last run's; None where nothing was guided in it.
+    last run's; None where nothing was guided in it. `unfinished` are the last run's latents, if it left noise in them.
     """
 
     def __init__(self, settings: Settings):
         self.settings = settings
         self.run: SamplerRun | None = None
+        self.unfinished: Tensor | None = None
         self._begin: Callable[[dict[str, Any]], SamplerRun] | None = None  # while a sampler runs
         self._went = False  # whether `_go` was called for the predictions that are combined next
         self._alone = False  # whether the unconditional prediction was made alone
@@ -52,8 +53,10 @@ class Guided:
             latents = executor(noise, latent, sampler, sigmas, *rest, **named)
         finally:
             self._begin = None
+        finished = float(sigmas[-1]) == 0
+        self.unfinished = None if finished else latents
         if self.run is not None:
-            self.run.report(finished=float(sigmas[-1]) == 0)
+            self.run.report(finished)
         elif steps.sigmas:
             logger.warning(f"Basin Escape: {type(guider).__name__} did not call it, and nothing was guided by it")
         return latents

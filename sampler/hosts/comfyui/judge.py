@@ -46,7 +46,7 @@ def judged(model: Any, latent: dict, positive: Any, negative: Any, seed: int, th
     model: the sampler's. Where no Basin Escape node has guided its last run, transition steps are -1 and gaps "".
     latent: finished, {"samples": (B, ...)}. positive, negative: the sampler's conditionings.
 
-    Raises ValueError for widgets out of range.
+    Raises ValueError for widgets out of range, and for latents in which the model's last run left noise.
     """
     from comfy.samplers import KSAMPLER, CFGGuider  # ComfyUI's
 
@@ -69,6 +69,12 @@ def judged(model: Any, latent: dict, positive: Any, negative: Any, seed: int, th
 
     seen: dict[str, Tensor] = {}
     asked, samples = model.clone(), latent["samples"]
+    left = getattr(model.model_options.get(CFG_FUNCTION), "unfinished", None)
+    if left is not None and left.shape == samples.shape and torch.equal(left.to(samples), samples):
+        raise ValueError(
+            "latent is from a sampler that left noise in it (end_at_step, return_with_leftover_noise, or split sigmas): judge "
+            "that of the sampler that takes the last steps"
+        )
     asked.remove_wrappers_with_key(OUTER_SAMPLE, ID)
     for name in (CALC, CFG_FUNCTION, "sampler_pre_cfg_function", "sampler_post_cfg_function"):
         asked.model_options.pop(name, None)
