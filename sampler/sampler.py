@@ -90,7 +90,8 @@ class Sampler:
         """Use a loaded diffusers pipeline as it is, with its own scheduler unless another is named.
 
         compile: compile the network with torch.compile, channels-last, when it is first used (it takes a while).
-        capture: record each step, including the network, as a CUDA graph and replay it; see `close`.
+        capture: record each step, including the network, as a CUDA graph and replay it; see `close`. The first batch of a shape
+                 is recorded. Meanwhile, another thread of the process that waits for a GPU gets an exception.
         With either, a network for which there is a `Lean` form runs in it. The next call sees later changes of the pipeline.
 
         Raises ValueError for a pipeline, scheduler or attention backend that is not supported.

@@ -203,7 +203,8 @@ class Model(Autoencoding):
             ) from error
         cut = self._truncated(prompts, request.options) if prompts else [""] * prompted
         truncated = [text for text in cut for _ in range(count)]
-        return Encoded(self._cast(inputs), self._cast(shared), request.get(self.kwargs), truncated)
+        inputs, shared = self._cast((inputs, shared))
+        return Encoded(inputs, shared, request.get(self.kwargs), truncated)
 
     def _encoded(self, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
         """`inputs` and `shared` of the `Encoded`."""
@@ -258,10 +259,10 @@ class Model(Autoencoding):
                 cut[k] = cut[k] or tokenizer.decode(ids[limit - self.closing : len(ids) - self.closing]).strip()
         return cut
 
-    def _cast(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Move all tensors to the network's device, and floating point tensors to its dtype."""
-        device, dtype = self.device, self.net.dtype
-        return tree_map_only(Tensor, lambda x: x.to(device, dtype if x.is_floating_point() else x.dtype), inputs)
+    def _cast(self, tree: Any) -> Any:
+        """Move all tensors in nested dicts and tuples to the network's device, and floating point tensors to its dtype."""
+        device, dtype = self.device, self.net.dtype  # diffusers walks through all modules each time
+        return tree_map_only(Tensor, lambda x: x.to(device, dtype if x.is_floating_point() else x.dtype), tree)
 
     def network(self, encoded: Encoded, plain: bool = False) -> PromptedNetwork:
         """Return the fastest network for `encoded`. plain: one that takes its inputs exactly as `encode` returns them."""
