@@ -58,7 +58,6 @@ class Sampler:
         self.wrap: Wrap | None = None
         self._size: tuple[int | None, int | None] = (None, None)
         self.options: dict[str, Any] = {}  # defaults of every call, see `using`
-        self._compared: tuple[Guard | None, Any] = None, None  # the last guard that was compared, and the pictures' size
         self._warned: set[tuple[str, str]] = set()  # the calibrations that were warned of, and what was said
 
     def __repr__(self) -> str:
@@ -242,12 +241,11 @@ class Sampler:
                    One for each picture, or one for the first, counted up from there.
         threshold: a picture with a score above it is suspect. probes: noises for each picture, each a call of both branches.
         height, width: the size of the latents, or the size to which all pictures are resized; default their own size, or the
-                   nearest size that the model can make. If the proportions differ, a picture is cropped at its centre. A copy
-                   that was scaled, down or up, may pass: judge it in the size it was made in.
+                   nearest size that the model can make. If the proportions differ, a picture is cropped at its centre.
         options:   as for a call. batch_size: how many are judged together; None: as for a call.
 
-        A picture's verdict depends only on (model, picture, prompt, seed, settings). Raises ValueError for arguments that do
-        not fit, and for a scheduler whose noise levels are not known.
+        A picture's verdict depends only on (model, picture, prompt, seed, settings). A copy that was scaled, down or up, may
+        pass. Raises ValueError for arguments that do not fit, and for a scheduler whose noise levels are not known.
         """
         size, options = self._sized(height, width), {**self.options, **options}
         with torch.inference_mode():
@@ -259,26 +257,23 @@ class Sampler:
 
     def compare(self, guidance: Guidance | Guard, size: tuple[int, int]) -> None:
         """Log the warnings of `measured_on` for a guard's calibration and pictures of this (height, width)."""
-        if isinstance(guidance, Guard) and not (guidance is self._compared[0] and size == self._compared[1]):
-            self._compared = guidance, size
+        if isinstance(guidance, Guard):
             self.measured_on(guidance.model or {}, guidance.size, size)
 
     def measured_on(self, model: Mapping[str, Any], of: tuple[int, int] | None, size: tuple[int, int]) -> bool:
         """Whether a calibration holds for this model and pictures of the (height, width) `size`.
 
-        model, of: the `fingerprint` and the (height, width) that it was measured on; empty and None: not known.
-        Logs a warning for each of the two that differs, once for each calibration.
+        model, of: the `fingerprint` and the (height, width) that it was measured on; empty and None: not known. Logs a warning
+        for each of the two that differs, once for each calibration.
         """
         told = [another_model(model, self.pipe)]
         if of is not None and of != size:
-            told.append(
-                f"the calibration was made for pictures of {of[0]} x {of[1]} pixels, and these have {size[0]} x {size[1]}: "
-                f"calibrate for those (--option height={size[0]} --option width={size[1]})"
-            )
-        for text in filter(None, told):
-            if (key := (digest(model), text)) not in self._warned:
-                self._warned.add(key)
-                log.warning(text)
+            other = f"for pictures of {of[0]} x {of[1]} pixels, and these have {size[0]} x {size[1]}"
+            advice = f"calibrate for those (--option height={size[0]} --option width={size[1]})"
+            told.append(f"the calibration was made {other}: {advice}")
+        for said in sorted({(digest(model), text) for text in told if text} - self._warned):
+            self._warned.add(said)
+            log.warning(said[1])
         return not any(told)
 
     @property
