@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -229,9 +229,9 @@ class Model(Autoencoding):
                 raise ValueError(f"{name} has {len(given)} entries for {prompts} prompts")
         return found
 
-    def check_names(self, options: Iterable[str]) -> None:
-        """Raise ValueError for names that are none of the model's options."""
-        unknown = sorted(set(options) - self.options)
+    def check_names(self, options: dict[str, Any]) -> None:
+        """Raise ValueError for options that the model does not have, unless they are None."""
+        unknown = sorted(name for name, value in options.items() if value is not None and name not in self.options)
         if unknown:
             takes = ", ".join(("height", "width", *sorted(self.options)))
             hint = "".join(f"; say {OURS[name]} in place of {name}" for name in unknown if name in OURS)
