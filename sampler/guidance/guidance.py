@@ -301,6 +301,8 @@ class Guidance:
         Raises ValueError if the guidance is made for another number of steps.
         """
         criteria = [ALWAYS] * len(levels) if self.until is None else self.until.criteria(levels)
+        if len(criteria) != len(levels):
+            raise ValueError(f"{self.until!r} has {len(criteria)} criteria for {len(levels)} steps")
         options = columns_of(dict(self.options))
         rows = [(*weights, *criterion, *options) for weights, criterion in zip(self.weights(levels), criteria, strict=True)]
         columns = dict(zip(COLUMNS, torch.tensor(rows, dtype=torch.float32)[step].unbind(1), strict=True))
