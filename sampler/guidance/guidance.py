@@ -234,7 +234,11 @@ class Guidance:
                 return Guard.from_dict(given)
             if given.get("until") is not None:
                 rule = dict(given["until"])
-                given["until"] = RULES[rule.pop("rule")](**rule)
+                name = rule.pop("rule")
+                if name not in RULES:
+                    known = ", ".join(RULES)
+                    raise ValueError(f"until has the rule {name!r}, and there are {known}: import the file that registers it")
+                given["until"] = RULES[name](**rule)
             return cls(**given)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a guidance: {data!r} ({error})") from error

@@ -268,6 +268,7 @@ def test_the_command_writes_what_generate_finds(mine, monkeypatch, capsys):
         (("--steps", 0), "steps must be"),
         (("--batch-size", 0), "batch_size must be"),
         (("--scheduler", "nope"), "scheduler must be"),
+        (("--scale", 1), "scale is 1, at which one prediction alone is made"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(mine, tmp_path, monkeypatch, capsys, drawn, options, says):

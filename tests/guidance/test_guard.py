@@ -190,6 +190,7 @@ def test_without_a_calibration_it_has_the_defaults():
         (lambda pipe: Guidance.cfg(SCALE, restart=5), "restart must be .low, high, times."),
         (lambda pipe: Guidance.cfg(SCALE, shape=5), "shape must be one of .* or a factor for each step"),
         (lambda pipe: Guidance.from_dict("cfg"), "not a guidance: 'cfg'"),
+        (lambda pipe: Guidance.from_dict({"scale": 1, "until": {"rule": "Mine"}}), "rule 'Mine', and there are At, "),
         (lambda pipe: EarlyLook((1.0, 0.0), (900.0, 100.0), 1, 1.0), "gap must be above 0"),
         (
             lambda pipe: sample(pipe, replace(guard((PLAIN, NONE)), early=EarlyLook((1.0,) * 5, (900.0,) * 5, 1, 1.0))),
