@@ -83,9 +83,9 @@ def finite(name: str, given: float) -> float:
 
 def share(name: str, given: float) -> float:
     """A number from 0 to 1."""
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given <= 1:
+    if isinstance(given, bool) or not isinstance(given, Real) or not 0 <= given <= 1:
         raise ValueError(f"{name} must be a number from 0 to 1, got {given!r}")
-    return given
+    return float(given)
 
 
 def line(error: Exception) -> str:
