@@ -215,9 +215,9 @@ class Model(Autoencoding):
         return request.options.get(self.kwargs, {}).get("scale")
 
     def per_prompt(self, options: dict[str, Any], prompts: int) -> dict[str, Any]:
-        """The options that are texts or encoded ones, with an entry for each of `prompts` prompts; given one is repeated.
+        """The texts and embeddings among the options, one for each of `prompts` prompts; a single one is repeated.
 
-        Raises ValueError for another number of entries.
+        Raises ValueError for another number of them.
         """
         found: dict[str, Any] = {}
         for name in sorted(options.keys() & set(self.texts)):

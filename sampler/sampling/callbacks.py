@@ -49,9 +49,9 @@ def tell(callback: Callback, pipe: Pipeline, call: int, timestep: Tensor, latent
     Raises ValueError where the callback returns anything but latents of the same shape, or sets another guidance scale.
     """
     told = callback(pipe, call, timestep, {"latents": latents})
-    if not isinstance(told, dict | None):
+    told = {} if told is None else told
+    if not isinstance(told, dict):
         raise ValueError(f"callback_on_step_end must return a dict or None, got a {type(told).__name__}")
-    told = told or {}
     other = sorted(told.keys() - {"latents"})
     if other:
         raise ValueError(f"callback_on_step_end returned {', '.join(other)}, which the sampler cannot follow: latents alone")
