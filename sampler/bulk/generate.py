@@ -20,6 +20,7 @@ from typing import Any
 
 from ..data.prompts import Job, Prompts
 from ..data.writers import Writer, writer_of
+from ..guidance.guard import Guard
 from ..models import memory
 from ..runs.environment import own_numbers
 from ..runs.jsonl_journal import Journal
@@ -89,7 +90,8 @@ def generate(
     plans = Plans(sampler, recipe, model)
     prompts.check(plans.of)
     for guidance in (recipe.guidance, *recipe.named.values()):
-        sampler.compare(guidance, sampler.size())
+        if isinstance(guidance, Guard):
+            sampler.measured_on(guidance.model, guidance.size)
     out = files.folder(out)
     writes = writer_of(out, files.settings())
     slots = _slots(out, placement, plans, prompts)

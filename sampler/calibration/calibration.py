@@ -171,7 +171,7 @@ class Calibration:
 
     def made_on(self, sampler: Sampler) -> bool:
         """Whether it was made on the sampler's model and picture size. Logs the warnings of `Sampler.measured_on`."""
-        return sampler.measured_on(self.model, self.size, sampler.size())
+        return sampler.measured_on(self.model, self.size)
 
     def settled(self, **given: float) -> Settled:
         """The rule `Settled.over` the gaps that ordinary prompts have without guidance.

@@ -37,7 +37,7 @@ class PlainRuns:
     def __post_init__(self) -> None:
         if self.scale in (0, 1):
             raise ValueError(
-                f"scale is {self.scale:g}, at which the model makes one prediction a step: give a scale that needs two"
+                f"scale is {self.scale:g}, at which one prediction alone is made, so there are no noise gaps to measure"
             )
 
     def bar(self, what: str, unit: str, total: int, done: int, waiting: Sequence[str], steps: int | None = None) -> tqdm:

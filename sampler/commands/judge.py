@@ -56,7 +56,7 @@ def judge(what: What, model: Model, verdicts: Verdicts) -> None:
     sampler = sampler.using(**options | given)
     _compare(made, source, sampler)
     if enough is not None:
-        sampler.measured_on(enough.model, None, sampler.size())  # sizes are told of each picture
+        sampler.measured_on(enough.model, None)  # sizes are told of each picture
     with going_on(what.out):
         rows = judge(sampler, what.images, what.out, settings, source, part, what.progress)
     _conclude(rows, what.out / f"shard-{part[0]}-of-{part[1]}" if part else what.out, source)
