@@ -118,8 +118,8 @@ class Schedule:
 
     steps:         the number of steps; ignored if timesteps or sigmas are given.
     timesteps, sigmas: one for each step, for schedulers whose `set_timesteps` takes them; kept as tuples.
-    eta:           how stochastic DDIM and TCD are, 0 to 1 (Song et al., https://arxiv.org/abs/2010.02502, equation 16); other
-                   schedulers have none.
+    eta:           how stochastic DDIM and TCD are, 0 to 1 (Song et al., https://arxiv.org/abs/2010.02502, equation 16);
+                   other schedulers take none.
     denoising_end: the share of the run after which another model continues (SDXL's refiner); None: the whole run.
     mu:            how far a scheduler with dynamic shifting moves its noise levels; None: computed from the picture's size.
 
@@ -180,7 +180,7 @@ def prepared(scheduler: Scheduler, schedule: Schedule, device: torch.device | st
             f"mu is {schedule.mu:g}, but scheduler {type(scheduler).__name__} does not shift dynamically: leave it out"
         )
     if schedule.eta and "eta" not in _step_parameters(scheduler.__class__):
-        raise ValueError(f"eta is {schedule.eta:g}, but scheduler {type(scheduler).__name__} has none: leave it out")
+        raise ValueError(f"eta is {schedule.eta:g}, but scheduler {type(scheduler).__name__} takes none: leave it out")
     try:
         retrieve_timesteps(scheduler, schedule.steps, device, timesteps, sigmas, **shifted)
     except Exception as error:  # whatever a scheduler raises

@@ -241,7 +241,7 @@ def test_a_call_that_does_not_fit_is_refused():
         state(uncond[:2], cond[:2], timestep=400)
     with pytest.raises(ValueError, match="cond has shape"):
         state(uncond, cond[..., :1], timestep=400)
-    with pytest.raises(ValueError, match="uncond is a NoneType; it must be a torch.Tensor"):
+    with pytest.raises(ValueError, match=r"uncond is a NoneType; it must be a torch\.Tensor"):
         state(None, cond, timestep=400)
     with pytest.raises(ValueError, match=r"timesteps must be one or more numbers in 0\.\.1000"):
         state(uncond, cond, timestep=torch.tensor([400, 400, 400]))

@@ -296,7 +296,6 @@ def test_what_a_prompt_loses_is_what_the_larger_text_encoder_does_not_read(pipes
         ("sd3", {"width": 80}, "width must be at most 64"),
         ("sd3", {"skip_guidance_layers": [1]}, "skip_guidance_layers"),
         ("sd3", {"mu": 0.5}, "mu is 0.5"),
-        ("sd3", {"eta": 0.5}, "eta is 0.5, but scheduler FlowMatchEulerDiscreteScheduler has none"),
         ("sd3", {"prompt_3": ["a"]}, "prompt_3 has 1 entries"),
         ("sd3", {"clip_skip": 5}, "clip_skip must be"),
         ("pixart", {"height": 18}, "height must be a multiple of 4"),
