@@ -1,7 +1,12 @@
 """What an analysis makes of a sweep over the step at which guidance begins."""
 
+from dataclasses import replace
+
+import pytest
+from basinescape.bench.evaluation.analyze import analyze
 from basinescape.bench.evaluation.trajectories import edges
 from basinescape.bench.methods.method import starting_at
+from basinescape.bench.scenario import PRESETS
 
 
 def test_edges_are_the_first_onsets_after_the_last_copy():
@@ -17,3 +22,10 @@ def test_edges_are_the_first_onsets_after_the_last_copy():
 def test_a_sweep_starts_where_it_says():
     weights = starting_at(3, 7.5, 6).weights([900, 700, 500, 300, 100, 0])
     assert [after for _, after in weights] == [0, 0, 0, 7.5, 7.5, 7.5]
+
+
+@pytest.mark.shipped
+def test_a_single_step_is_no_trajectory(tmp_path):
+    with pytest.raises(ValueError, match="steps must be a whole number of at least 2, got 1"):
+        analyze(replace(PRESETS["tiny"], steps=1), tmp_path / "out", 1, 1, progress=False)
+    assert not (tmp_path / "out").exists()
