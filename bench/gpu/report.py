@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from ..tables import Row, aligned, tables
+
+FIELDS = {"device", "date", "versions", "checks", "rows"}
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The report in a file. Raises ValueError for a file that is none."""
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        report = None
+    if not isinstance(report, dict) or not report.keys() >= FIELDS:
+        raise ValueError(f"file {str(file)!r} is not one that python -m basinescape.bench.gpu wrote")
+    return report
 
 
 def rendered(report: dict[str, Any]) -> str:

@@ -36,6 +36,7 @@ import torch
 
 from .. import speed
 from ..speed.timing import out_of_memory, taken
+from ..tables import writable
 from .checks import CHECKS, Skipped
 from .report import rendered
 
@@ -183,6 +184,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         sys.exit(f"basinescape.bench.gpu: torch {torch.__version__} sees no CUDA GPU here, and these checks are for one")
+    try:
+        writable(args.out, "--out")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     if args.only:
         return perform(args.only, args.out, args.minutes is not None)
     taken_here, results = taken(torch.device("cuda")), {}
