@@ -1,8 +1,10 @@
 """What an analysis makes of a sweep over the step at which guidance begins."""
 
+import sys
 from dataclasses import replace
 
 import pytest
+from basinescape.bench.evaluation import experiment
 from basinescape.bench.evaluation.analyze import analyze
 from basinescape.bench.evaluation.trajectories import edges
 from basinescape.bench.methods.method import starting_at
@@ -29,3 +31,13 @@ def test_a_single_step_is_no_trajectory(tmp_path):
     with pytest.raises(ValueError, match="steps must be a whole number of at least 2, got 1"):
         analyze(replace(PRESETS["tiny"], steps=1), tmp_path / "out", 1, 1, progress=False)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.shipped
+def test_a_study_without_general_prompts_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.yaml").write_text("model: tiny\nmemorized: tiny\n")
+    arguments = ["study", "--scenario", str(tmp_path / "mine.yaml"), "--json", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        experiment.run(lambda *_: pytest.fail("work was begun"), "about", 0)
+    assert "has no general prompts" in capsys.readouterr().err
