@@ -130,6 +130,7 @@ PRESETS = {
 }
 
 
+KINDS = {"model": str, "memorized": str, "steps": int, "options": dict}  # of fields in a .yaml file that nothing checks later
 FILES = ("model", "memorized", "general", "images", "calibration")  # fields that may name a file or folder
 
 
@@ -206,6 +207,9 @@ def _from_yaml(name: str) -> Scenario:
             f"scenario file {name!r} must give model and memorized, and of the rest only {', '.join(sorted(known))}; "
             f"it has {has}"
         )
+    for key, kind in KINDS.items():
+        if not isinstance(given.get(key, kind()), kind):
+            raise ValueError(f"scenario file {name!r}: {key} must be of type {kind.__name__}, got {given[key]!r}")
     return Scenario(**{"name": path.stem, **given, **_absolute(given, path.parent)})
 
 

@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from basinescape.bench.evaluation import experiment
+from basinescape.bench.evaluation import experiment, trajectories
 from basinescape.bench.evaluation.analyze import analyze
 from basinescape.bench.evaluation.trajectories import edges
 from basinescape.bench.methods.method import starting_at
@@ -41,3 +41,11 @@ def test_a_study_without_general_prompts_is_refused_before_any_work(tmp_path, mo
     with pytest.raises(SystemExit):
         experiment.run(lambda *_: pytest.fail("work was begun"), "about", 0)
     assert "has no general prompts" in capsys.readouterr().err
+
+
+@pytest.mark.shipped
+def test_a_missing_package_is_named_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(trajectories, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="needs scikit-learn"):
+        analyze(PRESETS["tiny"], tmp_path / "out", 1, 1, progress=False)
+    assert not (tmp_path / "out").exists()

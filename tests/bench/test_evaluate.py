@@ -88,6 +88,9 @@ def test_a_scenario_of_ones_own(tmp_path):
         ("model: owner/name\nmemorized: list.jsonl\nstep: 7\n", "it has model, memorized, step$"),
         ("model: owner/name\n", "must give model and memorized"),
         ("a: [", "is not YAML"),
+        ('model: m\nmemorized: p\nsteps: "3"\n', "steps must be of type int, got '3'"),
+        ("model: m\nmemorized: p\noptions: 5\n", "options must be of type dict, got 5"),
+        ("model:\nmemorized: p\n", "model must be of type str, got None"),
         ("model: m\nmemorized: p\nsimilarity: lpips\n", "similarity must be among pixels, sscd, dino, clip; got 'lpips'"),
     ):
         (tmp_path / "mine.yaml").write_text(text)
