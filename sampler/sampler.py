@@ -89,7 +89,8 @@ class Sampler:
         """Use a loaded diffusers pipeline as it is, with its own scheduler unless another is named.
 
         compile: compile the network with torch.compile, channels-last, when it is first used (it takes a while).
-        capture: record each step, including the network, as a CUDA graph and replay it; see `close`.
+        capture: record each step, including the network, as a CUDA graph and replay it; see `close`. The first batch of a shape
+                 is recorded. Meanwhile, another thread of the process that waits for a GPU gets an exception.
         With either, a network for which there is a `Lean` form runs in it. The next call sees later changes of the pipeline.
 
         Raises ValueError for a pipeline, scheduler or attention backend that is not supported.
@@ -174,7 +175,8 @@ class Sampler:
         negative_prompt: one for all prompts, or one or None for each.
         height, width: pixels; default the model's own size.
         output: "pil", "np", "pt" or "latent", with diffusers' meaning.
-        progress: whether to show a bar, or a function that is called after every step with the share of all work that is done.
+        progress: whether to show a bar, or a function that is called after every step with the share of all steps that is done.
+                Under a guard only the plain attempts' steps count.
         timesteps, sigmas, eta, denoising_end, mu: see `Schedule`. These, and those down to `latents`, have diffusers' meaning.
         guidance_rescale: above 0, the guidance's rule is "rescale" with this phi; cannot be combined with another rule.
         callback_on_step_end: called after every network call with (pipeline, index, timestep, {"latents": latents}). Latents
@@ -189,13 +191,14 @@ class Sampler:
                 neither compiled nor captured), ip_adapter_image, ip_adapter_image_embeds; SDXL's also pooled_prompt_embeds,
                 negative_pooled_prompt_embeds, prompt_2, negative_prompt_2, original_size, crops_coords_top_left, target_size
                 and the negatives of these three. `sampler.model.options` lists those of other models, such as
-                max_sequence_length, or num_frames of a video model.
+                max_sequence_length, or num_frames of a video model. Texts and embeddings are one for all prompts, or one for
+                each; an IP-Adapter's images are for all prompts.
 
         Raises ValueError, before any work, for arguments that are not as described.
         """
         with torch.inference_mode():
             self.model.check()
-            options = {**self.options, **options}
+            options = self._with(options)
             size = self.size(height, width)
             callbacks.check(callback_on_step_end, callback_on_step_end_tensor_inputs)
             call = Call(
@@ -241,12 +244,12 @@ class Sampler:
         threshold: a picture with a score above it is suspect. probes: noises for each picture, each a call of both branches.
         height, width: the size of the latents, or the size to which all pictures are resized; default their own size, or the
                    nearest size that the model can make. If the proportions differ, a picture is cropped at its centre.
-        options:   as for a call. batch_size: how many are judged together; None: as for a call.
+        options:   as for a call, without prompt_embeds. batch_size: how many are judged together; None: as for a call.
 
         A picture's verdict depends only on (model, picture, prompt, seed, settings). Raises ValueError for arguments that do
         not fit, and for a scheduler whose noise levels are not known.
         """
-        size, options = self._sized(height, width), {**self.options, **options}
+        size, options = self._sized(height, width), self._with(options)
         with torch.inference_mode():
             self.model.check()
             given = prompts, seeds, threshold, probes, negative_prompt, size, batch_size, options
@@ -293,6 +296,7 @@ class Sampler:
         """
         other = copy.copy(self)
         other._size = self._sized(height, width)
+        self.model.check_names(options)
         other.options = self.options | {name: value for name, value in options.items() if value is not None}
         with torch.inference_mode():
             self.model.encode([""], *other.size(), **other.options)
@@ -316,6 +320,11 @@ class Sampler:
         if key not in self._solvers:
             self._solvers[key] = Solver.of(scheduler, schedule)
         return self._solvers[key]
+
+    def _with(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of a call, with the sampler's own for those that it does not give. Raises ValueError for unknown ones."""
+        self.model.check_names(options)
+        return {**self.options, **options}
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """(height, width) in pixels; None: as in `using`, or the model's own. Raises ValueError for one it cannot make."""

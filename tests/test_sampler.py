@@ -1,6 +1,7 @@
 """The sampler on the pipeline that ships: against diffusers, against a plain loop, alone and in a batch."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -185,11 +186,16 @@ def test_a_branch_nobody_needs_is_not_run(pipe):
 
 @pytest.mark.parametrize(
     "guidance",
-    [*METHODS, Guidance.cfg(5, shape=(1.0, 2.0), interval=(100, 900)), Guidance.cfg(5, rule="apg", eta=0.5)],
+    [
+        *METHODS,
+        Guidance.delayed(np.int64(5), until=FirstMinimum(np.int64(2), np.int64(4), np.float32(0.5))),
+        Guidance.cfg(5, shape=(1.0, 2.0), interval=(100, 900)),
+        Guidance.cfg(5, rule="apg", eta=np.float32(0.5)),
+    ],
     ids=repr,
 )
 def test_guidance_survives_serialisation_and_its_repr(guidance):
-    assert Guidance.from_dict(guidance.to_dict()) == guidance
+    assert Guidance.from_dict(json.loads(json.dumps(guidance.to_dict()))) == guidance
     assert eval(repr(guidance)) == guidance
 
 

@@ -41,7 +41,7 @@ from .checks import CHECKS, Skipped
 from .report import rendered
 
 PROGRAM = Path(__file__).with_name("__main__.py")  # makes a trial in its own process
-SAMPLER_CHECKS = ("sampler launches", "sampler synchronisation", "sampler capture", "sampler images")
+SAMPLER_CHECKS = ("sampler launches", "sampler synchronisation", "sampler capture", "sampler images", "sampler threads")
 BENCH = "bench "
 BENCHES = tuple(BENCH + name for name in speed.BENCHES)
 NEED_DIFFUSERS = {*SAMPLER_CHECKS, *BENCHES} - {"bench kernel"}

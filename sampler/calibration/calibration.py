@@ -232,6 +232,8 @@ def _conformal(values: Sequence[float], rate: float) -> float:
 
     Split conformal prediction (Vovk et al.; Angelopoulos & Bates, https://arxiv.org/abs/2107.07511, section 1).
     """
+    if not 0 < checks.share("rate", rate) < 1:
+        raise ValueError(f"rate must be between 0 and 1, got {rate!r}")
     rank = math.ceil((len(values) + 1) * (1 - rate) - 1e-9)
     if rank > len(values):
         needed = math.ceil(1 / rate - 1 - 1e-9)

@@ -74,6 +74,8 @@ def measure(
     tasks = list(zip(prompts, checks.seeds(seeds, len(prompts)), strict=True))
     solver = sampler.solver(steps)
     runs = [Guidance.cfg(scale), *([unguided(solver.steps)] if settled else [])]
+    if scale in (0, 1):
+        raise ValueError(f"scale is {scale:g}, at which one prediction alone is made, so there are no noise gaps to measure")
     settings = {"model": Path(sampler.source).name, **sampler.provenance}
     settings |= {"size": list(sampler.size())} | ({"options": dict(sampler.options)} if sampler.options else {})
     model = fingerprint(sampler.pipe)

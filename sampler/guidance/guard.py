@@ -34,7 +34,7 @@ class Attempt:
         if not isinstance(self.guidance, Guidance):
             raise ValueError(f"guidance must be a Guidance, such as Guidance.from_dict(...), got {self.guidance!r}")
         object.__setattr__(self, "threshold", checks.finite("threshold", self.threshold))
-        checks.at_least_one("probes", self.probes)
+        object.__setattr__(self, "probes", checks.at_least_one("probes", self.probes))
 
 
 @dataclass(frozen=True)

@@ -44,12 +44,12 @@ class EscapeDenoiser:
 
     Guidance combines what the network returned, so that noise gaps and thresholds are those of every other host; timesteps are
     the model's own (`sigma_to_t`), or those at which Stable Diffusion has the same ratio of noise to data. A run begins with
-    the first call and wherever sigma does not fall. `run` is the last run's `Escape`. Nothing tells it that a run ends, so it
-    does not say whose transition never came: `transition_step` does, -1. It cannot begin a sample again: `judge` says which
-    finished pictures look like copies.
+    the first call and wherever sigma does not fall. `run` is the last run's `Escape`. A denoiser does not see where a run ends,
+    so it does not warn of samples that had no transition: their `transition_step` is -1. It cannot begin a sample again:
+    `judge` tells which finished pictures look like copies.
 
-    Raises ValueError for arguments that are not as described, for guidance that needs a loop that can go back, and in a run of
-    k-diffusion's for a sampler of another order, and dpm_fast and dpm_adaptive, whose steps differ in their number of calls.
+    Raises ValueError for arguments that are not as described and for guidance that needs a loop that can go back; in a run of
+    k-diffusion's, for a sampler of another order, and for dpm_fast and dpm_adaptive, whose steps differ in their calls.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class EscapeDenoiser:
         return skip * x + out * guided
 
     def _check_sampler(self) -> None:
-        """Raise ValueError for a sampler of k-diffusion whose calls are not those that the denoiser was told of."""
+        """Raise ValueError where the sampler of k-diffusion has another order, or calls the model unevenly."""
         for name in [frame.function for frame in inspect.stack(context=0)]:
             if name in UNEVEN:
                 raise ValueError(f"{name} differs in its calls from step to step: use a sampler that does not")
@@ -121,7 +121,7 @@ class EscapeDenoiser:
         flow: bool = False,
         **model_kwargs: Any,
     ) -> Verdict:
-        """Whether finished latents x0 (B, ...), as a sampler returned them, look like copies; see `own_loop.judge`.
+        """Judge whether finished latents x0 (B, ...), as a sampler returned them, look like copies; see `own_loop.judge`.
 
         cond, uncond, model_kwargs: as in a call. flow: the model denoises (1 - sigma) x0 + sigma noise, not x0 + sigma noise.
         """
@@ -158,7 +158,7 @@ class EscapeDenoiser:
         return denoised[: len(x)], denoised[len(x) :]
 
     def _over(self, guidance: Guidance) -> Guidance:
-        """The same with a transition that is stated as a log SNR as the timestep that has it."""
+        """Return the guidance with the timestep of its transition in the place of a log SNR."""
         until = guidance.until
         if not isinstance(until, At) or until.log_snr is None:
             return guidance

@@ -1,4 +1,4 @@
-"""Guidance for anybody's own loop: what picks each sample's weight, without a solver and without a model; and what judges.
+"""`Escape` guides a loop of your own, without a solver and without a model; `judge` judges the finished pictures.
 
 state = Escape(Guidance.delayed(7.5, until=FirstMinimum()), timesteps, batch=2, device="cuda")
 for t in timesteps:
@@ -35,12 +35,12 @@ class Escape:
     """The guidance of one run: call it once for each call of the network, in order.
 
     guidance:    of all samples, or a list of one a sample, all of one rule.
-    timesteps:   of each step, in 0..1000 of the training schedule and falling; NaN where that is not known, for guidance that
-                 does not ask for it. Or their number, if each is told in its call.
+    timesteps:   of each step, falling, in 0..1000 of the training schedule; NaN where that is not known, for guidance that
+                 needs none. Or the number of steps, if each call passes its own timestep.
     batch:       B, the number of samples.
     device:      of the predictions.
-    step:        the step that each call of the network belongs to, counted from 0, for solvers that call it more than once a
-                 step: the first call of a step alone may show a transition. None: one call a step.
+    step:        of each call of the network, counted from 0, for solvers that call it more than once a step: only the first
+                 call of a step may show a transition. None: one call a step.
     log_snrs:    of each step, rising; needed by guidance that is delayed until a log SNR (`schedule.noise_levels` has them).
 
     Raises ValueError for arguments that are not as described, for timesteps that the guidance is not made for, and for a guard
@@ -87,9 +87,9 @@ class Escape:
     ) -> Tensor:
         """The guided prediction of the next call, (B, ...), in memory of its own.
 
-        uncond, cond: (B, ...) float32, float16 or bfloat16, what the network itself returned. Where `branch` says that one
-                      alone is needed, that one and None.
-        timestep: of this step, where timesteps were not given. dtype: of the result; None: that of the predictions.
+        uncond, cond: (B, ...) float32, float16 or bfloat16, what the network itself returned. Where `branch` names one of
+                      them, give that one first, and None as cond.
+        timestep: of this step, where `timesteps` was a number. dtype: of the result; None: that of the predictions.
 
         Raises ValueError for predictions that do not match, a call too many, and a timestep that is missing.
         """
@@ -113,7 +113,7 @@ class Escape:
         return guided
 
     def branch(self, timestep: float | None = None) -> Branch:
-        """Which predictions the next call needs: "both", or one alone that all samples are known to be guided by beforehand.
+        """Return what the next call needs: "both", or the one prediction that all samples are sure to be guided by alone.
 
         timestep: as in that call. Raises ValueError where it is missing.
         """
@@ -128,16 +128,16 @@ class Escape:
         return self.calls == len(self._step)
 
     def seek(self, call: int) -> None:
-        """Stand before another call, with all that was noted so far: for hosts that say which call it is."""
+        """Set which call is the next, and keep all that was noted so far: for hosts that tell the number of a call."""
         self.calls = call
         self._transition.row.copy_(self._starts + call)
 
     def mark(self) -> TransitionState:
-        """What has been noted so far, for `forget`."""
+        """Return a copy of what has been noted so far, for `forget`."""
         return self._transition.select(torch.arange(self.batch, device=self.device))
 
     def forget(self, mark: TransitionState) -> None:
-        """Undo what was noted since."""
+        """Undo what was noted since `mark` was made."""
         for name, noted in vars(mark).items():
             getattr(self._transition, name).copy_(noted)
 
@@ -153,11 +153,11 @@ class Escape:
 
     @property
     def noise_gap(self) -> Tensor:
-        """(B, steps) float32 on the CPU: ||cond - uncond||_2 at each step, NaN where it has not been yet."""
+        """(B, steps) float32 on the CPU: ||cond - uncond||_2 at each step, NaN where it was not computed."""
         return self._transition.gaps.cpu()
 
     def lost(self) -> list[str]:
-        """What is to be said at a run's end: of guidance whose transition changed nothing, or of samples it never came for."""
+        """Return a finished run's warnings: of guidance whose transition changed nothing, or of samples that had none."""
         idle = [line for one in self._distinct if (line := one.idle(self.timesteps)) is not None]
         line = never_came(self.transition_step, len(self.timesteps))
         return idle or ([] if line is None else [line])
@@ -171,7 +171,7 @@ class Escape:
         return [one.calls(self.timesteps, self._step, self._first) for one in self._distinct]
 
     def _note_timestep(self, timestep: float | None) -> None:
-        """Take the timestep of this call as that of its step, if the call is the step's first, and lay the guidance over it."""
+        """Note the timestep of a step's first call, and lay the guidance over it."""
         k = int(self._step[self.calls])
         if not self._first[self.calls] or self.timesteps[k] == timestep:
             return
@@ -198,10 +198,10 @@ class Escape:
 
 
 def each(guidance: Guidance | Guard | Sequence[Guidance | Guard], batch: int | None = None) -> list[Guidance]:
-    """A list of one guidance for each of `batch` samples. Without `batch`: the list as it is given; of one, if it is for all.
+    """Return one guidance for each of `batch` samples. Without `batch`: the given list, or one of the guidance for all.
 
-    Raises ValueError for what is none, or of another length, and for what a host cannot follow: a guard, restart sampling, and
-    several rules.
+    Raises ValueError for anything but `Guidance`, for a list of another length, and for what a host cannot follow: a guard,
+    restart sampling, and several rules.
     """
     if isinstance(guidance, Guard) or (isinstance(guidance, Sequence) and any(isinstance(one, Guard) for one in guidance)):
         raise ValueError(
@@ -226,7 +226,7 @@ def each(guidance: Guidance | Guard | Sequence[Guidance | Guard], batch: int | N
 
 
 def _levels(timesteps: Sequence[float] | Tensor | int) -> list[float]:
-    """As numbers; ValueError where they are none, or out of range."""
+    """Return them as numbers. Raises ValueError for other things, for an empty list, and for numbers out of range."""
     found = torch.as_tensor(timesteps, dtype=torch.float64).cpu()
     if found.ndim != 1 or not len(found) or bool(((found < -1) | (found > 1001)).any()):
         raise ValueError(f"timesteps must be one or more numbers in 0..1000, or how many there are; got {timesteps!r}")
@@ -234,7 +234,7 @@ def _levels(timesteps: Sequence[float] | Tensor | int) -> list[float]:
 
 
 def _log_snrs(given: Sequence[float] | Tensor | None, steps: int) -> list[float] | None:
-    """As numbers; ValueError where they are not one a step."""
+    """Return them as numbers. Raises ValueError unless there is one for each step."""
     if given is None:
         return None
     found = torch.as_tensor(given, dtype=torch.float64).cpu()
@@ -252,14 +252,14 @@ def judge(
     threshold: float = THRESHOLD,
     probes: int = PROBES,
 ) -> Verdict:
-    """Whether finished pictures look like copies of training images, by their basin scores; see `basin_score`.
+    """Judge whether finished pictures look like copies of training images, by their basin scores; see `basin_score`.
 
     predict:   (latents (B, ...), timesteps (B,)) -> (uncond, cond), each (B, ...): what the network itself returns for noised
-               pictures with their prompts. `latents` are as the scheduler's `scale_model_input` would hand them over, timesteps
-               as `scheduler.timesteps` counts them.
-    scheduler: what the network was trained for (its levels and what it predicts); or a `Probe`, for others than diffusers'.
+               pictures with their prompts. `latents` are what the scheduler's `scale_model_input` would return, timesteps
+               count as `scheduler.timesteps` do.
+    scheduler: of diffusers, with the noise levels and the prediction type that the network was trained for; or a `Probe`.
     latents:   (B, ...) of the pictures, before decoding.
-    seeds:     of the noises they are judged by: those they were made with. One a picture, or one for the first, counted up.
+    seeds:     of the noises that judge them: the seeds they were made with. One a picture, or the first one's, counted up.
     threshold: above which a picture is suspect. probes: noises a picture, each a call of `predict`.
 
     Raises ValueError for arguments that are not as described, and for a scheduler whose noise levels are not known.

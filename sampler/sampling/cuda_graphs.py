@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,33 @@ from .steps import DeviceBatch, fused_step
 log = logging.getLogger(__name__)
 ROWS = 256  # the fewest rows of a session's table, else the next power of two, so that plans of several lengths share graphs
 WARM_UP = 3  # steps before a capture, because libraries choose their algorithms and compilers compile in the first ones
+_free = threading.Condition()  # held during a capture
+_using = 0  # threads in `no_capture`
+
+
+@contextmanager
+def no_capture() -> Iterator[None]:
+    """A context in which no thread captures. Threads beside the sampler's use a device in it.
+
+    In a capture, waiting for a device raises an exception in every thread.
+    """
+    global _using
+    with _free:
+        _using += 1
+    try:
+        yield
+    finally:
+        with _free:
+            _using -= 1
+            _free.notify_all()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """A context in which no other thread captures or is in `no_capture`. A thread that is in `no_capture` must not enter it."""
+    with _free:
+        _free.wait_for(lambda: not _using)
+        yield
 
 
 class Graphs:
@@ -65,7 +93,8 @@ class Graphs:
             self._pool = torch.cuda.graph_pool_handle()
         for branch in branches:
             if branch not in session.graphs:
-                session.capture(branch, self._pool)
+                with _alone(), torch.cuda.device(session.table.device):  # the current device may be another one
+                    session.capture(branch, self._pool)
 
     def clear(self) -> None:
         self._sessions.clear()
@@ -108,7 +137,9 @@ class Session:
         finally:
             current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool):  # restores `current` even if the capture fails
+        # Its own default stream is one of the first device that was captured on. Other threads may allocate memory.
+        recording = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        with torch.cuda.stream(current), recording:  # restores `current` even if the capture fails
             pair = self.take(branch)
         self.graphs[branch] = graph, pair  # the pair is kept, so that no other graph of the pool gets its memory
 

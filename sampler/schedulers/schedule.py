@@ -178,6 +178,8 @@ def prepared(scheduler: Scheduler, schedule: Schedule, device: torch.device | st
         raise ValueError(
             f"mu is {schedule.mu:g}, but scheduler {type(scheduler).__name__} does not shift dynamically: leave it out"
         )
+    if schedule.eta and "eta" not in _step_parameters(scheduler.__class__):
+        raise ValueError(f"eta is {schedule.eta:g}, but scheduler {type(scheduler).__name__} takes none: leave it out")
     try:
         retrieve_timesteps(scheduler, schedule.steps, device, timesteps, sigmas, **shifted)
     except Exception as error:  # whatever a scheduler raises

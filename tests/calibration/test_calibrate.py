@@ -206,6 +206,9 @@ def test_a_sample_that_is_not_finite_is_left_out_by_name(sampler, caplog):
     assert f"{PROMPTS[1]!r}, seed 4" in caplog.text
     with pytest.raises(ValueError, match="scores must be a finite number"):
         replace(found, scores=(math.nan,) * 4)
+    for rate in (0.0, 1.0):
+        with pytest.raises(ValueError, match="rate must be between 0 and 1"):
+            found.threshold(rate)
 
 
 def test_a_file_of_numbers_that_are_none_is_refused(calibration, tmp_path):
@@ -265,6 +268,7 @@ def test_the_command_writes_what_generate_finds(mine, monkeypatch, capsys):
         (("--steps", 0), "steps must be"),
         (("--batch-size", 0), "batch_size must be"),
         (("--scheduler", "nope"), "scheduler must be"),
+        (("--scale", 1), "scale is 1, at which one prediction alone is made"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(mine, tmp_path, monkeypatch, capsys, drawn, options, says):

@@ -175,6 +175,19 @@ def test_pictures_of_several_sizes_are_judged_as_each_alone(sampler, images):
     assert not torch.allclose(scores(sampler, odd, words, seeds, height=32, width=32), together, atol=1e-5)
 
 
+def test_texts_and_embeddings_of_pictures_of_several_sizes_are_each_pictures_own(random_pipeline):
+    sampler, rng = Sampler.from_pipeline(random_pipeline("sdxl", 8, "epsilon")), torch.Generator().manual_seed(0)
+    pictures = [torch.rand(3, *size, generator=rng) for size in ((32, 32), (16, 24), (32, 32))]
+    told = {"prompt_2": ["a dog", "a fish", "a hen"], "negative_prompt_embeds": torch.randn(3, 32, 64, generator=rng)}
+    told["negative_pooled_prompt_embeds"] = torch.randn(3, 32, generator=rng)
+    found = sampler.judge(pictures, "a cat", [1, 2, 3], **told).score
+    for i, one in enumerate(pictures):
+        own = {name: x[i : i + 1] for name, x in told.items()}
+        torch.testing.assert_close(sampler.judge([one], "a cat", i + 1, **own).score, found[i : i + 1], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="prompt_2 has 1 entries for 3 prompts"):
+        sampler.judge(pictures, "a cat", prompt_2=["a dog"])
+
+
 def test_a_resized_picture_keeps_its_proportions_and_loses_its_edges():
     image = torch.zeros(3, 20, 40)
     image[:, :, :10], image[:, :, 30:] = -1, 1
@@ -216,6 +229,7 @@ def test_every_size_of_pixart_is_its_own_nearest(tiny):
         ([np.full((8, 8, 3), 255, dtype=np.int64)], "must have floats in 0..1, or bytes"),
         (torch.zeros(1, 4, 8, 8), r"images\[0\] must be .*latents must have the shape \(1, 4, 16, 16\)"),
         ([[Image.new("RGB", (8, 8))]], r"images\[0\] must be a PIL image.*got list"),
+        (None, "images must be latents, or pictures in a list, an array or a tensor; got a NoneType"),
     ],
 )
 def test_what_is_no_picture_is_refused_by_name(sampler, given, says):

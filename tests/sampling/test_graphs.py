@@ -101,6 +101,15 @@ def test_a_captured_step_is_the_step(pipe, device, scheduler, compile, monkeypat
     assert not captured.graphs._sessions
 
 
+def test_a_step_is_captured_on_the_device_of_the_pipeline(pipe, device):
+    """Torch records work on its current device alone."""
+    prompts, guidance = CALLS[0]
+    plain, captured = Sampler.from_pipeline(pipe), Sampler.from_pipeline(on_device(pipe), capture=True)
+    with torch.cuda.device(1):
+        assert_same(call(captured, prompts, guidance), plain, prompts, guidance)
+    assert captured.graphs.failure is None
+
+
 OWN = Guidance.delayed(7.5, until=MeanFallen(0.98), before=1.5)  # a rule with a statistic of its own is not captured
 
 

@@ -36,9 +36,9 @@ class Settled(Transition):
         object.__setattr__(self, "factor", checks.finite("factor", self.factor))
         if self.factor <= 0:
             raise ValueError(f"factor must be above 0, got {self.factor:g}")
-        checks.at_least("wait", self.wait, 0)
+        object.__setattr__(self, "wait", checks.at_least("wait", self.wait, 0))
         if self.latest is not None:
-            checks.at_least("latest", self.latest, self.wait)
+            object.__setattr__(self, "latest", checks.at_least("latest", self.latest, self.wait))
 
     @classmethod
     def over(cls, ordinary: Sequence[float], factor: float = 1.5, wait: float = 0.16, latest: float = 0.48) -> Settled:
