@@ -69,7 +69,7 @@ def _suspect(lines: Sequence[Line], way: str) -> float:
 
 
 def compared(lines: dict[str, list[Line]]) -> list[dict[str, Any]]:
-    """Return rows of `separation` under plain and delayed guidance: of copies, against general pictures and the captions' others."""
+    """Return rows of `separation` under plain and delayed guidance: of copies, against ordinary pictures of two kinds."""
     rows = []
     for guidance in ("plain", "delayed"):
         copies, clean = ([line for line in lines[guidance] if bool(line["memorized"]) is wanted] for wanted in (True, False))

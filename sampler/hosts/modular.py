@@ -155,7 +155,7 @@ class BasinEscapeGuidance(BaseGuidance):
         if self.run.calls == 0 and (self.run.batch != len(first) or self.run.device != first.device):
             self.run = self._begin(len(first), first.device)
         pred = self.run(first, second, timestep=float(self._timestep))
-        for line in self.run.lost() if self.run.done else ():
+        for line in self.run.warnings() if self.run.done else ():
             log.warning(line)
         for name, own in (("pred_cond", pred_cond), ("pred_uncond", pred_uncond)):
             raw = self._raw.pop(name, None)

@@ -157,7 +157,7 @@ class Escape:
         """(B, steps) float32 on the CPU: ||cond - uncond||_2 at each step, NaN where it was not computed."""
         return self._transition.gaps.cpu()
 
-    def lost(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """Return a finished run's warnings: of guidance whose transition changed nothing, or of samples that had none."""
         idle = [line for one in self._distinct if (line := one.idle(self.timesteps)) is not None]
         line = never_came(self.transition_step, len(self.timesteps))

@@ -40,7 +40,7 @@ class PipelineCall:
     def __init__(self, pipe: Any, known: KnownPipeline, guidance: Guidance | list[Guidance], arguments: Mapping[str, Any]):
         self.pipe, self.scheduler = pipe, pipe.scheduler
         self.known, self.arguments = known, dict(arguments)
-        for name, allowed in known.only:
+        for name, allowed in known.fixed:
             if self.arguments[name] != allowed:
                 raise ValueError(
                     f"{name} is {self.arguments[name]!r}, which escape cannot follow: leave it at {allowed!r}; guidance that "

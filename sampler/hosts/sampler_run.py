@@ -23,7 +23,7 @@ class SamplerRun:
     settings: of the guidance. steps: of the sampler. model: the one that `noise_levels` describes. x: (B, ...), the latents of
     its first call. scale: in that call. goes_on: the run goes on from another run's latents.
 
-    `state` is its `Escape`. Each call of the model is one `go`, then one `guided`, which combines the predictions.
+    `state` is its `Escape`. Each call of the model is one `begin_call`, then one `guided`, which combines the predictions.
     """
 
     def __init__(self, settings: Settings, steps: StepOfSigma, model: Any, x: Tensor, scale: float, goes_on: bool = False):
@@ -33,7 +33,7 @@ class SamplerRun:
         self.state = self._at(scale, x)
         self._marks: list[tuple[int, TransitionState]] = []  # (a step begun, what had been noted before it)
 
-    def go(self, sigma: Tensor) -> None:
+    def begin_call(self, sigma: Tensor) -> None:
         """Go to the next call of the model, at noise level sigma (B,), the same for all."""
         first = self.steps.call(float(sigma.reshape(-1)[0]))
         if first:

@@ -169,7 +169,7 @@ def denoised(original: Callable[..., Any], stage: Any, ctx: Any, batch: Any, ser
         )
     rows = [one for one in policy.asked for _ in range(len(ctx.latents) // len(policy.asked))]
     result = original(stage, ctx, batch, server_args, **named)
-    for line in policy.run.lost():
+    for line in policy.run.warnings():
         log.warning(f"{KEY}: request {batch.request_id}: {line}")
     entries = [facts(policy, i) for i in range(len(rows))]
     attempt, again = 0, [one.judge for one in rows]

@@ -81,7 +81,7 @@ class Request:
         guided = self.run(uncond, cond)
         if self.run.done:
             log.info(f"basinescape: request {self.id}: guided from step {self.run.transition_step.tolist()} on; -1: never")
-            for line in self.run.lost():
+            for line in self.run.warnings():
                 log.warning(f"basinescape: request {self.id}: {line}")
         return guided, self.run.weight
 

@@ -30,8 +30,8 @@ class Guided:
         self.run: SamplerRun | None = None
         self.unfinished: Tensor | None = None
         self._begin: Callable[[dict[str, Any]], SamplerRun] | None = None  # while a sampler runs
-        self._went = False  # whether `_go` was called for the predictions that are combined next
-        self._alone = False  # whether the unconditional prediction was made alone
+        self._begun = False  # whether `_begin_call` was called for the predictions that are combined next
+        self._uncond_alone = False  # whether the unconditional prediction was made alone
 
     def __deepcopy__(self, memo: dict) -> Guided:
         """Return itself: ComfyUI's clone of a model copies the options deeply, but keeps the same wrappers around a run."""
@@ -48,7 +48,7 @@ class Guided:
             goes_on = not noise.any() and steps.sigmas[0] < float(model.sigma_max) * (1 - 1e-4)
             return SamplerRun(self.settings, steps, model, args["input"], float(guider.cfg), goes_on)
 
-        self.run, self._begin, self._went, self._alone = None, begin, False, False
+        self.run, self._begin, self._begun, self._uncond_alone = None, begin, False, False
         try:
             latents = executor(noise, latent, sampler, sigmas, *rest, **named)
         finally:
@@ -76,8 +76,10 @@ class Guided:
 
         conds, options = args["conds"], args["model_options"]
         if options.get(CFG_FUNCTION) is self:
-            self._alone = not self._go(args, conds[1]).needs_cond and not any(options.get(name) for name in WATCHERS)
-            conds = [None if self._alone else conds[0], *conds[1:]]
+            self._uncond_alone = not self._begin_call(args, conds[1]).needs_cond and not any(
+                options.get(name) for name in WATCHERS
+            )
+            conds = [None if self._uncond_alone else conds[0], *conds[1:]]
         return calc_cond_batch(args["model"], conds, args["input"], args["sigma"], options)
 
     @torch.no_grad()
@@ -86,20 +88,20 @@ class Guided:
 
         Raises ValueError without a negative conditioning, and where no sampler runs.
         """
-        run = self.run if self._went else None
+        run = self.run if self._begun else None
         if run is None:  # another node has made the predictions
-            run = self._go(args, args["input_uncond"])
-        self._went = False
+            run = self._begin_call(args, args["input_uncond"])
+        self._begun = False
         x, uncond, cond = (args[name] for name in ("input", "uncond_denoised", "cond_denoised"))
-        return x - run.guided(x, args["sigma"], uncond, None if self._alone else cond, float(args["cond_scale"]))
+        return x - run.guided(x, args["sigma"], uncond, None if self._uncond_alone else cond, float(args["cond_scale"]))
 
-    def _go(self, args: dict[str, Any], negative: Any) -> SamplerRun:
+    def _begin_call(self, args: dict[str, Any], negative: Any) -> SamplerRun:
         """Go to the next call of the model."""
         if negative is None:
             raise ValueError("Basin Escape needs a negative conditioning, which may be empty: use CFGGuider, not BasicGuider")
         if self._begin is None:
             raise ValueError("Basin Escape was called outside the run of a guider, which it cannot follow")
         self.run = self.run or self._begin(args)
-        self.run.go(args["sigma"])
-        self._went = True
+        self.run.begin_call(args["sigma"])
+        self._begun = True
         return self.run

@@ -158,7 +158,7 @@ class Guided:
         """Return the guided prediction of a call at noise level sigma (B,), and note the pictures' transition steps."""
         if self.run is None:
             self.run = SamplerRun(self.settings, StepOfSigma(self._from(float(sigma.max()))), model, x, scale)
-        self.run.go(sigma)
+        self.run.begin_call(sigma)
         made = self.run.guided(x, sigma, uncond, cond, scale).to(uncond.dtype)
         first = getattr(self.p, "iteration", 0) * self.p.batch_size
         self._shown_steps[first : first + len(x)] = [
