@@ -309,7 +309,7 @@ class Others:
     def _value(self, name: str, value: Any) -> Any:
         """Return a value for JSON: as text once its column has had values of several kinds, which no Parquet file holds."""
         value = value if isinstance(value, str | int | float) else json.loads(json.dumps(value, default=str))
-        if value == []:
+        if value == [] and self._kinds.get(name, "list").startswith("list"):  # an empty list fits lists of any kind
             return value
         kind = _kind(value)
         if kind is None or self._kinds.setdefault(name, kind) != kind:
