@@ -1,6 +1,7 @@
 """The sampler on the pipeline that ships: against diffusers, against a plain loop, alone and in a batch."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -170,6 +171,15 @@ def test_the_loop_adds_nothing_of_the_batch(small, scheduler):
     torch.testing.assert_close(alone.noise_gap[0], batch.noise_gap[2], rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_second_wrap_does_not_replace_the_first_in_silence(small):
+    sampler = Sampler.from_pipeline(small)
+    with pytest.raises(ValueError, match="wrap must be a function of a network, got None"):
+        sampler.wrapped(None)
+    with pytest.raises(ValueError, match=r"samples from .*one_by_one.* already"):
+        sampler.wrapped(one_by_one).wrapped(lambda network: network)
+    sampler.wrapped(lambda network: network)
+
+
 def test_a_branch_nobody_needs_is_not_run(pipe):
     rows = []
     hook = pipe.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
@@ -185,11 +195,16 @@ def test_a_branch_nobody_needs_is_not_run(pipe):
 
 @pytest.mark.parametrize(
     "guidance",
-    [*METHODS, Guidance.cfg(5, shape=(1.0, 2.0), interval=(100, 900)), Guidance.cfg(5, rule="apg", eta=0.5)],
+    [
+        *METHODS,
+        Guidance.delayed(np.int64(5), until=FirstMinimum(np.int64(2), np.int64(4), np.float32(0.5))),
+        Guidance.cfg(5, shape=(1.0, 2.0), interval=(100, 900)),
+        Guidance.cfg(5, rule="apg", eta=np.float32(0.5)),
+    ],
     ids=repr,
 )
 def test_guidance_survives_serialisation_and_its_repr(guidance):
-    assert Guidance.from_dict(guidance.to_dict()) == guidance
+    assert Guidance.from_dict(json.loads(json.dumps(guidance.to_dict()))) == guidance
     assert eval(repr(guidance)) == guidance
 
 

@@ -121,6 +121,7 @@ def analyze(
     drawn, steps, general, copies = range(seeds), lab.steps, "general" in groups, lab.measure.tells_copies
     onsets = range(0, 2 * steps // 3 + 1, max(1, steps // 25)) if onsets is None else onsets
     _warn(general, copies, min(len(found) for found in groups.values()) * seeds)
+    checks.at_least("steps", steps, 2)  # a trajectory
     lab.sampler.solver(steps)  # raises for steps that the scheduler cannot take
     out.mkdir(parents=True, exist_ok=True)
 

@@ -86,8 +86,7 @@ class Settings:
                 checks.at_least_one(name, getattr(self, name))
         if self.first_steps is not None and not 1 <= checks.at_least_one("first_steps", self.first_steps) <= LOOKED:
             raise ValueError(f"first_steps must be 1 to {LOOKED}, got {self.first_steps}")
-        if not 0 < checks.share("rate", self.rate) < 1:
-            raise ValueError(f"rate must be between 0 and 1, got {self.rate!r}")
+        checks.rate(self.rate)
 
     def looked(self, steps: int) -> int:
         """Return how many of a run's `steps` are measured."""
@@ -169,10 +168,8 @@ def _ordinary(given: str | Path | Sequence[str] | None, model: str) -> Sequence[
 
 
 def _runs(sampler: Sampler, settings: Settings, calibration: Calibration | None, progress: bool) -> PlainRuns:
-    """Return how captions are sampled. Raises ValueError for scale 0 or 1, at which steps make only one prediction."""
+    """Return how captions are sampled."""
     steps, scale = steps_and_scale(sampler, calibration, settings.steps, settings.scale)
-    if scale in (0, 1):
-        raise ValueError(f"scale is {scale:g}, at which a model is asked once a step: an audit compares two predictions")
     return PlainRuns(sampler, steps, scale, settings.batch_size or memory.batch_size(sampler.model, *sampler.size()), progress)
 
 

@@ -14,7 +14,7 @@ OFF = 1.0  # the largest weight at which a pipeline asks for one prediction
 
 @dataclass(frozen=True)
 class KnownPipeline:
-    """Pipelines that are guided alike.
+    """What is known of pipelines that are guided alike.
 
     networks:   the components that make the predictions, those that the pipeline has.
     pair:       the network is called once for each prediction; False: once for both, on a doubled batch.
@@ -27,7 +27,7 @@ class KnownPipeline:
     per_token:  the guided prediction gets the conditional one's norm in each token (the last dimension): whether, or the
                 argument that says so.
     capped:     an argument that limits the guided prediction's norm to so many times the conditional one's.
-    only:       arguments of the call whose other values cannot be followed, with the one that can.
+    only:       arguments of the call that can be followed at one value alone, with that value.
     """
 
     networks: tuple[str, ...] = ("transformer",)
@@ -88,10 +88,10 @@ PIPELINES: Mapping[str, KnownPipeline] = {
 
 
 def known_pipeline(pipe: Any) -> KnownPipeline:
-    """What is known of a pipeline, by its class or the class that this one was made from.
+    """Return what is known of a pipeline, by its class or one of its base classes.
 
-    Raises ValueError for a pipeline that is of none, whose call hides what such pipelines are called with, or whose network
-    knows no guidance by two predictions.
+    Raises ValueError for a pipeline of no known class, for one whose `__call__` does not name the scale, and for a distilled
+    network, which makes one prediction.
     """
     names = [made.__name__ for made in type(pipe).__mro__]
     name = next((name for name in names if name in PIPELINES), None)

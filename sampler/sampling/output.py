@@ -22,7 +22,7 @@ class Output:
 
     images:          a list of PIL images, or an array or tensor, as `output` asked; the latents for "latent". Of a video model
                      lists of frames, or an array or tensor (B, frames, ...).
-    latents:         (B, C, h, w) final latents in the network's dtype.
+    latents:         (B, C, h, w), or another shape that the model's latents have; in the network's dtype, but float32 of Wan.
     transition_step: (B,) int64 on the CPU, the step at which each sample's guidance changed; -1 for none, 0 for plain cfg.
     noise_gap:       (B, steps) float32 on the CPU, ||cond - uncond||_2 at each step, NaN where it was not computed.
     timesteps:       (steps,) float32 on the CPU, in the scheduler's units.

@@ -100,6 +100,7 @@ def test_an_image_is_that_of_the_sampler_alone(random_pipeline, tmp_path):
         ({"width": 128}, "width"),
         ({"clip_skip": 1}, "clip_skip"),
         ({"negative_prompt": "ugly"}, "negative_prompt"),
+        ({"guidance": Guidance.cfg(3.0)}, "guidance"),
     ],
 )
 def test_other_settings_are_another_run(sampler, drawn, tmp_path, change, differs):
@@ -117,6 +118,21 @@ def test_the_same_weights_under_another_path_are_the_same_run(sampler, drawn, tm
     for i, path in enumerate(["here/model", "there/model"]):
         make(sampler, jobs(2), tmp_path / "parts", model=path, shard=(i, 2))
     assert merge(tmp_path / "parts", tmp_path / "whole") == (2, 2)
+
+
+def test_a_guard_of_another_models_calibration_is_said_once_and_kept(sampler, drawn, tmp_path, caplog):
+    """A run of an earlier version, which did not keep the model, goes on."""
+    model = {"unet": {"form": "another", "sample": [], "dtype": "float32"}}
+    known = replace(guarded(Guidance.delayed(7.5, until=At(600)), NONE), model=model)
+    make(sampler, jobs(1), tmp_path / "out", known)
+    make(sampler, jobs(1), tmp_path / "named", named={"guard": known})
+    assert caplog.text.count("made on another model (its unet") == 1
+    settings = json.loads((file := tmp_path / "out" / "run.json").read_text())
+    assert Guidance.from_dict(settings["guidance"]).model == model
+    del settings["guidance"]["model"]
+    file.write_text(json.dumps(settings))
+    make(sampler, jobs(2), tmp_path / "out", known)
+    assert len(sound(tmp_path / "out")) == 2
 
 
 @pytest.mark.parametrize("given", [{"guidance": {"scale": 5}}, {"guidance": Guidance.cfg(5), "named": {"mine": 5.0}}])
