@@ -264,11 +264,11 @@ class Sampler:
         model, of: the `fingerprint` and the size that it was measured on; None: not known. size: None: `size()`.
         Logs a warning for each of the two that differs, once for each calibration.
         """
-        told = [another_model(model or {}, self.pipe), another_size(of, size or self.size())]
-        for said in sorted({(digest(model or {}), text) for text in told if text} - self._warned):
-            self._warned.add(said)
-            log.warning(said[1])
-        return not any(told)
+        reasons = [another_model(model or {}, self.pipe), another_size(of, size or self.size())]
+        for warning in sorted({(digest(model or {}), text) for text in reasons if text} - self._warned):
+            self._warned.add(warning)
+            log.warning(warning[1])
+        return not any(reasons)
 
     @property
     def runner(self) -> Runner:

@@ -147,11 +147,11 @@ def audit(
     verify = Verification(runs, out, reference.gap, threshold, index)
     found = verify([task(id, settings.seeds) for id in worst]) if worst else {}
     rows = [verdict(row, found.get(row["id"], [])) for row in rows]
-    told = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **run}
-    told |= ranked_record(rows, lines, reference, settings.rate)
-    told |= verified_record(found, len(worst) * settings.seeds, threshold, index)
-    told |= {"training_images": len(images), "without_caption": len(images) - len(_images(asked))}
-    _write(out, told, rows, found, {prompt.id: prompt.image for prompt in asked})
+    record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **run}
+    record |= ranked_record(rows, lines, reference, settings.rate)
+    record |= verified_record(found, len(worst) * settings.seeds, threshold, index)
+    record |= {"training_images": len(images), "without_caption": len(images) - len(_images(asked))}
+    _write(out, record, rows, found, {prompt.id: prompt.image for prompt in asked})
     return rows
 
 
@@ -265,15 +265,15 @@ def _run(
 
 def _write(
     out: Path,
-    told: dict[str, Any],
+    record: dict[str, Any],
     rows: Sequence[dict[str, Any]],
     found: dict[str, list[dict[str, Any]]],
     images: dict[str, Path | None],
 ) -> None:
     write_csv(out / "audit.csv", rows)
     with atomic_write(out / "audit.json") as part:
-        part.write_bytes(json_bytes(told, indent=1) + b"\n")
-    audit_page.write(out, told, images, rows, found)
+        part.write_bytes(json_bytes(record, indent=1) + b"\n")
+    audit_page.write(out, record, images, rows, found)
 
 
 def _digest(data: Any) -> str:

@@ -168,8 +168,8 @@ def _opened(out: Path, run: dict[str, Any], shard: tuple[int, int] | None) -> Pa
     text = json_bytes(run, indent=2)
     shards = sorted(path.parent for path in out.glob(f"{SHARDS}/run.json"))
     for part in shards:
-        if said := differences(read_settings(part), json.loads(text), (*FREE, "shard")):
-            raise ValueError(f"{str(part)!r} is a shard of another run ({said}): choose another folder")
+        if facts := differences(read_settings(part), json.loads(text), (*FREE, "shard")):
+            raise ValueError(f"{str(part)!r} is a shard of another run ({facts}): choose another folder")
     if shards and not (out / "run.json").exists():
         with atomic_write(out / "run.json") as file:
             file.write_bytes(text + b"\n")
@@ -187,8 +187,8 @@ def _row(line: Line, threshold: float) -> Line:
     """A row of judge.csv."""
     score, status = line.get("score"), line["status"]
     suspect = status == NOT_FINITE or (None if score is None else basin_score.suspects(score, threshold))
-    said = {name: line.get(name) for name in ("id", "file", "prompt", "score")}
-    return {**said, "suspect": suspect, "status": status}
+    facts = {name: line.get(name) for name in ("id", "file", "prompt", "score")}
+    return {**facts, "suspect": suspect, "status": status}
 
 
 def _rank(line: Line) -> float:

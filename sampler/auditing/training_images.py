@@ -111,8 +111,8 @@ class TrainingImages(Comparison):
         found = []
         for k, where in enumerate(margins.argmax(dim=1).tolist()):
             name, value = self.measures[int(chosen[k, where])], values[k, where].item()
-            said = {"similarity": round(value, 4), "measure": name, "nearest": self.images[where]}
-            found.append({**said, "copy": value > self.thresholds[name]})
+            nearest = {"similarity": round(value, 4), "measure": name, "nearest": self.images[where]}
+            found.append({**nearest, "copy": value > self.thresholds[name]})
         return found
 
 

@@ -98,8 +98,8 @@ class Verification:
         """Return picture, heat and score of each (id, seed, text)."""
         runs, heat = self.runs, Heat(len(self.usual))
         texts, seeds = [text for _, _, text in batch], [seed for _, seed, _ in batch]
-        sampler, told = runs.sampler.wrapped(heat.watch), moving(shown, len(batch))
-        made = sampler(texts, seeds, runs.steps, Guidance.cfg(runs.scale), progress=told)
+        sampler, progress = runs.sampler.wrapped(heat.watch), moving(shown, len(batch))
+        made = sampler(texts, seeds, runs.steps, Guidance.cfg(runs.scale), progress=progress)
         finite = made.latents.isfinite().flatten(1).all(dim=1) if made.finite is None else made.finite
         if not finite.all():
             id, seed, _ = batch[finite.tolist().index(False)]
@@ -140,8 +140,8 @@ def predictions(sampler: Sampler, tasks: Sequence[Task]) -> list[Image.Image]:
     seeds = [seeds[0] for _, _, seeds in tasks]
     noise = torch.stack([next(basin_score.noises(seed, shape)) for seed in seeds])
     given = (probe.given[1] * noise).to(model.device, model.dtype)
-    told = torch.full((len(tasks),), probe.timestep, device=model.device)
-    predicted = model.network(encoded, plain=True)(given, told, "cond")
+    timesteps = torch.full((len(tasks),), probe.timestep, device=model.device)
+    predicted = model.network(encoded, plain=True)(given, timesteps, "cond")
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     latents = probe.cleaned(given, predicted).to(model.dtype)
     made = model.decode(latents, "pil", generators, height, width, **options)

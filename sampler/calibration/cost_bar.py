@@ -51,11 +51,11 @@ class PlainRuns:
 
     def _cost(self, prompts: Sequence[str], steps: int) -> str:
         taken = f"{steps} steps" if steps == self.steps else f"the first {steps} of {self.steps} steps"
-        told, batch = f"{len(prompts):,} samples, {taken} each", prompts[: self.size]
+        text, batch = f"{len(prompts):,} samples, {taken} each", prompts[: self.size]
         if len(prompts) * steps >= WORTH * (1 + TIMED) * len(batch):
             seconds = len(prompts) * steps * self._step(batch)
-            told += f", about {duration(seconds)} on {self.sampler.model.device.type}"
-        return told
+            text += f", about {duration(seconds)} on {self.sampler.model.device.type}"
+        return text
 
     def _step(self, prompts: Sequence[str]) -> float:
         """Measure the seconds that one step of one sample takes in a batch."""

@@ -104,8 +104,8 @@ def readings(source: Source, name: str) -> Iterator[Image.Image]:
             found = [rgb for one in ([ImageOps.exif_transpose(image), image] if noted else [image]) for rgb in _in_rgb(one)]
     except Exception as error:  # Pillow may raise anything for a broken file; a bomb is no OSError
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-        told = "it is no picture of a known format" if isinstance(error, UnidentifiedImageError) else f"{kind}{error}"
-        raise ValueError(f"{name} cannot be read: {told}") from error
+        reason = "it is no picture of a known format" if isinstance(error, UnidentifiedImageError) else f"{kind}{error}"
+        raise ValueError(f"{name} cannot be read: {reason}") from error
     return iter(found)
 
 

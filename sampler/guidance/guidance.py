@@ -52,8 +52,8 @@ def first_of_step(step: Tensor) -> Tensor:
 def never_came(transition_step: Tensor, steps: int) -> str | None:
     """A warning if some samples had no transition (-1) in these steps; None if all had one. transition_step: (B,)."""
     waiting = int((transition_step < 0).sum())
-    told = f"{waiting} of {len(transition_step)} samples had no transition in {steps} steps, so never their full guidance"
-    return f"{told}: give the transition a `latest` below {steps}" if waiting else None
+    text = f"{waiting} of {len(transition_step)} samples had no transition in {steps} steps, so never their full guidance"
+    return f"{text}: give the transition a `latest` below {steps}" if waiting else None
 
 
 def _restart(given: Sequence[Any]) -> tuple[float, float, int]:

@@ -128,8 +128,8 @@ class EscapeDenoiser:
         cond, uncond, model_kwargs: as in a call. flow: the model denoises (1 - sigma) x0 + sigma noise, not x0 + sigma noise.
         """
 
-        def predict(x: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
-            return self._both(x, told.to(x), uncond, cond, model_kwargs)
+        def predict(x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+            return self._both(x, time.to(x), uncond, cond, model_kwargs)
 
         return judge(predict, denoiser_probe(self.inner_model, flow), x0, seeds, threshold, probes)
 

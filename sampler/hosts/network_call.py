@@ -67,17 +67,17 @@ class NetworkCall:
         own = self.arguments[self.latents_key]
         put = _put_into(self.latents, latents)
         arguments = self.arguments | {
-            self.time_key: _as_time(self.time, self._told(timestep)),
+            self.time_key: _as_time(self.time, self._time_at(timestep)),
             self.latents_key: list(put.unbind()) if isinstance(own, list) else put,
         }
         given = [value for key, value in arguments.items() if isinstance(key, int)]
         with _uncached(self.network):
             return stacked(self.network(*given, **{key: arguments[key] for key in arguments if isinstance(key, str)})[0])
 
-    def _told(self, timestep: float) -> float:
+    def _time_at(self, timestep: float) -> float:
         """Return the network's time at this timestep, counted as its time in this call was."""
         time = float(torch.as_tensor(self.time).flatten()[0])
-        nearest = min(TIME_INPUTS, key=lambda told: abs(told(self.timestep, self.counted) - time))
+        nearest = min(TIME_INPUTS, key=lambda as_input: abs(as_input(self.timestep, self.counted) - time))
         if not abs(nearest(self.timestep, self.counted) - time) <= NEAR * max(abs(time), 0.1):
             raise ValueError(
                 f"{type(self.network).__name__} is told {time:g} at the scheduler's timestep {self.timestep:g}: how it is told "
@@ -136,18 +136,18 @@ def seen(network: Any, see: Callable[[NetworkCall, Any], Any]) -> Iterator[None]
     """
     watched = {threading.get_ident()}
 
-    def told(given: tuple, named: dict[str, Any], output: Any) -> Any:
+    def replaced(given: tuple, named: dict[str, Any], output: Any) -> Any:
         if threading.get_ident() not in watched:
             return output
         return see(NetworkCall(network, dict(enumerate(given)) | named), output)
 
     compiled = network._compiled_call_impl
     if compiled is None:
-        with network.register_forward_hook(lambda _, *call: told(*call), with_kwargs=True):
+        with network.register_forward_hook(lambda _, *call: replaced(*call), with_kwargs=True):
             yield
         return
     # What `network.compile()` made would compile a forward hook too.
-    network._compiled_call_impl = own = lambda *given, **named: told(given, named, compiled(*given, **named))
+    network._compiled_call_impl = own = lambda *given, **named: replaced(given, named, compiled(*given, **named))
     try:
         yield
     finally:

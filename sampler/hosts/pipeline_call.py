@@ -176,10 +176,10 @@ class PipelineCall:
         inputs = own.tensor_inputs if known else self.arguments[wanted]
 
         def after(pipe: DiffusionPipeline, step: int, timestep: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
-            told = own(pipe, step, timestep, {name: given[name] for name in inputs}) if own is not None else {}
-            self.latents = told.get("latents", given["latents"])
+            changed = own(pipe, step, timestep, {name: given[name] for name in inputs}) if own is not None else {}
+            self.latents = changed.get("latents", given["latents"])
             self._follow_scale()
-            return told
+            return changed
 
         self.arguments[name], self.arguments[wanted] = after, list(dict.fromkeys(["latents", *inputs]))
 
@@ -327,5 +327,5 @@ def _first_call(scheduler: Any, timestep: Any) -> int:
     begin = getattr(scheduler, "begin_index", None)
     if begin is not None:
         return begin
-    told = torch.as_tensor(timestep).flatten()[0].to(scheduler.timesteps)
-    return int((scheduler.timesteps == told).nonzero()[0]) if bool((scheduler.timesteps == told).any()) else 0
+    given = torch.as_tensor(timestep).flatten()[0].to(scheduler.timesteps)
+    return int((scheduler.timesteps == given).nonzero()[0]) if bool((scheduler.timesteps == given).any()) else 0

@@ -171,13 +171,13 @@ def denoised(original: Callable[..., Any], stage: Any, ctx: Any, batch: Any, ser
     result = original(stage, ctx, batch, server_args, **named)
     for line in policy.run.lost():
         log.warning(f"{KEY}: request {batch.request_id}: {line}")
-    told = [facts(policy, i) for i in range(len(rows))]
+    entries = [facts(policy, i) for i in range(len(rows))]
     attempt, again = 0, [one.judge for one in rows]
     while any(again):
         scores = judged(partial(original, stage), ctx, batch, server_args).tolist()
         for i in (i for i, asked in enumerate(again) if asked):
             suspect = bool(suspects(scores[i], rows[i].attempts[attempt].threshold))
-            told[i] = {**facts(policy, i), "score": scores[i], "suspect": suspect, "attempts": attempt + 1}
+            entries[i] = {**facts(policy, i), "score": scores[i], "suspect": suspect, "attempts": attempt + 1}
             again[i] = suspect and attempt + 1 < len(rows[i].attempts)
         if any(again):
             attempt, kept = attempt + 1, ctx.latents
@@ -185,8 +185,8 @@ def denoised(original: Callable[..., Any], stage: Any, ctx: Any, batch: Any, ser
             policy.begin(batch, len(rows), kept.device, attempt)
             original(stage, ctx, batch, server_args, **named)
             ctx.latents = torch.where(per_sample(torch.tensor(again, device=kept.device), kept), ctx.latents, kept)
-    batch.usage = {**(batch.usage or {}), KEY: told}
-    for i, entry in enumerate(told):
+    batch.usage = {**(batch.usage or {}), KEY: entries}
+    for i, entry in enumerate(entries):
         shown = ", ".join(f"{name} {value}" for name, value in entry.items() if name != "noise_gap")
         level = logging.WARNING if entry.get("suspect") else logging.INFO
         log.log(level, f"{KEY}: request {batch.request_id}, picture {i}: {shown}")
@@ -243,21 +243,21 @@ def merged(result: Any, scheduler: Any, reqs: Sequence[Any]) -> Any:
 
 def split(result: Any, scheduler: Any, output_batch: Any, reqs: Sequence[Any]) -> Any:
     """After `Scheduler._split_batched_output`: each response has the entries of its own pictures."""
-    told = (getattr(output_batch, "usage", None) or {}).get(KEY)
-    if result is not None and told is not None:
+    entries = (getattr(output_batch, "usage", None) or {}).get(KEY)
+    if result is not None and entries is not None:
         start = 0
         for one, req in zip(result, reqs, strict=True):
             end = start + req.num_outputs_per_prompt
-            one.usage, start = {**(one.usage or {}), KEY: told[start:end]}, end
+            one.usage, start = {**(one.usage or {}), KEY: entries[start:end]}, end
     return result
 
 
 def joined(original: Callable[..., Any], merged: Any, output_batch: Any) -> None:
     """Around `GPUWorker._merge_expanded_singletons`: a request's pictures that were made one by one keep their entries all."""
-    told = (merged.usage or {}).get(KEY, []) + (output_batch.usage or {}).get(KEY, [])
+    entries = (merged.usage or {}).get(KEY, []) + (output_batch.usage or {}).get(KEY, [])
     original(merged, output_batch)
-    if told:
-        merged.usage[KEY] = told
+    if entries:
+        merged.usage[KEY] = entries
 
 
 def executed(original: Callable[..., Any], worker: Any, req: Any, *, return_req: bool, **named: Any) -> Any:

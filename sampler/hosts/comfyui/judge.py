@@ -55,8 +55,8 @@ def judged(model: Any, latent: dict, positive: Any, negative: Any, seed: int, th
     def sample(denoiser: Any, x: Tensor, sigmas: Tensor, extra_args: dict | None = None, *given: Any, **named: Any) -> Tensor:
         """What ComfyUI calls as a sampler. x: the latents as the model takes them, scaled as at the noise level sigmas[0]."""
 
-        def predict(noised: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
-            denoiser(noised.to(x.dtype), told.to(x), **(extra_args or {}))
+        def predict(noised: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+            denoiser(noised.to(x.dtype), time.to(x), **(extra_args or {}))
             return seen["uncond"], seen["cond"]
 
         found.append(judge(predict, probe, x.float() / probe.given[0], seed, threshold, probes))
