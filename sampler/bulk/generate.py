@@ -161,9 +161,12 @@ def _grown(out: Path, settings: Mapping[str, Any], prompts: Prompts, known: Mapp
 
     def decisive(run: Mapping[str, Any]) -> dict[str, Any]:
         """The known guidances without what no picture depends on and earlier versions did not record."""
-        named = {name: one for name, one in run.get("named", {}).items() if name in known.get("named", {})}
-        guidances = {"guidance": run["guidance"], **named}
-        return {name: {k: v for k, v in one.items() if k not in ("model", "size")} for name, one in guidances.items()}
+
+        def own(one: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in one.items() if name not in ("model", "size")}
+
+        named = {name: own(one) for name, one in run.get("named", {}).items() if name in known.get("named", {})}
+        return {"guidance": own(run["guidance"]), "named": named}
 
     if said := differences(decisive(known), decisive(json.loads(json_bytes(settings)))):  # as run.json reads back
         raise ValueError(f"output folder {str(out)!r} holds another run ({said}): choose another")

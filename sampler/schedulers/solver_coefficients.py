@@ -12,6 +12,7 @@ The numbers of each step are measured by calling the scheduler with unit vectors
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +73,7 @@ class Solver:
         if not bool(torch.as_tensor(plan.timesteps).isfinite().all() and coefficients.isfinite().all()):
             raise ValueError(
                 f"scheduler {name} has steps that are not finite for {schedule}: its timesteps are "
-                f"{[round(float(t), 3) for t in plan.timesteps]}"
+                f"{reprlib.repr([round(float(t), 3) for t in plan.timesteps])}"
             )
         if schedule.denoising_end is not None:
             trained = plan.config.get("num_train_timesteps", 1000)

@@ -101,3 +101,15 @@ def test_on_a_gpu_the_batch_grows_with_the_memory_and_shrinks_with_the_picture(s
     assert sizes[1] == [1, 1] and sizes[2**44] == [memory.MOST, memory.MOST]
     assert sizes[2**32][0] > sizes[2**32][1] and sizes[2**32][0] < sizes[2**34][0]
     assert memory.batch_size(sampler.model, 64, 64) == memory.ON_CPU
+
+
+def test_a_size_is_refused_that_the_whole_memory_does_not_hold(sampler, monkeypatch):
+    class Model:
+        device, pipe, shape = torch.device("cuda"), sampler.pipe, sampler.model.shape
+
+    made = sampler(["a"], seeds=0, steps=1, guidance=Guidance.cfg(2.0), height=64, width=96, output="pt")
+    least = made.images.nbytes + 4 * made.latents.numel()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, least))
+    memory.check(Model(), 64, 96)
+    with pytest.raises(ValueError, match=r"height 64 and width 128 are too large: .*'cuda' has"):
+        memory.check(Model(), 64, 128)
