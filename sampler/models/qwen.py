@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .autoencoding import Generators
-from .encoded_text import Request
+from .encoded_text import Encoded, Request
 from .packed import Packed, PromptedPacked
 
 
@@ -53,6 +54,25 @@ class QwenImage(Packed):
         super().check()
         if self.net.config.guidance_embeds:
             raise ValueError("pipe is distilled: its network takes the guidance scale as an input")
+
+    def encode_each(
+        self, prompts: list[str], height: int, width: int, negative_prompt: Sequence[str | None], **options: Any
+    ) -> Encoded:
+        """As `Model.encode_each`: texts are encoded alone, since the pipeline pads them to the longest that it gets, and padded
+        to max_sequence_length."""
+        most = options.get("max_sequence_length") or self._defaults["max_sequence_length"]
+
+        def alone(prompt: str, negative: str | None) -> Encoded:
+            text = self.encode([prompt], height, width, negative_prompt=[negative], **options)
+            states = text.inputs["encoder_hidden_states"]
+            mask = text.inputs.get("encoder_hidden_states_mask", states.new_ones(states.shape[:2], dtype=torch.bool))
+            more = most - states.shape[1]
+            padded = {"encoder_hidden_states": pad(states, (0, 0, 0, more)), "encoder_hidden_states_mask": pad(mask, (0, more))}
+            return replace(text, inputs=padded)
+
+        asked = list(zip(prompts, negative_prompt, strict=True))
+        texts = {one: alone(*one) for one in dict.fromkeys(asked)}
+        return Encoded.joined([texts[one] for one in asked])
 
     def _encoded(self, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
         def encoded(texts: list[str] | None, prefix: str = "") -> tuple[Tensor, Tensor]:

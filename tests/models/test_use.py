@@ -18,6 +18,7 @@ from bulkruns import make
 from families import CASES
 from PIL import Image
 from rounding import assert_same_but_for_rounding
+from safetensors.torch import load_file
 from smallguards import guarded
 
 PROMPTS, SEEDS, STEPS = ["a picture of a cat", "a frog"], [5, 6], 4
@@ -100,6 +101,32 @@ def test_embeddings_stand_for_prompts_and_images_are_counted(pipes, name):
     found = call(name, sampler, prompts=None, seeds=[1, 2, 3, 4], num_images_per_prompt=2, **embeds)
     assert len(found.latents) == 4
     assert_same_but_for_rounding(found.latents, counted(), pipe, counted)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_prompts_text_in_a_run_has_the_same_bits_beside_any_others(pipes, name):
+    sampler = Sampler.from_pipeline(pipes(name)).using(**CASES[name].options)
+    size, options = sampler.size(), sampler.options
+
+    def text(other):
+        return sampler.model.encode_each(["a frog", other], *size, [None, "fog"], **options).select([0]).inputs
+
+    one, another = text("a cat"), text("an old clock tower by night")
+    assert one.keys() == another.keys() and all(torch.equal(one[key], another[key]) for key in one)
+
+
+def test_a_run_of_qwen_image_joins_texts_of_any_lengths(pipes, tmp_path):
+    sampler = Sampler.from_pipeline(pipes("qwen")).using(**CASES["qwen"].options)
+    prompts = ["a cat", "a red boat", "an old clock tower", "fog"]
+    jobs = [Job(f"{i}", prompts[i // 3], i) for i in range(12)]  # the second 8 are of texts that are known and of new ones
+    assert make(sampler, jobs, tmp_path, Guidance.cfg(4.0), format="latents", batch_size=3).counts["ok"] == 12
+
+    def alone():
+        made = [call("qwen", sampler, Guidance.cfg(4.0), [job.prompt], [job.seed], steps=2) for job in jobs]
+        return torch.cat([one.latents for one in made])
+
+    made = torch.stack([load_file(tmp_path / "images" / f"{job.id}.safetensors")["latents"] for job in jobs])
+    assert_same_but_for_rounding(made, alone(), sampler.pipe, alone)
 
 
 @pytest.mark.parametrize(("name", "shape"), [("flux", (16, 24)), ("wan", (5, 16, 32))])
