@@ -69,7 +69,7 @@ class Texts:
         padded = [*keys, *[("", None, None)] * (TEXTS - len(keys))]
         prompts, negative = ([key[i] for key in padded] for i in range(2))
         height, width = keys[0][2]
-        found = self.model.encode_each(prompts, height, width, negative, **self.options)
+        found = self.model.encode_each(prompts, height, width, negative_prompt=negative, **self.options)
         self._cache.update({key: found.select([i]) for i, key in enumerate(keys)})
 
 
@@ -163,9 +163,14 @@ def _picture(decode: Callable[..., Decoded], result: Result, latents: bool) -> P
 
 def _failed(result: Result, error: BaseException) -> Picture:
     request = result.sample.key
-    log.error("%s: %s", request.job.id, said(error))
-    log.debug("%s", request.job.id, exc_info=error)
-    return Picture(request.position, request.job, request.job.asked() | {"status": f"failed: {said(error)}"})
+    return Picture(request.position, request.job, failed(request.job, error))
+
+
+def failed(job: Job, error: BaseException) -> dict[str, Any]:
+    """Log the error that left a job without an image, and return the job's manifest line."""
+    log.error("%s: %s", job.id, said(error))
+    log.debug("%s", job.id, exc_info=error)
+    return job.asked() | {"status": f"failed: {said(error)}"}
 
 
 def said(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from ..data.image_encoding import Encoder, Made
 from ..models.network import hooked
 from ..sampler import Sampler
 from ..sampling.engine import Engine
-from .encode_decode import TEXTS, Picture, decoded, encoded, said
+from .encode_decode import TEXTS, Picture, decoded, encoded, failed, said
 from .job_order import Placed, longest_first
 from .job_plans import Plans
 from .settings import Files
@@ -104,9 +104,12 @@ class LocalExecutor:
             return picture
         if picture.image is None:
             return Made(picture.position, picture.line)
-        near = self.files.copies(picture.image) if self.files.copies else {}
-        line = picture.line | self.plans.facts(picture.job) | near
-        return Encoder(self.files.format, self.files.prompt_metadata)(picture.position, line, picture.image)
+        line = picture.line | self.plans.facts(picture.job)
+        try:
+            line |= self.files.copies(picture.image) if self.files.copies else {}
+            return Encoder(self.files.format, self.files.prompt_metadata)(picture.position, line, picture.image)
+        except Exception as error:  # of a library, about this picture
+            return Made(picture.position, failed(picture.job, error))
 
     def _in_float32(self, jobs: Sequence[Placed], stop: Stop, stepped: Stepped) -> Iterator[Made]:
         """Make samples that were not finite again in float32, one at a time, and yield what came of each."""

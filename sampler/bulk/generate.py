@@ -139,8 +139,14 @@ def _fill(
             shown.moved(under_way)
             forecast.step()
 
-        for made in executor.made(forecast.first_of(by_size(waiting(), plans.size)), stop, stepped):
-            keep(writes.add(files.signer(made) if files.signer else made))
+        try:
+            for made in executor.made(forecast.first_of(by_size(waiting(), plans.size)), stop, stepped):
+                keep(writes.add(files.signer(made) if files.signer else made))
+        except OSError:  # such as that of a full disk, which takes no more files
+            raise
+        except Exception:
+            keep(writes.flush())
+            raise
         keep(writes.flush())
         shown.summary.signal = stop.signal if shown.summary.left else None
         if files.duplicates is not None and shown.summary.signal is None:

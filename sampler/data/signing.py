@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..runs.environment import library, version_of
 from .image_encoding import Encoder, Made, media_type
 from .xmp import TRAINED
 
+log = logging.getLogger(__name__)
 CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}  # a key's curve -> C2PA's name of the algorithm
 SOUND = ("Valid", "Trusted")  # the library's states; Trusted: signed by somebody on its trust list
 
@@ -60,10 +62,15 @@ class Signer:
             ) from error
 
     def __call__(self, made: Made) -> Made:
-        """Return the same with its picture signed."""
+        """Return the same with its picture signed. If it cannot be signed, it has no picture, and a status that says why."""
         if made.data is None:
             return made
-        data = self._sign(made.data, made.line["id"])
+        try:
+            data = self._sign(made.data, made.line["id"])
+        except Exception as error:  # the library may raise anything for one picture
+            log.error("%s: it cannot be signed: %s", made.line["id"], error)
+            line = {name: value for name, value in made.line.items() if name not in ("sha256", "bytes")}
+            return Made(made.position, line | {"status": f"failed: it cannot be signed: {error}"})
         line = made.line | {"signed_sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
         return replace(made, line=line, data=data)
 

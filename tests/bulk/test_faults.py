@@ -11,7 +11,9 @@ import pytest
 import torch
 from basinescape import Sampler
 from basinescape.bench import cli
+from basinescape.bulk.executor import LocalExecutor
 from basinescape.data import writers
+from basinescape.data.image_encoding import Encoder
 from basinescape.data.prompts import Prompts
 from basinescape.data.verify import verify
 from basinescape.models.sd import StableDiffusion
@@ -233,6 +235,55 @@ def test_a_full_disk_ends_the_run_and_leaves_it_to_be_gone_on_with(sampler, draw
     monkeypatch.setattr(writers, "save_bytes", saved)
     make(sampler, jobs(3), tmp_path / "out")
     assert [line["id"] for line in sound(tmp_path / "out")] == ["p0", "p1", "p2"]
+
+
+@pytest.mark.parametrize("format", ["png", "parquet", "webdataset"])
+def test_an_exception_ends_the_run_and_loses_no_finished_image(sampler, drawn, tmp_path, monkeypatch, format):
+    if format != "png":
+        pytest.importorskip({"parquet": "pyarrow"}.get(format, format))
+    whole = LocalExecutor._made
+
+    def breaking(self, *given):
+        for number, one in enumerate(whole(self, *given)):
+            if number == 3:
+                raise RuntimeError("the device is lost")
+            yield one
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="the device is lost"):
+        patched.setattr(LocalExecutor, "_made", breaking)
+        make(sampler, jobs(6), tmp_path / "out", format=format)
+    assert [line["id"] for line in read_lines(tmp_path / "out" / "manifest.jsonl")] == ["p0", "p1", "p2"]
+    assert make(sampler, jobs(6), tmp_path / "out", format=format).before == 3
+    assert list(verify(tmp_path / "out")) == []
+
+
+class Compared:
+    """Compares pictures, and cannot do so with those of some seeds, their first channel."""
+
+    def __init__(self, *seeds):
+        self.settings, self.seeds = {}, seeds
+
+    def __call__(self, image):
+        if image.getpixel((0, 0))[0] in self.seeds:
+            raise ZeroDivisionError("a picture of one colour")
+        return {"similarity": 0.5}
+
+
+def test_a_picture_that_cannot_be_compared_or_encoded_fails_alone(sampler, drawn, tmp_path, monkeypatch):
+    encode = Encoder.picture
+
+    def too_large(self, image, line):
+        if line["id"] == "p3":
+            raise ValueError("encoding error 5")
+        return encode(self, image, line)
+
+    monkeypatch.setattr(Encoder, "picture", too_large)
+    make(sampler, jobs(5), tmp_path / "out", copies=Compared(1))
+    assert {line["id"]: line["status"] for line in sound(tmp_path / "out")} == {
+        **{f"p{i}": "ok" for i in (0, 2, 4)},
+        "p1": "failed: ZeroDivisionError: a picture of one colour",
+        "p3": "failed: encoding error 5",
+    }
 
 
 class Breaking(Prompts):

@@ -78,6 +78,20 @@ def test_a_signature_holds_and_is_broken_by_any_change(keys, format, kind):
     assert signing.fault_of(made.data, format).startswith("has no C2PA manifest")
 
 
+def test_a_picture_that_cannot_be_signed_fails_alone(pipe, keys, tmp_path, monkeypatch):
+    def refusing(self, data, title):
+        if title == "p1":
+            raise c2pa.C2paError("no room for a manifest")
+        return sign(self, data, title)
+
+    sign = Signer._sign
+    monkeypatch.setattr(Signer, "_sign", refusing)
+    bulkruns.make(stand_in(pipe), JOBS, tmp_path, Guidance.cfg(2.0), signer=Signer(*keys["es256"], "png"), steps=1)
+    lines = {line["id"]: line for line in read_lines(tmp_path / "manifest.jsonl")}
+    assert lines["p1"]["status"] == "failed: it cannot be signed: no room for a manifest" and "sha256" not in lines["p1"]
+    assert lines["p0"]["status"] == lines["p2"]["status"] == "ok" and not (tmp_path / "images" / "p1.png").exists()
+
+
 @pytest.mark.parametrize("format", ["png", "webdataset"])
 def test_a_signed_run_keeps_its_digests_and_is_verified(pipe, keys, tmp_path, caplog, monkeypatch, format):
     if format == "webdataset":
