@@ -71,8 +71,9 @@ def generate(
     latents. `judge` scores the decoded picture, so its score differs, near the threshold by up to 0.2.
 
     A fault of one sample costs only that sample: its line says so, and the next start of the run makes it again. If the prompts
-    cannot be read to their end, the images of the prompts before are finished, and then the error is raised. After SIGINT or
-    SIGTERM the samples in flight are finished and no more begun; a second signal ends the run at once.
+    cannot be read to their end, or change meanwhile, the images of the prompts before are finished, and then the error is
+    raised; prompts that are added meanwhile are left to the next start. After SIGINT or SIGTERM the samples in flight are
+    finished and no more begun; a second signal ends the run at once.
 
     Raises ValueError, before any sampling: for bad settings; for a job that cannot be made, naming its place (with the prompts'
     on_error "skip" it is left out); for a folder that holds something else, a run of other settings, or a run of prompts that
@@ -124,7 +125,7 @@ def _fill(
         part.record(writes.out)
 
         def waiting() -> Iterator[Placed]:
-            for position, job in part:
+            for position, job in part.recorded(writes.out):
                 if job.id not in journal:
                     yield position, replace(job, negative_prompt=plans.recipe.negative_of(job))
 

@@ -20,7 +20,7 @@ Placed = tuple[int, Job]  # a job and its position in the run
 
 
 class JobShare:
-    """Iterates over the jobs to make here as (position, job): all jobs of a run, or those of shard (i, n).
+    """The jobs to make here: all jobs of a run, or those of shard (i, n).
 
     fault: the exception that ended the source of the jobs, or None. The jobs before it are yielded all the same.
     """
@@ -28,13 +28,24 @@ class JobShare:
     def __init__(self, prompts: Prompts, shard: tuple[int, int] | None):
         self.prompts, self.shard = prompts, shard
         self.fault: Exception | None = None
-        self.count = len(prompts) if shard is None else sum(1 for _ in self)
+        self.count = len(prompts) if shard is None else sum(belongs(position, shard) for position, _ in self._asked())
 
     def __len__(self) -> int:
         return self.count
 
-    def __iter__(self) -> Iterator[Placed]:
-        return ((position, job) for position, job in self._asked() if belongs(position, self.shard))
+    def recorded(self, out: Path) -> Iterator[Placed]:
+        """Yield the jobs that `record` has written into the folder. A job that the source no longer has is a fault."""
+        asked = self._asked()
+        for line in job_lines(out):
+            placed = next(asked, None)
+            if placed is None or line != _as_read(*placed):
+                self.fault = self.fault or ValueError(
+                    f"{self.prompts.name} was changed during the run, and {line['id']!r} is not there as it was: the images "
+                    "before it are kept; undo the change and start the run again, or choose another folder"
+                )
+                return
+            if belongs(placed[0], self.shard):
+                yield placed
 
     def _asked(self) -> Iterator[Placed]:
         try:
@@ -90,7 +101,7 @@ def grown(out: Path, known: Mapping[str, Any], prompts: Prompts) -> None:
         line = next(earlier, None)
         if line is None:
             return
-        if line != (now := json.loads(json_bytes(_line(position, job)))):
+        if line != (now := _as_read(position, job)):
             raise ValueError(f"{str(out)!r} holds another run: {_changed(line, now)}")
     if (line := next(earlier, None)) is not None:
         left = 1 + sum(1 for _ in earlier)
@@ -99,6 +110,11 @@ def grown(out: Path, known: Mapping[str, Any], prompts: Prompts) -> None:
 
 def _line(position: int, job: Job) -> dict[str, Any]:
     return {"position": position, **job.asked()}
+
+
+def _as_read(position: int, job: Job) -> dict[str, Any]:
+    """Return a job's line of `jobs.jsonl` as JSON reads it back."""
+    return json.loads(json_bytes(_line(position, job)))
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -217,6 +217,27 @@ def test_a_set_that_changes_is_refused_by_what_has_changed(small, drawn, tmp_pat
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("after", [[], [Job("p30", "a dog", 30), *jobs(40)[31:]]])
+def test_prompts_that_change_while_a_run_reads_them_end_it(small, drawn, tmp_path, monkeypatch, after):
+    monkeypatch.setattr("basinescape.bulk.job_order.WINDOW", 4)
+    sampler, asked = Sampler.from_pipeline(small), jobs(40)
+    drawn.faults["a picture of a cat 0"] = lambda: asked.__setitem__(slice(30, None), after)
+    with pytest.raises(ValueError, match=r"jobs was changed during the run, and 'p30' is not there as it was"):
+        make(sampler, asked, tmp_path, batch_size=1)
+    assert {line["id"]: line["prompt"] for line in sound(tmp_path)} == {job.id: job.prompt for job in jobs(30)}
+    drawn.faults.clear()
+    assert make(sampler, jobs(40), tmp_path, batch_size=1).before == 30
+
+
+def test_prompts_that_are_added_while_a_run_reads_them_are_made_by_the_next(small, drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr("basinescape.bulk.job_order.WINDOW", 4)
+    sampler, asked = Sampler.from_pipeline(small), jobs(30)
+    drawn.faults["a picture of a cat 0"] = lambda: asked.__setitem__(slice(None), jobs(32))
+    assert make(sampler, asked, tmp_path, batch_size=1).counts["ok"] == 30 and list(verify(tmp_path)) == []
+    drawn.faults.clear()
+    assert make(sampler, asked, tmp_path, batch_size=1).counts["ok"] == 2
+
+
 def test_what_a_name_means_may_not_change_and_others_may_come(small, drawn, tmp_path):
     sampler = Sampler.from_pipeline(small, "ddim")
     asked = [Job("a", "a", 0), Job("b", "b", 1, guidance="delayed")]
