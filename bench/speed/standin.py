@@ -41,8 +41,8 @@ class StandIn:
         embedded = torch.tensor(numbers).view(-1, 1, 1).to(self._model.device)
         return Encoded({"encoder_hidden_states": embedded}, truncated=[""] * len(prompts))
 
-    def encode_each(self, *given: Any, **named: Any) -> Encoded:
-        return self.encode(*given, **named)
+    def encode_each(self, prompts: list[str], **given: Any) -> Encoded:
+        return self.encode(prompts, **given)
 
     def network(self, encoded: Encoded, plain: bool = False) -> PromptedUNet:
         return PromptedUNet(self._predict, encoded.inputs)

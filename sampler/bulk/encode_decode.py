@@ -69,7 +69,7 @@ class Texts:
         padded = [*keys, *[("", None, None)] * (TEXTS - len(keys))]
         prompts, negative = ([key[i] for key in padded] for i in range(2))
         height, width = keys[0][2]
-        found = self.model.encode_each(prompts, height, width, negative_prompt=negative, **self.options)
+        found = self.model.encode_each(prompts, height=height, width=width, negative_prompt=negative, **self.options)
         self._cache.update({key: found.select([i]) for i, key in enumerate(keys)})
 
 

@@ -38,7 +38,7 @@ class JobShare:
         asked = self._asked()
         for line in job_lines(out):
             placed = next(asked, None)
-            if placed is None or line != _as_read(*placed):
+            if placed is None or line != _line(*placed):
                 self.fault = self.fault or ValueError(
                     f"{self.prompts.name} was changed during the run, and {line['id']!r} is not there as it was: the images "
                     "before it are kept; undo the change and start the run again, or choose another folder"
@@ -101,7 +101,7 @@ def grown(out: Path, known: Mapping[str, Any], prompts: Prompts) -> None:
         line = next(earlier, None)
         if line is None:
             return
-        if line != (now := _as_read(position, job)):
+        if line != (now := _line(position, job)):
             raise ValueError(f"{str(out)!r} holds another run: {_changed(line, now)}")
     if (line := next(earlier, None)) is not None:
         left = 1 + sum(1 for _ in earlier)
@@ -109,12 +109,8 @@ def grown(out: Path, known: Mapping[str, Any], prompts: Prompts) -> None:
 
 
 def _line(position: int, job: Job) -> dict[str, Any]:
-    return {"position": position, **job.asked()}
-
-
-def _as_read(position: int, job: Job) -> dict[str, Any]:
-    """Return a job's line of `jobs.jsonl` as JSON reads it back."""
-    return json.loads(json_bytes(_line(position, job)))
+    """Return a job's line of `jobs.jsonl`, as JSON reads it back."""
+    return json.loads(json_bytes({"position": position, **job.asked()}))
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -78,4 +78,6 @@ def for_workers(
     _, gpu = cluster(None if workers is None else at_least_one("workers", workers))
     device, dtype = ("cuda", "float16") if gpu else ("cpu", "float32")
     there = loading | {"device": loading["device"] or device, "dtype": loading["dtype"] or dtype}
-    return partial(Sampler.from_pretrained, model, scheduler=scheduler, **there), there | {"device": "cpu"}
+    here = there | {"device": "cpu", "compile": False, "capture": False}
+    here |= {"attention": "sdpa"} if there["attention"] == "xformers" else {}  # which a CPU does not have
+    return partial(Sampler.from_pretrained, model, scheduler=scheduler, **there), here

@@ -207,14 +207,9 @@ class Model(Autoencoding):
         inputs, shared = self._cast((inputs, shared))
         return Encoded(inputs, shared, request.get(self.kwargs), truncated)
 
-    def encode_each(
-        self, prompts: list[str], height: int, width: int, negative_prompt: Sequence[str | None], **options: Any
-    ) -> Encoded:
-        """As `encode`, for prompts that are joined with others later.
-
-        The shapes and bits of a prompt's text depend on how many prompts are encoded together, not on what the others say.
-        """
-        return self.encode(prompts, height, width, negative_prompt=negative_prompt, **options)
+    def encode_each(self, prompts: list[str], **given: Any) -> Encoded:
+        """As `encode`. A text's shape and bits depend on how many prompts are encoded together, not on what the others say."""
+        return self.encode(prompts, **given)
 
     def _encoded(self, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
         """`inputs` and `shared` of the `Encoded`."""

@@ -55,15 +55,12 @@ class QwenImage(Packed):
         if self.net.config.guidance_embeds:
             raise ValueError("pipe is distilled: its network takes the guidance scale as an input")
 
-    def encode_each(
-        self, prompts: list[str], height: int, width: int, negative_prompt: Sequence[str | None], **options: Any
-    ) -> Encoded:
-        """As `Model.encode_each`: texts are encoded alone, since the pipeline pads them to the longest that it gets, and padded
-        to max_sequence_length."""
-        most = options.get("max_sequence_length") or self._defaults["max_sequence_length"]
+    def encode_each(self, prompts: list[str], *, negative_prompt: Sequence[str | None], **given: Any) -> Encoded:
+        """As `Model.encode_each`: each text alone, since the pipeline pads texts to the longest of them, and then padded."""
+        most = given.get("max_sequence_length") or self._defaults["max_sequence_length"]
 
         def alone(prompt: str, negative: str | None) -> Encoded:
-            text = self.encode([prompt], height, width, negative_prompt=[negative], **options)
+            text = self.encode([prompt], negative_prompt=[negative], **given)
             states = text.inputs["encoder_hidden_states"]
             mask = text.inputs.get("encoder_hidden_states_mask", states.new_ones(states.shape[:2], dtype=torch.bool))
             more = most - states.shape[1]

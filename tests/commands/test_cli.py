@@ -11,7 +11,9 @@ import pytest
 from basinescape import At, Calibration, FirstMinimum, Guidance, Sampler, Settled
 from basinescape.bench import cli
 from basinescape.bench.scenario import PRESETS, prompts
+from basinescape.bulk import ray
 from basinescape.calibration.baseline import Baseline
+from basinescape.commands import model_loading
 from basinescape.models.sd import StableDiffusion
 from bulkruns import QUICK, run, said, sound, write
 from PIL import Image
@@ -282,6 +284,17 @@ def test_settled_and_the_transition_come_from_the_calibration(tmp_path, monkeypa
     for i, (options, rule) in enumerate(until.items()):
         code, error = run(monkeypatch, capsys, *base, "--out", tmp_path / str(i), "--guidance", "delayed", *options)
         assert (code, error, planned(tmp_path / str(i)).until) == (0, "", rule)
+
+
+def test_what_needs_a_gpu_is_asked_of_a_clusters_workers_alone(monkeypatch):
+    monkeypatch.setattr(ray, "cluster", lambda workers: (2, True))  # whose workers have GPUs
+    loading = {"device": None, "dtype": None, "attention": "xformers", "allow_pickle": False, "compile": True, "capture": True}
+    load, here = model_loading.for_workers("tiny", "own", loading, None)
+    assert load.keywords == loading | {"device": "cuda", "dtype": "float16", "scheduler": "own"}
+    assert model_loading.sampler("tiny", None, "own", None, **here).provenance["device"] == "cpu"
+    _, here = model_loading.for_workers("tiny", "own", loading | {"attention": "flash"}, None)
+    with pytest.raises(ValueError, match="attention must be one of sdpa, xformers, got 'flash'"):
+        model_loading.sampler("tiny", None, "own", None, **here)
 
 
 def test_copies_of_training_images_are_marked(tmp_path, monkeypatch, capsys, drawn):

@@ -106,10 +106,10 @@ def test_embeddings_stand_for_prompts_and_images_are_counted(pipes, name):
 @pytest.mark.parametrize("name", CASES)
 def test_a_prompts_text_in_a_run_has_the_same_bits_beside_any_others(pipes, name):
     sampler = Sampler.from_pipeline(pipes(name)).using(**CASES[name].options)
-    size, options = sampler.size(), sampler.options
+    size, options = dict(zip(("height", "width"), sampler.size(), strict=True)), sampler.options
 
     def text(other):
-        return sampler.model.encode_each(["a frog", other], *size, [None, "fog"], **options).select([0]).inputs
+        return sampler.model.encode_each(["a frog", other], **size, negative_prompt=[None, "fog"], **options).select([0]).inputs
 
     one, another = text("a cat"), text("an old clock tower by night")
     assert one.keys() == another.keys() and all(torch.equal(one[key], another[key]) for key in one)
