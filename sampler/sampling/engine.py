@@ -3,8 +3,8 @@
 The samples of a batch are at different rows of one step table, so they may have different guidance, different numbers of steps
 and, under a guard, different attempts. When a sample is done, the next one in line begins in its slot. When a guard rejects an
 attempt, the next attempt begins in the same slot. A finished picture is judged in its slot too, by further network calls.
-Both branches of the network run, unless all slots need the same one. The host reads from the device only for a guard's early
-look and its verdicts.
+Both branches of the network run, unless all slots need the same one (see `fixed`). The host reads from the device only for a
+guard's early look and its verdicts.
 """
 
 from __future__ import annotations
@@ -59,9 +59,10 @@ class Engine:
     """Samples one after another, in `slots` slots.
 
     begin:  opens a batch.
-    fixed:  the batch keeps all of its slots, and free ones are computed as padding. This wastes some work at the end, but a
-            compiler sees one shape, and an image has the same bits whatever samples are beside it. If false, the batch shrinks
-            when no samples are left to fill it.
+    fixed:  the batch keeps all of its slots, and free ones are computed as padding. Beside a guarded sample both branches
+            always run. This wastes some work, but a compiler sees one shape, and an image has the same bits whatever samples
+            are beside it; but not with delayed guidance and no guard, whose steps with a single branch round differently.
+            If false, the batch shrinks when no samples are left to fill it.
     room:   the batch has room for the table rows of later samples. If false, all samples have the first sample's rows.
     local:  an exception fails only the sample that causes it: all in flight begin again in fewer slots, down to one. If false,
             the exception is raised.
@@ -126,7 +127,8 @@ class Engine:
             batch.begin(fresh)
         elif not self._fixed and slots.sparse:
             batch.shrink(slots.shrink())
-        branch, pair = batch.step(slots.live)
+        guarded = any(slot.sample.attempt_table.guard is not None for slot in slots.live)
+        branch, pair = batch.step(slots.live, both=self._fixed and guarded)
         self.calls[branch] += len(slots.live) * (2 if branch == "both" else 1)
         self.calls["spared"] += len(slots.live) * (branch != "both")
         slots.move()
