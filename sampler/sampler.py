@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +216,8 @@ class Sampler:
             )
             if isinstance(guidance, Guard):
                 self.measured_on(guidance.model, guidance.size, size)
-            made = self.runner.sampled(call, self.solver(call.schedule, *size, **options), progress)
+            with nullcontext() if self.graphs is None else self.graphs.used():
+                made = self.runner.sampled(call, self.solver(call.schedule, *size, **options), progress)
             self.pipe.maybe_free_model_hooks()
         return Output.joined(made)
 

@@ -65,7 +65,7 @@ class Engine:
             If false, the batch shrinks when no samples are left to fill it.
     room:   the batch has room for the table rows of later samples. If false, all samples have the first sample's rows.
     local:  an exception fails only the sample that causes it: all in flight begin again in fewer slots, down to one. If false,
-            the exception is raised.
+            the exception is raised. So is one of the GPU itself (torch.AcceleratorError), after which nothing works on it.
     A guard's sample that is not finite in half precision makes no further attempt, because it needs float32.
     """
 
@@ -103,7 +103,7 @@ class Engine:
             try:
                 done = self._step(fresh)
             except Exception as error:
-                if not self._local:
+                if not self._local or isinstance(error, torch.AcceleratorError):
                     raise
                 done = self._retreat(error)
             self._attempts += (result.attempts or 1 for result in done)
