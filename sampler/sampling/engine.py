@@ -133,14 +133,14 @@ class Engine:
         self.calls["spared"] += len(slots.live) * (branch != "both")
         slots.move()
         batch.renoise(slots.live)
-        return self._settle(batch, pair)
+        return self._finish_step(batch, pair)
 
-    def _settle(self, batch: SlotBatch, pair: Pair) -> list[Result]:
+    def _finish_step(self, batch: SlotBatch, pair: Pair) -> list[Result]:
         """Judge, restart or free slots after a step that made the predictions `pair`; returns the results that are done."""
         asked: list[Slot] = []
-        done, again = self._looked(batch)
+        done, again = self._look_early(batch)
         ended = [slot for slot in self._slots.live if slot.row == slot.end and slot not in again]
-        self._hear(batch, ended, pair)
+        self._score_trials(batch, ended, pair)
         for slot in ended:
             trial = self._trials.get(slot)
             if trial is None:
@@ -156,10 +156,10 @@ class Engine:
                     continue
             done.append(result)
             self._slots.retire(slot)
-        self._go_on(batch, asked, again)
+        self._enter_next(batch, asked, again)
         return done
 
-    def _looked(self, batch: SlotBatch) -> tuple[list[Result], list[Slot]]:
+    def _look_early(self, batch: SlotBatch) -> tuple[list[Result], list[Slot]]:
         """(final results of lost samples, slots that begin their next attempt), from the early look at plain attempts."""
         done, again = [], []
         looked = [slot for slot in self._slots.live if _looked_at(slot)]
@@ -176,7 +176,7 @@ class Engine:
                 again.append(slot)
         return done, again
 
-    def _hear(self, batch: SlotBatch, ended: Sequence[Slot], pair: Pair) -> None:
+    def _score_trials(self, batch: SlotBatch, ended: Sequence[Slot], pair: Pair) -> None:
         """Begin the trial of each attempt that has just ended, and score the answers in the trials that have begun before."""
         begun = []
         for slot in ended:
@@ -203,7 +203,7 @@ class Engine:
                     trial.scores = [found[slot.place]] * probes
                     slot.calls += 2 * probes
 
-    def _go_on(self, batch: SlotBatch, asked: Sequence[Slot], again: Sequence[Slot]) -> None:
+    def _enter_next(self, batch: SlotBatch, asked: Sequence[Slot], again: Sequence[Slot]) -> None:
         """Move the slots `asked` to the judging row, and `again` to their next attempts, or to the queue where stepwise."""
         if again and again[0].sample.attempt_table.stepwise:
             self._slots.requeue(again)
