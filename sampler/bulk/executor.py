@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from ..data.image_encoding import Encoder, Made
@@ -108,6 +109,8 @@ class LocalExecutor:
         try:
             line |= self.files.copies(picture.image) if self.files.copies else {}
             return Encoder(self.files.format, self.files.prompt_metadata)(picture.position, line, picture.image)
+        except torch.AcceleratorError:  # a GPU is lost, see `Engine`
+            raise
         except Exception as error:  # of a library, about this picture
             return Made(picture.position, failed(picture.job, error))
 

@@ -271,12 +271,12 @@ def test_an_exception_ends_the_run_and_loses_no_finished_image(sampler, drawn, t
 class Compared:
     """Compares pictures, and cannot do so with those of some seeds, their first channel."""
 
-    def __init__(self, *seeds):
-        self.settings, self.seeds = {}, seeds
+    def __init__(self, *seeds, error=ZeroDivisionError("a picture of one colour")):
+        self.settings, self.seeds, self.error = {}, seeds, error
 
     def __call__(self, image):
         if image.getpixel((0, 0))[0] in self.seeds:
-            raise ZeroDivisionError("a picture of one colour")
+            raise self.error
         return {"similarity": 0.5}
 
 
@@ -295,6 +295,12 @@ def test_a_picture_that_cannot_be_compared_or_encoded_fails_alone(sampler, drawn
         "p1": "failed: ZeroDivisionError: a picture of one colour",
         "p3": "failed: encoding error 5",
     }
+
+
+def test_a_gpu_that_is_lost_while_pictures_are_compared_fails_none(sampler, drawn, tmp_path):
+    with pytest.raises(torch.AcceleratorError):
+        make(sampler, jobs(4), tmp_path / "out", batch_size=1, copies=Compared(2, error=torch.AcceleratorError("lost")))
+    assert all(line["status"] == "ok" for line in sound(tmp_path / "out"))
 
 
 class Breaking(Prompts):
