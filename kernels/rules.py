@@ -197,10 +197,4 @@ def combined(rule, weight, sums, gap, size, first, second):
     return tl.where(plain, 1.0, a), tl.where(plain, weight, b)
 
 
-def combined_eager(
-    rule: GuidanceRule, weight: Tensor, sums: tuple[Tensor, ...], gap: Tensor, size: int, first: Tensor, second: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The same, of (B,) tensors."""
-    a, b = rule.eager(weight, *sums, gap * gap, size, first, second)
-    plain = (weight == 0) | (weight == 1) | (a - a != 0) | (b - b != 0)
-    return torch.where(plain, 1.0, a), torch.where(plain, weight, b)
+combined_eager = on_tensors(combined)  # the same, of (B,) tensors; its rule is a GuidanceRule's `eager`
