@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +142,8 @@ class Sampler:
         # What is drawn, and how it is guided.
         prompts: str | Sequence[str] | None = None,
         seeds: int | Sequence[int] = 0,
-        steps: int = 50,
-        guidance: Guidance | Guard = Guidance.cfg(7.5),
+        steps: int | None = None,
+        guidance: Guidance | Guard | None = None,
         negative_prompt: str | Sequence[str | None] | None = None,
         # Size and form of the output.
         height: int | None = None,
@@ -172,6 +172,8 @@ class Sampler:
 
         seeds:  one for each image, or one for the first image, counted up from there. An image depends only on (model, prompt,
                 seed, settings). It does not depend on its batch, except for the rounding of float32 on a CPU.
+        steps:  of denoising; default as many as the model's own pipeline takes.
+        guidance: default plain guidance at the scale of the model's own pipeline.
         negative_prompt: one for all prompts, or one or None for each.
         height, width: pixels; default the model's own size.
         output: "pil", "np", "pt" or "latent", with diffusers' meaning.
@@ -201,6 +203,8 @@ class Sampler:
             options = self._with(options)
             size = self.size(height, width)
             callbacks.check(callback_on_step_end, callback_on_step_end_tensor_inputs)
+            steps = self.model.own_steps if steps is None else steps
+            guidance = Guidance.cfg(self.model.own_scale) if guidance is None else guidance
             call = Call(
                 Prompts.checked(prompts, seeds, num_images_per_prompt, negative_prompt, options),
                 guidance.rescaled(guidance_rescale) if isinstance(guidance, Guidance | Guard) else guidance,
@@ -216,7 +220,8 @@ class Sampler:
             )
             if isinstance(guidance, Guard):
                 self.measured_on(guidance.model, guidance.size, size)
-            made = self.runner.sampled(call, self.solver(call.schedule, *size, **options), progress)
+            with nullcontext() if self.graphs is None else self.graphs.used():
+                made = self.runner.sampled(call, self.solver(call.schedule, *size, **options), progress)
             self.pipe.maybe_free_model_hooks()
         return Output.joined(made)
 

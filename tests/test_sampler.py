@@ -1,6 +1,7 @@
 """The sampler on the pipeline that ships: against diffusers, against a plain loop, alone and in a batch."""
 
 import copy
+import inspect
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from basinescape.bench.evaluation.analyze import transition
 from basinescape.kernels import definition
 from basinescape.schedulers.schedule import make_scheduler
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+from families import sd3
 from rounding import LEEWAY, NEAR, assert_same_but_for_rounding, spread
 
 STEPS = 8
@@ -284,3 +286,11 @@ def test_a_guard_says_the_call_that_reads_a_calibration(calibration):
         Guidance.guard(7.5, calibration)
     said = str(refused.value).partition(": give ")[2]
     assert Guidance.guard(7.5, eval(said, {"Calibration": Calibration})).early is not None
+
+
+def test_steps_and_scale_are_those_of_the_models_own_pipeline(words):
+    pipe = sd3(words)
+    sampler, own = Sampler.from_pipeline(pipe), inspect.signature(type(pipe).__call__).parameters
+    steps, scale = own["num_inference_steps"].default, own["guidance_scale"].default
+    asked = sampler(["a cat"], 0, steps, Guidance.cfg(scale), output="latent", progress=False)
+    assert torch.equal(sampler(["a cat"], output="latent", progress=False).latents, asked.latents)

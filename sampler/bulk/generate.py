@@ -60,7 +60,8 @@ def generate(
     files: how they are written. placement: where they are computed. progress: whether to show progress, or a display for it.
 
     A job's own steps, scale, size, negative prompt and guidance override the recipe's. Jobs of one size are made together, see
-    `job_order.by_size`. An image does not depend on the jobs beside it, only on the number of slots.
+    `job_order.by_size`. An image does not depend on the jobs beside it, only on the number of slots. Under delayed guidance
+    without a guard that holds up to rounding.
 
     A manifest line has what was asked (id, prompt, seed, the job's own settings, and further columns of the prompts' file),
     `transition_step`, `transition_timestep`, `transition_log_snr`, `noise_gap`, and `status`: "ok" if the image was written and

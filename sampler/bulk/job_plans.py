@@ -14,6 +14,7 @@ from ..models import memory
 from ..models.fingerprint import digest, fingerprint
 from ..sampler import Sampler
 from ..sampling.attempt_table import AttemptTable
+from ..sampling.cuda_graphs import no_capture
 from .settings import Recipe
 
 Size = tuple[int, int]
@@ -67,7 +68,8 @@ class Plans:
         if isinstance(guidance, Guard) and (steps, size) != (own, self.sampler.size()):
             guidance = replace(guidance, early=None)
         solver, model = self.sampler.solver(steps, *size), self.sampler.model
-        return AttemptTable.make(solver, guidance, model.device, model.correction)
+        with no_capture():
+            return AttemptTable.make(solver, guidance, model.device, model.correction)
 
     def calls(self, kind: Kind) -> int:
         """Return the network predictions that a first attempt takes, including those that judge its picture."""

@@ -197,7 +197,7 @@ def _agrees(scheduler: Scheduler, schedule: Schedule, coefficients: Tensor) -> b
 
 def _trajectory(scheduler: Scheduler, schedule: Schedule, seed: int) -> Tensor:
     """The final latents of the scheduler's own steps. seed: of torch's global generator; the sample's is always 0."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # of the CPU alone
     plan, generators = prepared(scheduler, schedule), _generators()
     latents = torch.linspace(-1, 1, 16).view(1, 1, 4, 4)
     for t in plan.timesteps:

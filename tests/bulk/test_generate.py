@@ -165,6 +165,17 @@ def test_jobs_of_other_steps_and_scales_are_as_in_runs_of_their_own(small, tmp_p
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)  # a text is encoded beside others: rounding
 
 
+def test_a_guarded_picture_has_the_same_bits_beside_other_jobs(small, tmp_path):
+    """Its delayed attempt needs one branch of the network, and its neighbour's plain attempt two."""
+    sampler, guidance = Sampler.from_pipeline(small), guarded(Guidance.delayed(7.5, until=At(300)))
+    made = set()
+    for steps in (6, 4):
+        beside, job = jobs(2)
+        make(sampler, [replace(beside, steps=steps), job], tmp_path / f"{steps}", guidance, steps=6, format="latents")
+        made |= {line["sha256"] for line in sound(tmp_path / f"{steps}") if line["id"] == job.id}
+    assert len(made) == 1
+
+
 def test_a_job_that_the_guidance_does_not_fit_is_named_before_any_work(small, tmp_path):
     sampler, out = Sampler.from_pipeline(small, "ddim"), tmp_path / "out"
     asked = [Job("a", "a", 0), Job("b", "b", 1, steps=5)]
