@@ -89,7 +89,7 @@ class SampleViews:
             return guided_prediction_eager(wide, difference, weight, out=difference)
         given = (value if isinstance(value, Tensor) else torch.full_like(gap, value) for value in (weight, *options))
         own, first, second = given
-        a, b = combined_eager(rule, own, sample_sums(wide, difference), gap, wide[0].numel(), first, second)
+        a, b = combined_eager(rule.eager, own, sample_sums(wide, difference), gap, wide[0].numel(), first, second)
         return difference.mul_(per_sample(b, wide)).addcmul_(wide, per_sample(a, wide))
 
     def solve(self, guided: Tensor, a: float | Tensor, b: float | Tensor, p: float | Tensor, q: float | Tensor) -> None:

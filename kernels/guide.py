@@ -123,7 +123,7 @@ def guide_eager(
     each = -1, *[1] * (uncond.ndim - 1)
     if rule is not None:
         own, first, second = (torch.as_tensor(value).to(gap).expand(len(gap)) for value in (weight, *options))
-        a, b = combined_eager(rule, own, sample_sums(wide, difference), gap, sample_size(uncond), first, second)
+        a, b = combined_eager(rule.eager, own, sample_sums(wide, difference), gap, sample_size(uncond), first, second)
         return guided.copy_(a.view(each) * wide + b.view(each) * difference), gap
     if isinstance(weight, torch.Tensor):
         weight = weight.to(wide.dtype).view(each)

@@ -67,9 +67,19 @@ class Option(NamedTuple):
 
 
 def on_tensors(rule: Any) -> Callable[..., Any]:
-    """The device function `rule` for tensors: the same code, with PyTorch functions in place of those of triton.language."""
-    language = SimpleNamespace(sqrt_rn=torch.sqrt, exp=torch.exp, where=torch.where)
-    return FunctionType(getattr(rule, "fn", rule).__code__, {"tl": language, "__builtins__": __builtins__})
+    """The device function `rule` for tensors: the same code, with PyTorch functions in place of those of triton.language.
+
+    The functions of its file that it calls are changed likewise, and a constant (tl.constexpr) of its file is its number.
+    """
+    fn = getattr(rule, "fn", rule)
+    known: dict[str, Any] = {name: fn.__globals__[name] for name in fn.__code__.co_names if name in fn.__globals__}
+    for name, value in known.items():
+        if isinstance(getattr(value, "fn", value), FunctionType):
+            known[name] = on_tensors(value)
+        elif tl and isinstance(value, tl.constexpr):
+            known[name] = value.value
+    known |= {"tl": SimpleNamespace(sqrt_rn=torch.sqrt, exp=torch.exp, where=torch.where), "__builtins__": __builtins__}
+    return FunctionType(fn.__code__, known, fn.__name__, fn.__defaults__)
 
 
 @dataclass(frozen=True)
@@ -187,10 +197,4 @@ def combined(rule, weight, sums, gap, size, first, second):
     return tl.where(plain, 1.0, a), tl.where(plain, weight, b)
 
 
-def combined_eager(
-    rule: GuidanceRule, weight: Tensor, sums: tuple[Tensor, ...], gap: Tensor, size: int, first: Tensor, second: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The same, of (B,) tensors."""
-    a, b = rule.eager(weight, *sums, gap * gap, size, first, second)
-    plain = (weight == 0) | (weight == 1) | (a - a != 0) | (b - b != 0)
-    return torch.where(plain, 1.0, a), torch.where(plain, weight, b)
+combined_eager = on_tensors(combined)  # the same, of (B,) tensors; its rule is a GuidanceRule's `eager`

@@ -29,9 +29,10 @@ from .. import checks
 from ..calibration.baseline import ordinary_prompts
 from ..calibration.calibration import EARLY, LOOKED, Calibration, steps_and_scale
 from ..calibration.cost_bar import PlainRuns
-from ..data.captions import Prompt, read_captions
+from ..data.captions import Prompt, checked, read_captions
 from ..data.pictures import images_in
 from ..data.prompts import read_prompts
+from ..data.rows import Faults
 from ..data.tables import write_csv
 from ..detection import basin_score
 from ..guidance.guard import RATE, THRESHOLD
@@ -158,7 +159,8 @@ def audit(
 def _captions(given: str | Path | Sequence[Prompt | str], on_error: str) -> list[Prompt]:
     if isinstance(given, str | Path):
         return read_captions(given, every=True, on_error=on_error)
-    return [Prompt(f"{i:04d}", one) if isinstance(one, str) else one for i, one in enumerate(given)]
+    prompts = [Prompt(f"{i:04d}", one) if isinstance(one, str) else one for i, one in enumerate(given)]
+    return checked(prompts, "captions", Faults(on_error))
 
 
 def _ordinary(given: str | Path | Sequence[str] | None, model: str) -> Sequence[str]:

@@ -62,7 +62,8 @@ class Similarity:
         """Return (N, M) float32: the similarity of every image to every reference."""
         if not self._count:
             return torch.empty(len(images), 0)
-        self._vectors = [torch.cat(self._vectors)]
+        if len(self._vectors) > 1:
+            self._vectors = [torch.cat(self._vectors)]
         views, owners = self._views(images)
         vectors = shifted(pixels(views)) if self._embed is None else _unit(self._embed(views))[None]
         values = reduce(torch.maximum, (shift @ self._vectors[0].T for shift in vectors))

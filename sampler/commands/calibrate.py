@@ -11,7 +11,7 @@ import typer
 from . import model_loading, options
 from .quiet import quieten
 
-ON_CPU = 4  # pictures measured together: results are saved after each batch, and a larger batch is no faster on a CPU
+SAVED_TOGETHER = 4  # pictures in a batch on a CPU, where a larger one is no faster: results are saved after each batch
 EXAMPLE = """
   basinescape calibrate --model my-model"""
 
@@ -72,7 +72,7 @@ def calibrate(what: What, model: Model) -> None:
     steps, scale = steps_and_scale(sampler, None, model.steps, model.scale)
     size = model.batch_size
     if size is None:
-        size = ON_CPU if sampler.model.device.type == "cpu" else memory.batch_size(sampler.model, *sampler.size())
+        size = SAVED_TOGETHER if sampler.model.device.type == "cpu" else memory.batch_size(sampler.model, *sampler.size())
     shifts = range(0, what.pictures * len(jobs), len(jobs))
     texts, seeds = [job.prompt for job in jobs] * what.pictures, [job.seed + shift for shift in shifts for job in jobs]
     how: dict[str, Any] = {

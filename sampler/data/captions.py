@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -64,15 +64,15 @@ def read_captions(
     else:
         layout = Layout(Path(images))
         found = _table(path, partial(layout.find, home=layout.folder), every, faults, count(), layout.images)
-    kept = list(_unlike(found, name, faults))
-    if not kept:
-        raise ValueError(f"{name} hold no prompts")
-    return kept
+    return checked(found, name, faults)
 
 
-def _unlike(found: Iterator[Prompt], name: str, faults: Faults) -> Iterator[Prompt]:
-    """Yield the prompts that have text, and an id that can name a file and that no earlier prompt has."""
-    known: set[str] = set()
+def checked(found: Iterable[Prompt], name: str, faults: Faults) -> list[Prompt]:
+    """Return the prompts that have text, and an id that can name a file and that no earlier prompt has.
+
+    name: of their source, for messages. Raises ValueError if there are none, and as `Faults` does.
+    """
+    known: dict[str, Prompt] = {}
     for prompt in found:
         if not prompt.text.strip():
             faults(f"{name}: {prompt.id} has an empty caption")
@@ -81,8 +81,10 @@ def _unlike(found: Iterator[Prompt], name: str, faults: Faults) -> Iterator[Prom
         elif prompt.id.casefold() in known:
             faults(f"{name}: id {prompt.id!r} comes twice")
         else:
-            known.add(prompt.id.casefold())
-            yield prompt
+            known[prompt.id.casefold()] = prompt
+    if not known:
+        raise ValueError(f"{name} hold no prompts")
+    return list(known.values())
 
 
 def _folder(layout: Layout, every: bool, faults: Faults) -> Iterator[Prompt]:

@@ -54,24 +54,22 @@ def _of_comfyui(text: str) -> Iterator[str]:
     for node in nodes.values():
         inputs = node.get("inputs") if isinstance(node, Mapping) else None
         if isinstance(inputs, Mapping) and "Sampler" in str(node.get("class_type")):
-            for name in POSITIVE:
-                yield from _texts(nodes, inputs.get(name), set())
+            yield from _texts(nodes, inputs)
 
 
-def _texts(nodes: Mapping[str, Any], link: Any, seen: set[str]) -> Iterator[str]:
-    """Yield the texts that a link, [id of a node, output], leads to, also through nodes that change a conditioning."""
-    if not isinstance(link, list) or not link or (id := str(link[0])) in seen:
-        return
-    node = nodes.get(id)
-    if not isinstance(node, Mapping) or not isinstance(node.get("inputs"), Mapping):
-        return
-    seen.add(id)
-    inputs = node["inputs"]
-    for name in WORDS:
-        value = inputs.get(name)
-        if isinstance(value, str) and value.strip():
-            yield value.strip()
-        elif isinstance(value, list):
-            yield from _texts(nodes, value, seen)
-    for name in POSITIVE:
-        yield from _texts(nodes, inputs.get(name), seen)
+def _texts(nodes: Mapping[str, Any], inputs: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the texts that a sampler's inputs lead to by links, [id of a node, output], also through nodes that change them."""
+    links, seen = [inputs.get(name) for name in POSITIVE], set[str]()
+    while links:
+        link = links.pop()
+        if not isinstance(link, list) or not link or (id := str(link[0])) in seen:
+            continue
+        node = nodes.get(id)
+        if not isinstance(node, Mapping) or not isinstance(node.get("inputs"), Mapping):
+            continue
+        seen.add(id)
+        for value in map(node["inputs"].get, WORDS):
+            if isinstance(value, str) and value.strip():
+                yield value.strip()
+            links.append(value)
+        links += map(node["inputs"].get, POSITIVE)

@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..runs.manifest import MANIFEST
 from .input_formats import ENCODING, ERRORS, Rows, parquet_rows, row_of
 from .layout import BESIDE, Layout, caption_in, file_in
 from .names import COLUMN, IMAGE, TEXT, Ids, first
@@ -25,7 +26,6 @@ from .shards import contents
 
 log = logging.getLogger(__name__)
 SOURCES = "a folder, a file that names pictures and prompts, as manifest.jsonl, a .tar, a .parquet, or a picture"
-MANIFEST = "manifest.jsonl"
 BATCH = 16  # rows of a Parquet file in memory at a time: each holds a picture
 
 

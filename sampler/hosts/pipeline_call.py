@@ -17,7 +17,7 @@ from torch import Tensor
 from ..detection.basin_score import LOG_SNR, Probe
 from ..detection.verdict import Verdict
 from ..guidance.guidance import Guidance, never_came
-from ..kernels.state import per_sample
+from ..models.qwen import renormalised
 from .known_pipelines import OFF, KnownPipeline, network_of
 from .network_call import NetworkCall, seen, sign_of, stacked
 from .own_loop import Escape, judge
@@ -244,7 +244,7 @@ class PipelineCall:
         """The guided prediction of a step, from its two in the order in which they came."""
         cond, uncond = (earlier, later) if self.known.cond_first else (later, earlier)
         m = self.begun(uncond, cond, dtype=self.known.merge)
-        self._guided = renormalised(m, cond, self.begun.weight) if self._per_token else m
+        self._guided = renormalised(m, cond, self.begun.weight, m.dtype) if self._per_token else m
         return self._guided
 
     def _note(self, call: NetworkCall, prediction: Tensor) -> None:
@@ -307,13 +307,6 @@ def _with_its_rule(guidance: Guidance, known: KnownPipeline, arguments: Mapping[
             )
         guidance = replace(guidance, rule="norm-cap", options={"kappa": cap})
     return guidance
-
-
-def renormalised(guided: Tensor, cond: Tensor, weight: Tensor) -> Tensor:
-    """Return `guided`; samples of a weight (B,) above 1 get the norm of `cond` in each token, the last dimension."""
-    norm = torch.norm(guided, dim=-1, keepdim=True)
-    scaled = guided * (torch.norm(cond, dim=-1, keepdim=True) / norm)
-    return torch.where((per_sample(weight, guided) > 1) & (norm != 0), scaled, guided)
 
 
 def _is_doubled(sample: Tensor) -> bool:

@@ -10,6 +10,7 @@ from ..guidance.guard import PROBES, THRESHOLD, Attempt, Guard
 from ..guidance.guidance import Guidance
 
 KEY = "basinescape"  # the name under which a request says what it asks for
+MOST_ATTEMPTS, MOST_PROBES = 8, 64  # of a guard: every client of the server waits for them
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,13 @@ class RequestGuidance:
         if unknown or "guidance" not in named or not isinstance(named.get("judge", False), bool):
             raise ValueError(f"{KEY} takes guidance (see Guidance.to_dict) and judge (true or false), got {dict(named)!r}")
         guidance = Guidance.from_dict(named["guidance"])
-        return cls(guidance, named.get("judge", False) or isinstance(guidance, Guard))
+        made = cls(guidance, named.get("judge", False) or isinstance(guidance, Guard))
+        attempts, probes = len(made.attempts), max(one.probes for one in made.attempts)
+        if attempts > MOST_ATTEMPTS or probes > MOST_PROBES:
+            raise ValueError(
+                f"{KEY} takes at most {MOST_ATTEMPTS} attempts and {MOST_PROBES} probes in a guard, got {attempts} and {probes}"
+            )
+        return made
 
     @property
     def attempts(self) -> Sequence[Attempt]:

@@ -174,10 +174,15 @@ def denoised(original: Callable[..., Any], stage: Any, ctx: Any, batch: Any, ser
     entries = [facts(policy, i) for i in range(len(rows))]
     attempt, again = 0, [one.judge for one in rows]
     while any(again):
-        scores = judged(partial(original, stage), ctx, batch, server_args).tolist()
-        for i in (i for i, asked in enumerate(again) if asked):
-            suspect = bool(suspects(scores[i], rows[i].attempts[attempt].threshold))
-            entries[i] = {**facts(policy, i), "score": scores[i], "suspect": suspect, "attempts": attempt + 1}
+        tried = {i: rows[i].attempts[attempt] for i, asked in enumerate(again) if asked}
+        scores = {
+            probes: judged(partial(original, stage), ctx, batch, server_args, probes).tolist()
+            for probes in sorted({one.probes for one in tried.values()})
+        }
+        for i, one in tried.items():
+            score = scores[one.probes][i]
+            suspect = bool(suspects(score, one.threshold))
+            entries[i] = {**facts(policy, i), "score": score, "suspect": suspect, "attempts": attempt + 1}
             again[i] = suspect and attempt + 1 < len(rows[i].attempts)
         if any(again):
             attempt, kept = attempt + 1, ctx.latents
@@ -207,8 +212,8 @@ def next_noise(like: Tensor, batch: Any) -> Tensor:
     return torch.stack(drawn).to(like) * getattr(batch.scheduler, "init_noise_sigma", 1.0)
 
 
-def judged(loop: Callable[..., Any], ctx: Any, batch: Any, server_args: Any) -> Tensor:
-    """(B,) float32 on the CPU: the basin scores of a finished loop's latents.
+def judged(loop: Callable[..., Any], ctx: Any, batch: Any, server_args: Any, probes: int) -> Tensor:
+    """(B,) float32 on the CPU: the basin scores of a finished loop's latents, each by `probes` noises.
 
     loop: the stage's own; one step of it, under a scheduler that does nothing, makes both predictions.
     """
@@ -222,7 +227,7 @@ def judged(loop: Callable[..., Any], ctx: Any, batch: Any, server_args: Any) -> 
         cond, uncond = (made[0] if isinstance(made, tuple) else made for made in asking.predicted or ())
         return uncond, cond
 
-    return judge(predict, Probe.of(batch.scheduler), ctx.latents, batch.seeds).score
+    return judge(predict, Probe.of(batch.scheduler), ctx.latents, batch.seeds, probes=probes).score
 
 
 def compared(original: Callable[..., Any], scheduler: Any, value: Any) -> Any:

@@ -69,6 +69,7 @@ def load(path_or_id: str | Path, dtype: torch.dtype, allow_pickle: bool = False,
         if not (path / INDEX).is_file() and (path.parent / INDEX).is_file():
             raise ValueError(f"model {str(path)!r} is a part of the pipeline in {str(path.parent)!r}: give that folder")
         index = _loaded(str(path), lambda: DiffusionPipeline.load_config(path))
+        _check_code(path, index)
         options = {part: None for part, source in index.items() if source == [None, None]} | options  # saved without them
         pickled = _pickled(path, index, options)
         if pickled is not None and not allow_pickle:
@@ -105,6 +106,19 @@ def _is_path(given: str | Path) -> bool:
         return True
     named = given.endswith(("/", "\\", ".safetensors", *PICKLED)) or given.startswith((".", "~"))
     return named or Path(given).is_absolute() or given.count("/") != 1
+
+
+def _check_code(folder: Path, index: dict[str, Any]) -> None:
+    """Raise ValueError for an index by which diffusers would run code of the folder, or of any other library."""
+    named = {part: value[0] for part, value in index.items() if isinstance(value, list) and value and value[0] is not None}
+    for part, module in named.items():
+        known = module in ("diffusers", "transformers") or (isinstance(module, str) and hasattr(diffusers.pipelines, module))
+        trusted = known and not (folder / part / f"{module}.py").exists()  # such a file would be taken for the library
+        if part == "_class_name" or (part[0] != "_" and not trusted):
+            raise ValueError(
+                f"model {str(folder)!r} has its {part} from the module {module!r}, and loading would run that code: only "
+                "classes of the installed diffusers and transformers are loaded"
+            )
 
 
 def _pickled(folder: Path, index: dict[str, Any], options: dict[str, Any]) -> str | None:

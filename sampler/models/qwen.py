@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..kernels.state import per_sample
 from .autoencoding import Generators
 from .encoded_text import Encoded, Request
 from .packed import Packed, PromptedPacked
@@ -25,14 +26,15 @@ class PromptedQwen(PromptedPacked):
         )
 
 
-def renormalised(guided: Tensor, cond: Tensor, weight: Tensor) -> Tensor:
+def renormalised(guided: Tensor, cond: Tensor, weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return `guided` (B, tokens, C) with each token scaled to the norm of the same token of `cond`. A token of 0 stays 0.
 
-    weight: (B,), the guidance weights. Only samples with a weight above 1 are scaled.
+    weight: (B,), the guidance weights. Only samples with a weight above 1 are scaled. dtype: of the computation.
     """
-    own = guided.float().norm(dim=-1, keepdim=True)
-    longer = torch.where(own > 0, cond.float().norm(dim=-1, keepdim=True) / own, 1.0)
-    return (guided * torch.where(weight.view(-1, 1, 1) > 1, longer, 1.0)).to(guided.dtype)
+    wide = guided.to(dtype)
+    own = wide.norm(dim=-1, keepdim=True)
+    scaled = (wide * (cond.to(dtype).norm(dim=-1, keepdim=True) / own)).to(guided.dtype)
+    return torch.where((per_sample(weight, guided) > 1) & (own != 0), scaled, guided)
 
 
 class QwenImage(Packed):

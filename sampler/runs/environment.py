@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -19,12 +19,14 @@ PACKAGES = ("basinescape", "torch", "triton", "diffusers", "transformers", "xfor
 def own_numbers() -> Iterator[None]:
     """A context, or a decorator, in which torch computes in a pipeline's own dtypes.
 
-    A caller's autocast and default dtype have no effect in it.
+    A caller's autocast, default dtype and default device have no effect in it.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        # Only where it changes something: every call of torch passes through the context of a device.
+        device = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+        with device, torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
         torch.set_default_dtype(default)

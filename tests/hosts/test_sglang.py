@@ -9,7 +9,7 @@ import sglang_server
 import torch
 from basinescape import At, FirstMinimum, Guidance
 from basinescape.detection.basin_score import Probe
-from basinescape.guidance.guard import PROBES
+from basinescape.guidance.guard import PROBES, Attempt, Guard
 from basinescape.hosts.own_loop import judge
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hosts_tested import SGLANG
@@ -185,6 +185,23 @@ def test_pictures_are_judged_and_a_guards_begun_again(server):
     assert all(one["suspect"] and one["attempts"] == 2 for one in told)
 
 
+def test_a_guards_own_probes_judge_its_pictures(server):
+    def network_of(prompt):
+        return lambda x, timesteps: (network(x, timesteps[0], 0 * prompt), network(x, timesteps[0], prompt))
+
+    def guard(probes):
+        return Guard((Attempt(Guidance.cfg(SCALE), 100.0, probes),))
+
+    asked = {"basinescape": [named(guard(probes))["diffusers_kwargs"]["basinescape"] for probes in (1, 5, 1)]}
+    latents, facts, _ = denoise(server, asked)
+    scores = {
+        probes: judge(network_of(prompts()), Probe.of(scheduler_of()), latents, [0, 1, 2], probes=probes).score
+        for probes in (1, 5)
+    }
+    expected = torch.stack([scores[probes][i] for i, probes in enumerate((1, 5, 1))])
+    assert torch.allclose(torch.tensor([one["score"] for one in facts]), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_a_run_begins_anew(server):
     stage, args, policy = server.stage(network), arguments(), server.policy.CFGPolicy()
     first = stage.forward(batch_of(extra=named(MINIMUM)), args, policy)
@@ -234,6 +251,8 @@ def test_requests_share_a_batch_under_one_rule(server):
         (Guidance.cfg(2.0, rule="apg"), {"guidance_rescale": 0.5}, "stand beside the rule 'apg'"),
         (Guidance.guard(4.0), {"image_latent": torch.zeros(1)}, "name plain guidance"),
         (Guidance.guard(4.0), {"enable_teacache": True}, "cannot be judged"),
+        (Guard((Attempt(Guidance.cfg(SCALE), 0.3),) * 9), {}, "at most 8 attempts and 64 probes in a guard, got 9 and 2"),
+        (Guard((Attempt(Guidance.cfg(SCALE), 0.3, 65),)), {}, "at most 8 attempts and 64 probes in a guard, got 1 and 65"),
         (Guidance.cfg(2.0, restart=(100, 500, 2)), {}, "goes back in the steps"),
     ],
 )

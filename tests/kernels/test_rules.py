@@ -4,8 +4,9 @@ import pytest
 import torch
 from basinescape import At, Guidance, Sampler
 from basinescape.kernels import definition, guide, step
+from basinescape.kernels.dispatch import jit, tl
 from basinescape.kernels.lockstep import Lockstep
-from basinescape.kernels.rules import columns_of, options_of
+from basinescape.kernels.rules import RULES, GuidanceRule, columns_of, options_of
 from basinescape.kernels.tiles import Tiles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -119,6 +120,26 @@ def test_a_rule_or_option_that_is_not_known_is_named(given, says):
     for make in (lambda: Guidance.cfg(7.5, **given), lambda: guide(torch.zeros(1, 4), torch.zeros(1, 4), 7.5, **given)):
         with pytest.raises(ValueError, match=says):
             make()
+
+
+HALF = tl.constexpr(0.5) if tl else 0.5
+
+
+@jit
+def root(x, share=0.5):
+    return share * tl.sqrt_rn(x)
+
+
+@jit
+def rooted(weight, u, d, uu, ud, dd, size, unused, other):
+    return root(weight), weight + HALF
+
+
+def test_a_rule_may_call_functions_and_read_constants_of_its_file(way, monkeypatch):
+    monkeypatch.setitem(RULES, "rooted", GuidanceRule(rooted))
+    uncond, cond = torch.randn((2, 2, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    guided, _ = guide(uncond, cond, 16.0, rule="rooted")
+    torch.testing.assert_close(guided, 2 * uncond + 16.5 * (cond - uncond))
 
 
 SEEDS, PROMPTS = [3, 4], ["a frog", "a red cat"]

@@ -85,6 +85,21 @@ def test_a_part_that_is_not_there_is_named_and_a_checker_may_be_left_out(folder)
         load(folder, safety_checker=None)
 
 
+@pytest.mark.parametrize(("part", "module"), [("_class_name", "own"), ("unet", "own"), ("vae", "os"), ("unet", "diffusers")])
+def test_code_in_a_folder_is_not_run(folder, monkeypatch, part, module):
+    def never(*_, **__):
+        raise AssertionError("diffusers would run it")
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", never)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, part: [module, "Own"]}))
+    if part == "unet":
+        (folder / part / f"{module}.py").write_text("")
+    for allowed in (False, True):
+        with pytest.raises(ValueError, match=f"{part} from the module '{module}'"):
+            load(folder, allow_pickle=allowed)
+
+
 @pytest.mark.parametrize("broken", ["tokenizer/*", "unet/*.safetensors", "unet/config.json", "model_index.json"])
 def test_a_broken_folder_is_a_valueerror_of_one_line(folder, broken):
     for file in folder.glob(broken):

@@ -22,7 +22,18 @@ def default_dtype(dtype):
         torch.set_default_dtype(torch.float32)
 
 
+@contextmanager
+def default_device(device):
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
 AROUND = {
+    "default device": lambda: default_device("meta"),
+    "device": lambda: torch.device("meta"),
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "float64": lambda: default_dtype(torch.float64),
     "float16": lambda: default_dtype(torch.float16),
@@ -35,9 +46,11 @@ def test_what_is_around_a_call_changes_nothing(small, tmp_path, around):
     right = sampler(["a cat"], [3], 4, guard, output="latent", progress=False)
     verdict = sampler.judge(right.latents, "a cat", 3).score
     with around():
+        device = torch.get_default_device()
         found = sampler(["a cat"], [3], 4, guard, output="latent", progress=False)
         assert torch.equal(sampler.judge(right.latents, "a cat", 3).score, verdict)
         make(sampler, [Job("a", "a cat", 3)], tmp_path, guard, steps=4, format="latents")
+        assert torch.get_default_device() == device
     assert torch.equal(found.latents, right.latents) and found.latents.dtype == torch.float32
     (line,) = sound(tmp_path)
     torch.testing.assert_close(load_file(tmp_path / line["file"])["latents"], right.latents[0], rtol=1e-3, atol=1e-3)
