@@ -105,6 +105,19 @@ def test_an_attempt_may_be_given_up_by_its_first_gaps(pipe):
     assert alone.attempts.tolist() == [1] * 4 and torch.equal(alone.latents, sample(pipe, PLAIN).latents)
 
 
+def test_the_first_gaps_are_hopeless_above_the_limit_of_their_mean():
+    early = EarlyLook((1.0, 2.0, 4.0), (900.0, 500.0, 100.0), 2, 3.0)
+    for gaps, hopeless in (((4.0, 4.0, 99.0), False), ((4.0, 4.5, 0.0), True), ((4.0, math.nan, 0.0), True)):
+        assert early.hopeless(torch.tensor(gaps)) is hopeless
+
+
+def test_an_early_look_suits_the_steps_that_it_was_measured_at():
+    early = EarlyLook((1.0, 2.0), (900.0, 100.0), 1, 1.5)
+    assert early.suits([900.0, 100.0]) and early.suits([899.0, 101.0])
+    for other in ([900.0, 102.0], [898.0, 100.0], [900.0], [900.0, 100.0, 0.0], [math.nan, 100.0]):
+        assert not early.suits(other)
+
+
 def test_nobody_suspect_is_plain_guidance(pipe):
     out = sample(pipe, guard((PLAIN, NONE), *((one, NONE) for one in LATER_ONES)), scheduler="ddim")
     assert out.attempts.tolist() == [1] * 4 and torch.equal(out.latents, sample(pipe, PLAIN, scheduler="ddim").latents)
@@ -184,10 +197,13 @@ def test_without_a_calibration_it_has_the_defaults():
         (lambda pipe: Guidance.guard(SCALE, attempts=[3]), "guidance must be a Guidance"),
         (lambda pipe: Guidance.guard(SCALE, attempts=PLAIN), "attempts must be a list of guidances"),
         (lambda pipe: Guidance.cfg(SCALE, interval=5), "interval must be two timesteps"),
+        (lambda pipe: Guidance.cfg(SCALE, interval=(700, 300)), "interval must be two timesteps .low, high."),
+        (lambda pipe: Guidance.opposite(0.0, scale=SCALE, until=At(500)), "opposite_scale must be above 0"),
         (lambda pipe: Guidance.cfg(SCALE, restart=5), "restart must be .low, high, times."),
         (lambda pipe: Guidance.cfg(SCALE, shape=5), "shape must be one of .* or a factor for each step"),
         (lambda pipe: Guidance.from_dict("cfg"), "not a guidance: 'cfg'"),
         (lambda pipe: EarlyLook((1.0, 0.0), (900.0, 100.0), 1, 1.0), "gap must be above 0"),
+        (lambda pipe: EarlyLook((1.0,), (900.0,), 1, math.nan), "limit must be a finite number"),
         (
             lambda pipe: sample(pipe, replace(guard((PLAIN, NONE)), early=EarlyLook((1.0,) * 5, (900.0,) * 5, 1, 1.0))),
             "calibrated for 5 steps",
