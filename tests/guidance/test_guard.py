@@ -78,11 +78,13 @@ def test_the_suspect_begin_again_and_the_others_keep_their_bits(pipe, scheduler,
     assert_same_but_for_rounding(out.latents[where], expected(), pipe, expected)
 
 
-def test_the_score_is_that_of_judge(pipe):
-    """Of the picture that is returned, with as many noises as its attempt asks for."""
-    out = sample(pipe, guard((PLAIN, EVERY), (LATER_ONES[0], EVERY), (LATER_ONES[1], EVERY), probes=3))
+@pytest.mark.parametrize("scheduler", ["dpmsolver++", "euler"])
+def test_the_score_is_that_of_judge(pipe, scheduler):
+    """Of the picture that is returned, with as many noises as its attempt asks for; Euler scales the network's input."""
+    made = guard((PLAIN, EVERY), (LATER_ONES[0], EVERY), (LATER_ONES[1], EVERY), probes=3)
+    out = sample(pipe, made, scheduler=scheduler)
     assert out.attempts.tolist() == [3] * 4 and out.suspect.all()
-    assert torch.allclose(out.score, judged(pipe, out, probes=3), atol=1e-5)
+    assert torch.allclose(out.score, judged(pipe, out, scheduler, probes=3), atol=1e-5)
 
 
 def test_who_never_passes_comes_to_the_end_and_is_suspect(pipe):
