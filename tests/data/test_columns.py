@@ -91,6 +91,11 @@ def test_spaces_behind_every_comma_and_in_other_columns_are_no_halves_of_prompts
         assert [job.prompt for job in read_prompts(tmp_path / "p.csv")] == ["a cat"]
 
 
+def test_commas_separate_nothing_between_tabs(tmp_path):
+    (tmp_path / "p.tsv").write_text("prompt\na cat, asleep\n")
+    assert [job.prompt for job in read_prompts(tmp_path / "p.tsv")] == ["a cat, asleep"]
+
+
 def test_a_text_file_has_a_prompt_a_line(tmp_path):
     (tmp_path / "p.txt").write_bytes("\ufefftext, in gold letters\n\n  größer {a|b}\nprompt\n".encode())
     assert [(job.id, job.prompt) for job in read_prompts(tmp_path / "p.txt")] == [
