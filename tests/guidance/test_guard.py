@@ -173,6 +173,7 @@ def test_it_survives_serialisation_and_its_repr(mixed):
     for one in (mixed, looked, Guidance.guard(SCALE), Guidance.guard(3.0, rule="rescale", phi=0.5)):
         assert Guidance.from_dict(json.loads(json.dumps(one.to_dict()))) == one
         assert eval(repr(one), {**globals(), "Attempt": Attempt}) == one
+    assert Guard(list(mixed.attempts)) == mixed and hash(Guard(list(mixed.attempts))) == hash(mixed)
 
 
 def test_without_a_calibration_it_has_the_defaults():
