@@ -119,7 +119,7 @@ def test_a_folder_in_a_tar_file_has_no_contents(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         (tmp_path / "a.png").mkdir()
         tar.add(tmp_path / "a.png", "a.png")
-    with tarfile.open(tmp_path / "a.tar") as tar, pytest.raises(tarfile.ReadError, match="'a.png' is no file"):
+    with tarfile.open(tmp_path / "a.tar") as tar, pytest.raises(tarfile.ReadError, match="is no file"):
         contents(tar, tar.next())
 
 

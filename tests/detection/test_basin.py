@@ -109,8 +109,8 @@ def test_under_edm_it_is_diffusers_own_preconditioning():
 def test_latents_in_half_precision_are_noised_in_float32():
     latents, noise = drawn(2)
     probe = basin_score.Probe.of(CLEANED["v_prediction"])
-    for found, expected in zip(probe.question(latents.half(), noise), probe.question(latents.half().float(), noise), strict=True):
-        assert found.dtype == torch.float32 and torch.equal(found, expected)
+    half, whole = (probe.question(given, noise) for given in (latents.half(), latents.half().float()))
+    assert {made.dtype for made in half} == {torch.float32} and all(map(torch.equal, half, whole))
 
 
 @pytest.mark.parametrize("scheduler", TOLD.values(), ids=TOLD)

@@ -228,7 +228,7 @@ def test_a_solver_of_two_calls_a_step_is_laid_out_by_steps():
 
 @pytest.mark.parametrize("until", [FirstMinimum(), Settled((1.0,) * 3, factor=1.0), Fallen(0.5)], ids=repr)
 def test_the_gap_of_a_steps_second_call_lets_no_sample_leave(until):
-    """The first calls' gaps 5, 4, 3 have no minimum, none is 1 or less, and none fell by half. Some of the second calls' did."""
+    """The first calls' gaps 5, 4, 3 have no minimum, none is 1 or less, none fell by half. Some second calls' did."""
     solver = Solver.of(make_scheduler("ddim", DDIMScheduler(clip_sample=False)), Schedule(6))
     doubled, gaps = replace(solver, step=torch.tensor([0, 0, 1, 1, 2, 2])), iter([5.0, 0.1, 4.0, 0.1, 3.0, 9.0])
 

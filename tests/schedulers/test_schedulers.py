@@ -104,7 +104,7 @@ def test_timesteps_of_no_training_schedule_are_refused_where_they_matter(pipe):
     assert sample(pipe, scheduler).latents.shape == (2, 4, 16, 16)
     named = ({"shape": "cosine"}, {"interval": (200, 700)}, {"restart": (300, 500, 1)})
     for guidance in (Guidance.delayed(7.5, until=At(500)), *(Guidance.cfg(7.5, **one) for one in named)):
-        with pytest.raises(ValueError, match="asks for timesteps in 0..1000"):
+        with pytest.raises(ValueError, match="asks for timesteps"):
             sample(pipe, scheduler, guidance)
 
 
