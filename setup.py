@@ -45,6 +45,7 @@ setup(
         "typer>=0.12",
         "jinja2",
         "accelerate",
+        "psutil",
         "packaging",
     ],
     extras_require={

@@ -7,7 +7,7 @@ import os
 import sys
 from enum import StrEnum
 from importlib import import_module
-from json import dumps, loads
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ from basinescape.commands.quiet import quieten
 from basinescape.commands.verify import verify
 
 from .commands import evaluation
-from .tables import aligned, tables
+from .tables import Row, aligned, tables, writable
 
 SUMMARY = "Sample guided diffusion models without reproducing training images."
 DEBUG = "BASINESCAPE_DEBUG"  # an environment variable: if it is set, errors are shown with their traceback
@@ -82,6 +82,7 @@ def aot(
     for name, given, known in (("target", target, aot.TARGETS), ("dtype", dtype, aot.DTYPES)):
         if given and not set(given) <= set(known):
             raise ValueError(f"{name} must be among {', '.join(known)}; got {', '.join(given)}")
+    json = json and writable(json, "json")
     rows = list(aot.rows(target or aot.TARGETS, dtype or aot.DTYPES))
     typer.echo(aligned(rows))
     if json:
@@ -94,21 +95,33 @@ def bench(
     json: Annotated[Path | None, typer.Option(help="also write device, date, versions and the rows as JSON")] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default cuda where there is a GPU")] = None,
 ) -> None:
-    """Time the sampler beside its peers. In one process, interleaved; only results that agree are compared."""
+    """Time the sampler beside its peers. In one process, interleaved; only results that agree are compared.
+
+    What was timed before an error or Ctrl-C is printed and written, too.
+    """
     quieten()
     from basinescape import checks
 
-    speed = _benchmarks("speed")
-    rows = list(speed.run(speed.BENCHES if what == Bench.all else [what.value], device))
-    typer.echo(tables(rows))
-    if json:
-        json.write_text(dumps({**_benchmarks("speed.timing").taken(checks.device(device)), "rows": rows}, indent=1) + "\n")
+    speed, json, rows = _benchmarks("speed"), json and writable(json, "json"), list[Row]()
+    found = {**_benchmarks("speed.timing").taken(checks.device(device)), "rows": rows}
+    try:
+        for row in speed.run(speed.BENCHES if what == Bench.all else [what.value], device):
+            rows.append(row)
+    except BaseException as error:
+        found["stopped by"] = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        if rows:
+            typer.echo(tables(rows))
+        if rows and json:
+            json.write_text(dumps(found, indent=1) + "\n")
 
 
 @app.command()
 def report_gpu(file: Annotated[Path, typer.Argument(help="what python -m basinescape.bench.gpu --out wrote")]) -> None:
     """Print a result file of the checks and benchmarks on a GPU as tables."""
-    typer.echo(_benchmarks("gpu.report").rendered(loads(file.read_text())))
+    report = _benchmarks("gpu.report")
+    typer.echo(report.rendered(report.read(file)))
 
 
 def _benchmarks(name: str) -> Any:

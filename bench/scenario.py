@@ -130,6 +130,7 @@ PRESETS = {
 }
 
 
+KINDS = {"model": str, "memorized": str, "steps": int, "options": dict}  # of fields in a .yaml file that nothing checks later
 FILES = ("model", "memorized", "general", "images", "calibration")  # fields that may name a file or folder
 
 
@@ -173,7 +174,8 @@ def _filled(scenario: Scenario, **values: Any) -> Scenario:
 def loaded(scenario: Scenario, device: str | None = None, dtype: str | None = None) -> tuple[Scenario, Sampler]:
     """(scenario, sampler): the model is loaded, and its own steps and scale replace those that are None.
 
-    A transition that is None becomes the paper's. Raises what `Sampler.from_pretrained` does, also for a calibrated scheduler.
+    A transition that is None becomes the paper's. Raises ValueError for a model that makes videos, and what
+    `Sampler.from_pretrained` does, also for a calibrated scheduler.
     """
     known = scenario.calibrated
     settings = {} if known is None else known.settings
@@ -181,6 +183,8 @@ def loaded(scenario: Scenario, device: str | None = None, dtype: str | None = No
     sampler = Sampler.from_pretrained(scenario.source, device, dtype, scheduler)
     sampler = sampler.using(*settings.get("size", ()), **settings.get("options", {})).using(**scenario.options)
     model = sampler.model
+    if "num_frames" in model.options:
+        raise ValueError(f"model {scenario.model!r} makes videos, and scenarios compare pictures; audit takes it")
     return _filled(scenario, steps=model.own_steps, scale=model.own_scale, transition=STATIC), sampler
 
 
@@ -203,6 +207,9 @@ def _from_yaml(name: str) -> Scenario:
             f"scenario file {name!r} must give model and memorized, and of the rest only {', '.join(sorted(known))}; "
             f"it has {has}"
         )
+    for key, kind in KINDS.items():
+        if not isinstance(given.get(key, kind()), kind):
+            raise ValueError(f"scenario file {name!r}: {key} must be of type {kind.__name__}, got {given[key]!r}")
     return Scenario(**{"name": path.stem, **given, **_absolute(given, path.parent)})
 
 

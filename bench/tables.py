@@ -1,9 +1,10 @@
-"""Rows printed as tables of aligned text."""
+"""Rows printed as tables of aligned text, and the file that they are written to."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
@@ -27,6 +28,14 @@ def tables(rows: Sequence[Row]) -> str:
 
     grouped = groupby(sorted(rows, key=lambda row: "left out" in row), key=kind)
     return "\n\n".join(aligned([{key: _short(value) for key, value in row.items()} for row in group]) for _, group in grouped)
+
+
+def writable(path: Path, name: str) -> Path:
+    """`path`, a file to write after the work, whose folder is made now. Raises ValueError if it is a folder itself."""
+    if path.is_dir():
+        raise ValueError(f"{name} must be a file, {str(path)!r} is a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _short(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Device code of basinescape: the Triton kernel of each operation, its eager PyTorch version, and the choice between them.
 
-The package imports only torch and triton, so it can be copied and used alone. Without triton the eager versions run.
+The package imports only torch and triton, so it can be copied and used alone: under another name than `kernels`, and in a
+process without basinescape, since both register the same operators. Without triton the eager versions run.
 """
 
 # In the repository's root, transformers imports this folder as the package `kernels`; it then gets an empty module.

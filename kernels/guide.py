@@ -168,7 +168,7 @@ def _guide(
         guide_eager(uncond, cond, weight, (guided, gap), RULES[rule], (first, second))
 
 
-torch.library.impl("basinescape::guide", ("cpu", "cuda"), _guide)
+torch.library.impl("basinescape::guide", "default", _guide)
 
 
 @torch.no_grad()
@@ -190,7 +190,7 @@ def guide(
             dense in memory (contiguous, channels-last, ...). There may be gaps between samples, as in a chunk.
         weight: one finite number, or a (B,) floating-point tensor, which the host does not read. 0 gives uncond, 1 cond,
             a negative number opposite guidance.
-        out: (guided, gap) to write to. guided may be uncond or cond itself.
+        out: (guided, gap) to write to. guided may be uncond or cond itself, but must not overlap them otherwise (not checked).
         rule, options: a guidance rule of `rules.RULES` and its options. Every rule gives uncond at weight 0, cond at 1.
 
     Returns:

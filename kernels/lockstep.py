@@ -161,7 +161,8 @@ class Group:
         """Record which samples leave the basin in this call."""
         k, wait, waiting = order.k, order.wait, self.at < 0
         if order.look == Look.ALL:
-            self.latest = k + float(wait)
+            if not (self.own and self.waits):  # else a sample may wait longer since an earlier step
+                self.latest = k + float(wait)
         else:
             self.own = True
             gap = torch.full_like(self.peak, torch.nan) if gap is None else gap

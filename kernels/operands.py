@@ -43,15 +43,17 @@ def arranged(prediction: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def is_dense(x: torch.Tensor) -> bool:
     """Whether each sample is dense in memory, with nothing skipped."""
-    expected = 1
-    for stride, size in sorted(_layout(x)):
-        if stride != expected:
+    layout, expected = _layout(x), 1
+    for _ in layout:  # torch.compile cannot sort sizes that vary
+        found = [size for stride, size in layout if stride == expected]
+        if len(found) != 1:
             return False
-        expected *= size
+        expected *= found[0]
     return True
 
 
 def _check_like(name: str, x: torch.Tensor, like: torch.Tensor) -> None:
+    check_tensor(name, x)
     for what in ("shape", "dtype", "device"):
         given, wanted = getattr(x, what), getattr(like, what)
         if given != wanted:
@@ -60,8 +62,15 @@ def _check_like(name: str, x: torch.Tensor, like: torch.Tensor) -> None:
         raise ValueError(f"{name} has strides {x.stride()}; within a sample they must match uncond's {like.stride()}")
 
 
+def check_tensor(name: str, x: object) -> None:
+    """ValueError unless `x` is a tensor."""
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name} is a {type(x).__name__}; it must be a torch.Tensor")
+
+
 def check_predictions(uncond: torch.Tensor, cond: torch.Tensor) -> None:
     """ValueError unless both are (B, ...) of one shape, dtype, device and layout, every sample dense in memory."""
+    check_tensor("uncond", uncond)
     if uncond.ndim == 0:
         raise ValueError("uncond has no dimension; it must be (B, ...)")
     if uncond.dtype not in DTYPES:
@@ -99,6 +108,7 @@ def check_guided(guided: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
 
 def check_gap(gap: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
     """`gap` itself; ValueError unless it is a contiguous (B,) float32 tensor on the device of `uncond`."""
+    check_tensor("out gap", gap)
     if gap.shape != uncond.shape[:1] or gap.dtype != torch.float32 or gap.device != uncond.device or not gap.is_contiguous():
         raise ValueError(
             f"out gap is {tuple(gap.shape)} {gap.dtype} on {gap.device} with strides {gap.stride()}; "

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
+from numbers import Real
 from types import FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -166,7 +167,7 @@ def options_of(rule: str, given: Mapping[str, float]) -> dict[str, float]:
         if name not in known:
             raise ValueError(f"rule {rule!r} has no option {name!r}; it has {', '.join(known) or 'none'}")
         _, least, most = known[name]
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = isinstance(value, Real) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or not least <= value <= most:
             raise ValueError(f"{name} must be a finite number from {least:g} to {most:g}, got {value!r}")
     return {name: float(given.get(name, option.default)) for name, option in known.items()}

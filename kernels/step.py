@@ -98,7 +98,7 @@ def _step(
         launch_step(uncond, cond, table, finds, guided, state_of(buffers), rule)
 
 
-torch.library.impl("basinescape::step", ("cpu", "cuda"), _step)
+torch.library.impl("basinescape::step", "default", _step)
 
 
 @jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from operator import index
 from typing import Any
 
@@ -37,6 +38,8 @@ def one_each(name: str, given: str | Sequence[str | None] | None, count: int) ->
     """A list with a string or None for each of `count` prompts. given: that list, or one string for all; None returns None."""
     if given is None:
         return None
+    if not isinstance(given, Iterable):
+        raise ValueError(f"{name} must be a string, or a list with a string or None for each prompt; got {given!r}")
     found: list[str | None] = [given] * count if isinstance(given, str) else list(given)
     if len(found) != count:
         raise ValueError(f"{name} has {len(found)} entries for {count} prompts")
@@ -72,16 +75,23 @@ def at_least(name: str, given: int, least: int) -> int:
 
 
 def finite(name: str, given: float) -> float:
-    """A finite number, as a float."""
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or not math.isfinite(given):
+    """A finite number, numpy's included, as a float."""
+    if isinstance(given, bool) or not isinstance(given, Real) or not math.isfinite(given):
         raise ValueError(f"{name} must be a finite number, got {given!r}")
     return float(given)
 
 
 def share(name: str, given: float) -> float:
     """A number from 0 to 1."""
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given <= 1:
+    if isinstance(given, bool) or not isinstance(given, Real) or not 0 <= given <= 1:
         raise ValueError(f"{name} must be a number from 0 to 1, got {given!r}")
+    return float(given)
+
+
+def rate(given: float) -> float:
+    """A number between 0 and 1, neither of which says anything."""
+    if not 0 < share("rate", given) < 1:
+        raise ValueError(f"rate must be between 0 and 1, got {given!r}")
     return given
 
 

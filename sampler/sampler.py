@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from .detection import verdict
 from .detection.verdict import Verdict
 from .guidance.guard import PROBES, THRESHOLD, Guard
 from .guidance.guidance import Guidance
-from .models.fingerprint import another_model
+from .models.fingerprint import another_model, another_size, digest
 from .runs.environment import own_numbers
 from .runs.provenance import settings_of
 from .sampling import callbacks
@@ -58,7 +58,7 @@ class Sampler:
         self.wrap: Wrap | None = None
         self._size: tuple[int | None, int | None] = (None, None)
         self.options: dict[str, Any] = {}  # defaults of every call, see `using`
-        self._guard: Guard | None = None  # the last guard whose calibration was compared with the model
+        self._warned: set[tuple[str, str]] = set()  # the calibrations that were warned of, and what was said
 
     def __repr__(self) -> str:
         dtype = str(self.model.dtype).removeprefix("torch.")
@@ -89,7 +89,8 @@ class Sampler:
         """Use a loaded diffusers pipeline as it is, with its own scheduler unless another is named.
 
         compile: compile the network with torch.compile, channels-last, when it is first used (it takes a while).
-        capture: record each step, including the network, as a CUDA graph and replay it; see `close`.
+        capture: record each step, including the network, as a CUDA graph and replay it; see `close`. The first batch of a shape
+                 is recorded. Meanwhile, another thread of the process that waits for a GPU gets an exception.
         With either, a network for which there is a `Lean` form runs in it. The next call sees later changes of the pipeline.
 
         Raises ValueError for a pipeline, scheduler or attention backend that is not supported.
@@ -141,8 +142,8 @@ class Sampler:
         # What is drawn, and how it is guided.
         prompts: str | Sequence[str] | None = None,
         seeds: int | Sequence[int] = 0,
-        steps: int = 50,
-        guidance: Guidance | Guard = Guidance.cfg(7.5),
+        steps: int | None = None,
+        guidance: Guidance | Guard | None = None,
         negative_prompt: str | Sequence[str | None] | None = None,
         # Size and form of the output.
         height: int | None = None,
@@ -171,10 +172,13 @@ class Sampler:
 
         seeds:  one for each image, or one for the first image, counted up from there. An image depends only on (model, prompt,
                 seed, settings). It does not depend on its batch, except for the rounding of float32 on a CPU.
+        steps:  of denoising; default as many as the model's own pipeline takes.
+        guidance: default plain guidance at the scale of the model's own pipeline.
         negative_prompt: one for all prompts, or one or None for each.
         height, width: pixels; default the model's own size.
         output: "pil", "np", "pt" or "latent", with diffusers' meaning.
-        progress: whether to show a bar, or a function that is called after every step with the share of all work that is done.
+        progress: whether to show a bar, or a function that is called after every step with the share of all steps that is done.
+                Under a guard only the plain attempts' steps count.
         timesteps, sigmas, eta, denoising_end, mu: see `Schedule`. These, and those down to `latents`, have diffusers' meaning.
         guidance_rescale: above 0, the guidance's rule is "rescale" with this phi; cannot be combined with another rule.
         callback_on_step_end: called after every network call with (pipeline, index, timestep, {"latents": latents}). Latents
@@ -189,15 +193,18 @@ class Sampler:
                 neither compiled nor captured), ip_adapter_image, ip_adapter_image_embeds; SDXL's also pooled_prompt_embeds,
                 negative_pooled_prompt_embeds, prompt_2, negative_prompt_2, original_size, crops_coords_top_left, target_size
                 and the negatives of these three. `sampler.model.options` lists those of other models, such as
-                max_sequence_length, or num_frames of a video model.
+                max_sequence_length, or num_frames of a video model. Texts and embeddings are one for all prompts, or one for
+                each; an IP-Adapter's images are for all prompts.
 
         Raises ValueError, before any work, for arguments that are not as described.
         """
         with torch.inference_mode():
             self.model.check()
-            options = {**self.options, **options}
+            options = self._with(options)
             size = self.size(height, width)
             callbacks.check(callback_on_step_end, callback_on_step_end_tensor_inputs)
+            steps = self.model.own_steps if steps is None else steps
+            guidance = Guidance.cfg(self.model.own_scale) if guidance is None else guidance
             call = Call(
                 Prompts.checked(prompts, seeds, num_images_per_prompt, negative_prompt, options),
                 guidance.rescaled(guidance_rescale) if isinstance(guidance, Guidance | Guard) else guidance,
@@ -211,8 +218,10 @@ class Sampler:
                 callback_on_step_end,
                 self.wrap is not None,
             )
-            self._compare(guidance)
-            made = self.runner.sampled(call, self.solver(call.schedule, *size, **options), progress)
+            if isinstance(guidance, Guard):
+                self.measured_on(guidance.model, guidance.size, size)
+            with nullcontext() if self.graphs is None else self.graphs.used():
+                made = self.runner.sampled(call, self.solver(call.schedule, *size, **options), progress)
             self.pipe.maybe_free_model_hooks()
         return Output.joined(made)
 
@@ -241,12 +250,12 @@ class Sampler:
         threshold: a picture with a score above it is suspect. probes: noises for each picture, each a call of both branches.
         height, width: the size of the latents, or the size to which all pictures are resized; default their own size, or the
                    nearest size that the model can make. If the proportions differ, a picture is cropped at its centre.
-        options:   as for a call. batch_size: how many are judged together; None: as for a call.
+        options:   as for a call, without prompt_embeds. batch_size: how many are judged together; None: as for a call.
 
-        A picture's verdict depends only on (model, picture, prompt, seed, settings). Raises ValueError for arguments that do
-        not fit, and for a scheduler whose noise levels are not known.
+        A picture's verdict depends only on (model, picture, prompt, seed, settings). A copy that was scaled, down or up, may
+        pass. Raises ValueError for arguments that do not fit, and for a scheduler whose noise levels are not known.
         """
-        size, options = self._sized(height, width), {**self.options, **options}
+        size, options = self._sized(height, width), self._with(options)
         with torch.inference_mode():
             self.model.check()
             given = prompts, seeds, threshold, probes, negative_prompt, size, batch_size, options
@@ -254,13 +263,17 @@ class Sampler:
             self.pipe.maybe_free_model_hooks()
         return judged
 
-    def _compare(self, guidance: Guidance | Guard) -> None:
-        """Log a warning, once for each guard, if it was calibrated on another model."""
-        if not isinstance(guidance, Guard) or guidance is self._guard:
-            return
-        self._guard = guidance
-        if other := another_model(guidance.model or {}, self.pipe):
-            log.warning(other)
+    def measured_on(self, model: Mapping[str, Any] | None, of: Sequence[int] | None, size: Sequence[int] | None = None) -> bool:
+        """Whether a calibration holds for this model and for pictures of this size, (height, width).
+
+        model, of: the `fingerprint` and the size that it was measured on; None: not known. size: None: `size()`.
+        Logs a warning for each of the two that differs, once for each calibration.
+        """
+        reasons = [another_model(model or {}, self.pipe), another_size(of, size or self.size())]
+        for warning in sorted({(digest(model or {}), text) for text in reasons if text} - self._warned):
+            self._warned.add(warning)
+            log.warning(warning[1])
+        return not any(reasons)
 
     @property
     def runner(self) -> Runner:
@@ -281,7 +294,13 @@ class Sampler:
         """A copy of the sampler that samples from `wrap(network)`, where `network` holds each call's encoded prompts.
 
         For methods that change the network or the prompts. Such a network is not captured, and a call with it takes no guard.
+
+        Raises ValueError for what is no function, and if the sampler is wrapped already.
         """
+        if not callable(wrap):
+            raise ValueError(f"wrap must be a function of a network, got {wrap!r}")
+        if self.wrap is not None:
+            raise ValueError(f"the sampler samples from {self.wrap!r} already: wrap the sampler that it was made from")
         other = copy.copy(self)
         other.wrap = wrap
         return other
@@ -293,6 +312,7 @@ class Sampler:
         """
         other = copy.copy(self)
         other._size = self._sized(height, width)
+        self.model.check_names(options)
         other.options = self.options | {name: value for name, value in options.items() if value is not None}
         with torch.inference_mode():
             self.model.encode([""], *other.size(), **other.options)
@@ -316,6 +336,11 @@ class Sampler:
         if key not in self._solvers:
             self._solvers[key] = Solver.of(scheduler, schedule)
         return self._solvers[key]
+
+    def _with(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of a call, with the sampler's own for those that it does not give. Raises ValueError for unknown ones."""
+        self.model.check_names(options)
+        return {**self.options, **options}
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """(height, width) in pixels; None: as in `using`, or the model's own. Raises ValueError for one it cannot make."""

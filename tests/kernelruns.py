@@ -41,7 +41,7 @@ def runs(draw, shapes=LATENTS):
         "limited": draw(st.booleans()),
         "fall": draw(st.sampled_from([0.0, 0.0, 0.5])),
         "latest": draw(st.sampled_from([0, 2, 5, STEPS])),
-        "wait": draw(st.sampled_from([0, 0, 2])),
+        "wait": draw(st.sampled_from([0, 0, 2, (3, 0)])),
         "calls": draw(st.sampled_from([1, 1, 2])),
         "begins": draw(st.integers(0, 2)),
         "seed": draw(st.integers(0, 2**16)),
@@ -52,7 +52,7 @@ def table_of(
     rng, steps=STEPS, calls=1, multistep=True, scaled=True, earliest=2, drop=0.0, limits=None, fall=0, latest=None, wait=0
 ):
     """Random steps of `calls` calls each, in which samples find their first minimum, or come down to a limit or a share
-    of their peak, or `latest`."""
+    of their peak, or `latest`. wait: one for all steps, or one for the steps before `latest` and one for those from it on."""
     table = torch.rand((steps * calls, len(Column)), generator=rng) * 2 - 1
     call = torch.arange(len(table))
     table[:, Column.STEP], table[:, Column.FIRST] = call // calls, (call % calls == 0).float()
@@ -61,7 +61,8 @@ def table_of(
     limits = torch.full((len(table),), -math.inf) if limits is None else limits[call // calls]
     limits = limits.where(k < (steps if latest is None else latest), torch.tensor(math.inf))
     table[:, Column.LIMIT] = limits.where(first, torch.tensor(-math.inf))
-    table[:, Column.FALL], table[:, Column.WAIT] = fall * first, wait
+    before, after = wait if isinstance(wait, tuple) else (wait, wait)
+    table[:, Column.FALL], table[:, Column.WAIT] = fall * first, torch.where(table[:, Column.LIMIT] == math.inf, after, before)
     if not multistep:
         table[:, [Column.P, Column.Q]] = 0
     if not scaled:

@@ -1,6 +1,8 @@
 """The sampler on the pipeline that ships: against diffusers, against a plain loop, alone and in a batch."""
 
 import copy
+import inspect
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +13,7 @@ from basinescape.bench.evaluation.analyze import transition
 from basinescape.kernels import definition
 from basinescape.schedulers.schedule import make_scheduler
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+from families import sd3
 from rounding import LEEWAY, NEAR, assert_same_but_for_rounding, spread
 
 STEPS = 8
@@ -171,6 +174,15 @@ def test_the_loop_adds_nothing_of_the_batch(small, scheduler):
     torch.testing.assert_close(alone.noise_gap[0], batch.noise_gap[2], rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_second_wrap_does_not_replace_the_first_in_silence(small):
+    sampler = Sampler.from_pipeline(small)
+    with pytest.raises(ValueError, match="wrap must be a function of a network, got None"):
+        sampler.wrapped(None)
+    with pytest.raises(ValueError, match=r"samples from .*one_by_one.* already"):
+        sampler.wrapped(one_by_one).wrapped(lambda network: network)
+    sampler.wrapped(lambda network: network)
+
+
 def test_a_branch_nobody_needs_is_not_run(pipe):
     rows = []
     hook = pipe.unet.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
@@ -186,11 +198,16 @@ def test_a_branch_nobody_needs_is_not_run(pipe):
 
 @pytest.mark.parametrize(
     "guidance",
-    [*METHODS, Guidance.cfg(5, shape=(1.0, 2.0), interval=(100, 900)), Guidance.cfg(5, rule="apg", eta=0.5)],
+    [
+        *METHODS,
+        Guidance.delayed(np.int64(5), until=FirstMinimum(np.int64(2), np.int64(4), np.float32(0.5))),
+        Guidance.cfg(5, shape=(1.0, 2.0), interval=(100, 900)),
+        Guidance.cfg(5, rule="apg", eta=np.float32(0.5)),
+    ],
     ids=repr,
 )
 def test_guidance_survives_serialisation_and_its_repr(guidance):
-    assert Guidance.from_dict(guidance.to_dict()) == guidance
+    assert Guidance.from_dict(json.loads(json.dumps(guidance.to_dict()))) == guidance
     assert eval(repr(guidance)) == guidance
 
 
@@ -273,3 +290,11 @@ def test_a_guard_says_the_call_that_reads_a_calibration(calibration):
         Guidance.guard(7.5, calibration)
     said = str(refused.value).partition(": give ")[2]
     assert Guidance.guard(7.5, eval(said, {"Calibration": Calibration})).early is not None
+
+
+def test_steps_and_scale_are_those_of_the_models_own_pipeline(words):
+    pipe = sd3(words)
+    sampler, own = Sampler.from_pipeline(pipe), inspect.signature(type(pipe).__call__).parameters
+    steps, scale = own["num_inference_steps"].default, own["guidance_scale"].default
+    asked = sampler(["a cat"], 0, steps, Guidance.cfg(scale), output="latent", progress=False)
+    assert torch.equal(sampler(["a cat"], output="latent", progress=False).latents, asked.latents)

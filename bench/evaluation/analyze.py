@@ -121,6 +121,7 @@ def analyze(
     drawn, steps, general, copies = range(seeds), lab.steps, "general" in groups, lab.measure.tells_copies
     onsets = range(0, 2 * steps // 3 + 1, max(1, steps // 25)) if onsets is None else onsets
     _warn(general, copies, min(len(found) for found in groups.values()) * seeds)
+    checks.at_least("steps", steps, 2)  # a trajectory
     lab.sampler.solver(steps)  # raises for steps that the scheduler cannot take
     out.mkdir(parents=True, exist_ok=True)
 
@@ -128,7 +129,7 @@ def analyze(
     free, opposed = (curves(lab, groups["memorized"], drawn, constant(w, steps)) for w in (0.0, -lab.scale))
     (out / "curves.json").write_text(json.dumps({"plain": plain, "unguided": free, "opposed": opposed}))
     figures.curves(plain, out / "curves.png")
-    told = _told(lab, groups, drawn, plain)
+    separated = _separated(lab, groups, drawn, plain)
     shown = copies or lab.measure.knows_concepts(groups["memorized"])
     sweep = onset_sweep(lab, groups["memorized"], drawn, onsets) if shown else []
     _basins(lab, groups, sweep, out)
@@ -138,10 +139,10 @@ def analyze(
         **lab.sampler.provenance,
         "prompts": {name: len(part) for name, part in groups.items()},
         "onset": [_at_onset(sweep, onset) for onset in onsets if sweep],
-        **told,
+        **separated,
         "agreement": [
             {"rule": name, "prompts": half, **agreement([line for line in free if line["id"] in ids], sweep, rule)}
-            for name, rule in rules(told["ordinary"], steps).items()
+            for name, rule in rules(separated["ordinary"], steps).items()
             for half, ids in halves(groups["memorized"]).items()
             if copies
         ],
@@ -164,7 +165,7 @@ def _warn(general: bool, copies: bool, pictures: int) -> None:
         log.warning("rates of %d pictures a group cannot tell much; those of %d or more can begin to", pictures, ENOUGH)
 
 
-def _told(
+def _separated(
     lab: Laboratory, groups: dict[str, list[Prompt]], seeds: Sequence[int], plain: dict[str, list[dict[str, Any]]]
 ) -> dict[str, list[Any]]:
     """How well memorized captions and copies are detected, and the usual unguided gaps. All empty without general prompts."""

@@ -119,8 +119,8 @@ class Comparison:
     @property
     def best(self) -> Line | None:
         """The method, without plain guidance, with the smallest sum of copies and wrong concepts on memorized prompts."""
-        told = [line for line in self.lines if line.name != RECORDED and line.copies is not None]
-        return min(told, key=_lost, default=None)
+        measured = [line for line in self.lines if line.name != RECORDED and line.copies is not None]
+        return min(measured, key=_lost, default=None)
 
     def finding(self) -> str:
         """The result in one sentence."""

@@ -42,15 +42,6 @@ RECORDED = "cfg"  # the method whose noise gaps are written, for detection; thos
 Line = dict[str, Any]  # of results.jsonl
 
 
-class Incomplete(RuntimeError):
-    """Some images failed. rows: the table's rows of the other images."""
-
-    def __init__(self, failed: Sequence[Exception], rows: list[dict[str, Any]]):
-        why = f"{type(failed[-1]).__name__}: {failed[-1]}"
-        super().__init__(f"{len(failed)} images failed, the last of them: {why}. The same command tries them again")
-        self.rows = rows
-
-
 class Task(NamedTuple):
     """One image to make and to measure."""
 
@@ -58,6 +49,16 @@ class Task(NamedTuple):
     group: str
     prompt: Prompt
     seed: int
+
+
+class Incomplete(RuntimeError):
+    """Some images failed. rows: the table's rows of the other images."""
+
+    def __init__(self, failed: Sequence[tuple[Task, Exception]], rows: list[dict[str, Any]]):
+        task, error = failed[-1]
+        why = f"{type(error).__name__}: {error} (method {task.method}, prompt {task.prompt.id}, seed {task.seed})"
+        super().__init__(f"{len(failed)} images failed, the last of them: {why}. The same command tries them again")
+        self.rows = rows
 
 
 def evaluate(
@@ -99,7 +100,7 @@ def evaluate(
         return (line["method"], line["group"], line["id"], line["seed"]) if there else None
 
     tasks = _tasks(known, groups, range(first_seed, first_seed + seeds))
-    make, failed = partial(_made, sampler, known, steps, measure, out), list[Exception]()
+    make, failed = partial(_made, sampler, known, steps, measure, out), list[tuple[Task, Exception]]()
     with Journal(out / "results.jsonl", finished) as journal:
         lines = list(read_lines(out / "results.jsonl"))
         waiting = [task for task in tasks if (task.method, task.group, task.prompt.id, task.seed) not in journal]
@@ -108,7 +109,7 @@ def evaluate(
                 bar.set_description(batch[0].method)
                 for some, made in halving(make, batch):
                     if isinstance(made, Exception):
-                        failed.append(made)
+                        failed.append((some[0], made))
                     else:
                         journal.append(*made)
                         lines += made

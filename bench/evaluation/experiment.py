@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..scenario import Prompt, load, prompts
+from ..tables import writable
 from .trajectories import Laboratory
 
 Study = Callable[[Laboratory, dict[str, list[Prompt]], Sequence[int]], dict[str, Any]]  # prompts are by group
@@ -23,8 +24,10 @@ def run(study: Study, about: str, first_seed: int) -> None:
     parser.add_argument("--seeds", type=int, default=2, help="pictures a caption")
     parser.add_argument("--first-seed", type=int, default=first_seed)
     args = parser.parse_args()
-    scenario, seeds = load(args.scenario), range(args.first_seed, args.first_seed + args.seeds)
-    groups = prompts(scenario)
+    out, scenario = writable(args.json, "--json"), load(args.scenario)
+    seeds, groups = range(args.first_seed, args.first_seed + args.seeds), prompts(scenario)
+    if "general" not in groups:
+        parser.error(f"scenario {args.scenario!r} has no general prompts to compare with")
     lab = Laboratory.of(scenario, groups)
     found = {"scenario": scenario.name, "date": date.today().isoformat(), "seeds": list(seeds), **lab.sampler.provenance}
-    args.json.write_text(json.dumps(found | study(lab, groups, seeds), indent=1) + "\n", encoding="utf-8")
+    out.write_text(json.dumps(found | study(lab, groups, seeds), indent=1) + "\n", encoding="utf-8")

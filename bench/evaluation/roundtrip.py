@@ -50,7 +50,7 @@ def judged(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int], guida
     return lines
 
 
-def told(copies: Sequence[Line], others: Sequence[Line]) -> list[dict[str, Any]]:
+def separation(copies: Sequence[Line], others: Sequence[Line]) -> list[dict[str, Any]]:
     """How well the score tells `copies` from `others`, a row for each of WAYS. moved: mean change of a score from latents'."""
     rows = []
     for way in WAYS:
@@ -69,13 +69,13 @@ def _suspect(lines: Sequence[Line], way: str) -> float:
 
 
 def compared(lines: dict[str, list[Line]]) -> list[dict[str, Any]]:
-    """The rows of `told`: copies under plain and delayed guidance, against general pictures and others of the same captions."""
+    """Return rows of `separation` under plain and delayed guidance: of copies, against ordinary pictures of two kinds."""
     rows = []
     for guidance in ("plain", "delayed"):
         copies, clean = ([line for line in lines[guidance] if bool(line["memorized"]) is wanted] for wanted in (True, False))
         for name, others in (("general", lines["general"]), ("same captions", clean)):
             if copies and others:
-                rows += [{"guidance": guidance, "others_are": name, **row} for row in told(copies, others)]
+                rows += [{"guidance": guidance, "others_are": name, **row} for row in separation(copies, others)]
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -40,7 +41,12 @@ class Laboratory:
         dtype: str | None = None,
         progress: bool = True,
     ) -> Laboratory:
-        """Load the scenario's model and make its laboratory. Raises what `Measure` and `scenario.loaded` raise."""
+        """Load the scenario's model and make its laboratory.
+
+        Raises ImportError if there are general prompts but no scikit-learn, and what `Measure` and `scenario.loaded` raise.
+        """
+        if "general" in groups and find_spec("sklearn") is None:
+            raise ImportError("telling memorized from general prompts needs scikit-learn: pip install '.[evaluate]'")
         measure = Measure(scenario, groups)
         scenario, sampler = loaded(scenario, device, dtype)
         return cls(sampler, *scenario.how[:2], measure, progress=progress)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import torch
 from basinescape import FirstMinimum, Guidance, Sampler
+from basinescape.bulk.generate import generate
+from basinescape.bulk.settings import Files, Placement, Recipe
+from basinescape.data.prompts import Job
 from basinescape.sampling.step_table import StepTable
 from basinescape.sampling.steps import denoise, fused_step
 from basinescape.schedulers.schedule import make_scheduler
+from safetensors.torch import load_file
 
 from ..speed.images import METHODS
-from ..speed.shapes import pipeline
+from ..speed.shapes import pipeline, sampled
 from ..speed.step import counts, peers, stubbed
 from .checks import Figures, require
 
@@ -61,15 +68,13 @@ def check_sampler_capture(device: torch.device) -> Figures:
     figures = {}
     for count in (3, 1, 3):
         for name, guidance in methods.items():
-            arguments = PROMPTS[:count], SEEDS[:count], STEPS, guidance
-            a, b = (sampler(*arguments, output="latent", progress=False) for sampler in (plain, captured))
+            a, b = (sampled(s, PROMPTS[:count], SEEDS[:count], STEPS, guidance, "latent") for s in (plain, captured))
             apart = ((a.latents - b.latents).float().norm() / a.latents.float().norm()).item()
             figures[f"{name}, batch {count}"] = {"apart": apart, "same bits": torch.equal(a.latents, b.latents)}
             where = f"{name}, batch {count}: captured and uncaptured"
             require(apart <= 1e-2, f"{where} differ by {apart:.2g}")
             found, expected = b.transition_step.tolist(), a.transition_step.tolist()
             require(found == expected, f"{where} leave at {found} and {expected}")
-    require(captured.graphs is not None and captured.graphs.failure is None, "the step could not be captured")
     captured.close()
     return figures
 
@@ -89,9 +94,30 @@ def check_sampler_images(device: torch.device) -> Figures:
     return figures
 
 
+def check_sampler_threads(device: torch.device) -> Figures:
+    """A set that threads encode and decode beside captures has the same pictures as one without captures."""
+    pipe = pipeline("tiny", torch.float16, device)
+    jobs = [Job(f"{i}", PROMPTS[i % 3], i, height=64 - 16 * (i % 3), width=64) for i in range(6)]
+    recipe, files = Recipe(Guidance.cfg(7.5), STEPS), Files("latents")
+    plain, captured = Sampler.from_pipeline(pipe, "dpmsolver++"), Sampler.from_pipeline(pipe, "dpmsolver++", capture=True)
+    plain.model = captured.model
+    made = []
+    for sampler in (plain, captured):
+        with tempfile.TemporaryDirectory() as folder:
+            done = generate(sampler, jobs, folder, recipe, "tiny", files, Placement(2), progress=False).done
+            require(done == len(jobs), f"{done} of {len(jobs)} pictures were made")
+            made.append({path.stem: load_file(path)["latents"].float() for path in Path(folder).rglob("*.safetensors")})
+    require(captured.graphs is not None and captured.graphs.failure is None, "the step could not be captured")
+    captured.close()
+    apart = max(((made[1][job] - x).norm() / x.norm()).item() for job, x in made[0].items())
+    require(apart <= 1e-2, f"captured and uncaptured differ by {apart:.2g}")
+    return {"pictures": len(jobs), "apart": apart}
+
+
 CHECKS = {
     "sampler synchronisation": check_sampler_synchronisation,
     "sampler launches": check_sampler_launches,
     "sampler capture": check_sampler_capture,
     "sampler images": check_sampler_images,
+    "sampler threads": check_sampler_threads,
 }

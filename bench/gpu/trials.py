@@ -4,7 +4,8 @@ python -m basinescape.bench.gpu --out FILE.json [--minutes M]
 
 What is worth most comes first: the kernels against float64 and under sanitizers, capture, waits and launches, then the
 benchmarks. Each check and each bench runs in a process of its own, under a time limit: one that fails, crashes or hangs is
-recorded, and the others go on. A row of a bench for which there is not enough memory is left out by name. The file is written
+recorded, and the others go on. A row of a bench for which there is not enough memory is left out by name; a check that runs out
+of it is "out of memory", which is neither passed nor failed. The file is written
 anew with every result. With --minutes there are fewer sizes, and what is left when time is up is recorded as not reached. Where
 diffusers is missing, what needs it is skipped. Checks run under compute-sanitizer where it is installed (`pip install
 nvidia-cuda-sanitizer-api`), and under Triton's own sanitizers: GSan, from Triton 3.8 on, finds programs of a launch that share
@@ -34,12 +35,13 @@ from typing import Any
 import torch
 
 from .. import speed
-from ..speed.timing import taken
+from ..speed.timing import out_of_memory, taken
+from ..tables import writable
 from .checks import CHECKS, Skipped
 from .report import rendered
 
 PROGRAM = Path(__file__).with_name("__main__.py")  # makes a trial in its own process
-SAMPLER_CHECKS = ("sampler launches", "sampler synchronisation", "sampler capture", "sampler images")
+SAMPLER_CHECKS = ("sampler launches", "sampler synchronisation", "sampler capture", "sampler images", "sampler threads")
 BENCH = "bench "
 BENCHES = tuple(BENCH + name for name in speed.BENCHES)
 NEED_DIFFUSERS = {*SAMPLER_CHECKS, *BENCHES} - {"bench kernel"}
@@ -52,6 +54,7 @@ KERNELS = ("guide_kernel", "step_kernel", "tile_kernel", "record_kernel", "sums_
 OURS = [f"--kernel-name=kernel_substring={kernel}" for kernel in KERNELS]
 WATCH = ["--error-exitcode", str(FOUND), "--report-api-errors", "no", *OURS]
 LIMITS = {False: {"check": 900, "bench": 4 * 3600}, True: {"check": 60, "bench": 150}}  # seconds, by whether time is short
+OUT_OF_MEMORY = "out of memory"  # the status of a trial that the GPU has not enough memory for
 LEAST = 10  # seconds in which a process can find anything out
 
 Result = dict[str, Any]
@@ -102,7 +105,8 @@ def perform(name: str, out: Path, quick: bool) -> None:
         result |= {"status": "skipped", "error": str(reason)}
     except Exception as error:
         traceback.print_exc()
-        result |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        status = OUT_OF_MEMORY if out_of_memory(error) else "failed"
+        result |= {"status": status, "error": f"{type(error).__name__}: {error}"}
     write(out, result)
 
 
@@ -123,7 +127,8 @@ def isolated(name: str, quick: bool, limit: float, found: Callable[[Result], Non
         out = Path(folder, "result.json")
         code = ending([*command, "--out", str(out)], limit, lambda: found(read(out)))
         result = read(out)
-    if result["status"] == "unfinished" or (code != 0 and result["status"] != "failed"):
+    explained = ("failed",) if code == FOUND else ("failed", OUT_OF_MEMORY)
+    if result["status"] == "unfinished" or (code != 0 and result["status"] not in explained):
         error = f"not done after {limit:.0f} s" if code is None else f"ended with code {code}"
         result |= {"status": "failed", "error": f"{tool} has found errors" if tool and code == FOUND else error}
     return {**result, "seconds": time.perf_counter() - start}
@@ -179,6 +184,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         sys.exit(f"basinescape.bench.gpu: torch {torch.__version__} sees no CUDA GPU here, and these checks are for one")
+    try:
+        writable(args.out, "--out")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     if args.only:
         return perform(args.only, args.out, args.minutes is not None)
     taken_here, results = taken(torch.device("cuda")), {}
@@ -193,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     for name, result in trials(args.minutes, report):
         report(name, result)
-        print(f"{result['status']:11} {name}, {result['seconds']:.0f} s  {result.get('error', '')}", flush=True)
+        print(f"{result['status']:13} {name}, {result['seconds']:.0f} s  {result.get('error', '')}", flush=True)
     print(rendered(json.loads(args.out.read_text())))
     if any(result["status"] == "failed" for result in results.values()):
         sys.exit(1)

@@ -36,7 +36,7 @@ def constant(module: nn.Module) -> Iterator[None]:
 
 def optimised(network: PromptedUNet, latents: Tensor, timesteps: Tensor, target: float | None) -> Tensor:
     """The conditional embedding (B, T, D) after at most ITERATIONS steps. A sample stops when its gap is at most `target`."""
-    inputs = network.inputs["cond"]
+    inputs = {**network.inputs["cond"], **network.shared}
     with torch.inference_mode(False), torch.enable_grad():
         states = inputs["encoder_hidden_states"].clone().requires_grad_()
         latents, timesteps = latents.clone(), timesteps.clone()

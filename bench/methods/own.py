@@ -1,7 +1,8 @@
 """A method from a user's own file: `basinescape evaluate --methods cfg,mine.py:method`, where `method` in mine.py is one of
 
     a Guidance or a guard, as `Guidance.delayed(7.5, until=At(600))` or `Guidance.guard(7.5, threshold=0.25)`;
-    a function (sampler, prompts, seeds) or (sampler, prompts, seeds, steps) that returns an `Output`, as the sampler does;
+    a function (sampler, prompts, seeds) or (sampler, prompts, seeds, steps) that returns an `Output`, as the sampler does, of
+    Pillow's images;
     a `Method`, or any object with `sample(sampler, prompts, seeds, steps)`, which returns an `Output`.
 
 A `Method` can change the network, the noise or the prompts of a run. This one caps what guidance adds. The noise gap, which is
@@ -33,6 +34,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, Protocol
 
 from basinescape import Guard, Guidance, Output, Sampler
+from PIL import Image
 
 from .method import Method
 
@@ -56,10 +58,12 @@ class Own:
     digest: str
 
     def sample(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> Output:
-        """The method's output. Raises TypeError unless it is an `Output` with one image for each prompt."""
+        """The method's output. Raises TypeError unless it is an `Output` with one image of Pillow's for each prompt."""
         made = self.method.sample(sampler, prompts, seeds, steps)
-        if not isinstance(made, Output) or len(made.images) != len(prompts):
-            raise TypeError(f"a method must return an Output of {len(prompts)} images, got {type(made).__name__}")
+        images: Any = made.images if isinstance(made, Output) else made
+        if not isinstance(images, list) or [isinstance(image, Image.Image) for image in images] != [True] * len(prompts):
+            given = f"a list of {len(images)}" if isinstance(images, list) else type(images).__name__
+            raise TypeError(f"a method must return an Output of {len(prompts)} images (output='pil'), got {given}")
         return made
 
     def check(self, sampler: Sampler, steps: int) -> None:

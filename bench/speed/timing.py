@@ -19,13 +19,24 @@ Peer = TypeVar("Peer")
 Made = TypeVar("Made")
 
 
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether the GPU's memory ran out, as torch, CUDA and Triton say it, in `error` or in one that it came of."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def fitting(calls: dict[Peer, Callable[[], Made]]) -> dict[Peer, Made]:
     """What each call returns. One that runs out of the GPU's memory is taken out of `calls`, with what it holds."""
     made = {}
     for peer in list(calls):
         try:
             made[peer] = calls[peer]()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             del calls[peer]
         if peer not in calls:  # the error is gone, and with it the frames that it kept
             free()
@@ -37,7 +48,9 @@ def within_memory(what: Row, rows: Callable[[], Iterable[Row]]) -> Iterator[Row]
     free()
     try:
         yield from rows()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         yield left_out(what)
 
 

@@ -51,6 +51,7 @@ HOSTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "ComfyUI": {
         "the sampler's images": (f"{COMFYUI}::test_plain_guidance_is_what_the_sampler_would_do",),
+        "judge": (f"{COMFYUI}::test_the_second_node_judges_as_the_other_hosts",),
         "guidance by sample": (f"{COMFYUI}::test_a_run_begins_anew_and_samples_go_their_own_ways",),
         "a prediction nobody needs is not made": (f"{COMFYUI}::test_the_conditional_prediction_is_made_where_it_has_a_weight",),
         "refuses what it cannot do": (f"{COMFYUI}::test_what_cannot_be_followed_is_refused",),

@@ -86,8 +86,7 @@ class Settings:
                 checks.at_least_one(name, getattr(self, name))
         if self.first_steps is not None and not 1 <= checks.at_least_one("first_steps", self.first_steps) <= LOOKED:
             raise ValueError(f"first_steps must be 1 to {LOOKED}, got {self.first_steps}")
-        if not 0 < checks.share("rate", self.rate) < 1:
-            raise ValueError(f"rate must be between 0 and 1, got {self.rate!r}")
+        checks.rate(self.rate)
 
     def looked(self, steps: int) -> int:
         """Return how many of a run's `steps` are measured."""
@@ -148,11 +147,11 @@ def audit(
     verify = Verification(runs, out, reference.gap, threshold, index)
     found = verify([task(id, settings.seeds) for id in worst]) if worst else {}
     rows = [verdict(row, found.get(row["id"], [])) for row in rows]
-    told = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **run}
-    told |= ranked_record(rows, lines, reference, settings.rate)
-    told |= verified_record(found, len(worst) * settings.seeds, threshold, index)
-    told |= {"training_images": len(images), "without_caption": len(images) - len(_images(asked))}
-    _write(out, told, rows, found, {prompt.id: prompt.image for prompt in asked})
+    record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **run}
+    record |= ranked_record(rows, lines, reference, settings.rate)
+    record |= verified_record(found, len(worst) * settings.seeds, threshold, index)
+    record |= {"training_images": len(images), "without_caption": len(images) - len(_images(asked))}
+    _write(out, record, rows, found, {prompt.id: prompt.image for prompt in asked})
     return rows
 
 
@@ -169,10 +168,8 @@ def _ordinary(given: str | Path | Sequence[str] | None, model: str) -> Sequence[
 
 
 def _runs(sampler: Sampler, settings: Settings, calibration: Calibration | None, progress: bool) -> PlainRuns:
-    """Return how captions are sampled. Raises ValueError for scale 0 or 1, at which steps make only one prediction."""
+    """Return how captions are sampled."""
     steps, scale = steps_and_scale(sampler, calibration, settings.steps, settings.scale)
-    if scale in (0, 1):
-        raise ValueError(f"scale is {scale:g}, at which a model is asked once a step: an audit compares two predictions")
     return PlainRuns(sampler, steps, scale, settings.batch_size or memory.batch_size(sampler.model, *sampler.size()), progress)
 
 
@@ -268,15 +265,15 @@ def _run(
 
 def _write(
     out: Path,
-    told: dict[str, Any],
+    record: dict[str, Any],
     rows: Sequence[dict[str, Any]],
     found: dict[str, list[dict[str, Any]]],
     images: dict[str, Path | None],
 ) -> None:
     write_csv(out / "audit.csv", rows)
     with atomic_write(out / "audit.json") as part:
-        part.write_bytes(json_bytes(told, indent=1) + b"\n")
-    audit_page.write(out, told, images, rows, found)
+        part.write_bytes(json_bytes(record, indent=1) + b"\n")
+    audit_page.write(out, record, images, rows, found)
 
 
 def _digest(data: Any) -> str:

@@ -25,15 +25,15 @@ def ranked(captions: Sequence[Prompt], lines: Mapping[str, Line], reference: Ref
     sound = [prompt.id for prompt in captions if lines[prompt.id]["status"] == "ok"]
     values = [statistic(lines[id]["gaps"], reference.gap) for id in sound]
     p = p_values(values, reference.ordinary)
-    told = {
+    facts = {
         id: {"gap": round(gap, 5), "p": round(value, 6), "flagged": flagged}
         for id, gap, value, flagged in zip(sound, values, p, discoveries(p, rate), strict=True)
     }
     rows = []
     for prompt in captions:
         image, status = str(prompt.image) if prompt.image else None, lines[prompt.id]["status"]
-        said = told.get(prompt.id, {"gap": None, "p": None, "flagged": False})
-        rows.append({"id": prompt.id, "caption": prompt.text, **said, "image": image, "status": status})
+        own = facts.get(prompt.id, {"gap": None, "p": None, "flagged": False})
+        rows.append({"id": prompt.id, "caption": prompt.text, **own, "image": image, "status": status})
     return sorted(rows, key=lambda row: -(row["gap"] or 0))
 
 
@@ -42,17 +42,17 @@ def verdict(row: Line, found: Sequence[Line]) -> dict[str, Any]:
 
     low, high: exact bounds of the share of suspect pictures; copies_low, copies_high: of copies. None: not verified.
     """
-    said: dict[str, Any] = dict.fromkeys(COLUMNS) | dict(row)
+    whole: dict[str, Any] = dict.fromkeys(COLUMNS) | dict(row)
     if found:
         suspects = sum(line["suspect"] for line in found)
-        said |= {"score": max(line["score"] for line in found), "suspects": suspects, "n": len(found)}
-        said["low"], said["high"] = (round(bound, 4) for bound in interval(suspects, len(found)))
+        whole |= {"score": max(line["score"] for line in found), "suspects": suspects, "n": len(found)}
+        whole["low"], whole["high"] = (round(bound, 4) for bound in interval(suspects, len(found)))
     if found and "copy" in found[0]:
-        copies = said["copies"] = sum(line["copy"] for line in found)
-        said["copies_low"], said["copies_high"] = (round(bound, 4) for bound in interval(copies, len(found)))
+        copies = whole["copies"] = sum(line["copy"] for line in found)
+        whole["copies_low"], whole["copies_high"] = (round(bound, 4) for bound in interval(copies, len(found)))
         nearest = max(found, key=lambda line: (line["copy"], line["similarity"]))
-        said |= {name: nearest[name] for name in ("similarity", "measure", "nearest")}
-    return said
+        whole |= {name: nearest[name] for name in ("similarity", "measure", "nearest")}
+    return whole
 
 
 def ranked_record(rows: Sequence[Line], lines: Mapping[str, Line], reference: Reference, rate: float) -> dict[str, Any]:

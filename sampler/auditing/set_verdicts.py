@@ -1,9 +1,9 @@
 """Judges pictures that exist already: which of them look like copies of training images? The model alone decides.
 
 The autoencoder encodes each picture. The picture is judged with the prompt it was made from, by its basin score (see
-`detection.basin_score`), with the same noises as every other. So its score depends on nothing else in the set. It differs a
-little from the score in a manifest of `generate`, which is that of the latents before they are decoded, with noises from the
-picture's own seed.
+`detection.basin_score`), with the same noises as every other. So its score depends on nothing else in the set. It differs, near
+the threshold by up to 0.2, from the score in a manifest of `generate`, which is that of the latents before they are decoded,
+with noises from the picture's own seed.
 
 The folder gets `scores.jsonl` (written batch by batch, so that a stopped run can be resumed), and `judge.csv` and `judge.html`,
 with the most suspect first. A picture is judged again if it or its prompt changed. A shard works in a folder of its own, and
@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import checks
-from ..data.prompted import Prompted, prompted
+from ..data.prompted import Prompted, about, prompted
 from ..data.tables import write_csv
 from ..detection import basin_score
 from ..guidance.guard import PROBES, THRESHOLD
@@ -46,6 +46,7 @@ from .html_images import inside
 log = logging.getLogger(__name__)
 SCORES, SHARDS = "scores.jsonl", "shard-*-of-*"
 SHOWN = 200  # pictures on the page; judge.csv has them all
+FEW, MANY = 0.5, 1.5  # shares of a model's pixels between which a picture was probably not scaled
 HELD = 4  # batches whose pictures are in memory at a time, so that pictures of one size can share a batch
 FREE = ("model",)  # a field of run.json that may differ: the weights identify the model, whatever its path
 NOT_FINITE = "failed: its score is not finite"
@@ -58,6 +59,7 @@ class Settings:
 
     threshold: the basin score above which a picture is suspect. probes: noises per picture. seed: of the noises, for every one.
     height, width: what all pictures are resized to; None: each keeps its size, or gets the nearest that the model can make.
+    usual: the (height, width) in which the model makes pictures, to tell scaled ones; None: its own.
     batch_size: pictures judged together; None: as many as a GPU's free memory holds, 16 on a CPU.
     on_error: what happens at a row, a member or a file that is wrong; see `data.rows.Faults`.
 
@@ -71,6 +73,7 @@ class Settings:
     width: int | None = None
     batch_size: int | None = None
     on_error: str = "stop"
+    usual: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         checks.finite("threshold", self.threshold)
@@ -106,10 +109,12 @@ def judge(
     model = sampler.source if model is None else model
     run = _run(sampler, model, images, settings)
     home = _opened(Path(out), run, shard)
-    judging, rows = Judging(sampler, settings, size), []
+    judging, rows, total = Judging(sampler, settings, size), [], about(images)
+    if total is not None and shard is not None:
+        total = len(range(shard[0], total, shard[1]))
     with (
         Journal(home / SCORES, lambda line: line["id"] if line.get("status") == "ok" else None) as journal,
-        tqdm(desc="judging", unit=" pictures", disable=not progress) as bar,
+        tqdm(total=total, desc="judging", unit=" pictures", disable=not progress) as bar,
     ):
         known = {line["id"]: line for line in _scored(home)}
         mine = islice(found, *((None,) if shard is None else (shard[0], None, shard[1])))
@@ -118,11 +123,11 @@ def judge(
             journal.append(*(line for line in lines if line != known.get(line["id"])))
             rows += [_row(line, settings.threshold) for line in lines]
             bar.update(len(lines))
-    if judging.small:
+    if judging.scaled:
         log.warning(
-            "%d pictures are judged in less than half of the pixels that the model makes, %d x %d: a copy that was scaled down "
-            "may pass; judge pictures in the size they were made in",
-            *(judging.small, *sampler.size()),
+            "%d pictures are judged in less than half of the pixels that the model makes, %d x %d, or in more than %g times as "
+            "many: a copy that was scaled may pass; judge pictures in the size they were made in",
+            *(judging.scaled, *judging.usual, MANY),
         )
     if not rows and shard is None:  # a shard may have none
         raise ValueError(f"images {str(images)!r} have no pictures")
@@ -163,8 +168,8 @@ def _opened(out: Path, run: dict[str, Any], shard: tuple[int, int] | None) -> Pa
     text = json_bytes(run, indent=2)
     shards = sorted(path.parent for path in out.glob(f"{SHARDS}/run.json"))
     for part in shards:
-        if said := differences(read_settings(part), json.loads(text), (*FREE, "shard")):
-            raise ValueError(f"{str(part)!r} is a shard of another run ({said}): choose another folder")
+        if facts := differences(read_settings(part), json.loads(text), (*FREE, "shard")):
+            raise ValueError(f"{str(part)!r} is a shard of another run ({facts}): choose another folder")
     if shards and not (out / "run.json").exists():
         with atomic_write(out / "run.json") as file:
             file.write_bytes(text + b"\n")
@@ -182,8 +187,8 @@ def _row(line: Line, threshold: float) -> Line:
     """A row of judge.csv."""
     score, status = line.get("score"), line["status"]
     suspect = status == NOT_FINITE or (None if score is None else basin_score.suspects(score, threshold))
-    said = {name: line.get(name) for name in ("id", "file", "prompt", "score")}
-    return {**said, "suspect": suspect, "status": status}
+    facts = {name: line.get(name) for name in ("id", "file", "prompt", "score")}
+    return {**facts, "suspect": suspect, "status": status}
 
 
 def _rank(line: Line) -> float:
@@ -196,13 +201,13 @@ class Judging:
     """Judges pictures.
 
     worst: the most suspect pictures, for the page: a heap of (rank, id, small picture as a data URI).
-    small: how many pictures are judged at less than half of the pixels that the model makes.
+    scaled: how many pictures are judged in far fewer or far more pixels than `usual`, (height, width), has.
     """
 
     def __init__(self, sampler: Sampler, settings: Settings, size: int):
         self.sampler, self.settings, self.size = sampler, settings, size
         self.worst: list[tuple[float, str, str]] = []
-        self.small = 0
+        self.scaled, self.usual = 0, settings.usual or sampler.size()
 
     def __call__(self, part: Sequence[Prompted], known: dict[str, Line]) -> list[Line]:
         """Return a line for each picture, in their order: the line in `known` if neither the picture nor its prompt changed."""
@@ -219,7 +224,7 @@ class Judging:
                 lines[one.id] = line | {"status": f"failed: {checks.line(error)}"}
                 continue
             width, height = self.settings.width or image.width, self.settings.height or image.height
-            self.small += 2 * width * height < prod(self.sampler.size())
+            self.scaled += not FEW <= width * height / prod(self.usual) <= MANY
             line["sha256"] = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
             earlier = known.get(one.id, {})
             if all(earlier.get(name) == line[name] for name in ("prompt", "sha256")):

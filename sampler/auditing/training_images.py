@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -110,20 +111,30 @@ class TrainingImages(Comparison):
         found = []
         for k, where in enumerate(margins.argmax(dim=1).tolist()):
             name, value = self.measures[int(chosen[k, where])], values[k, where].item()
-            said = {"similarity": round(value, 4), "measure": name, "nearest": self.images[where]}
-            found.append({**said, "copy": value > self.thresholds[name]})
+            nearest = {"similarity": round(value, 4), "measure": name, "nearest": self.images[where]}
+            found.append({**nearest, "copy": value > self.thresholds[name]})
         return found
 
 
 class Copies:
-    """Compares images of a run with a folder's training images, for its manifest. Arguments are as for `TrainingImages`."""
+    """Compares images of a run with a folder's training images, for its manifest. Arguments are as for `TrainingImages`.
+
+    Training images are read when `settings` is first read, after a run has checked its prompts.
+    """
 
     def __init__(
         self, folder: Path, measures: Sequence[str] | None = None, threshold: float | None = None, on_error: str = "stop"
     ):
-        self._folder, self._index = folder, TrainingImages(images_in(folder), measures, threshold, on_error)
+        self._folder, self._given = folder, (images_in(folder), measures, threshold, on_error)
+
+    @cached_property
+    def _index(self) -> TrainingImages:
+        return TrainingImages(*self._given)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
         index = self._index
-        self.settings = {"images": len(index.images), "sha256": index.sha256, "thresholds": index.thresholds}
+        return {"images": len(index.images), "sha256": index.sha256, "thresholds": index.thresholds}
 
     def __call__(self, image: Image.Image) -> dict[str, Any]:
         (found,) = self._index([image])

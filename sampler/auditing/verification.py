@@ -71,7 +71,7 @@ class Verification:
         asked = [(id, seed, text) for id, text, seeds in tasks for seed in seeds]
 
         def known(line: Line) -> tuple[str, int] | None:
-            there = all((self.out / name.format(**line)).is_file() for name in (PICTURE, HEAT))
+            there = all(_readable(self.out / name.format(**line)) for name in (PICTURE, HEAT))
             return (line["id"], line["seed"]) if there else None
 
         with Journal(path, known) as journal:
@@ -98,8 +98,8 @@ class Verification:
         """Return picture, heat and score of each (id, seed, text)."""
         runs, heat = self.runs, Heat(len(self.usual))
         texts, seeds = [text for _, _, text in batch], [seed for _, seed, _ in batch]
-        sampler, told = runs.sampler.wrapped(heat.watch), moving(shown, len(batch))
-        made = sampler(texts, seeds, runs.steps, Guidance.cfg(runs.scale), progress=told)
+        sampler, progress = runs.sampler.wrapped(heat.watch), moving(shown, len(batch))
+        made = sampler(texts, seeds, runs.steps, Guidance.cfg(runs.scale), progress=progress)
         finite = made.latents.isfinite().flatten(1).all(dim=1) if made.finite is None else made.finite
         if not finite.all():
             id, seed, _ = batch[finite.tolist().index(False)]
@@ -109,13 +109,21 @@ class Verification:
         return list(zip(map(still, made.images), maps, (round(score, 5) for score in scores.tolist()), strict=True))
 
     def _predictions(self, tasks: Sequence[Task]) -> None:
-        waiting = [task for task in tasks if not (self.out / PREDICTION.format(id=task[0])).is_file()]
+        waiting = [task for task in tasks if not _readable(self.out / PREDICTION.format(id=task[0]))]
         with self.runs.bar("one-step predictions", "captions", len(tasks), len(tasks) - len(waiting), ()) as shown:
             for part in parts(len(waiting), self.runs.size):
                 for some, made in halving(lambda batch: predictions(self.runs.sampler, batch), [waiting[i] for i in part]):
                     for (id, _, _), picture in zip(some, [] if isinstance(made, Exception) else made, strict=False):
                         save_image(picture, self.out / PREDICTION.format(id=id))
                     shown.update(len(some))
+
+
+def _readable(path: Path) -> bool:
+    try:
+        opened(path, str(path))
+    except ValueError:  # it is missing or broken, and is made again
+        return False
+    return True
 
 
 @torch.inference_mode()
@@ -132,8 +140,8 @@ def predictions(sampler: Sampler, tasks: Sequence[Task]) -> list[Image.Image]:
     seeds = [seeds[0] for _, _, seeds in tasks]
     noise = torch.stack([next(basin_score.noises(seed, shape)) for seed in seeds])
     given = (probe.given[1] * noise).to(model.device, model.dtype)
-    told = torch.full((len(tasks),), probe.timestep, device=model.device)
-    predicted = model.network(encoded, plain=True)(given, told, "cond")
+    timesteps = torch.full((len(tasks),), probe.timestep, device=model.device)
+    predicted = model.network(encoded, plain=True)(given, timesteps, "cond")
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     latents = probe.cleaned(given, predicted).to(model.dtype)
     made = model.decode(latents, "pil", generators, height, width, **options)

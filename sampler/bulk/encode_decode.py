@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..data.prompts import Job
 from ..models import Decoded, Encoded, Model
+from ..sampling.cuda_graphs import no_capture
 from ..sampling.samples import Result, Sample
 from .job_plans import Plans, Size
 
@@ -79,9 +80,10 @@ def encoded(model: Model, jobs: Iterable[tuple[int, Job]], plans: Plans, **optio
         shape = model.shape(*size, **options)
         initial = partial(model.noise, height=size[0], width=size[1], **options)
         while some := list(islice(group, TEXTS)):
-            rows = texts([job for _, job in some], size)
-            good = [row for row in rows if isinstance(row, Encoded)]
-            network: Any = model.network(Encoded.joined(good + good[:1] * (TEXTS - len(good)))) if good else None
+            with no_capture():
+                rows = texts([job for _, job in some], size)
+                good = [row for row in rows if isinstance(row, Encoded)]
+                network: Any = model.network(Encoded.joined(good + good[:1] * (TEXTS - len(good)))) if good else None
             numbers = count()
             for (position, job), row in zip(some, rows, strict=True):
                 attempt_table = plans.of(job.kind)
@@ -110,11 +112,12 @@ def decoded(model: Model, results: Iterable[Result], latents: bool, **options: A
     """
     decode = partial(model.decode, **options)
     for result in results:
-        yield (
-            _tried(partial(_picture, decode, result, latents), result)
-            if result.error is None
-            else _failed(result, result.error)
-        )
+        if result.error is None:
+            with no_capture():
+                picture = _tried(partial(_picture, decode, result, latents), result)
+        else:
+            picture = _failed(result, result.error)
+        yield picture
 
 
 def _tried(make: Callable[[], Picture], result: Result) -> Picture:
@@ -142,7 +145,9 @@ def _picture(decode: Callable[..., Decoded], result: Result, latents: bool) -> P
     if result.attempts is not None:
         line |= {name: getattr(result, name) for name in ("attempts", "score", "suspect")}
     image, finite = result.latents, bool(result.latents.isfinite().all())
-    if not latents:
+    if latents:
+        image = image.cpu()
+    else:
         height, width = request.size
         made = decode(image[None], "pil", [result.sample.generator], height=height, width=width)
         image, finite = made.images[0], finite and bool(made.finite[0])

@@ -20,6 +20,7 @@ from typing import Any
 
 from ..data.prompts import Job, Prompts
 from ..data.writers import Writer, writer_of
+from ..guidance.guard import Guard
 from ..models import memory
 from ..runs.environment import own_numbers
 from ..runs.jsonl_journal import Journal
@@ -37,7 +38,8 @@ from .settings import Duplicates, Files, Placement, Recipe
 from .stop import Stop
 
 log = logging.getLogger(__name__)
-GROWING = ("prompts", "prompts_sha256", "named")  # settings that may differ in a run to which prompts were added
+# Settings that may differ in a run that goes on: prompts may be added, and `_grown` compares guidance.
+GROWING = ("prompts", "prompts_sha256", "guidance", "named")
 
 
 @own_numbers()
@@ -58,7 +60,8 @@ def generate(
     files: how they are written. placement: where they are computed. progress: whether to show progress, or a display for it.
 
     A job's own steps, scale, size, negative prompt and guidance override the recipe's. Jobs of one size are made together, see
-    `job_order.by_size`. An image does not depend on the jobs beside it, only on the number of slots.
+    `job_order.by_size`. An image does not depend on the jobs beside it, only on the number of slots. Under delayed guidance
+    without a guard that holds up to rounding.
 
     A manifest line has what was asked (id, prompt, seed, the job's own settings, and further columns of the prompts' file),
     `transition_step`, `transition_timestep`, `transition_log_snr`, `noise_gap`, and `status`: "ok" if the image was written and
@@ -66,7 +69,7 @@ def generate(
     was made; see `Plans.facts`. Under a guard it has `attempts`, `score` and `suspect`. Some fields are there only if they
     apply: `nsfw_content_detected` if the pipeline has a safety checker; `truncated`, the text that was cut off, if a prompt
     exceeded the text encoder's limit; `retried` if the sample was not finite and was made again in float32. Scores are of
-    latents. `judge` scores the decoded picture, so its score differs a little.
+    latents. `judge` scores the decoded picture, so its score differs, near the threshold by up to 0.2.
 
     A fault of one sample costs only that sample: its line says so, and the next start of the run makes it again. If the prompts
     cannot be read to their end, the images of the prompts before are finished, and then the error is raised. After SIGINT or
@@ -75,7 +78,7 @@ def generate(
     Raises ValueError, before any sampling: for bad settings; for a job that cannot be made, naming its place (with the prompts'
     on_error "skip" it is left out); for a folder that holds something else, a run of other settings, or a run of prompts that
     are not the first of these. Raises ImportError for a format whose library is missing, and OSError if the disk is full,
-    after which the run can be resumed.
+    after which the run can be resumed. Logs a warning for a guard that was calibrated on another model or size.
     """
     prompts = prompts if isinstance(prompts, Prompts) else Prompts(prompts)
     if files.copies is not None and placement.load is not None:
@@ -87,6 +90,9 @@ def generate(
     model = sampler.source if model is None else model
     plans = Plans(sampler, recipe, model)
     prompts.check(plans.of)
+    for guidance in (recipe.guidance, *recipe.named.values()):
+        if isinstance(guidance, Guard):
+            sampler.measured_on(guidance.model, guidance.size)
     out = files.folder(out)
     writes = writer_of(out, files.settings())
     slots = _slots(out, placement, plans, prompts)
@@ -153,10 +159,17 @@ def _note(writes: Writer, duplicates: Duplicates) -> list[str]:
 
 def _grown(out: Path, settings: Mapping[str, Any], prompts: Prompts, known: Mapping[str, Any]) -> None:
     """Raises ValueError unless the settings differ from a folder's `known` ones only because prompts were added."""
-    before = known.get("named", {})
-    named = json.loads(json_bytes(settings.get("named", {})))  # as run.json reads back
-    now = {name: one for name, one in named.items() if name in before}
-    if said := differences({"named": before}, {"named": now}):
+
+    def decisive(run: Mapping[str, Any]) -> dict[str, Any]:
+        """The known guidances without what no picture depends on and earlier versions did not record."""
+
+        def own(one: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in one.items() if name not in ("model", "size")}
+
+        named = {name: own(one) for name, one in run.get("named", {}).items() if name in known.get("named", {})}
+        return {"guidance": own(run["guidance"]), "named": named}
+
+    if said := differences(decisive(known), decisive(json.loads(json_bytes(settings)))):  # as run.json reads back
         raise ValueError(f"output folder {str(out)!r} holds another run ({said}): choose another")
     if known["prompts_sha256"] != prompts.sha256:
         grown(out, known, prompts)

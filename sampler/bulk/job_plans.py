@@ -10,9 +10,11 @@ from typing import Any
 from ..data.prompts import Job, Kind
 from ..guidance.guard import Guard
 from ..guidance.guidance import Guidance
+from ..models import memory
 from ..models.fingerprint import digest, fingerprint
 from ..sampler import Sampler
 from ..sampling.attempt_table import AttemptTable
+from ..sampling.cuda_graphs import no_capture
 from .settings import Recipe
 
 Size = tuple[int, int]
@@ -51,7 +53,10 @@ class Plans:
         return self.sampler.size(kind.height, kind.width)
 
     def of(self, kind: Kind) -> AttemptTable:
-        """Return the attempt table of a kind. Raises ValueError for steps, a scale, a size or a guidance that do not fit."""
+        """Return the attempt table of a kind. Raises ValueError for steps, a scale, a size or a guidance that do not fit.
+
+        A size also does not fit if no memory holds its picture; see `memory.check`.
+        """
         if kind not in self._made:
             self._made[kind] = self._of(kind)
         return self._made[kind]
@@ -59,10 +64,12 @@ class Plans:
     def _of(self, kind: Kind) -> AttemptTable:
         guidance, own = self.guidance(kind), self.recipe.steps
         steps, size = kind.steps or own, self.size(kind)
+        memory.check(self.sampler.model, *size, **self.sampler.options)
         if isinstance(guidance, Guard) and (steps, size) != (own, self.sampler.size()):
             guidance = replace(guidance, early=None)
         solver, model = self.sampler.solver(steps, *size), self.sampler.model
-        return AttemptTable.make(solver, guidance, model.device, model.correction)
+        with no_capture():
+            return AttemptTable.make(solver, guidance, model.device, model.correction)
 
     def calls(self, kind: Kind) -> int:
         """Return the network predictions that a first attempt takes, including those that judge its picture."""
@@ -75,8 +82,7 @@ class Plans:
         (height, width), options = self.size(kind), self.sampler.options
         if latents:
             return 4 * math.prod(self.sampler.model.shape(height, width, **options))
-        frames = options.get("num_frames", getattr(self.sampler.model, "frames", 1))
-        return 3 * height * width * frames
+        return memory.values(self.sampler.model, height, width, **options)
 
 
 def _name(guidance: Guidance | Guard) -> str:

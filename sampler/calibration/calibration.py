@@ -18,7 +18,6 @@ from ..guidance.early import EarlyLook
 from ..guidance.guard import RATE
 from ..guidance.transitions import Settled
 from ..models import located
-from ..models.fingerprint import another_model
 from ..runs.atomic import atomic_write
 from ..sampler import Sampler
 from .baseline import Baseline
@@ -117,10 +116,16 @@ class Calibration:
         """The number of pictures, n."""
         return len(self.scores)
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """The (height, width) of its pictures; None in a calibration that does not say."""
+        height, width = self.settings.get("size") or (0, 0)
+        return (height, width) if height else None
+
     def threshold(self, rate: float) -> float:
         """Return the basin score that an ordinary picture exceeds with a probability of at most `rate`; see `_conformal`.
 
-        Raises ValueError for a rate that needs more pictures.
+        Raises ValueError for a rate that is not between 0 and 1, or that needs more pictures.
         """
         return _conformal(self.scores, rate)
 
@@ -165,17 +170,8 @@ class Calibration:
         return 0 < len(self.timesteps) == len(levels) and all(abs(known - level) <= 1 for known, level in pairs)
 
     def made_on(self, sampler: Sampler) -> bool:
-        """Whether it was made on the sampler's model and picture size. Logs a warning for each of the two that differs."""
-        if other := another_model(self.model, sampler.pipe):
-            log.warning(other)
-        own, size = sampler.size(), tuple(self.settings.get("size", sampler.size()))
-        if size != own:
-            log.warning(
-                "the calibration was made for pictures of %d x %d pixels, and these have %d x %d: calibrate for those "
-                "(--option height=%d --option width=%d)",
-                *(*size, *own, *own),
-            )
-        return not other and size == own
+        """Whether it was made on the sampler's model and picture size. Logs the warnings of `Sampler.measured_on`."""
+        return sampler.measured_on(self.model, self.size)
 
     def settled(self, **given: float) -> Settled:
         """The rule `Settled.over` the gaps that ordinary prompts have without guidance.
@@ -232,7 +228,7 @@ def _conformal(values: Sequence[float], rate: float) -> float:
 
     Split conformal prediction (Vovk et al.; Angelopoulos & Bates, https://arxiv.org/abs/2107.07511, section 1).
     """
-    rank = math.ceil((len(values) + 1) * (1 - rate) - 1e-9)
+    rank = math.ceil((len(values) + 1) * (1 - checks.rate(rate)) - 1e-9)
     if rank > len(values):
         needed = math.ceil(1 / rate - 1 - 1e-9)
         raise ValueError(

@@ -24,6 +24,8 @@ class PlainRuns:
     """The settings of many samples that are made with plain guidance.
 
     steps, scale: the settings of a whole sample. size: samples in a batch. progress: whether to show progress.
+
+    Raises ValueError for scale 0 or 1, at which a step makes only one prediction, so that there is no noise gap.
     """
 
     sampler: Sampler
@@ -31,6 +33,12 @@ class PlainRuns:
     scale: float
     size: int
     progress: bool
+
+    def __post_init__(self) -> None:
+        if self.scale in (0, 1):
+            raise ValueError(
+                f"scale is {self.scale:g}, at which one prediction alone is made, so there are no noise gaps to measure"
+            )
 
     def bar(self, what: str, unit: str, total: int, done: int, waiting: Sequence[str], steps: int | None = None) -> tqdm:
         """Return a bar named `what` over `total` units, of which `done` are finished. First writes the expected cost to stderr.
@@ -43,11 +51,11 @@ class PlainRuns:
 
     def _cost(self, prompts: Sequence[str], steps: int) -> str:
         taken = f"{steps} steps" if steps == self.steps else f"the first {steps} of {self.steps} steps"
-        told, batch = f"{len(prompts):,} samples, {taken} each", prompts[: self.size]
+        text, batch = f"{len(prompts):,} samples, {taken} each", prompts[: self.size]
         if len(prompts) * steps >= WORTH * (1 + TIMED) * len(batch):
             seconds = len(prompts) * steps * self._step(batch)
-            told += f", about {duration(seconds)} on {self.sampler.model.device.type}"
-        return told
+            text += f", about {duration(seconds)} on {self.sampler.model.device.type}"
+        return text
 
     def _step(self, prompts: Sequence[str]) -> float:
         """Measure the seconds that one step of one sample takes in a batch."""

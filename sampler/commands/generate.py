@@ -27,7 +27,7 @@ def generate(most: Most, guidance: GuidanceOptions, pictures: Pictures, output: 
     from ..data.prompts import Prompts
 
     shard, shown = shard_of(output.shard), looked_at(output.log, output.metrics, output.metrics_host, output.progress)
-    jobs = Prompts(most.prompts, most.seed, output.on_error, most.count)
+    jobs = Prompts(most.prompts, most.seed, output.on_error, most.count, later=True)
     if most.model is None:
         log.warning("no --model is given: the pictures are of 'tiny', a small one that ships, to try things out")
     model = most.model or "tiny"

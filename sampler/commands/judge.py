@@ -24,12 +24,13 @@ EXAMPLE = """
 def judge(what: What, model: Model, verdicts: Verdicts) -> None:
     """Find the pictures of a set that look like copies, by the model alone. The same command goes on where it was stopped.
 
-    Scores differ a little from those in generate's manifest, which are of the latents before they are decoded.
+    Scores differ by up to 0.2 near the threshold from those in generate's manifest, which are of the latents before decoding.
     """
     part = shard_of(what.shard)
     quieten()
     from .. import Sampler
     from ..auditing.set_verdicts import Settings, judge
+    from ..data.prompted import prompted
 
     if verdicts.threshold is not None and verdicts.rate is not None:
         raise ValueError("threshold and rate say the same: give one of the two")
@@ -39,6 +40,7 @@ def judge(what: What, model: Model, verdicts: Verdicts) -> None:
         raise ValueError("model must be given: the one that made the pictures, since no other can judge them")
     known, given = model_loading.found(source, verdicts.calibration), of_call(model.option)
     enough = model_loading.of_enough(known, verdicts.calibration) if verdicts.threshold is None else None
+    size, options = _as_made(made, known)
     settings = Settings(
         _threshold(enough, verdicts.rate) if verdicts.threshold is None else verdicts.threshold,
         verdicts.probes,
@@ -47,12 +49,14 @@ def judge(what: What, model: Model, verdicts: Verdicts) -> None:
         given.pop("width", None),
         model.batch_size,
         what.on_error,
+        size,
     )
+    prompted(what.images, what.on_error)  # raises, before the model is loaded, if there are none
     sampler = Sampler.from_pretrained(source, scheduler=model_loading.scheduler_of(model.scheduler, known), **model.loading)
-    sampler = sampler.using(**({} if known is None else known.settings.get("options", {})) | given)
+    sampler = sampler.using(**options | given)
     _compare(made, source, sampler)
     if enough is not None:
-        enough.made_on(sampler)
+        sampler.measured_on(enough.model, None)  # sizes are told of each picture
     with going_on(what.out):
         rows = judge(sampler, what.images, what.out, settings, source, part, what.progress)
     _conclude(rows, what.out / f"shard-{part[0]}-of-{part[1]}" if part else what.out, source)
@@ -80,14 +84,27 @@ def _run_of(images: Path) -> dict[str, Any]:
     return read_settings(runs[0]) if runs else {}
 
 
+def _as_made(made: dict[str, Any], known: Calibration | None) -> tuple[tuple[int, int] | None, dict[str, Any]]:
+    """Return (height, width) and options of the call with which the pictures were made: their run's, else the calibration's."""
+    if "prompts" in made:  # a run of generate
+        return (made["height"], made["width"]), made.get("options", {}) | {"clip_skip": made["clip_skip"]}
+    return (None, {}) if known is None else (known.size, known.settings.get("options", {}))
+
+
 def _compare(made: dict[str, Any], source: str, sampler: Sampler) -> None:
     """Print a warning if another model made the run: compare weights, or names if dtypes differ or the weights are unknown."""
     from ..runs.provenance import weights_sha256
 
-    if "weights" in made and made.get("dtype") == sampler.provenance["dtype"]:
+    dtype = made.get("dtype")
+    if "weights" in made and dtype == sampler.provenance["dtype"]:
         same = made["weights"] == weights_sha256(sampler.pipe)
     else:
         same = Path(made.get("model", source)).name == Path(source).name
+        if same and dtype:
+            typer.echo(
+                f"the pictures were made in {dtype}, so only the model's name is compared; --dtype {dtype} compares weights",
+                err=True,
+            )
     if not same:
         typer.echo(
             f"{made.get('model')} made the pictures, and {source} judges them: scores mean nothing unless these are one model",

@@ -78,6 +78,6 @@ def _saving(format: str) -> dict[str, Any]:
 
 
 def latents(image: Tensor, line: dict[str, Any]) -> bytes:
-    """Latents as safetensors, with the line of the manifest as their metadata."""
+    """Latents on the CPU as safetensors, with the line of the manifest as their metadata."""
     text = {"line": json_bytes(line).decode()}  # one entry, because several would be written in any order
-    return safetensors.torch.save({"latents": image.contiguous().cpu()}, text)
+    return safetensors.torch.save({"latents": image.contiguous()}, text)

@@ -7,15 +7,17 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+Source = Path | bytes | Image.Image  # a file, its contents, or a picture that Pillow has opened
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}  # Pillow knows their names, but cannot read them alone
 SNIFFED = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # formats that are known by a file's first bytes
 TEXTS = (".txt", ".caption", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz")  # expected beside pictures
@@ -81,7 +83,7 @@ def images_in(folder: str | Path) -> list[Path]:
     return pictures_among(files_in(Path(folder)), Path(folder))
 
 
-def opened(source: Path | bytes, name: str) -> Image.Image:
+def opened(source: Source, name: str) -> Image.Image:
     """Return a picture, upright and in RGB; of an animation, the first frame. name: what messages call it.
 
     Raises ValueError if it cannot be read: no picture, a broken one, or one so large that it may be meant as an attack.
@@ -89,21 +91,28 @@ def opened(source: Path | bytes, name: str) -> Image.Image:
     return next(readings(source, name))
 
 
-def readings(source: Path | bytes, name: str) -> Iterator[Image.Image]:
+def readings(source: Source, name: str) -> Iterator[Image.Image]:
     """Return the different RGB pictures that trainers make of one file.
 
     Most files have one. A file with an EXIF orientation has two: upright, and as stored. A file with transparency has two: its
     colours without it, and its colours over white. Raises as `opened` does.
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with _open(source) as image:
             image.load()
             noted = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
             found = [rgb for one in ([ImageOps.exif_transpose(image), image] if noted else [image]) for rgb in _in_rgb(one)]
     except Exception as error:  # Pillow may raise anything for a broken file; a bomb is no OSError
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-        raise ValueError(f"{name} cannot be read: {kind}{error}") from error
+        reason = "it is no picture of a known format" if isinstance(error, UnidentifiedImageError) else f"{kind}{error}"
+        raise ValueError(f"{name} cannot be read: {reason}") from error
     return iter(found)
+
+
+def _open(source: Source) -> AbstractContextManager[Image.Image]:
+    if isinstance(source, Image.Image):
+        return nullcontext(source)  # its owner closes it
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
 
 
 def _in_rgb(image: Image.Image) -> list[Image.Image]:

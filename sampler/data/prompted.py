@@ -18,7 +18,7 @@ from PIL import Image
 from .input_formats import ENCODING, ERRORS, Rows, parquet_rows, row_of
 from .layout import BESIDE, Layout, caption_in, file_in
 from .names import COLUMN, IMAGE, TEXT, Ids, first
-from .pictures import opened, suffixes
+from .pictures import files_in, opened, suffixes
 from .prompt_in_file import prompt_in
 from .rows import Faults, open_rows
 from .shards import contents
@@ -63,12 +63,35 @@ def prompted(source: str | Path, on_error: str = "stop") -> Iterator[Prompted]:
 
     Raises FileNotFoundError if there is no such source, ValueError for another kind of file and as `Faults` does.
     """
-    faults, ids, path = Faults(on_error), Ids(), Path(source)
+    faults, ids, paths = Faults(on_error), Ids(), _paths(source)
+    readers = [_reader(one) for one in paths]  # raises before any is read
+    return (one for path, read in zip(paths, readers, strict=True) for one in read(path, ids, faults))
+
+
+def about(source: str | Path) -> int | None:
+    """About how many pictures a source has, for a progress bar. None where only reading it would tell: .tar, .parquet, .csv."""
+    counts = [_about(path) for path in _paths(source)]
+    return None if None in counts else sum(filter(None, counts))
+
+
+def _about(path: Path) -> int | None:
+    if path.is_dir() and not (path / MANIFEST).is_file():
+        return sum(file.suffix.casefold() in suffixes() for file in files_in(path))
+    if path.suffix.casefold() in suffixes():
+        return 1
+    table = path / MANIFEST if path.is_dir() else path
+    if table.suffix.casefold() not in (".jsonl", ".ndjson"):
+        return None
+    with table.open("rb") as lines:
+        return sum(not line.isspace() for line in lines)
+
+
+def _paths(source: str | Path) -> list[Path]:
+    path = Path(source)
     paths = [path] if path.exists() else [Path(name) for name in sorted(glob(str(source), recursive=True))]
     if not paths:
         raise FileNotFoundError(f"images {str(source)!r} do not exist; give {SOURCES}")
-    readers = [_reader(one) for one in paths]  # raises before any is read
-    return (one for path, read in zip(paths, readers, strict=True) for one in read(path, ids, faults))
+    return paths
 
 
 def _reader(path: Path) -> Callable[[Path, Ids, Faults], Iterator[Prompted]]:

@@ -102,6 +102,10 @@ MANIFEST = {  # fields of a manifest's line that say what came out; a column of 
 }
 KINDS = 1000  # the most kinds of jobs in a run: each takes some memory
 NAMED = 5  # the most jobs that a warning names
+WRONG = 20  # the most rows that an error names
+
+
+Refuse = Callable[[str, str], None]  # called with a row's place and what is wrong with it
 
 
 class Prompts:
@@ -113,7 +117,8 @@ class Prompts:
     seed:     a row without a seed gets `seed` plus its number, counted from 0; one without an id gets its number, zero-padded.
     count:    the number of images of a row without a count. The first has the row's id and seed, the k-th after it has ID-k
               and seed + k. So a higher count adds images and changes none.
-    on_error: what happens at a wrong row: "stop" raises before any work, "skip" leaves the row out; see `Faults`.
+    on_error: what happens at wrong rows: "stop" raises one error about all of them before any work, "skip" leaves them out.
+    later:    whether that error is raised by `check`, which must follow, so that it also names what the model cannot make.
 
     The source is read once to look at every row, and again for the work. A warning names jobs that ask for the same image.
 
@@ -121,13 +126,23 @@ class Prompts:
     ImportError for a format whose library is missing.
     """
 
-    def __init__(self, source: str | Path | Sequence[Job | str], seed: int = 0, on_error: str = "stop", count: int = 1):
+    def __init__(
+        self,
+        source: str | Path | Sequence[Job | str],
+        seed: int = 0,
+        on_error: str = "stop",
+        count: int = 1,
+        later: bool = False,
+    ):
         self.seed, self._faults, self._count = seed, Faults(on_error), checks.at_least_one("count", count)
         self.name, self._read = open_rows(str(source)) if isinstance(source, str | Path) else ("jobs", partial(_listed, source))
         self._repeated: frozenset[int] = frozenset()
         self._unfit: frozenset[Kind] = frozenset()
         self._others = Others()
+        self._refused, self._wrong, self._last = 0, list[str](), ""  # under "stop": how many rows, what is wrong, the last row
         same = self._look(self._refuse)
+        if not later:
+            self._raise()
         if left_out := ", ".join(sorted(self._others.left_out)):
             log.warning("%s: not carried into the manifest, which says this of its own images: %s", self.name, left_out)
         if same:
@@ -150,7 +165,7 @@ class Prompts:
         return {"prompts": self.count, "prompts_sha256": self.sha256}
 
     def check(self, fits: Callable[[Kind], object]) -> None:
-        """Refuse the jobs of the kinds for which `fits` raises ValueError, each by its place in the source; see `Faults`.
+        """Refuse the rows of the kinds for which `fits` raises ValueError, each by its place in the source; see `on_error`.
 
         An error about the run's own settings is raised unchanged.
         """
@@ -162,15 +177,15 @@ class Prompts:
                 if kind == Kind():
                     raise
                 unfit[kind] = str(error)
-        if not unfit:
-            return
-        for _, where, job in self._jobs():
+        for _, where, job in self._jobs() if unfit else ():
             if job.kind in unfit:
-                self._refuse(f"{where}: {unfit[job.kind]}")
-        self._unfit = frozenset(unfit)
-        self._look()
+                self._refuse(where, unfit[job.kind])
+        self._raise()
+        if unfit:
+            self._unfit = frozenset(unfit)
+            self._look()
 
-    def _look(self, refuse: Callable[[str], None] = lambda said: None) -> frozenset[int]:
+    def _look(self, refuse: Refuse = lambda where, said: None) -> frozenset[int]:
         """Read all rows; returns the positions of jobs that ask for the same image as an earlier job. refuse: see `_jobs`."""
         digest, ids, images, positions = hashlib.sha256(), array("Q"), array("Q"), array("Q")
         self.kinds: Counter[Kind] = Counter()
@@ -186,27 +201,27 @@ class Prompts:
             self._refuse_repeated(again)
             self._repeated |= again
             return self._look()
-        if not len(ids):
+        if not len(ids) and not self._refused:
             raise ValueError(f"{self.name} holds no prompts")
         self.count, self.sha256 = len(ids), digest.hexdigest()
         return _later(images, positions)
 
-    def _jobs(self, refuse: Callable[[str], None] = lambda said: None) -> Iterator[tuple[int, str, Job]]:
-        """Yield (position, place in the source, job). `refuse` is called with each fault; wrong jobs have positions too."""
+    def _jobs(self, refuse: Refuse = lambda where, said: None) -> Iterator[tuple[int, str, Job]]:
+        """Yield (position, place in the source, job). `refuse` is called with each fault; a wrong row has a position, too."""
         position = 0
         for number, (where, said) in enumerate(self._read()):
-            k, count = 0, 1
-            while k < count:
-                try:
-                    if not k:
-                        first, count = self._row(number, said)
-                    job = first.again(k)
-                except ValueError as error:
-                    refuse(f"{where}: {error}")
-                else:
-                    if position not in self._repeated and job.kind not in self._unfit:
-                        yield position, where, job
-                k, position = k + 1, position + 1
+            try:
+                first, count = self._row(number, said)
+                first.again(count - 1)  # whose id is the longest, and whose seed the highest
+            except ValueError as error:
+                refuse(where, str(error))
+                position += 1
+                continue
+            for k in range(count):
+                job = first.again(k)
+                if position not in self._repeated and job.kind not in self._unfit:
+                    yield position, where, job
+                position += 1
 
     def _row(self, number: int, said: Job | Mapping[str, Any] | str) -> tuple[Job, int]:
         """The first job of a row, and how many images it asks for."""
@@ -224,8 +239,24 @@ class Prompts:
         given: dict[str, Any] = {"id": f"{number:04d}", "seed": self.seed + number, "prompt": said.get(used)} | own
         return Job(**given, more=self._others(others) or None), count
 
-    def _refuse(self, said: str) -> None:
-        self._faults(f"{self.name}, {said}")
+    def _refuse(self, where: str, said: str) -> None:
+        """Leave a row out, or note it for `_raise`; once for all its images."""
+        if where == self._last:
+            return
+        self._last = where
+        if self._faults.on_error == "skip":
+            self._faults(f"{self.name}, {where}: {said}")
+            return
+        self._refused += 1
+        if len(self._wrong) < WRONG:
+            self._wrong.append(f"{where}: {said}")
+
+    def _raise(self) -> None:
+        """Raise what was noted about wrong rows, the first WRONG of them by their places."""
+        if self._refused:
+            count = ", " if self._refused == 1 else f": {self._refused} rows are wrong: "
+            more = f"; and {self._refused - WRONG} more" if self._refused > WRONG else ""
+            self._faults(f"{self.name}{count}{'; '.join(self._wrong)}{more}")
 
     def _repeats(self, again: frozenset[int], key: Callable[[Job], Any]) -> Iterator[tuple[str, Job, str, Job]]:
         """Yield the jobs at these positions as (its place, job, place of the first job with the same key, that job)."""
@@ -239,7 +270,7 @@ class Prompts:
 
     def _refuse_repeated(self, again: frozenset[int]) -> None:
         for where, job, earlier, _ in self._repeats(again, lambda job: job.id.casefold()):
-            self._refuse(f"{where}: id {job.id!r} is already used in {earlier}")
+            self._refuse(where, f"id {job.id!r} is already used in {earlier}")
 
     def _said_twice(self, same: frozenset[int]) -> str:
         """Return the warning about jobs that ask for the same image as an earlier job. It names NAMED of them."""
@@ -278,7 +309,7 @@ class Others:
     def _value(self, name: str, value: Any) -> Any:
         """Return a value for JSON: as text once its column has had values of several kinds, which no Parquet file holds."""
         value = value if isinstance(value, str | int | float) else json.loads(json.dumps(value, default=str))
-        if value == []:
+        if value == [] and self._kinds.get(name, "list").startswith("list"):  # an empty list fits lists of any kind
             return value
         kind = _kind(value)
         if kind is None or self._kinds.setdefault(name, kind) != kind:

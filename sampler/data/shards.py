@@ -72,7 +72,10 @@ class Parquet(Shard):
         self.parquet.write_table(table, path, write_page_checksum=True)
 
     def read(self, data: bytes) -> Iterator[Made]:
-        for row in self.parquet.read_table(io.BytesIO(data), page_checksum_verification=True).to_pylist():
+        # In this thread alone: a thread of pyarrow that still holds `data` while Python ends would abort the process.
+        with self.parquet.ParquetFile(io.BytesIO(data), pre_buffer=False, page_checksum_verification=True) as file:
+            table = file.read(use_threads=False)
+        for row in table.to_pylist():
             line = {name: value for name, value in row.items() if value is not None}
             image, position = line.pop("image"), line.pop("position")
             yield Made(position, line, image["bytes"])
@@ -97,7 +100,10 @@ class Parquet(Shard):
 
 
 class WebDataset(Shard):
-    """Three members per picture: <position>.png; <position>.txt, its prompt; and <position>.json, its manifest line."""
+    """Three members per picture: <position>.png; <position>.txt, its prompt; and <position>.json, its manifest line.
+
+    The line has no fields that are null: if the first pictures had one, `datasets` would refuse later ones with a value.
+    """
 
     suffix = "tar"
 
@@ -107,7 +113,8 @@ class WebDataset(Shard):
     def write(self, path: Path, rows: Sequence[Made]) -> None:
         with path.open("wb") as stream, self.writer(stream, user="", group="", mtime=0, encoder=False) as tar:
             for row in rows:
-                texts = {"txt": row.line["prompt"].encode("utf-8", "replace"), "json": json_bytes(row.line)}
+                line = {name: value for name, value in finite(row.line).items() if value is not None}
+                texts = {"txt": line["prompt"].encode("utf-8", "replace"), "json": json_bytes(line)}
                 tar.write({"__key__": f"{row.position:012d}", "png": row.data, **texts})
 
     def read(self, data: bytes) -> Iterator[Made]:

@@ -70,14 +70,14 @@ class Signer:
     def _sign(self, data: bytes, title: str) -> bytes:
         agent = {"name": "basinescape", "version": version_of("basinescape") or "unknown"}
         action = {"action": "c2pa.created", "digitalSourceType": TRAINED, "softwareAgent": agent}
-        told = {
+        manifest = {
             "claim_generator_info": [agent],
             "title": title,
             "format": self._type,
             "assertions": [{"label": "c2pa.actions.v2", "data": {"actions": [action]}}],
         }
         signed = io.BytesIO()
-        self._c2pa.Builder(told, _context(self._c2pa)).sign(self._signer, self._type, io.BytesIO(data), signed)
+        self._c2pa.Builder(manifest, _context(self._c2pa)).sign(self._signer, self._type, io.BytesIO(data), signed)
         return signed.getvalue()
 
 

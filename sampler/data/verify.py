@@ -59,9 +59,9 @@ def _with_beside(writes: Writer, file: str) -> list[str]:
 
 def _unlisted(writes: Writer, jobs: Jobs, listed: Iterable[int]) -> Iterator[Wrong]:
     """Yield the images of jobs that have no line in the manifest."""
-    told = Keys(listed)
+    known = Keys(listed)
     for position, id in jobs:
-        if id not in told:
+        if id not in known:
             file = writes.file(position, id)
             yield writes.label(file, id), f"has no line in {MANIFEST}" if writes.has(file, id) else NOT_YET
 

@@ -38,13 +38,13 @@ def packet(line: Mapping[str, Any], prompt: bool = True) -> bytes:
     room. A character that XML cannot hold becomes U+FFFD.
     """
     software = {SOURCE: TRAINED, "xmp:CreatorTool": f"basinescape {version_of('basinescape') or ''}".strip()}
-    told = {
+    fields = {
         "Iptc4xmpExt:AISystemUsed": line.get("model"),
         "Iptc4xmpExt:AISystemVersionUsed": line.get("fingerprint"),
         PROMPT: line.get("prompt"),
         "basinescape:settings": json_bytes({name: line[name] for name in SETTINGS if name in line}).decode(),
     }
-    whole = _packet(software | {name: value for name, value in told.items() if value and prompt})
+    whole = _packet(software | {name: value for name, value in fields.items() if value and prompt})
     return whole if len(whole) <= MOST else _packet(software)
 
 

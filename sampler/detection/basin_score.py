@@ -59,18 +59,18 @@ class Probe:
         own, formulation = own_settings(scheduler), family(scheduler)
         if formulation == "flow":
             noise = 1 / (1 + math.exp(log_snr / 2))
-            told = (1 - noise if own.get("invert_sigmas") else noise) * own.get("num_train_timesteps", 1000)
+            timestep = (1 - noise if own.get("invert_sigmas") else noise) * own.get("num_train_timesteps", 1000)
         elif formulation == "edm":
-            told = float(scheduler.precondition_noise(torch.tensor(own["sigma_data"] * math.exp(-log_snr / 2))))
+            timestep = float(scheduler.precondition_noise(torch.tensor(own["sigma_data"] * math.exp(-log_snr / 2))))
         elif hasattr(scheduler, "alphas_cumprod"):
             levels = vp_log_snr(scheduler.alphas_cumprod, torch.arange(len(scheduler.alphas_cumprod)))
-            told = timestep = int((levels - log_snr).abs().argmin())
+            timestep = int((levels - log_snr).abs().argmin())
             log_snr = levels[timestep].item()
             if own.get("timestep_type") == "continuous":  # the timestep of such a network is log(sigma) / 4
-                told = -log_snr / 8
+                timestep = -log_snr / 8
         else:
             raise ValueError(f"scheduler {type(scheduler).__name__} has no known noise levels, so pictures cannot be judged")
-        return cls.at(scheduler, float(told), log_snr)
+        return cls.at(scheduler, float(timestep), log_snr)
 
     @classmethod
     def at(cls, scheduler: Scheduler, timestep: float, log_snr: float) -> Probe:
@@ -136,16 +136,16 @@ def scores(predict: Predict, probe: Probe, latents: Tensor, seeds: Sequence[int]
     NaN for a picture whose latents or predictions are not finite.
     """
     drawn = [noises(seed, latents.shape[1:]) for seed in seeds]
-    told, found = torch.full((len(latents),), probe.timestep, device=latents.device), []
+    timesteps, found = torch.full((len(latents),), probe.timestep, device=latents.device), []
     for _ in range(probes):
         given, target = probe.question(latents, torch.stack([next(one) for one in drawn]))
-        found.append(nearer(target, *predict(given.to(latents.dtype), told)))
+        found.append(nearer(target, *predict(given.to(latents.dtype), timesteps)))
     return torch.stack(found).mean(dim=0).cpu()
 
 
-def both(network: Network, given: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
-    """(uncond, cond) of one call of `network`, at the timesteps `told`."""
-    uncond, cond = network(torch.cat([given, given]), torch.cat([told, told]), "both").chunk(2)
+def both(network: Network, given: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """(uncond, cond) of one call of `network`, at the timesteps (B,)."""
+    uncond, cond = network(torch.cat([given, given]), torch.cat([timesteps, timesteps]), "both").chunk(2)
     return uncond, cond
 
 

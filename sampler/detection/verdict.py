@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import checks
-from ..data.pictures import pixels
+from ..data.pictures import opened, pixels
 from ..models import Model, memory
 from ..runs.batch_retry import parts
 from ..types import Scheduler
@@ -67,7 +67,11 @@ def judge(
 ) -> Verdict:
     """`Sampler.judge`, to be called in inference mode. size: (height, width); None: the pictures' own."""
     images = [images] if isinstance(images, Image.Image) else images
-    total = len(images)
+    try:
+        total = len(images)
+    except TypeError as error:
+        given = f"a {type(images).__name__}"
+        raise ValueError(f"images must be latents, or pictures in a list, an array or a tensor; got {given}") from error
     texts = checks.texts("prompts", prompts)
     texts = texts * total if isinstance(prompts, str) else texts
     if len(texts) != total:
@@ -76,9 +80,10 @@ def judge(
     negative = checks.one_each("negative_prompt", negative_prompt, total) or [None] * total
     count, threshold = checks.at_least_one("probes", probes), checks.finite("threshold", threshold)
     most = None if batch_size is None else checks.at_least_one("batch_size", batch_size)
-    probe, score = basin_score.Probe.of(scheduler), torch.empty(total)
+    probe, score, each = basin_score.Probe.of(scheduler), torch.empty(total), model.per_prompt(options, total)
     for lot in lots(model, images, size, options):
-        encoded = model.encode([texts[i] for i in lot.rows], *lot.size, 1, [negative[i] for i in lot.rows], **lot.options)
+        own = {name: x[lot.rows] if isinstance(x, Tensor) else [x[i] for i in lot.rows] for name, x in each.items()}
+        encoded = model.encode([texts[i] for i in lot.rows], *lot.size, 1, [negative[i] for i in lot.rows], **lot.options | own)
         for part in parts(len(lot.rows), most or memory.batch_size(model, *lot.size)):
             rows = [lot.rows[k] for k in part]
             predict = partial(basin_score.both, model.network(encoded.select(part), plain=True))
@@ -129,7 +134,7 @@ def picture(image: Any, name: str, video: bool = False) -> Tensor:
             raise ValueError(f"{name} must have frames of one size")
         return torch.stack(frames, dim=1)
     if isinstance(image, Image.Image) and not video:
-        return pixels([image])[0]
+        return pixels([opened(image, name)])[0]
     if isinstance(image, np.ndarray):
         found = torch.from_numpy(np.array(image))  # a copy, because an array backed by a file may be read-only
         found = found.movedim(-1, -3) if found.ndim > 2 else found
@@ -142,7 +147,8 @@ def picture(image: Any, name: str, video: bool = False) -> Tensor:
     if found.dtype == torch.uint8:
         found = found.float() / 255
     elif not found.is_floating_point() or bool(((found < 0) | (found > 1)).any()):
-        raise ValueError(f"{name} must have floats in 0..1, or bytes; got {found.dtype} from {found.min()} to {found.max()}")
+        low, high = (bound.item() for bound in found.double().aminmax())
+        raise ValueError(f"{name} must have floats in 0..1, or bytes; got {found.dtype} from {low:g} to {high:g}")
     found = found.float() * 2 - 1
     return found.movedim(0, 1) if video else found
 

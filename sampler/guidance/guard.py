@@ -34,7 +34,7 @@ class Attempt:
         if not isinstance(self.guidance, Guidance):
             raise ValueError(f"guidance must be a Guidance, such as Guidance.from_dict(...), got {self.guidance!r}")
         object.__setattr__(self, "threshold", checks.finite("threshold", self.threshold))
-        checks.at_least_one("probes", self.probes)
+        object.__setattr__(self, "probes", checks.at_least_one("probes", self.probes))
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Guard:
     attempts: the first is plain. After a suspect picture, the next attempt starts from the next noise of the sample's own
               generator. If none passes, the last is returned, marked. A picture that passes at once has plain guidance's bits.
     early:    gives up a hopeless plain attempt after its first steps; None: every attempt is finished.
-    model:    the fingerprint of the model of the calibration, for a warning if another model is used; None: not known, also
-              after `from_dict`, because `to_dict` leaves it out.
+    model:    the fingerprint of the model of the calibration, for a warning if another model is used; None: not known.
+    size:     the (height, width) of the calibration's pictures, for a warning if others are made; None: not known.
 
     Made by `Guidance.guard`. Raises ValueError if the first attempt is not plain, or if rules differ between attempts.
     """
@@ -53,11 +53,15 @@ class Guard:
     attempts: tuple[Attempt, ...]
     early: EarlyLook | None = None
     model: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    size: tuple[int, int] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attempts", tuple(self.attempts))
         if not self.attempts or any(not isinstance(one, Attempt) for one in self.attempts):
             raise ValueError(f"attempts must be one or more Attempt(...), got {self.attempts!r}")
+        if not isinstance(self.model, Mapping | None):
+            raise ValueError(f"model must be a fingerprint, such as Calibration.model, got {self.model!r}")
+        object.__setattr__(self, "size", self.size and tuple(self.size))
         if self.plain.until is not None:
             raise ValueError(f"the first of the attempts must be plain guidance, got {self.plain!r}")
         rules = {one.guidance.rule for one in self.attempts}
@@ -96,4 +100,6 @@ class Guard:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that json can write; `Guidance.from_dict` reads it back."""
         attempts = [{**vars(one), "guidance": one.guidance.to_dict()} for one in self.attempts]
-        return {"attempts": attempts, "early": self.early and asdict(self.early)}
+        own: dict[str, Any] = {"attempts": attempts, "early": self.early and asdict(self.early)}
+        known = {"model": self.model and dict(self.model), "size": self.size}
+        return own | {name: value for name, value in known.items() if value}

@@ -52,8 +52,8 @@ def first_of_step(step: Tensor) -> Tensor:
 def never_came(transition_step: Tensor, steps: int) -> str | None:
     """A warning if some samples had no transition (-1) in these steps; None if all had one. transition_step: (B,)."""
     waiting = int((transition_step < 0).sum())
-    told = f"{waiting} of {len(transition_step)} samples had no transition in {steps} steps, so never their full guidance"
-    return f"{told}: give the transition a `latest`" if waiting else None
+    text = f"{waiting} of {len(transition_step)} samples had no transition in {steps} steps, so never their full guidance"
+    return f"{text}: give the transition a `latest` below {steps}" if waiting else None
 
 
 def _restart(given: Sequence[Any]) -> tuple[float, float, int]:
@@ -181,13 +181,13 @@ class Guidance:
         """
         from . import guard  # here, because guard.py imports this module
 
+        if rate is not None and checks.rate(rate) and calibration is None:
+            raise ValueError(f"rate is {rate!r}, which needs a calibration: give one, or a threshold in place of the rate")
         plain, rate = cls.cfg(scale, **given), guard.RATE if rate is None else rate
-        if not 0 < checks.share("rate", rate) < 1:
-            raise ValueError(f"rate must be between 0 and 1, got {rate!r}")
         if calibration is not None and not hasattr(calibration, "threshold"):
             path = repr(str(calibration)) if isinstance(calibration, str | Path) else "path"
             raise ValueError(f"calibration must be a Calibration, got {calibration!r}: give Calibration.load({path})")
-        if isinstance(attempts, Guidance):
+        if not isinstance(attempts, Sequence | None):
             raise ValueError(f"attempts must be a list of guidances, got {attempts!r}")
         if attempts is None:
             attempts = [replace(plain, until=At(log_snr=log_snr)) for log_snr in guard.DELAYS]
@@ -195,10 +195,11 @@ class Guidance:
             threshold = guard.THRESHOLD if calibration is None else calibration.threshold(rate / 2)
         if later is None:
             later = guard.LATER if calibration is None else calibration.threshold(guard.LATER_RATE)
+        later = checks.finite("later", later)
         tried = (guard.Attempt(plain, threshold), *(guard.Attempt(one, later) for one in attempts))
         if calibration is None:
             return guard.Guard(tried)
-        return guard.Guard(tried, calibration.early(rate / 2, plain.scale), calibration.model or None)
+        return guard.Guard(tried, calibration.early(rate / 2, plain.scale), calibration.model or None, calibration.size)
 
     def __repr__(self) -> str:
         extra = "" if self.shape == "static" else f", shape={self.shape!r}"
@@ -231,7 +232,11 @@ class Guidance:
                 return Guard.from_dict(given)
             if given.get("until") is not None:
                 rule = dict(given["until"])
-                given["until"] = RULES[rule.pop("rule")](**rule)
+                name = rule.pop("rule")
+                if name not in RULES:
+                    known = ", ".join(RULES)
+                    raise ValueError(f"until has the rule {name!r}, and there are {known}: import the file that registers it")
+                given["until"] = RULES[name](**rule)
             return cls(**given)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a guidance: {data!r} ({error})") from error
@@ -261,7 +266,12 @@ class Guidance:
         return [(self.before, weight) for weight in after]
 
     def idle(self, levels: Sequence[float]) -> str | None:
-        """A warning if the transition has no effect in steps at these timesteps, else None. Call it on the result of `over`."""
+        """A warning if no step at these timesteps is guided, or if the transition has no effect in them; None if all is well.
+
+        Call it on the result of `over`.
+        """
+        if self.interval is not None and not any(self.interval[0] <= t <= self.interval[1] for t in levels):
+            return f"{self!r} guides no step here: none of {len(levels)} steps is in its interval of timesteps, 0 to 1000"
         if self.until is None:
             return None
         if all(before == after for before, after in self.weights(levels)):
@@ -293,6 +303,8 @@ class Guidance:
         Raises ValueError if the guidance is made for another number of steps.
         """
         criteria = [ALWAYS] * len(levels) if self.until is None else self.until.criteria(levels)
+        if len(criteria) != len(levels):
+            raise ValueError(f"{self.until!r} has {len(criteria)} criteria for {len(levels)} steps")
         options = columns_of(dict(self.options))
         rows = [(*weights, *criterion, *options) for weights, criterion in zip(self.weights(levels), criteria, strict=True)]
         columns = dict(zip(COLUMNS, torch.tensor(rows, dtype=torch.float32)[step].unbind(1), strict=True))

@@ -1,9 +1,9 @@
-"""`escape(pipe, guidance)`: the guidance inside a stock diffusers pipeline, which goes on as it is.
+"""`escape(pipe, guidance)` guides a stock diffusers pipeline, whose own code runs as it is.
 
 `EscapeRun` gives the pipeline a class of its own, whose calls are `pipeline_call.PipelineCall`. There a forward hook on the
 network replaces both predictions by the guided one, m, before the pipeline combines them as it always does: m + s (m - m) = m,
 whatever its scale s. All else (LoRA, adapters, offload, schedulers, callbacks) stays the pipeline's.
-Under a guard the pipeline is called again, as a whole, while any of its pictures looks like a copy.
+Under a guard the whole pipeline is called again while any picture looks like a copy and attempts are left.
 """
 
 from __future__ import annotations
@@ -33,32 +33,30 @@ log = logging.getLogger(__name__)
 
 
 def escape(pipe: DiffusionPipeline, guidance: Guidance | Guard | Sequence[Guidance]) -> EscapeRun:
-    """From here on every call of `pipe` is guided by `guidance`: to the end of `with escape(...) as run:`, or to `run.leave()`.
+    """Guide every call of `pipe` by `guidance`, until the end of `with escape(...) as run:` or until `run.leave()`.
 
-    guidance: of all samples, or a list of one a sample, all of one rule; or a guard. Its scale counts, not that in the call:
-              the log says so, once for each, where a call gives another. The call's may be left out.
+    guidance: of all samples, or a list of one a sample, all of one rule; or a guard. Its scale counts, and the call's may be
+              left out: where a call gives another scale, the log says so, once for each.
 
     The call's `guidance_rescale` is followed, and a pipeline's own renormalisation for weights above 1. Steps count from the
-    first that is taken (image to image takes the later ones of a schedule). Guidance that a callback cuts off stays off. Where
-    the call's scale would switch guidance off, callbacks find 2 as `pipe.guidance_scale` meanwhile; as `pipe.guidance_rescale`,
-    which is followed, they find 0. A pipeline that needs a negative prompt for guidance is given an empty one where the call
-    has none.
+    first that is taken (image to image takes the later ones of a schedule). Guidance that a callback cuts off stays off.
+    Callbacks read 2 as `pipe.guidance_scale` where the call's would switch guidance off, and 0 as `pipe.guidance_rescale`.
+    A pipeline that needs a negative prompt for guidance is given an empty one where the call has none.
 
     A guard judges what the pipeline made, and calls it again for all samples while any is suspect: with the same arguments and
     the next noise of the call's generators, but without `latents`, which are the first attempt's alone. Each sample is returned
-    from the attempt that it passed, else from the last. The noises that judge it are made from its generator's seed, or from 0.
-    A calibrated guard's early look is left out, since the samples of a batch go on together: the log says so, and where the
-    calibration was made on another model. Callbacks are called in each. An error in a later attempt does not lose what the
-    attempts before it made: that is returned, its suspect samples stay marked, the log says so, and `run.error` holds the
-    error.
+    from the attempt that it passed, else from the last. Its generator's seed, or 0 without one, seeds the noises that judge it.
+    A calibrated guard's early look is left out, because a batch is sampled as a whole; the log says so. The log also says where
+    the calibration was made on another model. Each attempt calls the callbacks. If a later attempt fails, the pictures of the
+    attempts before it are returned, the suspect ones stay marked, the log says so, and `run.error` holds the error.
 
-    The log says how many samples their transition never came for, and that a `with` ended without a call of `pipe`.
+    The log warns of samples that had no transition, and of a `with` that ends without a call of `pipe`.
 
-    Raises ValueError for a pipeline that is not guided by two predictions, or is inside another `escape`, and for guidance that
-    needs a loop of its own; when `pipe` is called, for arguments that cannot be followed and pictures that cannot be judged;
-    where its scheduler is in the middle of another such call (threads may share a network, not a scheduler); after the first
-    step where the pipeline did not step with the guided prediction; for a copy of `pipe` that was made in here, and a run that
-    is entered after it was left. On leaving the pipeline is what it was before, after errors too.
+    Raises ValueError for a pipeline that is not guided by two predictions or is inside another `escape`, and for guidance that
+    needs a loop of its own. A call of `pipe` raises it for arguments that cannot be followed, for pictures that a guard cannot
+    judge, while another such call uses the scheduler (threads may share a network, not a scheduler), for a copy of `pipe` that
+    was made inside, and after the first step where the pipeline did not step with the guided prediction. Entering a run that
+    was left raises it too. Leaving restores the pipeline, after errors too.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise ValueError(f"pipe must be a diffusers pipeline, got {type(pipe).__name__}: in another loop use Escape")
@@ -91,7 +89,7 @@ class _Escaping:
 
 
 class EscapeRun:
-    """A pipeline inside `escape`, and what is known of its last call: of each of B samples what its attempt came to."""
+    """A pipeline inside `escape`, and the results of its last call: for each of B samples those of its own attempt."""
 
     def __init__(self, pipe: DiffusionPipeline, known: KnownPipeline, guidance: Guidance | Guard | Sequence[Guidance]):
         self._pipe: Any = pipe
@@ -119,10 +117,10 @@ class EscapeRun:
             return self._run(bound.arguments)
 
         own = {"__call__": call, "__module__": self._host.__module__}
-        pipe.__class__ = type(self._host.__name__, (_Escaping, self._host), own)
+        self._class = pipe.__class__ = type(self._host.__name__, (_Escaping, self._host), own)
 
     def __enter__(self) -> EscapeRun:
-        if self._host is type(self._pipe):
+        if type(self._pipe) is not self._class:
             raise ValueError("this run has been left, and guides nothing any more: call escape again")
         return self
 
@@ -135,15 +133,15 @@ class EscapeRun:
             )
 
     def leave(self) -> None:
-        """The pipeline is what it was before `escape`; what is known of its last call stays known."""
-        if self._host is not type(self._pipe):
+        """Restore the pipeline to what it was before `escape`. The results of its last call are kept."""
+        if type(self._pipe) is self._class:
             self._pipe.__class__ = self._host
             vars(self._pipe).update(self._before)
 
     def _forget(self) -> None:
-        """Stand before a call of the pipeline."""
-        self._calls: list[PipelineCall] = []  # those that samples are from
-        self._taken: Tensor | None = None  # (B,) int64, which of these each sample is from
+        """Clear the results of the last call."""
+        self._calls: list[PipelineCall] = []  # one for each attempt
+        self._taken: Tensor | None = None  # (B,) int64, the index in _calls of each sample's attempt
         self._latents: Tensor | None = None
         self._verdict: Verdict | None = None
         self.error: Exception | None = None  # what ended a later attempt of the guard
@@ -165,12 +163,12 @@ class EscapeRun:
 
     @property
     def timesteps(self) -> list[float]:
-        """Of the steps, in 0..1000; NaN where they are not known."""
+        """The timestep of each step, in 0..1000; NaN where they are not known."""
         return self._known("timesteps")[-1].timesteps
 
     @property
     def calls(self) -> int:
-        """How many predictions were guided, of all attempts together; those that judge are not counted."""
+        """The number of guided predictions in all attempts together, without those that judge."""
         return sum(state.calls for state in self._known("calls"))
 
     @property
@@ -214,7 +212,7 @@ class EscapeRun:
         return found[taken.to(found.device), torch.arange(found.shape[1], device=found.device)]
 
     def _tell_scale(self, named: float | None) -> None:
-        """Log that a scale given in the call does not count, where the guidance has another. None: left out."""
+        """Log that the call's scale does not count, where the guidance has another. named: that scale; None: not given."""
         if named is None:
             return
         given, weight = float(named), self._known_pipeline.weight(float(named))
@@ -270,7 +268,7 @@ class EscapeRun:
 
 
 def chosen(old: Any, new: Any, again: Tensor) -> Any:
-    """What a pipeline returns for a batch, with the samples `again` (B,) from `new` and the others from `old`.
+    """Return a pipeline's output for a batch, with the samples `again` (B,) from `new` and the others from `old`.
 
     Raises ValueError for what is not by sample.
     """

@@ -16,7 +16,7 @@ UNTIL = {rule.label: rule for rule in TRANSITIONS.values() if rule.label}  # wha
 
 
 class Widget(NamedTuple):
-    """A widget: its type, as ComfyUI names it, the type's options, and what it says of itself."""
+    """A widget: its type as ComfyUI names it, the type's options, and its tooltip."""
 
     kind: str
     options: dict[str, Any]
@@ -67,14 +67,16 @@ class Settings:
     rule: str
 
     def __post_init__(self) -> None:
+        if self.until not in list(UNTIL):
+            raise ValueError(f"until must be one of {', '.join(UNTIL)}; got {self.until!r}")
         self.guidance(1.0, [1000.0])
 
     def guidance(
         self, scale: float, timesteps: list[float], goes_on: bool = False, shape: str | tuple[float, ...] = "static"
     ) -> Guidance:
-        """The guidance, with this scale after the transition, of a run with steps at these timesteps in 0..1000.
+        """Return the guidance of a run with steps at these timesteps in 0..1000. scale: after the transition.
 
-        A run is past its transition that goes on from another run's latents, or begins at or below `timestep`.
+        Unless `until` is TIMESTEP, guidance is full in a run that continues another one, or begins at or below `timestep`.
         """
         until: Transition | None = At(self.timestep)
         if self.until != TIMESTEP:

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,13 +44,14 @@ class EscapeDenoiser:
               model's own `get_scalings`, and without one those of a noise prediction, (1, -sigma).
 
     Guidance combines what the network returned, so that noise gaps and thresholds are those of every other host; timesteps are
-    the model's own (`sigma_to_t`), or those at which Stable Diffusion has the same ratio of noise to data. A run begins with
-    the first call and wherever sigma does not fall. `run` is the last run's `Escape`. Nothing tells it that a run ends, so it
-    does not say whose transition never came: `transition_step` does, -1. It cannot begin a sample again: `judge` says which
-    finished pictures look like copies.
+    the model's own (`sigma_to_t`), or those at which Stable Diffusion has the same ratio of noise to data (a flow model needs
+    `sigma_to_t`). A run begins with the first call and wherever sigma does not fall, except where a sampler of k-diffusion adds
+    noise in the middle of a run (s_churn with s_tmax). `run` is the last run's `Escape`; set it to None after a run that was
+    stopped. A denoiser does not see where a run ends, so it does not warn of samples that had no transition: their
+    `transition_step` is -1. It cannot begin a sample again: `judge` tells which finished pictures look like copies.
 
-    Raises ValueError for arguments that are not as described, for guidance that needs a loop that can go back, and in a run of
-    k-diffusion's for a sampler of another order, and dpm_fast and dpm_adaptive, whose steps differ in their number of calls.
+    Raises ValueError for arguments that are not as described and for guidance that needs a loop that can go back; in a run of
+    k-diffusion's, for a sampler of another order, and for dpm_fast and dpm_adaptive, whose steps differ in their calls.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class EscapeDenoiser:
     def __call__(self, x: Tensor, sigma: Tensor, cond: Any, uncond: Any, **model_kwargs: Any) -> Tensor:
         """The denoised prediction (B, ...) of x (B, ...) at sigma (B,), the same for all samples.
 
-        cond, uncond: what the model takes as `cond`: a tensor (B, ...), or lists or dicts of such. Where both are of one shape
+        cond, uncond: what the model takes as `cond`. Where both are tensors (B, ...) of one shape, or lists or dicts of such,
                       and nothing else is passed, the model is called once, on both.
         """
         low, high = torch.stack(sigma.aminmax()).tolist()
@@ -82,7 +84,7 @@ class EscapeDenoiser:
             raise ValueError(f"sigma must be the same for all samples, got {low:g} to {high:g}")
         if "cond_scale" in model_kwargs:
             raise ValueError(f"cond_scale is {model_kwargs['cond_scale']!r}, and the guidance has its own scale: leave it out")
-        if self.run is None or high >= self._sigma or self.run.batch != len(x):
+        if self.run is None or self.run.batch != len(x) or (high >= self._sigma and not _adds_noise()):
             self._check_sampler()
             step = [k // self.order for k in range(self.steps * self.order)]
             self.run = Escape(self.guidance, self.steps, len(x), x.device, step)
@@ -100,8 +102,8 @@ class EscapeDenoiser:
         return skip * x + out * guided
 
     def _check_sampler(self) -> None:
-        """Raise ValueError for a sampler of k-diffusion whose calls are not those that the denoiser was told of."""
-        for name in [frame.function for frame in inspect.stack(context=0)]:
+        """Raise ValueError where the sampler of k-diffusion has another order, or calls the model unevenly."""
+        for name in [call.function for call in inspect.stack(context=0)]:
             if name in UNEVEN:
                 raise ValueError(f"{name} differs in its calls from step to step: use a sampler that does not")
             if CALLS.get(name, self.order) != self.order:
@@ -121,13 +123,13 @@ class EscapeDenoiser:
         flow: bool = False,
         **model_kwargs: Any,
     ) -> Verdict:
-        """Whether finished latents x0 (B, ...), as a sampler returned them, look like copies; see `own_loop.judge`.
+        """Judge whether finished latents x0 (B, ...), as a sampler returned them, look like copies; see `own_loop.judge`.
 
         cond, uncond, model_kwargs: as in a call. flow: the model denoises (1 - sigma) x0 + sigma noise, not x0 + sigma noise.
         """
 
-        def predict(x: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
-            return self._both(x, told.to(x), uncond, cond, model_kwargs)
+        def predict(x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+            return self._both(x, time.to(x), uncond, cond, model_kwargs)
 
         return judge(predict, denoiser_probe(self.inner_model, flow), x0, seeds, threshold, probes)
 
@@ -150,7 +152,7 @@ class EscapeDenoiser:
     def _both(self, x: Tensor, sigma: Tensor, uncond: Any, cond: Any, model_kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(unconditional, conditional) denoised predictions."""
         (first, form), (second, other) = tree_flatten(uncond), tree_flatten(cond)
-        if model_kwargs or form != other or any(a.shape != b.shape for a, b in zip(first, second, strict=True)):
+        if model_kwargs or form != other or not all(map(partial(_of_samples, len(x)), first, second)):
             without, made = (self.inner_model(x, sigma, cond=one, **model_kwargs) for one in (uncond, cond))
             return without, made
         doubled = tree_unflatten([torch.cat(pair) for pair in zip(first, second, strict=True)], form)
@@ -158,9 +160,20 @@ class EscapeDenoiser:
         return denoised[: len(x)], denoised[len(x) :]
 
     def _over(self, guidance: Guidance) -> Guidance:
-        """The same with a transition that is stated as a log SNR as the timestep that has it."""
+        """Return the guidance with the timestep of its transition in the place of a log SNR."""
         until = guidance.until
         if not isinstance(until, At) or until.log_snr is None:
             return guidance
         sigma = math.exp(-until.log_snr / 2) * getattr(self.inner_model, "sigma_data", 1.0)
         return replace(guidance, until=At(timestep=min(timestep(self.inner_model, sigma), 1000.0)))
+
+
+def _of_samples(count: int, one: Any, other: Any) -> bool:
+    """Whether both are tensors (count, ...) of one shape."""
+    return isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape and one.shape[:1] == (count,)
+
+
+def _adds_noise() -> bool:
+    """Whether a sampler of k-diffusion that calls the model has just added noise (its `gamma`) after its first step (`i`)."""
+    samplers = [call.frame.f_locals for call in inspect.stack(context=0) if call.function in CALLS]
+    return any(own.get("gamma", 0.0) > 0 and own.get("i", 0) > 0 for own in samplers)

@@ -14,7 +14,7 @@ OFF = 1.0  # the largest weight at which a pipeline asks for one prediction
 
 @dataclass(frozen=True)
 class KnownPipeline:
-    """Pipelines that are guided alike.
+    """What is known of pipelines that are guided alike.
 
     networks:   the components that make the predictions, those that the pipeline has.
     pair:       the network is called once for each prediction; False: once for both, on a doubled batch.
@@ -27,7 +27,7 @@ class KnownPipeline:
     per_token:  the guided prediction gets the conditional one's norm in each token (the last dimension): whether, or the
                 argument that says so.
     capped:     an argument that limits the guided prediction's norm to so many times the conditional one's.
-    only:       arguments of the call whose other values cannot be followed, with the one that can.
+    fixed:      arguments of the call that can be followed at one value alone, with that value.
     """
 
     networks: tuple[str, ...] = ("transformer",)
@@ -40,7 +40,7 @@ class KnownPipeline:
     variance: bool = False
     per_token: bool | str = False
     capped: str | None = None
-    only: tuple[tuple[str, Any], ...] = ()
+    fixed: tuple[tuple[str, Any], ...] = ()
 
     def weight(self, scale: float) -> float:
         """The weight that the pipeline guides with at this scale: 1, the conditional prediction alone, where it is off."""
@@ -52,7 +52,7 @@ _DOUBLED = KnownPipeline()
 _WIDE = replace(_DOUBLED, merge=torch.float32)
 _PAIR = KnownPipeline(pair=True, cond_first=True)
 _TRUE_CFG = replace(_PAIR, scale="true_cfg_scale", negated=True)
-_WAN = replace(_PAIR, networks=("transformer", "transformer_2"), only=(("guidance_scale_2", None),))
+_WAN = replace(_PAIR, networks=("transformer", "transformer_2"), fixed=(("guidance_scale_2", None),))
 
 PIPELINES: Mapping[str, KnownPipeline] = {
     **dict.fromkeys(
@@ -69,18 +69,18 @@ PIPELINES: Mapping[str, KnownPipeline] = {
         _UNET,
     ),
     "KandinskyV22Pipeline": replace(_UNET, variance=True),
-    "StableDiffusion3Pipeline": replace(_DOUBLED, only=(("skip_guidance_layers", None),)),
+    "StableDiffusion3Pipeline": replace(_DOUBLED, fixed=(("skip_guidance_layers", None),)),
     "PixArtAlphaPipeline": replace(_DOUBLED, variance=True),
     "PixArtSigmaPipeline": replace(_DOUBLED, variance=True),
     "AuraFlowPipeline": _DOUBLED,
     "SanaPipeline": replace(_WIDE, variance=True),
     "LTXPipeline": _WIDE,
-    "CogVideoXPipeline": replace(_WIDE, only=(("use_dynamic_cfg", False),)),
-    "ZImagePipeline": replace(_WIDE, cond_first=True, shift=1.0, capped="cfg_normalization", only=(("cfg_truncation", 1.0),)),
+    "CogVideoXPipeline": replace(_WIDE, fixed=(("use_dynamic_cfg", False),)),
+    "ZImagePipeline": replace(_WIDE, cond_first=True, shift=1.0, capped="cfg_normalization", fixed=(("cfg_truncation", 1.0),)),
     "FluxPipeline": _TRUE_CFG,
-    "Flux2KleinPipeline": replace(_PAIR, only=(("image", None),)),
+    "Flux2KleinPipeline": replace(_PAIR, fixed=(("image", None),)),
     "QwenImagePipeline": replace(_TRUE_CFG, per_token=True),
-    "Lumina2Pipeline": replace(_PAIR, per_token="cfg_normalization", only=(("cfg_trunc_ratio", 1.0),)),
+    "Lumina2Pipeline": replace(_PAIR, per_token="cfg_normalization", fixed=(("cfg_trunc_ratio", 1.0),)),
     "WanPipeline": _WAN,
     "ChromaPipeline": _PAIR,
     "HunyuanVideoPipeline": _TRUE_CFG,
@@ -88,10 +88,10 @@ PIPELINES: Mapping[str, KnownPipeline] = {
 
 
 def known_pipeline(pipe: Any) -> KnownPipeline:
-    """What is known of a pipeline, by its class or the class that this one was made from.
+    """Return what is known of a pipeline, by its class or one of its base classes.
 
-    Raises ValueError for a pipeline that is of none, whose call hides what such pipelines are called with, or whose network
-    knows no guidance by two predictions.
+    Raises ValueError for a pipeline of no known class, for one whose `__call__` does not name the scale, and for a distilled
+    network, which makes one prediction.
     """
     names = [made.__name__ for made in type(pipe).__mro__]
     name = next((name for name in names if name in PIPELINES), None)

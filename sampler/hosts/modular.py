@@ -16,7 +16,7 @@ from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor
 
 from ..detection.verdict import Verdict
-from ..guidance.guard import PROBES, THRESHOLD, Guard
+from ..guidance.guard import PROBES, THRESHOLD
 from ..guidance.guidance import Guidance
 from ..kernels.state import per_sample
 from ..types import Branch
@@ -28,29 +28,29 @@ CONTINUOUS = 2.0  # a schedule that begins below this timestep does not count in
 
 
 class BasinEscapeGuidance(BaseGuidance):
-    """Delayed, opposite and plain guidance as `Guidance` says it (Jain et al., CVPR 2025, https://arxiv.org/abs/2411.16738).
+    """A guider for delayed, opposite and plain guidance, see `Guidance` (Jain et al., CVPR 2025, https://arxiv.org/abs/2411.16738).
 
     guidance: of all samples, or a list of one a sample, all of one rule; or the same as plain data (`Guidance.to_dict`), as
               `save_pretrained` writes it.
     enabled:  False: the conditional prediction alone.
 
-    A step that needs one prediction alone makes that one. After a run `run`, an `Escape`, holds `transition_step`, `noise_gap`
+    A step that needs one prediction makes that one alone. After a run `run`, an `Escape`, holds `transition_step`, `noise_gap`
     and `calls`. A run starts at step 0. Timesteps count in 0..1000, as those of diffusion and flow-matching schedulers do. A
-    guider cannot begin a sample again: `judge` says which finished pictures look like copies. A pipeline with two guiders (Wan
-    2.2: `guider` and `guider_2`, for the earlier and the later steps) is given the same object as both.
+    guider cannot begin a sample again: `judge` tells which finished pictures look like copies. Give a pipeline with two guiders
+    (Wan 2.2: `guider` and `guider_2`, for the earlier and the later steps) the same object as both.
 
-    The log says how many samples their transition never came for, and of a run that went on without this guider.
+    The log warns of samples that had no transition, and of a run that did not take all its steps with this guider.
 
-    Raises ValueError for guidance that needs a loop that can go back, and in a run for schedulers that call the network more
-    than once a step or whose timesteps count otherwise than the guidance asks: use `Sampler` there.
+    Raises ValueError for guidance that needs a loop that can go back; in a run, for schedulers that call the network more than
+    once a step, and for guidance by timesteps where the scheduler's do not count in 0..1000: use `Sampler` there.
     """
 
     _input_predictions: Any = ["pred_cond", "pred_uncond"]  # noqa: RUF012 (diffusers wants a list)
 
     def __init__(self, guidance: Guidance | Mapping | Sequence[Guidance | Mapping], enabled: bool = True):
         super().__init__(enabled=enabled)
-        self._shared = isinstance(guidance, (Guidance, Guard, Mapping))
-        given: list[Any] = [guidance] if isinstance(guidance, (Guidance, Guard, Mapping)) else list(guidance)
+        self._shared = not isinstance(guidance, Sequence)
+        given: list[Any] = list(guidance) if isinstance(guidance, Sequence) else [guidance]
         self.guidance = each([Guidance.from_dict(one) if isinstance(one, Mapping) else one for one in given])
         for one in self.guidance:
             one.over([], None)  # raises for a transition by log SNR, which a guider is not told
@@ -65,7 +65,7 @@ class BasinEscapeGuidance(BaseGuidance):
         self._expected = 0  # the steps of that run
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
-        """Stand before a step. Raises ValueError for steps that cannot be followed."""
+        """Note which step is the next. Raises ValueError for steps that cannot be followed."""
         last = self._timestep
         super().set_state(step, num_inference_steps, timestep)
         if not self._enabled:
@@ -96,16 +96,14 @@ class BasinEscapeGuidance(BaseGuidance):
 
     def prepare_models(self, denoiser: Any) -> None:
         super().prepare_models(denoiser)
-        self._hooks.close()  # of a network that failed
+        self._hooks.close()  # still open if the network failed
         name = self._needed()[self._count_prepared - 1][1]
         if self._enabled and name not in self._network_calls:
             self._hooks.enter_context(seen(denoiser, partial(self._keep, name)))
 
-    def cleanup_models(self, denoiser: Any) -> None:
-        super().cleanup_models(denoiser)
-        self._hooks.close()
-
     def _keep(self, name: str, call: NetworkCall, output: Any) -> Any:
+        """Keep the network's next call alone, also where the one that was prepared has failed."""
+        self._hooks.close()
         self._network_calls[name] = call.kept(float(self._timestep))
         self._raw[name] = stacked(output[0]).clone()
         return output
@@ -118,9 +116,9 @@ class BasinEscapeGuidance(BaseGuidance):
         threshold: float = THRESHOLD,
         probes: int = PROBES,
     ) -> Verdict:
-        """Whether the pictures of the last run look like copies; see `own_loop.judge`.
+        """Judge whether the pictures of the last run look like copies; see `own_loop.judge`.
 
-        latents: (B, ...) of them, as the network takes them (packed, where it takes them so). scheduler: the pipeline's.
+        latents: (B, ...) of the pictures, as the network takes them (packed, if it packs them). scheduler: the pipeline's.
 
         Raises ValueError for latents of another shape, and where a run has not asked for both predictions.
         """
@@ -144,7 +142,7 @@ class BasinEscapeGuidance(BaseGuidance):
         return [self._prepare_batch_from_block_state(input_fields, data, i, name) for i, name in self._needed()]
 
     def __call__(self, data: list[Any]) -> GuiderOutput:
-        """The stock one counts predictions by `num_conditions`, which says what a run needs, not a step."""
+        """Combine a step's predictions. The stock method counts them by `num_conditions`, which is what a run needs."""
         return self.forward(**{getattr(one, self._identifier_key): one.noise_pred for one in data})
 
     def forward(self, pred_cond: Tensor | None = None, pred_uncond: Tensor | None = None) -> GuiderOutput:
@@ -157,7 +155,7 @@ class BasinEscapeGuidance(BaseGuidance):
         if self.run.calls == 0 and (self.run.batch != len(first) or self.run.device != first.device):
             self.run = self._begin(len(first), first.device)
         pred = self.run(first, second, timestep=float(self._timestep))
-        for line in self.run.lost() if self.run.done else ():
+        for line in self.run.warnings() if self.run.done else ():
             log.warning(line)
         for name, own in (("pred_cond", pred_cond), ("pred_uncond", pred_uncond)):
             raw = self._raw.pop(name, None)

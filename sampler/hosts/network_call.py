@@ -1,4 +1,4 @@
-"""A call of a host's network, kept, and repeated with other latents at another noise level: how pictures are judged there.
+"""Keep a call of a host's network, and repeat it with other latents at another noise level, to judge pictures.
 
 Whatever else the host hands to the network (prompts, adapters, control, masks, positions) stays as it was in that call.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-# What a network is given as its time at timestep t of a scheduler that counts to n: t itself, its share of n, or the rest.
+# What networks are given as their time at timestep t of a scheduler that counts to n.
 TIME_INPUTS: tuple[Callable[[float, int], float], ...] = (lambda t, n: t, lambda t, n: t / n, lambda t, n: 1 - t / n)
 NEAR = 0.02  # how far, relatively, a network's time may be off one of these: half precision rounds it
 
@@ -24,8 +24,8 @@ NEAR = 0.02  # how far, relatively, a network's time may be off one of these: ha
 class NetworkCall:
     """A call of a network.
 
-    arguments: by name, or by place where they were given so. timestep: the scheduler's there. counted: the length of the
-    scheduler's training schedule. Both are of a call that is kept.
+    arguments: by name, or by position where they were given so. timestep: the scheduler's in this call. counted: the length of
+    the scheduler's training schedule. Both are set in a call that is kept.
     """
 
     network: nn.Module
@@ -35,12 +35,12 @@ class NetworkCall:
 
     @property
     def latents_key(self) -> Any:
-        """Under which of the arguments the latents are: a network's first."""
+        """The key of the latents, a network's first argument."""
         return next(key for key in (0, "sample", "hidden_states") if key in self.arguments)
 
     @property
     def time_key(self) -> Any:
-        """Under which of the arguments the network is told the time: its second."""
+        """The key of the time, a network's second argument."""
         return "timestep" if "timestep" in self.arguments else 1
 
     @property
@@ -50,16 +50,16 @@ class NetworkCall:
 
     @property
     def time(self) -> Any:
-        """What the network was told as the time."""
+        """The time that the network was given."""
         return self.arguments[self.time_key]
 
     def kept(self, timestep: float, counted: int = 1000) -> NetworkCall:
-        """The same with copies of its tensors: a host may write into them later."""
+        """Return this call with copies of its tensors, because a host may write into them later."""
         copies = tree_map_only(Tensor, lambda value: _laid_out(value.clone(), value), self.arguments)
         return replace(self, arguments=copies, timestep=timestep, counted=counted)
 
     def repeated(self, latents: Tensor, timestep: float) -> Tensor:
-        """The prediction (rows, ...) for other latents (B, ...), at another timestep of the scheduler.
+        """Return the prediction (rows, ...) for other latents (B, ...), at another timestep of the scheduler.
 
         Channels or tokens that the call had beyond those of the latents stay. Raises ValueError for latents of another shape,
         and where it is not known what the network is given as its time.
@@ -67,17 +67,17 @@ class NetworkCall:
         own = self.arguments[self.latents_key]
         put = _put_into(self.latents, latents)
         arguments = self.arguments | {
-            self.time_key: _as_time(self.time, self._told(timestep)),
+            self.time_key: _as_time(self.time, self._time_at(timestep)),
             self.latents_key: list(put.unbind()) if isinstance(own, list) else put,
         }
         given = [value for key, value in arguments.items() if isinstance(key, int)]
         with _uncached(self.network):
             return stacked(self.network(*given, **{key: arguments[key] for key in arguments if isinstance(key, str)})[0])
 
-    def _told(self, timestep: float) -> float:
-        """What the network is told at this timestep, by what it was told at its own."""
+    def _time_at(self, timestep: float) -> float:
+        """Return the network's time at this timestep, counted as its time in this call was."""
         time = float(torch.as_tensor(self.time).flatten()[0])
-        nearest = min(TIME_INPUTS, key=lambda told: abs(told(self.timestep, self.counted) - time))
+        nearest = min(TIME_INPUTS, key=lambda as_input: abs(as_input(self.timestep, self.counted) - time))
         if not abs(nearest(self.timestep, self.counted) - time) <= NEAR * max(abs(time), 0.1):
             raise ValueError(
                 f"{type(self.network).__name__} is told {time:g} at the scheduler's timestep {self.timestep:g}: how it is told "
@@ -103,7 +103,7 @@ def _as_time(own: Any, value: float) -> Any:
 
 
 def _laid_out(made: Tensor, own: Tensor) -> Tensor:
-    """`made` as expanded in memory as `own` is: a compiled network would compile anew for another layout."""
+    """Return `made`, expanded in memory where `own` is: a compiled network would compile again for another layout."""
     first = tuple(slice(1) if stride == 0 else slice(None) for stride in own.stride())
     return made[first].expand(own.shape)
 
@@ -121,7 +121,7 @@ def _put_into(own: Tensor, latents: Tensor) -> Tensor:
 
 
 def _uncached(network: Any) -> AbstractContextManager[None]:
-    """Inside, a network that keeps parts of its last calls (diffusers' caches) computes anew."""
+    """A context in which a network that keeps parts of its last calls (diffusers' caches) computes anew."""
     if not getattr(network, "is_cache_enabled", False):
         return nullcontext()
     network._reset_stateful_cache()
@@ -130,24 +130,24 @@ def _uncached(network: Any) -> AbstractContextManager[None]:
 
 @contextmanager
 def seen(network: Any, see: Callable[[NetworkCall, Any], Any]) -> Iterator[None]:
-    """`see` gets (call, output) of every call of the network, and its result is the output; compiled or not.
+    """Replace the output of every call of the network, compiled or not, by `see(call, output)`.
 
-    Of the calls in this thread: pipelines in others may share the network.
+    This concerns the calls in this thread alone: pipelines in other threads may share the network.
     """
     watched = {threading.get_ident()}
 
-    def told(given: tuple, named: dict[str, Any], output: Any) -> Any:
+    def replaced(given: tuple, named: dict[str, Any], output: Any) -> Any:
         if threading.get_ident() not in watched:
             return output
         return see(NetworkCall(network, dict(enumerate(given)) | named), output)
 
     compiled = network._compiled_call_impl
     if compiled is None:
-        with network.register_forward_hook(lambda _, *call: told(*call), with_kwargs=True):
+        with network.register_forward_hook(lambda _, *call: replaced(*call), with_kwargs=True):
             yield
         return
-    # Into what `network.compile()` made a hook would be compiled.
-    network._compiled_call_impl = own = lambda *given, **named: told(given, named, compiled(*given, **named))
+    # What `network.compile()` made would compile a forward hook too.
+    network._compiled_call_impl = own = lambda *given, **named: replaced(given, named, compiled(*given, **named))
     try:
         yield
     finally:

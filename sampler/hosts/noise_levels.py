@@ -1,7 +1,7 @@
 """What the noise levels of a denoiser mean: its scalings, its timesteps in 0..1000, and how its pictures are judged.
 
 A model is one of three: a k-diffusion wrapper of a network; what ComfyUI calls a model sampling and Forge a predictor; or any
-denoiser, of which is known that its network predicts noise.
+other denoiser, whose network predicts noise.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def is_flow(model: Any) -> bool:
 
 
 def timestep(model: Any, sigma: float) -> float:
-    """The timestep in 0..1000 of a noise level: 1000 sigma for flow matching, the model's own where it has 1000, else that at
-    which Stable Diffusion has the same ratio of noise to data."""
+    """Return the timestep in 0..1000 of a noise level: 1000 sigma for flow matching, the model's own where it has 1000, else
+    the one at which Stable Diffusion has the same ratio of noise to data."""
     level = torch.tensor([sigma], device=getattr(getattr(model, "sigmas", None), "device", None))
     if hasattr(model, "sigma_to_t"):
         return float(model.sigma_to_t(level)) * 1000 / (len(model.sigmas) if hasattr(model, "sigmas") else 1)
@@ -49,7 +49,7 @@ def timestep(model: Any, sigma: float) -> float:
 
 
 def denoiser_probe(model: Any, flow: bool) -> Probe:
-    """How a denoiser is asked about a picture: what it ought to return is the picture itself."""
+    """Return the `Probe` of a denoiser, whose target is the picture itself."""
     ratio = math.exp(-LOG_SNR / 2)
     sigma = ratio / (1 + ratio) if flow else ratio * float(getattr(model, "sigma_data", 1.0))
     return Probe(sigma, LOG_SNR, (1 - sigma if flow else 1.0, sigma), (1.0, 0.0))

@@ -32,7 +32,7 @@ class PipelineCall:
     """A call of the pipeline `pipe` under `guidance`: one for all samples, or one a sample.
 
     known: what is known of such pipelines. arguments: of the call. state: the guidance's, None before the first step. latents:
-    after the last step.
+    those after the last step taken.
 
     Raises ValueError for arguments that cannot be followed.
     """
@@ -40,7 +40,7 @@ class PipelineCall:
     def __init__(self, pipe: Any, known: KnownPipeline, guidance: Guidance | list[Guidance], arguments: Mapping[str, Any]):
         self.pipe, self.scheduler = pipe, pipe.scheduler
         self.known, self.arguments = known, dict(arguments)
-        for name, allowed in known.only:
+        for name, allowed in known.fixed:
             if self.arguments[name] != allowed:
                 raise ValueError(
                     f"{name} is {self.arguments[name]!r}, which escape cannot follow: leave it at {allowed!r}; guidance that "
@@ -58,10 +58,10 @@ class PipelineCall:
         self._kept: list[NetworkCall] = []  # the network's call that a picture is judged by, or both of a pair
         self._nearest = 0  # the call whose noise level is nearest to that of a judged picture, of those taken
         self._sign = 1.0  # -1 where the pipeline steps with the opposite of what its network predicts
-        self._first: Tensor | None = None  # of a pair, as the pipeline holds it
-        self._guided: Tensor | None = None  # of the step that is being taken
+        self._first: Tensor | None = None  # prediction of a pair, in the memory that the pipeline holds
+        self._guided: Tensor | None = None  # prediction of the step that is being taken
         self._verified = self._cut_off = False
-        self._changed: dict[str, tuple[Any, Any]] = {}  # arguments: as the pipeline gets them, as they were given
+        self._changed: dict[str, tuple[Any, Any]] = {}  # name: (what the pipeline gets, what was given)
         self._guidance = self._followed(guidance)
         self._watch_callback()
 
@@ -80,7 +80,7 @@ class PipelineCall:
             try:
                 made = method(*bound.args, **bound.kwargs)
             finally:
-                if counted is not None:  # one that failed before it counted has the count it had
+                if counted is not None:  # a call that failed before it counted
                     own.setdefault("_num_timesteps", counted)
                 for name, (ours, given) in self._changed.items():
                     if own.get("_" + name) == ours:
@@ -90,7 +90,7 @@ class PipelineCall:
         return made
 
     def _tell_who_waits(self) -> None:
-        """Log how many samples the transition never came for, in a run whose guidance could have changed."""
+        """Warn of samples that had no transition, in a finished run whose guidance could have changed."""
         state = self.begun
         line = never_came(state.transition_step, len(state.timesteps))
         if self._finished and line is not None and not any(one.idle(state.timesteps) for one in state.guidance):
@@ -125,7 +125,7 @@ class PipelineCall:
         return verdict
 
     def forget(self) -> None:
-        """Let go of what only `judge` needs."""
+        """Free what only `judge` needs."""
         self._kept, self.latents = [], None
 
     def check(self) -> None:
@@ -140,7 +140,7 @@ class PipelineCall:
     def _predict(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """(uncond, cond), (B, ...) each, for latents (B, ...): what the scheduler would be given."""
         own = vars(self.pipe)
-        before = {name: own[name] for name in ("_current_timestep",) if name in own}  # which diffusers' caches ask for
+        before = {name: own[name] for name in ("_current_timestep",) if name in own}  # diffusers' caches read it
         own.update(dict.fromkeys(before, timesteps[0]))
         try:
             made = [call.repeated(latents, float(timesteps[0])) for call in self._kept]
@@ -151,7 +151,7 @@ class PipelineCall:
         return self._sign * uncond.reshape(latents.shape), self._sign * cond.reshape(latents.shape)
 
     def _followed(self, guidance: Guidance | list[Guidance]) -> Guidance | list[Guidance]:
-        """The guidance, with the rule that the call's own arguments ask for. The pipeline's own way to it is switched off."""
+        """Return the guidance with the rule that the call's arguments ask for. In the pipeline that rule is switched off."""
         known, given = self.known, self.arguments
         followed = [_with_its_rule(one, known, given) for one in ([guidance] if isinstance(guidance, Guidance) else guidance)]
         self._per_token = given[known.per_token] if isinstance(known.per_token, str) else known.per_token
@@ -167,7 +167,7 @@ class PipelineCall:
         return followed[0] if isinstance(guidance, Guidance) else followed
 
     def _watch_callback(self) -> None:
-        """Wrap the call's callback, to know the latents after each step, and what it makes of the pipeline's guidance."""
+        """Wrap the call's callback, to note the latents after each step and what it changes in the pipeline's guidance."""
         name, wanted = "callback_on_step_end", "callback_on_step_end_tensor_inputs"
         if name not in self.arguments:
             return
@@ -176,15 +176,15 @@ class PipelineCall:
         inputs = own.tensor_inputs if known else self.arguments[wanted]
 
         def after(pipe: DiffusionPipeline, step: int, timestep: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
-            told = own(pipe, step, timestep, {name: given[name] for name in inputs}) if own is not None else {}
-            self.latents = told.get("latents", given["latents"])
+            changed = own(pipe, step, timestep, {name: given[name] for name in inputs}) if own is not None else {}
+            self.latents = changed.get("latents", given["latents"])
             self._follow_scale()
-            return told
+            return changed
 
         self.arguments[name], self.arguments[wanted] = after, list(dict.fromkeys(["latents", *inputs]))
 
     def _follow_scale(self) -> None:
-        """Guidance that a callback has cut off stays off. Raises ValueError for another scale, or another way to use it."""
+        """Note guidance that a callback has cut off. Raises ValueError where it has set another scale, rescale or norm."""
         for name in ("guidance_rescale", self.known.capped, self.known.per_token):
             if name in self.arguments and vars(self.pipe).get(f"_{name}", self.arguments[name]) != self.arguments[name]:
                 raise ValueError(
@@ -201,7 +201,7 @@ class PipelineCall:
         self._cut_off |= self.known.weight(scale) <= OFF
 
     def _predicted(self, call: NetworkCall, output: Any) -> Any:
-        """What the pipeline gets in the place of a network's output."""
+        """Return what the pipeline gets in the place of a network's output."""
         if self._cut_off:
             return output
         if self._guided is not None:
@@ -248,9 +248,9 @@ class PipelineCall:
         return self._guided
 
     def _note(self, call: NetworkCall, prediction: Tensor) -> None:
-        """Begin with the run's first call of the network, and keep the calls that pictures may be judged by.
+        """Begin the guidance at the run's first call of the network, and keep the calls that may judge pictures.
 
-        These are the first step's, then those whose noise level is nearest to that of a judged picture.
+        Those are the first step's, and later those whose noise level is nearest to that of a judged picture.
         """
         if self.state is None:
             self._begin(call.time, prediction)
@@ -261,7 +261,7 @@ class PipelineCall:
             self._kept.append(call.kept(self._timesteps[number], counted))
 
     def _begin(self, time: Any, prediction: Tensor) -> None:
-        """Lay the guidance over the steps that the pipeline is about to take. time: what its network is told in the first."""
+        """Lay the guidance over the steps that the pipeline is about to take. time: its network's time input in the first."""
         calls, start = vars(self.pipe).get("_num_timesteps"), _first_call(self.scheduler, time)
         timesteps = self.scheduler.timesteps[start : None if calls is None else start + calls]
         taken = steps_taken(self.scheduler, timesteps)
@@ -274,7 +274,7 @@ class PipelineCall:
                 log.warning(line)
 
     def _step(self, step: Callable[..., Any], model_output: Tensor, *given: Any, **named: Any) -> Any:
-        """A step of the scheduler with what the pipeline made of the predictions."""
+        """Take a step of the scheduler with what the pipeline made of the predictions."""
         if not self._cut_off:
             self._verify(model_output)
         result = step(model_output, *given, **named)
@@ -310,7 +310,7 @@ def _with_its_rule(guidance: Guidance, known: KnownPipeline, arguments: Mapping[
 
 
 def renormalised(guided: Tensor, cond: Tensor, weight: Tensor) -> Tensor:
-    """Samples whose weight (B,) is above 1 with the conditional prediction's norm in each token, the last dimension."""
+    """Return `guided`; samples of a weight (B,) above 1 get the norm of `cond` in each token, the last dimension."""
     norm = torch.norm(guided, dim=-1, keepdim=True)
     scaled = guided * (torch.norm(cond, dim=-1, keepdim=True) / norm)
     return torch.where((per_sample(weight, guided) > 1) & (norm != 0), scaled, guided)
@@ -323,9 +323,9 @@ def _is_doubled(sample: Tensor) -> bool:
 
 
 def _first_call(scheduler: Any, timestep: Any) -> int:
-    """Which of the scheduler's timesteps is taken first; `timestep` is what the network is told there."""
+    """Return the index of the scheduler's timestep that is taken first. timestep: the network's time input there."""
     begin = getattr(scheduler, "begin_index", None)
     if begin is not None:
         return begin
-    told = torch.as_tensor(timestep).flatten()[0].to(scheduler.timesteps)
-    return int((scheduler.timesteps == told).nonzero()[0]) if bool((scheduler.timesteps == told).any()) else 0
+    given = torch.as_tensor(timestep).flatten()[0].to(scheduler.timesteps)
+    return int((scheduler.timesteps == given).nonzero()[0]) if bool((scheduler.timesteps == given).any()) else 0

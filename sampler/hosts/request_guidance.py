@@ -24,7 +24,7 @@ class RequestGuidance:
 
     @classmethod
     def by(cls, named: Mapping[str, Any]) -> RequestGuidance:
-        """What a request has named under KEY."""
+        """Return what a request asks for. named: its value under KEY."""
         unknown = set(named) - {"guidance", "judge"}
         if unknown or "guidance" not in named or not isinstance(named.get("judge", False), bool):
             raise ValueError(f"{KEY} takes guidance (see Guidance.to_dict) and judge (true or false), got {dict(named)!r}")
@@ -33,11 +33,11 @@ class RequestGuidance:
 
     @property
     def attempts(self) -> Sequence[Attempt]:
-        """Those of a guard; plain guidance is the only one."""
+        """A guard's attempts; other guidance is one attempt."""
         return self.guidance.attempts if isinstance(self.guidance, Guard) else [Attempt(self.guidance, THRESHOLD, PROBES)]
 
 
 def check_one_scale(sampling: Any) -> None:
-    """Raises ValueError for a request with another scale for a model's second network."""
+    """Raise ValueError for a request with another scale for a model's second network."""
     if sampling.guidance_scale_2 not in (None, sampling.guidance_scale):
         raise ValueError("guidance_scale_2 is not followed: guidance that varies over time is Guidance's shape and interval")

@@ -1,4 +1,4 @@
-"""One run of a sampler that goes by noise levels, in ComfyUI or a webui: where it stands, and what guides its calls."""
+"""One run of a sampler that goes by noise levels, in ComfyUI or a webui: the step it is at, and the guidance of its calls."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 class SamplerRun:
     """The guidance of one run of a sampler.
 
-    settings: of the guidance. steps: those of the sampler. model: of its noise levels, see `noise_levels`. x: (B, ...), the
-    latents of its first call. scale: in that call. goes_on: the run goes on from another run's latents.
+    settings: of the guidance. steps: of the sampler. model: the one that `noise_levels` describes. x: (B, ...), the latents of
+    its first call. scale: in that call. goes_on: the run goes on from another run's latents.
 
-    `state` is its `Escape`. `go` says that the model is called; then `guided` combines what it returned.
+    `state` is its `Escape`. Each call of the model is one `begin_call`, then one `guided`, which combines the predictions.
     """
 
     def __init__(self, settings: Settings, steps: StepOfSigma, model: Any, x: Tensor, scale: float, goes_on: bool = False):
@@ -33,7 +33,7 @@ class SamplerRun:
         self.state = self._at(scale, x)
         self._marks: list[tuple[int, TransitionState]] = []  # (a step begun, what had been noted before it)
 
-    def go(self, sigma: Tensor) -> None:
+    def begin_call(self, sigma: Tensor) -> None:
         """Go to the next call of the model, at noise level sigma (B,), the same for all."""
         first = self.steps.call(float(sigma.reshape(-1)[0]))
         if first:
@@ -45,13 +45,13 @@ class SamplerRun:
     @property
     def needs_cond(self) -> bool:
         """Whether the call may need the conditional prediction. It needs none before the transition at weight 0."""
-        # A scale of 0 may be another one by the time that the predictions are combined.
+        # A scale of 0 may have changed by the time that the predictions are combined.
         return self.scale == 0 or self.state.branch() != "uncond"
 
     def guided(self, x: Tensor, sigma: Tensor, uncond: Tensor, cond: Tensor | None, scale: float) -> Tensor:
-        """The denoised prediction, (B, ...), from those that the model made, (B, ...) each; cond: None where it has no weight.
+        """Return the guided denoised prediction, (B, ...), from the model's, (B, ...) each; cond: None where it has no weight.
 
-        x: (B, ...) of the call. sigma: (B,), or one for all. scale: after the transition; it may be another one in each call.
+        x: (B, ...) of the call. sigma: (B,), or one for all. scale: after the transition; it may change from call to call.
         """
         if scale != self.scale:
             last, self.scale = self.state, scale
@@ -62,7 +62,7 @@ class SamplerRun:
         return skip * x + out * self.state((uncond - skip * x) / out, None if cond is None else (cond - skip * x) / out)
 
     def report(self, finished: bool) -> None:
-        """Log what became of each sample: a warning where its last step is done and it was never guided."""
+        """Log what became of each sample: a warning where it never had full guidance and its picture is finished."""
         each = zip(self.state.transition_step.tolist(), self.state.noise_gap.tolist(), strict=True)
         for i, (step, gaps) in enumerate(each, start=1):
             where = "no full guidance" if step < 0 else f"full guidance from step {step} (timestep {self.timesteps[step]:.0f})"

@@ -1,4 +1,4 @@
-"""Which of a scheduler's steps a run takes, their noise levels, the step of each call of the network; and who takes them."""
+"""Which of a scheduler's steps a run takes, with their noise levels; and `stepping`, which replaces a scheduler's step."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class StepsTaken(NamedTuple):
 
 
 def steps_taken(scheduler: Any, timesteps: Tensor) -> StepsTaken:
-    """Those of a scheduler that is set to a run, of which the calls at `timesteps` (K,) are taken.
+    """Return the steps of a run that takes the calls at `timesteps` (K,), after the scheduler's `set_timesteps`.
 
-    Raises ValueError where these are not all of its own, or some that follow one another in them.
+    Raises ValueError unless these follow one another in the scheduler's own timesteps.
     """
     own, count = scheduler.timesteps.cpu(), len(timesteps)
     wanted = timesteps.cpu().to(own.dtype)
@@ -43,17 +43,17 @@ def steps_taken(scheduler: Any, timesteps: Tensor) -> StepsTaken:
 
 
 class _Taken(functools.partial):
-    """A scheduler's step that somebody takes in its place."""
+    """What `stepping` puts in the place of a scheduler's step."""
 
 
 def is_taken(scheduler: Any) -> bool:
-    """Whether somebody is taking the scheduler's steps; it holds the state of one run."""
+    """Whether `stepping` has replaced the scheduler's step: a scheduler holds the state of one run alone."""
     return isinstance(scheduler.step, _Taken)
 
 
 @contextmanager
 def stepping(scheduler: Any, take: Callable[..., Any]) -> Iterator[None]:
-    """`take` gets the scheduler's step and its arguments in the place of every step."""
+    """Call `take(step, *arguments)` in the place of the scheduler's every `step(*arguments)`."""
     step = scheduler.step
     own = vars(scheduler).get("step")
     scheduler.step = functools.wraps(step)(_Taken(take, step))

@@ -5,9 +5,10 @@ A request names it in its sampling parameters, as plain data (`Guidance.to_dict`
     diffusers_kwargs={"basinescape": {"guidance": {"scale": 4.0, "until": {"rule": "At", "timestep": 680}}, "judge": true}}
 
 A request that names none is sampled as the server always does. Requests with different guidance share a dynamic batch where
-their rules are the same. `usage["basinescape"]` of a response has an entry for each of its pictures: `transition_step`,
-`noise_gap`, and where a picture is judged `score`, `suspect` and `attempts`. Under a guard the batch's denoising runs again,
-from the next noise, while a picture is suspect and has attempts left.
+their rules are the same. `usage["basinescape"]` of the worker's output has an entry for each picture: `transition_step`,
+`noise_gap`, and where a picture is judged `score`, `suspect` and `attempts`. The server's HTTP responses leave that entry out,
+because their `ImageUsage` has fields of its own alone; so the log has it too, without the gaps. Under a guard the batch's
+denoising runs again, from the next noise, while a picture is suspect and has attempts left.
 
 Written against sglang 0.5.23: `runtime/distributed/cfg_policy.py`, `runtime/pipelines_core/stages/denoising.py`,
 `runtime/managers/scheduler.py`. The server finds `register` by the entry point group `sglang.multimodal_gen.plugins`.
@@ -16,6 +17,7 @@ Written against sglang 0.5.23: `runtime/distributed/cfg_policy.py`, `runtime/pip
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -35,6 +37,7 @@ from .own_loop import Escape, each, judge
 from .request_guidance import KEY, RequestGuidance, check_one_scale
 from .scheduler_steps import steps_taken
 
+log = logging.getLogger(__name__)
 STILL = SimpleNamespace(  # a scheduler under which the latents stay what they are
     order=1,
     set_begin_index=lambda begin_index=0: None,
@@ -58,7 +61,7 @@ class EscapePolicy(CFGPolicy):
     merge: torch.dtype | None = None
     both: list[Any] = field(default_factory=list)
     run: Escape = field(default=None)  # type: ignore[assignment]  # of the loop, once it is begun
-    predicted: list[Any] | None = None  # the predictions of a step that is only asked about
+    predicted: list[Any] | None = None  # the predictions of a step that only judges
 
     @classmethod
     def of(cls, built: CFGPolicy, batch: Any, asked: list[RequestGuidance]) -> EscapePolicy:
@@ -69,7 +72,7 @@ class EscapePolicy(CFGPolicy):
         return made
 
     def begin(self, batch: Any, rows: int, device: torch.device, attempt: int = 0) -> None:
-        """Stand before the first step of an attempt: that of each row, or its last one."""
+        """Begin an attempt, counted from 0: each row takes its own guidance of that attempt, or of its last one."""
         guidance = []
         for asked in self.asked:
             tried = asked.attempts
@@ -99,7 +102,7 @@ class EscapePolicy(CFGPolicy):
         return guided[0] if len(guided) == 1 else tuple(guided)
 
     def _need(self) -> None:
-        """Only the branches of the next step, if there is one."""
+        """Set `branches` to those that the next step needs; to both after the last."""
         branch = "both" if self.run.done else self.run.branch()
         self.branches = [one for one in self.both if branch in ("both", "cond" if one.is_conditional else "uncond")]
 
@@ -135,9 +138,14 @@ def check(built: CFGPolicy, batch: Any, asked: list[RequestGuidance]) -> None:
 
 
 def asked_of(batch: Any) -> list[RequestGuidance]:
-    """What the requests of a batch ask for; none where the batch is to be sampled as the server does."""
+    """Return what the requests of a batch ask for; an empty list if the batch is to be sampled as the server does."""
+    return [RequestGuidance.by(one) for one in named_by(batch)]
+
+
+def named_by(batch: Any) -> list[Any]:
+    """Return what the requests of a batch have named, as it was given."""
     named = batch.extra.get(KEY) or [(batch.extra.get("diffusers_kwargs") or {}).get(KEY)]
-    return [RequestGuidance.by(one) for one in named if one is not None]
+    return [one for one in named if one is not None]
 
 
 def built(original: Callable[..., CFGPolicy], policy: CFGPolicy, batch: Any, *given: Any, **named: Any) -> CFGPolicy:
@@ -148,21 +156,28 @@ def built(original: Callable[..., CFGPolicy], policy: CFGPolicy, batch: Any, *gi
 
 
 def denoised(original: Callable[..., Any], stage: Any, ctx: Any, batch: Any, server_args: Any, **named: Any) -> Any:
-    """Around `DenoisingStage._run_denoising_loop`: pictures are judged, and a guard's begun again."""
+    """Around `DenoisingStage._run_denoising_loop`: judge pictures, and denoise a guard's suspect ones again."""
     policy = ctx.cfg_policy
     if not isinstance(policy, EscapePolicy):
         if asked_of(batch) and not batch.is_warmup:
             raise ValueError(f"this model builds its own {type(policy).__name__}: {KEY} cannot guide it")
         return original(stage, ctx, batch, server_args, **named)
+    if getattr(stage, "_cache_dit_enabled", False):
+        raise ValueError(
+            f"cache-dit tells the two predictions apart by counting the network's calls, and {KEY} leaves some out: set "
+            "enable_cache_dit to false"
+        )
     rows = [one for one in policy.asked for _ in range(len(ctx.latents) // len(policy.asked))]
     result = original(stage, ctx, batch, server_args, **named)
-    told = [facts(policy, i) for i in range(len(rows))]
+    for line in policy.run.warnings():
+        log.warning(f"{KEY}: request {batch.request_id}: {line}")
+    entries = [facts(policy, i) for i in range(len(rows))]
     attempt, again = 0, [one.judge for one in rows]
     while any(again):
         scores = judged(partial(original, stage), ctx, batch, server_args).tolist()
         for i in (i for i, asked in enumerate(again) if asked):
             suspect = bool(suspects(scores[i], rows[i].attempts[attempt].threshold))
-            told[i] = {**facts(policy, i), "score": scores[i], "suspect": suspect, "attempts": attempt + 1}
+            entries[i] = {**facts(policy, i), "score": scores[i], "suspect": suspect, "attempts": attempt + 1}
             again[i] = suspect and attempt + 1 < len(rows[i].attempts)
         if any(again):
             attempt, kept = attempt + 1, ctx.latents
@@ -170,19 +185,23 @@ def denoised(original: Callable[..., Any], stage: Any, ctx: Any, batch: Any, ser
             policy.begin(batch, len(rows), kept.device, attempt)
             original(stage, ctx, batch, server_args, **named)
             ctx.latents = torch.where(per_sample(torch.tensor(again, device=kept.device), kept), ctx.latents, kept)
-    batch.usage = {**(batch.usage or {}), KEY: told}
+    batch.usage = {**(batch.usage or {}), KEY: entries}
+    for i, entry in enumerate(entries):
+        shown = ", ".join(f"{name} {value}" for name, value in entry.items() if name != "noise_gap")
+        level = logging.WARNING if entry.get("suspect") else logging.INFO
+        log.log(level, f"{KEY}: request {batch.request_id}, picture {i}: {shown}")
     return result
 
 
 def facts(policy: EscapePolicy, row: int) -> dict[str, Any]:
-    """What a response says of a picture's guidance; None for a gap that was not computed."""
+    """Return what a response says of a picture's guidance; None for a gap that was not computed."""
     run = policy.run
     gaps = [None if math.isnan(gap) else gap for gap in run.noise_gap[row].tolist()]
     return {"transition_step": int(run.transition_step[row]), "noise_gap": gaps}
 
 
 def next_noise(like: Tensor, batch: Any) -> Tensor:
-    """Noise like the first, (B, ...), from the rows' generators, which have drawn that already."""
+    """Return the next initial noise, (B, ...), from the rows' generators, which have drawn the first already."""
     given = batch.generator if isinstance(batch.generator, list) else [batch.generator] * len(like)
     drawn = [torch.randn(one.shape, generator=rng, device=rng.device) for one, rng in zip(like, given, strict=True)]
     return torch.stack(drawn).to(like) * getattr(batch.scheduler, "init_noise_sigma", 1.0)
@@ -224,21 +243,32 @@ def merged(result: Any, scheduler: Any, reqs: Sequence[Any]) -> Any:
 
 def split(result: Any, scheduler: Any, output_batch: Any, reqs: Sequence[Any]) -> Any:
     """After `Scheduler._split_batched_output`: each response has the entries of its own pictures."""
-    told = (getattr(output_batch, "usage", None) or {}).get(KEY)
-    if result is not None and told is not None:
+    entries = (getattr(output_batch, "usage", None) or {}).get(KEY)
+    if result is not None and entries is not None:
         start = 0
         for one, req in zip(result, reqs, strict=True):
             end = start + req.num_outputs_per_prompt
-            one.usage, start = {**(one.usage or {}), KEY: told[start:end]}, end
+            one.usage, start = {**(one.usage or {}), KEY: entries[start:end]}, end
     return result
 
 
 def joined(original: Callable[..., Any], merged: Any, output_batch: Any) -> None:
     """Around `GPUWorker._merge_expanded_singletons`: a request's pictures that were made one by one keep their entries all."""
-    told = (merged.usage or {}).get(KEY, []) + (output_batch.usage or {}).get(KEY, [])
+    entries = (merged.usage or {}).get(KEY, []) + (output_batch.usage or {}).get(KEY, [])
     original(merged, output_batch)
-    if told:
-        merged.usage[KEY] = told
+    if entries:
+        merged.usage[KEY] = entries
+
+
+def executed(original: Callable[..., Any], worker: Any, req: Any, *, return_req: bool, **named: Any) -> Any:
+    """Around `GPUWorker._execute_forward_common`: log that nothing was guided, where a request has named guidance."""
+    output = original(worker, req, return_req=return_req, **named)
+    if named_by(req) and not (req.is_warmup or return_req or output.error or KEY in (output.usage or {})):
+        log.warning(
+            f"{KEY}: request {req.request_id} named guidance, and nothing was guided by it: its model has a denoising loop of "
+            "its own, or runs by the diffusers backend"
+        )
+    return output
 
 
 def register() -> None:
@@ -246,9 +276,11 @@ def register() -> None:
     from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry, HookType
 
     stage, scheduler = f"{RUNTIME}.pipelines_core.stages.denoising.DenoisingStage", f"{RUNTIME}.managers.scheduler.Scheduler"
+    worker = f"{RUNTIME}.managers.gpu_worker.GPUWorker"
     HookRegistry.register(f"{RUNTIME}.distributed.cfg_policy.CFGPolicy.build", built, HookType.AROUND)
     HookRegistry.register(f"{stage}._run_denoising_loop", denoised, HookType.AROUND)
     HookRegistry.register(f"{scheduler}._freeze_signature_value", compared, HookType.AROUND)
     HookRegistry.register(f"{scheduler}._try_merge_generation_reqs", merged, HookType.AFTER)
     HookRegistry.register(f"{scheduler}._split_batched_output", split, HookType.AFTER)
-    HookRegistry.register(f"{RUNTIME}.managers.gpu_worker.GPUWorker._merge_expanded_singletons", joined, HookType.AROUND)
+    HookRegistry.register(f"{worker}._merge_expanded_singletons", joined, HookType.AROUND)
+    HookRegistry.register(f"{worker}._execute_forward_common", executed, HookType.AROUND)

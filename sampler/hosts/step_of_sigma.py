@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
-NEAR = 1e-4  # relative; what a sampler computes by way of logarithms is off the schedule by less
+NEAR = 1e-4  # relative; sigmas that a sampler computes from logarithms are off the schedule by less
 AHEAD = 2  # how many steps a sampler looks ahead at most
 
 
 class StepOfSigma:
     """The steps of a run, and the one that its sampler is at.
 
-    sigmas: of each step, falling. twice: the sampler calls the model twice at each. step: that of the last call; -1 before it.
+    sigmas: of each step, falling. twice: the sampler calls the model twice at each. step: of the last call, -1 before it.
     returns: how often the sampler has gone back to an earlier step.
 
     A call belongs to the last step whose sigma is not below the call's. The first call there is the first of its step. A call
-    whose sigma is not lower than that of the call before it tells what that one was:
+    whose sigma is not lower than that of the call before it means one of three things:
 
     - The sampler had looked ahead (Heun), if this call is the next step's. From then on a lower call is another one of the same
       step, unless a call between the two steps was made.
@@ -32,7 +32,7 @@ class StepOfSigma:
         self._sigma = math.inf  # of the last call
 
     def call(self, sigma: float) -> bool:
-        """Whether the next call, at this noise level, is the first of its `step`; what was noted since that step is void."""
+        """Note a call at this noise level. Return whether it begins its `step`; what was noted from there on is void then."""
         found = max(sum(known > sigma * (1 - NEAR) for known in self.sigmas) - 1, 0)
         lower, self._sigma = sigma < self._sigma * (1 - NEAR), sigma
         if found == self.step and (lower or self.twice):

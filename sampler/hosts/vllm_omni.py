@@ -9,7 +9,7 @@ request keeps its own step, and so its own place in its guidance. The log says f
 guidance. A guard is refused: nothing in the server begins a request again.
 
 Requests of one batch must have equal `true_cfg_scale`, `guidance_scale`, `guidance_scale_2`, `guidance_rescale` and
-`cfg_normalize`. Two places see to it: the scheduler's batch keys (`diffusion/sched/interface.py`) and, step by step,
+`cfg_normalize`. Two places demand it: the scheduler's batch keys (`diffusion/sched/interface.py`) and, step by step,
 `_prepare_cfg_scalars` (`diffusion/worker/input_batch.py`), which raises. Both exist because `combine_cfg_noise` is given one
 scale for the whole batch. A guidance's own scale is in neither, so requests may differ in that.
 
@@ -40,9 +40,9 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Request:
-    """A request of the batch that is being denoised: its guidance, None for the server's own, and its place in it.
+    """A request of the batch that is being denoised: its guidance (None: the server's own), and its run once it has begun.
 
-    rows: how many of the batch are its own; None: an equal share.
+    rows: how many rows of the batch are its own; None: an equal share.
     """
 
     id: str
@@ -52,7 +52,7 @@ class Request:
 
     @classmethod
     def of(cls, id: str, sampling: Any, rows: int | None = None) -> Request:
-        """Raises ValueError for what it names and cannot be followed."""
+        """Return the request of this id and these sampling parameters. Raises ValueError for what cannot be followed."""
         named = (sampling.extra_args or {}).get(KEY)
         if named is None:
             return cls(id, None, rows)
@@ -81,7 +81,7 @@ class Request:
         guided = self.run(uncond, cond)
         if self.run.done:
             log.info(f"basinescape: request {self.id}: guided from step {self.run.transition_step.tolist()} on; -1: never")
-            for line in self.run.lost():
+            for line in self.run.warnings():
                 log.warning(f"basinescape: request {self.id}: {line}")
         return guided, self.run.weight
 
@@ -100,9 +100,10 @@ class Denoising:
     def __init__(self, combine: Callable[..., Any]):
         self.requests: list[Request] = []
         self._combine = combine  # CFGParallelMixin's own
+        self._counted = False  # a cache tells the two predictions apart by counting the network's calls
 
     def stepped(self, original: Callable[..., Any], cls: type, states: Sequence[Any], *given: Any, **named: Any) -> Any:
-        """Around `InputBatch.make_batch`, called for each step: every request goes on from its own step."""
+        """Around `InputBatch.make_batch`, called for each step: every request is at a step of its own."""
         batch, self.requests = original(cls, states, *given, **named), []
         for state in batch.states:
             if KEY not in state.extra:
@@ -119,13 +120,14 @@ class Denoising:
     def listed(self, original: Callable[..., Any], runner: Any, reqs: Sequence[Any], **named: Any) -> Any:
         """Around `DiffusionModelRunner._execute_request_list`: requests that are denoised from the first step to the last."""
         self.requests = [Request.of(one.request_id, one.sampling_params) for one in reqs]
+        self._counted = runner.od_config.cache_backend not in (None, "none")
         try:
             made = original(runner, reqs, **named)
             for one in self.requests:
                 one.warn()
             return made
         finally:
-            self.requests = []
+            self.requests, self._counted = [], False
 
     def predicted(
         self,
@@ -138,7 +140,7 @@ class Denoising:
         *given: Any,
         **named: Any,
     ) -> Any:
-        """Around `predict_noise_maybe_with_cfg`: a branch that no request needs is not made."""
+        """Around `predict_noise_maybe_with_cfg`: a prediction that no request needs is not made, unless a cache counts them."""
         if not any(one.guidance for one in self.requests):
             return original(pipeline, do_true_cfg, true_cfg_scale, positive_kwargs, negative_kwargs, *given, **named)
         if not do_true_cfg:
@@ -146,7 +148,7 @@ class Denoising:
         if getattr(type(pipeline).combine_cfg_noise, "__wrapped__", None) is not self._combine:
             raise ValueError(f"{type(pipeline).__name__} combines predictions by a function of its own: {KEY} cannot guide it")
         branches = {one.branch for one in self.requests} if all(one.run for one in self.requests) else {"both"}
-        if branches not in ({"uncond"}, {"cond"}):
+        if self._counted or branches not in ({"uncond"}, {"cond"}):
             return original(pipeline, True, true_cfg_scale, positive_kwargs, negative_kwargs, *given, **named)
         own = positive_kwargs if branches == {"cond"} else negative_kwargs
         alone = original(pipeline, False, true_cfg_scale, own, None, *given, **named)
@@ -185,7 +187,7 @@ class Denoising:
         return torch.cat(made)
 
     def _rows(self, count: int) -> list[tuple[Request, slice]]:
-        """The requests, and which of the batch's rows are theirs."""
+        """Return each request with its rows of the batch."""
         found, start = [], 0
         for one in self.requests:
             end = start + (one.rows or count // len(self.requests))
@@ -194,9 +196,16 @@ class Denoising:
         return found
 
 
+def admitted(original: Callable[..., str], scheduler: Any, request_id: str, request: Any) -> str:
+    """Around `BaseScheduler._add_request_with_request_id`: what is wrong in a request fails it before it shares a batch."""
+    Request.of(request_id, request.sampling_params)
+    return original(scheduler, request_id, request)
+
+
 def register() -> None:
     """The plugin: what the server calls in each of its processes, once or more."""
     from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
+    from vllm_omni.diffusion.sched.base_scheduler import BaseScheduler
     from vllm_omni.diffusion.worker.diffusion_model_runner import DiffusionModelRunner
     from vllm_omni.diffusion.worker.input_batch import InputBatch
 
@@ -206,6 +215,7 @@ def register() -> None:
     around = Denoising(combine)
     _wrap(CFGParallelMixin, "combine_cfg_noise", around.combined)
     _wrap(CFGParallelMixin, "predict_noise_maybe_with_cfg", around.predicted)
+    _wrap(BaseScheduler, "_add_request_with_request_id", admitted)
     _wrap(DiffusionModelRunner, "_execute_request_list", around.listed)
     make_batch = InputBatch.make_batch.__func__
     InputBatch.make_batch = classmethod(functools.wraps(make_batch)(functools.partial(around.stepped, make_batch)))

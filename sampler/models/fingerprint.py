@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,8 +46,16 @@ def another_model(measured: Mapping[str, Mapping[str, Any]], pipe: DiffusionPipe
     """Return the warning for a calibration that was measured on another model than `pipe`; None for the same model."""
     if not measured or not (other := differing(measured, fingerprint(pipe))):
         return None
-    told = f"the calibration was made on another model (its {', '.join(other)} differ)"
-    return f"{told}: what is ordinary here may be something else; calibrate this one"
+    reason = f"the calibration was made on another model (its {', '.join(other)} differ)"
+    return f"{reason}: what is ordinary here may be something else; calibrate this one"
+
+
+def another_size(measured: Sequence[int] | None, size: Sequence[int]) -> str | None:
+    """Return the warning for a calibration that was measured on pictures of another (height, width); None for the same."""
+    if measured is None or measured == size:
+        return None
+    reason = f"made for pictures of {measured[0]} x {measured[1]} pixels, and these have {size[0]} x {size[1]}"
+    return f"the calibration was {reason}: calibrate for those (--option height={size[0]} --option width={size[1]})"
 
 
 def _part(part: nn.Module) -> dict[str, Any]:

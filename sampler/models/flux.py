@@ -28,7 +28,7 @@ class Flux(Packed):
     encoders = longest = 2  # the T5; the CLIP adds just a pooled vector
 
     def _encoded(self, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
-        told = finite("guidance_scale", request.options["guidance_scale"])
+        scale = finite("guidance_scale", request.options["guidance_scale"])
 
         def encoded(texts: list[str] | None, prefix: str = "") -> tuple[Tensor, ...]:
             own = {name: request.options.get(prefix + name) for name in ("prompt_2", "prompt_embeds", "pooled_prompt_embeds")}
@@ -50,6 +50,6 @@ class Flux(Packed):
             "pooled_projections": request.halves(negative_pooled, pooled, "pooled_prompt_embeds"),
         }
         if self.net.config.guidance_embeds:
-            inputs["guidance"] = torch.full((2 * request.count * len(request.negative),), told)
+            inputs["guidance"] = torch.full((2 * request.count * len(request.negative),), scale)
         grid = self.pipe._prepare_latent_image_ids(1, *self._grid(request.height, request.width), self.device, self.dtype)
         return inputs, {"txt_ids": positions, "img_ids": grid}

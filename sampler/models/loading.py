@@ -54,7 +54,8 @@ def load(path_or_id: str | Path, dtype: torch.dtype, allow_pickle: bool = False,
         parts = {part for pipeline in known for part in inspect.signature(pipeline).parameters}
         unknown = sorted(set(options) - OPTIONS - parts)
         if unknown:
-            raise ValueError(f"{', '.join(unknown)}: no option of loading; there are {', '.join(sorted(OPTIONS | parts))}")
+            takes = ", ".join(sorted(OPTIONS | parts | {"device", "dtype"}))
+            raise ValueError(f"{', '.join(unknown)}: no option of loading; there are {takes}")
     name = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
     options[name] = dtype
     path_or_id = located(path_or_id)

@@ -1,9 +1,12 @@
-"""The batch size that a device's free memory allows."""
+"""The batch size that a device's free memory allows, and the sizes that its whole memory does not hold."""
 
 from __future__ import annotations
 
 import logging
+import math
+from typing import Any
 
+import psutil
 import torch
 
 from .model import Model
@@ -34,3 +37,20 @@ def sample_bytes(model: Model, height: int, width: int) -> int:
     config = model.pipe.vae.config  # a video autoencoder names only its base
     channels = 2 * (config.block_out_channels[0] if "block_out_channels" in config else config.base_dim)
     return ALIVE * height * width * channels * model.pipe.vae.dtype.itemsize
+
+
+def check(model: Model, height: int, width: int, **options: Any) -> None:
+    """Raise ValueError if one sample's latents, in float32, and its decoded picture alone exceed the device's whole memory."""
+    picture = model.pipe.vae.dtype.itemsize * values(model, height, width, **options)
+    least = 4 * math.prod(model.shape(height, width, **options)) + picture
+    whole = torch.cuda.mem_get_info(model.device)[1] if model.device.type == "cuda" else psutil.virtual_memory().total
+    if least > whole:
+        raise ValueError(
+            f"height {height} and width {width} are too large: latents and picture alone take {least / 2**30:,.1f} GiB, and "
+            f"the device {str(model.device)!r} has {whole / 2**30:,.1f} GiB"
+        )
+
+
+def values(model: Model, height: int, width: int, **options: Any) -> int:
+    """Return the number of values of a decoded picture: 3 for each pixel of each frame."""
+    return 3 * height * width * options.get("num_frames", getattr(model, "frames", 1))

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..checks import at_least_one, whole_number
+from ..checks import at_least_one, one_each, whole_number
 from ..schedulers.schedule import Schedule
 from ..types import Correction, draw
 from .autoencoding import Autoencoding, Pixels
@@ -190,7 +190,8 @@ class Model(Autoencoding):
         own = {name: value for name, value in self._defaults.items() if name in self.options and value is not None}
         prompted = len(options["prompt_embeds"] if prompts is None else prompts)
         negative = [None] * prompted if negative_prompt is None else negative_prompt
-        request = Request(prompts, list(negative), count, height, width, own | options)
+        given = own | options | self.per_prompt(options, prompted)
+        request = Request(prompts, list(negative), count, height, width, given)
         try:
             inputs, shared = self._encoded(request)
         except (AttributeError, TypeError) as error:
@@ -203,7 +204,8 @@ class Model(Autoencoding):
             ) from error
         cut = self._truncated(prompts, request.options) if prompts else [""] * prompted
         truncated = [text for text in cut for _ in range(count)]
-        return Encoded(self._cast(inputs), self._cast(shared), request.get(self.kwargs), truncated)
+        inputs, shared = self._cast((inputs, shared))
+        return Encoded(inputs, shared, request.get(self.kwargs), truncated)
 
     def _encoded(self, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
         """`inputs` and `shared` of the `Encoded`."""
@@ -212,15 +214,38 @@ class Model(Autoencoding):
     def _lora_scale(self, request: Request) -> float | None:
         return request.options.get(self.kwargs, {}).get("scale")
 
-    def _check(self, prompts: list[str] | None, negative: Sequence[str | None] | None, options: dict[str, Any]) -> None:
-        unknown = sorted(set(options) - self.options)
+    def per_prompt(self, options: dict[str, Any], prompts: int) -> dict[str, Any]:
+        """The texts and embeddings among the options, one for each of `prompts` prompts; a single one is repeated.
+
+        Raises ValueError for another number of them.
+        """
+        found: dict[str, Any] = {}
+        for name in sorted(options.keys() & set(self.texts)):
+            if not isinstance(given := options[name], Tensor):
+                found[name] = one_each(name, given, prompts)
+            elif len(given) in (1, prompts):
+                found[name] = given.expand(prompts, *given.shape[1:])
+            else:
+                raise ValueError(f"{name} has {len(given)} entries for {prompts} prompts")
+        return found
+
+    def check_names(self, options: dict[str, Any]) -> None:
+        """Raise ValueError for options that the model does not have, unless they are None."""
+        unknown = sorted(name for name, value in options.items() if value is not None and name not in self.options)
         if unknown:
             takes = ", ".join(("height", "width", *sorted(self.options)))
             hint = "".join(f"; say {OURS[name]} in place of {name}" for name in unknown if name in OURS)
             kind = type(self.pipe).__name__
             raise ValueError(f"{', '.join(unknown)}: no option of {kind}, whose options are {takes}{hint}")
+
+    def _check(self, prompts: list[str] | None, negative: Sequence[str | None] | None, options: dict[str, Any]) -> None:
+        self.check_names(options)
+        for name in options.keys() & set(self.texts):
+            if name.endswith(("_embeds", "_mask")) and not isinstance(options[name], Tensor):
+                raise ValueError(f"{name} must be a tensor, got a {type(options[name]).__name__}")
         side = 16 * self.multiple  # any valid size, because the call's size is already checked
-        given: dict[str, Any] = {"prompt": prompts, "negative_prompt": None if negative is None else list(negative)}
+        negative = None if negative is None or all(text is None for text in negative) else list(negative)
+        given: dict[str, Any] = {"prompt": prompts, "negative_prompt": negative}
         given |= {"height": side, "width": side, "callback_steps": 1, **options}
         known = inspect.signature(self.pipe.check_inputs).parameters.values()
         required = {parameter.name: None for parameter in known if parameter.default is inspect.Parameter.empty}
@@ -237,9 +262,6 @@ class Model(Autoencoding):
             at_least_one("max_sequence_length", options["max_sequence_length"])
         if not isinstance(options.get(self.kwargs, {}), dict):
             raise ValueError(f"{self.kwargs} must be a dict, got {options[self.kwargs]!r}")
-        for name in {"prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3"} & set(options):
-            if prompts is not None and isinstance(options[name], list) and len(options[name]) != len(prompts):
-                raise ValueError(f"{name} has {len(options[name])} entries for {len(prompts)} prompts")
 
     def _truncated(self, prompts: list[str], options: dict[str, Any]) -> list[str]:
         """What each prompt loses at the text encoder's limit. The first tokenizer that cuts it decides."""
@@ -258,10 +280,10 @@ class Model(Autoencoding):
                 cut[k] = cut[k] or tokenizer.decode(ids[limit - self.closing : len(ids) - self.closing]).strip()
         return cut
 
-    def _cast(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Move all tensors to the network's device, and floating point tensors to its dtype."""
-        device, dtype = self.device, self.net.dtype
-        return tree_map_only(Tensor, lambda x: x.to(device, dtype if x.is_floating_point() else x.dtype), inputs)
+    def _cast(self, tree: Any) -> Any:
+        """Move all tensors in nested dicts and tuples to the network's device, and floating point tensors to its dtype."""
+        device, dtype = self.device, self.net.dtype  # diffusers walks through all modules each time
+        return tree_map_only(Tensor, lambda x: x.to(device, dtype if x.is_floating_point() else x.dtype), tree)
 
     def network(self, encoded: Encoded, plain: bool = False) -> PromptedNetwork:
         """Return the fastest network for `encoded`. plain: one that takes its inputs exactly as `encode` returns them."""

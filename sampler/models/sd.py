@@ -69,17 +69,17 @@ class StableDiffusion(Model):
             )
         batch = len(encoded[0])
         absent = [request.negative[i // request.count] is None for i in range(batch)]
-        inputs = self._inputs(encoded, absent, request.height, request.width, request.options)
+        inputs = self._inputs(encoded, absent, request)
         if any(name in request.options for name in self.images):
             image, embeds = (request.options.get(name) for name in self.images)
             embeds = self.pipe.prepare_ip_adapter_image_embeds(image, embeds, self.device, batch, True)
             inputs.setdefault("added_cond_kwargs", {})["image_embeds"] = embeds
         return inputs, {}
 
-    def _inputs(self, encoded: tuple[Tensor, ...], absent: list[bool], height: int, width: int, options: dict) -> dict:
+    def _inputs(self, encoded: tuple[Tensor, ...], absent: list[bool], request: Request) -> dict[str, Any]:
         """The UNet's arguments with a row a sample. absent: which samples have no negative prompt."""
         cond, uncond = encoded
-        return {"encoder_hidden_states": torch.cat([uncond, cond])}
+        return {"encoder_hidden_states": request.halves(uncond, cond)}
 
     def _check(self, prompts: list[str] | None, negative: Sequence[str | None] | None, options: dict[str, Any]) -> None:
         super()._check(prompts, negative, options)
@@ -88,6 +88,14 @@ class StableDiffusion(Model):
             raise ValueError(f"pipe has an IP-Adapter loaded: give {' or '.join(self.images)}, or unload_ip_adapter() first")
         if not adapter and any(name in options for name in self.images):
             raise ValueError(f"{' and '.join(self.images)} need an IP-Adapter, and pipe has none: load_ip_adapter() first")
+        if "ip_adapter_image" in options and self.pipe.image_encoder is None:
+            raise ValueError("ip_adapter_image needs an image_encoder, and pipe has none: give ip_adapter_image_embeds")
+        for one in options.get("ip_adapter_image_embeds", ()):
+            if len(one) != 2:  # the stock pipeline mixes the rows of a larger one, in a way that depends on the batch
+                raise ValueError(
+                    "ip_adapter_image_embeds must have two rows each, the negative one and the image's, for all prompts; "
+                    f"got the shape {tuple(one.shape)}"
+                )
 
     def _pixels(self, latents: Tensor, generators: Generators) -> Tensor:
         latents = latents / self.pipe.vae.config.scaling_factor

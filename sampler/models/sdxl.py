@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..checks import whole_number
 from .autoencoding import Generators, most_likely
+from .encoded_text import Request
 from .sd import StableDiffusion
 
 SIZES = ("original_size", "crops_coords_top_left", "target_size")
@@ -38,14 +39,14 @@ class StableDiffusionXL(StableDiffusion):
         if given and not {"negative_original_size", "negative_target_size"} <= set(given):
             raise ValueError(f"{', '.join(given)}: negative_original_size and negative_target_size go together")
 
-    def _inputs(self, encoded: tuple[Tensor, ...], absent: list[bool], height: int, width: int, options: dict) -> dict:
+    def _inputs(self, encoded: tuple[Tensor, ...], absent: list[bool], request: Request) -> dict[str, Any]:
         cond, uncond, pooled, negative_pooled = encoded
         if self.pipe.config.force_zeros_for_empty_prompt and any(absent) and not all(absent):
             kept = torch.tensor([not empty for empty in absent], device=uncond.device)
             uncond, negative_pooled = (x * kept.view(-1, *[1] * (x.ndim - 1)) for x in (uncond, negative_pooled))
         encoder = self.pipe.text_encoder_2
         projection = pooled.shape[-1] if encoder is None else encoder.config.projection_dim
-        size = (height, width)
+        size, options = (request.height, request.width), request.options
 
         def ids(names: Sequence[str]) -> Tensor:
             original, crop, target = (
@@ -55,8 +56,9 @@ class StableDiffusionXL(StableDiffusion):
             return made.repeat(len(cond), 1)
 
         negative = ids(NEGATIVE_SIZES if "negative_original_size" in options else SIZES)
-        added = {"text_embeds": torch.cat([negative_pooled, pooled]), "time_ids": torch.cat([negative, ids(SIZES)])}
-        return {"encoder_hidden_states": torch.cat([uncond, cond]), "added_cond_kwargs": added}
+        text = request.halves(negative_pooled, pooled, "pooled_prompt_embeds")
+        added = {"text_embeds": text, "time_ids": torch.cat([negative, ids(SIZES)])}
+        return {"encoder_hidden_states": request.halves(uncond, cond), "added_cond_kwargs": added}
 
     def _pixels(self, latents: Tensor, generators: Generators) -> Tensor:
         scaling, std, mean = self._scale(latents)

@@ -237,9 +237,9 @@ def bar(progress: bool | Callable[[float], None], part: int, parts: int) -> Bar:
         of = f" {part + 1}/{parts}" if parts > 1 else ""
         return partial(tqdm, desc=f"sampling{of}", unit="step", disable=not progress, file=sys.stderr)
 
-    def told(rows: Sequence) -> Iterable:
+    def counted(rows: Sequence) -> Iterable:
         for k, row in enumerate(rows, 1):
             yield row
             progress((part + k / len(rows)) / parts)
 
-    return told
+    return counted

@@ -59,7 +59,7 @@ class AttemptTable:
             if not early.suits(solver.levels):
                 raise ValueError(
                     f"the guard's early look is calibrated for {_steps(early.timesteps)}, but the sampler takes "
-                    f"{_steps(solver.levels)}: calibrate for those, or leave the calibration out"
+                    f"{_steps(solver.levels)}: calibrate for those, or give calibration.fitted(sampler, steps) to the guard"
                 )
             check = plans[0].calls(early.steps)
             if set(plans[0].branches[:check]) != {BOTH}:

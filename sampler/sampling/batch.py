@@ -72,9 +72,9 @@ class Runner:
         some = parts(total, call.batch_size or (total if call.seen else memory.batch_size(model, *call.size)))
         made = [batch(part, bar(progress, i, len(some))) for i, part in enumerate(some)]
         whole = attempt_table.guard is None and call.callback is None and call.stop_after is None
-        told = never_came(torch.cat([one.transition_step for one in made]), solver.steps)
-        if told is not None and whole and not attempt_table.idle:
-            log.warning(told)
+        warning = never_came(torch.cat([one.transition_step for one in made]), solver.steps)
+        if warning is not None and whole and not attempt_table.idle:
+            log.warning(warning)
         return made
 
     def open_batch(

@@ -46,10 +46,13 @@ def found(pipe: Pipeline, calls: int, scale: float) -> Iterator[None]:
 def tell(callback: Callback, pipe: Pipeline, call: int, timestep: Tensor, latents: Tensor, scale: float) -> Tensor:
     """Call `callback` after a network call, and return the latents to continue with.
 
-    Raises ValueError where the callback returns other tensors, or sets another guidance scale: the sampler cannot use them.
+    Raises ValueError where the callback returns anything but latents of the same shape, or sets another guidance scale.
     """
-    told = callback(pipe, call, timestep, {"latents": latents}) or {}
-    other = sorted(told.keys() - {"latents"})
+    result = callback(pipe, call, timestep, {"latents": latents})
+    result = {} if result is None else result
+    if not isinstance(result, dict):
+        raise ValueError(f"callback_on_step_end must return a dict or None, got a {type(result).__name__}")
+    other = sorted(result.keys() - {"latents"})
     if other:
         raise ValueError(f"callback_on_step_end returned {', '.join(other)}, which the sampler cannot follow: latents alone")
     if (changed := vars(pipe)["_guidance_scale"]) != scale:
@@ -57,4 +60,8 @@ def tell(callback: Callback, pipe: Pipeline, call: int, timestep: Tensor, latent
             f"callback_on_step_end set the guidance scale to {changed!r}, which the sampler cannot follow: "
             "guidance that varies over time is Guidance's shape and interval"
         )
-    return told.get("latents", latents)
+    returned = result.get("latents", latents)
+    if not isinstance(returned, Tensor) or returned.shape != latents.shape:
+        got = tuple(returned.shape) if isinstance(returned, Tensor) else f"a {type(returned).__name__}"
+        raise ValueError(f"callback_on_step_end must return latents of the shape {tuple(latents.shape)}, got {got}")
+    return returned

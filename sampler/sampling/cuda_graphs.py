@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,17 +20,46 @@ from .steps import DeviceBatch, fused_step
 
 log = logging.getLogger(__name__)
 ROWS = 256  # the fewest rows of a session's table, else the next power of two, so that plans of several lengths share graphs
+SESSIONS = 16  # shapes whose captured steps are kept
 WARM_UP = 3  # steps before a capture, because libraries choose their algorithms and compilers compile in the first ones
+_free = threading.Condition()  # held during a capture
+_using = 0  # threads in `no_capture`
+
+
+@contextmanager
+def no_capture() -> Iterator[None]:
+    """A context in which no thread captures. Threads beside the sampler's use a device in it.
+
+    In a capture, waiting for a device raises an exception in every thread.
+    """
+    global _using
+    with _free:
+        _using += 1
+    try:
+        yield
+    finally:
+        with _free:
+            _using -= 1
+            _free.notify_all()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """A context in which no other thread captures or is in `no_capture`. A thread that is in `no_capture` must not enter it."""
+    with _free:
+        _free.wait_for(lambda: not _using)
+        yield
 
 
 class Graphs:
     """Captured steps by shape. All share one memory pool, which `clear` gives back.
 
-    failure: why a step could not be captured; from then on steps run uncaptured.
+    failure: why a step could not be captured. From then on steps run uncaptured; for want of memory, those of that batch alone.
     """
 
     def __init__(self) -> None:
-        self._sessions: dict[tuple, Session] = {}
+        self._sessions: dict[tuple, Session] = {}  # the one that was used last is the last
+        self._busy = threading.Lock()
         self._pool: Any = None
         self.failure: RuntimeError | None = None
         self._version: object | None = None
@@ -46,17 +76,20 @@ class Graphs:
             self._version = network.version
         rows = max(ROWS, 2 ** (len(plan.table) - 1).bit_length())
         key = (tuple(noise.shape), noise.dtype, memory_format, network.form, rows, plan.multistep, plan.scaled, plan.rule)
-        session = self._sessions.get(key)
-        if session is None:
-            session = self._sessions[key] = Session(network, plan, rows, noise, memory_format)
+        session = self._sessions.pop(key, None) or Session(network, plan, rows, noise, memory_format)
         session.network.load(network)
         session.table[: len(plan.table)].copy_(plan.table)
+        if isinstance(self.failure, torch.OutOfMemoryError):
+            self.failure = None
         if self.failure is None:
             try:
                 self._capture(session, dict.fromkeys(plan.branches))
+                self._sessions[key] = session
             except RuntimeError as error:
                 self.failure = error.with_traceback(None)  # whose frames would keep a step's memory
                 log.warning("the step cannot be captured (%s); it runs uncaptured", error)
+        if len(self._sessions) > SESSIONS:
+            del self._sessions[next(iter(self._sessions))]
         take = session.replay if self.failure is None else session.take
         return DeviceBatch(session.network, session.start(noise, plan), take, session.table)
 
@@ -65,7 +98,18 @@ class Graphs:
             self._pool = torch.cuda.graph_pool_handle()
         for branch in branches:
             if branch not in session.graphs:
-                session.capture(branch, self._pool)
+                with _alone(), torch.cuda.device(session.table.device):  # the current device may be another one
+                    session.capture(branch, self._pool)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """A context for one call of a sampler. Raises ValueError inside another: both would write into the same buffers."""
+        if not self._busy.acquire(blocking=False):
+            raise ValueError("a sampler with capture is called during another call of it: use a second sampler, or no capture")
+        try:
+            yield
+        finally:
+            self._busy.release()
 
     def clear(self) -> None:
         self._sessions.clear()
@@ -108,7 +152,9 @@ class Session:
         finally:
             current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool):  # restores `current` even if the capture fails
+        # Its own default stream is one of the first device that was captured on. Other threads may allocate memory.
+        recording = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        with torch.cuda.stream(current), recording:  # restores `current` even if the capture fails
             pair = self.take(branch)
         self.graphs[branch] = graph, pair  # the pair is kept, so that no other graph of the pool gets its memory
 

@@ -3,8 +3,8 @@
 The samples of a batch are at different rows of one step table, so they may have different guidance, different numbers of steps
 and, under a guard, different attempts. When a sample is done, the next one in line begins in its slot. When a guard rejects an
 attempt, the next attempt begins in the same slot. A finished picture is judged in its slot too, by further network calls.
-Both branches of the network run, unless all slots need the same one. The host reads from the device only for a guard's early
-look and its verdicts.
+Both branches of the network run, unless all slots need the same one (see `fixed`). The host reads from the device only for a
+guard's early look and its verdicts.
 """
 
 from __future__ import annotations
@@ -59,12 +59,13 @@ class Engine:
     """Samples one after another, in `slots` slots.
 
     begin:  opens a batch.
-    fixed:  the batch keeps all of its slots, and free ones are computed as padding. This wastes some work at the end, but a
-            compiler sees one shape, and an image has the same bits whatever samples are beside it. If false, the batch shrinks
-            when no samples are left to fill it.
+    fixed:  the batch keeps all of its slots, and free ones are computed as padding. Beside a guarded sample both branches
+            always run. This wastes some work, but a compiler sees one shape, and an image has the same bits whatever samples
+            are beside it; but not with delayed guidance and no guard, whose steps with a single branch round differently.
+            If false, the batch shrinks when no samples are left to fill it.
     room:   the batch has room for the table rows of later samples. If false, all samples have the first sample's rows.
     local:  an exception fails only the sample that causes it: all in flight begin again in fewer slots, down to one. If false,
-            the exception is raised.
+            the exception is raised. So is one of the GPU itself (torch.AcceleratorError), after which nothing works on it.
     A guard's sample that is not finite in half precision makes no further attempt, because it needs float32.
     """
 
@@ -102,7 +103,7 @@ class Engine:
             try:
                 done = self._step(fresh)
             except Exception as error:
-                if not self._local:
+                if not self._local or isinstance(error, torch.AcceleratorError):
                     raise
                 done = self._retreat(error)
             self._attempts += (result.attempts or 1 for result in done)
@@ -126,19 +127,20 @@ class Engine:
             batch.begin(fresh)
         elif not self._fixed and slots.sparse:
             batch.shrink(slots.shrink())
-        branch, pair = batch.step(slots.live)
+        guarded = any(slot.sample.attempt_table.guard is not None for slot in slots.live)
+        branch, pair = batch.step(slots.live, both=self._fixed and guarded)
         self.calls[branch] += len(slots.live) * (2 if branch == "both" else 1)
         self.calls["spared"] += len(slots.live) * (branch != "both")
         slots.move()
         batch.renoise(slots.live)
-        return self._settle(batch, pair)
+        return self._finish_step(batch, pair)
 
-    def _settle(self, batch: SlotBatch, pair: Pair) -> list[Result]:
+    def _finish_step(self, batch: SlotBatch, pair: Pair) -> list[Result]:
         """Judge, restart or free slots after a step that made the predictions `pair`; returns the results that are done."""
         asked: list[Slot] = []
-        done, again = self._looked(batch)
+        done, again = self._look_early(batch)
         ended = [slot for slot in self._slots.live if slot.row == slot.end and slot not in again]
-        self._hear(batch, ended, pair)
+        self._score_trials(batch, ended, pair)
         for slot in ended:
             trial = self._trials.get(slot)
             if trial is None:
@@ -154,10 +156,10 @@ class Engine:
                     continue
             done.append(result)
             self._slots.retire(slot)
-        self._go_on(batch, asked, again)
+        self._enter_next(batch, asked, again)
         return done
 
-    def _looked(self, batch: SlotBatch) -> tuple[list[Result], list[Slot]]:
+    def _look_early(self, batch: SlotBatch) -> tuple[list[Result], list[Slot]]:
         """(final results of lost samples, slots that begin their next attempt), from the early look at plain attempts."""
         done, again = [], []
         looked = [slot for slot in self._slots.live if _looked_at(slot)]
@@ -174,7 +176,7 @@ class Engine:
                 again.append(slot)
         return done, again
 
-    def _hear(self, batch: SlotBatch, ended: Sequence[Slot], pair: Pair) -> None:
+    def _score_trials(self, batch: SlotBatch, ended: Sequence[Slot], pair: Pair) -> None:
         """Begin the trial of each attempt that has just ended, and score the answers in the trials that have begun before."""
         begun = []
         for slot in ended:
@@ -201,7 +203,7 @@ class Engine:
                     trial.scores = [found[slot.place]] * probes
                     slot.calls += 2 * probes
 
-    def _go_on(self, batch: SlotBatch, asked: Sequence[Slot], again: Sequence[Slot]) -> None:
+    def _enter_next(self, batch: SlotBatch, asked: Sequence[Slot], again: Sequence[Slot]) -> None:
         """Move the slots `asked` to the judging row, and `again` to their next attempts, or to the queue where stepwise."""
         if again and again[0].sample.attempt_table.stepwise:
             self._slots.requeue(again)

@@ -22,7 +22,7 @@ class Output:
 
     images:          a list of PIL images, or an array or tensor, as `output` asked; the latents for "latent". Of a video model
                      lists of frames, or an array or tensor (B, frames, ...).
-    latents:         (B, C, h, w) final latents in the network's dtype.
+    latents:         (B, C, h, w), or another shape that the model's latents have; in the network's dtype, but float32 of Wan.
     transition_step: (B,) int64 on the CPU, the step at which each sample's guidance changed; -1 for none, 0 for plain cfg.
     noise_gap:       (B, steps) float32 on the CPU, ||cond - uncond||_2 at each step, NaN where it was not computed.
     timesteps:       (steps,) float32 on the CPU, in the scheduler's units.
@@ -52,12 +52,12 @@ class Output:
     def __repr__(self) -> str:
         """A short summary, without the tensors."""
         shape = " x ".join(map(str, self.latents.shape[1:]))
-        said = [f"{len(self.latents)} images", f"latents {shape}", f"transition steps {self.transition_step.tolist()}"]
+        parts = [f"{len(self.latents)} images", f"latents {shape}", f"transition steps {self.transition_step.tolist()}"]
         if self.score is not None and self.suspect is not None:
-            said.append(f"scores {[round(score, 2) for score in self.score.tolist()]}, {int(self.suspect.sum())} suspect")
+            parts.append(f"scores {[round(score, 2) for score in self.score.tolist()]}, {int(self.suspect.sum())} suspect")
         if self.finite is not None and not bool(self.finite.all()):
-            said.append(f"{int((~self.finite).sum())} not finite")
-        return f"Output({', '.join(said)})"
+            parts.append(f"{int((~self.finite).sum())} not finite")
+        return f"Output({', '.join(parts)})"
 
     def judged(self, i: int) -> dict[str, Any]:
         """The guard's attempts, score and verdict of sample `i`, as plain data; empty without a guard."""

@@ -62,10 +62,13 @@ class SlotBatch:
             self.generators[slot.place] = slot.sample.generator
         state.restart(place, torch.stack(list(latents)).to(state.latents.x), self.plan.table, row, last)
 
-    def step(self, live: Sequence[Slot]) -> tuple[Branch, Pair]:
-        """Take a step; returns (the branch that ran, the predictions). A slot's `calls` count only what its own row needs."""
+    def step(self, live: Sequence[Slot], both: bool) -> tuple[Branch, Pair]:
+        """Take a step; returns (the branch that ran, the predictions). A slot's `calls` count only what its own row needs.
+
+        both: run both branches, also where all slots need the same one.
+        """
         each = [self.plan.branches[slot.row] for slot in live]
-        branch: Branch = each[0] if len(set(each)) == 1 else "both"
+        branch: Branch = each[0] if len(set(each)) == 1 and not both else "both"
         pair = self.device_batch.take(branch)
         for slot, own in zip(live, each, strict=True):
             slot.calls += 2 if own == "both" else 1

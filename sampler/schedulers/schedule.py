@@ -118,7 +118,8 @@ class Schedule:
 
     steps:         the number of steps; ignored if timesteps or sigmas are given.
     timesteps, sigmas: one for each step, for schedulers whose `set_timesteps` takes them; kept as tuples.
-    eta:           how stochastic DDIM and TCD are, 0 to 1 (Song et al., https://arxiv.org/abs/2010.02502, equation 16).
+    eta:           how stochastic DDIM and TCD are, 0 to 1 (Song et al., https://arxiv.org/abs/2010.02502, equation 16);
+                   other schedulers take none.
     denoising_end: the share of the run after which another model continues (SDXL's refiner); None: the whole run.
     mu:            how far a scheduler with dynamic shifting moves its noise levels; None: computed from the picture's size.
 
@@ -157,11 +158,11 @@ def _numbers(name: str, given: Sequence[float]) -> tuple[float, ...]:
     """The numbers as a tuple. Whole numbers stay ints, because some schedulers look them up in a table."""
     try:
         numbers = tuple(value.item() if hasattr(value, "item") else value for value in given)
-        finite = bool(np.isfinite(numbers).all())
+        valid = bool((np.isfinite(numbers) & (np.asarray(numbers) >= 0)).all())
     except TypeError as error:
         raise ValueError(f"{name} must be a sequence of numbers, got {given!r}") from error
-    if not numbers or not finite:
-        raise ValueError(f"{name} must be at least one finite number, got {given!r}")
+    if not numbers or not valid:
+        raise ValueError(f"{name} must be at least one finite number, none below 0, got {given!r}")
     return numbers
 
 
@@ -178,6 +179,8 @@ def prepared(scheduler: Scheduler, schedule: Schedule, device: torch.device | st
         raise ValueError(
             f"mu is {schedule.mu:g}, but scheduler {type(scheduler).__name__} does not shift dynamically: leave it out"
         )
+    if schedule.eta and "eta" not in _step_parameters(scheduler.__class__):
+        raise ValueError(f"eta is {schedule.eta:g}, but scheduler {type(scheduler).__name__} takes none: leave it out")
     try:
         retrieve_timesteps(scheduler, schedule.steps, device, timesteps, sigmas, **shifted)
     except Exception as error:  # whatever a scheduler raises

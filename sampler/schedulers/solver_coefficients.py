@@ -12,6 +12,7 @@ The numbers of each step are measured by calling the scheduler with unit vectors
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +73,7 @@ class Solver:
         if not bool(coefficients.isfinite().all()):
             raise ValueError(
                 f"scheduler {name} has steps that are not finite for {schedule}: its timesteps are "
-                f"{[round(float(t), 3) for t in plan.timesteps]}"
+                f"{reprlib.repr([round(float(t), 3) for t in plan.timesteps])}"
             )
         if schedule.denoising_end is not None:
             trained = plan.config.get("num_train_timesteps", 1000)
@@ -196,7 +197,7 @@ def _agrees(scheduler: Scheduler, schedule: Schedule, coefficients: Tensor) -> b
 
 def _trajectory(scheduler: Scheduler, schedule: Schedule, seed: int) -> Tensor:
     """The final latents of the scheduler's own steps. seed: of torch's global generator; the sample's is always 0."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # of the CPU alone
     plan, generators = prepared(scheduler, schedule), _generators()
     latents = torch.linspace(-1, 1, 16).view(1, 1, 4, 4)
     for t in plan.timesteps:

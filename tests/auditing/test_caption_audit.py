@@ -149,14 +149,14 @@ def test_an_audit_that_was_stopped_goes_on_and_one_that_is_done_verifies_more(as
     asked, out = (*asked, "--captions", captions, "--seeds", 2), tmp_path / "out"
     assert not run(monkeypatch, *asked, "--verify", 1)
     rows, pictures = rows_of(out), {path: Image.open(path).copy() for path in sorted(out.rglob("*.png"))}
-    (gone := next((out / "heat").iterdir())).unlink()
+    (cut := next((out / "heat").iterdir())).write_bytes(cut.read_bytes()[:60])
     next((out / "predictions").iterdir()).unlink()
     lines = (out / "gaps.jsonl").read_text().splitlines(keepends=True)
     (out / "gaps.jsonl").write_text("".join([*lines[:3], lines[3][:9]]))
     calls, sample = [], Sampler.__call__
     monkeypatch.setattr(Sampler, "__call__", lambda self, *a, **o: (calls.append(a[0]), sample(self, *a, **o))[1])
     assert not run(monkeypatch, *asked, "--verify", 1)
-    assert [len(texts) for texts in calls] == [1, 1] and gone.is_file()
+    assert [len(texts) for texts in calls] == [1, 1]
     for path, picture in pictures.items():  # in another batch, rounded otherwise
         assert abs(pixels([Image.open(path)]) - pixels([picture])).max() < 0.03
     assert [row["id"] for row in rows_of(out)] == [row["id"] for row in rows]

@@ -217,7 +217,7 @@ def test_what_cannot_be_judged_is_named_with_its_reason_and_costs_no_other(tmp_p
     assert again["2"]["status"] == "ok" and again["3"] == found["3"]
 
 
-def test_pictures_that_were_scaled_down_are_told(tmp_path, sampler, caplog):
+def test_pictures_that_were_scaled_are_told(tmp_path, sampler, caplog):
     height, width = sampler.size()
     images = kept(tmp_path / "set", 3, sizes=((width, height), (width // 2, height), (width // 2, height // 2)))
     judged(sampler, images, tmp_path / "own")
@@ -225,6 +225,13 @@ def test_pictures_that_were_scaled_down_are_told(tmp_path, sampler, caplog):
     caplog.clear()
     judged(sampler, images, tmp_path / "all", settings=Settings(height=height // 2, width=width // 2))
     assert "3 pictures are judged in less than half of the pixels" in caplog.text
+    caplog.clear()
+    larger = kept(tmp_path / "larger", 3, sizes=((width, height), (width * 2, height * 2), (width, height * 3 // 2)))
+    judged(sampler, larger, tmp_path / "larger-out")
+    assert "1 pictures are judged in less than half" in caplog.text and "more than 1.5 times as many" in caplog.text
+    caplog.clear()
+    judged(sampler, larger, tmp_path / "usual", settings=Settings(usual=(2 * height, 2 * width)))
+    assert f"2 pictures are judged in less than half of the pixels that the model makes, {2 * height} x" in caplog.text
 
 
 def test_a_run_goes_on_under_another_path_of_its_model(tmp_path, sampler, asked):
@@ -304,13 +311,18 @@ def test_the_command_judges_as_calibrated_and_says_what_failed(tmp_path, monkeyp
         (("--threshold", "nan"), "threshold must be"),
         (("--option", "height=13"), "height must be a multiple of 4"),
         (("--on-error", "nope"), "on_error must be one of stop, skip"),
+        (("--rate", "1.5"), "rate must be a number from 0 to 1"),
+        (("--rate", "1"), "rate must be between 0 and 1"),
     ],
 )
-def test_the_command_refuses_before_it_writes(tmp_path, monkeypatch, capsys, given, says):
+def test_the_command_refuses_before_it_loads_or_writes(tmp_path, monkeypatch, capsys, given, says):
     monkeypatch.chdir(tmp_path)
     kept(tmp_path / "set", 1)
+    loaded, load = [], Sampler.from_pretrained
+    monkeypatch.setattr(Sampler, "from_pretrained", lambda *given, **named: loaded.append(given) or load(*given, **named))
     code, _, said = run(monkeypatch, capsys, "--images", "set", "--out", "out", "--model", "tiny", *given)
     assert code == 2 and says in said and not (tmp_path / "out").exists()
+    assert not loaded or given[0] == "--option"  # only a model knows its sizes
 
 
 def test_a_rate_needs_a_calibration_and_a_video_model_is_refused(tmp_path, monkeypatch, capsys, mine, tiny):
@@ -342,3 +354,38 @@ def test_only_the_model_that_made_the_pictures_judges_them(tmp_path, monkeypatch
         read = ("--images", tmp_path / "run", "--model", folder, "--probes", 1, "--out", tmp_path / f"by-{folder.name}")
         _, _, said = run(monkeypatch, capsys, *read)
         assert ("made the pictures" in said) is other
+    run_json = tmp_path / "run" / "run.json"
+    run_json.write_text(run_json.read_text().replace('"float32"', '"float16"'))
+    read = ("--images", tmp_path / "run", "--model", tmp_path / "tiny", "--probes", 1, "--out", tmp_path / "half")
+    _, _, said = run(monkeypatch, capsys, *read)
+    assert "made in float16, so only the model's name is compared; --dtype float16 compares weights" in said
+
+
+def test_a_run_is_judged_with_the_options_and_the_size_it_was_made_with(tmp_path, monkeypatch, capsys, caplog, mine):
+    """Not with those of a calibration, which another run may have; what is given goes before both."""
+    replace(Calibration.load("tiny"), model={}, settings={"size": [64, 64], "options": {"clip_skip": 2}}).save(
+        mine / "calibration.json"
+    )
+    sampler = Sampler.from_pretrained(mine, "cpu")
+    make(sampler, jobs(1), tmp_path / "run", Guidance.cfg(5.0), clip_skip=1, height=16, width=16, model=str(mine))
+    for i, (given, expected) in enumerate([((), 1), (("--option", "clip_skip=2"), 2)]):
+        run(monkeypatch, capsys, "--images", tmp_path / "run", "--out", tmp_path / f"{i}", *given)
+        assert json.loads((tmp_path / f"{i}" / "run.json").read_text())["options"]["clip_skip"] == expected
+    assert "pictures are judged in less than half" not in caplog.text
+
+
+def test_the_bar_knows_its_total(tmp_path, sampler, capsys):
+    images = kept(tmp_path / "set", 5)
+    judged(sampler, images, tmp_path / "out", progress=True)
+    judged(sampler, images, tmp_path / "part", progress=True, shard=(1, 2))
+    shown = capsys.readouterr().err
+    assert "5/5" in shown and "2/2" in shown
+
+
+def test_another_size_than_the_calibrations_is_told_of_pictures_that_have_it(tmp_path, monkeypatch, capsys, caplog, mine):
+    images = kept(tmp_path / "set", 2, sizes=((16, 16), (64, 64)))
+    known = replace(Calibration.load("tiny"), model={}, settings={"size": [16, 16]})
+    known.save(mine / "calibration.json")
+    run(monkeypatch, capsys, "--images", images, "--out", tmp_path / "out", "--model", mine, "--probes", 1)
+    assert "1 pictures are judged in less than half of the pixels that the model makes, 16 x 16, or" in caplog.text
+    assert "calibration was made for" not in caplog.text

@@ -21,6 +21,7 @@ from basinescape.bench.evaluation.measure import Measure, ScenarioImages
 from basinescape.bench.evaluation.trajectories import Laboratory
 from basinescape.bench.scenario import PRESETS, Prompt, Scenario, prompts
 from basinescape.data.captions import read_captions
+from families import CASES
 from PIL import Image
 
 pytestmark = pytest.mark.shipped
@@ -87,6 +88,9 @@ def test_a_scenario_of_ones_own(tmp_path):
         ("model: owner/name\nmemorized: list.jsonl\nstep: 7\n", "it has model, memorized, step$"),
         ("model: owner/name\n", "must give model and memorized"),
         ("a: [", "is not YAML"),
+        ('model: m\nmemorized: p\nsteps: "3"\n', "steps must be of type int, got '3'"),
+        ("model: m\nmemorized: p\noptions: 5\n", "options must be of type dict, got 5"),
+        ("model:\nmemorized: p\n", "model must be of type str, got None"),
         ("model: m\nmemorized: p\nsimilarity: lpips\n", "similarity must be among pixels, sscd, dino, clip; got 'lpips'"),
     ):
         (tmp_path / "mine.yaml").write_text(text)
@@ -213,7 +217,7 @@ def test_a_model_and_captions_of_ones_own(own_model, tmp_path, monkeypatch, caps
     (tmp_path / "images" / "0001.png").write_bytes(source.read_bytes())  # what the other caption's image will be
     methods = ("--images", tmp_path / "images", "--similarity", "pixels", "--methods", f"cfg,{tmp_path / 'mine.py'}:method")
     code, out, error = run(monkeypatch, capsys, *asked, *methods, "--out", tmp_path / "again")
-    assert code == 1 and "1 images failed, the last of them: KeyError: 'b'" in error
+    assert code == 1 and "1 images failed, the last of them: KeyError: 'b' (method mine.method, prompt 0001, seed 0)" in error
     words = " ".join(out.split())
     assert "Shares of 1 image cannot tell methods apart" in words and "95% interval of the share" in words
     assert "A copy: similarity (pixels) to a training image above 0.81, measured on tiny" in words
@@ -225,6 +229,7 @@ def test_a_model_and_captions_of_ones_own(own_model, tmp_path, monkeypatch, caps
     own = [line for line in map(json.loads, (tmp_path / "again" / "results.jsonl").open()) if "digest" in line]
     assert len({line["digest"] for line in own}) == 1  # the image that the earlier file made is made again
     assert [len(line["noise_gap"]) for line in own] == [3, 3]
+    CASES["wan"].make(None).save_pretrained(videos := tmp_path / "videos")
     for options, says in (
         (("--methods", "guard-calibrated"), "'guard-calibrated', which needs a calibration"),
         (("--methods", "shape-nope"), "must be all, FILE.py:NAME, or among cfg"),
@@ -235,6 +240,7 @@ def test_a_model_and_captions_of_ones_own(own_model, tmp_path, monkeypatch, caps
         (("--scheduler", "nope"), "scheduler must be own"),
         (("--methods", ""), "methods must name at least one"),
         (("--first-seed", -1), "first_seed must be a whole number of at least 0"),
+        (("--model", videos), "makes videos, and scenarios compare pictures"),
     ):
         code, _, error = run(monkeypatch, capsys, *asked, *options, "--out", tmp_path / "bad")
         assert code == 2 and says in error and not (tmp_path / "bad").exists()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,6 +74,20 @@ def test_what_finds_no_memory_is_dropped_with_all_it_holds():
     calls = {"small": lambda: 1, "large": Held()}
     held = weakref.ref(calls["large"])
     assert fitting(calls) == {"small": 1} and list(calls) == ["small"] and held() is None
+
+
+def raising(error):
+    raise error
+
+
+@pytest.mark.parametrize("says", ["CUDA error:", "Triton Error [CUDA]:"])
+def test_memory_that_cuda_and_triton_do_not_find_counts_too(says):
+    without, wrong = (partial(raising, RuntimeError(f"{says} {what}")) for what in ("out of memory", "illegal address"))
+    assert fitting({"small": lambda: 1, "large": without}) == {"small": 1}
+    assert [row["left out"] for row in within_memory({"bench": "images"}, without)] == ["not enough memory"]
+    for call in (lambda: fitting({"wrong": wrong}), lambda: list(within_memory({}, wrong))):
+        with pytest.raises(RuntimeError, match="illegal"):
+            call()
 
 
 def test_a_peer_that_finds_no_memory_while_it_is_timed_is_dropped():
@@ -154,6 +169,33 @@ def test_attention_by_xformers_is_that_of_its_peer_alone(device, small, monkeypa
     assert calls > 0 == others and images.difference(found, expected, case.dtype) < images.TOLERANCE[case.dtype]
 
 
+@pytest.mark.parametrize("name", ["guide", "sampler images"])
+def test_a_check_on_a_full_device_has_neither_passed_nor_failed(device, small, monkeypatch, tmp_path, name):
+    small_sampler_checks(monkeypatch.setattr)
+    with device.full():
+        trials.perform(name, tmp_path / "out.json", quick=True)
+    result = trials.read(tmp_path / "out.json")
+    assert result["status"] == "out of memory" and "the pretended GPU is full" in result["error"]
+    report = {"device": "a GPU", "date": "today", "versions": {}, "rows": []}
+    report["checks"] = [{"check": name, "status": result["status"], "error": "no\nmemory"}]
+    assert " ".join(rendered(report).splitlines()[-1].split()) == f"{name} out of memory 0 no memory"
+
+
+def test_a_capture_that_runs_out_of_memory_is_no_failed_check(device, monkeypatch, tmp_path):
+    """The sampler goes on uncaptured; and what ends a capture raises an error of its own."""
+    small_sampler_checks(monkeypatch.setattr)
+
+    def capture(*_):
+        try:
+            full()
+        finally:
+            raise RuntimeError("the capture was invalidated")
+
+    monkeypatch.setattr(cuda_graphs.Session, "capture", capture)
+    trials.perform("sampler capture", tmp_path / "out.json", quick=True)
+    assert trials.read(tmp_path / "out.json")["status"] == "out of memory"
+
+
 def test_workers_of_ray_leave_the_gpu_alone(device, small):
     with packages.installed():
         rows = list(engine.scaling((1, 2), steps=2))
@@ -196,6 +238,7 @@ def process(monkeypatch):
 
 ROWS = [{"bench": "kernel"}]
 PASSED = {"status": "passed", "rows": []}
+FULL = {"status": "out of memory", "error": "none left", "rows": []}
 
 
 @pytest.mark.parametrize(
@@ -206,6 +249,8 @@ PASSED = {"status": "passed", "rows": []}
         ({"writes": {"status": "unfinished", "rows": ROWS}, "code": None}, "failed", "not done after 300 s", ROWS),
         ({"writes": {"status": "passed", "rows": ROWS}, "code": 1}, "failed", "ended with code 1", ROWS),
         ({"writes": {"status": "failed", "error": "why", "rows": []}, "code": -6}, "failed", "why", []),
+        ({"writes": {**FULL, "rows": ROWS}}, "out of memory", "none left", ROWS),
+        ({"writes": FULL, "code": -6}, "out of memory", "none left", []),
     ],
 )
 def test_a_trial_that_fails_keeps_what_it_had(process, ends, status, error, rows):
@@ -219,7 +264,9 @@ def test_a_check_under_a_sanitizer_fails_by_what_that_finds(process, monkeypatch
     monkeypatch.setattr(trials, "sanitizer", lambda: "compute-sanitizer")
     assert trials.isolated("batches, racecheck", True, 300)["error"] == "racecheck has found errors"
     assert process.command[:3] == ["compute-sanitizer", "--tool", "racecheck"] and "batches" in process.command
-    process.code = 0
+    process.writes = FULL
+    assert trials.isolated("batches, racecheck", True, 300)["status"] == "failed"  # found before memory ran out
+    process.writes, process.code = PASSED, 0
     assert trials.isolated("batches, racecheck", True, 300)["status"] == "passed"
     monkeypatch.setattr(trials, "sanitizer", lambda: None)
     assert trials.isolated("batches, racecheck", True, 300)["status"] == "skipped"

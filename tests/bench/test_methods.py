@@ -14,6 +14,7 @@ from basinescape.bench.scenario import PRESETS
 from basinescape.calibration.baseline import Baseline
 from basinescape.kernels import definition
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from families import CASES
 from smallguards import guarded
 
 TINY = replace(PRESETS["tiny"], steps=4)
@@ -88,6 +89,7 @@ def test_a_method_of_ones_own_is_as_the_documentation_has_it(random_pipeline, tm
     more = "\ndef mine(sampler, prompts, seeds, steps):\n    return sampler(prompts, seeds, steps, Guidance.cfg(1.0))\n"
     more += "def short(sampler, prompts, seeds):\n    return sampler(prompts, seeds, 2, Guidance.cfg(1.0))\n"
     more += "bare = Guidance.cfg(1.0)\nguard = Guidance.guard(7.5)\ndef nothing(sampler, prompts, seeds):\n    return None\n"
+    more += "def latents(sampler, prompts, seeds):\n    return sampler(prompts, seeds, 2, output='latent')\n"
     (tmp_path / "mine.py").write_text(example + more)
     file = tmp_path / "mine.py"
     found = chosen(TINY, ["cfg", *(f"{file}:{name}" for name in ("method", "mine", "bare"))])
@@ -97,10 +99,12 @@ def test_a_method_of_ones_own_is_as_the_documentation_has_it(random_pipeline, tm
     assert torch.equal(capped.noise_gap[:, 0], plain.noise_gap[:, 0]) and not torch.equal(capped.latents, plain.latents)
     assert torch.equal(cond.latents, sampler([MEMORIZED], [0], 3, Guidance.cfg(1.0), progress=False).latents)
     assert torch.equal(bare.latents, cond.latents)
-    others = chosen(TINY, [f"{file}:{name}" for name in ("short", "guard", "nothing")])
+    others = chosen(TINY, [f"{file}:{name}" for name in ("short", "guard", "latents", "nothing")])
     assert others["mine.short"].sample(sampler, [MEMORIZED], [0], 3).noise_gap.shape == (1, 2)
     assert others["mine.guard"].sample(sampler, [MEMORIZED], [0], 3).attempts.min() >= 1
-    with pytest.raises(TypeError, match="must return an Output of 1 images, got NoneType"):
+    with pytest.raises(TypeError, match=r"must return an Output of 1 images \(output='pil'\), got Tensor"):
+        others.pop("mine.latents").sample(sampler, [MEMORIZED], [0], 3)
+    with pytest.raises(TypeError, match="got NoneType"):
         others["mine.nothing"].sample(sampler, [MEMORIZED], [0], 3)
     changed = found["mine.method"].digest
     file.write_text(file.read_text() + "# again\n")
@@ -224,8 +228,12 @@ def test_the_words_of_a_prompt_end_with_its_end_token(pipe):
     assert mask.sum(dim=1).tolist() == lengths and all(mask[i, :n].all() for i, n in enumerate(lengths))
 
 
-def test_an_optimised_embedding_has_a_smaller_first_gap(pipe):
+@pytest.mark.parametrize("family", [None, "flux"])
+def test_an_optimised_embedding_has_a_smaller_first_gap(pipe, family):
+    """Also where the network takes inputs that all samples share."""
     sampler = Sampler.from_pipeline(pipe, "ddim")
+    if family:
+        sampler = Sampler.from_pipeline(CASES[family].make(pipe.tokenizer)).using(**CASES[family].options)
     found = ["a picture of a cat signed by arno"]
     changed = method_table(PRESETS["tiny"])["embedding"].sample(sampler, found, [0], 2)
     plain = sampler(found, [0], 2, Guidance.cfg(7.5), progress=False)

@@ -1,17 +1,20 @@
 """Every bench at its smallest on the CPU: each piece of work runs, agrees with its peers, and is timed beside them."""
 
+import json
 from functools import partial
 from math import isfinite
 
 import pytest
 import torch
-from basinescape.bench import speed
+from basinescape.bench import cli, speed
 from basinescape.bench.speed.command import STOCK
 from basinescape.bench.speed.engine import LOOP
 from basinescape.bench.speed.images import BASELINE, WAYS
 from basinescape.bench.speed.traffic import moved
 from basinescape.bench.tables import tables
+from basinescape.kernels import aot
 from smallest import small_benches
+from typer.testing import CliRunner
 
 pytestmark = pytest.mark.shipped
 
@@ -98,3 +101,33 @@ def test_engine(rows):
 def test_traffic_is_what_operators_read_and_write(call, read, written):
     x, y = torch.ones(6, 4), torch.ones(6, 4)
     assert moved(partial(call, x, y)) == (read + written) * x.nbytes
+
+
+def test_what_was_timed_before_an_error_is_printed_and_written(tmp_path, monkeypatch):
+    def run(names, device):
+        yield {"bench": "kernel", "what": "a step", "median": 1.5}
+        raise RuntimeError("peers differ")
+
+    monkeypatch.setattr(speed, "run", run)
+    file = tmp_path / "new" / "rows.json"
+    done = CliRunner().invoke(cli.app, ["bench", "all", "--device", "cpu", "--json", str(file)])
+    assert isinstance(done.exception, RuntimeError) and "a step" in done.stdout
+    found = json.loads(file.read_text())
+    assert [row["what"] for row in found["rows"]] == ["a step"] and found["stopped by"] == "RuntimeError: peers differ"
+
+
+@pytest.mark.parametrize("command", [["bench", "kernel", "--device", "cpu"], ["aot"]])
+def test_a_file_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch, command):
+    for owner, name in ((speed, "run"), (aot, "rows")):
+        monkeypatch.setattr(owner, name, lambda *_: pytest.fail("work was begun"))
+    done = CliRunner().invoke(cli.app, [*command, "--json", str(tmp_path)])
+    assert isinstance(done.exception, ValueError) and "json must be a file" in str(done.exception)
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[1]", '{"rows": []}'])
+def test_a_file_of_another_kind_is_no_gpu_result(tmp_path, text):
+    (tmp_path / "other.json").write_text(text)
+    done = CliRunner().invoke(cli.app, ["report-gpu", str(tmp_path / "other.json")])
+    assert isinstance(done.exception, ValueError) and "is not one that python -m basinescape.bench.gpu wrote" in str(
+        done.exception
+    )

@@ -146,6 +146,17 @@ def test_a_bug_that_hits_every_sample_is_no_success(tmp_path, monkeypatch, capsy
     assert {line["status"] for line in sound(tmp_path / "out")} == {"failed: AttributeError: no attribute 'ravel'"}
 
 
+def test_a_gpu_that_is_lost_ends_the_run_and_fails_no_sample_for_it(sampler, drawn, tmp_path):
+    """After such an error nothing works in the process: what is not made yet is left to the next start."""
+    drawn.faults["a picture of a cat 2"] = torch.AcceleratorError("an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        make(sampler, jobs(4), tmp_path / "out", batch_size=1)
+    assert all(line["status"] == "ok" for line in sound(tmp_path / "out"))
+    drawn.faults.clear()
+    make(sampler, jobs(4), tmp_path / "out", batch_size=1)
+    assert [line["status"] for line in sound(tmp_path / "out")] == ["ok"] * 4
+
+
 @pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_what_is_in_flight_be_finished(tmp_path, monkeypatch, capsys, drawn, number):

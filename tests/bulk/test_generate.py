@@ -100,6 +100,7 @@ def test_an_image_is_that_of_the_sampler_alone(random_pipeline, tmp_path):
         ({"width": 128}, "width"),
         ({"clip_skip": 1}, "clip_skip"),
         ({"negative_prompt": "ugly"}, "negative_prompt"),
+        ({"guidance": Guidance.cfg(3.0)}, "guidance"),
     ],
 )
 def test_other_settings_are_another_run(sampler, drawn, tmp_path, change, differs):
@@ -117,6 +118,21 @@ def test_the_same_weights_under_another_path_are_the_same_run(sampler, drawn, tm
     for i, path in enumerate(["here/model", "there/model"]):
         make(sampler, jobs(2), tmp_path / "parts", model=path, shard=(i, 2))
     assert merge(tmp_path / "parts", tmp_path / "whole") == (2, 2)
+
+
+def test_a_guard_of_another_models_calibration_is_said_once_and_kept(sampler, drawn, tmp_path, caplog):
+    """A run of an earlier version, which did not keep the model, goes on."""
+    model = {"unet": {"form": "another", "sample": [], "dtype": "float32"}}
+    known = replace(guarded(Guidance.delayed(7.5, until=At(600)), NONE), model=model)
+    make(sampler, jobs(1), tmp_path / "out", known)
+    make(sampler, jobs(1), tmp_path / "named", named={"guard": known})
+    assert caplog.text.count("made on another model (its unet") == 1
+    settings = json.loads((file := tmp_path / "out" / "run.json").read_text())
+    assert Guidance.from_dict(settings["guidance"]).model == model
+    del settings["guidance"]["model"]
+    file.write_text(json.dumps(settings))
+    make(sampler, jobs(2), tmp_path / "out", known)
+    assert len(sound(tmp_path / "out")) == 2
 
 
 @pytest.mark.parametrize("given", [{"guidance": {"scale": 5}}, {"guidance": Guidance.cfg(5), "named": {"mine": 5.0}}])
@@ -147,6 +163,17 @@ def test_jobs_of_other_steps_and_scales_are_as_in_runs_of_their_own(small, tmp_p
         assert len(together["noise_gap"]) == own["steps"] and together["transition_step"] == alone["transition_step"]
         found, expected = (load_file(tmp_path / run / together["file"])["latents"] for run in ("all", job.id))
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)  # a text is encoded beside others: rounding
+
+
+def test_a_guarded_picture_has_the_same_bits_beside_other_jobs(small, tmp_path):
+    """Its delayed attempt needs one branch of the network, and its neighbour's plain attempt two."""
+    sampler, guidance = Sampler.from_pipeline(small), guarded(Guidance.delayed(7.5, until=At(300)))
+    made = set()
+    for steps in (6, 4):
+        beside, job = jobs(2)
+        make(sampler, [replace(beside, steps=steps), job], tmp_path / f"{steps}", guidance, steps=6, format="latents")
+        made |= {line["sha256"] for line in sound(tmp_path / f"{steps}") if line["id"] == job.id}
+    assert len(made) == 1
 
 
 def test_a_job_that_the_guidance_does_not_fit_is_named_before_any_work(small, tmp_path):

@@ -142,6 +142,21 @@ def test_what_cannot_be_made_is_refused_by_row_or_left_out_before_any_work(small
     assert [line["id"] for line in sound(tmp_path / "out")] == ["0000", "0002"] and list(verify(tmp_path / "out")) == []
 
 
+def test_a_size_that_no_memory_holds_is_named_beside_all_other_rows_that_are_wrong(small, drawn, tmp_path):
+    sampler = Sampler.from_pipeline(small)
+    side = 10**6 * sampler.size()[0]
+    rows = [{"prompt": ""}, {"prompt": "b"}, {"prompt": "c", "height": side, "width": side, "count": 3}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    too_large = rf"line 3: height {side} and width {side} are too large: .* GiB, and the device 'cpu' has [0-9.,]+ GiB"
+    with pytest.raises(ValueError, match=rf"2 rows are wrong: line 1: prompt must be .*; {too_large}$"):
+        make(sampler, Prompts(tmp_path / "p.jsonl", later=True), tmp_path / "out")
+    with pytest.raises(ValueError, match=f"^height {side} "):
+        make(sampler, jobs(1), tmp_path / "out", height=side, width=side)
+    assert not (tmp_path / "out").exists() and not drawn.calls
+    summary = make(sampler, Prompts(tmp_path / "p.jsonl", on_error="skip"), tmp_path / "out")
+    assert (summary.total, summary.skipped) == (1, 2)
+
+
 def test_a_guard_looks_early_only_at_pictures_as_it_was_calibrated_for(small, tmp_path):
     sampler = Sampler.from_pipeline(small, "ddim")
     early = EarlyLook((1.0,) * 4, tuple(sampler.solver(4).levels), 1, 0.0)  # gives up every attempt that it looks at

@@ -140,13 +140,25 @@ def test_a_fingerprint_knows_its_model_by_its_weights(pipe, tmp_path):
 def test_another_size_is_warned_of(calibration, sampler, caplog):
     calibration.fitted(sampler.using(width=128), STEPS)
     assert "made for pictures of 64 x 64 pixels, and these have 64 x 128: calibrate for those" in caplog.text
+    made = Guidance.guard(7.5, calibration, rate=0.4, later=0.2)
+    read = Guidance.from_dict(json.loads(json.dumps(made.to_dict())))
+    for guard, width, said in ((made, 64, 0), (made, 32, 1), (read, 48, 1)):  # a noise gap grows with the picture
+        caplog.clear()
+        for seed in range(2):
+            sampler(PROMPTS[0], seed, STEPS, guard, width=width, output="latent", progress=False)
+        assert caplog.text.count(f"made for pictures of 64 x 64 pixels, and these have 64 x {width}") == said
 
 
 def test_another_model_is_warned_of(calibration, random_pipeline, sampler, caplog):
+    """Once for each calibration, also of its guard."""
     assert calibration.fitted(sampler, STEPS) is calibration and not caplog.messages
     other = Sampler.from_pipeline(random_pipeline("sd", 16, "epsilon"), "ddim")
-    replace(calibration, timesteps=(), gap=()).fitted(other, STEPS)
+    (scores := replace(calibration, timesteps=(), gap=())).fitted(other, STEPS)
     assert len(caplog.messages) == 1 and "another model (its unet, text_encoder differ)" in caplog.text
+    other.using(width=16)(PROMPTS[0], 0, 2, Guidance.guard(7.5, scores, rate=0.4, later=0.2), progress=False)
+    assert caplog.text.count("another model") == 1
+    replace(calibration, model={"unet": calibration.model["unet"]}).made_on(other)
+    assert caplog.text.count("another model") == 2
 
 
 def test_gaps_are_interpolated_over_the_noise_level():
@@ -206,6 +218,9 @@ def test_a_sample_that_is_not_finite_is_left_out_by_name(sampler, caplog):
     assert f"{PROMPTS[1]!r}, seed 4" in caplog.text
     with pytest.raises(ValueError, match="scores must be a finite number"):
         replace(found, scores=(math.nan,) * 4)
+    for rate in (0.0, 1.0):
+        with pytest.raises(ValueError, match="rate must be between 0 and 1"):
+            found.threshold(rate)
 
 
 def test_a_file_of_numbers_that_are_none_is_refused(calibration, tmp_path):
@@ -265,6 +280,7 @@ def test_the_command_writes_what_generate_finds(mine, monkeypatch, capsys):
         (("--steps", 0), "steps must be"),
         (("--batch-size", 0), "batch_size must be"),
         (("--scheduler", "nope"), "scheduler must be"),
+        (("--scale", 1), "scale is 1, at which one prediction alone is made"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(mine, tmp_path, monkeypatch, capsys, drawn, options, says):

@@ -21,6 +21,7 @@ def test_other_columns_go_into_the_manifest(tmp_path, caplog):
             "idx": True,
             "score": 5.5,
             "deep": {},
+            "words": "x",
         },
         {
             "index": 4.5,
@@ -31,14 +32,16 @@ def test_other_columns_go_into_the_manifest(tmp_path, caplog):
             "prompt2": "c",
             "Test": "d",
             "big": 2**70,
+            "words": [],
         },
     ]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     first, second = (job.asked() for _, job in Prompts(tmp_path / "p.jsonl"))
     own = {"id": "0000", "prompt": "a cat", "seed": 0}
-    assert first == own | {"index": 3, "url": "http://x/1.jpg", "scenes": ["s0"], "mixed": "1", "idx": True, "deep": "{}"}
+    more = {"index": 3, "url": "http://x/1.jpg", "scenes": ["s0"], "mixed": "1", "idx": True, "deep": "{}", "words": "x"}
+    assert first == own | more
     own = {"id": "0001", "prompt": "a dog", "seed": 1}
-    more = {"index": 4.5, "scenes": [], "mixed": "b", "prompt2": "c", "Test": "d", "big": str(2**70)}
+    more = {"index": 4.5, "scenes": [], "mixed": "b", "prompt2": "c", "Test": "d", "big": str(2**70), "words": "[]"}
     assert second == own | more
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.endswith("not carried into the manifest, which says this of its own images: score")

@@ -2,12 +2,14 @@
 
 import json
 import random
+import subprocess
+import sys
 import tarfile
 from functools import partial
 
 import bulkruns
 import pytest
-from basinescape import Guidance
+from basinescape import FirstMinimum, Guidance
 from basinescape.bench.speed.standin import stand_in
 from basinescape.data.captions import read_captions
 from basinescape.data.image_encoding import Made
@@ -63,6 +65,28 @@ def test_parquet_is_that_of_datasets(sampler, tmp_path):
     make(sampler, tmp_path / "files", jobs)
     assert [row["image"].tobytes() for row in found] == pixels(tmp_path / "files")
     assert [row["steps"] for row in found] == [1] * 6 + [2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in Linux's /proc")
+def test_no_thread_is_left_that_holds_the_bytes_of_a_parquet_file(tmp_path):
+    """pyarrow's threads outlive a read. One that lets go of Python's memory when Python ends aborts the process."""
+    pytest.importorskip("pyarrow")
+    code = """
+import sys
+from pathlib import Path
+from basinescape.data.image_encoding import Made
+from basinescape.data.shards import Parquet
+path = Path(sys.argv[1], "a.parquet")
+Parquet().write(path, [Made(0, {"id": "a"}, b"picture")])
+def names():
+    found = [(thread / "comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()]
+    return sorted(name for name in found if not name.startswith("jemalloc"))  # frees memory of its own
+before = names()
+(one,) = Parquet().read(path.read_bytes())
+assert one.data == b"picture" and names() == before, (before, names())
+"""
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
 
 
 def test_parquet_files_have_the_same_columns_whatever_their_rows_have(sampler, tmp_path):
@@ -131,6 +155,18 @@ def test_a_webdataset_has_text_and_line_beside_each_picture(sampler, tmp_path):
     assert [text for _, text, _ in found] == TEXTS and [line["id"] for _, _, line in found] == [job.id for job in JOBS]
     make(sampler, tmp_path / "files")
     assert [image.tobytes() for image, _, _ in found] == pixels(tmp_path / "files")
+
+
+def test_datasets_reads_a_webdataset_whose_first_pictures_lack_what_later_ones_have(sampler, tmp_path):
+    """`datasets` takes the kinds of a set's fields from its first 5 pictures, whose guidance here never begins."""
+    pytest.importorskip("webdataset")
+    jobs = [Job(f"{i}", "a", i, steps=4 if i < 5 else 9, more={"tags": ["a"] if i < 5 else []}) for i in range(8)]
+    guidance = Guidance.delayed(2.0, until=FirstMinimum(latest=5))
+    bulkruns.make(sampler, jobs, tmp_path / "out", guidance, batch_size=3, format="webdataset")
+    moved = {line["id"]: line["transition_timestep"] for line in read_lines(tmp_path / "out" / "manifest.jsonl")}
+    assert [moved[job.id] is None for job in jobs] == [True] * 5 + [False] * 3
+    found = loaded("webdataset", tmp_path, data_files=str(tmp_path / "out" / "shards" / "*.tar"))
+    assert [row["json"]["id"] for row in found] == [job.id for job in jobs] and found[7]["json"]["tags"] == []
 
 
 def test_captions_lie_beside_pictures_where_they_are_asked_for(sampler, tmp_path):

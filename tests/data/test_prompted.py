@@ -6,10 +6,22 @@ import tracemalloc
 import numpy as np
 import pytest
 from basinescape.data.names import SAFE_ID
-from basinescape.data.prompted import prompted
+from basinescape.data.prompted import about, prompted
 from basinescape.data.prompts import Prompts
 from bulkruns import make
-from captionedsets import PROMPTS, SOURCES, encoded, graph, in_tar_files, picture, pictures, tar, with_text
+from captionedsets import (
+    PROMPTS,
+    SOURCES,
+    encoded,
+    graph,
+    in_parquet,
+    in_tar_files,
+    in_text_files,
+    picture,
+    pictures,
+    tar,
+    with_text,
+)
 from PIL import Image
 
 
@@ -22,6 +34,13 @@ def test_each_picture_has_the_prompt_that_it_was_made_from(tmp_path, keep):
         image = one.open()
         assert image.mode == "RGB" and np.abs(np.asarray(image).astype(int) - np.asarray(picture(i))).max() < 4
         assert "set" in one.where
+
+
+@pytest.mark.parametrize("keep", SOURCES)
+def test_a_bar_has_the_number_of_pictures_where_it_is_known(tmp_path, keep):
+    assert about(keep(tmp_path / "set")) == (None if keep in (in_tar_files, in_parquet) else 3)
+    if keep is in_text_files:
+        assert about(tmp_path / "set" / "deep" / "*.png") == 3
 
 
 @pytest.mark.parametrize("format", ["png", "parquet", "webdataset"])

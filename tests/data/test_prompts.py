@@ -162,6 +162,20 @@ def test_the_line_that_is_wrong_is_named(tmp_path, name, content, says):
     assert str(error.value).startswith(f"prompts file {str(tmp_path / name)!r}")
 
 
+def test_all_rows_that_are_wrong_are_named_at_once_and_each_once(tmp_path):
+    """Also those that share an id, and of very many the first ones; a row is left out with all its images or not at all."""
+    rows = [{"prompt": ""}, {"prompt": "a"}, {"prompt": "b", "seed": 2**63 - 2, "count": 9}, {"prompt": "c", "id": "0001"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"prompt": "d", "steps": 0}])))
+    with pytest.raises(ValueError, match=r"p\.jsonl': 4 rows are wrong: line 1: .*; line 3: .*; line 5: .*; line 4: ") as error:
+        Prompts(tmp_path / "p.jsonl")
+    assert str(error.value).count("line 3: ") == 1
+    found = Prompts(tmp_path / "p.jsonl", on_error="skip")
+    assert ([job.prompt for _, job in found], found.skipped) == (["a"], 4)
+    (tmp_path / "p.jsonl").write_text('{"prompt": ""}\n' * 99)
+    with pytest.raises(ValueError, match=r"99 rows are wrong: line 1: .*; line 20: .*got ''; and 79 more$"):
+        Prompts(tmp_path / "p.jsonl")
+
+
 def test_captions_of_training_images_are_prompts_too(tmp_path):
     """An empty cell says nothing, and of several texts the first counts."""
     rows = [{"caption": "a cat", "image": "1.png", "concept": "cat"}, {"caption": "no", "prompt": "a dog", "seed": 9}]

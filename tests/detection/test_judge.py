@@ -1,5 +1,6 @@
 """Pictures made elsewhere: through every family's autoencoder, of every kind and size, each judged by itself."""
 
+import io
 import json
 import logging
 import sys
@@ -15,7 +16,7 @@ from basinescape.detection.verdict import fitted, picture
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_sigma
 from families import CASES
-from PIL import Image
+from PIL import ExifTags, Image
 
 WORDS = ["a cat", "two frogs"]
 CPU = {"device": "cpu"}
@@ -140,6 +141,12 @@ def images():
     return [Image.fromarray(rng.integers(0, 256, (16, width, 3), dtype=np.uint8)) for width in (16, 24, 16)]
 
 
+def cut_off():
+    """A picture whose file ends too early."""
+    Image.effect_noise((64, 64), 50).save(file := io.BytesIO(), "PNG")
+    return Image.open(io.BytesIO(file.getvalue()[:-500]))
+
+
 def scores(sampler, images, words="a cat", seeds=0, **options):
     seeds = [seeds] * len(images) if isinstance(seeds, int) else seeds
     return sampler.judge(images, words, seeds, **options).score
@@ -161,6 +168,17 @@ def test_pictures_of_every_kind_have_one_score(sampler, images):
     for stacked in (np.stack(square), torch.from_numpy(np.stack(square)).permute(0, 3, 1, 2) / 255):
         assert torch.allclose(scores(sampler, stacked), expected[[0, 2]], atol=1e-5)
     assert torch.equal(scores(sampler, [image.convert("RGBA") for image in images]), expected)
+
+
+def test_a_picture_that_pillow_opened_is_judged_as_its_file_is_read(sampler, images):
+    """Turned as its EXIF data says, and of 16 bits in its own greys."""
+    lying, note = images[1].transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    note[ExifTags.Base.Orientation] = 6
+    lying.save(file := io.BytesIO(), "PNG", exif=note)
+    grey = images[0].convert("L")
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    given = [Image.open(file), deep]
+    assert torch.equal(scores(sampler, given), scores(sampler, [images[1], grey])) and given[0].size == lying.size
 
 
 def test_pictures_of_several_sizes_are_judged_as_each_alone(sampler, images):
@@ -185,6 +203,19 @@ def test_each_picture_is_judged_with_its_own_negative_prompt(sampler, images):
         assert found[i].item() == pytest.approx(alone, abs=1e-5)
     plain = scores(sampler, images)
     assert torch.isclose(found, plain, atol=1e-5).tolist() == [False, True, False]
+
+
+def test_texts_and_embeddings_of_pictures_of_several_sizes_are_each_pictures_own(random_pipeline):
+    sampler, rng = Sampler.from_pipeline(random_pipeline("sdxl", 8, "epsilon")), torch.Generator().manual_seed(0)
+    pictures = [torch.rand(3, *size, generator=rng) for size in ((32, 32), (16, 24), (32, 32))]
+    told = {"prompt_2": ["a dog", "a fish", "a hen"], "negative_prompt_embeds": torch.randn(3, 32, 64, generator=rng)}
+    told["negative_pooled_prompt_embeds"] = torch.randn(3, 32, generator=rng)
+    found = sampler.judge(pictures, "a cat", [1, 2, 3], **told).score
+    for i, one in enumerate(pictures):
+        own = {name: x[i : i + 1] for name, x in told.items()}
+        torch.testing.assert_close(sampler.judge([one], "a cat", i + 1, **own).score, found[i : i + 1], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="prompt_2 has 1 entries for 3 prompts"):
+        sampler.judge(pictures, "a cat", prompt_2=["a dog"])
 
 
 def test_a_resized_picture_keeps_its_proportions_and_loses_its_edges():
@@ -230,6 +261,10 @@ def test_every_size_of_pixart_is_its_own_nearest(tiny):
         ([np.full((8, 8, 3), 1, dtype=np.int64)], "must have floats in 0..1, or bytes"),
         (torch.zeros(1, 4, 8, 8), r"images\[0\] must be .*latents must have the shape \(1, 4, 16, 16\)"),
         ([[Image.new("RGB", (8, 8))]], r"images\[0\] must be a PIL image.*got list"),
+        ([np.full((8, 8, 3), 257, dtype=np.uint16)], "must have floats in 0..1, or bytes; got torch.uint16 from 257 to 257"),
+        ((Image.new("RGB", (8, 8)) for _ in range(2)), "images must be latents, or pictures in a list.*got a generator"),
+        ([cut_off()], r"images\[0\] cannot be read: .*truncated"),
+        (None, "images must be latents, or pictures in a list, an array or a tensor; got a NoneType"),
     ],
 )
 def test_what_is_no_picture_is_refused_by_name(sampler, given, says):

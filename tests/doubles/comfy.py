@@ -69,13 +69,23 @@ class Patcher:
     def __init__(self, network, sampling):
         self.model = SimpleNamespace(network=network, model_sampling=sampling)
         self.model_options = {"transformer_options": {}}
-        self.wrappers = {}
+        self.wrappers, self.object_patches = {}, {}
 
     def clone(self):
         made = copy.copy(self)
-        made.model_options = copy.deepcopy(self.model_options)
+        made.model_options, made.object_patches = copy.deepcopy(self.model_options), dict(self.object_patches)
         made.wrappers = {kind: {key: list(known) for key, known in keys.items()} for kind, keys in self.wrappers.items()}
         return made
+
+    def add_object_patch(self, name, made):
+        self.object_patches[name] = made
+
+    def get_model_object(self, name):
+        return self.object_patches.get(name, getattr(self.model, name))
+
+    def loaded(self):
+        """The model as it is while a sampler runs: with its patches, which ComfyUI takes away again."""
+        return SimpleNamespace(**vars(self.model) | self.object_patches) if self.object_patches else self.model
 
     def set_model_sampler_cfg_function(self, function, disable_cfg1_optimization=False):
         assert len(inspect.signature(function).parameters) == 1
@@ -116,7 +126,7 @@ class CFGGuider:
 
     def predict_noise(self, x, sigma, model_options):
         """What ComfyUI calls `sampling_function`: denoised."""
-        model = self.model_patcher.model
+        model = self.model_patcher.loaded()
         skips = math.isclose(self.cfg, 1.0) and not model_options.get("disable_cfg1_optimization", False)
         cond, uncond = self.conds["positive"], None if skips else self.conds.get("negative")
         make = model_options.get("sampler_calc_cond_batch_function")
@@ -145,7 +155,7 @@ class PerpNegGuider(CFGGuider):
 
     def predict_noise(self, x, sigma, model_options):
         conds = [self.conds[name] for name in ("positive", "negative", "empty_negative_prompt")]
-        cond, uncond, empty = calc_cond_batch(self.model_patcher.model, conds, x, sigma, model_options)
+        cond, uncond, empty = calc_cond_batch(self.model_patcher.loaded(), conds, x, sigma, model_options)
         return empty + self.cfg * ((cond - empty) - (uncond - empty))
 
 
@@ -153,7 +163,7 @@ class DualCFGGuider(CFGGuider):
     """One that has the CFG function for two of its three predictions."""
 
     def predict_noise(self, x, sigma, model_options):
-        model, names = self.model_patcher.model, ("negative", "middle", "positive")
+        model, names = self.model_patcher.loaded(), ("negative", "middle", "positive")
         uncond, middle, cond = calc_cond_batch(model, [self.conds[name] for name in names], x, sigma, model_options)
         given = (middle, uncond, self.cfg, x, sigma, model_options, self.conds["middle"], self.conds["negative"])
         return cfg_function(model, *given) + (cond - middle) * self.cfg
@@ -215,7 +225,7 @@ class CoreGuider(CFGGuider):
     def sample(self, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None):
         assert not self.model_patcher.wrappers.get("outer_sample"), "another node's run around this one"
         self.model_options = copy_nested(self.model_patcher.model_options)
-        x = self.model_patcher.model.model_sampling.noise_scaling(sigmas[0], noise, latent_image)
+        x = self.model_patcher.loaded().model_sampling.noise_scaling(sigmas[0], noise, latent_image)
         return self.outer_sample(noise, x, sampler, sigmas, seed=seed)
 
 

@@ -4,7 +4,8 @@
 backend there: the base of extensions, their manager, the context of a denoising, and the loop. Its node is a stand-in always.
 """
 
-import importlib
+import importlib.util
+import logging
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -133,7 +134,7 @@ def node_of(backend):
     module = ModuleType(f"{APP}.denoise_latents")
 
     class DenoiseLatentsInvocation:
-        cfg_rescale_multiplier = 0.0
+        cfg_rescale_multiplier, ip_adapter, denoising_end = 0.0, None, 1.0
 
         def __init__(self, **given):
             vars(self).update(given)
@@ -184,7 +185,7 @@ def installed(code, monkeypatch):
     found[APP].denoise_latents = found[f"{APP}.denoise_latents"]
     for name, made in found.items():
         monkeypatch.setitem(sys.modules, name, made)
-    ours = ["basinescape.hosts.invokeai", "basinescape.hosts.invokeai.extension", "basinescape.hosts.invokeai.node"]
+    ours = [f"basinescape.hosts.invokeai.{name}" for name in ("basin_escape", "extension", "node")]
     for name in ours:
         sys.modules.pop(name, None)
     try:
@@ -192,6 +193,18 @@ def installed(code, monkeypatch):
     finally:
         for name in ours:
             sys.modules.pop(name, None)
+
+
+def load_nodes(code, folder, monkeypatch):
+    """Load the packs of `nodes` as InvokeAI does; code: "stand-in", or its own `load_custom_nodes`."""
+    if code != "stand-in":
+        path = own_code.find("invokeai", "app/invocations/load_custom_nodes.py")
+        monkeypatch.setattr("shutil.copy", lambda *given: None)  # of its README
+        return own_code.module(path, "load_custom_nodes").load_custom_nodes(folder, logging.getLogger(__name__))
+    for pack in folder.iterdir():
+        spec = importlib.util.spec_from_file_location(pack.name, pack / "__init__.py")
+        sys.modules[pack.name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
 
 
 def own_backend(monkeypatch):

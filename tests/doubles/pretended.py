@@ -103,12 +103,13 @@ class Device(TorchDispatchMode):
     """The device, while it is entered.
 
     waits: how often the host has waited. raises: whether that is an error. graph: what is being captured. seen: what a profiler
-    that watches has seen. is_full: whether the next operator that needs memory finds none.
+    that watches has seen. is_full: whether the next operator that needs memory finds none. current: the number of torch's
+    current device; this one is 0.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.waits, self.raises, self.is_full = 0, False, False
+        self.waits, self.raises, self.is_full, self.current = 0, False, False, 0
         self.graph: Graph | None = None
         self.seen: list[SimpleNamespace] | None = None
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
@@ -202,8 +203,12 @@ class Device(TorchDispatchMode):
 
     @contextmanager
     def capture(self, graph: Graph, **_: Any) -> Iterator[None]:
-        """In the place of torch.cuda.graph: records, puts back what was written, and spoils what was made."""
-        self.graph, graph.owner, self._before = graph, self, {}
+        """In the place of torch.cuda.graph: records, puts back what was written, and spoils what was made.
+
+        Where another device is the current one, it records nothing: all runs at once.
+        """
+        graph.owner, self._before = self, {}
+        self.graph = None if self.current else graph
         try:
             yield
         finally:
@@ -214,6 +219,15 @@ class Device(TorchDispatchMode):
                 for made in _tensors([results for _, results in graph.recorded]):
                     if made.is_floating_point() and _where(made) not in self._before:
                         made.fill_(torch.nan)
+
+    @contextmanager
+    def made_current(self, device: Any) -> Iterator[None]:
+        """In the place of torch.cuda.device."""
+        before, self.current = self.current, getattr(device, "index", device) or 0
+        try:
+            yield
+        finally:
+            self.current = before
 
     def watch(self, mode: str | int) -> None:
         """In the place of torch.cuda.set_sync_debug_mode."""
@@ -305,6 +319,7 @@ def pretended() -> Iterator[Device]:
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
         "is_current_stream_capturing": lambda: device.graph is not None,
+        "device": device.made_current,
         "device_of": lambda _: nullcontext(),
         "synchronize": lambda *_: None,
         "empty_cache": lambda: None,

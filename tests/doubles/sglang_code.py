@@ -16,7 +16,7 @@ from types import ModuleType, SimpleNamespace
 import own_code
 import sglang_server
 import torch
-from sglang_server import RANKS, Admission, Loop, all_gather
+from sglang_server import RANKS, Admission, Loop, Worker, all_gather
 
 RUNTIME = "sglang.multimodal_gen.runtime"
 POLICY, STAGE, SCHEDULER = (
@@ -54,6 +54,7 @@ def installed(code, monkeypatch):
         scheduler = own_code.parts(path, [f"Scheduler.{name}" for name in MERGING], known)
         worker = own_code.parts(runtime / "managers/gpu_worker.py", ["GPUWorker._merge_expanded_singletons"], known)
         scheduler.Scheduler = type("Scheduler", (scheduler.Scheduler, Admission), {})
+        worker.GPUWorker = type("GPUWorker", (worker.GPUWorker, Worker), {})
     found = {WORKER: worker, POLICY: policy, STAGE: stage, SCHEDULER: scheduler, f"{RUNTIME}.platforms.plugins": registry}
     for name in list(found):
         for i in range(1, name.count(".") + 1):

@@ -290,7 +290,17 @@ class Scheduler(Admission):
         return [OutputBatch(output=output_batch.output[i : i + 1]) for i in range(len(reqs))]
 
 
-class GPUWorker:
+class Worker:
+    def _execute_forward_common(self, req, *, forward_fn, return_req, **named):
+        """For each request: its output, or its error."""
+        try:
+            result = forward_fn()
+        except ValueError as error:
+            return OutputBatch(error=str(error))
+        return result if return_req else OutputBatch(usage=result.usage)
+
+
+class GPUWorker(Worker):
     @staticmethod
     def _merge_expanded_singletons(merged, output_batch):
         """For each of a request's outputs that were made one by one."""

@@ -7,6 +7,7 @@
 import importlib
 import logging
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
@@ -18,6 +19,7 @@ import torch
 CFG = "vllm_omni.diffusion.distributed.cfg_parallel"
 BATCH = "vllm_omni.diffusion.worker.input_batch"
 RUNNER = "vllm_omni.diffusion.worker.diffusion_model_runner"
+SCHEDULER = "vllm_omni.diffusion.sched.base_scheduler"
 BESIDE = {
     "vllm.logger": {"init_logger": logging.getLogger},
     "vllm.sequence": {"IntermediateTensors": type("IntermediateTensors", (), {})},
@@ -125,8 +127,8 @@ def runner():
     class DiffusionModelRunner:
         """What a model runner does with its pipeline: all steps of a batch, or one step of whoever is there."""
 
-        def __init__(self, pipeline):
-            self.pipeline = pipeline
+        def __init__(self, pipeline, cache_backend="none"):
+            self.pipeline, self.od_config = pipeline, SimpleNamespace(cache_backend=cache_backend)
 
         def _execute_request_list(self, reqs, **named):
             return self.pipeline.forward(reqs)
@@ -142,14 +144,41 @@ def runner():
     return DiffusionModelRunner
 
 
+def scheduler(code):
+    """A class of its own for each test: the admission of requests."""
+
+    class BaseScheduler:
+        def __init__(self):
+            self._request_states, self._kv_draining_requests, self._waiting = {}, {}, []
+
+        def _make_request_state(self, request_id, request):
+            return SimpleNamespace(request_id=request_id, request=request)
+
+        def add_request(self, request):
+            return self._add_request_with_request_id(request.request_id, request)
+
+        def _add_request_with_request_id(self, request_id, request):
+            self._request_states[request_id] = self._make_request_state(request_id, request)
+            self._waiting.append(request_id)
+            return request_id
+
+    if code != "stand-in":
+        path = own_code.find("vllm_omni", "diffusion/sched/base_scheduler.py")
+        names = [f"BaseScheduler.{name}" for name in ("add_request", "_add_request_with_request_id")]
+        own = own_code.parts(path, names, {"time": time, "logger": logging.getLogger(__name__)}).BaseScheduler
+        for name in ("add_request", "_add_request_with_request_id"):
+            setattr(BaseScheduler, name, vars(own)[name])
+    return BaseScheduler
+
+
 @contextmanager
 def installed(code, monkeypatch):
     """`basinescape.hosts.vllm_omni`, with the stand-in or the package's own files under it, and its plugin registered."""
-    found = {name: ModuleType(name) for name in (CFG, BATCH, RUNNER, "vllm_omni.diffusion.worker.utils", *BESIDE)}
+    found = {name: ModuleType(name) for name in (CFG, BATCH, RUNNER, SCHEDULER, "vllm_omni.diffusion.worker.utils", *BESIDE)}
     for name, given in BESIDE.items():
         vars(found[name]).update(given)
     found["vllm_omni.diffusion.worker.utils"].StepRequestState = StepRequestState
-    found[RUNNER].DiffusionModelRunner = runner()
+    found[RUNNER].DiffusionModelRunner, found[SCHEDULER].BaseScheduler = runner(), scheduler(code)
     for name in list(found):
         for i in range(1, name.count(".") + 1):
             found.setdefault(".".join(name.split(".")[:i]), ModuleType(name)).__path__ = []
@@ -166,6 +195,10 @@ def installed(code, monkeypatch):
     ours.register()
     ours.register()  # more than once changes nothing
     try:
-        yield SimpleNamespace(mixin=sys.modules[CFG].CFGParallelMixin, runner=found[RUNNER].DiffusionModelRunner, ours=ours)
+        yield SimpleNamespace(
+            mixin=sys.modules[CFG].CFGParallelMixin,
+            runner=found[RUNNER].DiffusionModelRunner,
+            scheduler=found[SCHEDULER].BaseScheduler,
+        )
     finally:
         sys.modules.pop("basinescape.hosts.vllm_omni", None)

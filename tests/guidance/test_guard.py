@@ -176,6 +176,17 @@ def test_it_survives_serialisation_and_its_repr(mixed):
     assert Guard(list(mixed.attempts)) == mixed and hash(Guard(list(mixed.attempts))) == hash(mixed)
 
 
+def test_the_model_of_its_calibration_is_written_and_read(mixed):
+    """What was written without it, as by earlier versions, is read."""
+    known = replace(mixed, model={"unet": {"form": "a", "sample": [1.0], "dtype": "float32"}})
+    written = json.loads(json.dumps(known.to_dict()))
+    assert Guidance.from_dict(written).model == known.model and "model" not in mixed.to_dict()
+    del written["model"]
+    assert Guidance.from_dict(written) == known and Guidance.from_dict(written).model is None
+    with pytest.raises(ValueError, match="model must be a fingerprint"):
+        Guidance.from_dict({**written, "model": "tiny"})
+
+
 def test_without_a_calibration_it_has_the_defaults():
     made = Guidance.guard(SCALE)
     first, *later = made.attempts
@@ -197,6 +208,9 @@ def test_without_a_calibration_it_has_the_defaults():
         (lambda pipe: Attempt(Guidance.guard(2.0), 0.3), "guidance must be a Guidance"),
         (lambda pipe: guard((PLAIN, 0.3), (Guidance.cfg(SCALE, rule="apg"), 0.3)), "must have one rule"),
         (lambda pipe: Guidance.guard(SCALE, rate=0.0), "rate must be between 0 and 1"),
+        (lambda pipe: Guidance.guard(SCALE, rate=0.05), "rate is 0.05, which needs a calibration"),
+        (lambda pipe: Guidance.guard(SCALE, later="x"), "later must be a finite number"),
+        (lambda pipe: Guidance.guard(SCALE, attempts=5), "attempts must be a list of guidances"),
         (lambda pipe: Guidance.guard(SCALE, attempts=[3]), "guidance must be a Guidance"),
         (lambda pipe: Guidance.guard(SCALE, attempts=PLAIN), "attempts must be a list of guidances"),
         (lambda pipe: Guidance.cfg(SCALE, interval=5), "interval must be two timesteps"),
@@ -205,11 +219,12 @@ def test_without_a_calibration_it_has_the_defaults():
         (lambda pipe: Guidance.cfg(SCALE, restart=5), "restart must be .low, high, times."),
         (lambda pipe: Guidance.cfg(SCALE, shape=5), "shape must be one of .* or a factor for each step"),
         (lambda pipe: Guidance.from_dict("cfg"), "not a guidance: 'cfg'"),
+        (lambda pipe: Guidance.from_dict({"scale": 1, "until": {"rule": "Mine"}}), "rule 'Mine', and there are At, "),
         (lambda pipe: EarlyLook((1.0, 0.0), (900.0, 100.0), 1, 1.0), "gap must be above 0"),
         (lambda pipe: EarlyLook((1.0,), (900.0,), 1, math.nan), "limit must be a finite number"),
         (
             lambda pipe: sample(pipe, replace(guard((PLAIN, NONE)), early=EarlyLook((1.0,) * 5, (900.0,) * 5, 1, 1.0))),
-            "calibrated for 5 steps",
+            r"calibrated for 5 steps .* give calibration\.fitted\(sampler, steps\) to the guard",
         ),
         (lambda pipe: sample(pipe, guard((PLAIN, NONE)), callback_on_step_end=lambda *_: {}), "callback_on_step_end"),
         (lambda pipe: sample(pipe, guard((PLAIN, NONE)), stop_after=2), "stop_after"),
@@ -246,3 +261,6 @@ def test_a_calibrated_guard_has_the_calibrations_numbers(scale):
     assert made.early.steps == 1 and made.early.limit == pytest.approx(19.0)
     with pytest.raises(ValueError, match="199 ordinary pictures cannot tell: calibrate with 999 or more"):
         Guidance.guard(scale, calibration, rate=0.002)
+    for rate in (1.5, -0.5):
+        with pytest.raises(ValueError, match="rate must be"):
+            calibration.threshold(rate)

@@ -10,6 +10,7 @@ from basinescape import At, Escape, Fallen, FirstMinimum, Guard, Guidance, Sampl
 from basinescape.bench.speed.standin import stand_in
 from basinescape.guidance.guard import Attempt
 from basinescape.guidance.transitions import RULES, Statistic, Transition, named, register, rule_named
+from basinescape.guidance.transitions.base import MEASURED
 from basinescape.hosts.guidance_widgets import UNTIL
 from basinescape.sampling.attempt_table import AttemptTable
 from basinescape.sampling.engine import Engine
@@ -175,5 +176,8 @@ def test_a_rule_must_be_registered():
 def test_what_a_rule_says_wrongly_is_named(sampler, monkeypatch):
     monkeypatch.setattr(MeanFallen, "leaves", lambda self, gaps, step: gaps)
     with pytest.raises(ValueError, match=r"MeanFallen.*must say of each of 5 samples whether it leaves, as bool"):
+        sampled(sampler, OWN)
+    monkeypatch.setattr(MeanFallen, "criteria", lambda self, levels: [MEASURED])
+    with pytest.raises(ValueError, match=r"MeanFallen.* has 1 criteria for \d+ steps"):
         sampled(sampler, OWN)
     assert issubclass(MeanFallen, Statistic)

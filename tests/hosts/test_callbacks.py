@@ -146,6 +146,12 @@ def test_it_holds_without_with_until_it_is_left(random_pipeline):
     run.leave()
     run.leave()
     assert type(pipe) is host and torch.equal(stable_diffusion(pipe, 4.0), stock) and run.noise_gap.isfinite().all()
+    with escape(pipe, Guidance.cfg(2.0)) as other:
+        run.leave()  # which leaves the other one as it is
+        with pytest.raises(ValueError, match="this run has been left"):
+            run.__enter__()
+        stable_diffusion(pipe, 4.0)
+    assert other.weight.tolist() == [2.0, 2.0] and type(pipe) is host
 
 
 @pytest.mark.parametrize(

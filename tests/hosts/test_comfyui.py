@@ -289,6 +289,27 @@ def test_the_second_node_judges_as_the_other_hosts(kd, sampling):
         judge.judged(plain, {"samples": latents}, cond, uncond, 5, 0.0, 0)
 
 
+def test_latents_with_noise_left_are_not_judged(kd):
+    patcher = node.patched(comfy.Patcher(network, comfy.EPS()), **DEFAULTS)
+    (x, uncond, cond), middle = given(), len(SIGMAS) // 2
+    left = sampled(kd, "euler", patcher, SIGMAS[:middle])
+    with pytest.raises(ValueError, match="judge that of the sampler that takes the last steps"):
+        judge.judged(patcher, {"samples": left}, cond, uncond, 5, 0.3, 2)
+    judge.judged(patcher, {"samples": x}, cond, uncond, 5, 0.3, 2)  # from another sampler
+    made = sampled(kd, "euler", patcher, SIGMAS)
+    judge.judged(patcher, {"samples": made}, cond, uncond, 5, 0.3, 2)
+
+
+def test_a_model_whose_sampling_a_node_has_changed_is_judged_by_that():
+    (latents, uncond, cond), scores = given(), []
+    for own, later in ((comfy.CONST, None), (comfy.EPS, comfy.CONST)):
+        patcher = comfy.Patcher(network, own())
+        if later is not None:  # as the nodes ModelSampling... do
+            patcher.add_object_patch("model_sampling", later())
+        scores.append(judge.judged(patcher, {"samples": latents}, cond, uncond, 5, 0.3, 2)[1])
+    assert scores[0] == scores[1]
+
+
 def test_the_registry_finds_what_it_needs():
     made = tomllib.loads((FOLDER / "pyproject.toml").read_text(encoding="utf-8"))
     assert made["project"]["version"] == __version__ and made["project"]["dependencies"] == ["basinescape"]

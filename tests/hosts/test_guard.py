@@ -142,7 +142,7 @@ def test_the_pipelines_that_ship_agree_with_the_sampler():
 
 
 def test_a_guard_of_another_models_calibration_is_said(random_pipeline, caplog):
-    """Not of the same model in another dtype or under offload; a guard that was written and read back is as good."""
+    """Not of the same model in another dtype or under offload; also of a guard that was written and read back."""
     pipe, other = random_pipeline("sd", 8, "epsilon"), random_pipeline("sd", 8, "epsilon")
     for parameter in other.unet.parameters():
         parameter.data.mul_(0.9)
@@ -165,7 +165,10 @@ def test_a_guard_of_another_models_calibration_is_said(random_pipeline, caplog):
     caplog.clear()
     read = Guidance.from_dict(json.loads(json.dumps(replace(made, early=None).to_dict())))
     assert read == replace(made, early=None) and hash(read) == hash(replace(made, early=None))
-    with escape(other, read), escape(copy.deepcopy(pipe).to(torch.bfloat16), replace(made, early=None)):
+    with escape(other, read):
+        assert caplog.text.count("made on another model (its unet") == 1
+    caplog.clear()
+    with escape(copy.deepcopy(pipe).to(torch.bfloat16), replace(made, early=None)), escape(pipe, read):
         pass
     pipe.enable_sequential_cpu_offload(device="cpu")
     with escape(pipe, replace(made, early=None)):

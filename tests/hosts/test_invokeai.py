@@ -1,7 +1,10 @@
 """InvokeAI's node on the code of its own backend, and on a stand-in of its contract, under diffusers' schedulers."""
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import basinescape
 import invokeai_backend
 import oracle
 import pytest
@@ -13,6 +16,7 @@ from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
 from hosts_tested import INVOKEAI
 from rounding import close
 
+FOLDER = Path(basinescape.__file__).parent / "hosts/invokeai/basin_escape"  # what a user links
 STEPS, SCALE, SHAPE = 9, 4.0, (2, 4, 8, 8)
 DEFAULTS = {name: widget.options["default"] for name, widget in WIDGETS.items()}
 
@@ -21,6 +25,17 @@ DEFAULTS = {name: widget.options["default"] for name, widget in WIDGETS.items()}
 def node(request, monkeypatch):
     with invokeai_backend.installed(request.param, monkeypatch) as found:
         yield found
+
+
+@pytest.mark.parametrize("load", ["stand-in", INVOKEAI.version], ids=["stand-in", str(INVOKEAI)])
+def test_the_folder_can_be_put_into_nodes(monkeypatch, tmp_path, load):
+    """InvokeAI loads a folder as the module of its name, whatever other module has that name."""
+    with invokeai_backend.installed("stand-in", monkeypatch) as found:
+        own, link = sys.modules["invokeai"], tmp_path / FOLDER.name
+        link.symlink_to(FOLDER)
+        monkeypatch.setitem(sys.modules, link.name, None)  # nothing stays behind
+        invokeai_backend.load_nodes(load, tmp_path, monkeypatch)
+        assert sys.modules["invokeai"] is own and sys.modules[link.name].BasinEscapeInvocation is found
 
 
 def network(x, t, prompt):
@@ -144,6 +159,8 @@ def test_a_cancelled_denoising_leaves_nothing_behind(node):
     ("fields", "told"),
     [
         ({"cfg_rescale_multiplier": 0.7}, "choose that rule"),
+        ({"ip_adapter": [object()]}, "ip_adapter is given"),
+        ({"denoising_end": 0.8}, "denoising_end is 0.8, and pictures are judged at the end"),
         ({"timestep": 1001.0}, "timestep must be at most 1000"),
         ({"until": MINIMUM, "latest": 2.0}, "latest must be a number from 0 to 1"),
     ],

@@ -279,6 +279,46 @@ def test_a_run_begins_where_sigma_rises(kd):
     assert torch.equal(sampled(kd, "euler", model, denoiser), first) and denoiser.run is not run
 
 
+@pytest.mark.parametrize(
+    "told", [{"mask": None}, {"mask": "left"}, {"mask": torch.ones(3)}, {"mask": torch.ones(1, 3)}], ids=str
+)
+def test_what_is_not_of_the_samples_is_not_joined(told):
+    """Without it the model would get a mask of twice the length, or none at all."""
+    asked = []
+
+    def model(x, sigma, cond):
+        asked.append(cond["mask"])
+        return x - sigma[:, None] * (cond["text"] + x)
+
+    x, text = torch.ones(BATCH, 3), torch.ones(BATCH, 3)
+    denoised = EscapeDenoiser(model, Guidance.cfg(3.0))(
+        x, torch.full((BATCH,), 2.0), {"text": text} | told, {"text": 0 * text} | told
+    )
+    assert torch.allclose(denoised, x - 2 * (3 + x))
+    assert len(asked) == 2 and all(one is told["mask"] for one in asked)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm_2"])
+@pytest.mark.parametrize("guidance", [MINIMUM, Guidance.delayed(4.0, until=At(log_snr=-1.0))], ids=["first minimum", "at"])
+def test_noise_that_a_sampler_adds_in_the_middle_begins_no_run(kd, name, guidance):
+    """s_churn raises sigma where it begins: at s_tmax, here from one step to the next."""
+    model, sigmas = kd[1].CompVisDenoiser(Toy()), kd[0].get_sigmas_karras(4 * STEPS, 0.1, 10.0)
+    x, uncond, cond = given()
+    denoiser, seen = EscapeDenoiser(model, guidance, order=SAMPLERS[name]), []
+
+    def watched(x, sigma, **conditions):
+        seen.append(sigma[0].item())
+        return denoiser(x, sigma, **conditions)
+
+    how = {"extra_args": {"cond": cond, "uncond": uncond}, "disable": True, "s_churn": 40.0, "s_tmax": 5.0}
+    for _ in range(2):
+        getattr(kd[0], f"sample_{name}")(watched, 10 * x, sigmas, **how)
+        firsts = seen[:: SAMPLERS[name]]
+        assert firsts != sorted(firsts, reverse=True)
+        assert denoiser.run.calls == len(seen) and denoiser.noise_gap.shape == (BATCH, 4 * STEPS)
+        seen.clear()
+
+
 def test_what_it_cannot_do_is_one_line(kd):
     model, x = kd[1].CompVisDenoiser(Toy()), given()[0]
     for guidance in (Guidance.cfg(4.0, shape=(1.0,) * STEPS), Guidance.delayed(4.0, until=Settled((1.0,) * STEPS))):

@@ -97,12 +97,14 @@ def test_a_prediction_that_nobody_needs_is_not_made(denoised):
     denoised(guider)
     assert len(calls) == STEPS and guider.num_conditions == 2 and guider.run.noise_gap.isnan().all()
     handle.remove()
-    failing = denoised.pipe.transformer.register_forward_pre_hook(lambda *_: 1 / 0)
+    network = denoised.pipe.transformer
+    failing, hooks = network.register_forward_pre_hook(lambda *_: 1 / 0), set(network._forward_hooks)
     with pytest.raises(ZeroDivisionError):
         denoised(guider)
     failing.remove()
     assert guider.num_conditions == 2
     assert torch.equal(denoised(BasinEscapeGuidance(Guidance.cfg(SCALE))), plain)
+    assert set(network._forward_hooks) == hooks
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +210,9 @@ def test_a_pipeline_with_two_guiders_takes_one_as_both(two_guiders, caplog):
 
 
 def test_what_it_cannot_follow_is_refused(xl):
+    for given in (7.5, None):
+        with pytest.raises(ValueError, match="guidance must be a Guidance"):
+            BasinEscapeGuidance(given)
     guard = Guidance.guard(4.0)
     with pytest.raises(ValueError, match="use Sampler"):
         BasinEscapeGuidance(guard)

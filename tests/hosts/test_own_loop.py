@@ -194,6 +194,8 @@ def test_a_loop_of_ones_own_judges_as_the_sampler(pipe):
         "seeds must be as many as images": {"seeds": [1]},
         "probes must be a whole number of at least 1": {"probes": 0},
         "threshold must be a finite number": {"threshold": math.nan},
+        "scheduler must be a scheduler of diffusers or a Probe, got 'ddim'": {"scheduler": "ddim"},
+        "latents are torch.uint8; they must be numbers with a fraction": {"latents": latents.to(torch.uint8)},
     }.items():
         with pytest.raises(ValueError, match=message):
             judge(**{"predict": asked(slice(None)), "scheduler": sampler.scheduler, "latents": latents} | given)
@@ -214,7 +216,13 @@ GUARD = Guidance.guard(4.0)
         ("ordinary has 8 gaps, but the sampler takes 2 steps", {"guidance": GUIDANCES[3], "timesteps": [900.0, 50.0]}),
         (r"timesteps must be one or more numbers in 0\.\.1000", {"timesteps": [9000.0]}),
         ("timesteps must be a whole number", {"timesteps": 0}),
+        (r"timesteps must be one or more numbers in 0\.\.1000.*got 'all'", {"timesteps": "all"}),
+        (r"asks for timesteps that fall, in 0\.\.1000", {"timesteps": LEVELS[::-1]}),
+        (r"asks for timesteps that fall, in 0\.\.1000 \(a flow's t times 1000\)", {"timesteps": torch.linspace(1, 0.1, STEPS)}),
+        ("asks for steps whose log SNRs rise", {"log_snrs": LEVELS, "guidance": Guidance.delayed(7.5, until=At(log_snr=-1.0))}),
         ("step must count the 8 timesteps", {"step": [0, 8]}),
+        ("step must count the 8 timesteps", {"step": [0, 1]}),
+        ("step must count the 8 timesteps", {"step": range(STEPS)[::-1]}),
         ("batch must be a whole number", {"batch": 0}),
     ],
 )
@@ -233,6 +241,24 @@ def test_a_call_that_does_not_fit_is_refused():
         state(uncond[:2], cond[:2], timestep=400)
     with pytest.raises(ValueError, match="cond has shape"):
         state(uncond, cond[..., :1], timestep=400)
+    with pytest.raises(ValueError, match=r"uncond is a NoneType; it must be a torch\.Tensor"):
+        state(None, cond, timestep=400)
+    with pytest.raises(ValueError, match=r"timesteps must be one or more numbers in 0\.\.1000"):
+        state(uncond, cond, timestep=torch.tensor([400, 400, 400]))
+    with pytest.raises(ValueError, match=r"dtype must be one of float32, float16, bfloat16, got torch\.int32"):
+        state(uncond, cond, timestep=400, dtype=torch.int32)
     state(uncond, cond, timestep=400)
-    with pytest.raises(ValueError, match="the run has 1 calls of the network"):
-        state(uncond, cond, timestep=300)
+    for call in (state, lambda *_, timestep: state.branch(timestep)):
+        with pytest.raises(ValueError, match="the run has 1 calls of the network"):
+            call(uncond, cond, timestep=300)
+
+
+def test_each_result_has_the_dtype_of_its_own_call():
+    state = Escape(Guidance.opposite(1.0, scale=4.0, until=FirstMinimum()), STEPS, BATCH)
+    for k, (uncond, cond) in enumerate(predictions(STEPS)):
+        own, asked = ((torch.float32, None), (torch.float16, None), (torch.float16, torch.float32))[k % 3]
+        uncond, cond = uncond.to(own), cond.to(own)
+        guided = state(uncond, cond, dtype=asked)
+        exact = torch.stack([definition.guided(u, c, w) for u, c, w in zip(uncond, cond, state.weight.tolist(), strict=True)])
+        assert guided.dtype == (asked or own)
+        assert torch.allclose(guided.double(), exact, rtol=2e-3 if guided.dtype == torch.float16 else 1e-5, atol=1e-3)

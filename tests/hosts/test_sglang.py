@@ -1,5 +1,7 @@
 """The plugin of SGLang-Diffusion on the server's own code, and on a stand-in of its contract: flow, and a small network."""
 
+import logging
+
 import oracle
 import pytest
 import sglang_code
@@ -53,6 +55,7 @@ def batch_of(rows=slice(None), **given):
     own |= {"guidance_scale": SCALE, "guidance_scale_2": SCALE, "guidance_rescale": 0.0, "cfg_normalization": 0.0}
     own |= {"do_classifier_free_guidance": True, "is_warmup": False, "image_latent": None, "cfg_gate_step": None}
     own |= {"return_trajectory_latents": False, "is_cfg_negative": False, "metrics": None, "perf_dump_path": None}
+    own |= {"request_id": "7"}
     return Req(**own | given)
 
 
@@ -239,6 +242,46 @@ def test_what_cannot_be_followed_is_refused_before_work(server, guidance, given,
     with pytest.raises(ValueError, match=told):
         stage.forward(batch_of(extra=named(guidance), **given), arguments(), server.policy.CFGPolicy())
     assert not stage.calls
+
+
+def test_a_cache_that_counts_the_networks_calls_is_refused_before_work(server):
+    stage = server.stage(network)
+    stage._cache_dit_enabled = True
+    stage.forward(batch_of(extra={}), arguments(), server.policy.CFGPolicy())
+    stage.calls.clear()
+    with pytest.raises(ValueError, match="set enable_cache_dit to false"):
+        stage.forward(batch_of(extra=named(DELAYED)), arguments(), server.policy.CFGPolicy())
+    assert not stage.calls
+
+
+def test_the_log_tells_what_http_responses_leave_out(server, caplog):
+    caplog.set_level(logging.INFO)
+    _, facts, _ = denoise(server, named(Guidance.guard(SCALE)))
+    told = [one for one in caplog.records if one.name == "basinescape.hosts.sglang" and "picture" in one.getMessage()]
+    assert len(told) == len(facts) == 3
+    for i, (record, entry) in enumerate(zip(told, facts, strict=True)):
+        assert f"picture {i}: transition_step {entry['transition_step']}, score {entry['score']}" in record.getMessage()
+        assert (record.levelno == logging.WARNING) == entry["suspect"]
+    denoise(server, named(Guidance.delayed(SCALE, until=FirstMinimum(drop=0.99))))
+    assert "3 of 3 samples had no transition" in caplog.text
+
+
+def test_a_model_with_a_loop_of_its_own_is_told_of(server, caplog):
+    def execute(extra, forward, **given):
+        batch = batch_of(extra=extra, **given)
+        caplog.clear()
+        server.worker()._execute_forward_common(batch, forward_fn=lambda: forward(batch) or batch, return_req=False)
+        return [line for line in caplog.messages if "nothing was guided" in line]
+
+    def guided(batch):
+        server.stage(network).forward(batch, arguments(), server.policy.CFGPolicy())
+
+    def own(batch):
+        return None
+
+    assert len(execute(named(DELAYED), own)) == 1
+    assert not execute({}, own) and not execute(named(DELAYED), own, is_warmup=True)
+    assert not execute(named(DELAYED), guided) and not execute(named(DELAYED), guided, do_classifier_free_guidance=False)
 
 
 def test_unknown_names_and_policies_are_refused(server):

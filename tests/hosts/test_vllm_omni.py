@@ -76,11 +76,11 @@ def pipeline_of(server, net=network):
     return Pipeline()
 
 
-def denoise(server, mode, guidance, rows=slice(None), do_true_cfg=True, sampling=None, late=0, net=network):
+def denoise(server, mode, guidance, rows=slice(None), do_true_cfg=True, sampling=None, late=0, net=network, cache="none"):
     """(latents, calls of the network) of one request a sample, by its guidance; late: steps after which the last comes in."""
     (x, prompt), pipeline = given(rows), pipeline_of(server, net)
     params = [SamplingParams(extra_args=named(one), **(sampling or {})) for one in guidance]
-    runner = server.runner(pipeline)
+    runner = server.runner(pipeline, cache)
     parts = [slice(i, i + 1) for i in range(len(x))]
     if mode == "request":
         reqs = [
@@ -167,6 +167,13 @@ def test_a_branch_that_no_request_needs_is_not_made(server, mode):
     assert len(denoise(server, mode, [DELAYED, DELAYED, Guidance.cfg(2.0)])[1]) == 2 * STEPS
 
 
+def test_a_cache_that_counts_the_networks_calls_gets_both(server):
+    """Cache-DiT and TeaCache take every second call for the unconditional one."""
+    found, calls = denoise(server, "request", [DELAYED] * 3, cache="cache_dit")
+    assert len(calls) == 2 * STEPS and close(found, denoise(server, "request", [DELAYED] * 3)[0])
+    assert len(denoise(server, "request", [DELAYED] * 3)[1]) < 2 * STEPS
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_failed_batch_leaves_nothing_behind(server, mode):
     stock, _ = denoise(server, mode, [None] * 3)
@@ -206,6 +213,19 @@ def test_what_cannot_be_followed_is_refused_before_work(server, mode, guidance, 
 
     with pytest.raises(ValueError, match=told):
         denoise(server, mode, [guidance] * 3, net=work, **more)
+
+
+def test_a_request_that_cannot_be_followed_does_not_come_into_a_batch(server):
+    """Else it would take those down that share the batch."""
+    scheduler = server.scheduler()
+    for i, extra in enumerate(({}, named(DELAYED), {"basinescape": {"guidance": {}}}, named(Guidance.guard(4.0)))):
+        request = SimpleNamespace(request_id=str(i), sampling_params=SamplingParams(extra_args=extra))
+        if i < 2:
+            assert scheduler.add_request(request) == str(i)
+        else:
+            with pytest.raises(ValueError, match="guidance"):
+                scheduler.add_request(request)
+    assert list(scheduler._waiting) == ["0", "1"] == list(scheduler._request_states)
 
 
 def test_models_that_combine_by_themselves_and_unknown_names_are_refused(server):

@@ -153,6 +153,7 @@ def changed(name, value):
     [
         ("euler", {"timestep": 1001.0}, None, "timestep must be at most 1000"),
         ("euler", {"until": MINIMUM, "latest": 2.0}, None, "latest must be a number from 0 to 1"),
+        ("euler", {"until": "minimum"}, None, "until must be one of timestep, first minimum of the noise gap"),
         ("dpm_adaptive", {}, None, "chooses its noise levels by itself"),
         ("euler", {}, changed("s_min_uncond", 0.5), "negative guidance minimum sigma"),
     ],
@@ -182,7 +183,7 @@ def test_a_denoiser_that_automatic1111_has_for_other_models_is_refused_before_wo
 
 
 def test_other_extensions_may_clone_the_model_but_not_combine(kd):
-    """Of Forge: an extension that comes later. And three predictions of AUTOMATIC1111 are refused."""
+    """Of Forge: an extension that comes later, or before, and its refiner. And three predictions of AUTOMATIC1111."""
     expected, _ = sampled("forge", kd, sliders={"until": MINIMUM})
     p = webui.job("forge", kd, network, "sample_euler", SIGMAS)
     guide(p, **DEFAULTS | {"until": MINIMUM})
@@ -191,6 +192,15 @@ def test_other_extensions_may_clone_the_model_but_not_combine(kd):
     p.sd_model.forge_objects.unet.set_model_sampler_cfg_function(lambda args: args["input"])
     with pytest.raises(ValueError, match="another extension combines"):
         sampled("forge", kd, job=p)
+    calls = []
+    before = webui.job("forge", kd, lambda *given: calls.append(given), "sample_euler", SIGMAS)
+    before.sd_model.forge_objects.unet.set_model_sampler_cfg_function(lambda args: args["input"])
+    with pytest.raises(ValueError, match="another extension combines"):
+        sampled("forge", kd, sliders={}, job=before)
+    before.sd_model.forge_objects.unet.model_options, before.refiner_checkpoint_info = {}, object()
+    with pytest.raises(ValueError, match="refiner is another model"):
+        sampled("forge", kd, sliders={}, job=before)
+    assert not calls
     edits = webui.job("a1111", kd, network, "sample_euler", SIGMAS)
     edits.sd_model.cond_stage_key, edits.image_cfg_scale = "edit", 1.5
     with pytest.raises(ValueError, match="three predictions"):

@@ -35,5 +35,12 @@ def test_an_ip_adapters_images_are_the_stock_pipelines(random_pipeline, kind):
     found = sample(ip_adapter_image_embeds=embeds)
     assert_same_but_for_rounding(found, stock(), pipe, stock)
     assert not torch.equal(found, plain)
+    for bad, says in (
+        ({"ip_adapter_image_embeds": [embeds[0].repeat(2, 1, 1)]}, r"two rows each, .* got the shape \(4, 1, 16\)"),
+        ({"ip_adapter_image_embeds": [embeds[0][:1]]}, r"two rows each, .* got the shape \(1, 1, 16\)"),
+        ({"ip_adapter_image": torch.rand(1, 3, 8, 8)}, "ip_adapter_image needs an image_encoder"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            sample(**bad)
     pipe.set_ip_adapter_scale(0.2)
     assert_same_but_for_rounding(sample(ip_adapter_image_embeds=embeds), stock(), pipe, stock)

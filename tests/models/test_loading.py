@@ -97,6 +97,8 @@ def test_a_broken_folder_is_a_valueerror_of_one_line(folder, broken):
 def test_an_unknown_option_of_loading_is_named(folder):
     with pytest.raises(ValueError, match="varient"):
         load(folder, varient="fp16")
+    with pytest.raises(ValueError, match=r"torch_dtype: no option of loading; there are .* device, .* dtype,"):
+        Sampler.from_pretrained(folder, torch_dtype=torch.float16)
     with pytest.raises(ValueError, match="device_map"):
         load(folder, device_map="balanced")
 

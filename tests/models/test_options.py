@@ -98,6 +98,19 @@ def test_the_negatives_of_sizes_are_the_unconditional_halfs(random_pipeline):
     assert not torch.equal(both, ours(pipe).latents)
 
 
+def test_one_text_or_embedding_stands_for_all_prompts(random_pipeline):
+    pipe = random_pipeline("sdxl", 8, "epsilon")
+    negative = {name: x[:1] for name, x in embeddings(pipe, True).items() if name.startswith("negative")}
+    one = ours(pipe, prompt_2="a dog", **negative)
+    each = ours(pipe, prompt_2=["a dog"] * 2, **{name: x.repeat(2, *[1] * (x.ndim - 1)) for name, x in negative.items()})
+    assert torch.equal(one.latents, each.latents) and not torch.equal(one.latents, ours(pipe, prompt_2="a dog").latents)
+    using = Sampler.from_pipeline(pipe).using(prompt_2="a dog", **negative)
+    settings = {"guidance": Guidance.cfg(SCALE), "output": "latent", "progress": False}
+    assert torch.equal(using(PROMPTS, SEEDS, STEPS, **settings).latents, one.latents)
+    with pytest.raises(ValueError, match="negative_prompt: no option of StableDiffusionXLPipeline"):
+        using.using(negative_prompt="fog")
+
+
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_several_images_a_prompt_each_have_their_seed(random_pipeline, kind):
     pipe = random_pipeline(kind, 8, "epsilon")
@@ -132,6 +145,12 @@ def test_one_line_without_a_negative_prompt_is_as_alone(random_pipeline):
         ("sd", {"negative_prompt": ["fog"]}, "negative_prompt"),
         ("sd", {"latents": torch.zeros(1, 4, 8, 8)}, "latents"),
         ("sd", {"prompt_embeds": torch.zeros(2, 32, 32)}, "prompt_embeds"),
+        ("sd", {"prompt_embeds": np.zeros((2, 77, 32)), "prompts": None}, "prompt_embeds must be a tensor, got a ndarray"),
+        ("sd", {"negative_prompt_embeds": torch.zeros(2, 5, 32)}, "must be alike, a row a prompt"),
+        ("sd", {"negative_prompt_embeds": torch.zeros(3, 77, 32)}, "negative_prompt_embeds has 3 entries for 2 prompts"),
+        ("sd", {"negative_prompt": 3}, "negative_prompt must be a string, or a list"),
+        ("sd", {"count": 2}, "count: no option"),
+        ("sd", {"prompt": "x", "prompts": None}, "say prompts in place of prompt"),
         ("sd", {"ip_adapter_image": "x"}, "ip_adapter_image"),
         ("sd", {"prompts": None}, "prompts"),
         ("sd", {"prompts": ["a \ud83d"], "seeds": 1}, "prompts"),
@@ -149,7 +168,8 @@ def test_what_does_not_fit_is_named(random_pipeline, kind, options, says):
         ours(random_pipeline(kind, 8, "epsilon"), **options)
 
 
-def test_numpys_whole_numbers_are_whole_numbers(random_pipeline):
+def test_numpys_numbers_are_numbers(random_pipeline):
+    assert Guidance.cfg(np.float32(SCALE)) == Guidance.cfg(np.int64(SCALE)) == Guidance.cfg(SCALE)
     sampler = Sampler.from_pipeline(random_pipeline("sd", 8, "epsilon"))
     settings = {"guidance": Guidance.cfg(SCALE), "output": "latent", "progress": False}
     found = [sampler(PROMPTS, seeds, np.int64(STEPS), **settings).latents for seeds in (np.int64(3), np.array([3, 4]))]

@@ -47,8 +47,16 @@ def test_embeddings_latents_and_pictures_go_by_batches_too(sampler, pipe):
 
     assert_same_but_for_rounding(sample(sampler, batch_size=2, **options).latents, whole(), pipe, whole)
     for output, kind in (("pil", list), ("np", np.ndarray), ("pt", torch.Tensor)):
-        images = sample(sampler, batch_size=3, output=output, steps=1).images
-        assert isinstance(images, kind) and len(images) == 4
+        parts, together = (sample(sampler, batch_size=size, output=output, steps=1).images for size in (3, 4))
+        assert isinstance(parts, kind) and len(parts) == 4
+        assert np.abs(pixels(parts) - pixels(together)).max() < 1.5 / 255  # at most one level of 8 bits
+
+
+def pixels(images):
+    """(B, height, width, 3) in 0 to 1."""
+    if isinstance(images, list):
+        return np.stack([np.asarray(image) for image in images]) / 255
+    return images.permute(0, 2, 3, 1).numpy() if isinstance(images, torch.Tensor) else images
 
 
 def test_what_sees_the_batch_has_all_of_it(sampler, monkeypatch):
@@ -101,3 +109,15 @@ def test_on_a_gpu_the_batch_grows_with_the_memory_and_shrinks_with_the_picture(s
     assert sizes[1] == [1, 1] and sizes[2**44] == [memory.MOST, memory.MOST]
     assert sizes[2**32][0] > sizes[2**32][1] and sizes[2**32][0] < sizes[2**34][0]
     assert memory.batch_size(sampler.model, 64, 64) == memory.ON_CPU
+
+
+def test_a_size_is_refused_that_the_whole_memory_does_not_hold(sampler, monkeypatch):
+    class Model:
+        device, pipe, shape = torch.device("cuda"), sampler.pipe, sampler.model.shape
+
+    made = sampler(["a"], seeds=0, steps=1, guidance=Guidance.cfg(2.0), height=64, width=96, output="pt")
+    least = made.images.nbytes + 4 * made.latents.numel()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, least))
+    memory.check(Model(), 64, 96)
+    with pytest.raises(ValueError, match=r"height 64 and width 128 are too large: .*'cuda' has"):
+        memory.check(Model(), 64, 128)

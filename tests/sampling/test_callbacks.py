@@ -67,6 +67,13 @@ def sets_scale(pipe, index, timestep, tensors):
         (SDCFGCutoffCallback(cutoff_step_ratio=0.5), "SDCFGCutoffCallback asks for prompt_embeds", 0),
         (MultiPipelineCallbacks([SDCFGCutoffCallback(cutoff_step_ratio=0.5)]), "asks for prompt_embeds", 0),
         (returns_text, "returned prompt_embeds, which the sampler cannot follow", 1),
+        (
+            lambda pipe, index, timestep, tensors: {"latents": tensors["latents"][:, :1]},
+            r"latents of the shape .* got \(1, 1, ",
+            1,
+        ),
+        (lambda *told: {"latents": None}, "latents of the shape .* got a NoneType", 1),
+        (lambda *told: told[3]["latents"], "must return a dict or None, got a Tensor", 1),
         (sets_scale, "set the guidance scale to 1.0, which the sampler cannot follow", 1),
     ],
 )

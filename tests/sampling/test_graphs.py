@@ -8,7 +8,7 @@ import pytest
 import torch
 from basinescape import At, FirstMinimum, Guidance, Sampler
 from basinescape.models import adapt
-from basinescape.sampling.cuda_graphs import Graphs
+from basinescape.sampling.cuda_graphs import Graphs, Session
 from mean_fallen import MeanFallen
 from rounding import assert_same_but_for_rounding
 from smallguards import guarded
@@ -101,6 +101,15 @@ def test_a_captured_step_is_the_step(pipe, device, scheduler, compile, monkeypat
     assert not captured.graphs._sessions
 
 
+def test_a_step_is_captured_on_the_device_of_the_pipeline(pipe, device):
+    """Torch records work on its current device alone."""
+    prompts, guidance = CALLS[0]
+    plain, captured = Sampler.from_pipeline(pipe), Sampler.from_pipeline(on_device(pipe), capture=True)
+    with torch.cuda.device(1):
+        assert_same(call(captured, prompts, guidance), plain, prompts, guidance)
+    assert captured.graphs.failure is None
+
+
 OWN = Guidance.delayed(7.5, until=MeanFallen(0.98), before=1.5)  # a rule with a statistic of its own is not captured
 
 
@@ -156,3 +165,38 @@ def test_an_output_outlives_the_next_call(pipe):
     assert torch.equal(first.latents, kept) and torch.equal(first.images, kept)
     sampler.close()
     assert not sampler.graphs._sessions
+
+
+def test_a_batch_without_memory_for_a_capture_keeps_no_other_from_it(pipe, device, monkeypatch):
+    sampler, capture = Sampler.from_pipeline(on_device(pipe), capture=True), Session.capture
+
+    def full(session, *arguments):
+        raise torch.OutOfMemoryError("the GPU is full")
+
+    monkeypatch.setattr(Session, "capture", full)
+    prompts, guidance = CALLS[0]
+    plain = Sampler.from_pipeline(pipe)
+    assert_same(call(sampler, prompts, guidance), plain, prompts, guidance)
+    assert isinstance(sampler.graphs.failure, torch.OutOfMemoryError) and not sampler.graphs._sessions
+    monkeypatch.setattr(Session, "capture", capture)
+    call(sampler, *CALLS[3])
+    assert sampler.graphs.failure is None and len(sampler.graphs._sessions) == 1
+
+
+def test_only_the_shapes_used_last_stay_captured(pipe, device, monkeypatch):
+    monkeypatch.setattr("basinescape.sampling.cuda_graphs.SESSIONS", 1)
+    sampler = Sampler.from_pipeline(on_device(pipe), capture=True)
+    for prompts, guidance in (CALLS[0], CALLS[3]):
+        call(sampler, prompts, guidance, steps=2)
+        assert [key[0][0] for key in sampler.graphs._sessions] == [len(prompts)]
+
+
+def test_a_captured_sampler_refuses_a_call_inside_its_own(pipe, device):
+    sampler = Sampler.from_pipeline(on_device(pipe), capture=True)
+
+    def callback(*arguments):
+        return {"latents": sampler("a picture of a cat", 1, 2, output="latent", progress=False).latents}
+
+    with patch("basinescape.kernels.dispatch.INTERPRETED", True), pytest.raises(ValueError, match="during another call"):
+        sampler("a picture of a cat", 1, 2, output="latent", progress=False, callback_on_step_end=callback)
+    call(sampler, *CALLS[3], steps=2)

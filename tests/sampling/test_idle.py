@@ -49,6 +49,16 @@ def test_a_transition_that_changes_nothing_is_said(pipe, caplog, until, steps, s
     assert [record.getMessage() for record in caplog.records if record.name.startswith("basinescape")] == lines
 
 
+@pytest.mark.parametrize(("interval", "said"), [((0.1, 0.7), True), ((300, 1000), False)])
+def test_an_interval_that_holds_no_step_is_said(pipe, caplog, interval, said):
+    some = Guidance.cfg(7.5, interval=interval)
+    sampler = Sampler.from_pipeline(pipe, "ddim")
+    out = sampler("a", 0, 3, some, output="latent", progress=False)
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("basinescape")]
+    assert bool(out.noise_gap.isnan().all()) == said and len(lines) == said
+    assert not said or (repr(some) in lines[0] and "guides no step here: none of 3 steps is in its interval" in lines[0])
+
+
 @pytest.mark.parametrize("shape", ["static", (1.0,) * 3])
 def test_one_weight_on_both_sides_is_said(pipe, caplog, shape):
     same = Guidance.delayed(7.5, until=FirstMinimum(), before=7.5, shape=shape)

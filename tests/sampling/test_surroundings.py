@@ -9,7 +9,7 @@ from basinescape.data.prompts import Job
 from basinescape.schedulers.schedule import Schedule
 from basinescape.schedulers.solver_coefficients import Solver
 from bulkruns import make, sound
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from safetensors.torch import load_file
 
 
@@ -57,6 +57,7 @@ class Broken(DDIMScheduler):
         (FlowMatchEulerDiscreteScheduler(), Schedule(sigmas=(1.5, 0.5)), "noise levels that scheduler"),
         (DDIMScheduler(), Schedule(sigmas=(1.0,)), "cannot take sigmas"),
         (Broken(), Schedule(4), "not finite|draws noise"),
+        (EulerDiscreteScheduler(), Schedule(4, eta=0.5), "eta is 0.5, but scheduler EulerDiscreteScheduler takes none"),
     ],
 )
 def test_steps_that_cannot_be_are_refused(scheduler, schedule, says):

@@ -204,6 +204,7 @@ def test_a_callback_sees_and_may_change_the_latents(pipe, name):
         {"timesteps": [1.0], "sigmas": [1.0]},
         {"timesteps": []},
         {"sigmas": ["high"]},
+        {"sigmas": [14.0, -3.0, 0.5]},
         {"denoising_end": 1.5},
         {"denoising_end": 0.01},
         {"guidance_rescale": -1},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import gt
 
 from ... import checks
 from .base import ALWAYS, NEVER, Criterion, Transition
@@ -39,12 +40,14 @@ class At(Transition):
     def over(self, timesteps: Sequence[float], log_snrs: Sequence[float] | None) -> At:
         """The same with a timestep, for steps at these timesteps in 0..1000 and log SNRs; -1 if no step reaches the log SNR.
 
-        Raises ValueError if the log SNRs are needed and not known.
+        Raises ValueError if the log SNRs are needed and not known, or fall from one step to the next.
         """
         if self.log_snr is None:
             return self
         if log_snrs is None or any(map(math.isnan, log_snrs)):
             raise ValueError(f"{self!r} asks for the noise levels of the steps, and they are not known: use At(timestep=...)")
+        if any(map(gt, log_snrs, log_snrs[1:])):
+            raise ValueError(f"{self!r} asks for steps whose log SNRs rise, got {list(log_snrs)}")
         steps = zip(timesteps, log_snrs, strict=True)
         return At(next((timestep for timestep, log_snr in steps if log_snr >= self.log_snr), -1.0))
 

@@ -31,7 +31,7 @@ class Fallen(Transition):
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, got {self.share:g}")
         if self.latest is not None:
-            checks.at_least("latest", self.latest, 1)
+            object.__setattr__(self, "latest", checks.at_least("latest", self.latest, 1))
 
     def criteria(self, levels: Sequence[float]) -> list[Criterion]:
         """The same criterion at each step. It cannot hold at the first, which has no gap before it."""

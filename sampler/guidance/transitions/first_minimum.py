@@ -32,9 +32,9 @@ class FirstMinimum(Transition):
     earliest_step = 2
 
     def __post_init__(self) -> None:
-        checks.at_least("earliest", self.earliest, 2)
+        object.__setattr__(self, "earliest", checks.at_least("earliest", self.earliest, 2))
         if self.latest is not None:
-            checks.at_least("latest", self.latest, self.earliest)
+            object.__setattr__(self, "latest", checks.at_least("latest", self.latest, self.earliest))
         object.__setattr__(self, "drop", checks.finite("drop", self.drop))
         if not 0 <= self.drop < 1:
             raise ValueError(f"drop must be at least 0 and below 1, got {self.drop:g}")

@@ -16,7 +16,10 @@ class Settled(Transition):
     """The transition comes `wait` steps after the noise gap has fallen to that of ordinary prompts. A rule of this project.
 
     ordinary: the usual gap of each step under the weight before the transition: the median over prompts known not to be
-              memorized, for this model, scheduler and number of steps (`basinescape analyze` measures it).
+              memorized, for this model, scheduler and number of steps (`basinescape analyze` measures it). Nothing says which
+              these were, and only another number of steps is refused: on another model or scheduler the transition comes
+              too early, or late, without a warning. `calibration.fitted(sampler, steps).settled()` fits the gaps to the
+              steps, and warns of another model.
     factor:   a sample has settled at the first step whose gap is at most `factor` times the ordinary one.
     wait:     steps from there to the transition.
     latest:   a deadline: a sample without a transition before this step has it here. None: no deadline.
@@ -36,9 +39,9 @@ class Settled(Transition):
         object.__setattr__(self, "factor", checks.finite("factor", self.factor))
         if self.factor <= 0:
             raise ValueError(f"factor must be above 0, got {self.factor:g}")
-        checks.at_least("wait", self.wait, 0)
+        object.__setattr__(self, "wait", checks.at_least("wait", self.wait, 0))
         if self.latest is not None:
-            checks.at_least("latest", self.latest, self.wait)
+            object.__setattr__(self, "latest", checks.at_least("latest", self.latest, self.wait))
 
     @classmethod
     def over(cls, ordinary: Sequence[float], factor: float = 1.5, wait: float = 0.16, latest: float = 0.48) -> Settled:

@@ -12,7 +12,7 @@ CATEGORY = "sampling/custom_sampling/guiders"
 
 
 class Output(NamedTuple):
-    """What a node gives on: its name and ComfyUI type, and whether it is a list of one a sample."""
+    """An output of a node: its name and ComfyUI type, and whether it is a list of one value a sample."""
 
     name: str
     kind: str
@@ -21,7 +21,7 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Node:
-    """A node: what it is called and says of itself, its connections (name -> type), widgets, outputs, and what it does.
+    """A node: its id, name and description, its connections (name -> ComfyUI type), widgets, outputs and function.
 
     function: (connections and widgets by name) -> its outputs.
     """

@@ -1,4 +1,4 @@
-"""The guidance where ComfyUI calls it: around a run, to make the predictions of a call, and to combine them."""
+"""The guidance as ComfyUI calls it: around a run, to make the predictions of a call, and to combine them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 CFG_FUNCTION = "sampler_cfg_function"  # the model option
-WATCHERS = ("sampler_pre_cfg_function", "sampler_post_cfg_function")  # those of other nodes, which are given both predictions
+WATCHERS = ("sampler_pre_cfg_function", "sampler_post_cfg_function")  # functions of other nodes that get both predictions
 PLAIN = {"positive", "negative"}  # the conditionings of a guider that leaves combining them to the CFG function
 
 
@@ -22,18 +22,19 @@ class Guided:
     """Delayed or opposite guidance of a model in ComfyUI: what the sampler is given as `cfg` is the scale after the transition.
 
     ComfyUI calls `sampled` around a run, `predicted` to make both predictions, and itself as the CFG function. `run` is the
-    last run's; None where nothing was guided in it.
+    last run's; None where nothing was guided in it. `unfinished` are the last run's latents, if it left noise in them.
     """
 
     def __init__(self, settings: Settings):
         self.settings = settings
         self.run: SamplerRun | None = None
+        self.unfinished: Tensor | None = None
         self._begin: Callable[[dict[str, Any]], SamplerRun] | None = None  # while a sampler runs
-        self._went = False  # to the call whose predictions are to be combined next
-        self._alone = False  # the unconditional one was made alone
+        self._begun = False  # whether `_begin_call` was called for the predictions that are combined next
+        self._uncond_alone = False  # whether the unconditional prediction was made alone
 
     def __deepcopy__(self, memo: dict) -> Guided:
-        """Itself: the clone of a model has deep copies of its options, and the same wrappers around a run."""
+        """Return itself: ComfyUI's clone of a model copies the options deeply, but keeps the same wrappers around a run."""
         return self
 
     def sampled(self, executor: Any, noise: Tensor, latent: Tensor, sampler: Any, sigmas: Tensor, *rest: Any, **named: Any):
@@ -47,19 +48,21 @@ class Guided:
             goes_on = not noise.any() and steps.sigmas[0] < float(model.sigma_max) * (1 - 1e-4)
             return SamplerRun(self.settings, steps, model, args["input"], float(guider.cfg), goes_on)
 
-        self.run, self._begin, self._went, self._alone = None, begin, False, False
+        self.run, self._begin, self._begun, self._uncond_alone = None, begin, False, False
         try:
             latents = executor(noise, latent, sampler, sigmas, *rest, **named)
         finally:
             self._begin = None
+        finished = float(sigmas[-1]) == 0
+        self.unfinished = None if finished else latents
         if self.run is not None:
-            self.run.report(finished=float(sigmas[-1]) == 0)
+            self.run.report(finished)
         elif steps.sigmas:
             logger.warning(f"Basin Escape: {type(guider).__name__} did not call it, and nothing was guided by it")
         return latents
 
     def doubts(self, guider: Any) -> list[str]:
-        """What keeps a guider's run from being guided as a whole, a sentence each."""
+        """Return what keeps a guider's run from being guided as a whole, a sentence each."""
         found, name = [], type(guider).__name__
         if guider.model_options.get(CFG_FUNCTION) is not self:
             found.append("a node after it has set a CFG function of its own, which takes its place: use one of the two")
@@ -73,8 +76,10 @@ class Guided:
 
         conds, options = args["conds"], args["model_options"]
         if options.get(CFG_FUNCTION) is self:
-            self._alone = not self._go(args, conds[1]).needs_cond and not any(options.get(name) for name in WATCHERS)
-            conds = [None if self._alone else conds[0], *conds[1:]]
+            self._uncond_alone = not self._begin_call(args, conds[1]).needs_cond and not any(
+                options.get(name) for name in WATCHERS
+            )
+            conds = [None if self._uncond_alone else conds[0], *conds[1:]]
         return calc_cond_batch(args["model"], conds, args["input"], args["sigma"], options)
 
     @torch.no_grad()
@@ -83,20 +88,20 @@ class Guided:
 
         Raises ValueError without a negative conditioning, and where no sampler runs.
         """
-        run = self.run if self._went else None
+        run = self.run if self._begun else None
         if run is None:  # another node has made the predictions
-            run = self._go(args, args["input_uncond"])
-        self._went = False
+            run = self._begin_call(args, args["input_uncond"])
+        self._begun = False
         x, uncond, cond = (args[name] for name in ("input", "uncond_denoised", "cond_denoised"))
-        return x - run.guided(x, args["sigma"], uncond, None if self._alone else cond, float(args["cond_scale"]))
+        return x - run.guided(x, args["sigma"], uncond, None if self._uncond_alone else cond, float(args["cond_scale"]))
 
-    def _go(self, args: dict[str, Any], negative: Any) -> SamplerRun:
+    def _begin_call(self, args: dict[str, Any], negative: Any) -> SamplerRun:
         """Go to the next call of the model."""
         if negative is None:
             raise ValueError("Basin Escape needs a negative conditioning, which may be empty: use CFGGuider, not BasicGuider")
         if self._begin is None:
             raise ValueError("Basin Escape was called outside the run of a guider, which it cannot follow")
         self.run = self.run or self._begin(args)
-        self.run.go(args["sigma"])
-        self._went = True
+        self.run.begin_call(args["sigma"])
+        self._begun = True
         return self.run

@@ -41,12 +41,12 @@ OUTPUTS = (
 
 
 def judged(model: Any, latent: dict, positive: Any, negative: Any, seed: int, threshold: float, probes: int) -> tuple:
-    """(latent, scores, suspects, transition steps, noise gaps), lists of one a sample.
+    """Return (latent, scores, suspects, transition steps, noise gaps), lists of one a sample.
 
-    model: the sampler's; a transition step is -1, and gaps are "", where no Basin Escape node has guided its last run.
+    model: the sampler's. Where no Basin Escape node has guided its last run, transition steps are -1 and gaps "".
     latent: finished, {"samples": (B, ...)}. positive, negative: the sampler's conditionings.
 
-    Raises ValueError for widgets out of range.
+    Raises ValueError for widgets out of range, and for latents in which the model's last run left noise.
     """
     from comfy.samplers import KSAMPLER, CFGGuider  # ComfyUI's
 
@@ -55,25 +55,31 @@ def judged(model: Any, latent: dict, positive: Any, negative: Any, seed: int, th
     def sample(denoiser: Any, x: Tensor, sigmas: Tensor, extra_args: dict | None = None, *given: Any, **named: Any) -> Tensor:
         """What ComfyUI calls as a sampler. x: the latents as the model takes them, scaled as at the noise level sigmas[0]."""
 
-        def predict(noised: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
-            denoiser(noised.to(x.dtype), told.to(x), **(extra_args or {}))
+        def predict(noised: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+            denoiser(noised.to(x.dtype), time.to(x), **(extra_args or {}))
             return seen["uncond"], seen["cond"]
 
         found.append(judge(predict, probe, x.float() / probe.given[0], seed, threshold, probes))
         return x
 
     def combine(args: dict[str, Any]) -> Tensor:
-        """ComfyUI's `sampler_cfg_function`: both predictions are kept, and combined to nothing that is used."""
+        """ComfyUI's `sampler_cfg_function`: keep both predictions. What it returns is not used."""
         seen.update(uncond=args["uncond_denoised"], cond=args["cond_denoised"])
         return args["cond"]
 
     seen: dict[str, Tensor] = {}
     asked, samples = model.clone(), latent["samples"]
+    left = getattr(model.model_options.get(CFG_FUNCTION), "unfinished", None)
+    if left is not None and left.shape == samples.shape and torch.equal(left.to(samples), samples):
+        raise ValueError(
+            "latent is from a sampler that left noise in it (end_at_step, return_with_leftover_noise, or split sigmas): judge "
+            "that of the sampler that takes the last steps"
+        )
     asked.remove_wrappers_with_key(OUTER_SAMPLE, ID)
     for name in (CALC, CFG_FUNCTION, "sampler_pre_cfg_function", "sampler_post_cfg_function"):
         asked.model_options.pop(name, None)
     asked.set_model_sampler_cfg_function(combine, disable_cfg1_optimization=True)
-    sampling = model.model.model_sampling
+    sampling = model.get_model_object("model_sampling")  # that of a ModelSampling node, where there is one
     probe = denoiser_probe(sampling, is_flow(sampling))
     guider = CFGGuider(asked)
     guider.set_conds(positive, negative)
@@ -85,7 +91,7 @@ def judged(model: Any, latent: dict, positive: Any, negative: Any, seed: int, th
 
 
 def became(model: Any, batch: int) -> tuple[list[int], list[str]]:
-    """The transition step of each sample of the model's last run, and its noise gaps as JSON, null for those not computed."""
+    """Return each sample's transition step in the model's last run, and its noise gaps as JSON, null if not computed."""
     guided = model.model_options.get(CFG_FUNCTION)
     run = guided.run if isinstance(guided, Guided) else None
     if run is None or run.state.batch != batch:

@@ -1,4 +1,4 @@
-"""The guidance as an extension of InvokeAI's denoising: it replaces what the two predictions were combined to."""
+"""The guidance as an extension of InvokeAI's denoising: it replaces the combined prediction."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BasinEscapeExtension(ExtensionBase):
 
     settings: of the widgets. judges: whether finished latents are judged.
 
-    `state` is the run's `Escape`, `verdict` that on its pictures; None where no step was taken.
+    `state` is the run's `Escape`, None before it begins; `verdict` that on its pictures, None where they were not judged.
     """
 
     def __init__(self, settings: Settings, judges: bool = True):

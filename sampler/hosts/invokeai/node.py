@@ -15,7 +15,7 @@ EXTENSION: ContextVar[BasinEscapeExtension | None] = ContextVar("basin_escape_ex
 
 
 class Manager(denoise_latents.ExtensionsManager):
-    """InvokeAI's manager of a denoising's extensions, which our node's own is added to first."""
+    """InvokeAI's manager of a denoising's extensions, to which it adds our node's extension first."""
 
     def __init__(self, *given: Any, **named: Any):
         super().__init__(*given, **named)
@@ -63,6 +63,13 @@ class BasinEscapeInvocation(denoise_latents.DenoiseLatentsInvocation):
     def invoke(self, context: Any) -> BasinEscapeOutput:
         if self.cfg_rescale_multiplier > 0:
             raise ValueError("cfg_rescale_multiplier is the rule 'rescale' here: set it to 0, and choose that rule")
+        if self.ip_adapter:
+            raise ValueError("ip_adapter is given, and InvokeAI's modular denoising, as in this node, ignores it: remove it")
+        if self.judge and self.denoising_end < 1:
+            raise ValueError(
+                f"denoising_end is {self.denoising_end:g}, and pictures are judged at the end: switch judge off here, and on "
+                "in the node that takes the last steps"
+            )
         settings = Settings(**{name: getattr(self, name) for name in WIDGETS})
         extension = BasinEscapeExtension(settings, self.judge)
         token = EXTENSION.set(extension)

@@ -1,9 +1,8 @@
-"""The guidance where the webuis call it: around their denoiser, and where it combines the predictions.
+"""The guidance in the webuis: around their denoiser, and in the place of what combines the predictions.
 
-Forge calls the model's CFG function, as ComfyUI does (`backend/sampling/sampling_function.py`). AUTOMATIC1111 calls
-`CFGDenoiser.combine_denoised` (`modules/sd_samplers_cfg_denoiser.py`). Neither tells the sampler's noise levels there: they are
-taken from the sampler's `get_sigmas`. A webui goes on without a script that fails, so what cannot be followed is refused by the
-denoiser's first call.
+To combine them, Forge calls the model's CFG function, as ComfyUI does (`backend/sampling/sampling_function.py`), and
+AUTOMATIC1111 `CFGDenoiser.combine_denoised` (`modules/sd_samplers_cfg_denoiser.py`). Neither passes the sampler's noise levels,
+so these are read from its `get_sigmas`. A webui skips a script that raises, so the denoiser's first call raises instead.
 
 Read in November 2026: AUTOMATIC1111 of February 2025, Forge of June 2025.
 """
@@ -23,10 +22,11 @@ from ..sampler_run import SamplerRun
 from ..step_of_sigma import StepOfSigma
 
 NAME = "Basin Escape"
+COMBINED = "another extension combines the predictions: switch one of the two off"
 
 
 def guide(p: Any, refused: str | None = None, **sliders: Any) -> None:
-    """Guide the sampling of the job `p` that is about to begin, by the sliders; refused: why its first call is to fail."""
+    """Guide the next sampling of the job `p` by the sliders. refused: why its first call is to raise ValueError instead."""
     try:
         refused, settings = refused or _unfit(p), Settings(**sliders)
     except ValueError as error:
@@ -38,7 +38,7 @@ def guide(p: Any, refused: str | None = None, **sliders: Any) -> None:
 
 
 def _unfit(p: Any) -> str | None:
-    """Why a job cannot be followed."""
+    """Return why a job cannot be followed; None if it can."""
     sampler = p.sampler
     if getattr(p.sd_model, "cond_stage_key", None) == "edit" and getattr(p, "image_cfg_scale", None) not in (None, 1.0):
         return "InstructPix2Pix combines three predictions: set its image CFG scale to 1"
@@ -46,7 +46,13 @@ def _unfit(p: Any) -> str | None:
         return "the samplers DDIM, PLMS and UniPC, which go by timesteps, are not followed: use one of the others"
     if getattr(sampler, "funcname", None) in UNEVEN:
         return f"{sampler.funcname} chooses its noise levels by itself: use another sampler"
-    if not hasattr(p.sd_model, "forge_objects"):
+    if hasattr(p.sd_model, "forge_objects"):
+        combines = p.sd_model.forge_objects.unet.model_options.get("sampler_cfg_function")
+        if combines is not None and not isinstance(getattr(combines, "__self__", None), Guided):
+            return COMBINED
+        if getattr(p, "refiner_checkpoint_info", None) is not None:
+            return "the refiner is another model, which is not followed in Forge: switch it off"
+    else:
         denoiser = sampler.model_wrap_cfg.inner_model
         if not hasattr(denoiser, "get_scalings"):
             return f"{type(denoiser).__name__} is not a denoiser of Stable Diffusion 1, 2 or XL: use Forge"
@@ -62,18 +68,18 @@ class Guided:
 
     settings: of the sliders. The CFG scale is the webui's.
 
-    `install` sets it on the job's sampler and model, which the webui makes anew, or puts back, for the next sampling.
+    `install` changes the job's sampler and model. The webui makes these anew, or restores them, for the next sampling.
     """
 
     def __init__(self, p: Any, settings: Settings):
         self.p, self.settings = p, settings
         self.run: SamplerRun | None = None
         self._sigmas: list[float] = []
-        self._now: tuple[Tensor, Tensor] | None = None  # the latents and noise levels of the call that is going on
-        self._weight = 1.0  # of a prompt's parts together, where Forge is told so
+        self._now: tuple[Tensor, Tensor] | None = None  # the latents and noise levels of the current call
+        self._weight = 1.0  # the sum of the weights of a prompt's parts, in Forge
 
     def __deepcopy__(self, memo: dict) -> Guided:
-        """Itself: the clone of a model in Forge has deep copies of its options."""
+        """Return itself: Forge copies a model's options deeply to clone the model."""
         return self
 
     def install(self) -> None:
@@ -103,7 +109,7 @@ class Guided:
         return f"{NAME}{again} full guidance from step"
 
     def _called(self, forward: Callable[..., Tensor], x: Tensor, sigma: Tensor, *given: Any, **named: Any) -> Tensor:
-        """Around the denoiser: what its call is given. Raises ValueError for what cannot be followed."""
+        """Note what the denoiser is given, and call it. Raises ValueError for what cannot be followed."""
         if float(named.get("s_min_uncond") or 0) > 0:
             raise ValueError(f"{NAME}: negative guidance minimum sigma leaves predictions out: set it to 0")
         if named.get("uncond", True) is None:
@@ -111,18 +117,18 @@ class Guided:
         if self.forge:
             function = self.p.sd_model.forge_objects.unet.model_options.get("sampler_cfg_function")
             if getattr(function, "__self__", None) is not self:
-                raise ValueError(f"{NAME}: another extension combines the predictions: switch one of the two off")
+                raise ValueError(f"{NAME}: {COMBINED}")
         self._now = x, sigma
         return forward(x, sigma, *given, **named)
 
     def _scheduled(self, get_sigmas: Callable[[Any, int], Tensor], p: Any, steps: int) -> Tensor:
-        """Around the sampler's schedule."""
+        """Note the noise levels that the sampler's `get_sigmas` returns."""
         sigmas = get_sigmas(p, steps)
         self._sigmas, self.run = sigmas.tolist(), None
         return sigmas
 
     def _weighted(self, model: Any, cond: Any, uncond: Any, x: Tensor, sigma: Tensor, options: dict) -> tuple:
-        """Before Forge's predictions: the weight of a prompt's parts together, which multiplies its scale."""
+        """Note the weights of a prompt's parts, before Forge's predictions: their sum multiplies the CFG scale."""
         self._weight = sum(part.get("strength", 1.0) for part in cond)
         return model, cond, uncond, x, sigma, options
 
@@ -135,8 +141,8 @@ class Guided:
     def in_a1111(self, denoiser: Any, x_out: Tensor, conds_list: Sequence, uncond: Any, cond_scale: float) -> Tensor:
         """AUTOMATIC1111's `combine_denoised`: the guided prediction, (B, ...).
 
-        x_out: the denoised predictions, those of the B negative prompts last. conds_list: of each picture (row, weight) of the
-        parts of its prompt, which count together as one conditional prediction.
+        x_out: the denoised predictions, those of the B negative prompts last. conds_list: for each picture, (row, weight) of
+        each part of its prompt; its parts together make one conditional prediction.
         """
         if self._now is None:
             raise ValueError(f"{NAME}: predictions are combined outside the denoiser's call")
@@ -149,10 +155,10 @@ class Guided:
         return self._guided(x, sigma, without, cond, float(cond_scale), denoiser.inner_model)
 
     def _guided(self, x: Tensor, sigma: Tensor, uncond: Tensor, cond: Tensor, scale: float, model: Any) -> Tensor:
-        """The guided prediction of the call at the noise level sigma (B,), and what is known of the pictures by now."""
+        """Return the guided prediction of a call at noise level sigma (B,), and note the pictures' transition steps."""
         if self.run is None:
             self.run = SamplerRun(self.settings, StepOfSigma(self._from(float(sigma.max()))), model, x, scale)
-        self.run.go(sigma)
+        self.run.begin_call(sigma)
         made = self.run.guided(x, sigma, uncond, cond, scale).to(uncond.dtype)
         first = getattr(self.p, "iteration", 0) * self.p.batch_size
         self._shown_steps[first : first + len(x)] = [
@@ -161,6 +167,6 @@ class Guided:
         return made
 
     def _from(self, sigma: float) -> list[float]:
-        """The noise levels of the run, which begins at `sigma`: image to image takes the later ones of a schedule."""
+        """Return the noise levels of a run that begins at `sigma`: image to image takes the later ones of a schedule."""
         levels = [level for level in self._sigmas if level > 0 and level <= sigma * (1 + 1e-4)]
         return levels or [sigma]
