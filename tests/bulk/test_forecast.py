@@ -67,6 +67,8 @@ def test_what_is_there_is_not_counted(small, drawn, tmp_path):
     for line in sound(tmp_path)[:4]:
         (tmp_path / line["file"]).unlink()
     again = told(sampler, jobs(8), tmp_path)
+    latents = told(sampler, jobs(8), tmp_path / "latents", format="latents")
+    assert latents["bytes"] == 8 * 4 * 4 * 16 * 16  # float32
     assert (again["images"], again["bytes"]) == (first["images"] / 2, first["bytes"] / 2)
     assert again["seconds"] == first["seconds"] - STEP * 2 * 5
 

@@ -128,7 +128,7 @@ def test_a_slip_in_the_name_of_a_column_is_refused(name, slip, k, data):
 
 
 def test_other_columns_are_no_slips():
-    others = ("prompt2", "idx", "test", "fine", "scaling factor", "weight", "hat")
+    others = ("prompt2", "idx", "test", "fine", "scaling factor", "weight", "hat", "capital")
     assert columns(others) == {name: name for name in others}
 
 

@@ -331,7 +331,7 @@ def test_what_files_cost_the_score_is_measured_on_the_same_pictures(tmp_path, mo
 
 def test_copies_are_told_from_others_by_each_way():
     line = {"latents": 0.5, "png": 0.4, "jpeg": 0.2}
-    rows = roundtrip.told([line, line], [{"latents": 0.1, "png": 0.45, "jpeg": 0.3}])
+    rows = roundtrip.separation([line, line], [{"latents": 0.1, "png": 0.45, "jpeg": 0.3}])
     assert [row["auc"] for row in rows] == [1, 0, 0]
     assert [(row["suspect_copies"], row["suspect_others"]) for row in rows] == [(1, 0), (1, 1), (0, 0)]
     assert [row["moved"] for row in rows] == [0, pytest.approx(0.55 / 3, abs=1e-4), pytest.approx(0.8 / 3, abs=1e-4)]

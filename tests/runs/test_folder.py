@@ -98,11 +98,12 @@ def measured(path, run, made):
         found = cache("squares", 5, 2, squares, bar)
     assert found.dtype == torch.float32 and found.tolist() == [[0.0], [1.0], [4.0], [9.0], [16.0]]
     assert [call.args for call in update.call_args_list] == [(2,), (2,), (1,)]
+    return cache
 
 
 def test_measurements_that_a_file_holds_are_not_made_again(tmp_path, caplog):
     path, made = tmp_path / "cache.jsonl", []
-    measured(path, {"a": 1, "b": 2}, made)
+    closed = measured(path, {"a": 1, "b": 2}, made)
     with path.open("r+") as file:
         lines = file.readlines()
         file.seek(0)
@@ -111,7 +112,7 @@ def test_measurements_that_a_file_holds_are_not_made_again(tmp_path, caplog):
         del cut["values"]
         file.writelines([json.dumps(cut) + "\n", *lines[1:], "{}\n"])
     measured(path, {"b": 2, "a": 1}, made)
-    assert made == [0, 1, 2, 3, 4, 0, 1] and not caplog.messages
+    assert made == [0, 1, 2, 3, 4, 0, 1] and not caplog.messages and len(closed) == 0  # as it was opened
     measured(path, {"a": 1, "b": 3}, made)
     assert made[7:] == [0, 1, 2, 3, 4] and "holds measurements of other settings or prompts" in caplog.text
     measured(None, {}, made)
