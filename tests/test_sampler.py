@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -277,6 +278,9 @@ def test_what_is_printed_can_be_read(small):
     out = sampler(["a cat", "a dog"], 0, 2, Guidance.guard(5.0, threshold=-9.0, attempts=[]), progress=False)
     said = repr(out)
     assert "\n" not in said and "2 images" in said and "2 suspect" in said and f"{out.score[0]:.2f}".rstrip("0") in said
+    assert said.startswith("Output(2 images, latents 4 x 16 x 16, transition steps [0, 0], scores [")
+    plain = replace(out, score=None, finite=torch.tensor([True, False]))
+    assert repr(plain) == "Output(2 images, latents 4 x 16 x 16, transition steps [0, 0], 1 not finite)"
     assert repr(sampler).startswith(f"Sampler({type(small).__name__} on cpu, float32, ")
 
 

@@ -106,7 +106,7 @@ def squares(image: Image.Image, side: int | None = None) -> list[Image.Image]:
     left, top = (width - short) / 2, (height - short) / 2
     boxes = [(0, 0, width, height)] + ([(left, top, left + short, top + short)] if width != height else [])
     size = (side or short, side or short)
-    return [image if image.size == size else image.resize(size, Image.Resampling.BOX, box) for box in boxes]
+    return [image.resize(size, Image.Resampling.BOX, box) for box in boxes]
 
 
 def _unit(vectors: np.ndarray) -> Tensor:

@@ -201,9 +201,7 @@ class Calibration:
 
         Raises FileNotFoundError for a missing file, ValueError for one that is no calibration.
         """
-        path = Path(path_or_name)
-        if path.is_dir() or not path.exists():
-            path = cls.beside(path_or_name) or path
+        path = cls.beside(path_or_name) or Path(path_or_name)
         if not path.is_file():
             raise FileNotFoundError(f"calibration {str(path_or_name)!r} does not exist")
         try:

@@ -66,7 +66,7 @@ def _parts(run: Path) -> tuple[list[Path], dict[str, Any]]:
     if others:
         raise ValueError(f"{str(run)!r} holds shards of {' and of '.join(map(str, [count, *others]))}: keep those of one run")
     missing = [i for i in range(count) if (i, count) not in found]
-    if missing or len(found) != count:
+    if missing:
         raise ValueError(f"{str(run)!r} has {len(found)} of {count} shards; missing are {missing}")
     parts = [part for _, part in sorted(found.items())]
     settings = [read_settings(part) for part in parts]

@@ -35,8 +35,7 @@ class MeasurementCache:
         self._lines = {} if self.path is None else {self._key(line): line for line in read_lines(self.path)}
 
     def _key(self, line: dict[str, Any]) -> tuple[str, int] | None:
-        whole = line.get("run") == self._run and {"what", "index", "values"} <= line.keys()
-        return (line["what"], line["index"]) if whole else None
+        return (line["what"], line["index"]) if line["run"] == self._run and "values" in line else None
 
     def __len__(self) -> int:
         """The number of this run's measurements that the file had when it was opened."""

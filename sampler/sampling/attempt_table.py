@@ -116,11 +116,10 @@ class AttemptTable:
 
 
 def _asking(plain: StepTable, probe: Probe) -> StepTable:
-    """Return the one row of the calls that judge. The network reads the question as latents, and the step changes nothing."""
+    """Return the one row of the calls that judge. Its network reads the question; what the step makes of that is lost."""
     row = torch.zeros(1, len(Column))
-    for column in (Column.BEFORE, Column.AFTER, Column.A, Column.INPUT_SCALE):
-        row[0, column] = 1.0
-    row[0, Column.KEEP], row[0, Column.LIMIT], row[0, Column.TIMESTEP] = -torch.inf, -torch.inf, probe.timestep
+    row[0, Column.INPUT_SCALE], row[0, Column.TIMESTEP] = 1.0, probe.timestep
+    row[0, Column.KEEP] = row[0, Column.LIMIT] = -torch.inf
     table = row.to(plain.table.device)
     return StepTable(
         table, (0,), 0, (BOTH,), False, plain.multistep, plain.scaled, plain.rule, (0,), correction=plain.correction, rows=(1,)

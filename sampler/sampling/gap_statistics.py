@@ -42,7 +42,7 @@ class GapStatistics:
             return
         rows, own = state.rows(table), self.of_row[torch.minimum(state.row, state.last)]
         step = rows[:, Column.STEP].long()
-        asked = (own >= 0) & (state.row <= state.last) & (rows[:, Column.FIRST] > 0)
+        asked = (state.row <= state.last) & (rows[:, Column.FIRST] > 0)
         place = step[:, None]
         known = state.gaps.gather(1, place)[:, 0]
         state.gaps.scatter_(1, place, torch.where(asked, noise_gap(uncond, cond), known)[:, None])

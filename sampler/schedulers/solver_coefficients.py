@@ -70,7 +70,7 @@ class Solver:
                 "use another, or a deterministic setting of it"
             )
         calls = len(plan.timesteps)
-        if not bool(torch.as_tensor(plan.timesteps).isfinite().all() and coefficients.isfinite().all()):
+        if not bool(coefficients.isfinite().all()):
             raise ValueError(
                 f"scheduler {name} has steps that are not finite for {schedule}: its timesteps are "
                 f"{reprlib.repr([round(float(t), 3) for t in plan.timesteps])}"

@@ -247,6 +247,9 @@ def test_a_caption_that_fails_costs_no_other_and_is_told(sampler, tmp_path, pret
     record = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert record["failed"] == ["c1", "c2"]
     assert "2 captions failed" in (tmp_path / "out" / "audit.html").read_text()
+    pretended.clear()  # what failed is tried again; "bad" fails before it is noted
+    pretend(sampler, ["1.5", "bad", "2.5, and much more than is read", "0.5"], tmp_path / "out")
+    assert [run[0] for run in pretended] == [["2.5, and much more than is read"]]
 
 
 def test_gaps_that_are_no_numbers_are_a_failure(sampler, tmp_path, pretended):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from basinescape.auditing.significance import discoveries, fewest, interval, p_values
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
@@ -55,6 +55,17 @@ def test_fewer_than_the_fewest_cannot_be_found():
         p = [least] * standing + [1.0] * (100 - standing)
         assert any(discoveries(p, 0.1)) is any_found
     assert fewest(5, 1000, 0.1) == 1
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 60), st.integers(1, 60), st.sampled_from([0.05, 0.1, 0.5]))
+def test_the_fewest_are_found_where_each_has_the_least_p_value_that_there_is(captions, ordinary, rate):
+    least = p_values([1.0], [0.0] * ordinary)
+    found = [k for k in range(1, captions + 1) if any(discoveries(least * k + [1.0] * (captions - k), rate))]
+    if found:
+        assert fewest(captions, ordinary, rate) == found[0]
+    else:
+        assert fewest(captions, ordinary, rate) > captions
 
 
 @pytest.mark.parametrize(("hits", "of"), [(0, 4), (1, 4), (4, 4), (37, 100)])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from basinescape.auditing.measures import Similarity
+from basinescape.auditing.measures import SHIFT, Similarity
 from basinescape.bench.evaluation.metrics import interval, roc
 from basinescape.bench.scenario import PRESETS, prompts
 from hypothesis import given, settings
@@ -26,8 +26,9 @@ def test_similarity_survives_brightness_and_contrast_and_a_small_shift():
     image = noise_image(0).resize((16, 16)).resize((64, 64), Image.Resampling.BICUBIC)
     pixels = np.asarray(image).astype(float)
     darker = Image.fromarray((0.5 * pixels + 20).astype(np.uint8))
-    moved = Image.fromarray(np.roll(pixels, 2, axis=1).astype(np.uint8))
-    found = Similarity("pixels", [image])([darker, moved])
+    by = [2 * SHIFT, 2, -2 * SHIFT]  # pixels
+    moved = [Image.fromarray(np.roll(pixels, (y, x), (0, 1)).astype(np.uint8)) for y in by for x in by]
+    found = Similarity("pixels", [image])([darker, *moved])
     assert found.min() > 0.97
 
 

@@ -156,6 +156,21 @@ def test_clip_embeds_images_as_its_model_does(clip):
     np.testing.assert_allclose(vision(str(clip))()(images), expected.numpy(), atol=1e-5)
 
 
+def test_dino_embeds_images_by_its_class_token(tmp_path):
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    model, size = Dinov2Model(Dinov2Config(**sizes)).eval(), {"height": 28, "width": 28}
+    processor = BitImageProcessor(size={"shortest_edge": 28}, crop_size=size)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    images = [noise_image(i) for i in range(3)]
+    with torch.inference_mode():
+        expected = model(**processor(images=images, return_tensors="pt")).pooler_output  # of the class token
+    np.testing.assert_allclose(vision(str(tmp_path))()(images), expected.numpy(), atol=1e-5)
+
+
 def test_the_figures_of_a_run_are_those_of_its_images(run, references, clip):
     rows = quality(run, str(clip), "concept", references, "pixels", progress=False)
     assert [(row["method"], row["group"], row["n"]) for row in rows] == [

@@ -7,11 +7,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from basinescape import At, Guidance, Sampler
+from basinescape import At, Guard, Guidance, Sampler
+from basinescape.bulk.job_plans import Plans
 from basinescape.bulk.settings import Recipe
 from basinescape.data.merge import merge
 from basinescape.data.prompts import Job
 from basinescape.guidance.early import EarlyLook
+from basinescape.guidance.guard import Attempt
 from bulkruns import QUICK, jobs, make, run, sound, write
 from PIL import Image
 from safetensors.torch import load_file
@@ -133,6 +135,32 @@ def test_a_guard_of_another_models_calibration_is_said_once_and_kept(sampler, dr
     file.write_text(json.dumps(settings))
     make(sampler, jobs(2), tmp_path / "out", known)
     assert len(sound(tmp_path / "out")) == 2
+
+
+GUIDANCES = {
+    "cfg": Guidance.cfg(5.0),
+    "delayed": Guidance.delayed(5.0, until=At(500)),
+    "opposite": Guidance.opposite(1.0, 5.0, until=At(500)),
+    "guard": guarded(Guidance.delayed(5.0, until=At(500)), NONE),
+}
+
+
+def test_a_line_names_the_guidance_and_the_model(small, tmp_path):
+    """A model of the hub by its whole name, a folder without its path."""
+    sampler, folder = Sampler.from_pipeline(small, "ddim"), tmp_path / "models" / "mine"
+    folder.mkdir(parents=True)
+    for model, named in (("owner/mine", "owner/mine"), (str(folder), "mine")):
+        plans = Plans(sampler, Recipe(GUIDANCES["cfg"], 4, named=GUIDANCES), model)
+        found = {name: plans.facts(Job("a", "a", 0, guidance=name)) for name in GUIDANCES}
+        assert {name: one["guidance"] for name, one in found.items()} == {name: name for name in GUIDANCES}
+        assert {one["model"] for one in found.values()} == {named}
+
+
+@pytest.mark.parametrize("scale", [5.0, 1.0], ids=["both branches", "one branch"])
+def test_a_first_attempt_takes_the_predictions_that_were_planned(small, scale):
+    sampler, made = Sampler.from_pipeline(small, "ddim"), Guard((Attempt(Guidance.cfg(scale), 1e9, probes=3),))
+    planned = Plans(sampler, Recipe(made, 4), "m").calls(Job("a", "a", 0).kind)
+    assert sampler(["a"], [0], 4, made, output="latent", progress=False).calls.tolist() == [planned]
 
 
 @pytest.mark.parametrize("given", [{"guidance": {"scale": 5}}, {"guidance": Guidance.cfg(5), "named": {"mine": 5.0}}])

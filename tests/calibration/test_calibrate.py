@@ -12,11 +12,12 @@ import torch
 from basinescape import Calibration, Guidance, Sampler
 from basinescape.bench import cli
 from basinescape.bench.methods import region
-from basinescape.calibration.baseline import CAPTIONS, Baseline, ordinary_prompts
+from basinescape.calibration.baseline import CAPTIONS, Baseline, ordinary_prompts, unguided
 from basinescape.calibration.interpolation import curve, sound
 from basinescape.calibration.measure import calibrate
 from basinescape.commands.model_loading import found
 from basinescape.data.prompts import read_prompts
+from basinescape.kernels.definition import transition
 from basinescape.models.fingerprint import differing, fingerprint
 
 PROMPTS = [f"a picture of a {name}" for name in ("cat", "frog", "dog", "fish", "crab")]
@@ -187,6 +188,24 @@ def test_steps_too_far_from_the_measured_ones_are_not_interpolated(wanted, holds
     assert sound([900, 700, 500, 300, 100], wanted) is holds
 
 
+@pytest.mark.parametrize(
+    ("known", "wanted", "holds"),
+    [
+        ([800, 400], [1200, 0], True),  # a step beyond either end
+        ([800, 400], [1201, 0], False),
+        ([800, 400], [1200, -1], False),
+        ([800, 400], [600], True),  # half as many
+        ([800, 400], [800, 700, 600, 400], True),  # twice as many
+        ([800, 400], [800, 700, 600, 500, 400], False),
+        ([800], [800], False),
+        ([800, math.nan], [800, 400], False),
+        ([800, 400], [800, math.nan], False),
+    ],
+)
+def test_gaps_hold_for_half_to_twice_as_many_steps_and_a_step_beyond_either_end(known, wanted, holds):
+    assert sound(known, wanted) is holds
+
+
 def test_over_other_steps_a_guard_stays_one(sampler, calibration, caplog):
     """Where they are too far from the measured ones nothing is given up early, which is said."""
     fitted = calibration.fitted(sampler, 8)
@@ -197,6 +216,7 @@ def test_over_other_steps_a_guard_stays_one(sampler, calibration, caplog):
     out = sampler(PROMPTS[:2], 0, 8, made, output="latent", progress=False)
     assert made.early.suits(sampler.solver(8).levels) and out.attempts.min() >= 1 and out.score.isfinite().all()
     assert len(fitted.settled().ordinary) == 8 and not caplog.messages
+    assert replace(calibration, baseline=None).fitted(sampler, 8) == replace(fitted, baseline=None)
     far = calibration.fitted(sampler, 20)
     assert far.scores == calibration.scores and Guidance.guard(7.5, far, rate=0.4, later=0.2).early is None
     assert "too far from the sampler's 20" in caplog.text and "no attempt is given up early" in caplog.text
@@ -290,6 +310,17 @@ def test_bad_input_is_one_line_before_any_work(mine, tmp_path, monkeypatch, caps
     assert run(monkeypatch, *model, *options, "--device", "cpu") == 2
     error = capsys.readouterr().err
     assert says in error and len(error.splitlines()) == 1 and not drawn.asked and sorted(mine.iterdir()) == before
+
+
+def test_the_spread_of_plain_gaps_is_from_their_5th_to_their_95th_percentile():
+    found = Baseline.of(torch.arange(101.0)[:, None] * torch.tensor([1.0, 2.0]), None, (900.0, 100.0))
+    assert (found.low, found.high) == ((5.0, 10.0), (95.0, 190.0)) and found.unguided == ()
+
+
+def test_unguided_runs_measure_the_smallest_gaps_too():
+    made = unguided(3)
+    levels, gaps = (900.0, 500.0, 100.0), (1e-6, 1e-6, 1e-6)
+    assert {before for before, _ in made.weights(levels)} == {0.0} and transition(gaps, made.until.criteria(levels)) == -1
 
 
 def test_where_the_unguided_gap_does_not_rise_the_static_transition_is_the_papers():

@@ -99,7 +99,9 @@ def test_a_wrong_command_line_is_one_line(monkeypatch, capsys, options, says):
     assert code == 2 and says in error and len(error.splitlines()) == 1 and error.startswith("basinescape: ")
 
 
-def test_an_error_nobody_foresaw_is_one_line_unless_asked_for_more(tmp_path, monkeypatch, capsys):
+def test_an_error_nobody_foresaw_is_one_line_unless_asked_for_more(tmp_path, monkeypatch, capsys, caplog):
+    caplog.set_level("WARNING", "basinescape")  # sets the level back after the test
+
     def broken(*_, **__):
         raise KeyError("sample_size")
 

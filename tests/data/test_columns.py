@@ -3,7 +3,10 @@
 import json
 
 import pytest
+from basinescape.data.names import KNOWN, columns
 from basinescape.data.prompts import Job, Prompts, read_prompts
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 def test_other_columns_go_into_the_manifest(tmp_path, caplog):
@@ -91,6 +94,11 @@ def test_spaces_behind_every_comma_and_in_other_columns_are_no_halves_of_prompts
         assert [job.prompt for job in read_prompts(tmp_path / "p.csv")] == ["a cat"]
 
 
+def test_commas_separate_nothing_between_tabs(tmp_path):
+    (tmp_path / "p.tsv").write_text("prompt\na cat, asleep\n")
+    assert [job.prompt for job in read_prompts(tmp_path / "p.tsv")] == ["a cat, asleep"]
+
+
 def test_a_text_file_has_a_prompt_a_line(tmp_path):
     (tmp_path / "p.txt").write_bytes("\ufefftext, in gold letters\n\n  größer {a|b}\nprompt\n".encode())
     assert [(job.id, job.prompt) for job in read_prompts(tmp_path / "p.txt")] == [
@@ -98,6 +106,30 @@ def test_a_text_file_has_a_prompt_a_line(tmp_path):
         ("0001", "größer {a|b}"),
         ("0002", "prompt"),
     ]
+
+
+SLIPS = {  # of a letter that is not the first
+    "one too few": lambda name, k, letter: name[:k] + name[k + 1 :],
+    "one too many": lambda name, k, letter: name[:k] + letter + name[k:],
+    "another": lambda name, k, letter: name[:k] + letter + name[k + 1 :],
+    "two exchanged": lambda name, k, letter: name[:k] + name[k : k + 2][::-1] + name[k + 2 :],
+}
+
+
+@given(st.sampled_from([name for name in KNOWN if len(name) > 4]), st.sampled_from([*SLIPS]), st.integers(1, 15), st.data())
+def test_a_slip_in_the_name_of_a_column_is_refused(name, slip, k, data):
+    k = min(k, len(name) - 1)
+    wrong = SLIPS[slip](name, k, data.draw(st.sampled_from("qxz")))
+    if wrong == name or wrong.replace("_", "") == name.replace("_", ""):
+        assert columns((wrong,)) == {wrong: name}
+    else:
+        with pytest.raises(ValueError, match=f"unknown column '{wrong}': call it"):
+            columns((wrong,))
+
+
+def test_other_columns_are_no_slips():
+    others = ("prompt2", "idx", "test", "fine", "scaling factor", "weight", "hat", "capital")
+    assert columns(others) == {name: name for name in others}
 
 
 @pytest.mark.parametrize("name", ["Caption", "TEXT", " prompt ", "Prompt"])

@@ -1,8 +1,10 @@
 """Sets that other programs read: an imagefolder, a WebDataset, Parquet, captions beside pictures; each says what was asked."""
 
 import json
+import random
 import subprocess
 import sys
+import tarfile
 from functools import partial
 
 import bulkruns
@@ -10,8 +12,10 @@ import pytest
 from basinescape import FirstMinimum, Guidance
 from basinescape.bench.speed.standin import stand_in
 from basinescape.data.captions import read_captions
+from basinescape.data.image_encoding import Made
 from basinescape.data.merge import merge
 from basinescape.data.prompts import Job, read_prompts
+from basinescape.data.shards import Parquet, contents
 from basinescape.data.verify import verify
 from basinescape.runs.jsonl_journal import read_lines
 from PIL import Image
@@ -98,6 +102,49 @@ def test_parquet_files_have_the_same_columns_whatever_their_rows_have(sampler, t
     assert make(sampler, tmp_path / "out", jobs, format="parquet").counts["ok"] == 3
     assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "shards").iterdir()} == before
     assert list(verify(tmp_path / "out")) == []
+
+
+def test_a_parquet_column_that_no_picture_fills_has_its_type(sampler, tmp_path):
+    """So sets with and without a guard, and with one branch of the network alone, have one schema."""
+    pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    bulkruns.make(sampler, JOBS[:1], tmp_path, Guidance.cfg(1.0), steps=1, format="parquet")
+    schema = parquet.read_schema(next((tmp_path / "shards").iterdir()))
+    expected = {"truncated": "string", "attempts": "int64", "score": "double", "suspect": "bool"}
+    assert {name: str(schema.field(name).type) for name in expected} == expected
+    assert str(schema.field("noise_gap").type.value_type) == "double"
+
+
+def test_a_parquet_file_gets_the_columns_of_others_unless_it_is_damaged(tmp_path):
+    pytest.importorskip("pyarrow")
+    shard, files, data = Parquet(), [tmp_path / f"{i}.parquet" for i in range(2)], random.Random(0).randbytes(200)
+    for i, file in enumerate(files):
+        shard.write(file, [Made(i, {"id": f"p{i}", "prompt": "a"} | ({"stars": 3} if i else {}), data)])
+    rows, whole, other = list(shard.read(files[0].read_bytes())), files[0].read_bytes(), files[1].stat()
+
+    def damage():
+        files[0].write_bytes(files[0].read_bytes().replace(data[:50], data[:49] + b"?"))
+        return files[0].read_bytes()
+
+    damaged = damage()
+    with pytest.raises(OSError, match="CRC"):
+        shard.match(files)
+    assert files[0].read_bytes() == damaged
+    files[0].write_bytes(whole)
+    shard.match(files)
+    assert files[0].read_bytes() != whole and list(shard.read(files[0].read_bytes())) == rows
+    assert (files[1].stat().st_ino, files[1].stat().st_mtime_ns) == (other.st_ino, other.st_mtime_ns)
+    with pytest.raises(OSError, match="CRC"):
+        list(shard.read(damage()))
+
+
+def test_a_folder_in_a_tar_file_has_no_contents(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        (tmp_path / "a.png").mkdir()
+        tar.add(tmp_path / "a.png", "a.png")
+    with tarfile.open(tmp_path / "a.tar") as tar, pytest.raises(tarfile.ReadError, match="is no file"):
+        contents(tar, tar.next())
 
 
 def test_a_webdataset_has_text_and_line_beside_each_picture(sampler, tmp_path):

@@ -32,6 +32,7 @@ CSV = 'prompt,id,seed,negative_prompt\r\n"a ""cat"", and\nmore",,,\r\n\r\n"ein F
     ("name", "content"),
     [
         ("p.jsonl", LINES.encode()),
+        ("without a suffix", LINES.encode()),
         ("p.JSONL", b"\xef\xbb\xbf" + LINES.replace("\n", "\r\n").encode()),
         ("p.tsv", CSV.replace(",", "\t").replace("\t and", ", and").replace("\t größer", ", größer").encode()),
         ("p.csv", CSV.replace(",", ";").replace("; and", ", and").replace("; größer", ", größer").encode()),

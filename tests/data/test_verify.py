@@ -249,6 +249,10 @@ def parts(sampler, tmp_path):
 
 
 def test_shards_of_different_numbers_are_not_one_run(sampler, parts, tmp_path):
+    shutil.copytree(parts / "shard-0-of-2", parts / "shard-2-of-2")
+    with pytest.raises(ValueError, match=r"shard-2-of-2 holds shard \[0, 2\]"):
+        merge(parts, tmp_path / "one")
+    shutil.rmtree(parts / "shard-2-of-2")
     make(sampler, parts, shard=(1, 3))
     with pytest.raises(ValueError, match="holds shards of 2 and of 3: keep those of one run"):
         merge(parts, tmp_path / "one")

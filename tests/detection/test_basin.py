@@ -93,6 +93,26 @@ def test_what_the_network_has_in_mind_is_found_in_its_prediction(scheduler):
     assert torch.allclose(probe.cleaned(*probe.question(latents, noise)), latents, atol=1e-3)
 
 
+def test_under_edm_it_is_diffusers_own_preconditioning():
+    scheduler = EDMEulerScheduler(sigma_data=0.7)
+    plan, (latents, noise) = prepared(scheduler, Schedule(100)), drawn(2)
+    known = noise_levels(plan).log_snr
+    call = int((known - basin_score.LOG_SNR).abs().argmin())
+    probe = basin_score.Probe.at(scheduler, plan.timesteps[call].item(), known[call].item())
+    given, target = probe.question(latents, noise)
+    noised, t = latents + plan.sigmas[call] * noise, plan.timesteps[call]
+    plan.set_begin_index(call)
+    assert torch.allclose(plan.scale_model_input(noised, t), given, atol=1e-4)
+    assert torch.allclose(plan.step(target, t, noised).pred_original_sample, latents, atol=1e-3)
+
+
+def test_latents_in_half_precision_are_noised_in_float32():
+    latents, noise = drawn(2)
+    probe = basin_score.Probe.of(CLEANED["v_prediction"])
+    half, whole = (probe.question(given, noise) for given in (latents.half(), latents.half().float()))
+    assert {made.dtype for made in half} == {torch.float32} and all(map(torch.equal, half, whole))
+
+
 @pytest.mark.parametrize("scheduler", TOLD.values(), ids=TOLD)
 def test_what_is_told_and_given_is_what_the_scheduler_gives_at_that_level(scheduler):
     """Between the two nearest calls of many steps, whose noise levels and timesteps the scheduler itself says."""

@@ -161,6 +161,7 @@ def test_pictures_of_every_kind_have_one_score(sampler, images):
         [torch.from_numpy(array.copy()).permute(2, 0, 1) for array in arrays],
         [torch.from_numpy(array.copy()).permute(2, 0, 1) / 255 for array in arrays],
         [images[0], arrays[1], images[2]],
+        [images[0], arrays[1] / 255, arrays[2]],  # float64
     ):
         assert torch.allclose(scores(sampler, same), expected, atol=1e-5)
     square = [array for array in arrays if array.shape[1] == 16]
@@ -193,6 +194,17 @@ def test_pictures_of_several_sizes_are_judged_as_each_alone(sampler, images):
     assert not torch.allclose(scores(sampler, odd, words, seeds, height=32, width=32), together, atol=1e-5)
 
 
+def test_each_picture_is_judged_with_its_own_negative_prompt(sampler, images):
+    negative = ["a dog", None, "a boat"]
+    found = scores(sampler, images, negative_prompt=negative)
+    assert not found.is_inference()
+    for i in range(3):
+        alone = scores(sampler, images[i : i + 1], negative_prompt=negative[i]).item()
+        assert found[i].item() == pytest.approx(alone, abs=1e-5)
+    plain = scores(sampler, images)
+    assert torch.isclose(found, plain, atol=1e-5).tolist() == [False, True, False]
+
+
 def test_texts_and_embeddings_of_pictures_of_several_sizes_are_each_pictures_own(random_pipeline):
     sampler, rng = Sampler.from_pipeline(random_pipeline("sdxl", 8, "epsilon")), torch.Generator().manual_seed(0)
     pictures = [torch.rand(3, *size, generator=rng) for size in ((32, 32), (16, 24), (32, 32))]
@@ -212,6 +224,7 @@ def test_a_resized_picture_keeps_its_proportions_and_loses_its_edges():
     assert torch.equal(fitted(image, 20, 40), image)
     found = fitted(image, 20, 20)
     assert found.shape == (3, 20, 20) and found.abs().max() < 0.6  # the middle alone
+    assert torch.allclose(fitted(image.mT, 20, 20), found.mT, atol=1e-6)
     frames = torch.stack([image, -image], dim=1)
     assert torch.allclose(fitted(frames, 24, 30)[:, 1], fitted(-image, 24, 30), atol=1e-6)
 
@@ -245,6 +258,7 @@ def test_every_size_of_pixart_is_its_own_nearest(tiny):
         ([torch.zeros(4, 8, 8)], r"images\[0\] must be .*tensor \(3, height, width\), got Tensor of shape \(4, 8, 8\)"),
         ([np.zeros((8, 8, 3)), np.full((8, 8, 3), 1.5)], r"images\[1\] must have floats in 0\.\.1, or bytes"),
         ([np.full((8, 8, 3), 255, dtype=np.int64)], "must have floats in 0..1, or bytes"),
+        ([np.full((8, 8, 3), 1, dtype=np.int64)], "must have floats in 0..1, or bytes"),
         (torch.zeros(1, 4, 8, 8), r"images\[0\] must be .*latents must have the shape \(1, 4, 16, 16\)"),
         ([[Image.new("RGB", (8, 8))]], r"images\[0\] must be a PIL image.*got list"),
         ([np.full((8, 8, 3), 257, dtype=np.uint16)], "must have floats in 0..1, or bytes; got torch.uint16 from 257 to 257"),
@@ -317,7 +331,7 @@ def test_what_files_cost_the_score_is_measured_on_the_same_pictures(tmp_path, mo
 
 def test_copies_are_told_from_others_by_each_way():
     line = {"latents": 0.5, "png": 0.4, "jpeg": 0.2}
-    rows = roundtrip.told([line, line], [{"latents": 0.1, "png": 0.45, "jpeg": 0.3}])
+    rows = roundtrip.separation([line, line], [{"latents": 0.1, "png": 0.45, "jpeg": 0.3}])
     assert [row["auc"] for row in rows] == [1, 0, 0]
     assert [(row["suspect_copies"], row["suspect_others"]) for row in rows] == [(1, 0), (1, 1), (0, 0)]
     assert [row["moved"] for row in rows] == [0, pytest.approx(0.55 / 3, abs=1e-4), pytest.approx(0.8 / 3, abs=1e-4)]

@@ -78,11 +78,13 @@ def test_the_suspect_begin_again_and_the_others_keep_their_bits(pipe, scheduler,
     assert_same_but_for_rounding(out.latents[where], expected(), pipe, expected)
 
 
-def test_the_score_is_that_of_judge(pipe):
-    """Of the picture that is returned, with as many noises as its attempt asks for."""
-    out = sample(pipe, guard((PLAIN, EVERY), (LATER_ONES[0], EVERY), (LATER_ONES[1], EVERY), probes=3))
+@pytest.mark.parametrize("scheduler", ["dpmsolver++", "euler"])
+def test_the_score_is_that_of_judge(pipe, scheduler):
+    """Of the picture that is returned, with as many noises as its attempt asks for; Euler scales the network's input."""
+    made = guard((PLAIN, EVERY), (LATER_ONES[0], EVERY), (LATER_ONES[1], EVERY), probes=3)
+    out = sample(pipe, made, scheduler=scheduler)
     assert out.attempts.tolist() == [3] * 4 and out.suspect.all()
-    assert torch.allclose(out.score, judged(pipe, out, probes=3), atol=1e-5)
+    assert torch.allclose(out.score, judged(pipe, out, scheduler, probes=3), atol=1e-5)
 
 
 def test_who_never_passes_comes_to_the_end_and_is_suspect(pipe):
@@ -103,6 +105,19 @@ def test_an_attempt_may_be_given_up_by_its_first_gaps(pipe):
     assert torch.equal(out.attempts, 1 + (means > early.limit).long()) and not out.suspect.any()
     alone = sample(pipe, Guard(made.attempts[:1], replace(early, limit=0.0)))
     assert alone.attempts.tolist() == [1] * 4 and torch.equal(alone.latents, sample(pipe, PLAIN).latents)
+
+
+def test_the_first_gaps_are_hopeless_above_the_limit_of_their_mean():
+    early = EarlyLook((1.0, 2.0, 4.0), (900.0, 500.0, 100.0), 2, 3.0)
+    for gaps, hopeless in (((4.0, 4.0, 99.0), False), ((4.0, 4.5, 0.0), True), ((4.0, math.nan, 0.0), True)):
+        assert early.hopeless(torch.tensor(gaps)) is hopeless
+
+
+def test_an_early_look_suits_the_steps_that_it_was_measured_at():
+    early = EarlyLook((1.0, 2.0), (900.0, 100.0), 1, 1.5)
+    assert early.suits([900.0, 100.0]) and early.suits([899.0, 101.0])
+    for other in ([900.0, 102.0], [898.0, 100.0], [900.0], [900.0, 100.0, 0.0], [math.nan, 100.0]):
+        assert not early.suits(other)
 
 
 def test_nobody_suspect_is_plain_guidance(pipe):
@@ -158,6 +173,7 @@ def test_it_survives_serialisation_and_its_repr(mixed):
     for one in (mixed, looked, Guidance.guard(SCALE), Guidance.guard(3.0, rule="rescale", phi=0.5)):
         assert Guidance.from_dict(json.loads(json.dumps(one.to_dict()))) == one
         assert eval(repr(one), {**globals(), "Attempt": Attempt}) == one
+    assert Guard(list(mixed.attempts)) == mixed and hash(Guard(list(mixed.attempts))) == hash(mixed)
 
 
 def test_the_model_of_its_calibration_is_written_and_read(mixed):
@@ -198,11 +214,14 @@ def test_without_a_calibration_it_has_the_defaults():
         (lambda pipe: Guidance.guard(SCALE, attempts=[3]), "guidance must be a Guidance"),
         (lambda pipe: Guidance.guard(SCALE, attempts=PLAIN), "attempts must be a list of guidances"),
         (lambda pipe: Guidance.cfg(SCALE, interval=5), "interval must be two timesteps"),
+        (lambda pipe: Guidance.cfg(SCALE, interval=(700, 300)), "interval must be two timesteps .low, high."),
+        (lambda pipe: Guidance.opposite(0.0, scale=SCALE, until=At(500)), "opposite_scale must be above 0"),
         (lambda pipe: Guidance.cfg(SCALE, restart=5), "restart must be .low, high, times."),
         (lambda pipe: Guidance.cfg(SCALE, shape=5), "shape must be one of .* or a factor for each step"),
         (lambda pipe: Guidance.from_dict("cfg"), "not a guidance: 'cfg'"),
         (lambda pipe: Guidance.from_dict({"scale": 1, "until": {"rule": "Mine"}}), "rule 'Mine', and there are At, "),
         (lambda pipe: EarlyLook((1.0, 0.0), (900.0, 100.0), 1, 1.0), "gap must be above 0"),
+        (lambda pipe: EarlyLook((1.0,), (900.0,), 1, math.nan), "limit must be a finite number"),
         (
             lambda pipe: sample(pipe, replace(guard((PLAIN, NONE)), early=EarlyLook((1.0,) * 5, (900.0,) * 5, 1, 1.0))),
             r"calibrated for 5 steps .* give calibration\.fitted\(sampler, steps\) to the guard",

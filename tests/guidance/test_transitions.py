@@ -3,6 +3,7 @@
 import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,6 +91,17 @@ def test_a_sample_is_what_it_is_alone(pipe):
             assert torch.equal(found[i].latents, alone.latents[0]), guidance
             assert torch.equal(found[i].gaps.nan_to_num(-1), alone.noise_gap[0].nan_to_num(-1))
             assert found[i].transition == alone.transition_step[0]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_samples_of_different_statistics_share_a_batch_unless_its_steps_are_captured(sampler, captured):
+    """A step that was captured computes the statistics of the rules that were there."""
+    network = sampler.model.network(sampler.model.encode(["a cat"], 64, 64))
+    single = SimpleNamespace(version=object() if captured else None, row_form=network.row_form)
+    solver, others = sampler.solver(STEPS), (OWN, Guidance.delayed(7.5, until=MeanFallen(0.5)))
+    tables = [AttemptTable.make(solver, one, torch.device("cpu")) for one in (*others, *OTHERS[:2])]
+    own, other, plain, delayed = (Sample(0, table, (4, 16, 16), single, 0).form for table in tables)
+    assert plain == delayed and (len({own, other, plain}) == 1) is not captured
 
 
 def test_escape_and_the_sampler_leave_at_the_same_step(pipe):

@@ -6,16 +6,20 @@ import math
 import os
 from pathlib import Path
 from threading import Barrier, Thread
+from unittest.mock import patch
 
 import pytest
+import torch
 from basinescape.data.prompts import Job
 from basinescape.runs import atomic
 from basinescape.runs import jsonl_journal as journals
 from basinescape.runs.atomic import atomic_write, files_sha256, save_bytes
-from basinescape.runs.jsonl_journal import Journal, read_lines
-from basinescape.runs.run_folder import SAFE_ID, differences, locked, open_folder, read_settings
+from basinescape.runs.jsonl_journal import Journal, Keys, read_lines
+from basinescape.runs.measurement_cache import MeasurementCache
+from basinescape.runs.run_folder import SAFE_ID, SHORT, differences, locked, open_folder, read_settings
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 RUN = {"steps": 3, "size": (64, 64)}
 
@@ -73,6 +77,46 @@ def test_values_are_shown_where_they_differ_and_not_all_of_many():
     assert 'cfg"] there' in said and 'apg"] now' in said and said.count("the same") <= 2
     said = differences({}, {f"name{i}": i for i in range(20)})
     assert "and 14 more" in said and said.count(" now") == 6
+
+
+def test_short_values_are_shown_whole_and_settings_of_one_side_alone_too():
+    long = "x" * (SHORT - 4)  # with its quotes and the letter that differs, as long as may be
+    assert differences({"a": long + "1."}, {"a": long + "2."}) == f'its a differ: a "{long}1." there, "{long}2." now'
+    assert differences({"a": 1, "b": 2}, {"a": 1}) == "its b differ: b 2 there, null now"
+    there, now = {"rule": {"x": 1, "y": 2}}, {"rule": {"y": 2, "z": 3}}
+    assert differences(there, now) == "its rule differ: rule.x 1 there, null now; rule.z null there, 3 now"
+
+
+def measured(path, run, made):
+    """The squares of 0 to 4, two at a time, by a cache; `made` gets what was computed."""
+
+    def squares(rows):
+        made.extend(rows)
+        return torch.tensor(rows)[:, None] ** 2
+
+    with MeasurementCache(path, run) as cache, tqdm(total=5, disable=True) as bar, patch.object(bar, "update") as update:
+        found = cache("squares", 5, 2, squares, bar)
+    assert found.dtype == torch.float32 and found.tolist() == [[0.0], [1.0], [4.0], [9.0], [16.0]]
+    assert [call.args for call in update.call_args_list] == [(2,), (2,), (1,)]
+    return cache
+
+
+def test_measurements_that_a_file_holds_are_not_made_again(tmp_path, caplog):
+    path, made = tmp_path / "cache.jsonl", []
+    closed = measured(path, {"a": 1, "b": 2}, made)
+    with path.open("r+") as file:
+        lines = file.readlines()
+        file.seek(0)
+        file.truncate()
+        cut = json.loads(lines[0])
+        del cut["values"]
+        file.writelines([json.dumps(cut) + "\n", *lines[1:], "{}\n"])
+    measured(path, {"b": 2, "a": 1}, made)
+    assert made == [0, 1, 2, 3, 4, 0, 1] and not caplog.messages and len(closed) == 0  # as it was opened
+    measured(path, {"a": 1, "b": 3}, made)
+    assert made[7:] == [0, 1, 2, 3, 4] and "holds measurements of other settings or prompts" in caplog.text
+    measured(None, {}, made)
+    assert len(made) == 17
 
 
 def test_a_model_is_known_by_its_weights():
@@ -136,6 +180,15 @@ def test_a_journal_is_repaired_when_it_is_opened(tmp_path):
     before = path.stat().st_ino
     Journal(path, by_id).__exit__()
     assert path.stat().st_ino == before  # one that is sound is not written again
+
+
+@given(st.lists(st.integers(0, 5), max_size=12))
+def test_a_key_is_found_at_its_last_place(keys):
+    found = Keys(map(Keys.digest, keys))
+    for key in range(7):
+        places = [place for place, one in enumerate(keys) if one == key]
+        assert found.find(key) == (places[-1] if places else None) and (key in found) is bool(places)
+    assert len(found) == len(set(keys))
 
 
 LINES = b'{"id": "a", "status": "ok"}\n{"id": "b", "status": "ok", "prompt": "\\ud83d"}\n'

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from basinescape import At, FirstMinimum, Guidance, Settled
+from basinescape import At, Fallen, FirstMinimum, Guidance, Settled
 from basinescape.kernels import definition
 from basinescape.kernels.lockstep import Lockstep
 from basinescape.kernels.state import State, buffers_of
@@ -18,6 +18,7 @@ from basinescape.sampling.steps import denoise, fused_move, fused_step, lockstep
 from basinescape.schedulers.schedule import Schedule, make_scheduler
 from basinescape.schedulers.solver_coefficients import Solver
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from mean_fallen import MeanFallen
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -224,6 +225,33 @@ def test_a_solver_of_two_calls_a_step_is_laid_out_by_steps():
     assert plan.table[:, Column.FIRST].tolist() == [1, 0] * 3
     state = plan.state(torch.randn(1, 4, 8, 8))
     assert state.transition.gaps.shape == (1, 3)
+
+
+def test_a_table_with_room_has_the_same_rows_first():
+    plan = StepTable.make(Solver.of(FlowMatchEulerDiscreteScheduler(), Schedule(STEPS)), Guidance.cfg(3.0), torch.device("cpu"))
+    roomy = plan.roomy(20, 30)
+    assert roomy.table.shape == (20, len(Column)) and torch.equal(roomy.table[:STEPS], plan.table)
+    assert roomy.state(torch.randn(1, 4, 8, 8)).transition.gaps.shape == (1, 30)
+    assert torch.equal(plan.roomy(3, 30).table, plan.table)  # longer than the room
+
+
+@pytest.mark.parametrize("until", [FirstMinimum(), Settled((1.0,) * 3, factor=1.0), Fallen(0.5), MeanFallen(0.5)], ids=repr)
+def test_the_gap_of_a_steps_second_call_lets_no_sample_leave(until):
+    """The first calls' gaps 5, 4, 3 have no minimum, none is 1 or less, none fell by half. Some second calls' did."""
+    solver = Solver.of(make_scheduler("ddim", DDIMScheduler(clip_sample=False)), Schedule(6))
+    doubled, gaps = replace(solver, step=torch.tensor([0, 0, 1, 1, 2, 2])), iter([5.0, 0.1, 4.0, 0.1, 3.0, 9.0, 0.1])
+
+    def network(latents, timesteps, branch):
+        made = torch.zeros_like(latents)
+        made[1:, 0, 0, 0] = next(gaps)
+        return made
+
+    plan = StepTable.make(doubled, Guidance.delayed(7.5, until=until), torch.device("cpu"))
+    state = plan.state(torch.randn(1, 4, 8, 8))
+    take = fused_step(network, plan, state)
+    for _ in range(7):  # one more than there are: a sample that is done stays as it is
+        take("both")
+    assert state.transition.gaps.tolist() == [[5.0, 4.0, 3.0]] and state.transition.at.item() == -1
 
 
 @pytest.mark.parametrize(

@@ -115,12 +115,24 @@ def test_samples_of_another_form_wait_until_the_batch_is_free():
     assert [slot.sample.key for slot in slots.admit()] == [1] and slots.form is not form
 
 
+def test_a_batch_that_ran_empty_stays_open_for_samples_of_its_form():
+    attempt_table = AttemptTable((4,))
+    slots = begun(2, [Work(i, attempt_table) for i in range(3)])
+    for slot in slots.admit():
+        slots.retire(slot)
+    form = slots.form
+    assert [slot.sample.key for slot in slots.admit()] == [2] and slots.form is form
+
+
 def test_rows_that_are_there_are_used_again_and_no_table_overflows():
-    one, other, large = AttemptTable((4,)), AttemptTable((6,)), AttemptTable((ROWS - 11,))
+    one, other = AttemptTable((4,)), AttemptTable((6,))
+    large, full = (AttemptTable((ROWS - one.rows - other.rows - judging,)) for judging in (0, 1))
     slots = begun(9, [Work(0, one), Work(1, other), Work(2, one), Work(3, large)])
     fresh = slots.admit()
     assert [slot.offset for slot in fresh] == [0, one.rows, 0] and slots.attempt_tables == [one, other]
     assert [(slot.start, slot.end) for slot in fresh] == [(0, 4), (5, 11), (0, 4)]
+    slots = begun(9, [Work(0, one), Work(1, other), Work(3, full)])
+    assert len(slots.admit()) == 3 and sum(table.rows for table in slots.attempt_tables) == ROWS
 
 
 def test_what_a_batch_has_no_room_for_begins_another():

@@ -102,8 +102,9 @@ def test_guidance_by_timesteps_is_never_without_effect(pipe, name, guidance):
 def test_timesteps_of_no_training_schedule_are_refused_where_they_matter(pipe):
     scheduler = diffusers.IPNDMScheduler()
     assert sample(pipe, scheduler).latents.shape == (2, 4, 16, 16)
-    for guidance in (Guidance.delayed(7.5, until=At(500)), Guidance.cfg(7.5, shape="cosine")):
-        with pytest.raises(ValueError, match="timesteps"):
+    named = ({"shape": "cosine"}, {"interval": (200, 700)}, {"restart": (300, 500, 1)})
+    for guidance in (Guidance.delayed(7.5, until=At(500)), *(Guidance.cfg(7.5, **one) for one in named)):
+        with pytest.raises(ValueError, match="asks for timesteps"):
             sample(pipe, scheduler, guidance)
 
 
@@ -170,8 +171,10 @@ def test_options_have_diffusers_meaning(pipe, name, steps, options):
     assert (found - sample(pipe, scheduler, steps=steps).latents).abs().max() > 1e-2 * expected.std()
 
 
-def test_a_run_that_ends_early_is_the_first_part_of_the_run(random_pipeline):
+@pytest.mark.parametrize("offset", [1, 0], ids=["between two steps", "at a step"])
+def test_a_run_that_ends_early_is_the_first_part_of_the_run(random_pipeline, offset):
     pipe = random_pipeline("sdxl", 8, "epsilon")
+    pipe.scheduler = scheduler_of(pipe, "DDIM", steps_offset=offset)
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     settings = {"num_inference_steps": 10, "guidance_scale": 7.5, "generator": generators, "output_type": "latent"}
     expected = pipe(PROMPTS, denoising_end=0.7, **settings).images
@@ -203,6 +206,7 @@ def test_a_callback_sees_and_may_change_the_latents(pipe, name):
         {"sigmas": ["high"]},
         {"sigmas": [14.0, -3.0, 0.5]},
         {"denoising_end": 1.5},
+        {"denoising_end": 0.01},
         {"guidance_rescale": -1},
         {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]},
     ],
