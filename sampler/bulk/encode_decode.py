@@ -10,6 +10,7 @@ from functools import partial
 from itertools import count, groupby, islice
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -121,13 +122,20 @@ def decoded(model: Model, results: Iterable[Result], latents: bool, **options: A
 
 
 def _tried(make: Callable[[], Picture], result: Result) -> Picture:
-    """Return what `make` returns. After any exception, SystemExit included, try once more; a second one fails the picture."""
+    """Return what `make` returns. After any exception, SystemExit included, try once more; a second one fails the picture.
+
+    Raises torch.AcceleratorError, after which nothing works on the GPU.
+    """
     try:
         return make()
+    except torch.AcceleratorError:
+        raise
     except (Exception, SystemExit):
         log.debug("%s is decoded once more", result.sample.key.job.id, exc_info=True)
     try:
         return make()
+    except torch.AcceleratorError:
+        raise
     except (Exception, SystemExit) as error:
         return _failed(result, error)
 

@@ -207,9 +207,9 @@ class Model(Autoencoding):
         inputs, shared = self._cast((inputs, shared))
         return Encoded(inputs, shared, request.get(self.kwargs), truncated)
 
-    def encode_each(self, prompts: list[str], **given: Any) -> Encoded:
+    def encode_each(self, prompts: list[str], *, negative_prompt: Sequence[str | None], **given: Any) -> Encoded:
         """As `encode`. A text's shape and bits depend on how many prompts are encoded together, not on what the others say."""
-        return self.encode(prompts, **given)
+        return self.encode(prompts, negative_prompt=negative_prompt, **given)
 
     def _encoded(self, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
         """`inputs` and `shared` of the `Encoded`."""

@@ -159,6 +159,16 @@ def test_a_gpu_that_is_lost_ends_the_run_and_fails_no_sample_for_it(sampler, dra
     assert [line["status"] for line in sound(tmp_path / "out")] == ["ok"] * 4
 
 
+def test_a_gpu_that_is_lost_in_the_decoder_ends_the_run(sampler, drawn, tmp_path, monkeypatch):
+    def lost(*arguments, **options):
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(StableDiffusion, "decode", lost)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        make(sampler, jobs(4), tmp_path / "out", batch_size=1)
+    assert not (tmp_path / "out/manifest.jsonl").read_text()
+
+
 @pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_what_is_in_flight_be_finished(tmp_path, monkeypatch, capsys, drawn, number):
