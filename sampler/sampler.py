@@ -14,10 +14,9 @@ from torch import Tensor
 
 from . import checks, models
 from .detection import verdict
-from .detection.verdict import Verdict
 from .guidance.guard import PROBES, THRESHOLD, Guard
 from .guidance.guidance import Guidance
-from .models.fingerprint import another_model, another_size, digest
+from .models.fingerprint import mismatches
 from .runs.environment import own_numbers
 from .runs.provenance import settings_of
 from .sampling import callbacks
@@ -172,8 +171,7 @@ class Sampler:
 
         seeds:  one for each image, or one for the first image, counted up from there. An image depends only on (model, prompt,
                 seed, settings). It does not depend on its batch, except for the rounding of float32 on a CPU.
-        steps:  of denoising; default as many as the model's own pipeline takes.
-        guidance: default plain guidance at the scale of the model's own pipeline.
+        steps, guidance: default those of the model's own pipeline, whose guidance is plain.
         negative_prompt: one for all prompts, or one or None for each.
         height, width: pixels; default the model's own size.
         output: "pil", "np", "pt" or "latent", with diffusers' meaning.
@@ -238,7 +236,7 @@ class Sampler:
         width: int | None = None,
         batch_size: int | None = None,
         **options: Any,
-    ) -> Verdict:
+    ) -> verdict.Verdict:
         """Judge whether finished pictures of any origin look like copies of training images; see `basin_score`.
 
         images:    latents (B, C, h, w), or in the shape of the model's latents, as `Output.latents`; or pictures, as
@@ -266,14 +264,14 @@ class Sampler:
     def measured_on(self, model: Mapping[str, Any] | None, of: Sequence[int] | None, size: Sequence[int] | None = None) -> bool:
         """Whether a calibration holds for this model and for pictures of this size, (height, width).
 
-        model, of: the `fingerprint` and the size that it was measured on; None: not known. size: None: `size()`.
-        Logs a warning for each of the two that differs, once for each calibration.
+        model, of: the `fingerprint` and the size that it was measured on; None: not known. size: None: `size()`. Logs a warning
+        for each of the two that differs, once for each calibration.
         """
-        reasons = [another_model(model or {}, self.pipe), another_size(of, size or self.size())]
-        for warning in sorted({(digest(model or {}), text) for text in reasons if text} - self._warned):
-            self._warned.add(warning)
-            log.warning(warning[1])
-        return not any(reasons)
+        found = mismatches(model or {}, self.pipe, of, size or self.size())
+        for _, text in sorted(found - self._warned):
+            log.warning(text)
+        self._warned |= found
+        return not found
 
     @property
     def runner(self) -> Runner:
@@ -294,7 +292,6 @@ class Sampler:
         """A copy of the sampler that samples from `wrap(network)`, where `network` holds each call's encoded prompts.
 
         For methods that change the network or the prompts. Such a network is not captured, and a call with it takes no guard.
-
         Raises ValueError for what is no function, and if the sampler is wrapped already.
         """
         if not callable(wrap):
@@ -307,9 +304,7 @@ class Sampler:
 
     def using(self, height: int | None = None, width: int | None = None, **options: Any) -> Sampler:
         """A copy of the sampler with this size and these options as defaults; arguments of a call override them.
-
-        Raises ValueError for a size or options that the model cannot have.
-        """
+        Raises ValueError for a size or options that the model cannot have."""
         other = copy.copy(self)
         other._size = self._sized(height, width)
         self.model.check_names(options)
@@ -349,13 +344,7 @@ class Sampler:
     def _sized(self, height: int | None, width: int | None) -> tuple[int | None, int | None]:
         return self._size[0] if height is None else height, self._size[1] if width is None else width
 
-    def noise(self, generators: Sequence[torch.Generator], height: int, width: int, **options: Any) -> Tensor:
-        """Draw the unscaled initial noise of each sample from its own generator: (B, ...) float32 on the CPU."""
-        return self.model.noise(generators, height, width, **{**self.options, **options})
-
     def in_float32(self) -> AbstractContextManager[None]:
-        """A context in which every call computes in float32, with the network neither compiled nor captured.
-
-        It restores the weights afterwards, bit for bit. For samples that are not finite in half precision.
-        """
+        """A context in which every call computes in float32, with the network neither compiled nor captured. It restores the
+        weights afterwards, bit for bit. For samples that are not finite in half precision."""
         return self.model.in_float32()

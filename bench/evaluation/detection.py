@@ -44,7 +44,8 @@ def anisotropy(lab: Laboratory, found: Sequence[Prompt], seeds: Sequence[int]) -
     rows = []
     for batch, drawn in lab.bar(lab.batches(found, seeds), "noise alone"):
         network = model.network(model.encode([prompt.text for prompt in batch], height, width, **sampler.options), plain=True)
-        noise = sampler.noise([torch.Generator("cpu").manual_seed(seed) for seed in drawn], height, width) * solver.init_sigma
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in drawn]
+        noise = model.noise(generators, height, width, **sampler.options) * solver.init_sigma
 
         def pair(call: int, noise: Tensor = noise, network: Any = network) -> tuple[Tensor, Tensor]:
             inputs = (noise * solver.input_scale[call]).to(model.device, model.dtype)

@@ -55,13 +55,12 @@ def generate(
 ) -> Summary:
     """Make every job's image in the folder `out`; returns a summary.
 
-    prompts: a file, or a list of prompts or jobs. recipe: how pictures are made.
-    model: what run.json calls the sampler's model; None: where it was loaded from.
-    files: how they are written. placement: where they are computed. progress: whether to show progress, or a display for it.
+    prompts: a file, or a list of prompts or jobs. recipe: how pictures are made. files: how they are written.
+    model: what run.json calls the sampler's model; None: where it was loaded from. placement: where pictures are computed.
+    progress: whether to show progress, or a display for it.
 
     A job's own steps, scale, size, negative prompt and guidance override the recipe's. Jobs of one size are made together, see
-    `job_order.by_size`. An image does not depend on the jobs beside it, only on the number of slots. Under delayed guidance
-    without a guard that holds up to rounding.
+    `job_order.by_size`. An image depends on the number of slots, but on no other job (without a guard, up to rounding).
 
     A manifest line has what was asked (id, prompt, seed, the job's own settings, and further columns of the prompts' file),
     `transition_step`, `transition_timestep`, `transition_log_snr`, `noise_gap`, and `status`: "ok" if the image was written and
@@ -86,20 +85,16 @@ def generate(
         raise ValueError("copies are looked for among pictures that this process makes, not on a cluster")
     options = dict(sampler.options)
     sampler = sampler.using(recipe.height, recipe.width, clip_skip=recipe.clip_skip)  # raises for what the model cannot do
-    height, width = sampler.size()
-    recipe = replace(recipe, height=height, width=width)
+    recipe = replace(recipe, height=sampler.size()[0], width=sampler.size()[1])
     model = sampler.source if model is None else model
     plans = Plans(sampler, recipe, model)
     prompts.check(plans.of)
-    for guidance in (recipe.guidance, *recipe.named.values()):
-        if isinstance(guidance, Guard):
-            sampler.measured_on(guidance.model, guidance.size)
+    _compare_calibrations(sampler, recipe)
     out = files.folder(out)
     writes = writer_of(out, files.settings())
     slots = _slots(out, placement, plans, prompts)
-    settings = {"model": model, "slots": slots, **recipe.settings(), **files.settings()}
-    settings |= {"options": options} if options else {}
-    settings |= prompts.settings | {"weights": weights_sha256(sampler.pipe)} | sampler.provenance
+    settings = {"model": model, "slots": slots, **recipe.settings(), **files.settings(), **prompts.settings}
+    settings |= ({"options": options} if options else {}) | {"weights": weights_sha256(sampler.pipe)} | sampler.provenance
     open_folder(out, settings, GROWING, partial(_grown, out, settings, prompts))
     executor = _executor(plans, slots, files, placement)
     shown = progress if isinstance(progress, Progress) else Progress("auto" if progress else "none")
@@ -108,6 +103,13 @@ def generate(
     if part.fault is not None:
         raise part.fault
     return shown.summary
+
+
+def _compare_calibrations(sampler: Sampler, recipe: Recipe) -> None:
+    """Log a warning for each guard of a run that was calibrated on another model or size."""
+    for guidance in (recipe.guidance, *recipe.named.values()):
+        if isinstance(guidance, Guard):
+            sampler.measured_on(guidance.model, guidance.size)
 
 
 def _executor(plans: Plans, slots: int, files: Files, placement: Placement) -> Executor:

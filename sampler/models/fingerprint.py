@@ -58,6 +58,13 @@ def another_size(measured: Sequence[int] | None, size: Sequence[int]) -> str | N
     return f"the calibration was {reason}: calibrate for those (--option height={size[0]} --option width={size[1]})"
 
 
+def mismatches(
+    model: Mapping[str, Mapping[str, Any]], pipe: DiffusionPipeline, of: Sequence[int] | None, size: Sequence[int]
+) -> set[tuple[str, str]]:
+    """Return a (digest of the calibration's `model`, warning) for its model, and for its size `of`, where they differ."""
+    return {(digest(model), text) for text in (another_model(model, pipe), another_size(of, size)) if text}
+
+
 def _part(part: nn.Module) -> dict[str, Any]:
     # Prefixes of the same weights: "text_model." under another version of transformers, "_orig_mod." when compiled.
     tensors = {name.removeprefix("_orig_mod.").removeprefix("text_model."): x for name, x in part.named_parameters()}

@@ -323,7 +323,7 @@ def test_a_region_is_measured_along_the_trajectories_of_diffusers(pipe):
     sampler = Sampler.from_pipeline(pipe, "ddim")
     moved, latents, clean = update.measured(sampler, [MEMORIZED, GENERAL], [3, 4], 5, 7.5)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    seen = [sampler.noise([torch.Generator().manual_seed(seed) for seed in (3, 4)], 64, 64)]
+    seen = [sampler.model.noise([torch.Generator().manual_seed(seed) for seed in (3, 4)], 64, 64)]
 
     def keep(pipe, k, t, given):
         seen.append(given["latents"].clone())
