@@ -126,18 +126,17 @@ def _tried(make: Callable[[], Picture], result: Result) -> Picture:
 
     Raises torch.AcceleratorError, after which nothing works on the GPU.
     """
-    try:
-        return make()
-    except torch.AcceleratorError:
-        raise
-    except (Exception, SystemExit):
-        log.debug("%s is decoded once more", result.sample.key.job.id, exc_info=True)
-    try:
-        return make()
-    except torch.AcceleratorError:
-        raise
-    except (Exception, SystemExit) as error:
-        return _failed(result, error)
+    again = True
+    while True:
+        try:
+            return make()
+        except torch.AcceleratorError:
+            raise
+        except (Exception, SystemExit) as error:
+            if not again:
+                return _failed(result, error)
+            log.debug("%s is decoded once more", result.sample.key.job.id, exc_info=True)
+            again = False
 
 
 def _picture(decode: Callable[..., Decoded], result: Result, latents: bool) -> Picture:

@@ -85,7 +85,8 @@ def generate(
         raise ValueError("copies are looked for among pictures that this process makes, not on a cluster")
     options = dict(sampler.options)
     sampler = sampler.using(recipe.height, recipe.width, clip_skip=recipe.clip_skip)  # raises for what the model cannot do
-    recipe = replace(recipe, height=sampler.size()[0], width=sampler.size()[1])
+    height, width = sampler.size()
+    recipe = replace(recipe, height=height, width=width)
     model = sampler.source if model is None else model
     plans = Plans(sampler, recipe, model)
     prompts.check(plans.of)
@@ -93,8 +94,7 @@ def generate(
     out = files.folder(out)
     writes = writer_of(out, files.settings())
     slots = _slots(out, placement, plans, prompts)
-    settings = {"model": model, "slots": slots, **recipe.settings(), **files.settings(), **prompts.settings}
-    settings |= ({"options": options} if options else {}) | {"weights": weights_sha256(sampler.pipe)} | sampler.provenance
+    settings = {"model": model, "slots": slots, **_settings(sampler, recipe, files, prompts, options)}
     open_folder(out, settings, GROWING, partial(_grown, out, settings, prompts))
     executor = _executor(plans, slots, files, placement)
     shown = progress if isinstance(progress, Progress) else Progress("auto" if progress else "none")
@@ -103,6 +103,13 @@ def generate(
     if part.fault is not None:
         raise part.fault
     return shown.summary
+
+
+def _settings(sampler: Sampler, recipe: Recipe, files: Files, prompts: Prompts, options: dict[str, Any]) -> dict[str, Any]:
+    """Return what run.json says of a run beside its model's name and slots. options: the sampler's, before the recipe's."""
+    own = {"options": options} if options else {}
+    made_by = {"weights": weights_sha256(sampler.pipe), **sampler.provenance}
+    return {**recipe.settings(), **files.settings(), **own, **prompts.settings, **made_by}
 
 
 def _compare_calibrations(sampler: Sampler, recipe: Recipe) -> None:

@@ -4,15 +4,14 @@ import csv
 import json
 import re
 import shutil
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from auditruns import rows_of, run
 from basinescape import Calibration, Sampler
 from basinescape.auditing.caption_audit import Settings, audit
-from basinescape.bench import cli
 from basinescape.bench.scenario import PRESETS, prompts
 from basinescape.data.captions import Prompt
 from basinescape.data.pictures import pixels
@@ -21,21 +20,6 @@ from scipy.stats import binomtest
 
 pytestmark = pytest.mark.shipped
 TINY = prompts(PRESETS["tiny"])
-
-
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["basinescape", "audit", "--no-progress", "--device", "cpu", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code
-
-
-def rows_of(out):
-    return list(csv.DictReader((out / "audit.csv").open(newline="", encoding="utf-8")))
-
-
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture

@@ -103,8 +103,7 @@ class Device(TorchDispatchMode):
     """The device, while it is entered.
 
     waits: how often the host has waited. raises: whether that is an error. graph: what is being captured. seen: what a profiler
-    that watches has seen. is_full: whether the next operator that needs memory finds none. current: the number of torch's
-    current device; this one is 0.
+    has seen. is_full: whether the next operator that needs memory finds none. current: torch's current device; this one is 0.
     """
 
     def __init__(self) -> None:
@@ -203,10 +202,8 @@ class Device(TorchDispatchMode):
 
     @contextmanager
     def capture(self, graph: Graph, **_: Any) -> Iterator[None]:
-        """In the place of torch.cuda.graph: records, puts back what was written, and spoils what was made.
-
-        Where another device is the current one, it records nothing: all runs at once.
-        """
+        """In the place of torch.cuda.graph: records, puts back what was written, and spoils what was made. Where another device
+        is the current one, it records nothing: all runs at once."""
         graph.owner, self._before = self, {}
         self.graph = None if self.current else graph
         try:
