@@ -11,19 +11,6 @@ STEPS, SCALE = 4, 4.0
 PROMPTS, SEEDS, NEGATIVE = ["a picture of a cat", "a frog"], [5, 6], ["fog and rain", "a"]  # of different lengths
 
 
-@pytest.fixture(scope="module")
-def pipes(pipe):
-    """Pipelines by the name of their case, made when first asked for."""
-    made = {}
-
-    def of(name):
-        if name not in made:
-            made[name] = CASES[name].make(pipe.tokenizer)
-        return made[name]
-
-    return of
-
-
 def ours(name, pipe, guidance, prompts=PROMPTS, seeds=SEEDS, negative=NEGATIVE, output="latent", **options):
     given = {"negative_prompt": negative, "output": output, **CASES[name].options, **options}
     return Sampler.from_pipeline(pipe)(prompts, seeds, STEPS, guidance, progress=False, **given)

@@ -25,19 +25,6 @@ PROMPTS, SEEDS, STEPS = ["a picture of a cat", "a frog"], [5, 6], 4
 LATE = Guidance.delayed(4.0, until=FirstMinimum(latest=2))
 
 
-@pytest.fixture(scope="module")
-def pipes(pipe):
-    """Fresh copies of pipelines by the name of their case."""
-    made = {}
-
-    def of(name):
-        if name not in made:
-            made[name] = CASES[name].make(pipe.tokenizer)
-        return copy.deepcopy(made[name])
-
-    return of
-
-
 def call(name, sampler, guidance=LATE, prompts=PROMPTS, seeds=SEEDS, **options):
     given = {"steps": STEPS, "output": "latent", "progress": False, **CASES[name].options, **options}
     return sampler(prompts, seeds, guidance=guidance, **given)
@@ -357,11 +344,7 @@ def test_pipelines_that_cannot_be_sampled_from_are_refused(pipes):
     inpainting = pipes("sd3")
     inpainting.transformer.register_to_config(in_channels=9)
     other = diffusers.DDPMPipeline(unet=torch.nn.Identity(), scheduler=diffusers.DDPMScheduler())
-    for pipe, says in (
-        (wan, "Wan 2.2"),
-        (cached, "disable_cache"),
-        (inpainting, "text-to-image"),
-        (other, "QwenImagePipeline"),
-    ):
+    cases = (wan, "Wan 2.2"), (cached, "disable_cache"), (inpainting, "text-to-image"), (other, "QwenImagePipeline")
+    for pipe, says in cases:
         with pytest.raises(ValueError, match=says):
             Sampler.from_pipeline(pipe)
